@@ -1,0 +1,234 @@
+"""Every configuration key, with its type, default, unit and meaning. ``isentrope config show`` prints from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+
+def key(default: Any, help: str) -> Any:
+    """A configuration key: its default and what it means."""
+    if isinstance(default, (list, dict)) or hasattr(default, "__dataclass_fields__"):
+        return field(
+            default_factory=lambda: type(default)(default) if isinstance(default, (list, dict)) else type(default)(),
+            metadata={"help": help},
+        )
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelConfig:
+    """The policy that is trained."""
+
+    hf_path: str = key(
+        MISSING,
+        "Hugging Face folder (config.json, *.safetensors, tokenizer.json); a relative path is tried from the working directory, then from configs/",
+    )
+    dtype: str = key("fp32", "parameter type of the learner: fp32 | bf16")
+
+
+@dataclass
+class OptimizerConfig:
+    """Adam as megatron-core implements it (decoupled weight decay)."""
+
+    lr: float = key(1e-6, "peak learning rate")
+    min_lr: float = key(0.0, "learning rate at the end of a linear or cosine schedule")
+    lr_schedule: str = key("constant", "constant | linear | cosine, after the warm-up")
+    warmup_steps: int = key(0, "linear warm-up from 0, in training steps")
+    betas: list[float] = key([0.9, 0.95], "Adam's beta1 and beta2")
+    eps: float = key(1e-8, "Adam's epsilon")
+    weight_decay: float = key(0.0, "decoupled weight decay")
+    clip_grad: float = key(1.0, "global gradient norm above which gradients are scaled down; 0: never")
+    distributed: bool = key(False, "shard optimizer state over data-parallel ranks (Megatron's distributed optimizer)")
+
+
+@dataclass
+class LearnerConfig:
+    """Megatron learner: layout, batching, optimizer. Names as megatron-core's."""
+
+    tensor_model_parallel_size: int = key(1, "TP: ranks that share each layer's matrices")
+    pipeline_model_parallel_size: int = key(1, "PP: stages of layers")
+    data_parallel_size: int = key(1, "DP: replicas; learner processes = TP x PP x DP")
+    micro_batch_size: int = key(
+        32, "rows per forward-backward pass and DP rank; changes memory and speed, never results"
+    )
+    updates_per_step: int = key(1, "optimizer steps per rollout batch (mini-batches); 1 is strictly on-policy")
+    bucket_mib: int = key(512, "largest weight-sync bucket, MiB (a larger single tensor travels alone)")
+    optimizer: OptimizerConfig = key(OptimizerConfig(), "optimizer and schedule")
+
+
+@dataclass
+class SglangConfig:
+    """The SGLang server that an engine launches and supervises."""
+
+    dtype: str = key("auto", "weights and KV cache: auto (the model's) | float32 | bfloat16")
+    attention_backend: str = key("auto", "auto: torch_native on CPU, SGLang's own choice on GPU")
+    mem_fraction_static: float = key(
+        0.1, "share of memory for weights and KV cache; raise to 0.6-0.8 on a GPU of its own"
+    )
+    max_total_tokens: int = key(65536, "KV-cache tokens; 0: let SGLang decide")
+    startup_timeout_s: float = key(300.0, "seconds a server may take to answer /health")
+    request_timeout_s: float = key(600.0, "seconds one generate call may take")
+    extra_args: list[str] = key([], "further arguments of sglang.launch_server, e.g. ['--log-level', 'info']")
+
+
+@dataclass
+class RolloutConfig:
+    """How responses are drawn. Main rows are always drawn at T=1 from the untruncated policy."""
+
+    engine: str = key("native", "native (in process, torch) | sglang (real server over HTTP)")
+    engines: int = key(1, "number of engines; seeds, hence samples, do not depend on it (native)")
+    tensor_parallel_size: int = key(1, "TP of each SGLang engine")
+    prompts_per_step: int = key(16, "distinct prompts per step")
+    samples_per_prompt: int = key(16, "main samples per prompt (the group of GRPO)")
+    max_prompt_tokens: int = key(1024, "prompts longer than this are dropped when the data is read, and counted")
+    max_new_tokens: int = key(1024, "response length limit, tokens")
+    sglang: SglangConfig = key(SglangConfig(), "settings of engine=sglang")
+
+
+@dataclass
+class SourceConfig:
+    """Where prompts come from."""
+
+    kind: str = key("countdown", "countdown (built in) | reasoning_gym | jsonl")
+    task: str = key(
+        "pm4", "countdown: pm<n> (+,-) or cd<n> (+,-,*) with n digits; reasoning_gym: dataset name, e.g. chain_sum"
+    )
+    path: str = key("", "jsonl: file with one object a line: id, prompt or messages, answer, verifier, meta")
+    size: int = key(1000, "reasoning_gym: items to generate")
+    params: dict[str, Any] = key({}, "reasoning_gym: dataset parameters, e.g. {min_terms: 2, max_terms: 3}")
+
+
+@dataclass
+class DataConfig:
+    """Training and held-out prompts."""
+
+    source: SourceConfig = key(SourceConfig(), "prompt source")
+    held_out: float = key(0.1, "share of the source kept for evaluation (0-1), chosen by prompt id")
+    chat_template: bool = key(False, "render prompts with the tokenizer's chat template")
+    system_prompt: str = key("", "system message put before every prompt when chat_template is on")
+    verifier: str = key("auto", "auto: the source's own | exact | math | reasoning_gym | countdown")
+    verifier_timeout_s: float = key(
+        5.0, "seconds one verification may take; then the sample is marked and gets reward 0"
+    )
+    verifier_workers: int = key(1, "processes for verifiers that run outside the driver (math, reasoning_gym)")
+
+
+@dataclass
+class ObjectiveConfig:
+    """The policy loss on the main rows."""
+
+    advantage: str = key("grpo", "grpo (mean and standard deviation of the group) | dr_grpo (mean only)")
+    aggregation: str = key(
+        "token_mean",
+        "token_mean | sequence_mean (mean over tokens, then over sequences) | dr_grpo (sum / max_new_tokens)",
+    )
+    clip_low: float = key(0.2, "lower clip range of the ratio")
+    clip_high: float = key(0.2, "upper clip range; 0.28 is DAPO's clip-higher")
+    dual_clip: float = key(0.0, "upper bound c of -A*r for negative advantages (0: off; DAPO uses 10)")
+    kl_coef: float = key(
+        0.0, "weight of KL(policy || reference), k3 estimator, main rows only; reference = the starting weights"
+    )
+
+
+@dataclass
+class BandConfig:
+    """Target band of policy entropy, nats per token."""
+
+    low: float = key(0.27, "lower edge at step 0")
+    high: float = key(0.33, "upper edge at step 0")
+    schedule: str = key("constant", "constant | linear | cosine | piecewise")
+    end_low: float = key(0.0, "linear and cosine: lower edge at schedule_steps")
+    end_high: float = key(0.0, "linear and cosine: upper edge at schedule_steps")
+    schedule_steps: int = key(0, "linear and cosine: steps from the first edges to the last; 0: the whole run")
+    points: list[list[float]] = key([], "piecewise: [[step, low, high], ...], each in force from its step on")
+
+
+@dataclass
+class PiConfig:
+    """The default controller: PI on ln H with anti-windup. 0 for kp means: the actuator's measured default."""
+
+    kp: float = key(0.0, "proportional gain, actuator units per unit of ln H; 0: default of the actuator")
+    ki: float = key(0.0, "integral gain per step; used when kp is set")
+    ema: float = key(0.8, "weight of the past in the filtered entropy (0: no filter)")
+    slew: float = key(0.0, "largest change of the command per step in actuator units; 0: unlimited")
+    setpoint_ramp: float = key(
+        0.0, "largest change of the set-point per step, in ln H, starting at the first reading; 0: no ramp"
+    )
+    dead_band: float = key(0.0, "|ln(H*/H)| below which the error counts as 0")
+    saturation_steps: int = key(5, "steps at a limit, in the error's direction, before the state is 'saturated'")
+    split_range: bool = key(False, "take more auxiliary prompts while saturated (resample only)")
+
+
+@dataclass
+class EntropyConfig:
+    """Entropy control: which law, acting through what, toward which band."""
+
+    controller: str = key("pi", "pi | scope (SCOPE-RL v7) | bang_bang (AEPO) | none (plain GRPO)")
+    actuator: str = key(
+        "reweight",
+        "resample (the paper's second rollout) | reweight | fc | tok | entropy_bonus | clip_cov; METHODS in docs/methods.md",
+    )
+    band: BandConfig = key(BandConfig(), "target band")
+    alpha: float = key(1.0, "weight of the positive term (resample, reweight, fc); 0 reproduces GRPO bit for bit")
+    positive_mean: str = key(
+        "positives",
+        "what the positive term is averaged over: positives (tokens of correct rows) | samples (all rows drawn, the paper's G')",
+    )
+    command_min: float = key(0.0, "lower limit of the command; 0 with command_max 0: default of the actuator")
+    command_max: float = key(0.0, "upper limit of the command")
+    auxiliary_prompts: int = key(4, "resample: prompts drawn again at T+ each step")
+    auxiliary_samples: int = key(16, "resample: samples per auxiliary prompt")
+    auxiliary_max_prompts: int = key(0, "resample with split_range: most auxiliary prompts; 0: all prompts of the step")
+    pi: PiConfig = key(PiConfig(), "gains of controller=pi")
+
+
+@dataclass
+class EvaluationConfig:
+    """pass@k and friends on held-out prompts, at T=1."""
+
+    every: int = key(0, "steps between evaluations; 0: only at the start and the end")
+    at_start: bool = key(True, "evaluate before the first step")
+    at_end: bool = key(True, "evaluate after the last step")
+    prompts: int = key(256, "held-out prompts to use at most")
+    samples: int = key(32, "samples per prompt (n of pass@k)")
+    k: list[int] = key([1, 4, 16], "the k of pass@k; each at most `samples`")
+    temperature: float = key(1.0, "sampling temperature of the evaluation")
+
+
+@dataclass
+class CheckpointConfig:
+    """Resumable state."""
+
+    every: int = key(0, "steps between checkpoints; 0: only at the end")
+    keep_last: int = key(2, "complete checkpoints to keep")
+
+
+@dataclass
+class MonitoringConfig:
+    """What a run writes while it runs."""
+
+    samples_per_step: int = key(4, "rollouts written to samples/ each step")
+    progress: bool = key(True, "live progress in the terminal")
+
+
+@dataclass
+class RunConfig:
+    """A whole training run."""
+
+    name: str = key("run", "label in reports")
+    run_dir: str = key("", "folder the run writes; empty: runs/<name>-<date>-<time>")
+    seed: int = key(0, "seed of data order, sampling and dropout")
+    steps: int = key(100, "training steps")
+    runtime: str = key("ray", "ray (learner ranks and engines are Ray actors) | inline (one process, for debugging)")
+    model: ModelConfig = key(ModelConfig(), "the policy")
+    learner: LearnerConfig = key(LearnerConfig(), "Megatron learner")
+    rollout: RolloutConfig = key(RolloutConfig(), "rollout engines")
+    data: DataConfig = key(DataConfig(), "prompts and verification")
+    objective: ObjectiveConfig = key(ObjectiveConfig(), "policy loss")
+    entropy: EntropyConfig = key(EntropyConfig(), "entropy control")
+    evaluation: EvaluationConfig = key(EvaluationConfig(), "evaluation")
+    checkpoint: CheckpointConfig = key(CheckpointConfig(), "checkpoints")
+    monitoring: MonitoringConfig = key(MonitoringConfig(), "events, samples, progress")

@@ -1,0 +1,43 @@
+"""What the loop asks of a learner. ``megatron_ext.learner`` is the implementation; ``launchers.actors`` fans it out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from pipeline.types import StepStats, TrainBatch, WeightBucket
+
+
+class Learner(Protocol):
+    """A trainable policy, possibly sharded over ranks.
+
+    Lifecycle: ``load`` or ``restore`` first; then any of ``log_probs``, ``update``, ``export_shards``, ``save``; ``close`` last.
+    Every rank of a sharded learner must make the same calls in the same order.
+    """
+
+    def load(self, hf_path: Path) -> None:
+        """Read the weights of a Hugging Face folder; also kept as the reference policy when a KL penalty is on."""
+
+    def log_probs(self, batch: TrainBatch, *, reference: bool = False) -> torch.Tensor:
+        """T=1 log-probabilities of the targets, float32 ``[rows, seq - 1]`` on CPU, 0 outside ``loss_mask``. No gradient."""
+
+    def update(self, batch: TrainBatch, step: int) -> StepStats:
+        """One optimizer step on ``batch``; ``step`` labels the entropy reading."""
+
+    def export_shards(self, version: int) -> Iterator[WeightBucket]:
+        """The current weights as full tensors under Hugging Face names, bucket by bucket.
+
+        Over Ray the yielded objects are opaque handles that an engine's ``load_bucket`` accepts; the driver never holds the bytes.
+        """
+
+    def save(self, directory: Path) -> None:
+        """Write parameters, optimizer, schedule and RNG state into an empty directory (dist_checkpointing)."""
+
+    def restore(self, directory: Path) -> None:
+        """Load what ``save`` wrote, at this learner's own layout."""
+
+    def close(self) -> None:
+        """Release processes and process groups."""

@@ -1,0 +1,193 @@
+"""The nouns of one training step: what travels between the loop, the engines, the learner and the controller.
+
+Everything here is a frozen dataclass. Entropies and log-probabilities are natural logarithms (nats). The
+*target grid* used by batches has one column per predicted token: column ``t`` of a ``[rows, seq - 1]`` tensor speaks of
+``tokens[:, t + 1]``, the token that the logits at position ``t`` predict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class Role(StrEnum):
+    """Why a sample was drawn; it decides what the sample may influence."""
+
+    MAIN = "main"  # drawn at T=1; carries the policy loss, the entropy reading and every metric
+    AUXILIARY = "auxiliary"  # drawn at T+; only its correct rows are trained on, none enters a metric
+    EVALUATION = "evaluation"  # never trained on
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One question. ``id`` is unique within its data source and stable across runs: seeds derive from it."""
+
+    id: str
+    token_ids: tuple[int, ...]
+    text: str  # exactly what ``token_ids`` encode (after the chat template, if any)
+    answer: Any  # JSON value; its meaning belongs to the verifier
+    verifier: str  # name in ``pipeline.rewards``
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """Draw ``len(seeds)`` responses to one prompt at one temperature."""
+
+    prompt: Prompt
+    seeds: tuple[int, ...]  # one 63-bit seed per sample, see ``pipeline.seeds``
+    temperature: float
+    max_new_tokens: int
+    role: Role = Role.MAIN
+
+
+@dataclass(frozen=True)
+class WeightSpan:
+    """Tokens ``[start, end)`` of a response were drawn with weights ``version``."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response.
+
+    ``log_probs`` are those of the behaviour policy at ``temperature`` (the temperature the tokens were drawn with),
+    never at another one. The end-of-sequence token, when drawn, is the last entry of ``token_ids``.
+    """
+
+    token_ids: np.ndarray  # int64 [n]
+    log_probs: np.ndarray  # float32 [n]
+    temperature: float
+    seed: int
+    role: Role
+    finish_reason: str  # "stop" | "length" | "abort"
+    weight_versions: tuple[WeightSpan, ...]
+    text: str = ""  # decoded response without special tokens; filled by the verifier stage
+    reward: float = 0.0  # in [0, 1]; 0 until verified
+    correct: bool = False  # reward == 1, the indicator of SCOPE-RL's positive term
+    verifier_error: str = ""  # "" or why the verifier could not judge this sample (then reward is 0)
+
+    def drawn_with(self, version: int) -> bool:
+        """Whether every token came from weights ``version``."""
+        return all(span.version == version for span in self.weight_versions)
+
+
+@dataclass(frozen=True)
+class SampleGroup:
+    """All responses drawn for one request, in the order of its seeds."""
+
+    prompt: Prompt
+    samples: tuple[Sample, ...]
+    role: Role
+
+
+@dataclass(frozen=True)
+class Actuation:
+    """What the controller's command does to the loss of one step.
+
+    ``kind`` is an actuator name (``none``, ``resample``, ``reweight``, ``fc``, ``tok``, ``entropy_bonus``, ``clip_cov``);
+    ``command`` is in that actuator's unit: a temperature for ``resample``, ``reweight`` and ``fc``, a coefficient for
+    ``tok`` and ``entropy_bonus``, a fraction of tokens for ``clip_cov``. ``alpha`` scales the positive term.
+    """
+
+    kind: str = "none"
+    command: float = 1.0
+    alpha: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainBatch:
+    """The rows of one update: every main row, then the correct auxiliary rows. CPU tensors.
+
+    A row is prompt + response, padded on the right. ``weights`` holds the whole normalisation (token mean, sequence mean,
+    the positive term's denominator and alpha), so the loss is the plain sum over rows and tokens of
+    ``weights[row] * loss_mask[row, t] * term[row, t]`` whatever the micro-batch size or the number of ranks.
+    """
+
+    tokens: torch.Tensor  # int64 [rows, seq]
+    lengths: torch.Tensor  # int64 [rows], prompt + response tokens
+    loss_mask: torch.Tensor  # bool [rows, seq - 1], True where the target is a response token
+    weights: torch.Tensor  # float32 [rows]
+    advantages: torch.Tensor  # float32 [rows]; unused on auxiliary rows (their advantage is the constant 1)
+    auxiliary: torch.Tensor  # bool [rows]
+    correct: torch.Tensor  # bool [rows]
+    temperatures: torch.Tensor  # float32 [rows], what each row was drawn with
+    behavior_log_probs: torch.Tensor  # float32 [rows, seq - 1], at ``temperatures``; 0 outside the mask
+    actuation: Actuation = Actuation()
+    old_log_probs: torch.Tensor | None = None  # float32 [rows, seq - 1] at T=1; None: on-policy, ratio is exactly 1
+    reference_log_probs: torch.Tensor | None = None  # float32 [rows, seq - 1] at T=1, for the KL penalty
+    token_weights: torch.Tensor | None = None  # float32 [rows, seq - 1], e.g. 0 on tokens that Clip-Cov detaches
+
+    @property
+    def rows(self) -> int:
+        """Number of rows, main and auxiliary."""
+        return self.tokens.shape[0]
+
+
+@dataclass(frozen=True)
+class EntropyReading:
+    """Exact policy entropy at T=1 over the main rows' response tokens, as sum and count so that ranks can be added."""
+
+    sum: float  # nats
+    count: float  # tokens
+    step: int
+    staleness: int = 0  # updates between the weights that drew the rows and the weights that measured them
+
+    @property
+    def mean(self) -> float:
+        """Nats per token; NaN when no token was seen."""
+        return self.sum / self.count if self.count > 0 else float("nan")
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one ``Learner.update`` reports. Means are over main response tokens unless said otherwise."""
+
+    loss: float
+    entropy: EntropyReading
+    grad_norm: float
+    learning_rate: float
+    metrics: Mapping[str, float]  # e.g. policy_loss, positive_term, kl, clip_fraction, mismatch_mean, mismatch_max
+    seconds: float  # time inside the learner: forward, backward, optimizer
+
+
+@dataclass(frozen=True)
+class ControlDecision:
+    """What the controller asks of the next step."""
+
+    command: float  # in the actuator's unit, see ``Actuation``
+    temperature: float  # T+ of the positive samples; 1.0 where the actuator is not a temperature
+    auxiliary_prompts: int  # prompts to resample; 0 for actuators that need no second rollout
+    state: str  # "tracking" | "saturated" | "holding" | "exploding" | "off"
+    reason: str  # for people: "target not reachable: held at H=0.43", "no positives for 2 steps", ...
+    target: float = float("nan")  # ramped set-point, nats per token
+    filtered_entropy: float = float("nan")  # the entropy the law acted on, nats per token
+
+
+@dataclass(frozen=True)
+class WeightBucket:
+    """Full tensors under Hugging Face names, at most the configured bytes together (one tensor may exceed them alone)."""
+
+    version: int
+    index: int
+    count: int  # buckets in this version
+    tensors: Mapping[str, torch.Tensor]
+    checksum: int  # ``pipeline.checksum.checksum(tensors)``
+
+
+@dataclass(frozen=True)
+class EngineHealth:
+    """One engine as its supervisor sees it."""
+
+    alive: bool
+    weight_version: int | None  # None: no consistent set of weights is loaded
+    detail: str = ""
