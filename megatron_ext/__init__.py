@@ -1,0 +1,1 @@
+"""Everything that touches megatron-core: topology, models, log-probs, learner, weights."""

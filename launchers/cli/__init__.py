@@ -1,0 +1,1 @@
+"""The isentrope command."""

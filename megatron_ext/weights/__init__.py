@@ -1,0 +1,1 @@
+"""From Hugging Face tensors to Megatron shards and back."""

@@ -1,0 +1,1 @@
+"""Entropy control: band, sensors, controllers."""

@@ -1,0 +1,1 @@
+"""pass@k and friends on held-out prompts."""

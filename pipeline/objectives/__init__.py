@@ -1,0 +1,1 @@
+"""Advantages, the positive term, actuators, and the policy loss."""

@@ -1,0 +1,1 @@
+"""Verifiers: from a response to a reward in [0, 1]."""

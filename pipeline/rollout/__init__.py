@@ -1,0 +1,1 @@
+"""Rollout engines behind one protocol, and weight sync to them."""
