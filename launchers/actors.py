@@ -1,0 +1,183 @@
+"""Learner ranks and rollout engines as Ray actors, behind the same protocols as their in-process forms.
+
+Weights never pass through the driver: rank 0 of the learner puts a bucket into the object store and the engines take it from
+there. Calls to one actor run in order, so a whole update is sent without waiting in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from pipeline.config.schema import RunConfig
+from pipeline.rollout.engine import EngineError, RolloutEngine, WeightUpdateError
+from pipeline.types import EngineHealth, GenerateRequest, SampleGroup, StepStats, TrainBatch, WeightBucket
+
+BUCKETS_IN_FLIGHT = 2  # how many buckets the object store may hold while engines catch up
+
+
+@ray.remote
+class LearnerRank:
+    """One process of the Megatron learner."""
+
+    def __init__(self, config: RunConfig, rank: int, address: tuple[str, int]) -> None:
+        # Imported here: megatron-core must load in this process only, after the CPU shim.
+        from launchers.assemble import build_learner_rank
+
+        self.learner = build_learner_rank(config, rank, address)
+        self.export: Iterator[WeightBucket | None] = iter(())
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Run one method of the learner on this rank."""
+        return getattr(self.learner, method)(*args, **kwargs)
+
+    def update(self, batch: TrainBatch, step: int) -> StepStats:
+        """``Learner.update``; a method of its own so that Ray hands it the batch by shared memory."""
+        return self.learner.update(batch, step)
+
+    def bucket_count(self) -> int:
+        """How many buckets one export yields."""
+        return self.learner.bucket_count
+
+    def next_bucket(self, version: int, index: int) -> WeightBucket | None:
+        """Bucket ``index`` of ``version`` on global rank 0, None elsewhere; indices must be asked for in order from 0."""
+        if index == 0:
+            self.export = self.learner.export_shards(version)
+        return next(self.export)
+
+
+class RayLearner:
+    """``Learner`` over one actor per rank; every rank makes every call, rank 0 answers."""
+
+    def __init__(self, ranks: Sequence[Any]) -> None:
+        self.ranks = list(ranks)
+        self.buckets = 0
+
+    def _everywhere(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return ray.get([rank.call.remote(method, *args, **kwargs) for rank in self.ranks])[0]
+
+    def load(self, hf_path: Path) -> None:
+        """See ``pipeline.learner.Learner``."""
+        self._everywhere("load", hf_path)
+
+    def log_probs(self, batch: TrainBatch, *, reference: bool = False) -> torch.Tensor:
+        """See ``pipeline.learner.Learner``."""
+        return self._everywhere("log_probs", ray.put(batch), reference=reference)
+
+    def update(self, batch: TrainBatch, step: int) -> StepStats:
+        """See ``pipeline.learner.Learner``."""
+        shared = ray.put(batch)
+        return ray.get([rank.update.remote(shared, step) for rank in self.ranks])[0]
+
+    def export_shards(self, version: int) -> Iterator[WeightBucket]:
+        """Handles of the buckets of ``version``; at most ``BUCKETS_IN_FLIGHT`` are made ahead of their consumers."""
+        self.buckets = self.buckets or ray.get(self.ranks[0].bucket_count.remote())
+        for index in range(self.buckets):
+            yield [rank.next_bucket.remote(version, index) for rank in self.ranks][0]
+
+    def save(self, directory: Path) -> None:
+        """See ``pipeline.learner.Learner``."""
+        self._everywhere("save", directory)
+
+    def restore(self, directory: Path) -> None:
+        """See ``pipeline.learner.Learner``."""
+        self._everywhere("restore", directory)
+
+    def close(self) -> None:
+        """End the rank processes."""
+        for rank in self.ranks:
+            ray.kill(rank)
+        self.ranks = []
+
+
+@ray.remote(concurrency_groups={"control": 1})
+class EngineProcess:
+    """One rollout engine in its own process; ``control`` answers while a generation runs."""
+
+    def __init__(self, build: Callable[[], RolloutEngine]) -> None:
+        self.engine = build()
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Run one method of the engine, after every call queued before it."""
+        return getattr(self.engine, method)(*args)
+
+    @ray.method(concurrency_group="control")
+    def control(self, method: str) -> Any:
+        """Run ``abort`` or ``health`` beside whatever runs."""
+        return getattr(self.engine, method)()
+
+
+class RayEngine:
+    """``RolloutEngine`` over one actor.
+
+    ``begin_update`` and ``load_bucket`` only queue; what goes wrong in them is raised by ``commit_update``, as ``WeightUpdateError``.
+    """
+
+    def __init__(self, actor: Any, name: str) -> None:
+        self.actor, self.name = actor, name
+        self.queued: list[Any] = []
+
+    def _call(self, method: str, *args: Any) -> Any:
+        return self._answer(self.actor.call.remote(method, *args), method)
+
+    def _answer(self, reply: Any, method: str) -> Any:
+        try:
+            return ray.get(reply)
+        except ray.exceptions.RayTaskError as error:
+            raise error.as_instanceof_cause() from None
+        except ray.exceptions.RayActorError as error:
+            raise EngineError(f"{self.name}: its process died during {method} ({error})") from error
+
+    def start(self, hf_path: Path) -> None:
+        """See ``pipeline.rollout.engine.RolloutEngine``."""
+        self._call("start", hf_path)
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[SampleGroup]:
+        """See ``pipeline.rollout.engine.RolloutEngine``."""
+        return self._call("generate", requests)
+
+    def begin_update(self, version: int) -> None:
+        """Queue the beginning of an update."""
+        self.queued = [self.actor.call.remote("begin_update", version)]
+
+    def load_bucket(self, bucket: Any) -> None:
+        """Queue one bucket (an object-store handle); waits while more than ``BUCKETS_IN_FLIGHT`` are queued."""
+        self.queued.append(self.actor.call.remote("load_bucket", bucket))
+        if len(self.queued) > BUCKETS_IN_FLIGHT:
+            ray.wait([self.queued[-BUCKETS_IN_FLIGHT]])
+
+    def commit_update(self, version: int) -> None:
+        """Wait for the whole update; its first failure is raised."""
+        queued, self.queued = [*self.queued, self.actor.call.remote("commit_update", version)], []
+        try:
+            ray.get(queued)
+        except ray.exceptions.RayTaskError as error:
+            raise error.as_instanceof_cause() from None
+        except ray.exceptions.RayActorError as error:
+            raise WeightUpdateError(f"{self.name}: its process died during the update to version {version} ({error})") from error
+
+    def abort(self) -> None:
+        """See ``pipeline.rollout.engine.RolloutEngine``."""
+        self._answer(self.actor.control.remote("abort"), "abort")
+
+    def health(self) -> EngineHealth:
+        """See ``pipeline.rollout.engine.RolloutEngine``."""
+        try:
+            return self._answer(self.actor.control.remote("health"), "health")
+        except EngineError as error:
+            return EngineHealth(alive=False, weight_version=None, detail=str(error))
+
+    def close(self) -> None:
+        """Let the engine clean up, then end its process."""
+        if self.actor is None:
+            return
+        actor, self.actor = self.actor, None
+        try:
+            ray.get(actor.call.remote("close"), timeout=60)
+        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
+            pass  # already dead, or stuck: the kill below ends it
+        ray.kill(actor)

@@ -1,0 +1,223 @@
+"""From YAML files and ``key=value`` overrides to one checked ``RunConfig``.
+
+A file may name others under ``defaults:``; they are read first, in order, so later ones and the file itself win. Every
+file and every override becomes a list of dotted assignments, checked one by one against the schema, so an unknown key
+or a wrong type is reported with the place that gave it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.config.errors import ConfigError, Problem
+from pipeline.config.keys import Key, leaf_keys, nearest_keys, schema_keys
+from pipeline.config.schema import RunConfig
+from pipeline.config.validate import problems_of
+
+PACKAGED = Path(__file__).resolve().parents[2] / "configs"  # the same in a checkout and in an installed wheel
+UNHASHED = ("name", "run_dir")  # labels: they do not change what a run computes
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One value for one dotted key, and who gave it."""
+
+    key: str
+    value: Any
+    source: str
+
+
+def load_config(path: Path | None, overrides: Sequence[str] = (), *, check: bool = True) -> RunConfig:
+    """Compose, type and check a configuration.
+
+    ``path`` is a YAML file (looked up as ``resolve_path`` does); None starts from the schema's defaults. ``overrides`` are
+    ``dotted.key=value`` with YAML values. ``check=False`` skips the rules of ``validate`` but never keys and types.
+    Raises ``ConfigError`` with every problem found.
+    """
+    assignments = [] if path is None else _read_file(resolve_path(path), ())
+    assignments += [_parse_override(text) for text in overrides]
+    config = _build(assignments)
+    problems = problems_of(config, resolve_path(config.model.hf_path)) if check else []
+    if problems:
+        sources = {assignment.key: assignment.source for assignment in assignments}
+        raise ConfigError.of([_with_source(problem, sources) for problem in problems])
+    return config
+
+
+def resolve_path(value: str | Path) -> Path:
+    """A relative path from the working directory if it exists there, else from the packaged ``configs/`` if it exists there.
+
+    Otherwise the path from the working directory, which does not exist: the caller says so.
+    """
+    path = Path(value).expanduser()
+    if path.is_absolute() or path.exists():
+        return path
+    inside = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
+    return PACKAGED / inside if (PACKAGED / inside).exists() else path
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration; ``load_config`` reads it back to an equal one."""
+    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True, width=120)
+
+
+def config_hash(config: RunConfig) -> str:
+    """SHA-256 over the canonical YAML (sorted keys) of everything but ``name`` and ``run_dir``; 64 hex digits."""
+    values = {name: value for name, value in asdict(config).items() if name not in UNHASHED}
+    return hashlib.sha256(yaml.safe_dump(values, sort_keys=True).encode()).hexdigest()
+
+
+def document(config: RunConfig) -> str:
+    """The configuration as YAML with the meaning of each key as a comment; it loads back to an equal one."""
+    keys = schema_keys()
+    return "\n".join(_document_section(config, "", keys)) + "\n"
+
+
+def _document_section(section: Any, prefix: str, keys: Mapping[str, Key]) -> Iterator[str]:
+    indent = "  " * prefix.count(".")
+    for name, value in vars(section).items():
+        comment = keys[prefix + name].help
+        if is_dataclass(value):
+            yield f"{indent}{name}:  # {comment}"
+            yield from _document_section(value, f"{prefix}{name}.", keys)
+        else:
+            text = yaml.safe_dump({name: value}, default_flow_style=True, width=10**6, allow_unicode=True).strip()[1:-1]
+            yield f"{indent}{text}  # {comment}"
+
+
+def _read_file(path: Path, parents: tuple[Path, ...]) -> list[Assignment]:
+    """The assignments of a file after those of its ``defaults``."""
+    path = path.resolve()
+    if path in parents:
+        chain = " -> ".join(str(p) for p in (*parents, path))
+        raise ConfigError("defaults", str(path), f"files include each other in a circle: {chain}", "remove one of them")
+    content = _parse_file(path)
+    defaults = content.pop("defaults", [])
+    if not isinstance(defaults, list) or not all(isinstance(entry, str) for entry in defaults):
+        raise ConfigError("defaults", defaults, "not a list of file names", "write defaults: [base.yaml]", str(path))
+    assignments: list[Assignment] = []
+    for entry in defaults:
+        assignments += _read_file(_find_default(entry, path), (*parents, path))
+    return assignments + list(_flatten(content, "", str(path)))
+
+
+def _parse_file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(
+            "config file", str(path), "no such file", f"give an existing YAML file; examples are in {PACKAGED}"
+        )
+    try:
+        content = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        remedy = "mend the file at the place named"
+        raise ConfigError("config file", str(path), f"not readable as YAML: {error}", remedy) from error
+    if not isinstance(content, DictConfig):
+        raise ConfigError("config file", str(path), "not a mapping of keys to values", "write key: value lines")
+    return {str(name): value for name, value in OmegaConf.to_container(content, resolve=False).items()}  # type: ignore[union-attr]
+
+
+def _find_default(entry: str, including: Path) -> Path:
+    for candidate in (including.parent / entry, PACKAGED / entry):
+        if candidate.is_file():
+            return candidate
+    remedy = f"name a file relative to {including.parent} or to {PACKAGED}"
+    raise ConfigError("defaults", entry, "no such file", remedy, str(including))
+
+
+def _flatten(values: Mapping[str, Any], prefix: str, source: str) -> Iterator[Assignment]:
+    """Dotted assignments; a mapping is entered where the schema has a section, an unknown key, or free-form entries."""
+    keys = schema_keys()
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        known = keys.get(key)
+        free_form = known is not None and known.type == dict[str, Any]
+        if isinstance(value, dict) and (known is None or known.is_section or free_form) and value:
+            unknown = known is None and not _inside_free_form(key)
+            yield from [Assignment(key, value, source)] if unknown else _flatten(value, key + ".", source)
+        else:
+            yield Assignment(key, value, source)
+
+
+def _parse_override(text: str) -> Assignment:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ConfigError(text, None, "an override is key=value", "write e.g. learner.optimizer.lr=3e-4", "command line")
+    try:
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            name, value, f"not a YAML value: {reason}", "quote it, e.g. 'key=\"text\"'", "command line"
+        ) from error
+    return Assignment(name.strip(), parsed["value"], "command line")  # type: ignore[index, call-overload]
+
+
+def _build(assignments: Sequence[Assignment]) -> RunConfig:
+    """Apply the assignments in order to the schema's defaults."""
+    tree = OmegaConf.structured(RunConfig)
+    problems = [problem for assignment in assignments if (problem := _apply(tree, assignment)) is not None]
+    if problems:
+        raise ConfigError.of(problems)
+    missing = sorted(OmegaConf.missing_keys(tree))
+    if missing:
+        keys = schema_keys()
+        raise ConfigError.of([Problem(key, None, "a value is required", f"set {key}: {keys[key].help}") for key in missing])
+    try:
+        config = OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:
+        remedy = "mend the ${...} reference"
+        raise ConfigError(error.full_key or "", None, str(error).splitlines()[0], remedy) from error
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def _apply(tree: DictConfig, assignment: Assignment) -> Problem | None:
+    """Set one value; the problem, if it has one."""
+    key, value, source = assignment.key, assignment.value, assignment.source
+    free_form = _inside_free_form(key)
+    known = schema_keys().get(key)
+    if known is None and not free_form:
+        return _unknown(assignment)
+    wrong_type = Problem(key, value, "wrong type", f"give {known.type_name}" if known else "give a plain value", source)
+    if known is not None and not _plausible(known, value):
+        return wrong_type
+    try:
+        OmegaConf.update(tree, key, value, merge=True, force_add=free_form)
+    except (OmegaConfBaseException, AssertionError):
+        return wrong_type
+    return None
+
+
+def _plausible(key: Key, value: Any) -> bool:
+    """Stricter than OmegaConf, which reads ``off`` for a text as "False", 2 as true, and fills sections from scalars."""
+    if isinstance(value, str) and "${" in value:
+        return True
+    if key.is_section:
+        return isinstance(value, dict)
+    if key.type is bool:
+        return isinstance(value, bool)
+    if key.type is str:
+        return isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    return True
+
+
+def _unknown(assignment: Assignment) -> Problem:
+    nearest = nearest_keys(assignment.key)
+    remedy = f"did you mean {' or '.join(nearest)}?" if nearest else "see `isentrope config show` for every key"
+    return Problem(assignment.key, assignment.value, "unknown key", remedy, assignment.source)
+
+
+def _inside_free_form(key: str) -> bool:
+    return any(leaf.type == dict[str, Any] and key.startswith(f"{name}.") for name, leaf in leaf_keys().items())
+
+
+def _with_source(problem: Problem, sources: Mapping[str, str]) -> Problem:
+    return Problem(problem.key, problem.value, problem.problem, problem.remedy, sources.get(problem.key, "default"))

@@ -1,0 +1,125 @@
+"""Text to token ids and back, straight on the Rust tokenizer that ``tokenizer.json`` holds.
+
+``transformers`` (seconds to import) is loaded only when a chat template must be rendered.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+from pipeline.data import DataError
+
+Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
+
+
+class Tokenizer:
+    """The tokenizer of one Hugging Face folder. Build it with ``load_tokenizer``."""
+
+    def __init__(self, folder: Path, eos_token_ids: tuple[int, ...], pad_token_id: int) -> None:
+        self.folder = folder
+        self.eos_token_ids = eos_token_ids  # any of these ends a response
+        self.pad_token_id = pad_token_id
+        self._backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of the vocabulary, added tokens included (the model's embedding may be padded beyond it)."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of a plain text, with the special tokens (e.g. a BOS) that the model expects around it."""
+        return tuple(self._backend.encode(text).ids)
+
+    def decode_batch(self, sequences: Sequence[np.ndarray]) -> list[str]:
+        """Text of each int array [n], without special tokens."""
+        return self._backend.decode_batch([ids.tolist() for ids in sequences], skip_special_tokens=True)
+
+    def render_chat(self, messages: Sequence[Message], system: str = "") -> str:
+        """The conversation as the model's chat template writes it, ready for the assistant's turn.
+
+        ``system``, if any, goes before ``messages`` as a system message. Raises ``DataError`` when the folder has no
+        chat template or the template refuses these messages.
+        """
+        import jinja2
+
+        conversation = ([{"role": "system", "content": system}] if system else []) + [dict(m) for m in messages]
+        try:
+            rendered = self._chat.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        except jinja2.TemplateError as error:
+            roles = [message["role"] for message in conversation]
+            raise DataError(f"the chat template of {self.folder} refuses messages with roles {roles}: {error}") from error
+        return str(rendered)
+
+    def encode_chat(self, messages: Sequence[Message], system: str = "") -> tuple[int, ...]:
+        """Token ids of ``render_chat``; the template writes its own special tokens, so none is added."""
+        return self.encode_rendered(self.render_chat(messages, system))
+
+    def encode_rendered(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text that already holds its special tokens (the output of ``render_chat``)."""
+        return tuple(self._backend.encode(text, add_special_tokens=False).ids)
+
+    @cached_property
+    def _chat(self) -> Any:
+        in_config = "chat_template" in _read_json(self.folder / "tokenizer_config.json")
+        if not in_config and not (self.folder / "chat_template.jinja").is_file():
+            raise DataError(
+                f"{self.folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json): "
+                "set data.chat_template=false and use plain prompts, or choose an instruction-tuned model"
+            )
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(str(self.folder), local_files_only=True)
+
+
+def load_tokenizer(hf_path: Path | str) -> Tokenizer:
+    """Tokenizer of a Hugging Face folder.
+
+    End-of-sequence ids come from ``generation_config.json``, else ``config.json``, else ``tokenizer_config.json``; the
+    padding id likewise, and failing all three it is the first end-of-sequence id. Raises ``DataError`` when a file is
+    missing or unreadable, or no end-of-sequence token is named anywhere.
+    """
+    folder = Path(hf_path)
+    if not (folder / "tokenizer.json").is_file():
+        raise DataError(
+            f"model.hf_path={folder}: no tokenizer.json there. It must be a Hugging Face folder with a fast tokenizer; "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(folder) writes one"
+        )
+    eos = _token_ids(folder, "eos")
+    if not eos:
+        raise DataError(
+            f"model.hf_path={folder}: no end-of-sequence token: set eos_token_id in generation_config.json "
+            "or eos_token in tokenizer_config.json"
+        )
+    return Tokenizer(folder, eos, (_token_ids(folder, "pad") or eos)[0])
+
+
+def _token_ids(folder: Path, name: str) -> tuple[int, ...]:
+    """Ids of the special token ``name`` ("eos", "pad"); empty when no file names it."""
+    for file in ("generation_config.json", "config.json"):
+        value = _read_json(folder / file).get(f"{name}_token_id")
+        if value is not None:
+            return tuple(value) if isinstance(value, list) else (int(value),)
+    token = _read_json(folder / "tokenizer_config.json").get(f"{name}_token")
+    content = token.get("content") if isinstance(token, dict) else token
+    added = _read_json(folder / "tokenizer.json").get("added_tokens", [])
+    return tuple(entry["id"] for entry in added if entry["content"] == content)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty when the file does not exist."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise DataError(f"{path} must hold a JSON object, not {type(value).__name__}")
+    return value

@@ -1,0 +1,97 @@
+"""The training loop: one step of GRPO with entropy control, as it reads in the paper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from pipeline.checkpoints import CheckpointStore
+from pipeline.config.schema import RunConfig
+from pipeline.data.cursor import DataCursor
+from pipeline.entropy.controller import EntropyController
+from pipeline.evaluation.evaluate import Evaluator
+from pipeline.learner import Learner
+from pipeline.monitoring.recorder import Recorder, StepClock
+from pipeline.objectives.batch import build_batch, needs_log_probs, positives_consumed, with_clip_cov
+from pipeline.rewards.stage import VerifierStage
+from pipeline.rollout.engine import RolloutEngine
+from pipeline.rollout.requests import only_fresh, step_requests
+from pipeline.rollout.weight_sync import push_weights
+from pipeline.types import ControlDecision, Role, TrainBatch
+
+
+@dataclass
+class TrainingLoop:
+    """Everything a run is made of, wired by ``launchers.assemble``; ``step`` counts the updates done."""
+
+    config: RunConfig
+    engine: RolloutEngine
+    learner: Learner
+    verifier: VerifierStage
+    cursor: DataCursor
+    controller: EntropyController
+    evaluator: Evaluator
+    recorder: Recorder
+    checkpoints: CheckpointStore
+    pad_token_id: int
+    decision: ControlDecision
+    step: int = 0
+
+    def run(self, stop_requested: Callable[[], bool]) -> None:
+        """Train until ``config.steps`` or until asked to stop; either way the last step ends in a checkpoint."""
+        push_weights(self.learner, self.engine, self.step)
+        if self.step == 0 and self.config.evaluation.at_start:
+            self.evaluate()
+        while self.step < self.config.steps and not stop_requested():
+            self.train_step()
+            if _due(self.step, self.config.evaluation.every, self.config.steps):
+                self.evaluate()
+            if _due(self.step, self.config.checkpoint.every, self.config.steps):
+                self.save()
+        self.save()
+        if self.step == self.config.steps and self.config.evaluation.at_end:
+            self.evaluate()
+
+    def train_step(self) -> None:
+        """Sample, verify, learn, hand the weights over, decide the next temperature."""
+        clock, decision = StepClock(), self.decision
+        with clock("sample"):
+            prompts = self.cursor.take(self.config.rollout.prompts_per_step)
+            groups = self.engine.generate(step_requests(prompts, decision, self.config, self.step))
+            groups, stale = only_fresh(groups, self.step)
+        with clock("verify"):
+            groups = self.verifier.verify(groups)
+            main = [group for group in groups if group.role is Role.MAIN]
+            auxiliary = [group for group in groups if group.role is Role.AUXILIARY]
+        with clock("batch"):
+            batch = build_batch(main, auxiliary, decision, self.config, self.pad_token_id)
+        with clock("train"):
+            stats = self.learner.update(self.prepare(batch), self.step)
+        with clock("sync"):
+            push_weights(self.learner, self.engine, self.step + 1)
+        positives = positives_consumed(main, auxiliary, self.config.entropy)
+        self.decision = self.controller.update(stats.entropy, positives)
+        self.recorder.step(self.step, main, auxiliary, stats, decision, self.decision, stale, positives, clock)
+        self.step += 1
+
+    def prepare(self, batch: TrainBatch) -> TrainBatch:
+        """Add what needs a forward pass of its own: old and reference log-probs, Clip-Cov's tokens."""
+        if self.config.objective.kl_coef > 0:
+            batch = replace(batch, reference_log_probs=self.learner.log_probs(batch, reference=True))
+        if needs_log_probs(self.config):
+            batch = with_clip_cov(replace(batch, old_log_probs=self.learner.log_probs(batch)))
+        return batch
+
+    def evaluate(self) -> None:
+        """pass@k on the held-out prompts with the current weights."""
+        self.recorder.evaluation(self.evaluator(self.engine, self.step))
+
+    def save(self) -> None:
+        """Checkpoint learner, controller, data cursor and the pending decision under one manifest."""
+        state = {"step": self.step, "cursor": self.cursor.state_dict(), "controller": self.controller.state_dict()}
+        self.recorder.checkpoint(self.checkpoints.save(self.step, state | {"decision": vars(self.decision)}, self.learner.save))
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    """Whether a periodic action falls on ``step``; the last step has its own."""
+    return every > 0 and step % every == 0 and step < last

@@ -1,0 +1,30 @@
+"""What one step asks of the engines, and which of the answers it may use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from pipeline.config.schema import RunConfig
+from pipeline.seeds import sample_seed
+from pipeline.types import ControlDecision, GenerateRequest, Prompt, Role, SampleGroup
+
+
+def step_requests(prompts: Sequence[Prompt], decision: ControlDecision, config: RunConfig, step: int) -> list[GenerateRequest]:
+    """Main requests for every prompt at T=1, then auxiliary ones at T+ for the first ``decision.auxiliary_prompts``."""
+
+    def request(prompt: Prompt, role: Role, count: int, temperature: float) -> GenerateRequest:
+        seeds = tuple(sample_seed(config.seed, step, prompt.id, index, role) for index in range(count))
+        return GenerateRequest(prompt, seeds, temperature, config.rollout.max_new_tokens, role)
+
+    main = [request(p, Role.MAIN, config.rollout.samples_per_prompt, 1.0) for p in prompts]
+    resampled = prompts[: decision.auxiliary_prompts]
+    auxiliary = [request(p, Role.AUXILIARY, config.entropy.auxiliary_samples, decision.temperature) for p in resampled]
+    return main + auxiliary
+
+
+def only_fresh(groups: Sequence[SampleGroup], version: int) -> tuple[list[SampleGroup], int]:
+    """Drop samples with any token from other weights than ``version``; returns the groups and how many were dropped."""
+    fresh = [replace(group, samples=tuple(s for s in group.samples if s.drawn_with(version))) for group in groups]
+    dropped = sum(len(old.samples) - len(new.samples) for old, new in zip(groups, fresh, strict=True))
+    return (fresh, dropped) if dropped else (list(groups), 0)
