@@ -1,0 +1,93 @@
+"""The actuators: what a controller may turn to move the entropy, and how far.
+
+Inside a controller a command is a number ``u`` in the actuator's own unit, 0 where it does nothing: ln T for
+temperatures, the coefficient or fraction itself for the others. Limits and gains were measured on a 100k-parameter model
+with a target of 0.3 nats (docs/methods.md); they are starting points for another, not laws.
+
+A negative coefficient is refused: turned on incorrect samples it feeds back on itself and collapses the policy, and
+on correct ones it only hastens what the policy gradient does anyway.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pipeline.config.schema import EntropyConfig
+
+
+@dataclass(frozen=True)
+class Actuator:
+    """One row of the table. ``lower``, ``upper`` and ``neutral`` are commands; ``kp`` and ``ki`` are in units of ``u``."""
+
+    name: str
+    lower: float
+    upper: float
+    neutral: float  # the command at rest, before any reading: u = 0
+    kp: float  # u per unit of ln H
+    ki: float  # u per unit of ln H and step
+    temperature: bool = False  # the command is a temperature, u = ln T
+    second_rollout: bool = False  # draws auxiliary samples
+    positive_term: bool = False  # scaled by ``entropy.alpha``: with alpha 0 it does nothing
+
+    def to_u(self, command: float) -> float:
+        """From the actuator's unit to the controller's."""
+        return math.log(command) if self.temperature else command
+
+    def to_command(self, u: float) -> float:
+        """From the controller's unit to the actuator's."""
+        return math.exp(u) if self.temperature else u
+
+
+def _temperature(name: str, lower: float, upper: float, kp: float, ki: float, second_rollout: bool = False) -> Actuator:
+    return Actuator(name, lower, upper, 1.0, kp, ki, True, second_rollout, positive_term=True)
+
+
+ACTUATORS = {
+    actuator.name: actuator
+    for actuator in (
+        _temperature("resample", 0.6, 1.6, 4.0, 0.05, second_rollout=True),
+        _temperature("reweight", 1.0, 6.0, 4.0, 0.08),
+        _temperature("fc", 1.0, 6.0, 4.0, 0.08),
+        Actuator("tok", 0.0, 3.0, 0.0, 3.0, 0.06),
+        Actuator("entropy_bonus", 0.0, 0.4, 0.0, 0.8, 0.02),
+        Actuator("clip_cov", 0.0, 0.2, 0.0, 0.15, 0.003),
+    )
+}
+
+
+def actuator_of(config: EntropyConfig) -> Actuator:
+    """The configured actuator."""
+    if config.actuator not in ACTUATORS:
+        raise ValueError(f"entropy.actuator={config.actuator!r}: use one of {', '.join(ACTUATORS)}")
+    return ACTUATORS[config.actuator]
+
+
+def acting(config: EntropyConfig) -> Actuator | None:
+    """The actuator that takes part in training; ``None`` for plain GRPO: no controller, or a positive term of weight 0."""
+    if config.controller == "none":
+        return None
+    actuator = actuator_of(config)
+    return None if actuator.positive_term and config.alpha == 0 else actuator
+
+
+def command_limits(config: EntropyConfig, default: tuple[float, float]) -> tuple[float, float]:
+    """Configured limits of the command, or ``default`` where both keys are 0. Raises ``ValueError`` on impossible ones."""
+    actuator = actuator_of(config)
+    if config.command_min == config.command_max == 0:
+        return default
+    low, high = config.command_min, config.command_max
+    if not low < high or not low <= actuator.neutral <= high:
+        raise ValueError(
+            f"entropy.command_min={low}, command_max={high}: must be in order and contain {actuator.neutral:g}, "
+            f"the command at which {actuator.name} does nothing"
+        )
+    if actuator.temperature and low <= 0:
+        raise ValueError(f"entropy.command_min={low}: a temperature must be above 0")
+    if not actuator.temperature and low < 0:
+        raise ValueError(
+            f"entropy.command_min={low}: {actuator.name} takes no negative command, it collapses the policy"
+        )
+    if actuator.name == "clip_cov" and high > 1:
+        raise ValueError(f"entropy.command_max={high}: clip_cov takes a fraction of tokens, at most 1")
+    return low, high

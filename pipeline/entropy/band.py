@@ -1,0 +1,87 @@
+"""The target band of policy entropy over a run, and the set-point that walks toward it."""
+
+from __future__ import annotations
+
+import math
+
+from pipeline.config.schema import BandConfig
+from pipeline.entropy.state import Stateful
+
+
+class Band:
+    """Edges and target at every step, in nats per token.
+
+    The target is the geometric middle: the controllers act on ln H, so both edges are then equally far from it
+    ([0.27, 0.33] gives 0.2985).
+
+    Raises:
+        ValueError: an edge that is not above 0, low above high, an unknown schedule, or piecewise points out of order.
+    """
+
+    def __init__(self, config: BandConfig, total_steps: int) -> None:
+        if config.schedule not in ("constant", "linear", "cosine", "piecewise"):
+            raise ValueError(f"entropy.band.schedule={config.schedule!r}: use constant, linear, cosine or piecewise")
+        self._schedule = config.schedule
+        self._first = _edges("entropy.band.low, high", config.low, config.high)
+        self._last = self._first
+        self._steps = 0  # of the move from the first edges to the last; 0: no move
+        self._points: list[tuple[float, tuple[float, float]]] = []
+        if config.schedule in ("linear", "cosine"):
+            self._last = _edges("entropy.band.end_low, end_high", config.end_low, config.end_high)
+            self._steps = max(1, config.schedule_steps or total_steps)
+        if config.schedule == "piecewise":
+            self._points = _points(config.points)
+
+    def at(self, step: int) -> tuple[float, float]:
+        """Lower and upper edge at ``step``."""
+        if self._schedule == "piecewise":
+            return next((edges for start, edges in reversed(self._points) if step >= start), self._first)
+        share = min(1.0, max(0, step) / self._steps) if self._steps else 0.0
+        if self._schedule == "cosine":
+            share = (1 - math.cos(math.pi * share)) / 2
+        (low, high), (end_low, end_high) = self._first, self._last
+        return low + share * (end_low - low), high + share * (end_high - high)
+
+    def target(self, step: int) -> float:
+        """The entropy a controller steers to at ``step``."""
+        low, high = self.at(step)
+        return math.sqrt(low * high)
+
+    @property
+    def fingerprint(self) -> list[object]:
+        """All that decides the band, for the check on resume; a longer run changes it only if the schedule stretches."""
+        return [self._schedule, self._first, self._last, self._steps, self._points]
+
+
+class SetPoint(Stateful):
+    """Walks toward the target by at most ``ramp`` per step in ln H, from the first reading on (bumpless); 0: jumps."""
+
+    STATE = ("value",)
+
+    def __init__(self, ramp: float) -> None:
+        self._ramp = ramp
+        self.value: float | None = None
+
+    def toward(self, target: float, entropy: float) -> float:
+        """The set-point of this step. ``entropy``: the filtered reading, where the walk starts."""
+        if not self._ramp:
+            return target
+        start = entropy if self.value is None else self.value
+        move = min(self._ramp, max(-self._ramp, math.log(target / start)))
+        self.value = start * math.exp(move)
+        return self.value
+
+
+def _edges(keys: str, low: float, high: float) -> tuple[float, float]:
+    if not 0 < low <= high < math.inf:
+        raise ValueError(f"{keys} = {low}, {high}: must be above 0 and in order")
+    return low, high
+
+
+def _points(points: list[list[float]]) -> list[tuple[float, tuple[float, float]]]:
+    if not points or any(len(point) != 3 for point in points):
+        raise ValueError(f"entropy.band.points={points}: piecewise needs [[step, low, high], ...]")
+    starts = [point[0] for point in points]
+    if starts != sorted(set(starts)):
+        raise ValueError(f"entropy.band.points={points}: steps must increase")
+    return [(start, _edges("entropy.band.points", low, high)) for start, low, high in points]

@@ -1,0 +1,172 @@
+"""The controller: a law, and the guards that decide when not to listen to it.
+
+Guards, in the order they are asked:
+
+- no usable reading (NaN, infinite, negative, no tokens): hold the command; after 3 steps let it decay to rest;
+- explosion (H above 2.5 times the set-point for 3 steps): the lower limit, and say so;
+- no positives: hold the command and the integral, since the actuator had nothing to act through; from the second step on
+  draw more auxiliary prompts (split range), after 10 let the command decay: a temperature at which nothing is
+  correct would otherwise be held for ever;
+- saturation: keep the limit, draw more auxiliary prompts (split range), and say that the target is not reached;
+- a response of the wrong sign for 50 steps: say so.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from pipeline.entropy.actuators import Actuator
+from pipeline.entropy.band import Band, SetPoint
+from pipeline.entropy.law import Law
+from pipeline.entropy.sensor import Sensor, usable
+from pipeline.entropy.state import Stateful
+from pipeline.entropy.watch import AWAY_STEPS, ResponseWatch
+from pipeline.types import ControlDecision, EntropyReading
+
+EXPLOSION = 2.5  # times the set-point
+EXPLOSION_STEPS = 3
+PATIENCE_READING = 3  # steps without a usable reading before the command decays
+PATIENCE_POSITIVES = 10  # steps without positives before the command decays
+DECAY = 0.8  # of u per step, toward rest
+PROMPT_GROWTH = 1.5
+CALM_STEPS = 15  # steps well inside the limits before auxiliary prompts are given back
+_CALM_SHARE = 0.4  # of the larger limit
+
+
+class ClosedLoop(Stateful):
+    """An ``EntropyController`` of any law and actuator.
+
+    Args:
+        law: proposes the command ``u``.
+        sensor: what the law gets to see of the readings.
+        set_point: where the law is steered, on the way to the band's target.
+        limits: of the command; the actuator's rest lies between them.
+        prompts: auxiliary prompts, at least and at most; equal: no split range. (0, 0) for one-rollout actuators.
+        saturation_steps: steps at a limit before the state is "saturated".
+    """
+
+    STATE = ("u", "prompts", "calm", "bad_readings", "no_positives", "explosion")
+
+    def __init__(
+        self,
+        law: Law,
+        actuator: Actuator,
+        band: Band,
+        sensor: Sensor,
+        set_point: SetPoint,
+        *,
+        limits: tuple[float, float],
+        prompts: tuple[int, int],
+        saturation_steps: int,
+    ) -> None:
+        self._law, self._actuator, self._band = law, actuator, band
+        self._sensor, self._set_point = sensor, set_point
+        self._limits = limits
+        self._lower, self._upper = actuator.to_u(limits[0]), actuator.to_u(limits[1])
+        self._min_prompts, self._max_prompts = prompts
+        self._saturation_steps = saturation_steps
+        self._watch = ResponseWatch(self._lower, self._upper, saturation_steps)
+        self.u = 0.0
+        self.prompts = self._min_prompts
+        self.calm = 0
+        self.bad_readings = 0
+        self.no_positives = 0
+        self.explosion = 0
+
+    def initial(self) -> ControlDecision:
+        """See ``EntropyController``."""
+        return self._decision("holding", "no reading yet", self._band.target(0))
+
+    def update(self, reading: EntropyReading, positives: int) -> ControlDecision:
+        """See ``EntropyController``. The decision is for step ``reading.step + 1`` and steers to that step's band."""
+        step = reading.step + 1
+        if not usable(reading):
+            return self._without_reading(reading, step)
+        self.bad_readings = 0
+        entropy = self._sensor.filter(reading.mean)
+        goal = self._set_point.toward(self._band.target(step), entropy)
+        self.explosion = self.explosion + 1 if reading.mean > EXPLOSION * goal else 0
+        self.no_positives = 0 if positives > 0 else self.no_positives + 1
+        if self.explosion >= EXPLOSION_STEPS:
+            self.u = self._lower
+            self._law.forget()
+            reason = (
+                f"entropy explodes: H={reading.mean:.3g} above {EXPLOSION:g} x {goal:.3g} for {self.explosion} steps"
+            )
+            return self._decision("exploding", reason, goal, entropy)
+        if self.no_positives:
+            return self._without_positives(goal, entropy)
+        self.u = self._law.propose(entropy, goal, self.u, reading.staleness)
+        self._watch.observe(math.log(goal / entropy), self.u)
+        self._split_range()
+        state = "saturated" if self._watch.saturated else "tracking"
+        return self._decision(state, self._reason(entropy, goal, step), goal, entropy)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See ``EntropyController``."""
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        return {**super().state_dict(), **parts}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See ``EntropyController``."""
+        parts = self._parts()
+        super().load_state_dict({name: value for name, value in state.items() if name not in parts})
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+
+    def _parts(self) -> dict[str, Any]:
+        return {"law": self._law, "sensor": self._sensor, "set_point": self._set_point, "watch": self._watch}
+
+    def _without_reading(self, reading: EntropyReading, step: int) -> ControlDecision:
+        self.bad_readings += 1
+        if self.bad_readings > PATIENCE_READING:
+            self.u *= DECAY
+        reason = (
+            f"no usable entropy reading for {self.bad_readings} steps: {reading.mean} over {reading.count:g} tokens"
+        )
+        return self._decision("holding", reason, self._band.target(step))
+
+    def _without_positives(self, goal: float, entropy: float) -> ControlDecision:
+        if self.no_positives >= 2:
+            self._more_prompts()
+        if self.no_positives > PATIENCE_POSITIVES:
+            self.u *= DECAY
+        return self._decision("holding", f"no positives for {self.no_positives} steps", goal, entropy)
+
+    def _split_range(self) -> None:
+        """Distinct prompts carry what the command no longer can."""
+        at_limit = self._watch.at_limit
+        if at_limit and at_limit % self._saturation_steps == 0:
+            self._more_prompts()
+        self.calm = self.calm + 1 if abs(self.u) < _CALM_SHARE * max(self._upper, -self._lower) else 0
+        if self.calm >= CALM_STEPS:
+            self.prompts = max(self._min_prompts, int(self.prompts / PROMPT_GROWTH))
+            self.calm = 0
+
+    def _more_prompts(self) -> None:
+        self.prompts = min(self._max_prompts, math.ceil(self.prompts * PROMPT_GROWTH))
+
+    def _reason(self, entropy: float, goal: float, step: int) -> str:
+        low, high = self._band.at(step)
+        where = "in band" if low <= entropy <= high else "below the band" if entropy < low else "above the band"
+        reason = f"H={entropy:.3g} {where}"
+        if self._watch.saturated and where != "in band":
+            moving = self._watch.approaching
+            held = f"at its limit, H={entropy:.3g} on its way to {goal:.3g}"
+            reason = held if moving else f"target not reachable: held at H={entropy:.3g}"
+        if self._watch.wrong_sign:
+            reason += f"; wrong-sign response: H moved away from the target in {AWAY_STEPS} steps of pushing toward it"
+        return reason
+
+    def _decision(self, state: str, reason: str, goal: float, entropy: float = float("nan")) -> ControlDecision:
+        command = min(max(self._actuator.to_command(self.u), self._limits[0]), self._limits[1])
+        return ControlDecision(
+            command=command,
+            temperature=command if self._actuator.temperature else 1.0,
+            auxiliary_prompts=self.prompts,
+            state=state,
+            reason=reason,
+            target=goal,
+            filtered_entropy=entropy,
+        )

@@ -1,0 +1,127 @@
+"""From configuration to a controller."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from typing import Any
+
+from pipeline.config.schema import EntropyConfig
+from pipeline.entropy import scope
+from pipeline.entropy.actuators import Actuator, acting, command_limits
+from pipeline.entropy.band import Band, SetPoint
+from pipeline.entropy.bang_bang import BangBangLaw
+from pipeline.entropy.closed_loop import ClosedLoop
+from pipeline.entropy.controller import EntropyController
+from pipeline.entropy.law import Law
+from pipeline.entropy.none import NoControl
+from pipeline.entropy.pi import PiLaw
+from pipeline.entropy.scope import ScopeLaw
+from pipeline.entropy.sensor import HAMPEL_WINDOW, Sensor
+from pipeline.types import ControlDecision, EntropyReading
+
+
+def build_controller(config: EntropyConfig, total_steps: int, prompts_per_step: int) -> EntropyController:
+    """The configured controller, whose saved state only fits the same configuration.
+
+    Args:
+        config: the ``entropy`` section.
+        total_steps: length of the run, for schedules that stretch over it.
+        prompts_per_step: most auxiliary prompts there can be.
+
+    Raises:
+        ValueError: a controller, actuator, band or limit that is unknown or does not go with the rest.
+    """
+    if config.controller not in ("pi", "scope", "bang_bang", "none"):
+        raise ValueError(f"entropy.controller={config.controller!r}: use pi, scope, bang_bang or none")
+    actuator = acting(config)
+    if actuator is None:
+        off = config.controller == "none"
+        reason = "no entropy control" if off else f"entropy.alpha is 0, so {config.actuator} does nothing: plain GRPO"
+        return Fingerprinted(NoControl(reason), _fingerprint(asdict(config)))
+    band = Band(config.band, total_steps)
+    prompts = _prompts(config, actuator, prompts_per_step)
+    limits = _limits(config, actuator)
+    pi = config.controller == "pi"
+    loop = ClosedLoop(
+        _law(config, actuator, limits),
+        actuator,
+        band,
+        Sensor(config.pi.ema, HAMPEL_WINDOW) if pi else Sensor(),
+        SetPoint(config.pi.setpoint_ramp if pi else 0.0),
+        limits=limits,
+        prompts=prompts,
+        saturation_steps=config.pi.saturation_steps,
+    )
+    return Fingerprinted(loop, _fingerprint([asdict(config), band.fingerprint, prompts]))
+
+
+class Fingerprinted:
+    """An ``EntropyController`` that refuses the state of a differently configured one."""
+
+    def __init__(self, controller: EntropyController, fingerprint: str) -> None:
+        self._controller = controller
+        self._fingerprint = fingerprint
+
+    def initial(self) -> ControlDecision:
+        """See ``EntropyController``."""
+        return self._controller.initial()
+
+    def update(self, reading: EntropyReading, positives: int) -> ControlDecision:
+        """See ``EntropyController``."""
+        return self._controller.update(reading, positives)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See ``EntropyController``."""
+        return {"config": self._fingerprint, "controller": self._controller.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See ``EntropyController``. Raises ``ValueError`` if the state was saved under another configuration."""
+        if state.get("config") != self._fingerprint:
+            raise ValueError(
+                f"controller state was saved under entropy configuration {state.get('config')}, this run has "
+                f"{self._fingerprint}: resume with the run's own config.yaml, or start a new run"
+            )
+        self._controller.load_state_dict(state["controller"])
+
+
+def _law(config: EntropyConfig, actuator: Actuator, limits: tuple[float, float]) -> Law:
+    if config.controller == "pi":
+        pi = config.pi
+        kp, ki = (pi.kp, pi.ki) if pi.kp else (actuator.kp, actuator.ki)
+        lower, upper = actuator.to_u(limits[0]), actuator.to_u(limits[1])
+        return PiLaw(kp, ki, lower, upper, slew=pi.slew, dead_band=pi.dead_band)
+    if not actuator.temperature:
+        raise ValueError(
+            f"entropy.controller={config.controller} sets a temperature, entropy.actuator={actuator.name} has none: "
+            "use resample, reweight or fc, or controller=pi"
+        )
+    return ScopeLaw(*limits) if config.controller == "scope" else BangBangLaw(*limits)
+
+
+def _limits(config: EntropyConfig, actuator: Actuator) -> tuple[float, float]:
+    default = (actuator.lower, actuator.upper) if config.controller == "pi" else scope.LIMITS
+    return command_limits(config, default)
+
+
+def _prompts(config: EntropyConfig, actuator: Actuator, prompts_per_step: int) -> tuple[int, int]:
+    """Least and most auxiliary prompts."""
+    if not actuator.second_rollout:
+        if config.pi.split_range:
+            raise ValueError(
+                f"entropy.pi.split_range draws auxiliary prompts, actuator {actuator.name} has none: use false"
+            )
+        return 0, 0
+    least = config.auxiliary_prompts
+    most = (config.auxiliary_max_prompts or prompts_per_step) if config.pi.split_range else least
+    if not 1 <= least <= most or most > prompts_per_step:
+        raise ValueError(
+            f"entropy.auxiliary_prompts={least}, auxiliary_max_prompts={config.auxiliary_max_prompts}: must be at least 1, "
+            f"in order, and at most rollout.prompts_per_step={prompts_per_step}"
+        )
+    return least, most
+
+
+def _fingerprint(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,210 @@
+"""The policy loss of one update, token by token.
+
+Everything a token needs comes with it in ``TokenRows``, its normalisation included, so the loss is a plain sum: the same
+whatever the micro-batch size, the order of rows or the number of ranks.
+
+The terms, each times the token's weight (``r`` = pi / pi_old, both at T=1; A the advantage):
+
+- main rows: PPO's clipped surrogate (arXiv 1707.06347), with DAPO's separate upper range and dual clip (2503.14476);
+  k3 KL to a reference (Schulman); what the actuator adds (below).
+- auxiliary rows: SCOPE-RL's positive term (2510.08141 v7), ``min(r, clip(r, 1 - eps_low, 1 + eps_high))`` with the constant
+  advantage 1 and no importance weight for the temperature the row was drawn at.
+
+Actuators, with ``u`` the command, ``c`` in {0, 1} the row's correctness, ``pi_T`` the policy at temperature T = u:
+
+- ``resample``: only through the auxiliary rows.
+- ``reweight``: correct main rows carry a positive term too, each token weighted by pi_T / pi (DCPO's idea, 2601.12730, here
+  as a sum of its own instead of a mixture with the advantage).
+- ``fc``: A += alpha c (min(pi_T / pi, 8) - 1), the same centred: exactly 0 at T=1.
+- ``tok``: A += u c clip(-(log pi + H), -3, 3), with H the token's exact entropy.
+- ``entropy_bonus``: loss -= u H.
+- ``clip_cov``: ``token_weights`` takes the tokens of highest covariance out of the surrogate (2505.22617).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.config.schema import ObjectiveConfig
+from pipeline.types import Actuation, TrainBatch
+
+FC_MAX_RATIO = 8.0  # as measured; keeps one rare token from outweighing the rest
+# Never reached by the policy's own samples; stops a token on whose probability the engine and the learner disagree.
+REWEIGHT_MAX_RATIO = 100.0
+TOK_MAX_SURPRISE = 3.0  # nats
+
+# Sums over main tokens, and the name of their mean.
+_TOKEN_MEANS = {
+    "entropy_sum": "entropy",
+    "kl_sum": "kl",
+    "ratio_sum": "ratio",
+    "clip_sum": "clip_fraction",
+    "mismatch_sum": "mismatch_mean",
+}
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """What the loss must know of each masked target, ``[n]`` each, in row-major order of ``TrainBatch.loss_mask``."""
+
+    weights: torch.Tensor  # float32
+    advantages: torch.Tensor  # float32
+    auxiliary: torch.Tensor  # bool
+    correct: torch.Tensor  # bool
+    behavior_log_probs: torch.Tensor  # float32, at the temperature of the row
+    actuation: Actuation
+    old_log_probs: torch.Tensor | None = None  # float32, T=1; None: the policy itself, ratio exactly 1
+    reference_log_probs: torch.Tensor | None = None  # float32, T=1
+    token_weights: torch.Tensor | None = None  # float32
+    positive_weights: torch.Tensor | None = None  # float32
+
+    @classmethod
+    def of(cls, batch: TrainBatch) -> TokenRows:
+        """Flatten a batch, or a micro-batch of it, on whatever device it lies."""
+        mask = batch.loss_mask
+        row = mask.nonzero()[:, 0]
+
+        def at_mask(grid: torch.Tensor | None) -> torch.Tensor | None:
+            return None if grid is None else grid[mask]
+
+        return cls(
+            weights=batch.weights[row],
+            advantages=batch.advantages[row],
+            auxiliary=batch.auxiliary[row],
+            correct=batch.correct[row],
+            behavior_log_probs=batch.behavior_log_probs[mask],
+            actuation=batch.actuation,
+            old_log_probs=at_mask(batch.old_log_probs),
+            reference_log_probs=at_mask(batch.reference_log_probs),
+            token_weights=at_mask(batch.token_weights),
+            positive_weights=None if batch.positive_weights is None else batch.positive_weights[row],
+        )
+
+
+@dataclass(frozen=True)
+class PolicyOutputs:
+    """What the model says of the same targets, float32 ``[n]`` each, nats."""
+
+    log_probs: torch.Tensor  # T=1, differentiable
+    entropy: torch.Tensor  # exact, T=1; differentiable where ``entropy_needs_grad``
+    tempered: torch.Tensor | None = None  # log-probs at ``tempered_at``, no gradient
+
+
+def tempered_at(actuation: Actuation) -> float | None:
+    """The temperature at which the loss needs a second log-probability of every target, if any."""
+    return actuation.command if actuation.kind in ("reweight", "fc") and actuation.alpha > 0 else None
+
+
+def entropy_needs_grad(actuation: Actuation) -> bool:
+    """Whether the loss differentiates the entropy (an entropy bonus that is on)."""
+    return actuation.kind == "entropy_bonus" and actuation.command != 0
+
+
+def policy_loss(
+    outputs: PolicyOutputs, rows: TokenRows, objective: ObjectiveConfig
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of these tokens, and its metrics as sums.
+
+    Returns:
+        The scalar to differentiate, and detached scalars to be added over micro-batches and data-parallel ranks (keys
+        that end in ``_max``: take the maximum), then given to ``reduce_metrics``. ``policy_loss``, ``positive_term`` (to be
+        maximised; alpha included) are shares of the loss, already normalised. All others count main tokens only.
+    """
+    log_probs = outputs.log_probs
+    old = log_probs.detach() if rows.old_log_probs is None else rows.old_log_probs
+    ratio = torch.exp(log_probs - old)
+    clipped = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
+    positive = torch.minimum(ratio, clipped)
+    advantages = _advantages(outputs, rows)
+    surrogate = _surrogate(ratio, clipped, advantages, objective.dual_clip)
+    if rows.token_weights is not None:
+        surrogate = surrogate * rows.token_weights
+    policy = rows.weights * surrogate
+    term = torch.where(rows.auxiliary, -rows.weights * positive, policy)
+    reward = torch.where(rows.auxiliary, rows.weights * positive, 0.0)  # the positive term, for the metric
+    if rows.positive_weights is not None:
+        reweighted = rows.positive_weights * _tempered_ratio(outputs, REWEIGHT_MAX_RATIO) * positive
+        term = term - reweighted
+        reward = reward + reweighted
+    if entropy_needs_grad(rows.actuation):
+        bonus = rows.actuation.command * rows.weights * outputs.entropy
+        term = term - torch.where(rows.auxiliary, 0.0, bonus)
+    kl = torch.zeros_like(ratio)
+    if rows.reference_log_probs is not None:
+        gap = rows.reference_log_probs - log_probs
+        kl = torch.where(rows.auxiliary, 0.0, torch.exp(gap) - gap - 1)
+        term = term + objective.kl_coef * rows.weights * kl
+    sums = _main_sums(outputs, rows, ratio, surrogate, advantages, kl, objective)
+    sums["policy_loss"] = _total(policy, ~rows.auxiliary)
+    sums["positive_term"] = _total(reward)
+    return term.sum(), sums
+
+
+def reduce_metrics(sums: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
+    """Turn summed metrics into what people read: means over main tokens, maxima, and shares of the loss as they are."""
+    values = {name: float(value) for name, value in sums.items()}
+    tokens = values.pop("main_tokens")
+    means = {mean: values.pop(name) / tokens if tokens else float("nan") for name, mean in _TOKEN_MEANS.items()}
+    return {**means, **values}
+
+
+def _tempered_ratio(outputs: PolicyOutputs, limit: float) -> torch.Tensor:
+    """pi_T / pi of every target, at most ``limit``; no gradient."""
+    if outputs.tempered is None:
+        raise ValueError("PolicyOutputs.tempered is missing: compute the log-probs at tempered_at(actuation) as well")
+    return torch.exp(outputs.tempered - outputs.log_probs.detach()).clamp(max=limit)
+
+
+def _advantages(outputs: PolicyOutputs, rows: TokenRows) -> torch.Tensor:
+    """The advantage of every token, the actuator's share included."""
+    act = rows.actuation
+    if act.kind == "fc" and act.alpha > 0:
+        return rows.advantages + act.alpha * rows.correct * (_tempered_ratio(outputs, FC_MAX_RATIO) - 1)
+    if act.kind == "tok" and act.command != 0:
+        surprise = -(outputs.log_probs + outputs.entropy).detach()
+        return rows.advantages + act.command * rows.correct * surprise.clamp(-TOK_MAX_SURPRISE, TOK_MAX_SURPRISE)
+    return rows.advantages
+
+
+def _surrogate(ratio: torch.Tensor, clipped: torch.Tensor, advantages: torch.Tensor, dual_clip: float) -> torch.Tensor:
+    """PPO's pessimistic surrogate as a loss; with dual clip, at most ``dual_clip * -A`` where A < 0."""
+    loss = torch.maximum(-advantages * ratio, -advantages * clipped)
+    if dual_clip > 0:
+        loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
+    return loss
+
+
+def _total(values: torch.Tensor, where: torch.Tensor | None = None) -> torch.Tensor:
+    """Detached float64 sum, so that 10^6 tokens add up to the last digit."""
+    values = values.detach().double()
+    return (values if where is None else torch.where(where, values, 0.0)).sum()
+
+
+@torch.no_grad()
+def _main_sums(
+    outputs: PolicyOutputs,
+    rows: TokenRows,
+    ratio: torch.Tensor,
+    surrogate: torch.Tensor,
+    advantages: torch.Tensor,
+    kl: torch.Tensor,
+    objective: ObjectiveConfig,
+) -> dict[str, torch.Tensor]:
+    """Counts and sums over the main tokens. The mismatch compares the engine with the learner at the same weights."""
+    main = ~rows.auxiliary
+    high = (ratio > 1 + objective.clip_high) & (advantages > 0)
+    low = (ratio < 1 - objective.clip_low) & (advantages < 0)
+    learner = outputs.log_probs if rows.old_log_probs is None else rows.old_log_probs
+    mismatch = torch.where(main, (learner - rows.behavior_log_probs).abs(), 0.0)
+    return {
+        "main_tokens": _total(main),
+        "entropy_sum": _total(outputs.entropy, main),
+        "kl_sum": _total(kl, main),
+        "ratio_sum": _total(ratio, main),
+        "clip_sum": _total(high | low, main),
+        "mismatch_sum": _total(mismatch),
+        "mismatch_max": mismatch.max().double() if mismatch.numel() else mismatch.sum().double(),
+    }

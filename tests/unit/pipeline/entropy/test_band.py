@@ -1,0 +1,74 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.config.schema import BandConfig
+from pipeline.entropy.band import Band, SetPoint
+
+EDGE = st.floats(0.01, 5.0)
+
+
+def test_constant_and_geometric_target():
+    band = Band(BandConfig(low=0.2, high=0.8), 100)
+    assert band.at(0) == band.at(10_000) == (0.2, 0.8)
+    assert band.target(7) == pytest.approx(0.4)
+
+
+def test_linear_and_cosine():
+    config = BandConfig(low=0.6, high=0.7, end_low=0.4, end_high=0.5, schedule_steps=40, schedule="linear")
+    linear = Band(config, 1000)
+    assert [linear.at(k)[0] for k in (0, 10, 20, 40, 400)] == pytest.approx([0.6, 0.55, 0.5, 0.4, 0.4])
+    config.schedule = "cosine"
+    cosine = Band(config, 1000)
+    assert [cosine.at(k)[0] for k in (0, 20, 40, 400)] == pytest.approx([0.6, 0.5, 0.4, 0.4])
+    assert cosine.at(10)[0] == pytest.approx(0.6 - 0.2 * (1 - math.cos(math.pi / 4)) / 2)
+
+
+def test_schedule_stretches_over_the_run_by_default():
+    band = Band(BandConfig(low=0.6, high=0.7, end_low=0.4, end_high=0.5, schedule="linear"), 200)
+    assert band.at(100) == pytest.approx((0.5, 0.6))
+
+
+def test_piecewise_holds_from_each_point_on():
+    band = Band(BandConfig(low=0.5, high=0.6, schedule="piecewise", points=[[10, 0.3, 0.4], [20, 0.1, 0.2]]), 100)
+    assert [band.at(k) for k in (0, 9, 10, 19, 20, 99)] == [(0.5, 0.6)] * 2 + [(0.3, 0.4)] * 2 + [(0.1, 0.2)] * 2
+
+
+@given(
+    EDGE, EDGE, EDGE, EDGE, st.sampled_from(["constant", "linear", "cosine"]), st.integers(0, 300), st.integers(0, 500)
+)
+def test_any_schedule_stays_between_its_edges(a, b, c, d, schedule, steps, step):
+    (low, high), (end_low, end_high) = sorted((a, b)), sorted((c, d))
+    band = Band(BandConfig(low, high, schedule, end_low, end_high, steps), 100)
+    now = band.at(step)
+    assert now[0] <= now[1] * (1 + 1e-12)
+    assert min(low, end_low) * 0.999999 <= now[0] <= max(low, end_low) * 1.000001
+    assert now[0] * 0.999999 <= band.target(step) <= now[1] * 1.000001
+    if schedule != "constant" and steps:
+        assert band.at(steps) == pytest.approx((end_low, end_high))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (BandConfig(low=0.4, high=0.3), "entropy.band.low, high = 0.4, 0.3"),
+        (BandConfig(low=0.0, high=0.3), "must be above 0"),
+        (BandConfig(schedule="step"), "entropy.band.schedule='step'"),
+        (BandConfig(schedule="linear"), "entropy.band.end_low, end_high = 0.0, 0.0"),
+        (BandConfig(schedule="piecewise"), "entropy.band.points"),
+        (BandConfig(schedule="piecewise", points=[[5, 0.1, 0.2], [5, 0.2, 0.3]]), "steps must increase"),
+    ],
+)
+def test_bad_bands_are_refused(config, message):
+    with pytest.raises(ValueError, match=message.replace("[", r"\[")):
+        Band(config, 100)
+
+
+def test_set_point_walks_from_the_first_reading():
+    point = SetPoint(0.1)
+    walk = [point.toward(0.3, 0.5) for _ in range(8)]
+    assert walk[:3] == pytest.approx([0.5 * math.exp(-0.1 * k) for k in (1, 2, 3)])
+    assert walk[-1] == pytest.approx(0.3)
+    assert SetPoint(0.0).toward(0.3, 0.5) == 0.3

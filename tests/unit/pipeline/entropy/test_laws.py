@@ -1,0 +1,68 @@
+import math
+
+import pytest
+
+from pipeline.entropy.bang_bang import BangBangLaw
+from pipeline.entropy.pi import PiLaw
+from pipeline.entropy.scope import ScopeLaw
+from pipeline.entropy.sensor import Sensor
+
+
+@pytest.mark.parametrize(("entropy", "temperature"), [(0.5, 1.0), (0.4, 1.1), (0.55, 0.95), (0.1, 1.2), (2.0, 0.8)])
+def test_scope_is_the_published_clip(entropy, temperature):
+    assert math.exp(ScopeLaw().propose(entropy, 0.5, 0.0, 0)) == pytest.approx(temperature)
+
+
+def test_bang_bang_switches_at_the_target():
+    law = BangBangLaw(0.8, 1.2)
+    assert [math.exp(law.propose(h, 0.5, 0.0, 0)) for h in (0.49, 0.5, 0.51)] == pytest.approx([1.2, 1.2, 0.8])
+
+
+def test_pi_by_hand():
+    law = PiLaw(2.0, 0.1, -1.0, 1.0)
+    e = math.log(0.3 / 0.25)
+    assert law.propose(0.25, 0.3, 0.0, 0) == pytest.approx(2.1 * e)
+    assert law.propose(0.25, 0.3, 0.0, 0) == pytest.approx(2.2 * e)  # the integral of the first step
+    assert law.propose(0.3, 0.3, 0.0, 0) == pytest.approx(0.2 * e)
+
+
+def test_pi_error_is_clipped_at_one():
+    assert PiLaw(2.0, 0.0, -9.0, 9.0).propose(1e-3, 3.0, 0.0, 0) == 2.0
+
+
+def test_pi_does_not_wind_up_at_a_limit_and_leaves_it_at_once():
+    law = PiLaw(4.0, 0.1, -0.5, 0.5)
+    for _ in range(1000):
+        assert law.propose(0.1, 0.3, 0.0, 0) == 0.5
+    assert law.integral <= 0.5
+    before = law.integral
+    assert law.propose(0.31, 0.3, 0.5, 0) < before
+
+
+def test_pi_slew_and_dead_band():
+    law = PiLaw(4.0, 0.0, -1.0, 1.0, slew=0.1, dead_band=0.05)
+    assert law.propose(0.1, 0.3, 0.0, 0) == pytest.approx(0.1)
+    assert law.propose(0.1, 0.3, 0.1, 0) == pytest.approx(0.2)
+    assert law.propose(0.3 * math.exp(0.049), 0.3, 0.0, 0) == 0
+    assert law.propose(0.3 * math.exp(0.06), 0.3, 0.0, 0) == pytest.approx(-4 * 0.01)
+
+
+def test_pi_slows_down_with_stale_rollouts():
+    e = math.log(0.3 / 0.25)
+    assert PiLaw(2.0, 0.1, -1.0, 1.0).propose(0.25, 0.3, 0.0, 5) == pytest.approx(e * (2.0 / 2 + 0.1 / 4))
+
+
+def test_sensor_smooths_and_floors():
+    sensor = Sensor(ema=0.8)
+    assert [sensor.filter(h) for h in (0.5, 0.0, 1.0)] == pytest.approx([0.5, 0.4, 0.52])
+    assert Sensor().filter(0.0) == 1e-3
+
+
+def test_hampel_pulls_one_outlier_back_and_follows_a_step():
+    sensor = Sensor(window=7)
+    for h in (0.30, 0.31, 0.29, 0.30, 0.31, 0.29):
+        assert sensor.filter(h) == h
+    assert sensor.filter(3.0) == pytest.approx(0.30 + 4 * 1.4826 * 0.01 + 0.02 * 0.30)
+    values = [sensor.filter(0.5) for _ in range(6)]
+    assert values[0] < 0.4
+    assert values[-1] == 0.5
