@@ -7,6 +7,7 @@ there. Calls to one actor run in order, so a whole update is sent without waitin
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,8 @@ class RayLearner:
         """Handles of the buckets of ``version``; at most ``BUCKETS_IN_FLIGHT`` are made ahead of their consumers."""
         self.buckets = self.buckets or ray.get(self.ranks[0].bucket_count.remote())
         for index in range(self.buckets):
-            yield [rank.next_bucket.remote(version, index) for rank in self.ranks][0]
+            first, *_ = [rank.next_bucket.remote(version, index) for rank in self.ranks]
+            yield first
 
     def save(self, directory: Path) -> None:
         """See ``pipeline.learner.Learner``."""
@@ -158,7 +160,9 @@ class RayEngine:
         except ray.exceptions.RayTaskError as error:
             raise error.as_instanceof_cause() from None
         except ray.exceptions.RayActorError as error:
-            raise WeightUpdateError(f"{self.name}: its process died during the update to version {version} ({error})") from error
+            raise WeightUpdateError(
+                f"{self.name}: its process died during the update to version {version} ({error})"
+            ) from error
 
     def abort(self) -> None:
         """See ``pipeline.rollout.engine.RolloutEngine``."""
@@ -176,8 +180,7 @@ class RayEngine:
         if self.actor is None:
             return
         actor, self.actor = self.actor, None
-        try:
+        # Already dead, or stuck: the kill below ends it.
+        with suppress(ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
             ray.get(actor.call.remote("close"), timeout=60)
-        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
-            pass  # already dead, or stuck: the kill below ends it
         ray.kill(actor)

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoints import CheckpointStore
-from pipeline.config.load import load_config, resolve_path
+from pipeline.config.load import resolve_path
 from pipeline.config.schema import RunConfig
 from pipeline.data.cursor import DataCursor
 from pipeline.data.sources import load_prompts
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.entropy.factory import build_controller
-from pipeline.evaluation.evaluate import Evaluator
+from pipeline.evaluation.evaluate import evaluate as evaluate_engine
 from pipeline.learner import Learner
 from pipeline.loop import TrainingLoop
 from pipeline.monitoring.recorder import Recorder
@@ -59,8 +59,11 @@ def evaluate(config: RunConfig, run: Path | None = None) -> dict[str, Any]:
     """pass@k and friends of the Hugging Face model, or of the newest checkpoint of ``run``."""
     with ExitStack() as stack:
         tokenizer = load_tokenizer(resolve_path(config.model.hf_path))
-        prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens, seed=config.seed)
-        verifier = stack.enter_context(VerifierStage(config.data, tokenizer))
+        prompts = load_prompts(
+            config.data, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens, seed=config.seed
+        )
+        verifier = VerifierStage(config.data, tokenizer)
+        stack.callback(verifier.close)
         log_dir = (run or Path("runs")) / "logs"
         engine = start_engines(config, log_dir, stack)
         step = 0
@@ -70,7 +73,7 @@ def evaluate(config: RunConfig, run: Path | None = None) -> dict[str, Any]:
             learner.restore(checkpoint.learner)
             step = checkpoint.step
             push_weights(learner, engine, step)
-        result = Evaluator(config, verifier, prompts.held_out)(engine, step)
+        result = evaluate_engine(engine, verifier, prompts.held_out, config, step)
         return {"model": str(config.model.hf_path), "run": str(run) if run else None, "step": step, **result.to_dict()}
 
 
@@ -80,7 +83,8 @@ def build_loop(config: RunConfig, recorder: Recorder, stack: ExitStack) -> Train
     tokenizer = load_tokenizer(hf_path)
     prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens, seed=config.seed)
     recorder.data(prompts)
-    verifier = stack.enter_context(VerifierStage(config.data, tokenizer))
+    verifier = VerifierStage(config.data, tokenizer)
+    stack.callback(verifier.close)
     controller = build_controller(config.entropy, config.steps, config.rollout.prompts_per_step)
     learner = start_learner(config, stack)
     return TrainingLoop(
@@ -90,7 +94,7 @@ def build_loop(config: RunConfig, recorder: Recorder, stack: ExitStack) -> Train
         verifier=verifier,
         cursor=DataCursor(prompts.train, config.seed),
         controller=controller,
-        evaluator=Evaluator(config, verifier, prompts.held_out),
+        held_out=prompts.held_out,
         recorder=recorder,
         checkpoints=CheckpointStore(recorder.run_dir / "checkpoints", config.checkpoint.keep_last),
         pad_token_id=tokenizer.pad_token_id,
@@ -117,7 +121,10 @@ def start_learner(config: RunConfig, stack: ExitStack) -> Learner:
         from launchers.actors import LearnerRank, RayLearner
 
         _start_ray(config)
-        ranks = [LearnerRank.options(num_cpus=0, num_gpus=_gpus()).remote(config, rank, address) for rank in range(world_size(config))]
+        ranks = [
+            LearnerRank.options(num_cpus=0, num_gpus=_gpus()).remote(config, rank, address)
+            for rank in range(world_size(config))
+        ]
         learner = RayLearner(ranks)
     stack.callback(learner.close)
     return learner
@@ -131,9 +138,15 @@ def build_learner_rank(config: RunConfig, rank: int, address: tuple[str, int]) -
 
     layout = config.learner
     placed = topology.initialize(
-        rank, world_size(config), address, layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size, config.seed
+        rank,
+        world_size(config),
+        address,
+        layout.tensor_model_parallel_size,
+        layout.pipeline_model_parallel_size,
+        config.seed,
     )
-    return MegatronLearner(layout, config.model, config.objective, total_steps=config.steps, seed=config.seed, topology=placed)
+    model = replace(config.model, hf_path=str(resolve_path(config.model.hf_path)))
+    return MegatronLearner(layout, model, config.objective, total_steps=config.steps, seed=config.seed, topology=placed)
 
 
 def start_engines(config: RunConfig, log_dir: Path, stack: ExitStack) -> RolloutEngine:
@@ -146,7 +159,9 @@ def start_engines(config: RunConfig, log_dir: Path, stack: ExitStack) -> Rollout
 
         _start_ray(config)
         options = {"num_cpus": 0, "num_gpus": _gpus() * config.rollout.tensor_parallel_size}
-        engines = [RayEngine(EngineProcess.options(**options).remote(build), f"engine {i}") for i, build in enumerate(builders)]
+        engines = [
+            RayEngine(EngineProcess.options(**options).remote(build), f"engine {i}") for i, build in enumerate(builders)
+        ]
     pool = EnginePool(engines)
     stack.callback(pool.close)
     pool.start(resolve_path(config.model.hf_path))
@@ -199,7 +214,9 @@ def _signals() -> Iterator[Callable[[], bool]]:
     asked = threading.Event()
 
     def ask(number: int, frame: object) -> None:
-        log.warning("%s: finishing this step, then saving a checkpoint (once more to stop at once)", signal.Signals(number).name)
+        log.warning(
+            "%s: finishing this step, then saving a checkpoint (once more to stop at once)", signal.Signals(number).name
+        )
         asked.set()
         signal.signal(number, previous[number])
 

@@ -100,12 +100,16 @@ def _check_files(path: Path) -> None:
     except (OSError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path / MANIFEST} cannot be read ({error}); resume from an older checkpoint") from error
     if manifest["schema"] > SCHEMA:
-        raise CheckpointError(f"{path} has checkpoint schema {manifest['schema']}; this version reads up to {SCHEMA}: update isentrope")
+        raise CheckpointError(
+            f"{path} has checkpoint schema {manifest['schema']}; this version reads up to {SCHEMA}: update isentrope"
+        )
     for name, expected in manifest["files"].items():
         if not (path / name).is_file():
             raise CheckpointError(f"{path / name} is missing; delete {path} to resume from an older checkpoint")
         if _fingerprint(path / name) != expected:
-            raise CheckpointError(f"{path / name} differs from the manifest; delete {path} to resume from an older checkpoint")
+            raise CheckpointError(
+                f"{path / name} differs from the manifest; delete {path} to resume from an older checkpoint"
+            )
 
 
 def _write_durably(path: Path, text: str) -> None:

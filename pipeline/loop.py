@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.checkpoints import CheckpointStore
 from pipeline.config.schema import RunConfig
 from pipeline.data.cursor import DataCursor
 from pipeline.entropy.controller import EntropyController
-from pipeline.evaluation.evaluate import Evaluator
+from pipeline.evaluation.evaluate import evaluate
 from pipeline.learner import Learner
 from pipeline.monitoring.recorder import Recorder, StepClock
 from pipeline.objectives.batch import build_batch, needs_log_probs, positives_consumed, with_clip_cov
@@ -17,7 +17,7 @@ from pipeline.rewards.stage import VerifierStage
 from pipeline.rollout.engine import RolloutEngine
 from pipeline.rollout.requests import only_fresh, step_requests
 from pipeline.rollout.weight_sync import push_weights
-from pipeline.types import ControlDecision, Role, TrainBatch
+from pipeline.types import ControlDecision, Prompt, Role, TrainBatch
 
 
 @dataclass
@@ -30,7 +30,7 @@ class TrainingLoop:
     verifier: VerifierStage
     cursor: DataCursor
     controller: EntropyController
-    evaluator: Evaluator
+    held_out: Sequence[Prompt]
     recorder: Recorder
     checkpoints: CheckpointStore
     pad_token_id: int
@@ -44,10 +44,12 @@ class TrainingLoop:
             self.evaluate()
         while self.step < self.config.steps and not stop_requested():
             self.train_step()
-            if _due(self.step, self.config.evaluation.every, self.config.steps):
-                self.evaluate()
-            if _due(self.step, self.config.checkpoint.every, self.config.steps):
-                self.save()
+            for every, act in (
+                (self.config.evaluation.every, self.evaluate),
+                (self.config.checkpoint.every, self.save),
+            ):
+                if every and self.step % every == 0 and self.step < self.config.steps:
+                    act()
         self.save()
         if self.step == self.config.steps and self.config.evaluation.at_end:
             self.evaluate()
@@ -69,7 +71,7 @@ class TrainingLoop:
             stats = self.learner.update(self.prepare(batch), self.step)
         with clock("sync"):
             push_weights(self.learner, self.engine, self.step + 1)
-        positives = positives_consumed(main, auxiliary, self.config.entropy)
+        positives = positives_consumed(batch)
         self.decision = self.controller.update(stats.entropy, positives)
         self.recorder.step(self.step, main, auxiliary, stats, decision, self.decision, stale, positives, clock)
         self.step += 1
@@ -84,14 +86,12 @@ class TrainingLoop:
 
     def evaluate(self) -> None:
         """pass@k on the held-out prompts with the current weights."""
-        self.recorder.evaluation(self.evaluator(self.engine, self.step))
+        result = evaluate(self.engine, self.verifier, self.held_out, self.config, self.step)
+        self.recorder.evaluation(self.step, result.to_dict())
 
     def save(self) -> None:
         """Checkpoint learner, controller, data cursor and the pending decision under one manifest."""
         state = {"step": self.step, "cursor": self.cursor.state_dict(), "controller": self.controller.state_dict()}
-        self.recorder.checkpoint(self.checkpoints.save(self.step, state | {"decision": vars(self.decision)}, self.learner.save))
-
-
-def _due(step: int, every: int, last: int) -> bool:
-    """Whether a periodic action falls on ``step``; the last step has its own."""
-    return every > 0 and step % every == 0 and step < last
+        self.recorder.checkpoint(
+            self.checkpoints.save(self.step, state | {"decision": vars(self.decision)}, self.learner.save)
+        )

@@ -126,7 +126,9 @@ class TrainBatch:
     old_log_probs: torch.Tensor | None = None  # float32 [rows, seq - 1] at T=1; None: on-policy, ratio is exactly 1
     reference_log_probs: torch.Tensor | None = None  # float32 [rows, seq - 1] at T=1, for the KL penalty
     token_weights: torch.Tensor | None = None  # float32 [rows, seq - 1], e.g. 0 on tokens that Clip-Cov detaches
-    positive_weights: torch.Tensor | None = None  # float32 [rows], ``reweight``: as ``weights``, of a main row's positive term
+    positive_weights: torch.Tensor | None = (
+        None  # float32 [rows], ``reweight``: as ``weights``, of a main row's positive term
+    )
 
     @property
     def rows(self) -> int:

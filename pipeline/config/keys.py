@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import lru_cache
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING as MANDATORY
 
 from pipeline.config.schema import RunConfig
 
-_TYPE_NAMES = {
-    int: "an integer",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    list[int]: "a list of integers",
-    list[float]: "a list of numbers",
-    list[str]: "a list of texts",
-    list[list[float]]: "a list of lists of numbers",
-    dict[str, Any]: "a mapping",
-}
+_SCALARS = {int: ("an integer", "integers"), float: ("a number", "numbers"), str: ("text", "texts")}
 
 
 @dataclass(frozen=True)
@@ -37,12 +28,20 @@ class Key:
     @property
     def type_name(self) -> str:
         """The type in words, e.g. "a list of integers"."""
-        return "a section of keys" if self.is_section else _TYPE_NAMES[self.type]
+        return "a section of keys" if self.is_section else _type_name(self.type)
 
     @property
     def mandatory(self) -> bool:
         """Whether the user must give a value."""
         return isinstance(self.default, str) and self.default == MANDATORY
+
+
+def _type_name(of: Any, plural: bool = False) -> str:
+    if get_origin(of) is list:
+        return f"{'lists' if plural else 'a list'} of {_type_name(get_args(of)[0], plural=True)}"
+    if get_origin(of) is dict:
+        return "a mapping"
+    return "true or false" if of is bool else _SCALARS[of][plural]
 
 
 @lru_cache(maxsize=1)
@@ -74,22 +73,34 @@ def nearest_keys(name: str) -> list[str]:
     The distance is the number of typing slips in the whole dotted name; a right last component in the wrong section
     costs one and a half, so that ``lr`` finds ``learner.optimizer.lr``. Keys at the same distance are all returned.
     """
-    distances = {candidate: _distance(name, candidate) for candidate in schema_keys()}
-    best = min(distances.values())
-    if best > max(2.0, len(name) / 4):
-        return []
-    return [candidate for candidate, distance in distances.items() if distance == best][:3]
+    best = max(2.0, len(name) / 4)
+    nearest: list[str] = []
+    section = name.rpartition(".")[0]
+    for candidate in sorted(schema_keys(), key=lambda key: key.rpartition(".")[0] != section):
+        distance = _distance(name, candidate, best)
+        if distance <= best:
+            nearest = [*nearest, candidate] if distance == best else [candidate]
+            best = distance
+    return nearest[:3]
 
 
-def _distance(name: str, candidate: str) -> float:
-    misplaced = typing_slips(name.rpartition(".")[2], candidate.rpartition(".")[2]) + 1.5
-    return min(float(typing_slips(name, candidate)), misplaced)
+def _distance(name: str, candidate: str, limit: float) -> float:
+    section, _, word = name.rpartition(".")
+    right_section, _, right_word = candidate.rpartition(".")
+    if section == right_section:
+        return typing_slips(word, right_word, limit)
+    return min(typing_slips(name, candidate, limit), typing_slips(word, right_word, limit) + 1.5)
 
 
-def typing_slips(a: str, b: str) -> int:
-    """Letters inserted, dropped, changed, or swapped with their neighbour to make ``b`` of ``a`` (optimal string alignment)."""
+def typing_slips(a: str, b: str, limit: float = math.inf) -> int:
+    """Letters inserted, dropped, changed, or swapped with their neighbour to make ``b`` of ``a`` (optimal string alignment).
+
+    Counting stops above ``limit``: then the result is only known to exceed it.
+    """
+    if abs(len(a) - len(b)) > limit:
+        return abs(len(a) - len(b))
     before: list[int] = []
-    previous = list(range(len(b) + 1))
+    previous = current = list(range(len(b) + 1))
     for i, letter in enumerate(a, start=1):
         current = [i]
         for j, other in enumerate(b, start=1):
@@ -97,5 +108,7 @@ def typing_slips(a: str, b: str) -> int:
             if i > 1 and j > 1 and letter == b[j - 2] and a[i - 2] == other:
                 best = min(best, before[j - 2] + 1)
             current.append(best)
+        if min(previous) > limit and min(current) > limit:
+            break
         before, previous = previous, current
-    return previous[-1]
+    return current[-1]

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -133,15 +133,18 @@ def _find_default(entry: str, including: Path) -> Path:
 
 
 def _flatten(values: Mapping[str, Any], prefix: str, source: str) -> Iterator[Assignment]:
-    """Dotted assignments; a mapping is entered where the schema has a section, an unknown key, or free-form entries."""
+    """Dotted assignments; a mapping is entered where the schema has a section or free-form entries."""
     keys = schema_keys()
     for name, value in values.items():
         key = f"{prefix}{name}"
         known = keys.get(key)
-        free_form = known is not None and known.type == dict[str, Any]
-        if isinstance(value, dict) and (known is None or known.is_section or free_form) and value:
-            unknown = known is None and not _inside_free_form(key)
-            yield from [Assignment(key, value, source)] if unknown else _flatten(value, key + ".", source)
+        if (
+            known is not None
+            and (known.is_section or known.type == dict[str, Any])
+            and isinstance(value, dict)
+            and value
+        ):
+            yield from _flatten(value, key + ".", source)
         else:
             yield Assignment(key, value, source)
 
@@ -149,7 +152,9 @@ def _flatten(values: Mapping[str, Any], prefix: str, source: str) -> Iterator[As
 def _parse_override(text: str) -> Assignment:
     name, equals, value = text.partition("=")
     if not equals or not name:
-        raise ConfigError(text, None, "an override is key=value", "write e.g. learner.optimizer.lr=3e-4", "command line")
+        raise ConfigError(
+            text, None, "an override is key=value", "write e.g. learner.optimizer.lr=3e-4", "command line"
+        )
     try:
         parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
@@ -166,15 +171,17 @@ def _build(assignments: Sequence[Assignment]) -> RunConfig:
     problems = [problem for assignment in assignments if (problem := _apply(tree, assignment)) is not None]
     if problems:
         raise ConfigError.of(problems)
-    missing = sorted(OmegaConf.missing_keys(tree))
-    if missing:
-        keys = schema_keys()
-        raise ConfigError.of([Problem(key, None, "a value is required", f"set {key}: {keys[key].help}") for key in missing])
     try:
-        config = OmegaConf.to_object(tree)
+        missing = sorted(OmegaConf.missing_keys(tree))
+        config = None if missing else OmegaConf.to_object(tree)
     except OmegaConfBaseException as error:
         remedy = "mend the ${...} reference"
         raise ConfigError(error.full_key or "", None, str(error).splitlines()[0], remedy) from error
+    if missing:
+        keys = schema_keys()
+        raise ConfigError.of(
+            [Problem(key, None, "a value is required", f"set {key}: {keys[key].help}") for key in missing]
+        )
     assert isinstance(config, RunConfig)
     return config
 
@@ -198,15 +205,20 @@ def _apply(tree: DictConfig, assignment: Assignment) -> Problem | None:
 
 def _plausible(key: Key, value: Any) -> bool:
     """Stricter than OmegaConf, which reads ``off`` for a text as "False", 2 as true, and fills sections from scalars."""
+    return isinstance(value, dict) if key.is_section else _fits(key.type, value)
+
+
+def _fits(expected: Any, value: Any) -> bool:
+    """Whether a YAML value can stand for a type; numbers and ``${...}`` references are left to OmegaConf."""
     if isinstance(value, str) and "${" in value:
         return True
-    if key.is_section:
+    if get_origin(expected) is list:
+        return isinstance(value, list) and all(_fits(get_args(expected)[0], entry) for entry in value)
+    if get_origin(expected) is dict:
         return isinstance(value, dict)
-    if key.type is bool:
+    if expected is bool:
         return isinstance(value, bool)
-    if key.type is str:
-        return isinstance(value, (str, int, float)) and not isinstance(value, bool)
-    return True
+    return isinstance(value, (str, int, float)) and not isinstance(value, bool)
 
 
 def _unknown(assignment: Assignment) -> Problem:

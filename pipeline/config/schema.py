@@ -109,6 +109,9 @@ class DataConfig:
     held_out: float = key(0.1, "share of the source kept for evaluation (0-1), chosen by prompt id")
     chat_template: bool = key(False, "render prompts with the tokenizer's chat template")
     system_prompt: str = key("", "system message put before every prompt when chat_template is on")
+    examples: list[list[str]] = key(
+        [], "[[question, answer], ...] put before every prompt as earlier turns (few-shot); needs chat_template"
+    )
     verifier: str = key("auto", "auto: the source's own | exact | math | reasoning_gym | countdown")
     verifier_timeout_s: float = key(
         5.0, "seconds one verification may take; then the sample is marked and gets reward 0"

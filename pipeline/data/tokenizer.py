@@ -54,7 +54,9 @@ class Tokenizer:
             rendered = self._chat.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
         except jinja2.TemplateError as error:
             roles = [message["role"] for message in conversation]
-            raise DataError(f"the chat template of {self.folder} refuses messages with roles {roles}: {error}") from error
+            raise DataError(
+                f"the chat template of {self.folder} refuses messages with roles {roles}: {error}"
+            ) from error
         return str(rendered)
 
     def encode_chat(self, messages: Sequence[Message], system: str = "") -> tuple[int, ...]:
@@ -73,9 +75,10 @@ class Tokenizer:
                 f"{self.folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json): "
                 "set data.chat_template=false and use plain prompts, or choose an instruction-tuned model"
             )
-        from transformers import AutoTokenizer
+        # Not AutoTokenizer: that one imports the model's configuration class, and with it torchvision where installed.
+        from transformers import PreTrainedTokenizerFast
 
-        return AutoTokenizer.from_pretrained(str(self.folder), local_files_only=True)
+        return PreTrainedTokenizerFast.from_pretrained(str(self.folder), local_files_only=True)
 
 
 def load_tokenizer(hf_path: Path | str) -> Tokenizer:

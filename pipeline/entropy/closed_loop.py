@@ -151,6 +151,8 @@ class ClosedLoop(Stateful):
         low, high = self._band.at(step)
         where = "in band" if low <= entropy <= high else "below the band" if entropy < low else "above the band"
         reason = f"H={entropy:.3g} {where}"
+        if self._watch.resting:
+            reason += "; the actuator rests and waits for the policy's own drift"
         if self._watch.saturated and where != "in band":
             moving = self._watch.approaching
             held = f"at its limit, H={entropy:.3g} on its way to {goal:.3g}"

@@ -41,8 +41,15 @@ class ResponseWatch(Stateful):
         self.at_limit = self.at_limit + 1 if limited else 0
 
     @property
+    def resting(self) -> bool:
+        """The limit reached is rest itself (a one-sided actuator): it waits for the policy's own drift to do the work."""
+        return self.at_limit > 0 and (self._lower if self.direction < 0 else self._upper) == 0
+
+    @property
     def saturated(self) -> bool:
-        """The command has been at its limit long enough to say so."""
+        """The command has been at its limit long enough to say so; at rest, only once the entropy has stopped moving."""
+        if self.resting:
+            return len(self.gaps) > AWAY_STEPS and self.gaps[0] - self.gaps[-1] < _AWAY_GROWTH
         return self.at_limit >= self._saturation_steps
 
     @property

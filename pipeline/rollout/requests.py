@@ -10,7 +10,9 @@ from pipeline.seeds import sample_seed
 from pipeline.types import ControlDecision, GenerateRequest, Prompt, Role, SampleGroup
 
 
-def step_requests(prompts: Sequence[Prompt], decision: ControlDecision, config: RunConfig, step: int) -> list[GenerateRequest]:
+def step_requests(
+    prompts: Sequence[Prompt], decision: ControlDecision, config: RunConfig, step: int
+) -> list[GenerateRequest]:
     """Main requests for every prompt at T=1, then auxiliary ones at T+ for the first ``decision.auxiliary_prompts``."""
 
     def request(prompt: Prompt, role: Role, count: int, temperature: float) -> GenerateRequest:

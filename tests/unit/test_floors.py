@@ -24,7 +24,13 @@ FLOORS = {
     "pipeline.loop": 5,
     "launchers": 6,
 }
-MEGATRON_MAY_USE = ("pipeline.types", "pipeline.config.schema", "pipeline.checksum", "pipeline.learner", "pipeline.objectives")
+MEGATRON_MAY_USE = (
+    "pipeline.types",
+    "pipeline.config.schema",
+    "pipeline.checksum",
+    "pipeline.learner",
+    "pipeline.objectives",
+)
 
 
 def floor(module: str) -> int | None:
@@ -62,7 +68,11 @@ def test_pipeline_stays_off_the_hardware(library):
 
 
 def test_megatron_ext_uses_little_of_pipeline():
-    beyond = [f"{m} imports {i}" for m, i in ALL if m.startswith("megatron_ext") and i.startswith("pipeline") and not i.startswith(MEGATRON_MAY_USE)]
+    beyond = [
+        f"{m} imports {i}"
+        for m, i in ALL
+        if m.startswith("megatron_ext") and i.startswith("pipeline") and not i.startswith(MEGATRON_MAY_USE)
+    ]
     assert not beyond
 
 

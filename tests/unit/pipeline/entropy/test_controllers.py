@@ -220,11 +220,24 @@ def test_saturation_is_reported_with_the_entropy_reached():
 
 
 def test_saturated_but_on_its_way_is_told_apart():
-    falling = [0.6 * 0.99**k for k in range(40)]
-    last = feed(controller(actuator="reweight"), falling)[-1]
+    rising = [0.1 * 1.01**k for k in range(40)]
+    last = feed(controller(actuator="reweight"), rising)[-1]
     assert last.state == "saturated"
-    assert last.reason.startswith("at its limit, H=0.4")
+    assert last.reason.startswith("at its limit, H=0.1")
     assert "on its way to 0.298" in last.reason
+
+
+def test_an_actuator_at_rest_waits_for_the_drift_and_is_not_saturated():
+    falling = [0.6 * 0.99**k for k in range(60)]
+    decisions = feed(controller(actuator="reweight"), falling)
+    assert {d.state for d in decisions} == {"tracking"}
+    assert "waits for the policy's own drift" in decisions[30].reason
+
+
+def test_an_actuator_at_rest_whose_entropy_stays_put_is_reported():
+    decisions = feed(controller(actuator="reweight"), [0.6] * 60)
+    assert [d.state for d in decisions] == ["tracking"] * 50 + ["saturated"] * 10
+    assert decisions[-1].reason == "target not reachable: held at H=0.6"
 
 
 def test_split_range_takes_more_prompts_while_saturated_and_gives_them_back():

@@ -1,0 +1,35 @@
+"""Arguments that several commands share, and how their results are printed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import typer
+
+CONFIG = typer.Option(None, "--config", "-c", help="YAML file; looked up here, then among the packaged configs.")
+OVERRIDES = typer.Argument(
+    default_factory=list, show_default=False, metavar="KEY=VALUE", help="Overrides, e.g. learner.optimizer.lr=1e-4."
+)
+JSON = typer.Option(False, "--json", help="Print one JSON document on stdout.")
+
+
+def print_result(result: Mapping[str, Any], as_json: bool) -> None:
+    """A result on stdout: as JSON, or one ``key: value`` line per entry that is not empty."""
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    for name, value in result.items():
+        if value not in (None, [], {}, ""):
+            typer.echo(f"{name}: {_plain(value)}")
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_plain(entry)}" for name, entry in value.items())
+    if isinstance(value, list):
+        return "; ".join(map(_plain, value))
+    return str(value)

@@ -1,0 +1,31 @@
+"""``isentrope config``: look at a configuration without running it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import typer
+
+from launchers.cli.arguments import CONFIG, JSON, OVERRIDES
+from pipeline.config.load import config_hash, document, load_config
+
+app = typer.Typer(help="Show or validate a configuration.", no_args_is_help=True)
+
+
+@app.command(epilog="Example: isentrope config show --config configs/quickstart.yaml entropy.band.high=0.35")
+def show(config: Path | None = CONFIG, overrides: list[str] = OVERRIDES, as_json: bool = JSON) -> None:
+    """Print the resolved configuration, every key with its meaning. Keys and types are checked, the rules are not."""
+    resolved = load_config(config, overrides, check=False)
+    typer.echo(json.dumps(asdict(resolved)) if as_json else document(resolved), nl=as_json)
+
+
+@app.command(epilog="Example: isentrope config validate --config configs/quickstart.yaml learner.optimizer.lr=1e-4")
+def validate(config: Path | None = CONFIG, overrides: list[str] = OVERRIDES, as_json: bool = JSON) -> None:
+    """Check keys, types, values and combinations; exit with 2 and the list of problems if there are any."""
+    resolved = load_config(config, overrides)
+    if as_json:
+        typer.echo(json.dumps({"valid": True, "name": resolved.name, "config_hash": config_hash(resolved)}))
+    else:
+        typer.echo(f"valid: {resolved.name}, hash {config_hash(resolved)[:12]}")

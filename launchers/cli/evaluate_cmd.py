@@ -1,0 +1,32 @@
+"""``isentrope evaluate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from launchers.cli.arguments import CONFIG, JSON, OVERRIDES, print_result
+from pipeline.config.load import load_config
+
+
+def evaluate(
+    config: Path | None = CONFIG,
+    overrides: list[str] = OVERRIDES,
+    run: Path | None = typer.Option(None, "--run", metavar="RUN", help="Run folder: evaluate its newest checkpoint."),
+    as_json: bool = JSON,
+) -> None:
+    """Measure pass@k, avg@k, maj@k and distinct correct answers on held-out prompts.
+
+    Examples:
+
+      isentrope evaluate --config configs/quickstart.yaml evaluation.samples=64
+
+      isentrope evaluate --run runs/pi-20260101-120000 --json
+    """
+    if (config is None) == (run is None):
+        raise typer.BadParameter("give either --config FILE or --run RUN")
+    resolved = load_config(run / "config.yaml" if run else config, overrides)
+    from launchers import assemble  # torch, Ray: only once the configuration is known to be good
+
+    print_result(assemble.evaluate(resolved, run), as_json)

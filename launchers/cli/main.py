@@ -1,0 +1,70 @@
+"""The ``isentrope`` command."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+
+import typer
+import typer.main
+
+from launchers.cli import config_cmd, evaluate_cmd, report_cmd, train_cmd
+from pipeline.config.errors import ConfigError
+
+USAGE_ERROR = 2  # wrong command line or configuration; anything else that fails exits with 1
+
+app = typer.Typer(
+    name="isentrope",
+    help="RL post-training of large language models at a policy entropy you choose.",
+    epilog="Add --debug anywhere to see the traceback of an error.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command("train")(train_cmd.train)
+app.command("evaluate")(evaluate_cmd.evaluate)
+app.command("report")(report_cmd.report)
+app.add_typer(config_cmd.app, name="config")
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"isentrope {importlib.metadata.version('isentrope')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(False, "--version", callback=_show_version, is_eager=True, help="Print the version."),
+) -> None:
+    """RL post-training of large language models at a policy entropy you choose."""
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Entry point. Exits with 0, 1 (failure) or 2 (command line or configuration); errors are one block, no traceback."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if not debug:
+        sys.excepthook = _one_line
+    command = typer.main.get_command(app)  # not ``app`` itself: that would install an exception hook of its own
+    try:
+        command(args=[word for word in words if word != "--debug"], prog_name="isentrope")
+    except ConfigError as error:
+        if debug:
+            raise
+        typer.echo(str(error), err=True)
+        sys.exit(USAGE_ERROR)
+
+
+def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What an unexpected exception prints; Python then exits with 1."""
+    typer.echo(f"error: {kind.__name__}: {error}\n(run again with --debug to see where)", err=True)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,34 @@
+"""``isentrope train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from launchers.cli.arguments import CONFIG, JSON, OVERRIDES, print_result
+from pipeline.config.load import load_config
+
+
+def train(
+    config: Path | None = CONFIG,
+    overrides: list[str] = OVERRIDES,
+    resume: Path | None = typer.Option(
+        None, "--resume", metavar="RUN", help="Run folder to continue from its newest checkpoint, with its own config."
+    ),
+    as_json: bool = JSON,
+) -> None:
+    """Train a model with GRPO while its policy entropy is held in a band.
+
+    Examples:
+
+      isentrope train --config configs/quickstart.yaml steps=50
+
+      isentrope train --resume runs/pi-20260101-120000 steps=300
+    """
+    if (config is None) == (resume is None):
+        raise typer.BadParameter("give either --config FILE or --resume RUN")
+    resolved = load_config(resume / "config.yaml" if resume else config, overrides)
+    from launchers import assemble  # torch, Ray: only once the configuration is known to be good
+
+    print_result(assemble.train(resolved, resume), as_json)

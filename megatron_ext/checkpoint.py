@@ -1,0 +1,162 @@
+"""Learner state in megatron's distributed checkpoint format (``torch_dist``), written by the process that holds it."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import torch as torch_dist
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_ext.topology import Topology
+
+# The distributed optimizer's state, gathered over DP: the one format that megatron can load at another layout.
+_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+class _SaveInProcess(torch_dist.TorchDistSaveShardedStrategy):
+    """megatron's ``torch_dist`` writer without its helper processes.
+
+    The upstream writer starts a spawned manager and forks one process per file even for a synchronous save, which hangs in
+    scripts without a main guard and is unsafe inside Ray actors. Same files, read by the upstream loader (0.16 to 0.19).
+    """
+
+    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> None:
+        tensors, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
+        dcp.save(
+            torch_dist.mcore_to_pyt_state_dict(tensors, False),
+            storage_writer=dcp.FileSystemWriter(checkpoint_dir),
+            planner=torch_dist.MCoreSavePlanner(flatten_state_dict=False),
+        )
+
+
+def save(
+    directory: Path,
+    gpt: GPTModel,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    reference: dict[str, torch.Tensor] | None,
+    topology: Topology,
+) -> None:
+    """Write parameters, optimizer, schedule, RNG states and the reference policy, if any. A collective of all ranks."""
+    directory.mkdir(parents=True, exist_ok=True)
+    state = _state(gpt, optimizer, reference, topology, loading=False)
+    state["layout"] = _layout(topology)
+    state["scheduler"] = scheduler.state_dict()
+    dist_checkpointing.save(state, str(directory), _SaveInProcess("torch_dist", 1))
+
+
+def restore(
+    directory: Path,
+    gpt: GPTModel,
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    reference: dict[str, torch.Tensor] | None,
+    topology: Topology,
+) -> None:
+    """Load what :func:`save` wrote, in place. Raises ``ValueError`` where the checkpoint has another layout."""
+    saved = dist_checkpointing.load_common_state_dict(str(directory)).get("layout")
+    if saved != _layout(topology):
+        raise ValueError(
+            f"{directory} was saved by a learner of layout {saved}, this one is {_layout(topology)}: use the same"
+        )
+    state = dist_checkpointing.load(_state(gpt, optimizer, reference, topology, loading=True), str(directory))
+    gpt.load_state_dict(state["model"])
+    _lend_step(optimizer)
+    optimizer.load_state_dict(state["optimizer"])
+    _allocate(optimizer)
+    _part_steps(optimizer)
+    scheduler.load_state_dict(state["scheduler"])
+    for name, tensor in (reference or {}).items():
+        tensor.copy_(state["reference"][name])
+    _set_rng(state["rng"])
+
+
+def _state(
+    gpt: GPTModel,
+    optimizer: MegatronOptimizer,
+    reference: dict[str, torch.Tensor] | None,
+    topology: Topology,
+    loading: bool,
+) -> dict[str, Any]:
+    """The sharded state dict: what each rank owns, described by global name, shape and offset."""
+    _allocate(optimizer)
+    model = gpt.sharded_state_dict()
+    state: dict[str, Any] = {
+        "model": model,
+        "optimizer": optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(_METADATA)),
+        "rng": ShardedObject("rng", _rng(), (topology.world_size,), (topology.rank,)),
+    }
+    if reference is not None:
+        described = gpt.sharded_state_dict(prefix="reference.")
+        state["reference"] = {name: described[f"reference.{name}"] for name in reference}
+        for name, tensor in reference.items():
+            state["reference"][name].data = tensor
+    return state
+
+
+def _with_torch_adam(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The parts of ``optimizer`` that run torch's AdamW, for want of Transformer Engine and Apex.
+
+    megatron 0.16 to 0.19 saves and restores these wrongly in three ways, all about ``step``; the next three functions mend them.
+    """
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [part for part in parts if isinstance(part.optimizer, torch.optim.AdamW)]
+
+
+def _allocate(optimizer: MegatronOptimizer) -> None:
+    """Give AdamW its zero state before the first step: the distributed optimizer cannot describe itself without."""
+    for part in _with_torch_adam(optimizer):
+        for group in part.optimizer.param_groups:
+            for parameter in group["params"]:
+                state = part.optimizer.state[parameter]
+                state.setdefault("step", torch.tensor(0.0))
+                for name in ("exp_avg", "exp_avg_sq"):
+                    if name not in state:
+                        state[name] = torch.zeros_like(parameter)
+
+
+def _lend_step(optimizer: MegatronOptimizer) -> None:
+    """Let DistributedOptimizer._set_main_param_and_optimizer_states find ``step``, which its checkpoint keeps elsewhere."""
+    for part in _with_torch_adam(optimizer):
+        if isinstance(part, DistributedOptimizer):
+            part._set_main_param_and_optimizer_states = partial(_set_states, part)
+
+
+def _set_states(part: DistributedOptimizer, parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+    own = part._get_main_param_and_optimizer_states(parameter)
+    type(part)._set_main_param_and_optimizer_states(part, parameter, {"step": own["step"], **tensors})
+
+
+def _part_steps(optimizer: MegatronOptimizer) -> None:
+    """Give every parameter its own ``step`` after DistributedOptimizer.load_state_dict handed all of them one tensor."""
+    for part in _with_torch_adam(optimizer):
+        for state in part.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+
+def _layout(topology: Topology) -> dict[str, int]:
+    return {"tp": topology.tp_size, "pp": topology.pp_size, "dp": topology.dp_size}
+
+
+def _rng() -> dict[str, Any]:
+    """Every generator the learner may draw from. The TP tracker matters as soon as a model has dropout."""
+    return {
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+
+
+def _set_rng(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    torch.cuda.set_rng_state(state["device"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(state["tracker"])

@@ -1,0 +1,109 @@
+"""Run megatron-core without CUDA: every patch it needs, in one place.
+
+megatron-core 0.16 to 0.19 names CUDA directly where it only means "this rank's device". :func:`install` redirects those
+names to the CPU; on a machine with CUDA it does nothing. It runs when ``megatron_ext`` is imported, hence before any
+``import megatron``, because megatron binds some of these names at import. It goes when megatron-core takes its device from the
+process group.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._device import _device_constructors
+
+_CPU = torch.device("cpu")
+
+
+def install() -> None:
+    """Patch ``torch`` for megatron-core on CPU. A no-op where CUDA is available, and when called again."""
+    if torch.cuda.is_available() or isinstance(torch.cuda.default_generators, _CpuGenerators):
+        return
+    # core/jit.py makes jit_fuser = torch.compile; on CPU that costs minutes and a C++ compiler, and gains nothing.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    # torch.cuda.current_device() as a `device=`: core/pipeline_parallel/p2p_communication.py (receive buffers),
+    # core/distributed/param_and_grad_buffer.py, core/models/common/embeddings/rotary_pos_embedding.py.
+    torch.cuda.current_device = lambda: _CPU  # type: ignore[assignment,return-value]
+    # Streams to wait for, of which there are none: core/pipeline_parallel/p2p_communication.py; from 0.19 also
+    # core/distributed/param_and_grad_buffer.py.
+    torch.cuda.synchronize = lambda device=None: None
+    torch.cuda.current_stream = lambda device=None: None  # type: ignore[assignment,return-value]
+    # device="cuda" literals: core/optimizer/{clip_grads,optimizer,grad_scaler}.py, core/pipeline_parallel/schedules.py
+    # (num_tokens), core/transformer/utils.py (causal mask).
+    # `with torch.device(...)` keeps a set of these functions from its first use on: make that now, with the originals.
+    _device_constructors()
+    for name in ("tensor", "zeros", "ones"):
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    # weight.data.cuda(): core/models/common/language_module/language_module.py (tied embeddings under PP).
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    # Tensor.type() == "torch.cuda.FloatTensor": core/optimizer/{optimizer,distrib_optimizer,clip_grads}.py.
+    torch.Tensor.type = _type(torch.Tensor.type)  # type: ignore[method-assign]
+    _redirect_rng()
+    # Advice that a CPU cannot follow (Apex, Transformer Engine, CUDA queues), and upstream's own use of what it deprecates.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core\.")
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"(megatron\.core|torch\.distributed\.checkpoint)\."
+    )
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """``factory`` with ``device="cuda"`` read as the CPU."""
+
+    @functools.wraps(factory)
+    def create(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if kwargs.get("device") == "cuda":
+            kwargs["device"] = _CPU
+        return factory(*args, **kwargs)
+
+    return create
+
+
+class _TypeName(str):
+    """A tensor type's name that also equals the name of its CUDA twin."""
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) or str.__eq__(self.replace("torch.", "torch.cuda.", 1), other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
+def _type(original: Callable[..., Any]) -> Callable[..., Any]:
+    """``Tensor.type`` whose answer compares equal to the CUDA name too."""
+
+    @functools.wraps(original)
+    def name_or_cast(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = original(self, *args, **kwargs)
+        return _TypeName(answer) if isinstance(answer, str) else answer
+
+    return name_or_cast
+
+
+class _CpuGenerators(tuple):
+    """``torch.cuda.default_generators`` with the CPU's generator at every index."""
+
+    def __getitem__(self, index: Any) -> torch.Generator:
+        return torch.default_generator
+
+
+def _redirect_rng() -> None:
+    """Let core/tensor_parallel/random.py (the TP RNG tracker) save, seed and restore the CPU generator."""
+
+    def get_state(device: Any = None) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_state(state: torch.Tensor, device: Any = None) -> None:
+        torch.set_rng_state(state)
+
+    torch.cuda.default_generators = _CpuGenerators()
+    torch.cuda._lazy_call = lambda call, **kwargs: call()
+    torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
+    for module in (torch.cuda, torch.cuda.random):
+        module.get_rng_state, module.set_rng_state = get_state, set_state  # type: ignore[assignment]

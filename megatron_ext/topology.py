@@ -1,0 +1,86 @@
+"""Who this rank is: tensor-, pipeline- and data-parallel groups, over NCCL or gloo through one code path."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+
+@dataclass(frozen=True)
+class Topology:
+    """One rank's place in the TP x DP x PP grid (TP innermost, PP outermost; megatron's default order)."""
+
+    rank: int
+    world_size: int
+    tp_rank: int
+    tp_size: int
+    tp_group: dist.ProcessGroup
+    pp_rank: int
+    pp_size: int
+    pp_group: dist.ProcessGroup
+    dp_rank: int
+    dp_size: int
+    dp_group: dist.ProcessGroup
+    device: torch.device
+    backend: str  # "nccl" | "gloo"
+
+    @property
+    def first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pp_rank == 0
+
+    @property
+    def last_stage(self) -> bool:
+        """Whether this rank holds the output layer, hence the logits."""
+        return self.pp_rank == self.pp_size - 1
+
+
+def initialize(rank: int, world_size: int, address: tuple[str, int], tp: int, pp: int, seed: int) -> Topology:
+    """Join ``world_size`` processes at ``address`` (host and free port of rank 0) and build the parallel groups.
+
+    Data parallelism takes what is left: ``world_size = tp * pp * dp``. ``seed`` starts every RNG, the TP tracker's too.
+    Raises ``ValueError`` where ``tp * pp`` does not divide ``world_size``.
+    """
+    if world_size % (tp * pp):
+        raise ValueError(
+            f"{world_size} learner processes cannot be split into TP {tp} x PP {pp}: "
+            "learner.tensor_model_parallel_size x pipeline_model_parallel_size must divide their number"
+        )
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        # Megatron orders communication and computation by issue order, which one hardware queue guarantees.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if address[0] in ("127.0.0.1", "localhost"):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a container's host name often does not resolve
+    backend = "nccl" if cuda else "gloo"
+    dist.init_process_group(backend, init_method=f"tcp://{address[0]}:{address[1]}", rank=rank, world_size=world_size)
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return Topology(
+        rank=rank,
+        world_size=world_size,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=tp,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pp_size=pp,
+        pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=parallel_state.get_data_parallel_world_size(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        device=device,
+        backend=backend,
+    )
+
+
+def shutdown() -> None:
+    """Leave the process groups; :func:`initialize` may be called again afterwards."""
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()

@@ -1,0 +1,496 @@
+"""The rules a configuration must keep beyond keys and types: what values and combinations can work at all.
+
+Permitted words and ranges are tables (the documentation prints them); everything that relates several keys, the model
+or the disk is one small function each, listed in ``RULES``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.errors import Problem
+from pipeline.config.keys import leaf_keys
+from pipeline.config.schema import RunConfig
+
+MODEL_TYPES = ("llama", "qwen2", "qwen3")
+MODEL_DIMENSIONS = ("num_attention_heads", "num_hidden_layers", "intermediate_size")
+TEMPERATURE_ACTUATORS = ("resample", "reweight", "fc")
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "runtime": ("ray", "inline"),
+    "model.dtype": ("fp32", "bf16"),
+    "learner.optimizer.lr_schedule": ("constant", "linear", "cosine"),
+    "rollout.engine": ("native", "sglang"),
+    "rollout.sglang.dtype": ("auto", "float32", "bfloat16"),
+    "data.source.kind": ("countdown", "reasoning_gym", "jsonl"),
+    "data.verifier": ("auto", "exact", "math", "reasoning_gym", "countdown"),
+    "objective.advantage": ("grpo", "dr_grpo"),
+    "objective.aggregation": ("token_mean", "sequence_mean", "dr_grpo"),
+    "entropy.controller": ("pi", "scope", "bang_bang", "none"),
+    "entropy.actuator": (*TEMPERATURE_ACTUATORS, "tok", "entropy_bonus", "clip_cov"),
+    "entropy.positive_mean": ("positives", "samples"),
+    "entropy.band.schedule": ("constant", "linear", "cosine", "piecewise"),
+}
+
+
+@dataclass(frozen=True)
+class Range:
+    """Permitted numbers: from ``low`` (excluded when ``open_low``) to ``high`` (excluded when ``open_high``)."""
+
+    low: float
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        above = value > self.low if self.open_low else value >= self.low
+        below = value < self.high if self.open_high else value <= self.high
+        return above and below and math.isfinite(value)
+
+    def __str__(self) -> str:
+        low = f"{'above' if self.open_low else 'at least'} {self.low:g}"
+        if self.high == math.inf:
+            return low
+        return f"{low} and {'below' if self.open_high else 'at most'} {self.high:g}"
+
+
+_ANY = Range(-math.inf)
+_POSITIVE = Range(0, open_low=True)
+_NOT_NEGATIVE = Range(0)
+_COUNT = Range(1)
+_SHARE = Range(0, 1, open_high=True)
+
+RANGES: dict[str, Range] = {
+    "seed": _NOT_NEGATIVE,
+    "steps": _COUNT,
+    "learner.tensor_model_parallel_size": _COUNT,
+    "learner.pipeline_model_parallel_size": _COUNT,
+    "learner.data_parallel_size": _COUNT,
+    "learner.micro_batch_size": _COUNT,
+    "learner.updates_per_step": _COUNT,
+    "learner.bucket_mib": _COUNT,
+    "learner.optimizer.lr": _POSITIVE,
+    "learner.optimizer.min_lr": _NOT_NEGATIVE,
+    "learner.optimizer.warmup_steps": _NOT_NEGATIVE,
+    "learner.optimizer.eps": _POSITIVE,
+    "learner.optimizer.weight_decay": _NOT_NEGATIVE,
+    "learner.optimizer.clip_grad": _NOT_NEGATIVE,
+    "rollout.engines": _COUNT,
+    "rollout.tensor_parallel_size": _COUNT,
+    "rollout.prompts_per_step": _COUNT,
+    "rollout.samples_per_prompt": Range(2),
+    "rollout.max_prompt_tokens": _COUNT,
+    "rollout.max_new_tokens": _COUNT,
+    "rollout.sglang.mem_fraction_static": Range(0, 1, open_low=True, open_high=True),
+    "rollout.sglang.max_total_tokens": _NOT_NEGATIVE,
+    "rollout.sglang.startup_timeout_s": _POSITIVE,
+    "rollout.sglang.request_timeout_s": _POSITIVE,
+    "data.source.size": _COUNT,
+    "data.held_out": _SHARE,
+    "data.verifier_timeout_s": _POSITIVE,
+    "data.verifier_workers": _COUNT,
+    "objective.clip_low": Range(0, 1, open_low=True),
+    "objective.clip_high": _POSITIVE,
+    "objective.dual_clip": _NOT_NEGATIVE,
+    "objective.kl_coef": _NOT_NEGATIVE,
+    "entropy.alpha": _NOT_NEGATIVE,
+    "entropy.band.low": _POSITIVE,
+    "entropy.band.high": _POSITIVE,
+    "entropy.band.end_low": _NOT_NEGATIVE,
+    "entropy.band.end_high": _NOT_NEGATIVE,
+    "entropy.band.schedule_steps": _NOT_NEGATIVE,
+    "entropy.command_min": _NOT_NEGATIVE,
+    "entropy.command_max": _NOT_NEGATIVE,
+    "entropy.auxiliary_prompts": _COUNT,
+    "entropy.auxiliary_samples": _COUNT,
+    "entropy.auxiliary_max_prompts": _NOT_NEGATIVE,
+    "entropy.pi.kp": _NOT_NEGATIVE,
+    "entropy.pi.ki": _NOT_NEGATIVE,
+    "entropy.pi.ema": _SHARE,
+    "entropy.pi.slew": _NOT_NEGATIVE,
+    "entropy.pi.setpoint_ramp": _NOT_NEGATIVE,
+    "entropy.pi.dead_band": _NOT_NEGATIVE,
+    "entropy.pi.saturation_steps": _COUNT,
+    "evaluation.every": _NOT_NEGATIVE,
+    "evaluation.prompts": _COUNT,
+    "evaluation.samples": _COUNT,
+    "evaluation.temperature": _POSITIVE,
+    "checkpoint.every": _NOT_NEGATIVE,
+    "checkpoint.keep_last": _COUNT,
+    "monitoring.samples_per_step": _NOT_NEGATIVE,
+}
+
+
+def problems_of(config: RunConfig, model_folder: Path) -> list[Problem]:
+    """Every rule that ``config`` breaks. ``model_folder`` is ``model.hf_path``, resolved.
+
+    Rules on combinations speak only when each value is possible by itself.
+    """
+    problems = [problem for rule in (_words, _numbers) for problem in rule(config)]
+    if not problems:
+        problems = [problem for rule in RULES for problem in rule(config)]
+    return problems + list(_model_rules(config, model_folder))
+
+
+def _value(config: RunConfig, key: str) -> Any:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _words(config: RunConfig) -> Iterator[Problem]:
+    for key, choices in CHOICES.items():
+        value = _value(config, key)
+        if value not in choices:
+            nearest = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
+            remedy = f"did you mean {nearest[0]!r}?" if nearest else f"choose one of {', '.join(choices)}"
+            yield Problem(key, value, f"not one of {', '.join(choices)}", remedy)
+
+
+def _numbers(config: RunConfig) -> Iterator[Problem]:
+    for key, leaf in leaf_keys().items():
+        value, permitted = _value(config, key), RANGES.get(key, _ANY)
+        if leaf.type in (int, float) and value not in permitted:
+            problem = "not a finite number" if not math.isfinite(value) else "out of range"
+            yield Problem(key, value, problem, f"give a number {permitted}")
+
+
+def _name(config: RunConfig) -> Iterator[Problem]:
+    if not re.fullmatch(r"[\w.+-][\w.+ -]*", config.name):
+        yield Problem(
+            "name", config.name, "cannot be part of a folder name", "use letters, digits, '_', '-', '.' and '+'"
+        )
+
+
+def _batch(config: RunConfig) -> Iterator[Problem]:
+    rollout, learner = config.rollout, config.learner
+    rows = rollout.prompts_per_step * rollout.samples_per_prompt
+    product = (
+        f"a step has {rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} samples "
+        f"(rollout.prompts_per_step x rollout.samples_per_prompt) = {rows} rows"
+    )
+    if rows % learner.updates_per_step:
+        divisors = [n for n in range(1, rows + 1) if rows % n == 0 and n <= 2 * learner.updates_per_step]
+        yield Problem(
+            "learner.updates_per_step",
+            learner.updates_per_step,
+            f"{product}, which {learner.updates_per_step} updates do not divide",
+            f"choose a divisor of {rows}, e.g. {divisors[-1]}, or change the number of prompts or samples",
+        )
+    elif rows // learner.updates_per_step < learner.data_parallel_size:
+        per_update = rows // learner.updates_per_step
+        yield Problem(
+            "learner.data_parallel_size",
+            learner.data_parallel_size,
+            f"{product}, so {per_update} per update: fewer than the data-parallel ranks that share them",
+            f"use at most {per_update} ranks, fewer updates_per_step, or more prompts or samples",
+        )
+    if rollout.engines > rollout.prompts_per_step:
+        yield Problem(
+            "rollout.engines",
+            rollout.engines,
+            f"more engines than prompts per step ({rollout.prompts_per_step}): some would never work",
+            "use at most rollout.prompts_per_step engines",
+        )
+
+
+def _processes(config: RunConfig) -> Iterator[Problem]:
+    learner = config.learner
+    tensor, pipeline, data = (
+        learner.tensor_model_parallel_size,
+        learner.pipeline_model_parallel_size,
+        learner.data_parallel_size,
+    )
+    if config.runtime == "inline" and tensor * pipeline * data > 1:
+        yield Problem(
+            "runtime",
+            "inline",
+            f"one process cannot hold TP {tensor} x PP {pipeline} x DP {data} = {tensor * pipeline * data} learner processes",
+            "set runtime=ray, or the three learner.*_parallel_size to 1",
+        )
+    if config.rollout.engine == "native" and config.rollout.tensor_parallel_size > 1:
+        yield Problem(
+            "rollout.tensor_parallel_size",
+            config.rollout.tensor_parallel_size,
+            "the native engine has no tensor parallelism",
+            "set it to 1, or rollout.engine=sglang",
+        )
+
+
+def _optimizer(config: RunConfig) -> Iterator[Problem]:
+    optimizer = config.learner.optimizer
+    if len(optimizer.betas) != 2 or not all(beta in _SHARE for beta in optimizer.betas):
+        yield Problem(
+            "learner.optimizer.betas",
+            optimizer.betas,
+            "not two numbers in [0, 1)",
+            "give [beta1, beta2], e.g. [0.9, 0.95]",
+        )
+    if optimizer.min_lr > optimizer.lr:
+        yield Problem(
+            "learner.optimizer.min_lr",
+            optimizer.min_lr,
+            f"above learner.optimizer.lr ({optimizer.lr:g})",
+            "lower min_lr or raise lr",
+        )
+
+
+def _data(config: RunConfig) -> Iterator[Problem]:
+    data, source = config.data, config.data.source
+    if source.kind == "countdown" and not re.fullmatch(r"(pm|cd)[2-9]", source.task):
+        yield Problem("data.source.task", source.task, "not a countdown task", "use pm<n> or cd<n>, e.g. pm4")
+    if source.kind == "reasoning_gym" and not source.task.isidentifier():
+        yield Problem(
+            "data.source.task", source.task, "not a reasoning-gym dataset name", "name a dataset, e.g. chain_sum"
+        )
+    if source.kind == "jsonl" and not Path(source.path).is_file():
+        yield Problem("data.source.path", source.path, "no such file", "give the path of a JSONL file of prompts")
+    if source.kind != "reasoning_gym" and source.params:
+        yield Problem(
+            "data.source.params",
+            source.params,
+            f"has no effect with data.source.kind={source.kind}",
+            "remove it, or set data.source.kind=reasoning_gym",
+        )
+    if data.system_prompt and not data.chat_template:
+        yield Problem(
+            "data.system_prompt",
+            data.system_prompt,
+            "has no effect without the chat template",
+            "set data.chat_template=true or remove it",
+        )
+
+
+def _examples(config: RunConfig) -> Iterator[Problem]:
+    data = config.data
+    if data.examples and not data.chat_template:
+        yield Problem(
+            "data.examples",
+            data.examples,
+            "has no effect without the chat template",
+            "set data.chat_template=true or remove it",
+        )
+    for example in data.examples:
+        if len(example) != 2:
+            yield Problem("data.examples", example, "not a pair", "write [[question, answer], ...]")
+
+
+def _evaluation(config: RunConfig) -> Iterator[Problem]:
+    evaluation = config.evaluation
+    if not evaluation.k or min(evaluation.k) < 1 or max(evaluation.k) > evaluation.samples:
+        yield Problem(
+            "evaluation.k",
+            evaluation.k,
+            f"pass@k from {evaluation.samples} samples needs every k between 1 and {evaluation.samples}",
+            "raise evaluation.samples or remove the k outside",
+        )
+    if (evaluation.every or evaluation.at_start or evaluation.at_end) and config.data.held_out == 0:
+        yield Problem(
+            "data.held_out",
+            0.0,
+            "evaluation is on but no prompt is held out",
+            "set data.held_out, e.g. 0.1, or evaluation.every=0, at_start=false and at_end=false",
+        )
+
+
+def _dual_clip(config: RunConfig) -> Iterator[Problem]:
+    if 0 < config.objective.dual_clip <= 1:
+        yield Problem(
+            "objective.dual_clip",
+            config.objective.dual_clip,
+            "a bound of the ratio at or below 1 would clip every negative sample",
+            "use 0 (off) or a number above 1, e.g. 10",
+        )
+
+
+def _band(config: RunConfig) -> Iterator[Problem]:
+    band = config.entropy.band
+    edges = "an edge at or below zero, or low not below high"
+    if band.low >= band.high:
+        yield Problem(
+            "entropy.band.low", band.low, f"not below entropy.band.high ({band.high:g})", "swap or widen them"
+        )
+    moving = band.schedule in ("linear", "cosine")
+    if moving and not 0 < band.end_low < band.end_high:
+        yield Problem(
+            "entropy.band.end_low",
+            band.end_low,
+            f"the {band.schedule} schedule ends at [{band.end_low:g}, {band.end_high:g}]: {edges}",
+            "set end_low and end_high with 0 < end_low < end_high",
+        )
+    if not moving and (band.end_low or band.end_high or band.schedule_steps):
+        yield Problem(
+            "entropy.band.schedule",
+            band.schedule,
+            "end_low, end_high and schedule_steps have no effect with this schedule",
+            "set schedule to linear or cosine, or remove them",
+        )
+    if (band.schedule == "piecewise") != bool(band.points):
+        problem = "piecewise needs points" if not band.points else f"points have no effect with {band.schedule}"
+        yield Problem(
+            "entropy.band.points", band.points, problem, "set schedule=piecewise and points=[[step, low, high], ...]"
+        )
+    for point in band.points:
+        if len(point) != 3 or point[0] < 0 or point[0] != int(point[0]) or not 0 < point[1] < point[2]:
+            remedy = "write [step, low, high] with a whole step and 0 < low < high"
+            yield Problem("entropy.band.points", point, "not [step, low, high], " + edges, remedy)
+    steps = [point[0] for point in band.points if point]
+    if steps != sorted(set(steps)):
+        yield Problem("entropy.band.points", band.points, "steps do not increase", "sort the points by step, each once")
+
+
+def _limits(config: RunConfig) -> Iterator[Problem]:
+    entropy = config.entropy
+    low, high = entropy.command_min, entropy.command_max
+    if low == 0 and high == 0:
+        return
+    if low >= high:
+        yield Problem(
+            "entropy.command_min", low, f"not below entropy.command_max ({high:g})", "swap or widen the limits"
+        )
+    elif entropy.actuator in TEMPERATURE_ACTUATORS and not 0 < low <= 1 <= high:
+        yield Problem(
+            "entropy.command_min",
+            low,
+            f"the temperature range [{low:g}, {high:g}] does not contain 1, the temperature that leaves the policy alone",
+            "choose limits with 0 < command_min <= 1 <= command_max, e.g. 0.8 and 1.2",
+        )
+    elif entropy.actuator not in TEMPERATURE_ACTUATORS and low > 0:
+        yield Problem(
+            "entropy.command_min",
+            low,
+            f"{entropy.actuator} does nothing at a command of 0, which these limits do not contain",
+            "set entropy.command_min=0",
+        )
+    elif entropy.actuator == "clip_cov" and high > 1:
+        yield Problem(
+            "entropy.command_max", high, "clip_cov's command is a share of tokens", "use a number up to 1, e.g. 0.2"
+        )
+
+
+def _controller(config: RunConfig) -> Iterator[Problem]:
+    entropy = config.entropy
+    if entropy.controller in ("scope", "bang_bang") and entropy.actuator not in TEMPERATURE_ACTUATORS:
+        yield Problem(
+            "entropy.actuator",
+            entropy.actuator,
+            f"controller {entropy.controller} commands a temperature, which this actuator does not take",
+            f"use controller=pi, or one of the actuators {', '.join(TEMPERATURE_ACTUATORS)}",
+        )
+    if entropy.pi.ki > 0 and entropy.pi.kp == 0:
+        yield Problem(
+            "entropy.pi.ki",
+            entropy.pi.ki,
+            "has no effect while entropy.pi.kp is 0 (the actuator's measured gains)",
+            "set both gains or neither",
+        )
+    if entropy.pi.split_range and (entropy.actuator != "resample" or entropy.controller != "pi"):
+        yield Problem(
+            "entropy.pi.split_range",
+            True,
+            f"only a second rollout has auxiliary prompts to add, not {entropy.controller} with {entropy.actuator}",
+            "set controller=pi with actuator=resample, or split_range=false",
+        )
+
+
+def _auxiliary(config: RunConfig) -> Iterator[Problem]:
+    entropy, prompts = config.entropy, config.rollout.prompts_per_step
+    if entropy.actuator != "resample":
+        return
+    if entropy.auxiliary_prompts > prompts:
+        yield Problem(
+            "entropy.auxiliary_prompts",
+            entropy.auxiliary_prompts,
+            f"more than the step's prompts (rollout.prompts_per_step = {prompts}), which are the ones drawn again",
+            f"use at most {prompts}",
+        )
+    most = entropy.auxiliary_max_prompts
+    if most and not entropy.auxiliary_prompts <= most <= prompts:
+        yield Problem(
+            "entropy.auxiliary_max_prompts",
+            most,
+            f"not between auxiliary_prompts ({entropy.auxiliary_prompts}) and rollout.prompts_per_step ({prompts})",
+            "use 0 (all prompts) or a number between them",
+        )
+
+
+RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
+    _name,
+    _batch,
+    _processes,
+    _optimizer,
+    _data,
+    _examples,
+    _evaluation,
+    _dual_clip,
+    _band,
+    _limits,
+    _controller,
+    _auxiliary,
+)
+
+
+def _model_rules(config: RunConfig, folder: Path) -> Iterator[Problem]:
+    """What the model's own config.json allows."""
+    path = config.model.hf_path
+    if not (folder / "config.json").is_file():
+        problem = "this folder has no config.json" if folder.is_dir() else "no such folder"
+        remedy = "give a Hugging Face model folder (download or convert the model first)"
+        yield Problem("model.hf_path", path, problem, remedy)
+        return
+    try:
+        model = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        yield Problem("model.hf_path", path, f"config.json is not JSON: {error}", "restore the model folder")
+        return
+    if model.get("model_type") not in MODEL_TYPES:
+        problem = f"model_type {model.get('model_type')!r} is not supported"
+        yield Problem("model.hf_path", path, problem, f"use a model of one of the families {', '.join(MODEL_TYPES)}")
+        return
+    lacking = [name for name in MODEL_DIMENSIONS if not isinstance(model.get(name), int)]
+    if lacking:
+        problem = f"config.json does not say {', '.join(lacking)}"
+        yield Problem("model.hf_path", path, problem, "restore the model folder")
+        return
+    yield from _divisions(config, model)
+    positions = model.get("max_position_embeddings", math.inf)
+    length = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+    if length > positions:
+        yield Problem(
+            "rollout.max_new_tokens",
+            config.rollout.max_new_tokens,
+            f"max_prompt_tokens {config.rollout.max_prompt_tokens} + max_new_tokens {config.rollout.max_new_tokens} = "
+            f"{length} tokens, but the model has {positions} positions",
+            f"make them sum to at most {positions}",
+        )
+
+
+def _divisions(config: RunConfig, model: dict[str, Any]) -> Iterator[Problem]:
+    """Parallel sizes that must divide the model's dimensions."""
+    heads, layers = model["num_attention_heads"], model["num_hidden_layers"]
+    groups = model.get("num_key_value_heads") or heads
+    tensor = {
+        "attention heads": heads,
+        "key-value heads": groups,
+        "feed-forward columns": model["intermediate_size"],
+    }
+    checks = {
+        "learner.tensor_model_parallel_size": tensor,
+        "learner.pipeline_model_parallel_size": {"layers": layers},
+        "rollout.tensor_parallel_size": {"attention heads": heads},
+    }
+    for key, dimensions in checks.items():
+        size = _value(config, key)
+        for what, number in dimensions.items():
+            if size >= 1 and number % size:
+                divisors = ", ".join(str(n) for n in range(1, min(number, 64) + 1) if number % n == 0)
+                yield Problem(key, size, f"does not divide the model's {number} {what}", f"use one of {divisors}")
+                break

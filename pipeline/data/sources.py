@@ -1,0 +1,111 @@
+"""From a data configuration to tokenized training and held-out prompts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from pipeline.config.schema import DataConfig
+from pipeline.data import DataError
+from pipeline.data.countdown import countdown_task
+from pipeline.data.gym import generate_questions
+from pipeline.data.jsonl import read_jsonl
+from pipeline.data.questions import Question
+from pipeline.data.tokenizer import Message, Tokenizer
+from pipeline.rewards.verifiers import check_verifier
+from pipeline.types import Prompt
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts in the order of their source. No id occurs twice."""
+
+    train: tuple[Prompt, ...]
+    held_out: tuple[Prompt, ...]
+    dropped_too_long: int  # prompts of more than ``rollout.max_prompt_tokens`` tokens
+
+
+def load_prompts(config: DataConfig, tokenizer: Tokenizer, *, max_prompt_tokens: int, seed: int) -> PromptSet:
+    """Read or generate the prompts of ``config.source``, tokenize them and set the held-out ones apart.
+
+    Which prompts are held out depends on their ids alone, so a growing file never moves one from one side to the other;
+    the countdown task has its own fixed split. ``seed`` matters to generated sources only. Raises ``DataError`` (bad source,
+    no prompt left) and ``UnknownVerifierError``.
+    """
+    if config.verifier != "auto":
+        check_verifier(config.verifier)
+    if config.examples and not config.chat_template:
+        raise DataError("data.examples are turns of a conversation: set data.chat_template=true, or remove them")
+    train: list[Prompt] = []
+    held_out: list[Prompt] = []
+    dropped = 0
+    for question in _questions(config, seed):
+        prompt = _prompt(question, config, tokenizer)
+        if len(prompt.token_ids) > max_prompt_tokens:
+            dropped += 1
+            continue
+        apart = _held_out(question.id, config.held_out) if question.held_out is None else question.held_out
+        (held_out if apart else train).append(prompt)
+    if not train:
+        raise DataError(
+            f"data.source.kind={config.source.kind}: no training prompt is left: {len(held_out)} are held out "
+            f"(data.held_out={config.held_out}) and {dropped} exceed rollout.max_prompt_tokens={max_prompt_tokens}"
+        )
+    return PromptSet(tuple(train), tuple(held_out), dropped)
+
+
+def _questions(config: DataConfig, seed: int) -> Sequence[Question]:
+    source = config.source
+    if source.kind == "countdown":
+        return _countdown_questions(source.task, config.held_out)
+    if source.kind == "reasoning_gym":
+        return generate_questions(source.task, source.size, source.params, seed)
+    if source.kind == "jsonl":
+        return read_jsonl(source.path, config.verifier)
+    raise DataError(f"data.source.kind={source.kind!r} must be countdown, reasoning_gym or jsonl")
+
+
+def _countdown_questions(name: str, share: float) -> list[Question]:
+    task = countdown_task(name)
+    problems = [task.problem(index) for index in range(len(task))]
+    return [
+        Question(
+            id=f"{name}/{problem}",
+            answer=problem,
+            verifier="countdown",
+            text=f"{problem}=",
+            meta={"operators": task.operators},
+            held_out=bool(apart),
+        )
+        for problem, apart in zip(problems, task.held_out(share), strict=True)
+    ]
+
+
+def _prompt(question: Question, config: DataConfig, tokenizer: Tokenizer) -> Prompt:
+    """Tokenize: plain text as it is, a conversation (or any text with ``chat_template``) through the chat template."""
+    if question.messages or config.chat_template:
+        messages = question.messages or ({"role": "user", "content": question.text},)
+        text = tokenizer.render_chat([*_example_turns(config), *messages], config.system_prompt)
+        token_ids = tokenizer.encode_rendered(text)
+    else:
+        text = question.text
+        token_ids = tokenizer.encode(text)
+    if not token_ids:
+        raise DataError(f"prompt {question.id!r} has no tokens: {text!r}")
+    verifier = question.verifier if config.verifier == "auto" else config.verifier
+    return Prompt(question.id, token_ids, text, question.answer, verifier, question.meta)
+
+
+def _example_turns(config: DataConfig) -> Iterator[Message]:
+    for example in config.examples:
+        if len(example) != 2:
+            raise DataError(f"data.examples: each must be [question, answer], not {example!r}")
+        yield {"role": "user", "content": example[0]}
+        yield {"role": "assistant", "content": example[1]}
+
+
+def _held_out(prompt_id: str, share: float) -> bool:
+    """Whether the hash of the id, uniform in [0, 1), is below ``share``."""
+    digest = hashlib.blake2b(f"held-out/{prompt_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") / 2**64 < share

@@ -1,0 +1,201 @@
+"""The pictures of a report, drawn once with matplotlib: as one PNG, and as inline SVGs whose colours follow the page's theme."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from pipeline.monitoring.summary import RunHistory, pass_at, total_by_key
+from pipeline.monitoring.tracking import filtered
+
+INK, MUTED, GRID, BAND = "#1f2328", "#6e7781", "#dde1e6", "#2f9e63"
+SERIES = ("#2563c9", "#d9660a", "#8250c4", "#c2325b", "#0f8b8d", "#9a7200")
+BASELINE = "#7d8590"  # the run without control is the grey one
+PHASES = {
+    "sample": "#4c78a8",
+    "verify": "#b279a2",
+    "batch": "#72b7b2",
+    "train": "#e8963a",
+    "sync": "#d8605f",
+    "other": "#a8a29e",
+}
+STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "text.color": INK,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "isentrope",
+}
+Chart = Callable[[Axes, Sequence[RunHistory]], None]
+
+
+def theme_variables() -> dict[str, str]:
+    """CSS variable of each colour that the charts use, by hex code."""
+    colours = dict.fromkeys([INK, MUTED, GRID, BAND, *SERIES, BASELINE, *PHASES.values()])
+    return {colour: f"--chart-{colour[1:]}" for colour in colours}
+
+
+def colour_of(run: RunHistory, runs: Sequence[RunHistory]) -> str:
+    """One colour per method, the same in every chart; seeds of a method share it."""
+    if run.is_baseline:
+        return BASELINE
+    methods = list(dict.fromkeys(other.label for other in runs if not other.is_baseline))
+    return SERIES[methods.index(run.label) % len(SERIES)]
+
+
+def entropy_chart(axes: Axes, runs: Sequence[RunHistory]) -> None:
+    """Entropy of every run against the band: thin as measured, bold filtered."""
+    longest = max(runs, key=lambda run: len(run.steps))
+    steps = longest.column("step")
+    axes.fill_between(
+        steps,
+        longest.column("band_low"),
+        longest.column("band_high"),
+        color=BAND,
+        alpha=0.2,
+        linewidth=0,
+        label="target band",
+    )
+    for run in runs:
+        entropy = run.column("entropy")
+        axes.plot(run.column("step"), entropy, color=colour_of(run, runs), linewidth=0.7, alpha=0.35)
+        axes.plot(
+            run.column("step"), filtered(entropy), color=colour_of(run, runs), linewidth=2, label=_label(run, runs)
+        )
+    axes.set(title="Policy entropy", ylabel="nats per token, T=1", xlabel="step")
+    _bottom_at_zero(axes)
+    _legend(axes)
+
+
+def command_chart(axes: Axes, runs: Sequence[RunHistory]) -> None:
+    """What the controllers did: T+, or the coefficient of actuators that are no temperature. Saturated steps are dotted."""
+    controlled = [run for run in runs if not run.is_baseline]
+    for run in controlled:
+        colour, steps, command = colour_of(run, runs), run.column("step"), run.column("command")
+        unit = "T+" if run.config.entropy.actuator in ("resample", "reweight", "fc") else run.config.entropy.actuator
+        axes.plot(steps, command, color=colour, linewidth=1.4, label=f"{_label(run, runs) or run.label} ({unit})")
+        limit = [c if e["state"] == "saturated" else math.nan for c, e in zip(command, run.steps, strict=True)]
+        axes.plot(steps, limit, ".", color=colour, markersize=5)
+    axes.set(title="Command of the controller", ylabel="T+ or coefficient", xlabel="step")
+    if controlled:
+        _legend(axes)
+    else:
+        axes.text(0.5, 0.5, "no run with control", transform=axes.transAxes, ha="center", color=MUTED)
+
+
+def reward_chart(axes: Axes, runs: Sequence[RunHistory]) -> None:
+    """Mean training reward, filtered like the entropy."""
+    for run in runs:
+        reward = filtered(run.column("reward"))
+        axes.plot(run.column("step"), reward, color=colour_of(run, runs), linewidth=1.6, label=_label(run, runs))
+    axes.set(title="Training reward (EMA 0.8)", ylabel="mean reward", xlabel="step")
+    _legend(axes)
+
+
+def pass_chart(axes: Axes, runs: Sequence[RunHistory]) -> None:
+    """pass@k on held-out prompts with 95 % intervals: the smallest k solid, the largest dashed."""
+    for run in runs:
+        ks = sorted({int(k) for event in run.evaluations for k in event["pass_at_k"]})
+        for k in dict.fromkeys(ks[:1] + ks[-1:]):
+            points = [(event["step"], *pass_at(event, k)) for event in run.evaluations]
+            at, value, low, high = zip(*points, strict=True)
+            style, colour = ("-" if k == ks[0] else "--"), colour_of(run, runs)
+            label = f"{run.label} pass@{k}" if _label(run, runs) else None
+            axes.plot(at, value, style, marker="o", markersize=4, color=colour, linewidth=1.5, label=label)
+            axes.vlines(at, low, high, color=colour, linewidth=1, alpha=0.6)
+    axes.set(title="Held-out pass@k", ylabel="share of questions", xlabel="step")
+    if any(run.evaluations for run in runs):
+        _legend(axes)
+    else:
+        axes.text(0.5, 0.5, "no evaluation yet", transform=axes.transAxes, ha="center", color=MUTED)
+
+
+def time_chart(axes: Axes, runs: Sequence[RunHistory]) -> None:
+    """Where a step's time goes: mean seconds per step by phase, one bar per run."""
+    for row, run in enumerate(runs):
+        totals, left = total_by_key(run, "seconds"), 0.0
+        for phase, colour in PHASES.items():
+            seconds = totals.get(phase, 0.0) / max(1, len(run.steps))
+            axes.barh(row, seconds, left=left, color=colour, height=0.6, label=phase if row == 0 else None)
+            left += seconds
+        axes.text(left, row, f" {left:.3g} s", va="center", color=INK)
+    axes.set(title="Mean time of a step", xlabel="seconds")
+    axes.set_yticks(range(len(runs)), [f"{run.label} s{run.config.seed}" for run in runs])
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.grid(visible=False, axis="y")
+    axes.legend(ncols=6, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.22), columnspacing=1, handlelength=1)
+
+
+CHARTS: dict[str, Chart] = {
+    "entropy": entropy_chart,
+    "command": command_chart,
+    "pass": pass_chart,
+    "reward": reward_chart,
+    "time": time_chart,
+}
+
+
+def write_png(runs: Sequence[RunHistory], path: Path) -> None:
+    """Every chart on one sheet: the entropy large on top, the others below."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(12, 12.5), layout="constrained", facecolor="white")
+        FigureCanvasAgg(figure)
+        grid = figure.add_gridspec(3, 2, height_ratios=[1.35, 1, 1])
+        for name, cell in zip(CHARTS, (grid[0, :], grid[1, 0], grid[1, 1], grid[2, 0], grid[2, 1]), strict=True):
+            CHARTS[name](figure.add_subplot(cell), runs)
+        figure.savefig(path, dpi=110)
+
+
+def svg(name: str, runs: Sequence[RunHistory]) -> str:
+    """One chart as an inline SVG element, colours as CSS variables."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(11, 4) if name == "entropy" else (5.6, 3.4), layout="constrained")
+        CHARTS[name](figure.add_subplot(), runs)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(
+        r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{name}">', text, count=1
+    )
+    for colour, variable in theme_variables().items():
+        text = text.replace(colour, f"var({variable})")
+    return text
+
+
+def _label(run: RunHistory, runs: Sequence[RunHistory]) -> str | None:
+    """A legend entry per method: its first run carries it."""
+    first = next(other for other in runs if other.label == run.label)
+    return run.label if run is first else None
+
+
+def _bottom_at_zero(axes: Axes) -> None:
+    axes.set_ylim(bottom=0)
+
+
+def _legend(axes: Axes) -> None:
+    axes.legend(fontsize=8, loc="best")

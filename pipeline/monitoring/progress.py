@@ -1,0 +1,93 @@
+"""Live progress of a run: a small panel in a terminal, a plain line now and then elsewhere. Both go to stderr."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.monitoring.events import StepRecord
+
+PERIOD = 0.25  # seconds between two refreshes of the panel
+LINES = 20  # plain lines over a whole run
+STATE_STYLES = {"tracking": "green", "saturated": "yellow", "holding": "yellow", "exploding": "bold red"}
+
+
+class Progress:
+    """Shows each step as it ends. Drawing is throttled, so a step costs well under a millisecond."""
+
+    def __init__(self, name: str, steps: int, *, first: int = 0, console: Console | None = None) -> None:
+        self._name, self._steps, self._first = name, steps, first
+        self._console = console or Console(stderr=True)
+        self._every = max(1, steps // LINES)
+        self._started = self._drawn = time.monotonic()
+        self._live: Live | None = None
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, auto_refresh=False)
+            self._live.start()
+
+    def step(self, record: StepRecord) -> None:
+        """Show a step, if it is time to."""
+        last = record.step + 1 == self._steps
+        if self._live is not None:
+            now = time.monotonic()
+            if last or now - self._drawn >= PERIOD:
+                self._drawn = now
+                self._live.update(self._panel(record), refresh=True)
+        elif last or (record.step + 1) % self._every == 0:
+            self._console.print(self._line(record), soft_wrap=True, highlight=False, markup=False)
+
+    def close(self) -> None:
+        """Leave the terminal as it was found, the last panel on it. Idempotent."""
+        if self._live is not None:
+            self._live.stop()
+
+    def _remaining(self, record: StepRecord) -> str:
+        done = record.step + 1 - self._first
+        seconds = (time.monotonic() - self._started) / done * (self._steps - record.step - 1)
+        return str(timedelta(seconds=round(seconds)))
+
+    def _line(self, record: StepRecord) -> str:
+        return (
+            f"{self._name} step {record.step + 1}/{self._steps}: entropy {record.entropy:.3f} "
+            f"(band {record.band_low:.3f}-{record.band_high:.3f}), {_command(record)}, {record.state}, "
+            f"reward {record.reward:.3f}, {record.seconds.get('total', 0.0):.2f} s, {self._remaining(record)} left"
+        )
+
+    def _panel(self, record: StepRecord) -> Group:
+        head = Table.grid(padding=(0, 1))
+        bar = ProgressBar(total=self._steps, completed=record.step + 1, width=30)
+        total = record.seconds.get("total", 0.0)
+        head.add_row(
+            Text(self._name, "bold"),
+            f"step {record.step + 1}/{self._steps}",
+            bar,
+            f"{total:.2f} s/step, {self._remaining(record)} left",
+        )
+        inside = record.band_low <= record.entropy <= record.band_high
+        entropy = Text.assemble(
+            "entropy ",
+            (f"{record.entropy:.3f}", "green" if inside else "yellow"),
+            f"  band {record.band_low:.3f}-{record.band_high:.3f}  {_command(record)}  ",
+            (record.state, STATE_STYLES.get(record.state, "dim")),
+            (f"  {record.reason}", "dim"),
+        )
+        split = "  ".join(f"{name} {value:.3f}" for name, value in record.seconds.items() if name != "total")
+        reward = Text.assemble(
+            f"reward {record.reward:.3f}  length {record.response_length:.1f}  ", (f"seconds: {split}", "dim")
+        )
+        return Group(head, entropy, reward)
+
+
+def _command(record: StepRecord) -> str:
+    """The command in words: T+ where it is a temperature."""
+    if record.actuator in ("none", ""):
+        return "no control"
+    if record.actuator in ("resample", "reweight", "fc"):
+        return f"T+ {record.temperature:.2f} ({record.actuator})"
+    return f"{record.actuator} {record.command:.4g}"

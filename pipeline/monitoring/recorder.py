@@ -1,0 +1,260 @@
+"""Writes a run's folder while it runs: config.yaml, events.jsonl, samples/; at the end report.html."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pipeline.checkpoints import Checkpoint
+from pipeline.config.errors import ConfigError
+from pipeline.config.load import config_hash, to_yaml
+from pipeline.config.schema import RunConfig
+from pipeline.data.sources import PromptSet
+from pipeline.entropy.band import Band
+from pipeline.monitoring.events import FILE_NAME, EventLog, StepRecord, to_json
+from pipeline.monitoring.progress import Progress
+from pipeline.types import ControlDecision, SampleGroup, StepStats
+
+PACKAGES = ("isentrope", "torch", "megatron-core", "transformers", "sglang", "ray")
+# What in a decision's state or reason raises an alert when it begins, and the alert's condition. Saturated on the way to the
+# target is no alarm.
+ALARMING = {"exploding": "exploding", "not reachable": "not_reachable", "wrong-sign": "wrong_sign"}
+
+
+class StepClock:
+    """Where one step's time goes: ``with clock("sample"): ...``. Starts when it is made."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._phases: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Add the time of the block to ``phase``."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._phases[phase] = self._phases.get(phase, 0.0) + time.perf_counter() - started
+
+    def seconds(self, outside: float = 0.0) -> dict[str, float]:
+        """Seconds by phase, with ``other`` (outside any phase, plus ``outside``) and ``total``."""
+        total = time.perf_counter() - self._started + outside
+        return {**self._phases, "other": total - sum(self._phases.values()), "total": total}
+
+
+class Recorder:
+    """The sink of one run; a context manager that closes the log whatever happens.
+
+    Raises ``ConfigError`` when ``run_dir`` already holds a run that is not being resumed.
+    """
+
+    def __init__(self, run_dir: Path, config: RunConfig, *, resumed: bool = False) -> None:
+        if not resumed and (run_dir / FILE_NAME).exists():
+            remedy = f"continue it with --resume {run_dir}, or choose another run_dir"
+            raise ConfigError("run_dir", str(run_dir), "this folder already holds a run", remedy)
+        self.run_dir = run_dir
+        self._config = config
+        self._resumed = resumed
+        self._band = Band(config.entropy.band, config.steps)
+        self._log: EventLog | None = None
+        self._progress: Progress | None = None
+        self._prompts: dict[str, int] = {}
+        self._alarms: frozenset[str] = frozenset()
+        self._own_seconds = 0.0  # what recording the step before took; counted as "other" of the next
+        (run_dir / "samples").mkdir(parents=True, exist_ok=True)
+        header = f"# Resolved configuration. Hash (without name and run_dir): {config_hash(config)}\n"
+        (run_dir / "config.yaml").write_text(header + to_yaml(config))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._log is not None:
+            self._end("failed", f"{kind.__name__ if kind else 'unknown'}: {error}")
+
+    def data(self, prompts: PromptSet) -> None:
+        """Remember the sizes of the data for the first event."""
+        sizes = {"train": len(prompts.train), "held_out": len(prompts.held_out)}
+        self._prompts = {**sizes, "dropped_too_long": prompts.dropped_too_long}
+
+    def start(self, step: int) -> None:
+        """Open the log with ``run_start``, or with ``resume`` at ``step`` updates done."""
+        self._log = EventLog(self.run_dir / FILE_NAME)
+        self.event(
+            "resume" if self._resumed else "run_start",
+            step=step,
+            name=self._config.name,
+            seed=self._config.seed,
+            steps=self._config.steps,
+            config_hash=config_hash(self._config),
+            prompts=self._prompts,
+            versions=versions(),
+        )
+        if self._config.monitoring.progress:
+            self._progress = Progress(self._config.name, self._config.steps, first=step)
+
+    def event(self, kind: str, **values: Any) -> None:
+        """Append any event; the time is added. Raises ``RuntimeError`` before ``start``."""
+        if self._log is None:
+            raise RuntimeError("Recorder.start must come before events")
+        self._log.append(kind, {"time": time.time(), **values})
+
+    def step(
+        self,
+        step: int,
+        main: Sequence[SampleGroup],
+        auxiliary: Sequence[SampleGroup],
+        stats: StepStats,
+        decision: ControlDecision,
+        following: ControlDecision,
+        stale: int,
+        positives: int,
+        clock: StepClock,
+    ) -> None:
+        """Record one step: its event, alerts that begin, some samples, the progress line.
+
+        ``decision`` governed the step just done, ``following`` was made from its entropy reading. ``stale``: samples dropped for
+        their weight version; ``positives``: correct rows that the actuator consumed.
+        """
+        seconds = clock.seconds(self._own_seconds)
+        started = time.perf_counter()
+        low, high = self._band.at(step)
+        actuator = "none" if following.state == "off" else self._config.entropy.actuator
+        record = StepRecord(
+            step=step,
+            time=time.time(),
+            entropy_sum=stats.entropy.sum,
+            entropy_count=stats.entropy.count,
+            entropy_filtered=following.filtered_entropy,
+            band_low=low,
+            band_high=high,
+            target=following.target,
+            temperature=decision.temperature,
+            command=decision.command,
+            actuator=actuator,
+            state=following.state,
+            reason=following.reason,
+            positives=positives,
+            stale_samples=stale,
+            loss=stats.loss,
+            grad_norm=stats.grad_norm,
+            learning_rate=stats.learning_rate,
+            weight_version=step,
+            metrics={**stats.metrics, "learner_seconds": stats.seconds},
+            seconds=seconds,
+            **rollout_figures(main, auxiliary),
+        )
+        self.event("step", **record.to_dict())
+        self._alert(step, following)
+        self._write_samples(step, main, auxiliary)
+        if self._progress is not None:
+            self._progress.step(record)
+        self._own_seconds = time.perf_counter() - started
+
+    def evaluation(self, step: int, result: Mapping[str, Any]) -> None:
+        """Record an evaluation after ``step`` updates; ``result`` is ``EvaluationResult.to_dict()``."""
+        self.event("evaluation", step=step, **result)
+
+    def checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Record a published checkpoint, and flush the log to the disk with it."""
+        self.event("checkpoint", step=checkpoint.step, path=str(checkpoint.path.relative_to(self.run_dir)))
+        if self._log is not None:
+            self._log.sync()
+
+    def finish(self, *, completed: bool) -> dict[str, Any]:
+        """End the log, write report.html, and return the run's summary."""
+        self._end("completed" if completed else "stopped", "")
+        from pipeline.monitoring.report import build_report  # loads matplotlib, which training has no use for
+
+        return build_report([self.run_dir], self.run_dir / "report.html")["runs"][0]
+
+    def _end(self, status: str, error: str) -> None:
+        self.event("run_end", status=status, error=error)
+        if self._progress is not None:
+            self._progress.close()
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def _alert(self, step: int, decision: ControlDecision) -> None:
+        """One event when an alarming condition begins, not one per step of it."""
+        said = f"{decision.state}: {decision.reason}"
+        conditions = {condition for sign, condition in ALARMING.items() if sign in said}
+        for condition in sorted(conditions - self._alarms):
+            self.event("alert", step=step, condition=condition, reason=decision.reason)
+        self._alarms = frozenset(conditions)
+
+    def _write_samples(self, step: int, main: Sequence[SampleGroup], auxiliary: Sequence[SampleGroup]) -> None:
+        groups = [group for group in (*main, *auxiliary) if group.samples]
+        count = min(self._config.monitoring.samples_per_step, len(groups))
+        if count == 0:
+            return
+        lines = [_sample_line(groups[i * (len(groups) - 1) // max(1, count - 1)], step) for i in range(count)]
+        (self.run_dir / "samples" / f"step-{step:06d}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def rollout_figures(main: Sequence[SampleGroup], auxiliary: Sequence[SampleGroup]) -> dict[str, Any]:
+    """The fields of a ``StepRecord`` that follow from verified samples. Means over no samples are NaN."""
+    groups = [group.samples for group in main if group.samples]
+    samples = [sample for group in groups for sample in group]
+    others = [sample for group in auxiliary for sample in group.samples]
+    rewards = [[sample.reward for sample in group] for group in groups]
+    lengths = [len(sample.token_ids) for sample in samples]
+    return {
+        "reward": _mean([sample.reward for sample in samples]),
+        "all_equal_groups": _mean([min(group) == max(group) for group in rewards]),
+        "response_length": _mean(lengths),
+        "truncated": _mean([sample.finish_reason == "length" for sample in samples]),
+        "verifier_errors": sum(bool(sample.verifier_error) for sample in (*samples, *others)),
+        "tokens": {"main": sum(lengths), "auxiliary": sum(len(sample.token_ids) for sample in others)},
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a run's numbers; those not installed are left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _sample_line(group: SampleGroup, step: int) -> str:
+    """One sample of a group as a JSON line; which one changes from step to step."""
+    sample = group.samples[step % len(group.samples)]
+    return (
+        to_json(
+            {
+                "step": step,
+                "prompt_id": group.prompt.id,
+                "prompt": group.prompt.text,
+                "answer": group.prompt.answer,
+                "response": sample.text,
+                "reward": sample.reward,
+                "role": str(sample.role),
+                "temperature": sample.temperature,
+                "tokens": len(sample.token_ids),
+                "finish_reason": sample.finish_reason,
+                "weight_versions": [[span.version, span.start, span.end] for span in sample.weight_versions],
+                "verifier_error": sample.verifier_error,
+                "seed": sample.seed,
+            }
+        )
+        + "\n"
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

@@ -1,0 +1,236 @@
+"""One self-contained HTML page about one or several runs: the entropy in its band first, then what it cost."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.load import to_yaml
+from pipeline.monitoring.charts import CHARTS, svg, theme_variables, write_png
+from pipeline.monitoring.summary import COMPARED, RunHistory, by_method, cost_sentences, read_run, summarize_run
+
+PHASES = ("sample", "verify", "batch", "train", "sync", "other", "total", "evaluation")
+COLUMNS = {
+    "method": "method",
+    "seed": "seed",
+    "steps": "steps",
+    "final_entropy": "final entropy",
+    "time_in_band": "time in band",
+    "rms_error": "RMS error",
+    "settling_step": "settled at step",
+    "pass_at_1": "pass@1",
+    "pass_at_16": "pass@16",
+    "distinct_correct": "distinct correct",
+    "status": "status",
+}
+PERCENT = ("time_in_band", "rms_error")
+SHOWN_SAMPLES = 6
+
+CSS = """
+:root { color-scheme: light dark; --page: #ffffff; --ink: #1f2328; --muted: #5b646e; --line: #dde1e6; --card: #f6f8fa; --good: #1a7f4b; }
+@media (prefers-color-scheme: dark) {
+  :root { --page: #14171b; --ink: #e6e8eb; --muted: #9aa4af; --line: #343a42; --card: #1c2026; --good: #4cc38a; }
+}
+body { background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; max-width: 1120px; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
+p, li { max-width: 52rem; } .muted { color: var(--muted); }
+figure { margin: 0; } svg { width: 100%; height: auto; display: block; } svg text { fill: var(--ink); }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 1rem; }
+.wide { grid-column: 1 / -1; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } th { color: var(--muted); font-weight: 600; }
+tr.mean td { font-weight: 600; } .good { color: var(--good); font-weight: 600; }
+pre { background: var(--card); padding: .8rem; overflow-x: auto; font-size: 12.5px; } summary { cursor: pointer; }
+"""
+DARK = {  # lighter partners of the chart colours
+    "#1f2328": "#e6e8eb",
+    "#6e7781": "#9aa4af",
+    "#dde1e6": "#343a42",
+    "#2f9e63": "#4cc38a",
+    "#2563c9": "#6ea8fe",
+    "#d9660a": "#f4a261",
+    "#8250c4": "#b794f6",
+    "#c2325b": "#f07c9c",
+    "#0f8b8d": "#4fc4c6",
+    "#9a7200": "#d9b44a",
+    "#7d8590": "#a3acb6",
+    "#4c78a8": "#7ba3cf",
+    "#b279a2": "#cf9fc2",
+    "#72b7b2": "#8fd0cb",
+    "#e8963a": "#f2ad61",
+    "#d8605f": "#ea8685",
+    "#a8a29e": "#8c8782",
+}
+
+
+def build_report(run_dirs: Sequence[Path], out_html: Path, png: Path | None = None) -> dict[str, Any]:
+    """Write the page (and the same pictures as one PNG); works on runs that are still running.
+
+    Returns ``{"runs": [summary of each run], "methods": {name: means over its runs}, "cost": [sentences]}``. Raises
+    ``EventLogError`` or ``ConfigError`` where a folder holds no readable run.
+    """
+    runs = [read_run(Path(run_dir)) for run_dir in run_dirs]
+    summaries = [summarize_run(run) for run in runs]
+    result = {"runs": summaries, "methods": by_method(summaries), "cost": cost_sentences(runs, summaries)}
+    out_html.parent.mkdir(parents=True, exist_ok=True)
+    partial = out_html.with_name(out_html.name + ".partial")
+    partial.write_text(_page(runs, result), encoding="utf-8")
+    os.replace(partial, out_html)
+    if png is not None:
+        write_png(runs, png)
+    return result
+
+
+def _page(runs: Sequence[RunHistory], result: Mapping[str, Any]) -> str:
+    names = ", ".join(dict.fromkeys(run.label for run in runs))
+    charts = "".join(
+        f'<figure class="{"wide" if name == "entropy" else ""}">{svg(name, runs)}</figure>' for name in CHARTS
+    )
+    sections = [
+        f"<h1>Policy entropy in its band: {escape(names)}</h1>",
+        _list(_verdict(run, summary) for run, summary in zip(runs, result["runs"], strict=True)),
+        f'<div class="charts">{charts}</div>',
+        _figures(result),
+        "<h2>What it costs</h2>" + _cost(result["cost"]),
+        "<h2>Seconds by phase</h2>" + _seconds(result["runs"]),
+        _events(runs, result["runs"]),
+        _samples(runs),
+        *(_configuration(run) for run in runs),
+    ]
+    style = _theme(theme_variables()) + CSS
+    title = f"isentrope report: {escape(names)}"
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head>\n'
+        f"<body>{''.join(sections)}</body></html>\n"
+    )
+
+
+def _theme(variables: Mapping[str, str]) -> str:
+    light = "".join(f"{variable}:{colour};" for colour, variable in variables.items())
+    dark = "".join(f"{variable}:{DARK[colour]};" for colour, variable in variables.items())
+    return f":root{{{light}}}@media (prefers-color-scheme: dark){{:root{{{dark}}}}}"
+
+
+def _verdict(run: RunHistory, summary: Mapping[str, Any]) -> str:
+    """One sentence: did this run hold its band?"""
+    name = f"<b>{escape(run.label)}</b> (seed {run.config.seed}, {summary['steps']} of {run.config.steps} steps, {summary['status']})"
+    end = f"final entropy {_number(summary['final_entropy'])}"
+    if run.is_baseline:
+        return f"{name}: no control, {end}."
+    if summary["entry_step"] < 0:
+        return f"{name}: never entered its band, {end}." + _saturation(run, summary)
+    share = f'<span class="good">{summary["time_in_band"]:.0%}</span>'
+    return (
+        f"{name}: in the band for {share} of the steps since it first entered it (step {summary['entry_step']}), RMS error "
+        f"{summary['rms_error']:.1%}, {end}." + _saturation(run, summary)
+    )
+
+
+def _saturation(run: RunHistory, summary: Mapping[str, Any]) -> str:
+    if summary["saturation"] == 0:
+        return ""
+    last = next(event for event in reversed(run.steps) if event["state"] == "saturated")
+    share = f"{summary['saturation']:.0%}"
+    return (
+        f" The command was at its limit in {share} of the steps, last at step {last['step']}: {escape(last['reason'])}."
+    )
+
+
+def _figures(result: Mapping[str, Any]) -> str:
+    rows = [[_cell(name, run[name]) for name in COLUMNS] for run in result["runs"]]
+    table = _table(list(COLUMNS.values()), rows)
+    several = {name: figures for name, figures in result["methods"].items() if figures["runs"] > 1}
+    if several:
+        means = [
+            [escape(name), str(figures["runs"]), *(_spread(figure, figures) for figure in COMPARED)]
+            for name, figures in several.items()
+        ]
+        table += "<h2>Mean and standard deviation over seeds</h2>"
+        table += _table(["method", "runs", *(COLUMNS[figure] for figure in COMPARED)], means)
+    note = (
+        "Final entropy: mean of the last 20 steps, nats per token at T=1. Time in band and RMS error: filtered entropy (EMA 0.8), from "
+        "its first step in the band on, the error relative to the band's geometric middle. Settled: first step from which it stays 20 steps; "
+        "-1 never. pass@k: last evaluation on held-out prompts."
+    )
+    return f'<h2>Figures</h2>{table}<p class="muted">{note}</p>'
+
+
+def _cost(sentences: Sequence[str]) -> str:
+    if not sentences:
+        return '<p class="muted">No evaluated run without control to compare with.</p>'
+    return _list(escape(sentence) for sentence in sentences)
+
+
+def _seconds(summaries: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        [escape(f"{run['method']} s{run['seed']}"), *(f"{run['seconds'].get(phase, 0.0):.1f}" for phase in PHASES)]
+        for run in summaries
+    ]
+    return _table(["run", *PHASES], rows)
+
+
+def _events(runs: Sequence[RunHistory], summaries: Sequence[Mapping[str, Any]]) -> str:
+    lines = [f"{escape(run.label)}: resumed at step {event['step']}" for run in runs for event in run.restarts]
+    lines += [escape(f"{summary['method']}: {alert}") for summary in summaries for alert in summary["alerts"]]
+    return "<h2>Restarts and alerts</h2>" + (_list(lines) if lines else '<p class="muted">None.</p>')
+
+
+def _samples(runs: Sequence[RunHistory]) -> str:
+    """Rollouts of the newest step of each run."""
+    blocks = []
+    for run in runs:
+        files = sorted((run.run_dir / "samples").glob("step-*.jsonl"))
+        lines = files[-1].read_text(encoding="utf-8").splitlines()[:SHOWN_SAMPLES] if files else []
+        rows = [_sample_row(json.loads(line)) for line in lines]
+        if rows:
+            header = ["prompt", "response", "reward", "role", "T"]
+            blocks.append(f"<h3>{escape(run.label)}, step {int(files[-1].stem[5:])}</h3>" + _table(header, rows))
+    return f"<details><summary>Samples of the last step</summary>{''.join(blocks)}</details>" if blocks else ""
+
+
+def _sample_row(sample: Mapping[str, Any]) -> list[str]:
+    texts = [escape(str(sample[name])[-200:]) for name in ("prompt", "response")]
+    return [*texts, _number(sample["reward"]), escape(sample["role"]), _number(sample["temperature"])]
+
+
+def _configuration(run: RunHistory) -> str:
+    starts = run.of_kind("run_start") + run.of_kind("resume")
+    versions = ", ".join(f"{name} {version}" for name, version in starts[-1]["versions"].items()) if starts else ""
+    text = escape(to_yaml(run.config))
+    return (
+        f"<details><summary>Configuration and versions of {escape(run.label)} (seed {run.config.seed})</summary>"
+        f"<p>{escape(versions)}</p><pre>{text}</pre></details>"
+    )
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _list(items: Iterable[str]) -> str:
+    return f"<ul>{''.join(f'<li>{item}</li>' for item in items)}</ul>"
+
+
+def _cell(name: str, value: Any) -> str:
+    if isinstance(value, float) and name in PERCENT:
+        return f"{value:.1%}"
+    return _number(value)
+
+
+def _spread(figure: str, figures: Mapping[str, Any]) -> str:
+    value, deviation = figures[figure], figures[figure + "_sd"]
+    return _cell(figure, value) + (f" ± {_cell(figure, deviation)}" if deviation is not None else "")
+
+
+def _number(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3f}" if isinstance(value, float) else escape(str(value))

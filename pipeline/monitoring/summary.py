@@ -1,0 +1,184 @@
+"""A run read back from its folder, and the figures that reports and comparisons are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from pipeline.config.load import config_hash, load_config
+from pipeline.config.schema import RunConfig
+from pipeline.monitoring.events import FILE_NAME, in_force, read_all_events
+from pipeline.monitoring.tracking import track
+
+FINAL_STEPS = 20  # steps that final_entropy averages
+COMPARED = ("final_entropy", "time_in_band", "rms_error", "pass_at_1", "pass_at_16", "distinct_correct")
+
+
+@dataclass(frozen=True)
+class RunHistory:
+    """Configuration and events in force of one run, finished or still running."""
+
+    run_dir: Path
+    config: RunConfig
+    events: list[dict[str, Any]]
+    restarts: list[dict[str, Any]]  # every resume event, superseded or not
+
+    @property
+    def label(self) -> str:
+        """The run's name."""
+        return self.config.name
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it ran without entropy control: what the others' cost is measured against."""
+        return self.config.entropy.controller == "none"
+
+    @cached_property
+    def steps(self) -> list[dict[str, Any]]:
+        """The step events, in order."""
+        return self.of_kind("step")
+
+    @cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The evaluation events, in order."""
+        return self.of_kind("evaluation")
+
+    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+        """Events of one kind, in order."""
+        return [event for event in self.events if event["kind"] == kind]
+
+    def column(self, name: str) -> list[float]:
+        """One number per step; null reads as NaN."""
+        return [math.nan if event[name] is None else event[name] for event in self.steps]
+
+    @property
+    def status(self) -> str:
+        """``completed``, ``stopped``, ``failed`` or ``unfinished`` (running, or killed)."""
+        ends = self.of_kind("run_end")
+        return ends[-1]["status"] if ends else "unfinished"
+
+
+def read_run(run_dir: Path) -> RunHistory:
+    """Read a run folder. Raises ``EventLogError`` (no or damaged events) and ``ConfigError`` (no or bad config.yaml)."""
+    everything = read_all_events(run_dir / FILE_NAME)
+    config = load_config(run_dir / "config.yaml", check=False)
+    return RunHistory(run_dir, config, in_force(everything), [e for e in everything if e["kind"] == "resume"])
+
+
+def summarize(run_dir: Path) -> dict[str, Any]:
+    """The figures of one run as a flat JSON object; None where one does not exist (yet). See ``summarize_run``."""
+    return summarize_run(read_run(run_dir))
+
+
+def summarize_run(run: RunHistory) -> dict[str, Any]:
+    """What a comparison shows of a run.
+
+    ``final_entropy`` is the mean of the last 20 steps; band figures are those of ``tracking.Tracking``; pass@k, intervals and
+    ``distinct_correct`` come from the last evaluation, made after ``evaluation_step`` updates; ``seconds`` are totals by phase.
+    """
+    tracking = track(
+        run.column("entropy"),
+        run.column("band_low"),
+        run.column("band_high"),
+        run.column("temperature"),
+        [event["state"] for event in run.steps],
+    )
+    entropies = [value for value in run.column("entropy")[-FINAL_STEPS:] if math.isfinite(value)]
+    last = run.evaluations[-1] if run.evaluations else {}
+    figures = {
+        "method": run.label,
+        "seed": run.config.seed,
+        "steps": len(run.steps),
+        "status": run.status,
+        "final_entropy": mean(entropies) if entropies else math.nan,
+        **asdict(tracking),
+        "pass_at_1": pass_at(last, 1)[0],
+        "pass_at_16": pass_at(last, 16)[0],
+        "pass_at_1_interval": pass_at(last, 1)[1:],
+        "pass_at_16_interval": pass_at(last, 16)[1:],
+        "distinct_correct": last.get("distinct_correct", math.nan),
+        "evaluation_step": last.get("step"),
+        "reward": mean(run.column("reward")[-FINAL_STEPS:]) if run.steps else math.nan,
+        "seconds": total_by_key(run, "seconds") | {"evaluation": sum(e.get("seconds", 0.0) for e in run.evaluations)},
+        "tokens": total_by_key(run, "tokens"),
+        "alerts": [f"step {e['step']}: {e['reason']}" for e in run.of_kind("alert")],
+        "restarts": [event["step"] for event in run.restarts],
+        "controller": run.config.entropy.controller,
+        "actuator": "none" if run.is_baseline else run.config.entropy.actuator,
+        "config_hash": config_hash(run.config),
+        "run_dir": str(run.run_dir),
+    }
+    return {key: _none_if_nan(value) for key, value in figures.items()}
+
+
+def pass_at(evaluation: dict[str, Any], k: int) -> tuple[float, float, float]:
+    """pass@k of an evaluation event with its interval; NaN where it was not measured."""
+    estimate = evaluation.get("pass_at_k", {}).get(str(k))
+    return (estimate["value"], estimate["low"], estimate["high"]) if estimate else (math.nan, math.nan, math.nan)
+
+
+def total_by_key(run: RunHistory, name: str) -> dict[str, float]:
+    """Sum over steps of a mapping such as ``seconds`` or ``tokens``, key by key."""
+    totals: dict[str, float] = {}
+    for event in run.steps:
+        for key, value in event[name].items():
+            totals[key] = totals.get(key, 0) + value
+    return totals
+
+
+def by_method(summaries: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """For each method the number of runs, and mean and standard deviation over them (None for one run) of the compared figures."""
+    methods: dict[str, dict[str, Any]] = {}
+    for method in dict.fromkeys(summary["method"] for summary in summaries):
+        runs = [summary for summary in summaries if summary["method"] == method]
+        methods[method] = {"runs": len(runs)}
+        for figure in COMPARED:
+            values = [run[figure] for run in runs if run[figure] is not None]
+            methods[method][figure] = mean(values) if values else None
+            methods[method][figure + "_sd"] = stdev(values) if len(values) > 1 else None
+    return methods
+
+
+def cost_sentences(runs: Sequence[RunHistory], summaries: Sequence[dict[str, Any]]) -> list[str]:
+    """For each controlled method, its pass@1 and pass@16 beside the baseline's, as measured. Empty without a baseline."""
+    methods = by_method(summaries)
+    baselines = list(dict.fromkeys(run.label for run in runs if run.is_baseline))
+    others = list(dict.fromkeys(run.label for run in runs if not run.is_baseline))
+    return [
+        _cost(other, baseline, [s for s in summaries if s["method"] in (other, baseline)], methods)
+        for baseline in baselines[:1]
+        for other in others
+        if methods[other]["pass_at_1"] is not None and methods[baseline]["pass_at_1"] is not None
+    ]
+
+
+def _cost(method: str, baseline: str, summaries: Sequence[dict[str, Any]], methods: dict[str, dict[str, Any]]) -> str:
+    ours, theirs = methods[method], methods[baseline]
+    difference = ours["pass_at_1"] - theirs["pass_at_1"]
+    text = (
+        f"{method}: pass@1 {ours['pass_at_1']:.3f} against {theirs['pass_at_1']:.3f} of {baseline}, "
+        f"a difference of {difference:+.3f}"
+    )
+    if ours["pass_at_16"] is not None and theirs["pass_at_16"] is not None:
+        text += f"; pass@16 {ours['pass_at_16']:.3f} against {theirs['pass_at_16']:.3f}"
+    if ours["runs"] == theirs["runs"] == 1:
+        first, second = (summary["pass_at_1_interval"] for summary in summaries)
+        overlap = first[0] <= second[1] and second[0] <= first[1]
+        text += f" (one seed each; the 95 % intervals of pass@1 {'overlap' if overlap else 'do not overlap'})"
+    else:
+        text += f" (means of {ours['runs']} and {theirs['runs']} runs)"
+    steps = sorted({summary["evaluation_step"] for summary in summaries})
+    return text + (
+        f", after {steps[0]} steps." if len(steps) == 1 else f", evaluated after {', '.join(map(str, steps))} steps."
+    )
+
+
+def _none_if_nan(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_none_if_nan(entry) for entry in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

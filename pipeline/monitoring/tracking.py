@@ -1,0 +1,103 @@
+"""How well a run held its band: one number per question, from the entropies and the band's edges.
+
+All figures but ``settling_step`` and those of T+ and the state speak of the steps from *entry* on: the first step whose filtered
+entropy lies in the band (a run that starts outside is not blamed for the way there, and a run that later leaves the band is).
+The filter is an EMA with weight 0.8 on the past, the same for every method, whatever its controller uses. The target is the
+band's geometric middle, the one that the controllers steer to. Errors are relative: H / target - 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+EMA = 0.8  # weight of the past
+STAY = 20  # steps in the band that count as settled
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """Band tracking of one run. NaN where a figure does not exist, e.g. the RMS error of a run that never entered its band."""
+
+    entry_step: int  # first step with the filtered entropy in the band; -1: never
+    settling_step: int  # first step from which the filtered entropy stays in the band for 20 steps; -1: never
+    time_in_band: float  # share of the steps from entry on with the filtered entropy in the band; 0 if it never entered
+    rms_error: float  # root mean square of the filtered entropy's relative error, from entry on
+    rms_error_raw: float  # the same of the unfiltered entropy
+    bias: float  # mean relative error of the filtered entropy, from entry on
+    overshoot: float  # largest relative error beyond the target, on the side away from the start, from entry on; >= 0
+    oscillation: float  # sign changes of the filtered error per 100 steps, from entry on
+    temperature_variation: (
+        float  # mean |ln T_k - ln T_{k-1}| per step over the whole run; 0 for actuators that are no temperature
+    )
+    saturation: float  # share of all steps in the controller state "saturated"
+
+
+def filtered(values: Sequence[float], weight: float = EMA) -> np.ndarray:
+    """Exponential moving average, float64 [n]; starts at the first finite value; one that is not finite repeats the last."""
+    result = np.empty(len(values))
+    for i, value in enumerate(values):
+        last = result[i - 1] if i else math.nan
+        if math.isfinite(last) and math.isfinite(value):
+            result[i] = weight * last + (1 - weight) * value
+        else:
+            result[i] = value if math.isfinite(value) else last
+    return result
+
+
+def track(
+    entropies: Sequence[float],
+    low: Sequence[float],
+    high: Sequence[float],
+    temperatures: Sequence[float] = (),
+    states: Sequence[str] = (),
+) -> Tracking:
+    """The figures of one run: entropy, band edges, T+ and controller state of each step, in order."""
+    raw, lower, upper = (np.asarray(values, dtype=float) for values in (entropies, low, high))
+    smooth = filtered(list(raw))
+    inside = (smooth >= lower) & (smooth <= upper)
+    entry = int(np.argmax(inside)) if inside.any() else -1
+    target = np.sqrt(lower * upper)
+    error, raw_error = smooth / target - 1, raw / target - 1
+    after = error[entry:] if entry >= 0 else np.empty(0)
+    raw_after = raw_error[entry:] if entry >= 0 else np.empty(0)
+    seen = error[np.isfinite(error)]
+    side = np.sign(seen[0]) if len(seen) else 0.0
+    return Tracking(
+        entry_step=entry,
+        settling_step=_first_stay(inside),
+        time_in_band=float(inside[entry:].mean()) if entry >= 0 else 0.0,
+        rms_error=_rms(after),
+        rms_error_raw=_rms(raw_after[np.isfinite(raw_after)]),
+        bias=float(after.mean()) if len(after) else math.nan,
+        overshoot=max(0.0, float((-side * after).max())) if len(after) else math.nan,
+        oscillation=_sign_changes_per_100(after),
+        temperature_variation=_mean_step(np.log(np.asarray(temperatures, dtype=float))) if len(temperatures) else 0.0,
+        saturation=sum(state == "saturated" for state in states) / len(states) if states else 0.0,
+    )
+
+
+def _first_stay(inside: np.ndarray) -> int:
+    """First index that starts ``STAY`` true entries in a row; -1 if there is none."""
+    run = 0
+    for i, within in enumerate(inside):
+        run = run + 1 if within else 0
+        if run == STAY:
+            return i - STAY + 1
+    return -1
+
+
+def _rms(values: np.ndarray) -> float:
+    return float(np.sqrt((values**2).mean())) if len(values) else math.nan
+
+
+def _sign_changes_per_100(error: np.ndarray) -> float:
+    signs = np.sign(error[error != 0])
+    return 100 * float((signs[1:] != signs[:-1]).sum()) / len(error) if len(error) else math.nan
+
+
+def _mean_step(values: np.ndarray) -> float:
+    return float(np.abs(np.diff(values)).mean()) if len(values) > 1 else 0.0

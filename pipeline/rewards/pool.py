@@ -1,0 +1,85 @@
+"""Verifiers in processes of their own: a call that hangs, raises or kills its process costs that one sample only."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import BrokenExecutor, wait
+from functools import partial
+
+from pebble import ProcessExpired, ProcessFuture, ProcessPool
+
+from pipeline.rewards.verifiers import library_of, make_verifier
+from pipeline.types import Prompt
+
+Outcome = float | str  # a reward, or why there is none
+_LONGEST_ERROR = 200  # characters
+
+
+class VerifierPool:
+    """``workers`` processes that run one verifier, each call limited to ``timeout`` seconds.
+
+    Workers are forked from a server process that has the verifier's library loaded and nothing of the driver (no CUDA, no
+    threads), so replacing a killed one takes milliseconds. Raises what the verifier's import raises.
+    """
+
+    def __init__(self, verifier: str, workers: int, timeout: float) -> None:
+        self.verifier = verifier
+        self.timeout = timeout
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__, library_of(verifier)])
+        self._start = partial(ProcessPool, max_workers=workers, context=context)
+        self._pool = self._start()
+        # Import before the first timed call. No time limit: a slow disk is no fault of a sample.
+        self._pool.schedule(_load, (verifier,)).result()
+
+    def scores(self, calls: Sequence[tuple[Prompt, str]]) -> list[Outcome]:
+        """One outcome per (prompt, response text), in order. Never raises on account of a verifier."""
+        futures = [self._submit(*call) for call in calls]
+        outcomes = [self._outcome(future) for future in futures]
+        for index, outcome in enumerate(outcomes):
+            if (
+                outcome is None
+            ):  # the whole pool broke: judge what it lost one at a time, so that only the culprit fails
+                outcomes[index] = self._outcome(self._submit(*calls[index]))
+        return ["verifier process died" if outcome is None else outcome for outcome in outcomes]
+
+    def close(self) -> None:
+        """Kill the workers."""
+        self._pool.stop()
+        self._pool.join()
+
+    def _submit(self, prompt: Prompt, text: str) -> ProcessFuture[float]:
+        if not self._pool.active:
+            self.close()
+            self._pool = self._start()
+        return self._pool.schedule(_score, (self.verifier, prompt, text), timeout=self.timeout)
+
+    def _outcome(self, future: ProcessFuture[float]) -> Outcome | None:
+        """Reward or error of a call; None when the pool broke under it."""
+        while not wait([future], timeout=1.0).done:
+            if not self._pool.active:  # a broken pool leaves the futures it had not dispatched yet undone for ever
+                return None
+        error = future.exception()
+        if error is None:
+            return future.result()
+        if isinstance(error, BrokenExecutor):
+            return None
+        if isinstance(error, ProcessExpired):
+            return f"verifier process died (exit code {error.exitcode})"
+        if isinstance(error, TimeoutError):
+            return f"no verdict within {self.timeout:g} s"
+        return describe(error)
+
+
+def describe(error: BaseException) -> str:
+    """One short line for an exception."""
+    return f"{type(error).__name__}: {error}".split("\n")[0][:_LONGEST_ERROR]
+
+
+def _load(verifier: str) -> None:
+    make_verifier(verifier)
+
+
+def _score(verifier: str, prompt: Prompt, text: str) -> float:
+    return float(make_verifier(verifier).score(prompt, text))

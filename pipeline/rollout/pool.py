@@ -1,0 +1,124 @@
+"""Several engines as one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TypeVar
+
+from pipeline.rollout.engine import EngineError, RolloutEngine, WeightUpdateError
+from pipeline.types import EngineHealth, GenerateRequest, SampleGroup, WeightBucket
+
+T = TypeVar("T")
+
+
+class EnginePool:
+    """``RolloutEngine`` over engines that run at the same time.
+
+    Requests are divided by expected tokens, deterministically. An update is all or nothing: the pool generates only when
+    every engine has committed the same version; one failure makes the whole pool refuse until a later update commits.
+    """
+
+    def __init__(self, engines: Sequence[RolloutEngine]) -> None:
+        if not engines:
+            raise EngineError("engine pool: no engines; set rollout.engines to at least 1")
+        self._engines = tuple(engines)
+        self._threads = ThreadPoolExecutor(len(engines), "engine") if len(engines) > 1 else None
+        self._consistent = False
+        self._updating: int | None = None  # version of the update in progress
+
+    def start(self, hf_path: Path) -> None:
+        """Start every engine with the same folder, at the same time; if one fails, all are closed."""
+        with ExitStack() as on_failure:
+            on_failure.callback(self.close)
+            self._on_all(lambda engine: engine.start(hf_path))
+            on_failure.pop_all()
+        self._consistent = True
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[SampleGroup]:
+        """One group per request, in order, whichever engine drew it."""
+        if not self._consistent:
+            raise EngineError(
+                "engine pool: not every engine serves the same weights; start it or push the weights again"
+            )
+        shares = split_requests(requests, len(self._engines))
+
+        def run(engine_index: int) -> list[SampleGroup]:
+            share = shares[engine_index]
+            return self._engines[engine_index].generate([requests[i] for i in share]) if share else []
+
+        groups: dict[int, SampleGroup] = {}
+        for share, results in zip(shares, self._map(run, range(len(self._engines))), strict=True):
+            groups.update(zip(share, results, strict=True))
+        return [groups[i] for i in range(len(requests))]
+
+    def begin_update(self, version: int) -> None:
+        """Pause every engine."""
+        self._consistent = False
+        self._updating = version
+        self._on_all(lambda engine: engine.begin_update(version))
+
+    def load_bucket(self, bucket: WeightBucket) -> None:
+        """Hand the bucket to every engine."""
+        self._on_all(lambda engine: engine.load_bucket(bucket))
+
+    def commit_update(self, version: int) -> None:
+        """Commit everywhere; only when all have succeeded does the pool generate again."""
+        if version != self._updating:
+            raise WeightUpdateError(
+                f"engine pool: commit_update({version}), but the update in progress is {self._updating}"
+            )
+        self._updating = None
+        self._on_all(lambda engine: engine.commit_update(version))
+        self._consistent = True
+
+    def abort(self) -> None:
+        """End running requests on every engine."""
+        for engine in self._engines:
+            engine.abort()
+
+    def health(self) -> EngineHealth:
+        """Alive when all are; the version is the common one, None when they differ."""
+        states = [engine.health() for engine in self._engines]
+        versions = {state.weight_version for state in states}
+        version = versions.pop() if self._consistent and len(versions) == 1 else None
+        details = [f"engine {i}: {state.detail}" for i, state in enumerate(states) if state.detail]
+        return EngineHealth(all(state.alive for state in states), version, "; ".join(details))
+
+    def close(self) -> None:
+        """Close every engine, also when one of them raises; an error is raised at the end."""
+        self._consistent = False
+        with ExitStack() as stack:  # runs every callback, whatever the others raise
+            if self._threads is not None:
+                stack.callback(self._threads.shutdown)
+            for engine in self._engines:
+                stack.callback(engine.close)
+
+    def _on_all(self, action: Callable[[RolloutEngine], None]) -> None:
+        self._map(action, self._engines)
+
+    def _map(self, action: Callable[..., T], items: Sequence[object]) -> list[T]:
+        """Apply to all, at the same time; waits for all of them before it raises the first error."""
+        if self._threads is None:
+            return [action(item) for item in items]
+        futures = [self._threads.submit(action, item) for item in items]
+        for future in futures:
+            future.exception()
+        return [future.result() for future in futures]
+
+
+def split_requests(requests: Sequence[GenerateRequest], engines: int) -> list[list[int]]:
+    """Indices of the requests that each engine takes: the longest first, each to the engine with the least work so far.
+
+    Work is prompt tokens once plus ``samples * max_new_tokens`` (greedy LPT, Graham 1969: at most 4/3 of the optimum).
+    """
+    work = [len(r.prompt.token_ids) + len(r.seeds) * r.max_new_tokens for r in requests]
+    loads = [0] * engines
+    shares: list[list[int]] = [[] for _ in range(engines)]
+    for i in sorted(range(len(requests)), key=lambda i: (-work[i], i)):
+        least = loads.index(min(loads))
+        loads[least] += work[i]
+        shares[least].append(i)
+    return [sorted(share) for share in shares]

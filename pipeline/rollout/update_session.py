@@ -1,0 +1,62 @@
+"""Bookkeeping of one weight update, the same for every kind of engine: what must arrive and what has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pipeline.checksum import checksum
+from pipeline.rollout.engine import WeightUpdateError
+from pipeline.types import WeightBucket
+
+
+class UpdateSession:
+    """Admits the buckets of one version, and knows when all of them are there.
+
+    ``expected`` maps every tensor name of the model to its shape. Any disagreement raises ``WeightUpdateError``: a wrong
+    version, a repeated bucket, a checksum that does not match the bytes, an unknown or repeated name, another shape.
+    """
+
+    def __init__(self, engine: str, version: int, expected: Mapping[str, tuple[int, ...]]) -> None:
+        self.version = version
+        self._engine = engine
+        self._expected = expected
+        self._missing = set(expected)
+        self._count: int | None = None
+        self._buckets: set[int] = set()
+
+    def admit(self, bucket: WeightBucket) -> None:
+        """Check one bucket completely before any of its bytes is used."""
+        label = f"bucket {bucket.index + 1}/{bucket.count}"
+        if bucket.version != self.version:
+            raise self._error(f"{label} is of version {bucket.version}; finish or restart the update of {self.version}")
+        if self._count not in (None, bucket.count):
+            raise self._error(f"{label} announces {bucket.count} buckets, earlier ones announced {self._count}")
+        if bucket.index in self._buckets or not 0 <= bucket.index < bucket.count:
+            raise self._error(f"{label} arrived twice or is out of range")
+        if (actual := checksum(bucket.tensors)) != bucket.checksum:
+            raise self._error(f"{label} has checksum {actual:#010x}, its sender computed {bucket.checksum:#010x}")
+        for name, tensor in bucket.tensors.items():
+            self._admit_tensor(label, name, tuple(tensor.shape))
+        self._count = bucket.count
+        self._buckets.add(bucket.index)
+
+    def finish(self, version: int) -> None:
+        """Check that every bucket and every tensor arrived."""
+        if version != self.version:
+            raise self._error(f"commit_update({version}) while version {self.version} is being loaded")
+        if self._count is None or len(self._buckets) != self._count:
+            raise self._error(f"{len(self._buckets)} of {self._count or 'an unknown number of'} buckets arrived")
+        if self._missing:
+            raise self._error(f"{len(self._missing)} tensors never arrived, first {min(self._missing)!r}")
+
+    def _admit_tensor(self, label: str, name: str, shape: tuple[int, ...]) -> None:
+        if name not in self._expected:
+            raise self._error(f"{label}: {name!r} is not a parameter of the model that start() loaded")
+        if name not in self._missing:
+            raise self._error(f"{label}: {name!r} arrived twice")
+        if shape != tuple(self._expected[name]):
+            raise self._error(f"{label}: {name!r} has shape {shape}, the model has {tuple(self._expected[name])}")
+        self._missing.discard(name)
+
+    def _error(self, what: str) -> WeightUpdateError:
+        return WeightUpdateError(f"{self._engine}: update to version {self.version}: {what}")

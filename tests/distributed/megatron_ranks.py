@@ -1,0 +1,202 @@
+"""What each rank does in the Megatron tests; run by ``gang.Gang``."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from pipeline.config.schema import LearnerConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
+from pipeline.types import Actuation, TrainBatch
+
+
+def batch(rows: int = 10, auxiliary: int = 3, vocab: int = 37, seq: int = 12, seed: int = 0, **changes) -> TrainBatch:
+    """Random rows of uneven length; the last ``auxiliary`` are auxiliary. Token-mean weights."""
+    g = torch.Generator().manual_seed(seed)
+    prompt, lengths = 4, torch.randint(6, seq + 1, (rows,), generator=g)
+    column = torch.arange(1, seq)
+    mask = (column >= prompt) & (column < lengths[:, None])
+    aux = torch.arange(rows) >= rows - auxiliary
+    weights = torch.where(aux, 0.5 / mask[aux].sum().clamp(min=1), 1.0 / mask[~aux].sum())
+    fields = {
+        "tokens": torch.randint(0, vocab, (rows, seq), generator=g),
+        "lengths": lengths,
+        "loss_mask": mask,
+        "weights": weights.float(),
+        "advantages": torch.randn(rows, generator=g),
+        "auxiliary": aux,
+        "correct": aux | (torch.arange(rows) % 2 == 0),
+        "temperatures": torch.where(aux, 1.2, 1.0),
+        "behavior_log_probs": -3 * torch.rand(rows, seq - 1, generator=g) * mask,
+        "actuation": Actuation("resample", 1.2, 1.0),
+    }
+    return TrainBatch(**(fields | changes))
+
+
+def learner(rank, world, address, folder, tp, pp, *, total_steps=10, objective=None, dtype="fp32", **config):
+    from megatron_ext import topology
+    from megatron_ext.learner import MegatronLearner
+
+    optimizer = OptimizerConfig(**({"lr": 1e-2, "weight_decay": 0.1} | config.pop("optimizer", {})))
+    made = MegatronLearner(
+        LearnerConfig(
+            tensor_model_parallel_size=tp,
+            pipeline_model_parallel_size=pp,
+            data_parallel_size=world // (tp * pp),
+            **({"micro_batch_size": 4, "optimizer": optimizer} | config),
+        ),
+        ModelConfig(hf_path=str(folder), dtype=dtype),
+        objective or ObjectiveConfig(),
+        total_steps=total_steps,
+        seed=0,
+        topology=topology.initialize(rank, world, address, tp, pp, seed=0),
+    )
+    made.load(Path(folder))
+    return made
+
+
+def exported(made, version: int = 0) -> dict[str, torch.Tensor]:
+    buckets = [b for b in made.export_shards(version) if b is not None]
+    return {name: tensor for b in buckets for name, tensor in b.tensors.items()}
+
+
+def gradients(made, rows: TrainBatch) -> dict[str, torch.Tensor]:
+    """Full gradients under Hugging Face names, by exporting main_grad in the parameters' place."""
+    from megatron_ext.weights import hf
+
+    made._accumulate(rows)
+    grads = {name: p.main_grad.clone() for name, p in made._parameters.items()}
+    buckets = hf.export(grads, made._buckets, made._topology, 0)
+    return {name: tensor for b in buckets if b is not None for name, tensor in b.tensors.items()}
+
+
+def learning_rates(rank, world, address, folder, optimizer, total_steps):
+    made = learner(rank, world, address, folder, 1, 1, total_steps=total_steps, optimizer=optimizer)
+    rates = [made.update(batch(4, 1), step).learning_rate for step in range(total_steps)]
+    made.close()
+    return rates
+
+
+def messages(rank, world, address, folder):
+    """What a learner says to calls it must refuse, and whether a refused update left the weights alone."""
+    made = learner(rank, world, address, folder, 1, 1, updates_per_step=2)
+    before = exported(made)
+    calls = {
+        "reference": lambda: made.log_probs(batch(), reference=True),
+        "old_log_probs": lambda: made.update(batch(), 0),
+        "mini_batches": lambda: made.update(batch(3, 2, old_log_probs=torch.zeros(3, 11)), 0),
+        "nan": lambda: made.update(
+            batch(advantages=torch.full((10,), torch.nan), old_log_probs=torch.zeros(10, 11)), 5
+        ),
+    }
+    said = {}
+    for name, call in calls.items():
+        try:
+            call()
+        except (ValueError, FloatingPointError) as error:
+            said[name] = f"{type(error).__name__}: {error}"
+    after = exported(made)
+    made.close()
+    return said, all(torch.equal(before[name], after[name]) for name in before)
+
+
+def reference_policy(rank, world, address, folder):
+    """Log-probs of policy and reference before and after an update, on PP2."""
+    made = learner(rank, world, address, folder, 1, world, objective=ObjectiveConfig(kl_coef=0.1))
+    rows = batch()
+    out = [made.log_probs(rows), made.log_probs(rows, reference=True)]
+    made.update(batch(reference_log_probs=out[1]), 0)
+    out += [made.log_probs(rows), made.log_probs(rows, reference=True)]
+    made.close()
+    return out
+
+
+def restore_elsewhere(rank, world, address, folder, directory):
+    """Save on TP ``world``, restore on PP ``world``: the message of the refusal."""
+    learner(rank, world, address, folder, world, 1).save(Path(directory))
+    from megatron_ext import topology
+
+    topology.shutdown()
+    made = learner(rank, world, (address[0], address[1] + 1), folder, 1, world)
+    try:
+        made.restore(Path(directory))
+    except ValueError as error:
+        return str(error)
+    finally:
+        made.close()
+
+
+def train(rank, world, address, folder, tp, pp, steps, batches, config):
+    """Full gradients of the first batch (where they are whole), statistics of every step, final weights."""
+    made = learner(rank, world, address, folder, tp, pp, **config)
+    # The distributed optimizer leaves each rank only its part of the reduced gradient.
+    grads = {} if config.get("optimizer", {}).get("distributed") else gradients(made, batches[0])
+    stats = [made.update(batches[step % len(batches)], step) for step in range(steps)]
+    weights = exported(made)
+    made.close()
+    return grads, stats, weights
+
+
+def inspect(rank, world, address, folder, tp, pp, tokens):
+    """log p(every token | prefix) at every position, and the export straight after loading, in one and in many buckets."""
+    made = learner(rank, world, address, folder, tp, pp, micro_batch_size=512)
+    vocab = made._architecture.vocab
+    table = torch.stack([_log_probs_of(made, tokens, token) for token in range(vocab)], dim=-1)
+    whole = list(made.export_shards(7))
+    from megatron_ext.weights import hf
+
+    small = hf.plan(made._rows, 4, SMALL_BUCKET_MIB)
+    many = list(hf.export(made._parameters, small, made._topology, 8))
+    made.close()
+    return table, whole, many
+
+
+SMALL_BUCKET_MIB = 0.005  # 5 KiB: a few tensors of the tiny models, less than the largest
+
+
+def _log_probs_of(made, tokens, token):
+    """log p(token | tokens[:, :t]) for every t: a batch whose row t ends in ``token``."""
+    rows, seq = tokens.shape
+    variants = tokens[:, None].repeat(1, seq, 1).flatten(0, 1)  # row t of each prompt has its t-th token replaced
+    position = torch.arange(seq).repeat(rows)
+    variants[torch.arange(rows * seq), position] = token
+    keep = position > 0
+    mask = (torch.arange(1, seq) == position[:, None])[keep]
+    filled = {"tokens": variants[keep], "loss_mask": mask, "lengths": position[keep] + 1}
+    out = made.log_probs(replace(batch(int(keep.sum()), 0, vocab=2, seq=seq), **filled))
+    assert not out[~mask].any()
+    return out[mask].view(rows, seq - 1)
+
+
+def save_and_continue(rank, world, address, folder, directory, tp, pp, batches, config):
+    """Two steps, save, two more; then a fresh learner restored from the save does the last two again."""
+    first = learner(rank, world, address, folder, tp, pp, **config)
+    for step in range(2):
+        first.update(batches[step], step)
+    first.save(Path(directory))
+    expected = [first.update(batches[step], step) for step in (2, 3)]
+    weights = exported(first)
+    reference = first.log_probs(batches[0], reference=True) if config.get("objective") else None
+    other = _other_topology(first, folder, tp, pp, config)
+    other.restore(Path(directory))
+    repeated = [other.update(batches[step], step) for step in (2, 3)]
+    again = other.log_probs(batches[0], reference=True) if config.get("objective") else None
+    result = (expected, repeated, weights, exported(other), reference, again)
+    first.close()
+    return result
+
+
+def _other_topology(first, folder, tp, pp, config):
+    """Another learner in the same process groups, with other weights and RNG state until it restores."""
+    from megatron_ext.learner import MegatronLearner
+
+    made = MegatronLearner(
+        first._config,
+        ModelConfig(hf_path=str(folder), dtype=config.get("dtype", "fp32")),
+        first._objective,
+        total_steps=10,
+        seed=1,
+        topology=first._topology,
+    )
+    for parameter in made._parameters.values():
+        parameter.data.normal_()
+    return made

@@ -1,0 +1,151 @@
+"""TP, PP and DP change where a model is computed, never what: loss, gradients, entropy and updated weights equal one process's."""
+
+import math
+from functools import cache
+
+import megatron_ranks as ranks
+import pytest
+import tiny_models
+import torch
+
+from pipeline.config.schema import ObjectiveConfig
+from pipeline.types import Actuation
+
+# A large epsilon keeps Adam from turning the last bit of a tiny gradient into a whole step.
+ADAM = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-3}
+STEPS = 3
+
+
+def batches():
+    def log_probs(seed):
+        return -3 * torch.rand(10, 11, generator=torch.Generator().manual_seed(seed))
+
+    old = {"old_log_probs": log_probs(1), "reference_log_probs": log_probs(2)}
+    return [
+        ranks.batch(seed=0, **old),
+        ranks.batch(seed=1, auxiliary=0, actuation=Actuation("entropy_bonus", 0.3, 0.0), **old),
+        ranks.batch(
+            seed=2,
+            auxiliary=0,
+            actuation=Actuation("reweight", 1.4, 1.0),
+            positive_weights=torch.full((10,), 0.02),
+            **old,
+        ),
+    ]
+
+
+@pytest.fixture(scope="module")
+def reference(gang, tmp_path_factory):
+    """Folder and one-process result of a model, computed once."""
+
+    @cache
+    def result(name, **config):
+        folder = tiny_models.write(tmp_path_factory.mktemp(name), tiny_models.config(name))
+        return folder, run(gang, folder, 1, 1, 1)[0]
+
+    return result
+
+
+def run(gang, folder, world, tp, pp, **config):
+    config = {"objective": ObjectiveConfig(kl_coef=0.1), "optimizer": ADAM, **config}
+    return gang.run(ranks.train, world, folder, tp, pp, STEPS, batches(), config)
+
+
+LAYOUTS = {
+    "TP2": (2, 2, 1, {}),
+    "PP2": (2, 1, 2, {}),
+    "DP2": (2, 1, 1, {}),
+    "DP2, distributed optimizer": (2, 1, 1, {"optimizer": {**ADAM, "distributed": True}}),
+    "TP2 x PP2": (4, 2, 2, {}),
+    "micro-batches of 3": (1, 1, 1, {"micro_batch_size": 3}),
+    "DP2 x PP2, micro-batches of 2": (4, 1, 2, {"micro_batch_size": 2}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_layout_changes_nothing(gang, reference, name, layout):
+    folder, (gradients, stats, weights) = reference(name)
+    world, tp, pp, config = LAYOUTS[layout]
+    results = run(gang, folder, world, tp, pp, **config)
+    got_gradients, got_stats, got_weights = results[0]
+    for rank in range(1, world):
+        assert [(s.loss, s.entropy, s.metrics, s.grad_norm) for s in results[rank][1]] == [
+            (s.loss, s.entropy, s.metrics, s.grad_norm) for s in got_stats
+        ]
+    for name, gradient in gradients.items() if got_gradients else ():
+        assert (got_gradients[name] - gradient).abs().max() <= 1e-5 * gradient.abs().max(), name
+    for got, expected in zip(got_stats, stats, strict=True):
+        assert got.loss == pytest.approx(expected.loss, rel=1e-5, abs=1e-6)
+        assert got.entropy.mean == pytest.approx(expected.entropy.mean, rel=1e-5)
+        assert got.entropy.count == expected.entropy.count
+        assert got.grad_norm == pytest.approx(expected.grad_norm, rel=1e-4)
+        assert got.metrics == pytest.approx(expected.metrics, rel=1e-4, abs=1e-6)
+    for name, weight in weights.items():
+        assert torch.allclose(got_weights[name], weight, rtol=0, atol=1e-5), name
+
+
+def test_gradient_is_that_of_plain_torch(reference):
+    """The whole chain against autograd through transformers: loss = sum of weight x surrogate + KL over rows and tokens."""
+    folder, (gradients, stats, _) = reference("qwen3")
+    batch = batches()[0]
+    model = tiny_models.hf_model(folder)
+    logits = model(batch.tokens[:, :-1]).logits
+    log_probs = torch.log_softmax(logits, -1).gather(-1, batch.tokens[:, 1:, None])[..., 0]
+    ratio = (log_probs - batch.old_log_probs).exp()
+    clipped = ratio.clamp(0.8, 1.2)
+    advantage = torch.where(batch.auxiliary, 1.0, batch.advantages)[:, None]
+    gap = batch.reference_log_probs - log_probs
+    kl = 0.1 * (gap.exp() - gap - 1) * ~batch.auxiliary[:, None]
+    term = -torch.minimum(ratio * advantage, clipped * advantage) + kl
+    loss = (batch.weights[:, None] * term * batch.loss_mask).sum()
+    loss.backward()
+    assert stats[0].loss == pytest.approx(loss.item(), rel=1e-5)
+    for name, parameter in model.named_parameters():
+        assert (gradients[name] - parameter.grad).abs().max() <= 1e-4 * parameter.grad.abs().max(), name
+
+
+def test_mini_batches_add_up_to_the_batch(gang, reference):
+    """With a learning rate of 0 the mean over mini-batches is the whole batch; with one, layouts still agree."""
+    folder, _ = reference("llama")
+    still = {**ADAM, "lr": 0.0}
+    (_, (whole, *_), _), *_ = run(gang, folder, 1, 1, 1, optimizer=still)
+    (_, (parts, *_), _), *_ = run(gang, folder, 1, 1, 1, optimizer=still, updates_per_step=3)
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
+    assert parts.entropy.sum == pytest.approx(whole.entropy.sum, rel=1e-5)
+    assert parts.metrics == pytest.approx(whole.metrics, rel=1e-5, abs=1e-6)
+    (_, one, weights), *_ = run(gang, folder, 1, 1, 1, updates_per_step=2)
+    (_, two, split), *_ = run(gang, folder, 2, 2, 1, updates_per_step=2)
+    assert [s.loss for s in two] == pytest.approx([s.loss for s in one], rel=1e-5, abs=1e-6)
+    assert all(torch.allclose(split[name], weights[name], rtol=0, atol=1e-5) for name in weights)
+    assert not math.isclose(one[-1].loss, whole.loss)
+
+
+def test_reference_log_probs_are_those_of_the_loaded_weights(gang, reference):
+    """Before any update policy and reference agree; after one only the reference still says what it said."""
+    folder, _ = reference("qwen2")
+    for before, at_load, after, kept in gang.run(ranks.reference_policy, 2, folder):
+        assert torch.equal(before, at_load)
+        assert torch.equal(kept, at_load)
+        assert not torch.equal(after, before)
+
+
+def test_learning_rate_schedule(gang, reference):
+    """Warm-up over 2 of 4 updates, then linear: points 1 to 4 of 5."""
+    folder, _ = reference("llama")
+    linear = {"lr": 1e-3, "lr_schedule": "linear", "warmup_steps": 2}
+    rates = gang.run(ranks.learning_rates, 1, folder, linear, 4)[0]
+    assert rates == pytest.approx([0.5e-3, 1e-3, 2 / 3 * 1e-3, 1 / 3 * 1e-3])
+    cosine = {"lr": 1e-3, "min_lr": 1e-4, "lr_schedule": "cosine"}
+    rates = gang.run(ranks.learning_rates, 1, folder, cosine, 3)[0]
+    assert rates == pytest.approx([1e-4 + 9e-4 * 0.5 * (1 + math.cos(math.pi * k / 4)) for k in (1, 2, 3)])
+
+
+def test_refusals_say_what_to_do(gang, reference):
+    folder, _ = reference("llama")
+    said, untouched = gang.run(ranks.messages, 1, folder)[0]
+    assert "objective.kl_coef" in said["reference"]
+    assert "needs old_log_probs" in said["old_log_probs"]
+    assert "learner.updates_per_step=2 needs at least as many main rows; the batch has 1" in said["mini_batches"]
+    assert said["nan"].startswith("FloatingPointError: step 5: loss is nan")
+    assert untouched

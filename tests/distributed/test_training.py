@@ -1,0 +1,143 @@
+"""Whole runs of the shipped model through the command line: Ray and inline, resume after a kill, alpha = 0."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "rollout.prompts_per_step=4",
+    "rollout.samples_per_prompt=4",
+    "entropy.auxiliary_prompts=2",
+    "entropy.auxiliary_samples=4",
+    "evaluation.prompts=8",
+    "evaluation.samples=4",
+    "evaluation.k=[1,4]",
+    "monitoring.samples_per_step=16",
+    "monitoring.progress=false",
+]
+INLINE = ["runtime=inline", "learner.tensor_model_parallel_size=1"]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "launchers.cli.main", *arguments]
+
+
+def train(run_dir: Path, *overrides: str) -> list[dict]:
+    arguments = ["train", "--config", str(ROOT / "configs/quickstart.yaml"), f"run_dir={run_dir}", *SMALL, *overrides]
+    done = subprocess.run(
+        command(*arguments), cwd=run_dir.parent, capture_output=True, text=True, check=False, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return steps(run_dir)
+
+
+def events(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+
+
+def steps(run_dir: Path) -> list[dict]:
+    """The step events; where a resumed run repeats a step, the later one counts."""
+    return list({e["step"]: e for e in events(run_dir) if e["kind"] == "step"}.values())
+
+
+def essence(step: dict) -> dict:
+    """What must repeat bit for bit: no clocks."""
+    return {k: v for k, v in step.items() if k not in ("time", "seconds", "attempt")}
+
+
+def samples(run_dir: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in sorted((run_dir / "samples").iterdir())}
+
+
+def test_ray_with_tensor_parallel_learner(tmp_path):
+    done = train(tmp_path / "run", "steps=3")
+    assert [s["step"] for s in done] == [0, 1, 2]
+    assert all(0.1 < s["entropy"] < 1.5 for s in done)
+    assert {e["kind"] for e in events(tmp_path / "run")} >= {"run_start", "step", "evaluation", "checkpoint", "run_end"}
+    # The engine's log-probs are those of the weights just synced, whatever the learner's layout.
+    assert max(s["metrics"]["mismatch_max"] for s in done) < 1e-3
+
+
+@pytest.mark.parametrize("actuator", ["resample", "reweight", "fc"])
+def test_alpha_zero_is_grpo_bit_for_bit(tmp_path, actuator):
+    grpo = train(
+        tmp_path / "grpo",
+        *INLINE,
+        "steps=4",
+        "entropy.controller=none",
+        "entropy.auxiliary_prompts=0",
+        "evaluation.at_start=false",
+    )
+    zero = train(
+        tmp_path / "zero",
+        *INLINE,
+        "steps=4",
+        f"entropy.actuator={actuator}",
+        "entropy.alpha=0",
+        "evaluation.at_start=false",
+    )
+    keys = ("entropy", "loss", "grad_norm", "reward")
+    assert [[s[k] for k in keys] for s in grpo] == [[s[k] for k in keys] for s in zero]
+
+
+@pytest.mark.parametrize("actuator", ["reweight", "resample"])
+def test_killed_between_steps_then_resumed_continues_bit_for_bit(tmp_path, actuator):
+    options = [*INLINE, "steps=8", "checkpoint.every=2", f"entropy.actuator={actuator}", "evaluation.at_start=false"]
+    whole = train(tmp_path / "whole", *options)
+    run_dir = tmp_path / "killed"
+    arguments = ["train", "--config", str(ROOT / "configs/quickstart.yaml"), f"run_dir={run_dir}", *SMALL, *options]
+    process = subprocess.Popen(command(*arguments), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not ((run_dir / "events.jsonl").exists() and len(steps(run_dir)) >= 5):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len(steps(run_dir)) < 8
+    done = subprocess.run(
+        command("train", "--resume", str(run_dir)),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [essence(s) for s in steps(run_dir)] == [essence(s) for s in whole]
+    assert samples(run_dir) == samples(tmp_path / "whole")
+
+
+def test_sigterm_ends_in_a_checkpoint_and_resume_finishes(tmp_path):
+    run_dir = tmp_path / "run"
+    arguments = [
+        "train",
+        "--config",
+        str(ROOT / "configs/quickstart.yaml"),
+        f"run_dir={run_dir}",
+        *SMALL,
+        *INLINE,
+        "steps=2000",
+    ]
+    process = subprocess.Popen(
+        command(*arguments), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    while not ((run_dir / "events.jsonl").exists() and len(steps(run_dir)) >= 2):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    done = len(steps(run_dir))
+    assert process.returncode == 0, output[-2000:]
+    assert "--resume" in output, "the last lines say how to go on"
+    assert (run_dir / "checkpoints" / f"step-{done:08d}" / "manifest.json").is_file()
+    finish = command("train", "--resume", str(run_dir), f"steps={done + 2}")
+    assert subprocess.run(finish, cwd=tmp_path, check=False, capture_output=True, timeout=120).returncode == 0
+    assert len(steps(run_dir)) == done + 2

@@ -1,0 +1,113 @@
+"""The command line as a user meets it: exit codes, messages, and what it does not import."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launchers.cli.main import run
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def call(capsys, *words):
+    with pytest.raises(SystemExit) as ended:
+        run(words)
+    captured = capsys.readouterr()
+    return ended.value.code, captured.out, captured.err
+
+
+@pytest.fixture(autouse=True)
+def _restore_hook(monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["train"], ["evaluate"], ["report"], ["config"], ["config", "show"], ["config", "validate"]]
+)
+def test_every_command_has_help_with_an_example(capsys, words):
+    code, out, _ = call(capsys, *words, "--help")
+    assert code == 0
+    assert "Usage: isentrope" in out
+    if words and words != ["config"]:
+        assert "Example" in out
+
+
+def test_version(capsys):
+    code, out, _ = call(capsys, "--version")
+    assert code == 0
+    assert out.startswith("isentrope ")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["bogus"],
+        ["train"],
+        ["train", "--config", "a", "--resume", "b"],
+        ["evaluate"],
+        ["report"],
+        ["train", "--no-such-option"],
+    ],
+)
+def test_usage_errors_exit_with_2(capsys, words):
+    code, _, err = call(capsys, *words)
+    assert code == 2
+    assert "Usage" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("command", [["config", "validate"], ["config", "show"], ["train"], ["evaluate"]])
+def test_configuration_errors_exit_with_2_before_any_work(capsys, command):
+    code, _, err = call(capsys, *command, "--config", "recipe/pm4.yaml", "rollout.engnie=native")
+    assert code == 2
+    assert err.splitlines() == [
+        "configuration error",
+        "  rollout.engnie: 'native'   (command line)",
+        "    problem: unknown key",
+        "    remedy:  did you mean rollout.engine?",
+    ]
+
+
+def test_show_and_validate(capsys, tmp_path):
+    code, out, _ = call(capsys, "config", "show", "--config", "quickstart.yaml", "steps=7")
+    assert code == 0
+    assert "steps: 7  # training steps" in out
+    code, out, _ = call(capsys, "config", "show", "--config", "quickstart.yaml", "--json")
+    assert json.loads(out)["entropy"]["band"]["low"] == 0.27
+    code, out, _ = call(capsys, "config", "validate", "--config", "quickstart.yaml", "--json")
+    assert code == 0
+    assert json.loads(out)["valid"] is True
+
+
+def isentrope(*words, cwd):
+    command = [sys.executable, "-m", "launchers.cli.main", *words]
+    return subprocess.run(
+        command, cwd=cwd, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True, check=False
+    )
+
+
+def test_failures_are_one_line_and_debug_shows_the_traceback(tmp_path):
+    plain = isentrope("report", str(tmp_path / "none"), cwd=tmp_path)
+    assert plain.returncode == 1
+    assert plain.stderr.startswith("error: EventLogError: ")
+    assert "Traceback" not in plain.stderr
+    debug = isentrope("report", str(tmp_path / "none"), "--debug", cwd=tmp_path)
+    assert debug.returncode == 1
+    assert "Traceback" in debug.stderr
+
+
+@pytest.mark.parametrize("words", ["['--help']", "['config', 'validate', '--config', 'quickstart.yaml']"])
+def test_light_commands_import_nothing_heavy(tmp_path, words):
+    code = (
+        "import sys\nfrom launchers.cli.main import run\n"
+        f"try:\n    run({words})\nexcept SystemExit as ended:\n    assert not ended.code, ended.code\n"
+        "print(sorted({'torch', 'ray', 'transformers', 'matplotlib', 'numpy', 'megatron'} & set(sys.modules)))"
+    )
+    environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"

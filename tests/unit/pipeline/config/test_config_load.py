@@ -1,0 +1,170 @@
+"""Composition, overrides, types, and what comes back out."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.errors import ConfigError
+from pipeline.config.keys import leaf_keys
+from pipeline.config.load import PACKAGED, config_hash, document, load_config, resolve_path, to_yaml
+
+WRONG = {
+    "an integer": ["x", 1.5, True, [1], {"a": 1}, None],
+    "a number": ["x", True, [1], {"a": 1}, None],
+    "true or false": ["x", 2, 1.5, [1], {"a": 1}, None],
+    "text": [True, [1], {"a": 1}, None],
+    "a list of integers": ["x", 1, ["x"], [1.5], {"a": 1}, None],
+    "a list of numbers": ["x", 1, ["x"], [[1]], {"a": 1}, None],
+    "a list of texts": ["x", 1, [[1]], {"a": 1}, None],
+    "a list of lists of numbers": ["x", 1, ["x"], [1], [["x"]], {"a": 1}, None],
+    "a list of lists of texts": ["x", 1, ["x"], [[[1]]], {"a": 1}, None],
+    "a mapping": ["x", 1, [1], None],
+}
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def load(path=None, *overrides):
+    return load_config(path, ["model.hf_path=x", *overrides], check=False)
+
+
+def problem_of(path=None, *overrides):
+    with pytest.raises(ConfigError) as caught:
+        load(path, *overrides)
+    return caught.value.problems[0]
+
+
+@pytest.mark.parametrize("key", leaf_keys())
+def test_a_wrong_type_names_key_value_and_the_right_type(key):
+    type_name = leaf_keys()[key].type_name
+    values = WRONG[type_name]
+    with pytest.raises(ConfigError) as caught:
+        load(None, *(f"{key}={json.dumps(value)}" for value in values))
+    found = [(p.key, p.value, p.problem, p.source) for p in caught.value.problems]
+    assert found == [(key, value, "wrong type", "command line") for value in values]
+    assert all(type_name in p.remedy for p in caught.value.problems)
+
+
+def test_later_files_and_overrides_win(tmp_path):
+    (tmp_path / "deep").mkdir()
+    write(tmp_path / "a.yaml", "steps: 1\nseed: 1\nlearner: {micro_batch_size: 1, optimizer: {lr: 1e-4}}\n")
+    write(tmp_path / "deep" / "b.yaml", "defaults: [../a.yaml]\nsteps: 2\nlearner: {optimizer: {min_lr: 1e-5}}\n")
+    top = write(tmp_path / "c.yaml", "defaults: [a.yaml, deep/b.yaml]\nname: c\nlearner:\n  bucket_mib: 7\n")
+    config = load(top, "seed=3", "evaluation.k=[1, 2]", "learner.optimizer.eps=1e-6", "run_dir=''")
+    assert (config.steps, config.seed, config.name) == (2, 3, "c")
+    assert (config.learner.micro_batch_size, config.learner.bucket_mib) == (1, 7)
+    assert (config.learner.optimizer.lr, config.learner.optimizer.min_lr) == (1e-4, 1e-5)
+    assert (config.evaluation.k, config.learner.optimizer.eps) == ([1, 2], 1e-6)
+    assert config.learner.optimizer.betas == [0.9, 0.95]
+
+
+def test_defaults_fall_back_to_the_packaged_folder(tmp_path):
+    top = write(tmp_path / "mine.yaml", "defaults: [recipe/pm4.yaml]\nname: mine\n")
+    assert load_config(top, check=False).data.source.task == "pm4"
+
+
+def test_free_form_parameters_merge(tmp_path):
+    base = write(
+        tmp_path / "base.yaml", "data: {source: {kind: reasoning_gym, params: {min_terms: 2, max_terms: 3}}}\n"
+    )
+    config = load(base, "data.source.params.max_terms=4", "data.source.params.extra={a: [1]}")
+    assert config.data.source.params == {"min_terms": 2, "max_terms": 4, "extra": {"a": [1]}}
+
+
+def test_an_unknown_key_in_an_included_file_names_that_file(tmp_path):
+    base = write(tmp_path / "base.yaml", "rollout: {engnie: native}\n")
+    top = write(tmp_path / "top.yaml", "defaults: [base.yaml]\nstep: 3\n")
+    with pytest.raises(ConfigError) as caught:
+        load(top, "lr=1")
+    assert [(p.key, p.source) for p in caught.value.problems] == [
+        ("rollout.engnie", str(base)),
+        ("step", str(top)),
+        ("lr", "command line"),
+    ]
+    text = str(caught.value)
+    assert text.startswith("3 configuration errors\n  rollout.engnie: 'native'   (")
+    assert "did you mean rollout.engine?" in text
+    assert "did you mean steps?" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("steps: [1\n", "not readable as YAML"),
+        ("steps: 1\nsteps: 2\n", "duplicate key"),
+        ("- 1\n", "not a mapping"),
+        ("defaults: other.yaml\n", "not a list"),
+        ("defaults: [absent.yaml]\n", "no such file"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path, text, word):
+    assert word in problem_of(write(tmp_path / "bad.yaml", text)).problem
+
+
+def test_a_missing_file_and_a_circle(tmp_path):
+    assert problem_of(tmp_path / "no.yaml").problem == "no such file"
+    write(tmp_path / "a.yaml", "defaults: [b.yaml]\n")
+    write(tmp_path / "b.yaml", "defaults: [a.yaml]\n")
+    assert "circle" in problem_of(tmp_path / "a.yaml").problem
+
+
+def test_missing_mandatory_key():
+    with pytest.raises(ConfigError, match=r"model\.hf_path: None\n.*a value is required"):
+        load_config(None, check=False)
+
+
+@pytest.mark.parametrize("override", ["steps", "=3", "steps=[1"])
+def test_malformed_overrides(override):
+    with pytest.raises(ConfigError, match="command line"):
+        load(None, override)
+
+
+def test_references_resolve_and_broken_ones_are_reported():
+    assert load(None, "seed=7", "steps=${seed}").steps == 7
+    assert "nowhere" in problem_of(None, "steps=${nowhere}").problem
+
+
+def test_yaml_and_document_load_back_to_the_same_configuration(tmp_path):
+    config = load(
+        None,
+        "name='5'",
+        "entropy.band.points=[[0, .2, .3]]",
+        "data.source.params={a: {b: 1}}",
+        "data.system_prompt='# {x}: y'",
+    )
+    assert load_config(write(tmp_path / "a.yaml", to_yaml(config)), check=False) == config
+    assert load_config(write(tmp_path / "b.yaml", document(config)), check=False) == config
+    for leaf in leaf_keys().values():
+        assert f"# {leaf.help}" in document(config)
+
+
+def test_hash_ignores_labels_and_sees_everything_else():
+    config = load()
+    assert config_hash(replace(config, name="other", run_dir="elsewhere")) == config_hash(config)
+    for change in ("seed=1", "learner.optimizer.lr=2e-6", "evaluation.k=[1]"):
+        assert config_hash(load(None, change)) != config_hash(config)
+    assert len(config_hash(config)) == 64
+
+
+def test_paths_resolve_from_any_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    packaged = PACKAGED / "quickstart.yaml"
+    assert resolve_path("quickstart.yaml") == packaged
+    assert resolve_path("configs/quickstart.yaml") == packaged
+    write(tmp_path / "quickstart.yaml", "")
+    assert resolve_path("quickstart.yaml") == Path("quickstart.yaml")
+    assert resolve_path("nowhere/x") == Path("nowhere/x")
+
+
+def test_configuration_needs_no_torch():
+    code = "import sys, pipeline.config.load; sys.exit('torch' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGED.parent)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0

@@ -1,0 +1,196 @@
+"""Each rule, broken in one way: the error names the key, the value and a remedy."""
+
+import json
+
+import pytest
+
+from pipeline.config.errors import ConfigError
+from pipeline.config.keys import leaf_keys
+from pipeline.config.load import load_config
+from pipeline.config.validate import CHOICES, RANGES, Range
+
+LLAMA = {
+    "model_type": "llama",
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 6,
+    "intermediate_size": 176,
+    "max_position_embeddings": 4096,
+}
+
+
+@pytest.fixture
+def model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    return tmp_path
+
+
+def problems(model, *overrides):
+    try:
+        load_config(None, [f"model.hf_path={model}", *overrides])
+    except ConfigError as error:
+        return error.problems
+    return ()
+
+
+def test_the_defaults_are_valid(model):
+    assert problems(model) == ()
+
+
+BROKEN = {
+    "batch arithmetic": (["learner.updates_per_step=3"], "learner.updates_per_step", "16 prompts x 16 samples"),
+    "too many replicas": (
+        ["learner.updates_per_step=64", "learner.data_parallel_size=8"],
+        "learner.data_parallel_size",
+        "4 per",
+    ),
+    "idle engines": (["rollout.engines=17"], "rollout.engines", "more engines than prompts"),
+    "inline": (["runtime=inline", "learner.tensor_model_parallel_size=2"], "runtime", "TP 2 x PP 1 x DP 1 = 2"),
+    "native TP": (["rollout.tensor_parallel_size=2"], "rollout.tensor_parallel_size", "native"),
+    "betas": (["learner.optimizer.betas=[0.9]"], "learner.optimizer.betas", "two numbers"),
+    "min_lr": (["learner.optimizer.min_lr=1"], "learner.optimizer.min_lr", "above"),
+    "countdown task": (["data.source.task=pm"], "data.source.task", "countdown"),
+    "gym task": (["data.source.kind=reasoning_gym", "data.source.task=a b"], "data.source.task", "reasoning-gym"),
+    "jsonl": (["data.source.kind=jsonl", "data.source.path=none.jsonl"], "data.source.path", "no such file"),
+    "params": (["data.source.params.a=1"], "data.source.params", "no effect"),
+    "system prompt": (["data.system_prompt=hi"], "data.system_prompt", "no effect"),
+    "examples": (["data.examples=[[q, a]]"], "data.examples", "no effect"),
+    "example": (["data.chat_template=true", "data.examples=[[q]]"], "data.examples", "not a pair"),
+    "k above samples": (["evaluation.k=[1, 64]"], "evaluation.k", "between 1 and 32"),
+    "k below 1": (["evaluation.k=[0]"], "evaluation.k", "between 1 and 32"),
+    "held out": (["data.held_out=0"], "data.held_out", "no prompt"),
+    "dual clip": (["objective.dual_clip=0.5"], "objective.dual_clip", "clip every"),
+    "band": (["entropy.band.low=0.4"], "entropy.band.low", "not below entropy.band.high (0.33)"),
+    "band end": (["entropy.band.schedule=linear"], "entropy.band.end_low", "linear schedule ends"),
+    "band schedule": (["entropy.band.end_low=0.1"], "entropy.band.schedule", "no effect"),
+    "no points": (["entropy.band.schedule=piecewise"], "entropy.band.points", "needs points"),
+    "idle points": (["entropy.band.points=[[0, 0.1, 0.2]]"], "entropy.band.points", "no effect"),
+    "bad point": (
+        ["entropy.band.schedule=piecewise", "entropy.band.points=[[0, 0.2, 0.1]]"],
+        "entropy.band.points",
+        "not [step",
+    ),
+    "order": (
+        ["entropy.band.schedule=piecewise", "entropy.band.points=[[5, 0.1, 0.2], [0, 0.1, 0.2]]"],
+        "entropy.band.points",
+        "do not increase",
+    ),
+    "limits": (["entropy.command_min=2", "entropy.command_max=1"], "entropy.command_min", "not below"),
+    "T range": (["entropy.command_min=1.1", "entropy.command_max=1.5"], "entropy.command_min", "does not contain 1"),
+    "rest": (
+        ["entropy.actuator=tok", "entropy.command_min=1", "entropy.command_max=3"],
+        "entropy.command_min",
+        "does nothing at a command of 0",
+    ),
+    "clip_cov": (["entropy.actuator=clip_cov", "entropy.command_max=2"], "entropy.command_max", "share"),
+    "scope": (["entropy.controller=scope", "entropy.actuator=tok"], "entropy.actuator", "commands a temperature"),
+    "bang_bang": (
+        ["entropy.controller=bang_bang", "entropy.actuator=clip_cov"],
+        "entropy.actuator",
+        "commands a temperature",
+    ),
+    "ki alone": (["entropy.pi.ki=0.1"], "entropy.pi.ki", "no effect"),
+    "split range": (["entropy.pi.split_range=true"], "entropy.pi.split_range", "second rollout"),
+    "auxiliary": (
+        ["entropy.actuator=resample", "entropy.auxiliary_prompts=17"],
+        "entropy.auxiliary_prompts",
+        "more than",
+    ),
+    "auxiliary most": (
+        ["entropy.actuator=resample", "entropy.auxiliary_max_prompts=2"],
+        "entropy.auxiliary_max_prompts",
+        "not between",
+    ),
+    "name": (["name=a/b"], "name", "folder name"),
+    "TP heads": (["learner.tensor_model_parallel_size=3"], "learner.tensor_model_parallel_size", "8 attention heads"),
+    "TP groups": (["learner.tensor_model_parallel_size=8"], "learner.tensor_model_parallel_size", "4 key-value heads"),
+    "PP layers": (["learner.pipeline_model_parallel_size=4"], "learner.pipeline_model_parallel_size", "6 layers"),
+    "engine TP": (
+        ["rollout.engine=sglang", "rollout.tensor_parallel_size=3"],
+        "rollout.tensor_parallel_size",
+        "8 attention",
+    ),
+    "positions": (["rollout.max_new_tokens=4000"], "rollout.max_new_tokens", "4096 positions"),
+}
+
+
+@pytest.mark.parametrize("rule", BROKEN)
+def test_rule(model, rule):
+    overrides, key, words = BROKEN[rule]
+    (problem,) = problems(model, *overrides)
+    assert problem.key == key
+    assert words in problem.problem
+    assert problem.remedy
+
+
+@pytest.mark.parametrize("key", CHOICES)
+def test_a_mistyped_word_is_corrected(model, key):
+    for word in CHOICES[key]:
+        slip = word[:-1] + "~"
+        (problem,) = problems(model, f"{key}={slip}")
+        assert (problem.key, problem.value) == (key, slip)
+        assert word in problem.problem
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("reweigth", "reweight"), ("resampel", "resample")])
+def test_the_nearest_word_is_suggested(model, typed, meant):
+    (problem,) = problems(model, f"entropy.actuator={typed}")
+    assert problem.remedy == f"did you mean '{meant}'?"
+
+
+def test_numbers_below_their_ranges(model):
+    """All at once: rules on single values report every problem together."""
+    below = {key: RANGES[key].low - 1 for key in RANGES}
+    below |= {key: int(value) for key, value in below.items() if leaf_keys()[key].type is int}
+    found = problems(model, *(f"{key}={value}" for key, value in below.items()))
+    out_of_range = [p for p in found if p.problem == "out of range"]
+    assert {p.key: p.value for p in out_of_range} == below
+    assert all(str(RANGES[p.key]) in p.remedy for p in out_of_range)
+
+
+def test_every_number_has_a_range():
+    assert set(RANGES) == {name for name, key in leaf_keys().items() if key.type in (int, float)}
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf"])
+def test_numbers_are_finite(model, value):
+    (problem,) = problems(model, f"learner.optimizer.lr={value}")
+    assert problem.problem == "not a finite number"
+
+
+def test_ranges_by_hand():
+    half_open = Range(0, 1, open_high=True)
+    assert 0 in half_open
+    assert 1 not in half_open
+    assert 0 not in Range(0, open_low=True)
+    assert str(half_open) == "at least 0 and below 1"
+    assert str(Range(1)) == "at least 1"
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        (None, "no such folder"),
+        ({}, "no config.json"),
+        ({"config.json": "{"}, "not JSON"),
+        ({"config.json": '{"model_type": "gpt2"}'}, "'gpt2' is not supported"),
+        ({"config.json": '{"model_type": "llama"}'}, "does not say num_attention_heads"),
+    ],
+)
+def test_model_folders_that_cannot_be_used(tmp_path, files, words):
+    folder = tmp_path / "model"
+    if files is not None:
+        folder.mkdir()
+        for name, text in files.items():
+            (folder / name).write_text(text)
+    (problem,) = problems(folder)
+    assert (problem.key, problem.value) == ("model.hf_path", str(folder))
+    assert words in problem.problem
+
+
+def test_each_problem_says_where_its_value_came_from(model, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(f"model: {{hf_path: {model}}}\nsteps: 0\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, ["seed=-1"])
+    assert [(p.key, p.source) for p in caught.value.problems] == [("seed", "command line"), ("steps", str(path))]

@@ -1,0 +1,194 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.schema import DataConfig, SourceConfig
+from pipeline.data import DataError
+from pipeline.data.sources import load_prompts
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.rewards.verifiers import UnknownVerifierError, make_verifier
+
+PM4 = Path(__file__).resolve().parents[4] / "configs/model/pm4-100k"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(PM4)
+
+
+@pytest.fixture(scope="module")
+def byte_tokenizer(tmp_path_factory):
+    """One token per byte: enough for any text."""
+    import tokenizers
+
+    folder = tmp_path_factory.mktemp("bytes")
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(sorted(alphabet))}, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "config.json").write_text('{"eos_token_id": 0}')
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"})
+    )
+    return load_tokenizer(folder)
+
+
+def load(tokenizer, *, max_prompt_tokens=1000, seed=0, held_out=0.1, **settings):
+    source = {k: settings.pop(k) for k in list(settings) if k in ("kind", "task", "path", "size", "params")}
+    config = DataConfig(source=SourceConfig(**source), held_out=held_out, **settings)
+    return load_prompts(config, tokenizer, max_prompt_tokens=max_prompt_tokens, seed=seed)
+
+
+def write(path, *items):
+    path.write_text("\n".join(item if isinstance(item, str) else json.dumps(item) for item in items))
+    return str(path)
+
+
+def question(i, **changes):
+    return {"id": f"q{i}", "prompt": f"{i}+1=", "answer": str(i + 1), "verifier": "exact"} | changes
+
+
+def test_countdown(tokenizer):
+    prompts = load(tokenizer, task="pm4")
+    assert (len(prompts.train), len(prompts.held_out), prompts.dropped_too_long) == (2527, 308, 0)
+    first = prompts.train[0]
+    assert (first.id, first.text, first.answer, first.verifier) == ("pm4/1111,00", "1111,00=", "1111,00", "countdown")
+    assert first.token_ids == (1, 1, 1, 1, 14, 0, 0, 13)
+    assert not {p.id for p in prompts.train} & {p.id for p in prompts.held_out}
+
+
+def test_too_long_prompts_are_counted(tokenizer, tmp_path):
+    path = write(tmp_path / "a.jsonl", question(1), question(2, prompt="1" * 11), question(3))
+    prompts = load(tokenizer, kind="jsonl", path=path, max_prompt_tokens=10, held_out=0.0)
+    assert ([p.id for p in prompts.train], prompts.dropped_too_long) == (["q1", "q3"], 1)
+    with pytest.raises(DataError, match=r"3 exceed rollout\.max_prompt_tokens=2"):
+        load(tokenizer, kind="jsonl", path=path, max_prompt_tokens=2)
+
+
+def test_a_growing_file_keeps_its_split(tokenizer, tmp_path):
+    def held_out(n):
+        path = write(tmp_path / "a.jsonl", *(question(i) for i in range(n)))
+        return {p.id for p in load(tokenizer, kind="jsonl", path=path, held_out=0.25).held_out}
+
+    small, large = held_out(200), held_out(400)
+    assert small == {i for i in large if int(i[1:]) < 200}
+    assert 0.15 < len(large) / 400 < 0.35
+
+
+def test_jsonl_messages_and_overrides(byte_tokenizer, tmp_path):
+    messages = [{"role": "user", "content": "Is 2 even?"}]
+    item = {"id": 7, "messages": messages, "answer": ["yes"], "verifier": "math", "meta": {"level": 1}}
+    path = write(tmp_path / "a.jsonl", item, "", question(1))
+    config = {"kind": "jsonl", "path": path, "verifier": "exact", "system_prompt": "Be brief.", "held_out": 0.0}
+    chat, plain = load(byte_tokenizer, **config).train
+    assert (chat.id, chat.text, chat.verifier) == ("7", "<system>Be brief.<user>Is 2 even?<assistant>", "exact")
+    assert (chat.meta, chat.answer, plain.text) == ({"level": 1}, ["yes"], "1+1=")
+    assert byte_tokenizer.encode_chat(messages, "Be brief.") == chat.token_ids
+    _, rendered = load(byte_tokenizer, chat_template=True, **config).train
+    assert rendered.text == "<system>Be brief.<user>1+1=<assistant>"
+
+
+def test_examples_are_earlier_turns(byte_tokenizer, tmp_path):
+    path = write(tmp_path / "a.jsonl", question(1))
+    config = {"kind": "jsonl", "path": path, "held_out": 0.0, "examples": [["0+1=", "1"]]}
+    (prompt,) = load(byte_tokenizer, chat_template=True, **config).train
+    assert prompt.text == "<user>0+1=<assistant>1<user>1+1=<assistant>"
+    with pytest.raises(DataError, match=r"data\.chat_template=true"):
+        load(byte_tokenizer, **config)
+    with pytest.raises(DataError, match=r"each must be \[question, answer\], not \['0'\]"):
+        load(byte_tokenizer, chat_template=True, **(config | {"examples": [["0"]]}))
+
+
+MALFORMED = [
+    ("{", "not JSON"),
+    (b"\xff\xfe", "not JSON"),
+    ("[1]", "must be a JSON object, not list"),
+    (question(1, id=""), "'id' must be"),
+    (question(1, id=None), "'id' must be"),
+    (question(1, anwser=1), "unknown key 'anwser', nearest is 'answer'"),
+    ({k: v for k, v in question(1).items() if k != "answer"}, "'answer' is missing"),
+    ({k: v for k, v in question(1).items() if k != "verifier"}, "'verifier' is missing"),
+    ({k: v for k, v in question(1).items() if k != "prompt"}, "exactly one of 'prompt' and 'messages'"),
+    (question(1, messages=[]), "exactly one of 'prompt' and 'messages'"),
+    (question(1, prompt=3), "'prompt' must be a non-empty string, not 3"),
+    (question(1, verifier="exct"), "unknown verifier 'exct': nearest is 'exact'"),
+    (question(1, verifier="no_such_module:f"), "'no_such_module' is not importable"),
+    (question(1, meta=[]), "'meta' must be an object"),
+    ({"id": "m", "messages": [], "answer": 1, "verifier": "exact"}, "'messages' must be a non-empty list"),
+    ({"id": "m", "messages": [{"role": "robot"}], "answer": 1, "verifier": "exact"}, "each message needs a 'role'"),
+    ({"id": "m", "messages": [{"role": "user"}], "answer": 1, "verifier": "exact"}, "'role' and 'content'"),
+    (question(0), "duplicate id 'q0', first on line 1"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), MALFORMED, ids=[reason for _, reason in MALFORMED])
+def test_malformed_lines_are_reported_with_file_and_line(tokenizer, tmp_path, line, reason):
+    path = tmp_path / "a.jsonl"
+    raw = line if isinstance(line, bytes) else (line if isinstance(line, str) else json.dumps(line)).encode()
+    path.write_bytes(json.dumps(question(0)).encode() + b"\n\n" + raw + b"\n")
+    with pytest.raises(DataError) as error:
+        load(tokenizer, kind="jsonl", path=str(path))
+    assert "1 malformed line" in str(error.value)
+    assert f"{path}:3: " in str(error.value)
+    assert reason in str(error.value)
+
+
+def test_ten_malformed_lines_are_described_and_the_rest_counted(tokenizer, tmp_path):
+    path = write(tmp_path / "a.jsonl", question(0), *["{"] * 14)
+    with pytest.raises(DataError) as error:
+        load(tokenizer, kind="jsonl", path=path)
+    lines = str(error.value).splitlines()
+    assert "14 malformed lines" in lines[0]
+    assert len(lines) == 12
+    assert lines[-1] == "  ... and 4 more"
+
+
+def test_missing_empty_and_unknown_sources(tokenizer, tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        load(tokenizer, kind="jsonl", path=str(tmp_path / "none.jsonl"))
+    with pytest.raises(DataError, match="the file is empty"):
+        load(tokenizer, kind="jsonl", path=write(tmp_path / "a.jsonl", ""))
+    with pytest.raises(DataError, match=r"data\.source\.kind='csv' must be"):
+        load(tokenizer, kind="csv")
+    with pytest.raises(UnknownVerifierError, match="nearest is 'math'"):
+        load(tokenizer, verifier="mth")
+
+
+def test_reasoning_gym(byte_tokenizer):
+    settings = {
+        "kind": "reasoning_gym",
+        "task": "chain_sum",
+        "size": 300,
+        "params": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+    }
+    prompts = load(byte_tokenizer, seed=3, **settings)
+    both = prompts.train + prompts.held_out
+    assert len({p.text for p in both}) == len(both) < 300  # 10 * 10 * 2 possible questions, each kept once
+    assert load(byte_tokenizer, seed=3, **settings) == prompts
+    assert load(byte_tokenizer, seed=4, **settings) != prompts
+    verifier = make_verifier("reasoning_gym")
+    for prompt in both[:20]:
+        assert json.loads(json.dumps(prompt.meta)) == prompt.meta
+        assert verifier.score(prompt, prompt.answer) == 1.0
+        assert verifier.score(prompt, f"I think <answer> {prompt.answer} </answer>") == 1.0
+        assert verifier.score(prompt, prompt.answer + "1") < 1.0
+
+
+def test_reasoning_gym_errors(byte_tokenizer):
+    def gym(task="chain_sum", **settings):
+        load(byte_tokenizer, kind="reasoning_gym", task=task, size=settings.pop("size", 5), **settings)
+
+    with pytest.raises(DataError, match="'chain_sums' is no reasoning-gym dataset; nearest: chain_sum"):
+        gym("chain_sums")
+    with pytest.raises(DataError, match=r"params\.min_term: chain_sum has no such parameter; nearest: min_terms"):
+        gym(params={"min_term": 2})
+    with pytest.raises(DataError, match=r"refuses them: max_terms must be >= min_terms"):
+        gym(params={"min_terms": 5, "max_terms": 2})
+    with pytest.raises(DataError, match="chain_sum refuses them"):
+        gym(params={"min_terms": "two"})
+    with pytest.raises(DataError, match=r"data\.source\.size=0"):
+        gym(size=0)
+    with pytest.raises(DataError, match="JSON cannot carry"):
+        gym("rearc")

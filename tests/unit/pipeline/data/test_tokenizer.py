@@ -1,0 +1,80 @@
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.data import DataError
+from pipeline.data.countdown import SYMBOLS
+from pipeline.data.tokenizer import load_tokenizer
+
+PM4 = Path(__file__).resolve().parents[4] / "configs/model/pm4-100k"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shutil.copytree(PM4, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_the_shipped_tokenizer_is_one_token_per_symbol():
+    tokenizer = load_tokenizer(PM4)
+    assert tokenizer.encode(SYMBOLS) == tuple(range(16))
+    assert (tokenizer.eos_token_ids, tokenizer.pad_token_id, tokenizer.vocab_size) == ((15,), 15, 16)
+    assert tokenizer.decode_batch([np.array([1, 10, 2, 15]), np.array([], np.int64)]) == ["1+2", ""]
+
+
+def test_decoding_a_step_takes_a_millisecond():
+    tokenizer = load_tokenizer(PM4)
+    rows = list(np.random.default_rng(0).integers(16, size=(256, 8)))
+    seconds = []
+    for _ in range(20):
+        start = time.process_time()
+        tokenizer.decode_batch(rows)
+        seconds.append(time.process_time() - start)
+    assert min(seconds) < 1e-3
+
+
+def test_special_ids_come_from_the_first_file_that_names_them(folder):
+    edit(folder / "generation_config.json", eos_token_id=[3, 15])
+    assert load_tokenizer(folder).eos_token_ids == (3, 15)
+    (folder / "generation_config.json").unlink()
+    edit(folder / "config.json", eos_token_id=7, pad_token_id=None)
+    assert load_tokenizer(folder).eos_token_ids == (7,)
+    assert load_tokenizer(folder).pad_token_id == 15  # tokenizer_config.json says "$"
+    (folder / "config.json").unlink()
+    edit(folder / "tokenizer_config.json", pad_token=None)
+    assert (load_tokenizer(folder).eos_token_ids, load_tokenizer(folder).pad_token_id) == ((15,), 15)
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(DataError, match="no end-of-sequence token"):
+        load_tokenizer(folder)
+
+
+def test_missing_and_broken_files_are_named(folder, tmp_path):
+    with pytest.raises(DataError, match=r"nowhere: no tokenizer\.json"):
+        load_tokenizer(tmp_path / "nowhere")
+    (folder / "generation_config.json").write_text("{")
+    with pytest.raises(DataError, match=r"generation_config\.json is not valid JSON"):
+        load_tokenizer(folder)
+
+
+def test_chat_template(folder):
+    with pytest.raises(DataError, match="no chat template"):
+        load_tokenizer(folder).encode_chat([{"role": "user", "content": "1"}])
+    template = "{% for m in messages %}{{ m.role | length }}{{ m.content }}{% endfor %}="
+    edit(folder / "tokenizer_config.json", chat_template=template)
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.render_chat([{"role": "user", "content": "1+2"}], "9") == "6941+2="
+    assert tokenizer.encode_chat([{"role": "user", "content": "1+2"}], "9") == (6, 9, 4, 1, 10, 2, 13)
+
+
+def test_a_refusing_chat_template_is_an_error_naming_the_roles(folder):
+    edit(folder / "tokenizer_config.json", chat_template="{{ raise_exception('no system role') }}")
+    with pytest.raises(DataError, match=r"roles \['system', 'user'\]: no system role"):
+        load_tokenizer(folder).render_chat([{"role": "user", "content": "1"}], "9")

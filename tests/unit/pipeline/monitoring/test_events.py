@@ -1,0 +1,125 @@
+"""The event log: appends, torn lines, resumes."""
+
+import json
+import math
+
+import pytest
+
+from pipeline.monitoring.events import (
+    SCHEMA,
+    EventLog,
+    EventLogError,
+    StepRecord,
+    in_force,
+    read_all_events,
+    read_events,
+)
+
+RECORD = StepRecord(
+    step=3,
+    time=1.0,
+    entropy_sum=30.0,
+    entropy_count=100.0,
+    entropy_filtered=math.nan,
+    band_low=0.27,
+    band_high=0.33,
+    target=0.3,
+    temperature=1.2,
+    command=1.2,
+    actuator="reweight",
+    state="tracking",
+    reason="",
+    reward=0.5,
+    positives=7,
+    all_equal_groups=0.25,
+    response_length=8.0,
+    truncated=0.0,
+    stale_samples=0,
+    verifier_errors=0,
+    loss=-0.1,
+    grad_norm=1.0,
+    learning_rate=1e-3,
+    weight_version=3,
+    metrics={"kl": math.inf},
+)
+
+
+def events_of(*kinds_and_steps):
+    return [{"kind": kind, "step": step, "n": n} for n, (kind, step) in enumerate(kinds_and_steps)]
+
+
+def test_round_trip_and_null_for_numbers_that_are_not_finite(tmp_path):
+    path = tmp_path / "events.jsonl"
+    with EventLog(path) as log:
+        log.append("run_start", {"step": 0})
+        log.append("step", RECORD.to_dict())
+    first, step = read_events(path)
+    assert first == {"schema": SCHEMA, "kind": "run_start", "step": 0}
+    assert step["entropy"] == 0.3
+    assert step["entropy_filtered"] is None
+    assert step["metrics"] == {"kl": None}
+    assert {"step", "time", "seconds", "tokens", "weight_version", "state"} <= set(step)
+
+
+def test_entropy_of_no_token_is_nan():
+    assert math.isnan(StepRecord(**{**vars(RECORD), "entropy_count": 0.0}).entropy)
+
+
+def test_a_crash_at_any_byte_loses_at_most_the_last_event(tmp_path):
+    path = tmp_path / "events.jsonl"
+    with EventLog(path) as log:
+        log.append("step", {"step": 0, "text": "é\n"})
+        log.append("step", {"step": 1})
+    whole = path.read_bytes()
+    first = whole.index(b"\n") + 1
+    for size in range(first, len(whole)):
+        path.write_bytes(whole[:size])
+        assert [event["step"] for event in read_events(path)] == [0]
+        with EventLog(path) as log:
+            log.append("step", {"step": 9})
+        assert [event["step"] for event in read_events(path)] == [0, 9]
+
+
+def test_a_resume_supersedes_what_it_repeats():
+    events = events_of(
+        ("run_start", 0),
+        ("evaluation", 0),
+        ("step", 0),
+        ("step", 1),
+        ("checkpoint", 2),
+        ("evaluation", 2),
+        ("step", 2),
+        ("alert", 2),
+        ("step", 3),
+        ("checkpoint", 4),
+        ("run_end", None),
+        ("resume", 2),
+        ("step", 2),
+        ("evaluation", 2),
+    )
+    assert [event["n"] for event in in_force(events)] == [0, 1, 2, 3, 4, 11, 12, 13]
+
+
+def test_two_resumes():
+    events = events_of(("step", 0), ("step", 1), ("resume", 1), ("step", 1), ("step", 2), ("resume", 0), ("step", 0))
+    assert [event["n"] for event in in_force(events) if event["kind"] == "step"] == [6]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"schema": 1, "kind": "step"}\nbroken\n', "line 2, is not an event"),
+        ('{"kind": "step"}\n', "line 1, is not an event"),
+        (json.dumps({"schema": SCHEMA + 1, "kind": "x"}) + "\n", "update isentrope"),
+    ],
+)
+def test_damaged_logs_are_refused_with_the_place(tmp_path, text, words):
+    path = tmp_path / "events.jsonl"
+    path.write_text(text)
+    with pytest.raises(EventLogError, match=words):
+        read_all_events(path)
+
+
+def test_a_missing_log_names_the_remedy(tmp_path):
+    with pytest.raises(EventLogError, match="folder of a run"):
+        read_events(tmp_path / "events.jsonl")

@@ -1,0 +1,147 @@
+"""What the recorder puts into a run folder."""
+
+import io
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pipeline.config.errors import ConfigError
+from pipeline.config.load import config_hash, load_config
+from pipeline.monitoring.events import read_events
+from pipeline.monitoring.progress import Progress
+from pipeline.monitoring.recorder import StepClock, rollout_figures
+from pipeline.types import Role
+
+sys.path.append(str(Path(__file__).parent))
+import run_writer as runs
+
+
+def kinds(run_dir):
+    return [event["kind"] for event in read_events(run_dir / "events.jsonl")]
+
+
+def test_a_run_folder(tmp_path):
+    summary = runs.write_run(tmp_path / "run", "name=mine", steps=3)
+    run = tmp_path / "run"
+    assert kinds(run) == ["run_start", "evaluation", "step", "step", "step", "evaluation", "checkpoint", "run_end"]
+    start = read_events(run / "events.jsonl")[0]
+    assert start["prompts"] == {"train": 1, "held_out": 0, "dropped_too_long": 3}
+    assert "torch" in start["versions"]
+    saved = load_config(run / "config.yaml")
+    assert saved == runs.config("name=mine")
+    assert start["config_hash"] == config_hash(saved)
+    assert config_hash(saved) in (run / "config.yaml").read_text().splitlines()[0]
+    assert (run / "report.html").is_file()
+    assert (summary["method"], summary["steps"], summary["status"]) == ("mine", 3, "completed")
+
+
+def test_a_second_run_does_not_write_into_the_first(tmp_path):
+    runs.open_run(tmp_path)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        runs.open_run(tmp_path)
+
+
+def test_resume_marks_the_step_and_supersedes(tmp_path):
+    runs.write_run(tmp_path, steps=4, finish=False)
+    recorder = runs.open_run(tmp_path, resumed=True, step=2)
+    runs.record_step(recorder, 2, entropy=0.9)
+    recorder.finish(completed=False)
+    events = read_events(tmp_path / "events.jsonl")
+    steps = [(event["step"], event["entropy"]) for event in events if event["kind"] == "step"]
+    assert steps == [(0, 0.3), (1, 0.3), (2, 0.9)]
+    assert [event["step"] for event in events if event["kind"] == "resume"] == [2]
+    assert [event["status"] for event in events if event["kind"] == "run_end"] == ["stopped"]
+
+
+def test_a_failure_is_the_last_event(tmp_path):
+    recorder = runs.open_run(tmp_path)
+    runs.record_step(recorder, 0)
+    with pytest.raises(ZeroDivisionError), recorder:
+        raise ZeroDivisionError("boom")
+    last = read_events(tmp_path / "events.jsonl")[-1]
+    assert (last["kind"], last["status"], last["error"]) == ("run_end", "failed", "ZeroDivisionError: boom")
+
+
+def test_alerts_begin_once(tmp_path):
+    recorder = runs.open_run(tmp_path)
+    for step, state in enumerate(["tracking", "saturated", "saturated", "tracking", "saturated", "exploding"]):
+        reason = f"target not reachable: step {step}" if state == "saturated" else f"because {step}"
+        runs.record_step(recorder, step, state=state, reason=reason)
+    runs.record_step(recorder, 6, reason="H above; wrong-sign response: H moved away")
+    alerts = [event for event in read_events(tmp_path / "events.jsonl") if event["kind"] == "alert"]
+    assert [(a["step"], a["condition"]) for a in alerts] == [
+        (1, "not_reachable"),
+        (4, "not_reachable"),
+        (5, "exploding"),
+        (6, "wrong_sign"),
+    ]
+    assert alerts[0]["reason"] == "target not reachable: step 1"
+
+
+def test_rollout_figures_by_hand():
+    main = [
+        runs.group(runs.sample(1.0, tokens=2), runs.sample(1.0, tokens=4)),
+        runs.group(runs.sample(1.0, tokens=6, finish="length"), runs.sample(0.0, tokens=8, error="timeout")),
+        runs.group(),
+    ]
+    auxiliary = [runs.group(runs.sample(0.0, tokens=5, role=Role.AUXILIARY, error="timeout"), role=Role.AUXILIARY)]
+    assert rollout_figures(main, auxiliary) == {
+        "reward": 0.75,
+        "all_equal_groups": 0.5,
+        "response_length": 5.0,
+        "truncated": 0.25,
+        "verifier_errors": 2,
+        "tokens": {"main": 20, "auxiliary": 5},
+    }
+
+
+def test_a_step_without_samples_is_recorded(tmp_path):
+    recorder = runs.open_run(tmp_path)
+    runs.record_step(recorder, 0, main=[])
+    (step,) = [event for event in read_events(tmp_path / "events.jsonl") if event["kind"] == "step"]
+    assert step["reward"] is None
+
+
+def test_samples_hold_main_and_auxiliary_rows(tmp_path):
+    recorder = runs.open_run(tmp_path, "monitoring.samples_per_step=2")
+    hot = runs.group(runs.sample(role=Role.AUXILIARY, temperature=1.3), role=Role.AUXILIARY)
+    recorder._write_samples(12, [runs.group(runs.sample(), runs.sample(0.0))] * 3, [hot])
+    lines = [json.loads(line) for line in (tmp_path / "samples" / "step-000012.jsonl").read_text().splitlines()]
+    assert [(line["role"], line["temperature"]) for line in lines] == [("main", 1.0), ("auxiliary", 1.3)]
+    assert lines[0]["prompt"] == "1234>10="
+    assert lines[0]["weight_versions"] == [[0, 0, 4]]
+
+
+def test_the_clock_accounts_for_every_second():
+    clock = StepClock()
+    with clock("sample"):
+        time.sleep(0.02)
+    with clock("train"):
+        time.sleep(0.01)
+    with clock("sample"):
+        time.sleep(0.01)
+    seconds = clock.seconds(outside=1.0)
+    assert 0.03 <= seconds["sample"] < seconds["total"] - 1.0
+    assert seconds["other"] >= 1.0
+    assert seconds["total"] == pytest.approx(sum(seconds[p] for p in ("sample", "train", "other")))
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_shows_the_end_and_costs_little(tmp_path, terminal):
+    recorder = runs.open_run(tmp_path)
+    output = io.StringIO()
+    recorder._progress = Progress("mine", 400, console=Console(file=output, force_terminal=terminal, width=120))
+    started = time.process_time()
+    for step in range(400):
+        runs.record_step(recorder, step)
+    milliseconds = 1000 * (time.process_time() - started) / 400
+    recorder._progress.close()
+    assert "step 400/400" in output.getvalue()
+    assert "T+ 1.20 (reweight)" in output.getvalue()
+    assert milliseconds < 3, "a step of recording and progress; about 0.3 on an idle machine"
+    if not terminal:
+        assert output.getvalue().count("\n") == 20

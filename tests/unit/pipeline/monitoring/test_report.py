@@ -1,0 +1,147 @@
+"""The report page and the figures behind it."""
+
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from pipeline.monitoring.charts import CHARTS, theme_variables
+from pipeline.monitoring.report import DARK, build_report
+from pipeline.monitoring.summary import by_method, summarize
+
+sys.path.append(str(Path(__file__).parent))
+import run_writer as runs
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    runs.write_run(root / "grpo", "name=grpo", "entropy.controller=none", entropy=runs.collapsing, final=(0.55, 0.88))
+    runs.write_run(root / "pi", "name=pi", entropy=lambda step: 0.5 if step < 5 else 0.3, final=(0.5, 0.95))
+    return [root / "grpo", root / "pi"]
+
+
+def test_summary_by_hand(folders):
+    summary = summarize(folders[1])
+    expected = {
+        "method": "pi",
+        "seed": 0,
+        "steps": 30,
+        "status": "completed",
+        "pass_at_1": 0.5,
+        "pass_at_16": 0.95,
+        "pass_at_1_interval": [0.45, 0.55],
+        "distinct_correct": 3.0,
+        "evaluation_step": 30,
+        "controller": "pi",
+        "actuator": "reweight",
+        "restarts": [],
+        "entry_step": 13,  # 0.3 + 0.2 * 0.8^k <= 0.33 from k = 9, the ninth step at 0.3
+        "time_in_band": 1.0,
+        "settling_step": -1,  # only 17 steps remain
+    }
+    assert {key: summary[key] for key in expected} == expected
+    assert summary["final_entropy"] == pytest.approx(0.3)
+    assert summary["tokens"] == {"main": 30 * 8, "auxiliary": 0}
+    assert summary["seconds"]["evaluation"] == 4.0
+    json.dumps(summary, allow_nan=False)
+
+
+def test_a_collapsing_baseline_leaves_the_band(folders):
+    summary = summarize(folders[0])
+    assert summary["actuator"] == "none"
+    assert summary["final_entropy"] < 0.2
+    assert summary["time_in_band"] < 0.5
+
+
+@pytest.fixture(scope="module")
+def built(folders, tmp_path_factory):
+    """What ``build_report`` returned, the page, and the folder it lies in."""
+    root = tmp_path_factory.mktemp("report")
+    result = build_report(folders, root / "out" / "report.html", root / "report.png")
+    return result, (root / "out" / "report.html").read_text(), root
+
+
+def test_the_page_is_self_contained_and_says_what_was_measured(built):
+    result, page, root = built
+    assert result["cost"] == [
+        "pi: pass@1 0.500 against 0.550 of grpo, a difference of -0.050; pass@16 0.950 against 0.880 "
+        "(one seed each; the 95 % intervals of pass@1 overlap), after 30 steps."
+    ]
+    assert result["cost"][0] in page
+    assert not re.search(r'(src|href)="(?!#)', page)
+    assert "<script" not in page
+    assert (root / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(root.glob("**/*.partial"))
+
+
+class Balance(HTMLParser):
+    """Every element is closed in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.open = []
+
+    def handle_starttag(self, tag, attrs):
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_well_formed(built):
+    parser = Balance()
+    parser.feed(built[1])
+    assert parser.open == []
+
+
+def test_charts_are_xml_whose_colours_follow_the_theme(built):
+    charts = re.findall(r"<svg .*?</svg>", built[1], flags=re.DOTALL)
+    assert len(charts) == len(CHARTS)
+    for text in charts:
+        ElementTree.fromstring(text.replace("<svg ", '<svg xmlns:xlink="http://www.w3.org/1999/xlink" ', 1))
+        assert "var(--chart-" in text
+        assert not [colour for colour in theme_variables() if colour in text]
+
+
+def test_every_colour_has_a_dark_partner():
+    assert set(DARK) == set(theme_variables())
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_running_run_can_be_reported(tmp_path, steps):
+    recorder = runs.open_run(tmp_path / "run")
+    for step in range(steps):
+        runs.record_step(recorder, step)
+    result = build_report([tmp_path / "run"], tmp_path / "report.html", tmp_path / "report.png")
+    (summary,) = result["runs"]
+    assert (summary["status"], summary["steps"], summary["pass_at_1"]) == ("unfinished", steps, None)
+    assert result["cost"] == []
+
+
+def test_a_saturated_run_says_so_and_its_text_is_escaped(tmp_path):
+    recorder = runs.open_run(tmp_path / "run")
+    for step in range(4):
+        runs.record_step(recorder, step, 0.5, state="saturated", reason="target not reachable: held at <b>H</b>=0.5")
+    build_report([tmp_path / "run"], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    text = "at its limit in 100% of the steps, last at step 3: target not reachable: held at &lt;b&gt;H&lt;/b&gt;=0.5"
+    assert text in page
+    assert "never entered its band" in page
+    assert "<b>H</b>" not in page
+
+
+def test_means_over_seeds():
+    rows = [{"method": "a", "final_entropy": value, "pass_at_1": None} for value in (0.2, 0.4)]
+    for row in rows:
+        row.update(time_in_band=1.0, rms_error=None, pass_at_16=0.9, distinct_correct=2.0)
+    figures = by_method(rows)["a"]
+    assert figures["runs"] == 2
+    assert figures["final_entropy"] == pytest.approx(0.3)
+    assert figures["final_entropy_sd"] == pytest.approx(0.1414, abs=1e-4)
+    assert figures["pass_at_1"] is None

@@ -1,0 +1,85 @@
+"""Band tracking by hand. Band [0.8, 1.25]: its geometric middle is 1."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.monitoring.tracking import STAY, filtered, track
+
+
+def figures(entropies, **more):
+    return track(entropies, [0.8] * len(entropies), [1.25] * len(entropies), **more)
+
+
+def test_the_filter_by_hand():
+    assert filtered([1.0, 2.0, 0.0]) == pytest.approx([1.0, 1.2, 0.96])
+    assert filtered([math.nan, 2.0, math.nan, 1.0])[1:] == pytest.approx([2.0, 2.0, 1.8])
+
+
+def test_a_constant_run_in_the_middle_is_perfect():
+    result = figures([1.0] * 30)
+    assert (result.entry_step, result.settling_step, result.time_in_band) == (0, 0, 1.0)
+    assert (result.rms_error, result.bias, result.overshoot, result.oscillation) == (0, 0, 0, 0)
+
+
+def test_a_step_down_into_the_band():
+    result = figures([2.0] + [1.0] * 40)
+    # filtered: 1 + 0.8^k, in the band (<= 1.25) from k = 7: 0.8^6 = 0.262, 0.8^7 = 0.2097
+    assert (result.entry_step, result.settling_step, result.time_in_band) == (7, 7, 1.0)
+    expected = [0.8**k for k in range(7, 41)]
+    assert result.rms_error == pytest.approx(math.sqrt(np.mean(np.square(expected))))
+    assert result.rms_error_raw == 0
+    assert result.bias == pytest.approx(np.mean(expected))
+    assert result.overshoot == 0  # it came from above and never went below the target
+
+
+def test_overshoot_is_the_far_side_of_the_start():
+    result = figures([2.0] * 5 + [0.0] * 4 + [1.0] * 60)
+    smooth = filtered([2.0] * 5 + [0.0] * 4 + [1.0] * 60)
+    # 2, then 1.6, 1.28, 1.024 (entry at 7), 0.8192, and back toward 1 from below
+    assert result.entry_step == 7
+    assert result.overshoot == pytest.approx(1 - smooth[8])
+    assert smooth[8] == pytest.approx(0.8192)
+    assert result.oscillation == pytest.approx(100 * 1 / 62)
+
+
+def test_leaving_the_band_counts_after_entry_only():
+    result = figures([1.0] * 10 + [5.0] * 30)
+    assert (result.entry_step, result.settling_step) == (0, -1)
+    assert result.time_in_band == pytest.approx(10 / 40)
+
+
+def test_settling_needs_twenty_steps():
+    assert figures([1.0] * (STAY - 1)).settling_step == -1
+    assert figures([1.0] * STAY).settling_step == 0
+
+
+def test_a_run_that_never_enters():
+    result = figures([3.0] * 30)
+    assert (result.entry_step, result.settling_step, result.time_in_band) == (-1, -1, 0.0)
+    assert math.isnan(result.rms_error)
+
+
+def test_a_run_without_steps():
+    assert figures([]).time_in_band == 0.0
+
+
+def test_command_figures_by_hand():
+    result = figures(
+        [1.0] * 4, temperatures=[1.0, math.e, 1.0, 1.0], states=["tracking", "saturated", "saturated", "off"]
+    )
+    assert result.temperature_variation == pytest.approx(2 / 3)
+    assert result.saturation == 0.5
+
+
+@given(st.lists(st.floats(0.01, 10), min_size=1, max_size=60))
+def test_figures_stay_in_their_ranges(entropies):
+    result = figures(entropies)
+    assert 0 <= result.time_in_band <= 1
+    assert (result.entry_step < 0) == (result.time_in_band == 0)
+    if result.entry_step >= 0:
+        assert result.rms_error >= abs(result.bias) - 1e-12
+        assert result.settling_step == -1 or result.settling_step >= result.entry_step

@@ -1,0 +1,156 @@
+import os
+import signal
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pipeline.config.schema import DataConfig
+from pipeline.rewards.stage import VerifierStage
+from pipeline.rewards.verifiers import UnknownVerifierError
+from pipeline.types import Prompt, Role, Sample, SampleGroup, WeightSpan
+
+SYMBOLS = "0123456789+-*=,$"
+OWN = """
+import ctypes, os, time
+
+def judge(prompt, text):
+    if text == "6": time.sleep(60)
+    if text == "1": raise KeyError("one\\nand more")
+    if text == "2": os._exit(3)
+    if text == "3": ctypes.string_at(0)
+    if text == "4": return 7.0
+    if text == "5": return float("nan")
+    return 0.25 if text == "7" else 1.0
+
+class Odd(Exception):
+    def __init__(self, a, b): super().__init__(a)
+
+def odd(prompt, text):
+    if text == "1": raise Odd(1, 2)
+    return os.getpid() / 1e9
+"""
+
+
+class Characters:
+    def decode_batch(self, sequences):
+        return ["".join(SYMBOLS[i] for i in ids if i != 15) for ids in sequences]
+
+
+def sample(text, finish_reason="stop"):
+    ids = np.array([SYMBOLS.index(c) for c in text])
+    return Sample(ids, np.zeros(len(ids), np.float32), 1.0, 0, Role.MAIN, finish_reason, (WeightSpan(0, 0, len(ids)),))
+
+
+def group(verifier, answer, texts, finish_reason="stop", **meta):
+    asked = Prompt(f"q-{answer}", (1,), "", answer, verifier, meta)
+    return SampleGroup(asked, tuple(sample(text, finish_reason) for text in texts), Role.MAIN)
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    (tmp_path / "own_judge.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.fixture
+def stage():
+    stage = VerifierStage(DataConfig(verifier_timeout_s=0.7, verifier_workers=1), Characters())
+    yield stage
+    stage.close()
+
+
+def verdicts(group):
+    return [(s.text, s.reward, s.correct, s.verifier_error) for s in group.samples]
+
+
+def test_inline_verdicts(stage):
+    groups = stage.verify(
+        [
+            group("countdown", "1234,24", ["4*3*2*1$", "4+3+2+1$"]),
+            group("exact", "12", ["12$", "$"]),
+            group("countdown", "no answer", ["1$"]),
+            group("exact", "12", ["12"], finish_reason="abort"),
+        ]
+    )
+    assert verdicts(groups[0]) == [("4*3*2*1", 1.0, True, ""), ("4+3+2+1", 0.0, False, "")]
+    assert verdicts(groups[1]) == [("12", 1.0, True, ""), ("", 0.0, False, "")]
+    ((_, reward, correct, error),) = verdicts(groups[2])
+    assert (reward, correct) == (0.0, False)
+    assert error.startswith("ValueError: ")
+    assert verdicts(groups[3]) == [("12", 0.0, False, "aborted before it was finished")]
+
+
+def test_judging_again_clears_an_old_verdict(stage):
+    (first,) = stage.verify([group("exact", "12", ["12"], finish_reason="abort")])
+    (second,) = stage.verify([replace(first, samples=tuple(replace(s, finish_reason="stop") for s in first.samples))])
+    assert verdicts(second) == [("12", 1.0, True, "")]
+
+
+def test_512_countdown_samples_take_milliseconds():
+    from pathlib import Path
+
+    from pipeline.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(Path(__file__).resolve().parents[4] / "configs/model/pm4-100k")
+    stage = VerifierStage(DataConfig(), tokenizer)
+    groups = [group("countdown", "1234,24", ["4*3*2*1$", "4+3+2+1$"] * 8) for _ in range(32)]
+    seconds = []
+    for _ in range(20):
+        start = time.process_time()  # of this process, whatever else the machine does
+        judged = stage.verify(groups)
+        seconds.append(time.process_time() - start)
+    assert sum(s.correct for g in judged for s in g.samples) == 256
+    assert min(seconds) < 4e-3
+
+
+def test_math_and_reasoning_gym_run_apart(stage):
+    entry = {"question": "1 + 1 =", "answer": "2", "metadata": {}}
+    groups = stage.verify(
+        [
+            group("math", "12", ["12", "3*4", "13", "12"]),
+            group("reasoning_gym", "2", ["2", "3"], dataset="chain_sum", params={}, entry=entry),
+            group("reasoning_gym", "3", ["2"]),
+        ]
+    )
+    assert [s.correct for s in groups[0].samples] == [True, True, False, True]
+    assert [s.correct for s in groups[1].samples] == [True, False]
+    assert verdicts(groups[2]) == [("2", 0.0, False, "KeyError: 'dataset'")]
+
+
+def test_hanging_raising_and_crashing_calls_cost_only_their_own_sample(stage, own):
+    texts = ["0", "6", "1", "2", "3", "4", "5", "7", "8"]
+    (judged,) = stage.verify([group("own_judge:judge", "", texts)])
+    by_text = {s.text: s for s in judged.samples}
+    assert {text: s.verifier_error for text, s in by_text.items()} == {
+        "0": "",
+        "6": "no verdict within 0.7 s",
+        "1": "KeyError: 'one\\nand more'",
+        "2": "verifier process died (exit code 3)",
+        "3": "verifier process died (exit code -11)",
+        "4": "reward 7.0 is outside [0, 1]",
+        "5": "reward nan is outside [0, 1]",
+        "7": "",
+        "8": "",
+    }
+    assert {text: s.reward for text, s in by_text.items() if s.reward} == {"0": 1.0, "7": 0.25, "8": 1.0}
+    assert {s.text for s in judged.samples if s.correct} == {"0", "8"}
+
+
+def test_a_broken_pool_is_replaced(stage, own):
+    (first,) = stage.verify([group("own_judge:odd", "", ["2"])])
+    os.kill(round(first.samples[0].reward * 1e9), signal.SIGKILL)  # an idle worker dies, as by the out-of-memory killer
+    time.sleep(0.3)
+    (second,) = stage.verify([group("own_judge:odd", "", ["2", "1", "3"])])
+    errors = [s.verifier_error for s in second.samples]
+    assert (errors[0], errors[2]) == ("", "")
+    assert errors[1] != ""  # an exception that cannot be sent between processes breaks the pool again
+
+
+def test_unknown_names_stop_the_run(stage, own):
+    with pytest.raises(UnknownVerifierError, match="'exat': nearest is 'exact'"):
+        stage.verify([group("exat", "", ["1"])])
+    with pytest.raises(UnknownVerifierError, match="has no function 'missing'"):
+        stage.verify([group("own_judge:missing", "", ["1"])])
+    assert stage.verify([]) == []

@@ -1,0 +1,128 @@
+"""Supervision, with a small program in the place of SGLang; tests/integration has the real one."""
+
+import os
+import sys
+import threading
+
+import pytest
+
+from pipeline.config.schema import RolloutConfig, SglangConfig
+from pipeline.rollout import sglang_cpu
+from pipeline.rollout.engine import EngineError
+from pipeline.rollout.sglang_server import SglangServer
+
+SERVE = """
+import http.server, os, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(os.environ.get("PYTHONPATH", "").encode())
+    def do_POST(self):
+        self.send_error(400, "no such thing")
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
+
+class Stub(SglangServer):
+    """Runs ``program`` with the port as its argument."""
+
+    def __init__(self, program, tmp_path, **settings):
+        config = RolloutConfig(sglang=SglangConfig(**settings))
+        super().__init__(config, tmp_path, dtype="float32", seed=1, log_path=tmp_path / "logs" / "server.log")
+        self.program = program
+        self.ports = []
+
+    def command(self, port):
+        self.ports.append(port)
+        return [sys.executable, "-c", self.program, str(port)]
+
+
+def test_a_server_comes_up_answers_and_ends(tmp_path):
+    server = Stub(SERVE, tmp_path)
+    server.start()
+    assert server.alive
+    assert server.answers("/health", 5)
+    # Only the server's process has the shims, and only where there is no CUDA.
+    assert (str(sglang_cpu.SHIM_FOLDER) in server.get("/")) == (not _has_cuda())
+    assert str(sglang_cpu.SHIM_FOLDER) not in os.environ.get("PYTHONPATH", "")
+    with pytest.raises(EngineError, match=r"(?s)/generate answered 400.*no such thing.*server\.log"):
+        server.post("/generate", input_ids=[1])
+    server.close()
+    server.close()
+    assert not server.alive
+    with pytest.raises(EngineError, match=r"the server has ended; end of .*server\.log"):
+        server.post("/generate")
+
+
+def _has_cuda():
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def test_a_server_outlives_the_thread_that_started_it(tmp_path):
+    server = Stub(SERVE, tmp_path)
+    thread = threading.Thread(target=server.start)
+    thread.start()
+    thread.join()
+    assert server.answers("/health", 5)
+    server.close()
+
+
+def test_a_failing_start_shows_the_end_of_the_log(tmp_path):
+    server = Stub("print(*range(100), 'CUDA error: out of luck', sep='\\n'); raise SystemExit(3)", tmp_path)
+    with pytest.raises(EngineError, match=r"server\.log:\n(\d+\n)+CUDA error: out of luck") as error:
+        server.start()
+    assert "\n10\n" not in str(error.value)  # the end, not all
+    assert len(server.ports) == 1
+    assert not server.alive
+
+
+def test_a_taken_port_is_tried_again_elsewhere(tmp_path):
+    marker = tmp_path / "second"
+    program = f"""
+import pathlib
+if not pathlib.Path({str(marker)!r}).exists():
+    pathlib.Path({str(marker)!r}).touch()
+    raise OSError(98, "Address already in use")
+{SERVE}"""
+    server = Stub(program, tmp_path)
+    server.start()
+    assert len(server.ports) == 2
+    assert server.answers("/health", 5)
+    server.close()
+
+
+def test_a_server_that_never_answers_is_ended(tmp_path):
+    server = Stub("import time; time.sleep(60)", tmp_path, startup_timeout_s=0.6)
+    with pytest.raises(EngineError, match=r"within 0\.6 s \(rollout\.sglang\.startup_timeout_s\)"):
+        server.start()
+    assert not server.alive
+
+
+def test_proxies_of_the_environment_are_not_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # the discard port: nobody answers
+    server = Stub(SERVE, tmp_path)
+    server.start()
+    assert server.answers("/health", 5)
+    server.close()
+
+
+def test_the_command_line(tmp_path):
+    config = RolloutConfig(
+        tensor_parallel_size=2, sglang=SglangConfig(max_total_tokens=0, extra_args=["--log-level", "info"])
+    )
+    command = SglangServer(config, tmp_path, dtype="bfloat16", seed=2**31 + 5, log_path=tmp_path / "log").command(1234)
+    words = " ".join(command)
+    for part in (
+        "--port 1234",
+        "--dtype bfloat16",
+        "--tensor-parallel-size 2",
+        "--random-seed 5",
+        "--skip-tokenizer-init",
+    ):
+        assert part in words
+    assert "--max-total-tokens" not in words
+    assert command[-2:] == ["--log-level", "info"]
+    assert ("--device cpu" in words) == (not _has_cuda())
