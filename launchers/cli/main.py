@@ -13,6 +13,7 @@ import typer.main
 
 from launchers.cli import config_cmd, evaluate_cmd, report_cmd, train_cmd
 from pipeline.config.errors import ConfigError
+from pipeline.data import DataError
 
 USAGE_ERROR = 2  # wrong command line or configuration; anything else that fails exits with 1
 
@@ -54,7 +55,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     command = typer.main.get_command(app)  # not ``app`` itself: that would install an exception hook of its own
     try:
         command(args=[word for word in words if word != "--debug"], prog_name="isentrope")
-    except ConfigError as error:
+    except (ConfigError, DataError) as error:
         if debug:
             raise
         typer.echo(str(error), err=True)

@@ -122,7 +122,7 @@ class Piece:
         return tuple(shape)
 
 
-def plan(rows: Sequence[Row], itemsize: int, bucket_mib: int) -> tuple[tuple[Piece, ...], ...]:
+def plan(rows: Sequence[Row], itemsize: int, bucket_mib: float) -> tuple[tuple[Piece, ...], ...]:
     """Buckets of an export in order: each within one stage and at most ``bucket_mib`` MiB, or a single larger tensor.
 
     The same on every rank, and known without communication.

@@ -15,10 +15,11 @@ from functools import lru_cache
 from typing import Any, Protocol
 
 from pipeline.rewards.answers import canonical_answer, tagged_answer
+from pipeline.data import DataError
 from pipeline.types import Prompt
 
 
-class UnknownVerifierError(ValueError):
+class UnknownVerifierError(DataError):
     """No verifier has this name; the message gives the nearest one."""
 
 

@@ -72,7 +72,6 @@ def test_alpha_zero_is_grpo_bit_for_bit(tmp_path, actuator):
         *INLINE,
         "steps=4",
         "entropy.controller=none",
-        "entropy.auxiliary_prompts=0",
         "evaluation.at_start=false",
     )
     zero = train(
