@@ -31,4 +31,8 @@ def train(
     resolved = load_config(resume / "config.yaml" if resume else config, overrides)
     from launchers import assemble  # torch, Ray: only once the configuration is known to be good
 
-    print_result(assemble.train(resolved, resume), as_json)
+    result = assemble.train(resolved, resume)
+    print_result(result, as_json)
+    if result["status"] != "completed":
+        done = f"stopped after {result['steps']} of {resolved.steps} steps, checkpoint saved"
+        typer.echo(f"{done}; go on with: isentrope train --resume {result['run_dir']}", err=True)

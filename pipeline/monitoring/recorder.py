@@ -150,8 +150,8 @@ class Recorder:
             grad_norm=stats.grad_norm,
             learning_rate=stats.learning_rate,
             weight_version=step,
-            metrics={**stats.metrics, "learner_seconds": stats.seconds},
-            seconds=seconds,
+            metrics=stats.metrics,
+            seconds={**seconds, "learner": stats.seconds},
             **rollout_figures(main, auxiliary),
         )
         self.event("step", **record.to_dict())
