@@ -53,7 +53,9 @@ class StepRecord:
     learning_rate: float
     weight_version: int  # version that drew this step's samples
     metrics: Mapping[str, float] = field(default_factory=dict)  # what the learner reported beyond
-    seconds: Mapping[str, float] = field(default_factory=dict)  # sample, verify, batch, train (of it inside: learner), sync, other, total
+    seconds: Mapping[str, float] = field(
+        default_factory=dict
+    )  # sample, verify, batch, train (of it inside: learner), sync, other, total
     tokens: Mapping[str, int] = field(default_factory=dict)  # response tokens drawn: main, auxiliary
 
     @property

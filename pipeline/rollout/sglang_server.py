@@ -1,0 +1,175 @@
+"""Launch and supervise one real SGLang server on this machine."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import requests
+import torch
+
+from pipeline.config.schema import RolloutConfig
+from pipeline.rollout import sglang_cpu
+from pipeline.rollout.engine import EngineError
+
+_GUARD = Path(__file__).with_name("sglang_guard.py")
+_PORT_ATTEMPTS = 3
+_CLASH = "address already in use"
+
+
+class SglangServer:
+    """A server process on 127.0.0.1, its log, and its end.
+
+    The server runs under ``sglang_guard``: it and all its children end when ``close`` is called or this process dies.
+    """
+
+    def __init__(self, config: RolloutConfig, hf_path: Path, *, dtype: str, seed: int, log_path: Path) -> None:
+        self.log_path = log_path
+        self.url = ""
+        self._config = config
+        self._hf_path = hf_path
+        self._dtype = dtype
+        self._seed = seed
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Launch, and wait until the server answers. Raises ``EngineError`` with the end of its log."""
+        for _ in range(_PORT_ATTEMPTS):
+            self._launch(free_port())
+            if self._wait_until_healthy():
+                return
+            reason = self.log_tail()
+            self.close()
+            # Another process may take the port between free_port() and the server's bind.
+            if _CLASH not in reason.lower():
+                break
+        raise EngineError(
+            f"SGLang server for {self._hf_path} did not come up within {self._config.sglang.startup_timeout_s:g} s "
+            f"(rollout.sglang.startup_timeout_s); end of {self.log_path}:\n{reason}"
+        )
+
+    @property
+    def alive(self) -> bool:
+        """Whether the server process runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def post(self, path: str, **body: object) -> Any:
+        """POST ``body`` as JSON; the decoded reply. Raises ``EngineError`` when there is none or it is not 200."""
+        return self.check(self.send(path, **body))
+
+    def get(self, path: str) -> Any:
+        """GET; the decoded reply. Raises like ``post``."""
+        return self.check(self._request("GET", path))
+
+    def send(self, path: str, **body: object) -> requests.Response:
+        """POST ``body`` as JSON; the reply, whatever its status. Raises ``EngineError`` when there is none."""
+        return self._request("POST", path, body)
+
+    def check(self, response: requests.Response) -> Any:
+        """The decoded body of a reply, which must have status 200."""
+        if response.status_code != HTTPStatus.OK:
+            raise EngineError(
+                f"{response.url} answered {response.status_code}: {response.text[:500]}; log: {self.log_path}"
+            )
+        return response.json() if "json" in response.headers.get("content-type", "") else response.text
+
+    def answers(self, path: str, timeout_s: float) -> bool:
+        """Whether a GET of ``path`` is answered with 200."""
+        try:
+            return _http("GET", self.url + path, None, timeout_s).status_code == HTTPStatus.OK
+        except requests.RequestException:
+            return False
+
+    def log_tail(self, lines: int = 25) -> str:
+        """The last lines that the server wrote."""
+        return (
+            "\n".join(self.log_path.read_text(errors="replace").splitlines()[-lines:])
+            if self.log_path.is_file()
+            else ""
+        )
+
+    def close(self) -> None:
+        """End the server and its children, and wait for that. Idempotent."""
+        if self._process is None:
+            return
+        self._process.terminate()  # the guard's SIGTERM handler kills the group and cleans up
+        self._process.wait(timeout=30)
+        self._process = None
+
+    def command(self, port: int) -> list[str]:
+        """The server's command line."""
+        config, settings = self._config, self._config.sglang
+        on_cpu = not torch.cuda.is_available()
+        backend = settings.attention_backend
+        if backend == "auto":
+            backend = sglang_cpu.ATTENTION_BACKEND if on_cpu else ""
+        return [
+            *(sys.executable, "-m", "sglang.launch_server", "--model-path", str(self._hf_path)),
+            *("--host", "127.0.0.1", "--port", str(port), "--dtype", self._dtype),
+            *("--tensor-parallel-size", str(config.tensor_parallel_size), "--random-seed", str(self._seed % 2**31)),
+            *("--mem-fraction-static", str(settings.mem_fraction_static), "--weight-version", "0"),
+            *("--skip-tokenizer-init", "--sleep-on-idle", "--log-level", "warning"),
+            *(("--max-total-tokens", str(settings.max_total_tokens)) if settings.max_total_tokens else ()),
+            *(("--attention-backend", backend) if backend else ()),
+            *(sglang_cpu.ARGUMENTS if on_cpu else ()),
+            *settings.extra_args,
+        ]
+
+    def _launch(self, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        # Short, because sockets live there and a socket's path holds at most 107 characters.
+        scratch = tempfile.mkdtemp(prefix="sgl-", dir="/tmp")
+        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        if not torch.cuda.is_available():
+            environment |= sglang_cpu.environment()
+        with self.log_path.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", str(_GUARD), str(os.getpid()), scratch, *self.command(port)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # a Ctrl-C at the terminal goes to the run, which closes its engines
+                env=environment,
+            )
+
+    def _wait_until_healthy(self) -> bool:
+        deadline = time.monotonic() + self._config.sglang.startup_timeout_s
+        while self.alive and time.monotonic() < deadline:
+            if self.answers("/health", timeout_s=5):
+                return True
+            time.sleep(0.25)
+        return False
+
+    def _request(self, method: str, path: str, body: Mapping[str, object] | None = None) -> requests.Response:
+        try:
+            return _http(method, self.url + path, body, self._config.sglang.request_timeout_s)
+        except requests.RequestException as error:
+            if self.alive:
+                raise EngineError(
+                    f"{self.url}{path}: the server runs but does not answer: {error}; log: {self.log_path}"
+                ) from error
+            raise EngineError(
+                f"{self.url}{path}: the server has ended; end of {self.log_path}:\n{self.log_tail()}"
+            ) from error
+
+
+def _http(method: str, url: str, body: Mapping[str, object] | None, timeout_s: float) -> requests.Response:
+    with requests.Session() as session:  # one per call: abort() and generate() run in different threads
+        session.trust_env = False  # a cluster's HTTP_PROXY has no business with 127.0.0.1
+        return session.request(method, url, json=body, timeout=timeout_s)
+
+
+def free_port() -> int:
+    """A TCP port on 127.0.0.1 that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,323 @@
+"""Real SGLang servers, a Llama (whose weights can be read back) and a Qwen3 (whose can not), on whatever device there is."""
+
+import importlib.util
+import itertools
+import json
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import requests
+import torch
+
+if importlib.util.find_spec("sglang") is None:
+    pytest.skip("needs the sglang extra", allow_module_level=True)
+
+from pipeline.checksum import checksum
+from pipeline.config.schema import RolloutConfig, SglangConfig
+from pipeline.rollout.decoder import Decoder, DecoderConfig, token_log_probs
+from pipeline.rollout.engine import EngineError, WeightUpdateError
+from pipeline.rollout.native import NativeEngine
+from pipeline.rollout.pool import EnginePool
+from pipeline.rollout.sglang import SglangEngine
+from pipeline.rollout.sglang_guard import shared_memory
+from pipeline.types import GenerateRequest, Prompt, Role, WeightBucket
+from tests.tiny_folder import hf_config, random_tensors, write_folder
+
+FAMILIES = ("llama", "qwen3")
+TOLERANCE = 0.02  # nats
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {family: write_folder(root / family, family)[0] for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def engines(folders, tmp_path_factory):
+    """Both servers, started at the same time; closed at the end, and nothing of them may remain."""
+    logs = tmp_path_factory.mktemp("logs")
+    config = RolloutConfig(engine="sglang", sglang=SglangConfig(max_total_tokens=16384))
+    started = {family: SglangEngine(config, index=i, log_dir=logs, seed=1) for i, family in enumerate(FAMILIES)}
+    with ThreadPoolExecutor() as threads:  # the servers must outlive the threads that start them
+        list(threads.map(lambda family: started[family].start(folders[family]), FAMILIES))
+    groups = [server_pid(engine) for engine in started.values()]
+    leftovers = set.union(*(shared_memory(group) for group in groups))
+    yield started
+    for engine in started.values():
+        engine.close()
+        engine.close()
+    assert [process_group(group) for group in groups] == [[], []]
+    assert [path for path in leftovers if Path(path).exists()] == []
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return request.param
+
+
+def server_pid(engine):
+    guard = engine._server._process.pid
+    return int(Path(f"/proc/{guard}/task/{guard}/children").read_text().split()[0])
+
+
+def process_group(group):
+    members = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[2]) == group and fields[0] != "Z":
+            members.append(stat.parent.name)
+    return members
+
+
+def generate_request(tokens, count=4, temperature=1.0, new=12, role=Role.MAIN):
+    seeds = tuple(range(count))
+    return GenerateRequest(Prompt(str(tokens), tuple(tokens), "", None, "exact"), seeds, temperature, new, role)
+
+
+def decoder_of(family, seed):
+    return Decoder(DecoderConfig.from_hf(hf_config(family)), random_tensors(hf_config(family), seed))
+
+
+def buckets(family, version, seed):
+    tensors = random_tensors(hf_config(family), seed)
+    names = sorted(tensors)
+    for i in range(3):
+        part = {name: tensors[name] for name in names[i::3]}
+        yield WeightBucket(version, i, 3, part, checksum(part))
+
+
+def push(engine, family, version, seed=None):
+    engine.begin_update(version)
+    for bucket in buckets(family, version, version if seed is None else seed):
+        engine.load_bucket(bucket)
+    engine.commit_update(version)
+
+
+def wait_until_under_way(engine):
+    """What was sent before runs when a later, short request is back: the server takes requests in order."""
+    time.sleep(0.3)
+    engine.generate([generate_request([5], 1, new=2)])
+
+
+def assert_agrees(groups, decoder):
+    """Log-probs of both engines for the same tokens, at the temperature of the draw."""
+    for group in groups:
+        for sample in group.samples:
+            prompt = group.prompt.token_ids
+            tokens = torch.tensor([[*prompt, *sample.token_ids.tolist()]])
+            ours = token_log_probs(decoder, tokens, sample.temperature)[0, len(prompt) - 1 :]
+            np.testing.assert_allclose(sample.log_probs, ours.numpy(), atol=TOLERANCE)
+
+
+REQUESTS = [
+    generate_request([5, 6, 7], 8),
+    generate_request([9, 4, 20, 31, 8], 8, temperature=1.4, role=Role.AUXILIARY),
+    generate_request([11], 3, temperature=0.7, new=1),
+]
+
+
+def test_two_temperatures_in_one_call_agree_with_native(engines, family):
+    engine = engines[family]
+    push(engine, family, 1, seed=0)
+    groups = engine.generate(REQUESTS)
+    assert [len(group.samples) for group in groups] == [8, 8, 3]
+    assert [group.role for group in groups] == [Role.MAIN, Role.AUXILIARY, Role.MAIN]
+    assert_agrees(groups, decoder_of(family, 0))
+    for group, wanted in zip(groups, REQUESTS, strict=True):
+        assert [s.seed for s in group.samples] == list(wanted.seeds)
+        for sample in group.samples:
+            assert sample.drawn_with(1)
+            assert sample.temperature == wanted.temperature
+            stopped = sample.token_ids[-1] == 3
+            assert sample.finish_reason == ("stop" if stopped else "length")
+            assert stopped or len(sample.token_ids) == wanted.max_new_tokens
+    assert engine.generate([]) == []
+
+
+def test_updates_are_served_and_every_tensor_is_read_back_in_turn(engines, family):
+    engine = engines[family]
+    for version in range(2, 9):
+        push(engine, family, version)
+    assert engine.health().weight_version == 8
+    decoder = decoder_of(family, 8)
+    assert_agrees(engine.generate(REQUESTS), decoder)
+    tokens = [5, 6, 7, 30, 12]
+    ours = token_log_probs(decoder, torch.tensor([tokens]))[0]
+    np.testing.assert_allclose(engine.probe_log_probs(tokens), ours.numpy(), atol=TOLERANCE)
+
+
+def test_a_sample_that_lives_through_an_update_carries_spans(engines):
+    engine = engines["llama"]
+    push(engine, "llama", 20)
+    groups = []
+    long = [generate_request([i, i + 1], 2, temperature=0.05, new=450) for i in range(4, 20)]
+    running = threading.Thread(target=lambda: groups.extend(engine.generate(long)))
+    running.start()
+    wait_until_under_way(engine)
+    push(engine, "llama", 21)
+    running.join(60)
+    samples = [sample for group in groups for sample in group.samples]
+    mixed = [sample for sample in samples if len(sample.weight_versions) == 2]
+    assert mixed
+    for sample in samples:
+        bounds = [(span.start, span.end) for span in sample.weight_versions]
+        assert bounds[0][0] == 0
+        assert bounds[-1][1] == len(sample.token_ids)
+        assert all(left[1] == right[0] for left, right in itertools.pairwise(bounds))
+        assert [span.version for span in sample.weight_versions] in ([20], [21], [20, 21])
+        assert sample.drawn_with(21) == ([span.version for span in sample.weight_versions] == [21])
+
+
+def test_abort_returns_partial_samples(engines):
+    engine = engines["llama"]
+    groups = []
+    long = [generate_request([i], 1, temperature=0.05, new=450) for i in range(4, 20)]
+    running = threading.Thread(target=lambda: groups.extend(engine.generate(long)))
+    running.start()
+    wait_until_under_way(engine)
+    engine.abort()
+    running.join(30)
+    samples = [group.samples[0] for group in groups]
+    assert any(sample.finish_reason == "abort" for sample in samples)
+    for sample in samples:
+        assert sample.finish_reason != "abort" or len(sample.token_ids) < 450
+        assert len(sample.token_ids) == len(sample.log_probs)
+    assert engine.generate(REQUESTS)[0].samples[0].finish_reason != "abort"
+
+
+def test_a_bad_bucket_never_reaches_the_server(engines, family):
+    engine = engines[family]
+    engine.begin_update(30)
+    first, second, _ = buckets(family, 30, 30)
+    engine.load_bucket(first)
+    part = {**second.tensors, min(second.tensors): torch.zeros(3, 3)}
+    with pytest.raises(WeightUpdateError, match="shape"):
+        engine.load_bucket(WeightBucket(30, 1, 3, part, checksum(part)))
+    with pytest.raises(EngineError, match="push the weights again"):
+        engine.generate(REQUESTS)
+    assert engine.health().alive
+    assert engine.health().weight_version is None
+    push(engine, family, 31)
+    assert_agrees(engine.generate(REQUESTS), decoder_of(family, 31))
+
+
+def test_weights_that_differ_on_the_server_do_not_commit(engines, family, monkeypatch):
+    """What arrives is right, what the server is sent is not: only the verification after the update can see it."""
+    from pipeline.rollout import sglang
+
+    engine, original = engines[family], sglang._shared
+    monkeypatch.setattr(sglang, "_shared", lambda tensors: original({n: t * 1.5 for n, t in tensors.items()}))
+    with pytest.raises(WeightUpdateError, match=r"reads back differently|differ by"):
+        push(engine, family, 40)
+    with pytest.raises(EngineError, match="push the weights again"):
+        engine.generate(REQUESTS)
+    monkeypatch.undo()
+    push(engine, family, 41)
+    assert_agrees(engine.generate(REQUESTS), decoder_of(family, 41))
+
+
+def test_the_server_names_an_impossible_request(engines):
+    with pytest.raises(EngineError, match="400"):
+        engines["llama"].generate([generate_request(range(4, 40), 1, new=2000), generate_request([5] * 600, 1)])
+    assert engines["llama"].health().alive
+
+
+class OldRelease(BaseHTTPRequestHandler):
+    """A proxy that makes the server look like 0.5.17-0.5.20: no update sessions, no spans."""
+
+    upstream = ""
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self._forward("GET")
+
+    def do_POST(self):
+        self._forward("POST")
+
+    def _forward(self, method):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.path in ("/begin_weight_update", "/end_weight_update"):
+            return self._reply(404, b'{"detail":"Not Found"}')
+        updating = self.path == "/update_weights_from_tensor"
+        if updating:
+            requests.post(
+                f"{self.upstream}/begin_weight_update", json={"selector": "all"}, timeout=30
+            ).raise_for_status()
+        headers = {"Content-Type": "application/json"}
+        answer = requests.request(method, self.upstream + self.path, data=body, headers=headers, timeout=60)
+        if updating:
+            requests.post(f"{self.upstream}/end_weight_update", json={}, timeout=30).raise_for_status()
+        content = answer.content
+        if self.path == "/generate":
+            replies = answer.json()
+            for reply in replies if isinstance(replies, list) else [replies]:
+                reply["meta_info"].pop("weight_versions")
+            content = json.dumps(replies).encode()
+        return self._reply(answer.status_code, content)
+
+    def _reply(self, status, content):
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args):
+        pass
+
+
+def test_the_protocol_of_older_releases(engines, monkeypatch):
+    engine = engines["llama"]
+    handler = type("Handler", (OldRelease,), {"upstream": engine._server.url})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as proxy:
+        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+        monkeypatch.setattr(engine._server, "url", f"http://127.0.0.1:{proxy.server_port}")
+        push(engine, "llama", 50)
+        groups = engine.generate(REQUESTS)
+        assert all(sample.drawn_with(50) for group in groups for sample in group.samples)
+        assert_agrees(groups, decoder_of("llama", 50))
+        proxy.shutdown()
+    assert not engine._has_sessions
+    engine._has_sessions = True  # the other tests talk to the real server again
+
+
+def test_a_pool_mixes_engines(engines, folders):
+    """One SGLang and one native engine behind one face, with one update for both."""
+    native = NativeEngine()
+    native.start(folders["llama"])
+    pool = EnginePool([engines["llama"], native])
+    pool._consistent = True  # both are started
+    push(pool, "llama", 60)
+    groups = pool.generate(REQUESTS * 2)
+    assert [group.prompt for group in groups] == [r.prompt for r in REQUESTS * 2]
+    assert all(sample.drawn_with(60) for group in groups for sample in group.samples)
+    assert_agrees(groups, decoder_of("llama", 60))
+    assert pool.health().weight_version == 60
+
+
+def test_a_killed_server_is_reported(engines):
+    engine = engines["qwen3"]
+    group = server_pid(engine)
+    os.kill(group, signal.SIGKILL)
+    deadline = time.monotonic() + 10
+    while process_group(group) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.5)  # the guard reports a moment later
+    with pytest.raises(EngineError, match=r"server has ended; end of .*sglang-1\.log"):
+        engine.generate(REQUESTS)
+    health = engine.health()
+    assert not health.alive
+    assert "sglang-1.log" in health.detail
+    with pytest.raises(WeightUpdateError, match="has ended"):
+        engine.begin_update(70)
