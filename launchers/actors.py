@@ -57,6 +57,7 @@ class RayLearner:
     def __init__(self, ranks: Sequence[Any]) -> None:
         self.ranks = list(ranks)
         self.buckets = 0
+        self.ahead: dict[int, Any] = {}  # version -> its first bucket, already asked for
 
     def _everywhere(self, method: str, *args: Any, **kwargs: Any) -> Any:
         return ray.get([rank.call.remote(method, *args, **kwargs) for rank in self.ranks])[0]
@@ -70,16 +71,24 @@ class RayLearner:
         return self._everywhere("log_probs", ray.put(batch), reference=reference)
 
     def update(self, batch: TrainBatch, step: int) -> StepStats:
-        """See ``pipeline.learner.Learner``."""
+        """See ``pipeline.learner.Learner``. The first bucket of version ``step + 1`` is asked for in the same breath."""
         shared = ray.put(batch)
-        return ray.get([rank.update.remote(shared, step) for rank in self.ranks])[0]
+        stats = [rank.update.remote(shared, step) for rank in self.ranks]
+        self.ahead = {step + 1: self._bucket(step + 1, 0)}
+        return ray.get(stats)[0]
 
     def export_shards(self, version: int) -> Iterator[WeightBucket]:
-        """Handles of the buckets of ``version``; at most ``BUCKETS_IN_FLIGHT`` are made ahead of their consumers."""
+        """Handles of the buckets of ``version``."""
         self.buckets = self.buckets or ray.get(self.ranks[0].bucket_count.remote())
-        for index in range(self.buckets):
-            first, *_ = [rank.next_bucket.remote(version, index) for rank in self.ranks]
-            yield first
+        first = self.ahead.pop(version, None) or self._bucket(version, 0)
+        self.ahead = {}
+        yield first
+        for index in range(1, self.buckets):
+            yield self._bucket(version, index)
+
+    def _bucket(self, version: int, index: int) -> Any:
+        """Every rank takes part; the handle of rank 0's answer."""
+        return [rank.next_bucket.remote(version, index) for rank in self.ranks][0]  # noqa: RUF015
 
     def save(self, directory: Path) -> None:
         """See ``pipeline.learner.Learner``."""

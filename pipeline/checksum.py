@@ -14,5 +14,5 @@ def checksum(tensors: Mapping[str, torch.Tensor]) -> int:
     for name in sorted(tensors):
         tensor = tensors[name].detach().contiguous().cpu()
         crc = zlib.crc32(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode(), crc)
-        crc = zlib.crc32(memoryview(tensor.view(-1).view(torch.uint8).numpy()), crc)
+        crc = zlib.crc32(tensor.view(-1).view(torch.uint8).numpy().data, crc)
     return crc

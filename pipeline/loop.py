@@ -81,7 +81,8 @@ class TrainingLoop:
         if self.config.objective.kl_coef > 0:
             batch = replace(batch, reference_log_probs=self.learner.log_probs(batch, reference=True))
         if needs_log_probs(self.config):
-            batch = with_clip_cov(replace(batch, old_log_probs=self.learner.log_probs(batch)))
+            log_probs = self.learner.log_probs(batch)
+            batch = with_clip_cov(replace(batch, old_log_probs=log_probs), log_probs)
         return batch
 
     def evaluate(self) -> None:

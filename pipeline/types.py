@@ -10,10 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import torch
+
+from pipeline.packing import Spec, pack, unpack
 
 
 class Role(StrEnum):
@@ -89,6 +92,14 @@ class SampleGroup:
     samples: tuple[Sample, ...]
     role: Role
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle all samples' arrays as two: thousands of little ones would cost more than the sampling."""
+        lengths = [len(sample.token_ids) for sample in self.samples]
+        tokens = np.concatenate([np.empty(0, np.int64), *(sample.token_ids for sample in self.samples)])
+        log_probs = np.concatenate([np.empty(0, np.float32), *(sample.log_probs for sample in self.samples)])
+        rest = [tuple(vars(sample).values())[2:] for sample in self.samples]
+        return _unpickle_group, (self.prompt, self.role, lengths, tokens, log_probs, rest)
+
 
 @dataclass(frozen=True)
 class Actuation:
@@ -134,6 +145,11 @@ class TrainBatch:
     def rows(self) -> int:
         """Number of rows, main and auxiliary."""
         return self.tokens.shape[0]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the tensors as one buffer."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return _unpickle_batch, (*pack(tensors), self.actuation)
 
 
 @dataclass(frozen=True)
@@ -186,6 +202,10 @@ class WeightBucket:
     tensors: Mapping[str, torch.Tensor]
     checksum: int  # ``pipeline.checksum.checksum(tensors)``
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the tensors as one buffer, which Ray shares between processes without a copy."""
+        return _unpickle_bucket, (self.version, self.index, self.count, self.checksum, *pack(self.tensors))
+
 
 @dataclass(frozen=True)
 class EngineHealth:
@@ -194,3 +214,29 @@ class EngineHealth:
     alive: bool
     weight_version: int | None  # None: no consistent set of weights is loaded
     detail: str = ""
+
+
+def _unpickle_group(
+    prompt: Prompt,
+    role: Role,
+    lengths: list[int],
+    tokens: np.ndarray,
+    log_probs: np.ndarray,
+    rest: list[tuple[Any, ...]],
+) -> SampleGroup:
+    ends = accumulate(lengths)
+    samples = (
+        Sample(tokens[end - n : end], log_probs[end - n : end], *others)
+        for n, end, others in zip(lengths, ends, rest, strict=True)
+    )
+    return SampleGroup(prompt, tuple(samples), role)
+
+
+def _unpickle_batch(specs: list[Spec], flat: np.ndarray, actuation: Actuation) -> TrainBatch:
+    return TrainBatch(**unpack(specs, flat), actuation=actuation)
+
+
+def _unpickle_bucket(
+    version: int, index: int, count: int, checksum: int, specs: list[Spec], flat: np.ndarray
+) -> WeightBucket:
+    return WeightBucket(version, index, count, unpack(specs, flat), checksum)

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Protocol
 
-from pipeline.rewards.answers import canonical_answer, tagged_answer
 from pipeline.data import DataError
+from pipeline.rewards.answers import canonical_answer, tagged_answer
 from pipeline.types import Prompt
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import subprocess
 import sys
@@ -39,6 +40,7 @@ def main() -> None:
     if not runs:
         runs = [ROOT / "runs" / "bench" / method for method in CONFIGS]
         for run_dir in runs:
+            shutil.rmtree(run_dir, ignore_errors=True)
             config = ["--config", CONFIGS[run_dir.name]]
             overrides = [f"run_dir={run_dir}", "steps=60", "evaluation.at_start=false", "evaluation.at_end=false"]
             subprocess.run(
