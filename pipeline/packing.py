@@ -23,7 +23,7 @@ def pack(tensors: Mapping[str, torch.Tensor]) -> tuple[list[Spec], np.ndarray]:
         end += math.ceil(tensor.nbytes / ALIGNMENT) * ALIGNMENT
     flat = torch.empty(end, dtype=torch.uint8)
     for (_, dtype, shape, offset), tensor in zip(specs, tensors.values(), strict=True):
-        flat[offset : offset + tensor.nbytes].view(dtype).view(shape).copy_(tensor)
+        _view(flat, dtype, shape, offset).copy_(tensor)
     return specs, flat.numpy()
 
 
@@ -32,8 +32,11 @@ def unpack(specs: list[Spec], flat: np.ndarray) -> dict[str, torch.Tensor]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         buffer = torch.from_numpy(flat)
-    sizes = ((dtype.itemsize * math.prod(shape)) for _, dtype, shape, _ in specs)
-    return {
-        name: buffer[offset : offset + size].view(dtype).view(shape)
-        for (name, dtype, shape, offset), size in zip(specs, sizes, strict=True)
-    }
+    return {name: _view(buffer, dtype, shape, offset) for name, dtype, shape, offset in specs}
+
+
+def _view(buffer: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...], offset: int) -> torch.Tensor:
+    size = dtype.itemsize * math.prod(shape)
+    if size == 0:
+        return torch.empty(shape, dtype=dtype)  # an empty slice has no type to be viewed as
+    return buffer[offset : offset + size].view(dtype).view(shape)

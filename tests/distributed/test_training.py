@@ -140,3 +140,29 @@ def test_sigterm_ends_in_a_checkpoint_and_resume_finishes(tmp_path):
     finish = command("train", "--resume", str(run_dir), f"steps={done + 2}")
     assert subprocess.run(finish, cwd=tmp_path, check=False, capture_output=True, timeout=120).returncode == 0
     assert len(steps(run_dir)) == done + 2
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["entropy.actuator=tok"],
+        ["entropy.actuator=clip_cov", "entropy.command_max=0.2"],
+        ["entropy.actuator=entropy_bonus", "learner.updates_per_step=2"],
+        ["entropy.controller=bang_bang", "entropy.actuator=resample", "entropy.band.low=0.8", "entropy.band.high=0.9"],
+        [
+            "objective.kl_coef=0.1",
+            "objective.advantage=dr_grpo",
+            "objective.aggregation=dr_grpo",
+            "objective.dual_clip=10",
+        ],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_every_actuator_and_objective_trains(tmp_path, overrides):
+    band = [] if any("band" in o for o in overrides) else ["entropy.band.low=0.9", "entropy.band.high=1.0"]
+    done = train(tmp_path / "run", *INLINE, "steps=4", "evaluation.at_start=false", *band, *overrides)
+    assert len(done) == 4
+    assert all(s["grad_norm"] > 0 for s in done)
+    # With the band above the entropy, the command has left rest by the last step.
+    rest = {"tok": 0.0, "clip_cov": 0.0, "entropy_bonus": 0.0}.get(done[-1]["actuator"], 1.0)
+    assert done[-1]["command"] > rest

@@ -10,6 +10,7 @@ FLOORS = {
     "pipeline.types": 1,
     "pipeline.seeds": 1,
     "pipeline.checksum": 1,
+    "pipeline.packing": 1,
     "pipeline.config": 1,
     "pipeline.entropy": 2,
     "pipeline.objectives": 2,
