@@ -26,7 +26,7 @@ bench: $(VENV)/.ready
 	$(BIN)/python tools/bench/step_time.py
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV)
 
 $(VENV)/.ready: pyproject.toml requirements/torch.txt requirements/cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

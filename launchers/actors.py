@@ -6,6 +6,7 @@ there. Calls to one actor run in order, so a whole update is sent without waitin
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,20 +16,34 @@ import ray
 import torch
 
 from pipeline.config.schema import RunConfig
-from pipeline.rollout.engine import EngineError, RolloutEngine, WeightUpdateError
+from pipeline.rollout.engine import EngineError, RolloutEngine
 from pipeline.types import EngineHealth, GenerateRequest, SampleGroup, StepStats, TrainBatch, WeightBucket
 
 BUCKETS_IN_FLIGHT = 2  # how many buckets the object store may hold while engines catch up
+
+
+def answer(replies: Any, who: str) -> Any:
+    """``ray.get``, raising the remote exception itself (not a report of it), or ``EngineError`` when a process died."""
+    try:
+        return ray.get(replies)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    except ray.exceptions.RayActorError as error:
+        raise EngineError(
+            f"{who}: its process died; its last words are in Ray's log ({str(error).splitlines()[0]})"
+        ) from error
 
 
 @ray.remote
 class LearnerRank:
     """One process of the Megatron learner."""
 
-    def __init__(self, config: RunConfig, rank: int, address: tuple[str, int]) -> None:
+    def build(self, config: RunConfig, rank: int, address: tuple[str, int], threads: int) -> None:
+        """Join the other ranks. Not in ``__init__``, where Ray would hide what went wrong."""
         # Imported here: megatron-core must load in this process only, after the CPU shim.
         from launchers.assemble import build_learner_rank
 
+        torch.set_num_threads(threads)
         self.learner = build_learner_rank(config, rank, address)
         self.export: Iterator[WeightBucket | None] = iter(())
 
@@ -54,13 +69,18 @@ class LearnerRank:
 class RayLearner:
     """``Learner`` over one actor per rank; every rank makes every call, rank 0 answers."""
 
-    def __init__(self, ranks: Sequence[Any]) -> None:
+    def __init__(self, config: RunConfig, ranks: Sequence[Any], address: tuple[str, int]) -> None:
         self.ranks = list(ranks)
         self.buckets = 0
         self.ahead: dict[int, Any] = {}  # version -> its first bucket, already asked for
+        threads = max(1, (os.cpu_count() or 1) // len(self.ranks))
+        self._answer([rank.build.remote(config, i, address, threads) for i, rank in enumerate(self.ranks)])
 
     def _everywhere(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return ray.get([rank.call.remote(method, *args, **kwargs) for rank in self.ranks])[0]
+        return self._answer([rank.call.remote(method, *args, **kwargs) for rank in self.ranks])[0]
+
+    def _answer(self, replies: Any) -> Any:
+        return answer(replies, "learner")
 
     def load(self, hf_path: Path) -> None:
         """See ``pipeline.learner.Learner``."""
@@ -75,11 +95,11 @@ class RayLearner:
         shared = ray.put(batch)
         stats = [rank.update.remote(shared, step) for rank in self.ranks]
         self.ahead = {step + 1: self._bucket(step + 1, 0)}
-        return ray.get(stats)[0]
+        return self._answer(stats)[0]
 
     def export_shards(self, version: int) -> Iterator[WeightBucket]:
         """Handles of the buckets of ``version``."""
-        self.buckets = self.buckets or ray.get(self.ranks[0].bucket_count.remote())
+        self.buckets = self.buckets or self._answer(self.ranks[0].bucket_count.remote())
         first = self.ahead.pop(version, None) or self._bucket(version, 0)
         self.ahead = {}
         yield first
@@ -123,28 +143,29 @@ class EngineProcess:
 
 
 class RayEngine:
-    """``RolloutEngine`` over one actor.
+    """``RolloutEngine`` over one actor, made by ``spawn`` at every ``start``.
 
-    ``begin_update`` and ``load_bucket`` only queue; what goes wrong in them is raised by ``commit_update``, as ``WeightUpdateError``.
+    ``begin_update`` and ``load_bucket`` only queue; what goes wrong in them is raised by ``commit_update``.
     """
 
-    def __init__(self, actor: Any, name: str) -> None:
-        self.actor, self.name = actor, name
+    def __init__(self, spawn: Callable[[], Any], name: str) -> None:
+        self.spawn, self.name = spawn, name
+        self.process: Any = None
         self.queued: list[Any] = []
 
-    def _call(self, method: str, *args: Any) -> Any:
-        return self._answer(self.actor.call.remote(method, *args), method)
+    @property
+    def actor(self) -> Any:
+        """The engine's process. Raises ``EngineError`` before ``start``."""
+        if self.process is None:
+            raise EngineError(f"{self.name}: not started (or closed)")
+        return self.process
 
-    def _answer(self, reply: Any, method: str) -> Any:
-        try:
-            return ray.get(reply)
-        except ray.exceptions.RayTaskError as error:
-            raise error.as_instanceof_cause() from None
-        except ray.exceptions.RayActorError as error:
-            raise EngineError(f"{self.name}: its process died during {method} ({error})") from error
+    def _call(self, method: str, *args: Any) -> Any:
+        return answer(self.actor.call.remote(method, *args), self.name)
 
     def start(self, hf_path: Path) -> None:
         """See ``pipeline.rollout.engine.RolloutEngine``."""
+        self.process = self.spawn()
         self._call("start", hf_path)
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[SampleGroup]:
@@ -164,31 +185,24 @@ class RayEngine:
     def commit_update(self, version: int) -> None:
         """Wait for the whole update; its first failure is raised."""
         queued, self.queued = [*self.queued, self.actor.call.remote("commit_update", version)], []
-        try:
-            ray.get(queued)
-        except ray.exceptions.RayTaskError as error:
-            raise error.as_instanceof_cause() from None
-        except ray.exceptions.RayActorError as error:
-            raise WeightUpdateError(
-                f"{self.name}: its process died during the update to version {version} ({error})"
-            ) from error
+        answer(queued, self.name)
 
     def abort(self) -> None:
         """See ``pipeline.rollout.engine.RolloutEngine``."""
-        self._answer(self.actor.control.remote("abort"), "abort")
+        answer(self.actor.control.remote("abort"), self.name)
 
     def health(self) -> EngineHealth:
         """See ``pipeline.rollout.engine.RolloutEngine``."""
         try:
-            return self._answer(self.actor.control.remote("health"), "health")
+            return answer(self.actor.control.remote("health"), self.name)
         except EngineError as error:
             return EngineHealth(alive=False, weight_version=None, detail=str(error))
 
     def close(self) -> None:
         """Let the engine clean up, then end its process."""
-        if self.actor is None:
+        if self.process is None:
             return
-        actor, self.actor = self.actor, None
+        actor, self.process = self.process, None
         # Already dead, or stuck: the kill below ends it.
         with suppress(ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
             ray.get(actor.call.remote("close"), timeout=60)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,22 +12,28 @@ from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from pipeline.checkpoints import CheckpointStore
+import torch
+
+from pipeline.checkpoints import Checkpoint, CheckpointError, CheckpointStore
+from pipeline.config.errors import ConfigError
 from pipeline.config.load import resolve_path
 from pipeline.config.schema import RunConfig
 from pipeline.data.cursor import DataCursor
-from pipeline.data.sources import load_prompts
+from pipeline.data.sources import check_prompts, load_prompts
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.entropy.factory import build_controller
 from pipeline.evaluation.evaluate import evaluate as evaluate_engine
 from pipeline.learner import Learner
 from pipeline.loop import TrainingLoop
 from pipeline.monitoring.recorder import Recorder
+from pipeline.ports import free_port
 from pipeline.rewards.stage import VerifierStage
 from pipeline.rollout.engine import RolloutEngine
 from pipeline.rollout.pool import EnginePool
+from pipeline.rollout.rollouts import Rollouts
 from pipeline.rollout.weight_sync import push_weights
 from pipeline.types import ControlDecision
 
@@ -38,118 +43,112 @@ log = logging.getLogger(__name__)
 def train(config: RunConfig, resume: Path | None = None) -> dict[str, Any]:
     """Run training to its end, to a signal, or on from ``resume`` (a run directory); returns the run's summary.
 
-    SIGTERM, SIGUSR1 and ctrl-C end the step in progress, then a checkpoint is written.
+    SIGTERM, SIGUSR1 and ctrl-C end the step in progress, then a checkpoint is written. A run killed before its first
+    checkpoint resumes at step 0, which repeats the same steps.
     """
-    run_dir = resume or Path(config.run_dir or f"runs/{config.name}-{datetime.now():%Y%m%d-%H%M%S}")
+    named = Path(config.run_dir or f"runs/{config.name}-{datetime.now():%Y%m%d-%H%M%S}")
+    run_dir = (resume or named).resolve()  # actors may live in another working directory
     with ExitStack() as stack:
         recorder = stack.enter_context(Recorder(run_dir, config, resumed=resume is not None))
-        stop_requested = stack.enter_context(_signals())
+        checkpoint = _checkpoints(run_dir, config).latest() if resume else None
         loop = build_loop(config, recorder, stack)
-        checkpoint = loop.checkpoints.latest() if resume else None
         if checkpoint:
             restore(loop, checkpoint)
         else:
-            loop.learner.load(resolve_path(config.model.hf_path))
+            loop.learner.load(_hf_path(config))
         recorder.start(loop.step)
+        # Only now: Ray puts a SIGTERM handler of its own in place when it starts.
+        stop_requested = stack.enter_context(_signals())
         loop.run(stop_requested)
         return recorder.finish(completed=loop.step >= config.steps)
 
 
 def evaluate(config: RunConfig, run: Path | None = None) -> dict[str, Any]:
     """pass@k and friends of the Hugging Face model, or of the newest checkpoint of ``run``."""
+    checkpoint = _checkpoints(run.resolve(), config).latest() if run else None
+    if run and not checkpoint:
+        raise CheckpointError(f"{run} holds no complete checkpoint; evaluate its model with --config instead")
     with ExitStack() as stack:
-        tokenizer = load_tokenizer(resolve_path(config.model.hf_path))
-        prompts = load_prompts(
-            config.data, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens, seed=config.seed
-        )
+        tokenizer = load_tokenizer(_hf_path(config))
+        prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
         verifier = VerifierStage(config.data, tokenizer)
         stack.callback(verifier.close)
-        log_dir = (run or Path("runs")) / "logs"
-        engine = start_engines(config, log_dir, stack)
+        engine = start_engines(config, Path(stack.enter_context(TemporaryDirectory())), stack)
         step = 0
-        if run is not None:
-            checkpoint = CheckpointStore(run / "checkpoints", config.checkpoint.keep_last).latest()
+        if checkpoint:
             learner = start_learner(config, stack)
             learner.restore(checkpoint.learner)
             step = checkpoint.step
             push_weights(learner, engine, step)
-        result = evaluate_engine(engine, verifier, prompts.held_out, config, step)
-        return {"model": str(config.model.hf_path), "run": str(run) if run else None, "step": step, **result.to_dict()}
+        result = evaluate_engine(engine.generate, verifier, prompts.held_out, config, step)
+        return {"model": config.model.hf_path, "run": str(run) if run else None, "step": step, **result.to_dict()}
 
 
 def build_loop(config: RunConfig, recorder: Recorder, stack: ExitStack) -> TrainingLoop:
-    """Every part of a run, started and registered for closing on ``stack``."""
-    hf_path = resolve_path(config.model.hf_path)
-    tokenizer = load_tokenizer(hf_path)
-    prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens, seed=config.seed)
+    """Every part of a run, started and registered for closing on ``stack``; what can be refused is refused first."""
+    tokenizer = load_tokenizer(_hf_path(config))
+    prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
+    check_prompts(prompts, config)
     recorder.data(prompts)
+    controller = build_controller(config.entropy, config.steps, config.rollout.prompts_per_step)
     verifier = VerifierStage(config.data, tokenizer)
     stack.callback(verifier.close)
-    controller = build_controller(config.entropy, config.steps, config.rollout.prompts_per_step)
     learner = start_learner(config, stack)
+    engines = start_engines(config, recorder.run_dir / "logs", stack)
     return TrainingLoop(
         config=config,
-        engine=start_engines(config, recorder.run_dir / "logs", stack),
+        rollouts=Rollouts(engines, learner, _hf_path(config), recorder.fault),
         learner=learner,
         verifier=verifier,
         cursor=DataCursor(prompts.train, config.seed),
         controller=controller,
         held_out=prompts.held_out,
         recorder=recorder,
-        checkpoints=CheckpointStore(recorder.run_dir / "checkpoints", config.checkpoint.keep_last),
+        checkpoints=_checkpoints(recorder.run_dir, config),
         pad_token_id=tokenizer.pad_token_id,
         decision=controller.initial(),
     )
 
 
-def restore(loop: TrainingLoop, checkpoint: Any) -> None:
+def restore(loop: TrainingLoop, checkpoint: Checkpoint) -> None:
     """Put every stateful part back to where ``checkpoint`` was taken."""
     state = checkpoint.state()
-    loop.learner.restore(checkpoint.learner)
     loop.cursor.load_state_dict(state["cursor"])
     loop.controller.load_state_dict(state["controller"])
     loop.decision = ControlDecision(**state["decision"])
     loop.step = state["step"]
+    loop.learner.restore(checkpoint.learner)
 
 
 def start_learner(config: RunConfig, stack: ExitStack) -> Learner:
     """The learner's processes, not yet loaded."""
-    address = ("127.0.0.1", _free_port())
+    address = ("127.0.0.1", free_port())
     if config.runtime == "inline":
-        learner = build_learner_rank(config, 0, address)
+        learner: Learner = build_learner_rank(config, 0, address)
     else:
         from launchers.actors import LearnerRank, RayLearner
 
         _start_ray(config)
-        ranks = [
-            LearnerRank.options(num_cpus=0, num_gpus=_gpus()).remote(config, rank, address)
-            for rank in range(world_size(config))
-        ]
-        learner = RayLearner(ranks)
+        options = {"num_cpus": 0, "num_gpus": int(torch.cuda.is_available())}
+        ranks = [LearnerRank.options(**options).remote() for _ in range(world_size(config))]
+        learner = RayLearner(config, ranks, address)
     stack.callback(learner.close)
     return learner
 
 
 def build_learner_rank(config: RunConfig, rank: int, address: tuple[str, int]) -> Learner:
     """The learner of one rank, in this process."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     from megatron_ext import topology
     from megatron_ext.learner import MegatronLearner
 
     layout = config.learner
-    placed = topology.initialize(
-        rank,
-        world_size(config),
-        address,
-        layout.tensor_model_parallel_size,
-        layout.pipeline_model_parallel_size,
-        config.seed,
-    )
-    model = replace(config.model, hf_path=str(resolve_path(config.model.hf_path)))
+    tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+    placed = topology.initialize(rank, world_size(config), address, tp, pp, config.seed)
+    model = replace(config.model, hf_path=str(_hf_path(config)))
     return MegatronLearner(layout, model, config.objective, total_steps=config.steps, seed=config.seed, topology=placed)
 
 
-def start_engines(config: RunConfig, log_dir: Path, stack: ExitStack) -> RolloutEngine:
+def start_engines(config: RunConfig, log_dir: Path, stack: ExitStack) -> EnginePool:
     """All engines behind one, started with the model's weights."""
     builders = [partial(build_engine, config, index, log_dir) for index in range(config.rollout.engines)]
     if config.runtime == "inline":
@@ -158,13 +157,14 @@ def start_engines(config: RunConfig, log_dir: Path, stack: ExitStack) -> Rollout
         from launchers.actors import EngineProcess, RayEngine
 
         _start_ray(config)
-        options = {"num_cpus": 0, "num_gpus": _gpus() * config.rollout.tensor_parallel_size}
+        options = {"num_cpus": 0, "num_gpus": engine_gpus(config)}
         engines = [
-            RayEngine(EngineProcess.options(**options).remote(build), f"engine {i}") for i, build in enumerate(builders)
+            RayEngine(partial(EngineProcess.options(**options).remote, build), f"engine {i}")
+            for i, build in enumerate(builders)
         ]
     pool = EnginePool(engines)
     stack.callback(pool.close)
-    pool.start(resolve_path(config.model.hf_path))
+    pool.start(_hf_path(config))
     return pool
 
 
@@ -185,27 +185,34 @@ def world_size(config: RunConfig) -> int:
     return layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size * layout.data_parallel_size
 
 
-def _gpus() -> int:
-    """GPUs per learner rank or engine TP rank: 1 where there are any."""
-    import torch
-
-    return int(torch.cuda.is_available())
+def engine_gpus(config: RunConfig) -> int:
+    """GPUs of one engine; the native engine computes on the CPU."""
+    uses_gpus = torch.cuda.is_available() and config.rollout.engine == "sglang"
+    return config.rollout.tensor_parallel_size if uses_gpus else 0
 
 
 def _start_ray(config: RunConfig) -> None:
-    """A local Ray cluster, unless one is already joined."""
+    """A local Ray cluster, unless one is already joined. Raises ``ConfigError`` when it lacks GPUs: actors would wait for ever."""
     import ray
 
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    found = int(ray.cluster_resources().get("GPU", 0))
+    needed = (world_size(config) if torch.cuda.is_available() else 0) + config.rollout.engines * engine_gpus(config)
+    if needed > found:
+        remedy = f"lower it, rollout.engines or rollout.tensor_parallel_size to fit {found} GPUs"
+        layout = "learner.tensor_model_parallel_size"
+        raise ConfigError(layout, config.learner.tensor_model_parallel_size, f"the run needs {needed} GPUs", remedy)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _hf_path(config: RunConfig) -> Path:
+    return resolve_path(config.model.hf_path).resolve()
+
+
+def _checkpoints(run_dir: Path, config: RunConfig) -> CheckpointStore:
+    return CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep_last)
 
 
 @contextmanager

@@ -148,4 +148,6 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, float | None]:
             raise ValueError(
                 f"config.json: llama3 rope with {key}={rope[key]} is not supported by megatron-core; it has {value}"
             )
+    if "factor" not in rope:
+        raise ValueError("config.json: rope_type='llama3' lacks its factor")
     return theta, float(rope["factor"])

@@ -62,7 +62,10 @@ def restore(
     reference: dict[str, torch.Tensor] | None,
     topology: Topology,
 ) -> None:
-    """Load what :func:`save` wrote, in place. Raises ``ValueError`` where the checkpoint has another layout."""
+    """Load what :func:`save` wrote, in place, but for hyper-parameters: those stay as ``optimizer`` was configured.
+
+    Raises ``ValueError`` where the checkpoint has another layout.
+    """
     saved = dist_checkpointing.load_common_state_dict(str(directory)).get("layout")
     if saved != _layout(topology):
         raise ValueError(
@@ -70,8 +73,12 @@ def restore(
         )
     state = dist_checkpointing.load(_state(gpt, optimizer, reference, topology, loading=True), str(directory))
     gpt.load_state_dict(state["model"])
-    _lend_step(optimizer)
+    configured = [dict(group) for group in optimizer.param_groups]
+    _lend_step(optimizer, state["optimizer"])
     optimizer.load_state_dict(state["optimizer"])
+    for group, own in zip(optimizer.param_groups, configured, strict=True):
+        # All but what training changes; the scheduler's own state then sets lr and weight_decay.
+        group.update({key: value for key, value in own.items() if key not in ("params", "step")})
     _allocate(optimizer)
     _part_steps(optimizer)
     scheduler.load_state_dict(state["scheduler"])
@@ -106,7 +113,7 @@ def _state(
 def _with_torch_adam(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """The parts of ``optimizer`` that run torch's AdamW, for want of Transformer Engine and Apex.
 
-    megatron 0.16 to 0.19 saves and restores these wrongly in three ways, all about ``step``; the next three functions mend them.
+    megatron 0.16 to 0.19 saves and restores these wrongly in four ways, all about ``step``; the next functions mend them.
     """
     parts = getattr(optimizer, "chained_optimizers", [optimizer])
     return [part for part in parts if isinstance(part.optimizer, torch.optim.AdamW)]
@@ -124,11 +131,16 @@ def _allocate(optimizer: MegatronOptimizer) -> None:
                         state[name] = torch.zeros_like(parameter)
 
 
-def _lend_step(optimizer: MegatronOptimizer) -> None:
-    """Let DistributedOptimizer._set_main_param_and_optimizer_states find ``step``, which its checkpoint keeps elsewhere."""
+def _lend_step(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Let loading find ``step``: DistributedOptimizer keeps it elsewhere, the others do not save a step of 0 at all."""
     for part in _with_torch_adam(optimizer):
         if isinstance(part, DistributedOptimizer):
             part._set_main_param_and_optimizer_states = partial(_set_states, part)
+        else:
+            adam = state.get(
+                "optimizer", state
+            )  # with float32 main parameters beside it, Adam's state is one level down
+            adam["state"].setdefault("common_step", torch.tensor(0.0))
 
 
 def _set_states(part: DistributedOptimizer, parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:

@@ -108,7 +108,8 @@ class MegatronLearner:
         """``updates_per_step`` optimizer steps on ``batch`` at one learning rate; see ``pipeline.learner.Learner.update``.
 
         With several mini-batches the statistics are sums over all of them, each at the weights it met; the gradient norm
-        is their mean. Raises ``FloatingPointError`` on a loss that is not finite, before the weights take that step.
+        is their mean. Raises ``FloatingPointError`` on a loss or gradient norm that is not finite, on every rank, before
+        weights and optimizer state take that step.
         """
         start = time.perf_counter()
         self._scheduler.step(1)
@@ -116,20 +117,19 @@ class MegatronLearner:
         norms = []
         for mini in batching.mini_batches(batch, self._config.updates_per_step):
             sums = self._accumulate(mini)
-            if not math.isfinite(sums["loss"]):
-                raise FloatingPointError(
-                    f"step {step}: loss is {sums['loss']}; the weights were left as they were. "
-                    "Lower learner.optimizer.lr or set learner.optimizer.clip_grad"
-                )
-            _, norm, _ = self._optimizer.step()
-            norms.append(float(norm))
+            _require_finite(sums["loss"], "loss", step)
+            # What optimizer.step() does first, done here to look at the norm; it then comes to the same.
+            self._optimizer.prepare_grads()
+            norms.append(float(self._optimizer.get_grad_norm()))
+            _require_finite(norms[-1], "gradient norm", step)
+            self._optimizer.step()
             totals = _merge([totals, sums]) if totals else sums
         loss = totals.pop("loss")
         return StepStats(
             loss=loss,
             entropy=EntropyReading(sum=totals["entropy_sum"], count=totals["main_tokens"], step=step),
             grad_norm=sum(norms) / len(norms),
-            learning_rate=self._scheduler.get_lr({}),
+            learning_rate=self._optimizer.param_groups[0]["lr"],
             metrics=reduce_metrics(totals),
             seconds=time.perf_counter() - start,
         )
@@ -148,7 +148,10 @@ class MegatronLearner:
         checkpoint.save(Path(directory), self._gpt, self._optimizer, self._scheduler, self._reference, self._topology)
 
     def restore(self, directory: Path) -> None:
-        """Load what :meth:`save` wrote at the same layout; training goes on as if never interrupted."""
+        """Load what :meth:`save` wrote at the same layout; training goes on as if never interrupted.
+
+        Hyper-parameters are this learner's own: with another configuration it goes on under that one.
+        """
         checkpoint.restore(
             Path(directory), self._gpt, self._optimizer, self._scheduler, self._reference, self._topology
         )
@@ -250,6 +253,14 @@ def _merge(parts: list[dict[str, float]]) -> dict[str, float]:
     return {key: (max if key.endswith("_max") else math.fsum)([part[key] for part in parts]) for key in parts[0]}
 
 
+def _require_finite(value: float, what: str, step: int) -> None:
+    if not math.isfinite(value):
+        raise FloatingPointError(
+            f"step {step}: {what} is {value}; that optimizer step was not taken. "
+            "Lower learner.optimizer.lr or set learner.optimizer.clip_grad"
+        )
+
+
 def _data_parallel(gpt: GPTModel, distributed_optimizer: bool) -> DistributedDataParallel:
     """Megatron's DDP: float32 main gradients in one buffer, reduced over DP once per optimizer step."""
     config = DistributedDataParallelConfig(
@@ -302,6 +313,6 @@ def _scheduler(
         end_wd=config.weight_decay,
         wd_incr_steps=last,
         wd_incr_style="constant",
-        use_checkpoint_opt_param_scheduler=False,  # the configuration rules; a checkpoint says only how far it came
+        use_checkpoint_opt_param_scheduler=False,  # of a checkpoint's schedule only num_steps is taken
         override_opt_param_scheduler=True,
     )

@@ -39,8 +39,7 @@ class Checkpoint:
         return self.path / "learner"
 
     def state(self) -> dict[str, Any]:
-        """The driver's state, after every file was checked against the manifest. Raises ``CheckpointError``."""
-        _check_files(self.path)
+        """The driver's state."""
         return json.loads((self.path / "state.json").read_text())
 
 
@@ -53,13 +52,14 @@ class CheckpointStore:
     def save(self, step: int, state: Mapping[str, Any], save_learner: Callable[[Path], None]) -> Checkpoint:
         """Write everything under one manifest, publish it by a rename, then drop the oldest beyond ``keep_last``.
 
-        ``save_learner`` gets an empty folder. If anything raises, earlier checkpoints are untouched.
+        ``save_learner`` gets an empty folder. A step that is already published is left as it is. If anything raises, earlier
+        checkpoints are untouched.
         """
-        self.root.mkdir(parents=True, exist_ok=True)
         writing, final = self.root / f".writing-step-{step:08d}", self.root / f"step-{step:08d}"
-        for leftover in (writing, final):
-            if leftover.exists():
-                shutil.rmtree(leftover)
+        if final.exists():
+            return Checkpoint(step, final)
+        if writing.exists():
+            shutil.rmtree(writing)
         (writing / "learner").mkdir(parents=True)
         save_learner(writing / "learner")
         (writing / "state.json").write_text(json.dumps(state))
@@ -76,11 +76,15 @@ class CheckpointStore:
         found = [(_NAME.match(p.name), p) for p in self.root.glob("step-*")] if self.root.is_dir() else []
         return sorted((Checkpoint(int(m[1]), p) for m, p in found if m), key=lambda c: c.step)
 
-    def latest(self) -> Checkpoint:
-        """The newest published checkpoint. Raises ``CheckpointError`` when there is none."""
+    def latest(self) -> Checkpoint | None:
+        """The newest published checkpoint, every file checked against the manifest; None when there is none.
+
+        Raises ``CheckpointError`` naming the file that is missing or damaged.
+        """
         complete = self.complete()
         if not complete:
-            raise CheckpointError(f"no complete checkpoint in {self.root}; start the run anew without --resume")
+            return None
+        _check_files(complete[-1].path)
         return complete[-1]
 
 

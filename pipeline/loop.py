@@ -14,9 +14,8 @@ from pipeline.learner import Learner
 from pipeline.monitoring.recorder import Recorder, StepClock
 from pipeline.objectives.batch import build_batch, needs_log_probs, positives_consumed, with_clip_cov
 from pipeline.rewards.stage import VerifierStage
-from pipeline.rollout.engine import RolloutEngine
 from pipeline.rollout.requests import only_fresh, step_requests
-from pipeline.rollout.weight_sync import push_weights
+from pipeline.rollout.rollouts import Rollouts
 from pipeline.types import ControlDecision, Prompt, Role, TrainBatch
 
 
@@ -25,7 +24,7 @@ class TrainingLoop:
     """Everything a run is made of, wired by ``launchers.assemble``; ``step`` counts the updates done."""
 
     config: RunConfig
-    engine: RolloutEngine
+    rollouts: Rollouts
     learner: Learner
     verifier: VerifierStage
     cursor: DataCursor
@@ -39,8 +38,8 @@ class TrainingLoop:
 
     def run(self, stop_requested: Callable[[], bool]) -> None:
         """Train until ``config.steps`` or until asked to stop; either way the last step ends in a checkpoint."""
-        push_weights(self.learner, self.engine, self.step)
-        if self.step == 0 and self.config.evaluation.at_start:
+        self.rollouts.push(self.step)
+        if self.step == 0 and self.config.evaluation.at_start and not stop_requested():
             self.evaluate()
         while self.step < self.config.steps and not stop_requested():
             self.train_step()
@@ -59,7 +58,7 @@ class TrainingLoop:
         clock, decision = StepClock(), self.decision
         with clock("sample"):
             prompts = self.cursor.take(self.config.rollout.prompts_per_step)
-            groups = self.engine.generate(step_requests(prompts, decision, self.config, self.step))
+            groups = self.rollouts.generate(step_requests(prompts, decision, self.config, self.step))
             groups, stale = only_fresh(groups, self.step)
         with clock("verify"):
             groups = self.verifier.verify(groups)
@@ -70,7 +69,7 @@ class TrainingLoop:
         with clock("train"):
             stats = self.learner.update(self.prepare(batch), self.step)
         with clock("sync"):
-            push_weights(self.learner, self.engine, self.step + 1)
+            self.rollouts.push(self.step + 1)
         positives = positives_consumed(batch)
         self.decision = self.controller.update(stats.entropy, positives)
         self.recorder.step(self.step, main, auxiliary, stats, decision, self.decision, stale, positives, clock)
@@ -80,14 +79,14 @@ class TrainingLoop:
         """Add what needs a forward pass of its own: old and reference log-probs, Clip-Cov's tokens."""
         if self.config.objective.kl_coef > 0:
             batch = replace(batch, reference_log_probs=self.learner.log_probs(batch, reference=True))
-        if needs_log_probs(self.config):
+        if needs_log_probs(self.config, batch):
             log_probs = self.learner.log_probs(batch)
             batch = with_clip_cov(replace(batch, old_log_probs=log_probs), log_probs)
         return batch
 
     def evaluate(self) -> None:
         """pass@k on the held-out prompts with the current weights."""
-        result = evaluate(self.engine, self.verifier, self.held_out, self.config, self.step)
+        result = evaluate(self.rollouts.generate, self.verifier, self.held_out, self.config, self.step)
         self.recorder.evaluation(self.step, result.to_dict())
 
     def save(self) -> None:

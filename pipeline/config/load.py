@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -43,12 +43,12 @@ def load_config(path: Path | None, overrides: Sequence[str] = (), *, check: bool
     Raises ``ConfigError`` with every problem found.
     """
     assignments = [] if path is None else _read_file(resolve_path(path), ())
-    assignments += [_parse_override(text) for text in overrides]
+    for text in overrides:
+        assignments += _parse_override(text)
     config = _build(assignments)
     problems = problems_of(config, resolve_path(config.model.hf_path)) if check else []
     if problems:
-        sources = {assignment.key: assignment.source for assignment in assignments}
-        raise ConfigError.of([_with_source(problem, sources) for problem in problems])
+        raise ConfigError.of([replace(problem, source=_source(problem.key, assignments)) for problem in problems])
     return config
 
 
@@ -149,7 +149,8 @@ def _flatten(values: Mapping[str, Any], prefix: str, source: str) -> Iterator[As
             yield Assignment(key, value, source)
 
 
-def _parse_override(text: str) -> Assignment:
+def _parse_override(text: str) -> Iterator[Assignment]:
+    """``dotted.key=value``; a mapping is several assignments, as in a file."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise ConfigError(
@@ -162,7 +163,7 @@ def _parse_override(text: str) -> Assignment:
         raise ConfigError(
             name, value, f"not a YAML value: {reason}", "quote it, e.g. 'key=\"text\"'", "command line"
         ) from error
-    return Assignment(name.strip(), parsed["value"], "command line")  # type: ignore[index, call-overload]
+    yield from _flatten({name.strip(): parsed["value"]}, "", "command line")  # type: ignore[index, call-overload]
 
 
 def _build(assignments: Sequence[Assignment]) -> RunConfig:
@@ -196,6 +197,8 @@ def _apply(tree: DictConfig, assignment: Assignment) -> Problem | None:
     wrong_type = Problem(key, value, "wrong type", f"give {known.type_name}" if known else "give a plain value", source)
     if known is not None and not _plausible(known, value):
         return wrong_type
+    if known is not None:
+        value = _whole(known.type, value)
     try:
         OmegaConf.update(tree, key, value, merge=True, force_add=free_form)
     except (OmegaConfBaseException, AssertionError):
@@ -221,6 +224,13 @@ def _fits(expected: Any, value: Any) -> bool:
     return isinstance(value, (str, int, float)) and not isinstance(value, bool)
 
 
+def _whole(expected: Any, value: Any) -> Any:
+    """The value with 1e3 and 2.0 as the integers that they are, where integers are expected."""
+    if get_origin(expected) is list and isinstance(value, list):
+        return [_whole(get_args(expected)[0], entry) for entry in value]
+    return int(value) if expected is int and isinstance(value, float) and value.is_integer() else value
+
+
 def _unknown(assignment: Assignment) -> Problem:
     nearest = nearest_keys(assignment.key)
     remedy = f"did you mean {' or '.join(nearest)}?" if nearest else "see `isentrope config show` for every key"
@@ -231,5 +241,7 @@ def _inside_free_form(key: str) -> bool:
     return any(leaf.type == dict[str, Any] and key.startswith(f"{name}.") for name, leaf in leaf_keys().items())
 
 
-def _with_source(problem: Problem, sources: Mapping[str, str]) -> Problem:
-    return Problem(problem.key, problem.value, problem.problem, problem.remedy, sources.get(problem.key, "default"))
+def _source(key: str, assignments: Sequence[Assignment]) -> str:
+    """Who last gave ``key``, or an entry of it where it is free-form."""
+    given = (a.source for a in reversed(assignments) if a.key == key or a.key.startswith(f"{key}."))
+    return next(given, "default")

@@ -94,10 +94,11 @@ class SourceConfig:
 
     kind: str = key("countdown", "countdown (built in) | reasoning_gym | jsonl")
     task: str = key(
-        "pm4", "countdown: pm<n> (+,-) or cd<n> (+,-,*) with n digits; reasoning_gym: dataset name, e.g. chain_sum"
+        "pm4", "countdown: pm<n> (+,-) or cd<n> (+,-,*) with 2 to 5 digits; reasoning_gym: dataset name, e.g. chain_sum"
     )
     path: str = key("", "jsonl: file with one object a line: id, prompt or messages, answer, verifier, meta")
     size: int = key(1000, "reasoning_gym: items to generate")
+    seed: int = key(0, "reasoning_gym: seed of the items; not the run's, so that every run is asked the same")
     params: dict[str, Any] = key({}, "reasoning_gym: dataset parameters, e.g. {min_terms: 2, max_terms: 3}")
 
 
@@ -112,7 +113,9 @@ class DataConfig:
     examples: list[list[str]] = key(
         [], "[[question, answer], ...] put before every prompt as earlier turns (few-shot); needs chat_template"
     )
-    verifier: str = key("auto", "auto: the source's own | exact | math | reasoning_gym | countdown")
+    verifier: str = key(
+        "auto", "auto: the source's own | exact | math | reasoning_gym | countdown | module:function, your own"
+    )
     verifier_timeout_s: float = key(
         5.0, "seconds one verification may take; then the sample is marked and gets reward 0"
     )
@@ -205,7 +208,7 @@ class EvaluationConfig:
 class CheckpointConfig:
     """Resumable state."""
 
-    every: int = key(0, "steps between checkpoints; 0: only at the end")
+    every: int = key(50, "steps between checkpoints; 0: only at the end")
     keep_last: int = key(2, "complete checkpoints to keep")
 
 

@@ -1,13 +1,12 @@
 """The rules a configuration must keep beyond keys and types: what values and combinations can work at all.
 
-Permitted words and ranges are tables (the documentation prints them); everything that relates several keys, the model
-or the disk is one small function each, listed in ``RULES``.
+Permitted words and ranges are tables (the documentation prints them); everything that relates several keys or the disk is
+one small function each, listed in ``RULES``; what the model allows is in ``model_rules``.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -17,10 +16,9 @@ from typing import Any
 
 from pipeline.config.errors import Problem
 from pipeline.config.keys import leaf_keys
+from pipeline.config.model_rules import model_problems
 from pipeline.config.schema import RunConfig
 
-MODEL_TYPES = ("llama", "qwen2", "qwen3")
-MODEL_DIMENSIONS = ("num_attention_heads", "num_hidden_layers", "intermediate_size")
 TEMPERATURE_ACTUATORS = ("resample", "reweight", "fc")
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -52,7 +50,7 @@ class Range:
     def __contains__(self, value: float) -> bool:
         above = value > self.low if self.open_low else value >= self.low
         below = value < self.high if self.open_high else value <= self.high
-        return above and below and math.isfinite(value)
+        return above and below and abs(value) < math.inf
 
     def __str__(self) -> str:
         low = f"{'above' if self.open_low else 'at least'} {self.low:g}"
@@ -66,9 +64,10 @@ _POSITIVE = Range(0, open_low=True)
 _NOT_NEGATIVE = Range(0)
 _COUNT = Range(1)
 _SHARE = Range(0, 1, open_high=True)
+_SEED = Range(0, 2**63 - 1)
 
 RANGES: dict[str, Range] = {
-    "seed": _NOT_NEGATIVE,
+    "seed": _SEED,
     "steps": _COUNT,
     "learner.tensor_model_parallel_size": _COUNT,
     "learner.pipeline_model_parallel_size": _COUNT,
@@ -93,6 +92,7 @@ RANGES: dict[str, Range] = {
     "rollout.sglang.startup_timeout_s": _POSITIVE,
     "rollout.sglang.request_timeout_s": _POSITIVE,
     "data.source.size": _COUNT,
+    "data.source.seed": _SEED,
     "data.held_out": _SHARE,
     "data.verifier_timeout_s": _POSITIVE,
     "data.verifier_workers": _COUNT,
@@ -136,7 +136,7 @@ def problems_of(config: RunConfig, model_folder: Path) -> list[Problem]:
     problems = [problem for rule in (_words, _numbers) for problem in rule(config)]
     if not problems:
         problems = [problem for rule in RULES for problem in rule(config)]
-    return problems + list(_model_rules(config, model_folder))
+    return problems + list(model_problems(config, model_folder))
 
 
 def _value(config: RunConfig, key: str) -> Any:
@@ -149,7 +149,7 @@ def _value(config: RunConfig, key: str) -> Any:
 def _words(config: RunConfig) -> Iterator[Problem]:
     for key, choices in CHOICES.items():
         value = _value(config, key)
-        if value not in choices:
+        if value not in choices and not (key == "data.verifier" and ":" in value):  # _verifier judges its form
             nearest = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
             remedy = f"did you mean {nearest[0]!r}?" if nearest else f"choose one of {', '.join(choices)}"
             yield Problem(key, value, f"not one of {', '.join(choices)}", remedy)
@@ -159,7 +159,7 @@ def _numbers(config: RunConfig) -> Iterator[Problem]:
     for key, leaf in leaf_keys().items():
         value, permitted = _value(config, key), RANGES.get(key, _ANY)
         if leaf.type in (int, float) and value not in permitted:
-            problem = "not a finite number" if not math.isfinite(value) else "out of range"
+            problem = "out of range" if abs(value) < math.inf else "not a finite number"
             yield Problem(key, value, problem, f"give a number {permitted}")
 
 
@@ -225,6 +225,19 @@ def _processes(config: RunConfig) -> Iterator[Problem]:
         )
 
 
+def _kv_cache(config: RunConfig) -> Iterator[Problem]:
+    rollout, tokens = config.rollout, config.rollout.sglang.max_total_tokens
+    length = rollout.max_prompt_tokens + rollout.max_new_tokens
+    if rollout.engine == "sglang" and 0 < tokens < length:
+        yield Problem(
+            "rollout.sglang.max_total_tokens",
+            tokens,
+            f"the KV cache cannot hold one sample: max_prompt_tokens {rollout.max_prompt_tokens} + max_new_tokens "
+            f"{rollout.max_new_tokens} = {length} tokens",
+            f"use at least {length}, better several times as many, or 0 (SGLang decides)",
+        )
+
+
 def _optimizer(config: RunConfig) -> Iterator[Problem]:
     optimizer = config.learner.optimizer
     if len(optimizer.betas) != 2 or not all(beta in _SHARE for beta in optimizer.betas):
@@ -241,15 +254,30 @@ def _optimizer(config: RunConfig) -> Iterator[Problem]:
             f"above learner.optimizer.lr ({optimizer.lr:g})",
             "lower min_lr or raise lr",
         )
+    if optimizer.lr_schedule != "constant" and optimizer.warmup_steps >= config.steps:
+        yield Problem(
+            "learner.optimizer.warmup_steps",
+            optimizer.warmup_steps,
+            f"leaves none of the {config.steps} steps for the {optimizer.lr_schedule} schedule",
+            "use fewer than steps, or learner.optimizer.lr_schedule=constant",
+        )
 
 
 def _data(config: RunConfig) -> Iterator[Problem]:
     data, source = config.data, config.data.source
-    if source.kind == "countdown" and not re.fullmatch(r"(pm|cd)[2-9]", source.task):
-        yield Problem("data.source.task", source.task, "not a countdown task", "use pm<n> or cd<n>, e.g. pm4")
+    if source.kind == "countdown" and not re.fullmatch(r"(pm|cd)[2-5]", source.task):
+        remedy = "use pm2 to pm5 (+ and -) or cd2 to cd5 (+, - and *)"
+        yield Problem("data.source.task", source.task, "not a countdown task", remedy)
     if source.kind == "reasoning_gym" and not source.task.isidentifier():
         yield Problem(
             "data.source.task", source.task, "not a reasoning-gym dataset name", "name a dataset, e.g. chain_sum"
+        )
+    if source.kind == "reasoning_gym" and source.size < config.rollout.prompts_per_step:
+        yield Problem(
+            "data.source.size",
+            source.size,
+            f"fewer than a step takes (rollout.prompts_per_step = {config.rollout.prompts_per_step})",
+            "raise it: a step never holds a prompt twice",
         )
     if source.kind == "jsonl" and not Path(source.path).is_file():
         yield Problem("data.source.path", source.path, "no such file", "give the path of a JSONL file of prompts")
@@ -266,6 +294,17 @@ def _data(config: RunConfig) -> Iterator[Problem]:
             data.system_prompt,
             "has no effect without the chat template",
             "set data.chat_template=true or remove it",
+        )
+
+
+def _verifier(config: RunConfig) -> Iterator[Problem]:
+    module, colon, function = config.data.verifier.partition(":")
+    if colon and not all(part.isidentifier() for part in (*module.split("."), function)):
+        yield Problem(
+            "data.verifier",
+            config.data.verifier,
+            "not a verifier's name, nor module:function",
+            "name your own as module:function, e.g. my_package.rewards:score, with the module on PYTHONPATH",
         )
 
 
@@ -360,7 +399,7 @@ def _limits(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "entropy.command_min",
             low,
-            f"the temperature range [{low:g}, {high:g}] does not contain 1, the temperature that leaves the policy alone",
+            f"the temperature range [{low:g}, {high:g}] does not contain 1, the actuator's rest",
             "choose limits with 0 < command_min <= 1 <= command_max, e.g. 0.8 and 1.2",
         )
     elif entropy.actuator not in TEMPERATURE_ACTUATORS and low > 0:
@@ -426,8 +465,10 @@ RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _name,
     _batch,
     _processes,
+    _kv_cache,
     _optimizer,
     _data,
+    _verifier,
     _examples,
     _evaluation,
     _dual_clip,
@@ -436,61 +477,3 @@ RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _controller,
     _auxiliary,
 )
-
-
-def _model_rules(config: RunConfig, folder: Path) -> Iterator[Problem]:
-    """What the model's own config.json allows."""
-    path = config.model.hf_path
-    if not (folder / "config.json").is_file():
-        problem = "this folder has no config.json" if folder.is_dir() else "no such folder"
-        remedy = "give a Hugging Face model folder (download or convert the model first)"
-        yield Problem("model.hf_path", path, problem, remedy)
-        return
-    try:
-        model = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        yield Problem("model.hf_path", path, f"config.json is not JSON: {error}", "restore the model folder")
-        return
-    if model.get("model_type") not in MODEL_TYPES:
-        problem = f"model_type {model.get('model_type')!r} is not supported"
-        yield Problem("model.hf_path", path, problem, f"use a model of one of the families {', '.join(MODEL_TYPES)}")
-        return
-    lacking = [name for name in MODEL_DIMENSIONS if not isinstance(model.get(name), int)]
-    if lacking:
-        problem = f"config.json does not say {', '.join(lacking)}"
-        yield Problem("model.hf_path", path, problem, "restore the model folder")
-        return
-    yield from _divisions(config, model)
-    positions = model.get("max_position_embeddings", math.inf)
-    length = config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
-    if length > positions:
-        yield Problem(
-            "rollout.max_new_tokens",
-            config.rollout.max_new_tokens,
-            f"max_prompt_tokens {config.rollout.max_prompt_tokens} + max_new_tokens {config.rollout.max_new_tokens} = "
-            f"{length} tokens, but the model has {positions} positions",
-            f"make them sum to at most {positions}",
-        )
-
-
-def _divisions(config: RunConfig, model: dict[str, Any]) -> Iterator[Problem]:
-    """Parallel sizes that must divide the model's dimensions."""
-    heads, layers = model["num_attention_heads"], model["num_hidden_layers"]
-    groups = model.get("num_key_value_heads") or heads
-    tensor = {
-        "attention heads": heads,
-        "key-value heads": groups,
-        "feed-forward columns": model["intermediate_size"],
-    }
-    checks = {
-        "learner.tensor_model_parallel_size": tensor,
-        "learner.pipeline_model_parallel_size": {"layers": layers},
-        "rollout.tensor_parallel_size": {"attention heads": heads},
-    }
-    for key, dimensions in checks.items():
-        size = _value(config, key)
-        for what, number in dimensions.items():
-            if size >= 1 and number % size:
-                divisors = ", ".join(str(n) for n in range(1, min(number, 64) + 1) if number % n == 0)
-                yield Problem(key, size, f"does not divide the model's {number} {what}", f"use one of {divisors}")
-                break

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from pipeline.config.schema import DataConfig
+from pipeline.config.schema import DataConfig, RunConfig
 from pipeline.data import DataError
 from pipeline.data.countdown import countdown_task
 from pipeline.data.gym import generate_questions
@@ -26,12 +26,11 @@ class PromptSet:
     dropped_too_long: int  # prompts of more than ``rollout.max_prompt_tokens`` tokens
 
 
-def load_prompts(config: DataConfig, tokenizer: Tokenizer, *, max_prompt_tokens: int, seed: int) -> PromptSet:
+def load_prompts(config: DataConfig, tokenizer: Tokenizer, *, max_prompt_tokens: int) -> PromptSet:
     """Read or generate the prompts of ``config.source``, tokenize them and set the held-out ones apart.
 
     Which prompts are held out depends on their ids alone, so a growing file never moves one from one side to the other;
-    the countdown task has its own fixed split. ``seed`` matters to generated sources only. Raises ``DataError`` (bad source,
-    no prompt left) and ``UnknownVerifierError``.
+    the countdown task has its own fixed split. Raises ``DataError`` (bad source, no prompt left) and ``UnknownVerifierError``.
     """
     if config.verifier != "auto":
         check_verifier(config.verifier)
@@ -40,7 +39,7 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer, *, max_prompt_tokens:
     train: list[Prompt] = []
     held_out: list[Prompt] = []
     dropped = 0
-    for question in _questions(config, seed):
+    for question in _questions(config):
         prompt = _prompt(question, config, tokenizer)
         if len(prompt.token_ids) > max_prompt_tokens:
             dropped += 1
@@ -55,12 +54,33 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer, *, max_prompt_tokens:
     return PromptSet(tuple(train), tuple(held_out), dropped)
 
 
-def _questions(config: DataConfig, seed: int) -> Sequence[Question]:
+def check_prompts(prompts: PromptSet, config: RunConfig) -> None:
+    """Raise ``DataError`` where the run that ``config`` describes could not be done on ``prompts``.
+
+    A step never holds a prompt twice, and an evaluation needs held-out prompts.
+    """
+    per_step, evaluation = config.rollout.prompts_per_step, config.evaluation
+    if per_step > len(prompts.train):
+        raise DataError(
+            f"rollout.prompts_per_step={per_step} exceeds the {len(prompts.train)} training prompts "
+            f"({len(prompts.held_out)} are held out, {prompts.dropped_too_long} exceed rollout.max_prompt_tokens): "
+            "lower it or add prompts (a step never holds a prompt twice)"
+        )
+    wanted = {"every": evaluation.every, "at_start": evaluation.at_start, "at_end": evaluation.at_end}
+    if any(wanted.values()) and not prompts.held_out:
+        settings = ", ".join(f"evaluation.{name}={value}" for name, value in wanted.items() if value)
+        raise DataError(
+            f"data.held_out={config.data.held_out} leaves no held-out prompt of {len(prompts.train)}, but {settings}: "
+            "raise data.held_out or add prompts, or set evaluation.every=0, at_start=false and at_end=false"
+        )
+
+
+def _questions(config: DataConfig) -> Sequence[Question]:
     source = config.source
     if source.kind == "countdown":
         return _countdown_questions(source.task, config.held_out)
     if source.kind == "reasoning_gym":
-        return generate_questions(source.task, source.size, source.params, seed)
+        return generate_questions(source.task, source.size, source.params, source.seed)
     if source.kind == "jsonl":
         return read_jsonl(source.path, config.verifier)
     raise DataError(f"data.source.kind={source.kind!r} must be countdown, reasoning_gym or jsonl")

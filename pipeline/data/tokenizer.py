@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import tokenizers
 
 from pipeline.data import DataError
+from pipeline.data.special_tokens import eos_token_ids, pad_token_id, read_json
 
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
 
@@ -27,11 +27,6 @@ class Tokenizer:
         self.eos_token_ids = eos_token_ids  # any of these ends a response
         self.pad_token_id = pad_token_id
         self._backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-
-    @property
-    def vocab_size(self) -> int:
-        """Entries of the vocabulary, added tokens included (the model's embedding may be padded beyond it)."""
-        return self._backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a plain text, with the special tokens (e.g. a BOS) that the model expects around it."""
@@ -69,7 +64,7 @@ class Tokenizer:
 
     @cached_property
     def _chat(self) -> Any:
-        in_config = "chat_template" in _read_json(self.folder / "tokenizer_config.json")
+        in_config = "chat_template" in read_json(self.folder / "tokenizer_config.json")
         if not in_config and not (self.folder / "chat_template.jinja").is_file():
             raise DataError(
                 f"{self.folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json): "
@@ -84,9 +79,7 @@ class Tokenizer:
 def load_tokenizer(hf_path: Path | str) -> Tokenizer:
     """Tokenizer of a Hugging Face folder.
 
-    End-of-sequence ids come from ``generation_config.json``, else ``config.json``, else ``tokenizer_config.json``; the
-    padding id likewise, and failing all three it is the first end-of-sequence id. Raises ``DataError`` when a file is
-    missing or unreadable, or no end-of-sequence token is named anywhere.
+    Raises ``DataError`` when a file is missing or unreadable, or no end-of-sequence token is named anywhere.
     """
     folder = Path(hf_path)
     if not (folder / "tokenizer.json").is_file():
@@ -94,35 +87,4 @@ def load_tokenizer(hf_path: Path | str) -> Tokenizer:
             f"model.hf_path={folder}: no tokenizer.json there. It must be a Hugging Face folder with a fast tokenizer; "
             "AutoTokenizer.from_pretrained(...).save_pretrained(folder) writes one"
         )
-    eos = _token_ids(folder, "eos")
-    if not eos:
-        raise DataError(
-            f"model.hf_path={folder}: no end-of-sequence token: set eos_token_id in generation_config.json "
-            "or eos_token in tokenizer_config.json"
-        )
-    return Tokenizer(folder, eos, (_token_ids(folder, "pad") or eos)[0])
-
-
-def _token_ids(folder: Path, name: str) -> tuple[int, ...]:
-    """Ids of the special token ``name`` ("eos", "pad"); empty when no file names it."""
-    for file in ("generation_config.json", "config.json"):
-        value = _read_json(folder / file).get(f"{name}_token_id")
-        if value is not None:
-            return tuple(value) if isinstance(value, list) else (int(value),)
-    token = _read_json(folder / "tokenizer_config.json").get(f"{name}_token")
-    content = token.get("content") if isinstance(token, dict) else token
-    added = _read_json(folder / "tokenizer.json").get("added_tokens", [])
-    return tuple(entry["id"] for entry in added if entry["content"] == content)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty when the file does not exist."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise DataError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value
+    return Tokenizer(folder, eos_token_ids(folder), pad_token_id(folder))

@@ -1,7 +1,8 @@
 """The actuators: what a controller may turn to move the entropy, and how far.
 
-Inside a controller a command is a number ``u`` in the actuator's own unit, 0 where it does nothing: ln T for
-temperatures, the coefficient or fraction itself for the others. Limits and gains were measured on a 100k-parameter model
+Inside a controller a command is a number ``u`` in the actuator's own unit, 0 at rest: ln T for temperatures, the
+coefficient or fraction itself for the others. At rest a coefficient or fraction does nothing; a positive term at T=1 is
+still added with its weight ``entropy.alpha``, only its temperature no longer favours unlikely tokens over likely ones. Limits and gains were measured on a 100k-parameter model
 with a target of 0.3 nats (docs/methods.md); they are starting points for another, not laws.
 
 A negative coefficient is refused: turned on incorrect samples it feeds back on itself and collapses the policy, and
@@ -23,7 +24,7 @@ class Actuator:
     name: str
     lower: float
     upper: float
-    neutral: float  # the command at rest, before any reading: u = 0
+    neutral: float  # the command at rest, before any reading: u = 0; for a temperature 1
     kp: float  # u per unit of ln H
     ki: float  # u per unit of ln H and step
     temperature: bool = False  # the command is a temperature, u = ln T
@@ -80,7 +81,7 @@ def command_limits(config: EntropyConfig, default: tuple[float, float]) -> tuple
     if not low < high or not low <= actuator.neutral <= high:
         raise ValueError(
             f"entropy.command_min={low}, command_max={high}: must be in order and contain {actuator.neutral:g}, "
-            f"the command at which {actuator.name} does nothing"
+            f"the command at which {actuator.name} is at rest"
         )
     if actuator.temperature and low <= 0:
         raise ValueError(f"entropy.command_min={low}: a temperature must be above 0")

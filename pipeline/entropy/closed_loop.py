@@ -3,12 +3,12 @@
 Guards, in the order they are asked:
 
 - no usable reading (NaN, infinite, negative, no tokens): hold the command; after 3 steps let it decay to rest;
-- explosion (H above 2.5 times the set-point for 3 steps): the lower limit, and say so;
+- explosion (H above 2.5 times the set-point for 3 steps, having been below): the lower limit, and say so;
 - no positives: hold the command and the integral, since the actuator had nothing to act through; from the second step on
   draw more auxiliary prompts (split range), after 10 let the command decay: a temperature at which nothing is
   correct would otherwise be held for ever;
 - saturation: keep the limit, draw more auxiliary prompts (split range), and say that the target is not reached;
-- a response of the wrong sign for 50 steps: say so.
+- a response too weak or of the wrong sign for 50 steps: say so.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class ClosedLoop(Stateful):
         saturation_steps: steps at a limit before the state is "saturated".
     """
 
-    STATE = ("u", "prompts", "calm", "bad_readings", "no_positives", "explosion")
+    STATE = ("u", "prompts", "calm", "bad_readings", "no_positives", "within", "explosion")
 
     def __init__(
         self,
@@ -72,6 +72,7 @@ class ClosedLoop(Stateful):
         self.calm = 0
         self.bad_readings = 0
         self.no_positives = 0
+        self.within = False  # whether H was ever below the explosion limit: a policy may start above it
         self.explosion = 0
 
     def initial(self) -> ControlDecision:
@@ -86,7 +87,9 @@ class ClosedLoop(Stateful):
         self.bad_readings = 0
         entropy = self._sensor.filter(reading.mean)
         goal = self._set_point.toward(self._band.target(step), entropy)
-        self.explosion = self.explosion + 1 if reading.mean > EXPLOSION * goal else 0
+        above = reading.mean > EXPLOSION * goal
+        self.within = self.within or not above
+        self.explosion = self.explosion + 1 if above and self.within else 0
         self.no_positives = 0 if positives > 0 else self.no_positives + 1
         if self.explosion >= EXPLOSION_STEPS:
             self.u = self._lower
@@ -157,11 +160,14 @@ class ClosedLoop(Stateful):
             moving = self._watch.approaching
             held = f"at its limit, H={entropy:.3g} on its way to {goal:.3g}"
             reason = held if moving else f"target not reachable: held at H={entropy:.3g}"
-        if self._watch.wrong_sign:
-            reason += f"; wrong-sign response: H moved away from the target in {AWAY_STEPS} steps of pushing toward it"
         return reason
 
     def _decision(self, state: str, reason: str, goal: float, entropy: float = float("nan")) -> ControlDecision:
+        if self._watch.wrong_sign:
+            reason += (
+                f"; H moved away from the target in {AWAY_STEPS} steps of pushing toward it: "
+                "the actuator is too weak here or acts with the wrong sign"
+            )
         command = min(max(self._actuator.to_command(self.u), self._limits[0]), self._limits[1])
         return ControlDecision(
             command=command,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +14,6 @@ from pipeline.config.schema import RunConfig
 from pipeline.evaluation.metrics import distinct_correct, maj_at_k, pass_at_k, pass_interval
 from pipeline.rewards.answers import canonical_answer
 from pipeline.rewards.stage import VerifierStage
-from pipeline.rollout.engine import RolloutEngine
 from pipeline.seeds import sample_seed, stream_seed
 from pipeline.types import GenerateRequest, Prompt, Role, SampleGroup
 
@@ -52,9 +51,13 @@ class EvaluationResult:
 
 
 def evaluate(
-    engine: RolloutEngine, verifier: VerifierStage, prompts: Sequence[Prompt], config: RunConfig, step: int
+    generate: Callable[[Sequence[GenerateRequest]], Sequence[SampleGroup]],
+    verifier: VerifierStage,
+    prompts: Sequence[Prompt],
+    config: RunConfig,
+    step: int,
 ) -> EvaluationResult:
-    """Measure the engine's policy, after ``step`` updates, on at most ``evaluation.prompts`` of ``prompts``.
+    """Measure the policy that ``generate`` draws from, after ``step`` updates, on at most ``evaluation.prompts`` of ``prompts``.
 
     The chosen prompts depend on their ids alone, so that runs with different seeds answer the same questions. Raises
     ``ValueError`` when there are no prompts or a k exceeds ``evaluation.samples``.
@@ -69,7 +72,7 @@ def evaluate(
         seeds = tuple(sample_seed(config.seed, step, prompt.id, index, Role.EVALUATION) for index in draws)
         return GenerateRequest(prompt, seeds, settings.temperature, config.rollout.max_new_tokens, Role.EVALUATION)
 
-    groups = verifier.verify(engine.generate([request(prompt) for prompt in choose_prompts(prompts, settings.prompts)]))
+    groups = verifier.verify(generate([request(prompt) for prompt in choose_prompts(prompts, settings.prompts)]))
     seed = stream_seed(config.seed, "bootstrap")
     return measure(groups, settings.k, seconds=time.perf_counter() - started, seed=seed)
 

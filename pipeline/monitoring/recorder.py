@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib.metadata
+import logging
 import math
 import platform
 import time
@@ -10,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from pipeline.checkpoints import Checkpoint
 from pipeline.config.errors import ConfigError
@@ -22,10 +24,12 @@ from pipeline.monitoring.events import FILE_NAME, EventLog, StepRecord, to_json
 from pipeline.monitoring.progress import Progress
 from pipeline.types import ControlDecision, SampleGroup, StepStats
 
+log = logging.getLogger(__name__)
+
 PACKAGES = ("isentrope", "torch", "megatron-core", "transformers", "sglang", "ray")
 # What in a decision's state or reason raises an alert when it begins, and the alert's condition. Saturated on the way to the
 # target is no alarm.
-ALARMING = {"exploding": "exploding", "not reachable": "not_reachable", "wrong-sign": "wrong_sign"}
+ALARMING = {"exploding": "exploding", "not reachable": "not_reachable", "wrong sign": "wrong_sign"}
 
 
 class StepClock:
@@ -70,8 +74,7 @@ class Recorder:
         self._alarms: frozenset[str] = frozenset()
         self._own_seconds = 0.0  # what recording the step before took; counted as "other" of the next
         (run_dir / "samples").mkdir(parents=True, exist_ok=True)
-        header = f"# Resolved configuration. Hash (without name and run_dir): {config_hash(config)}\n"
-        (run_dir / "config.yaml").write_text(header + to_yaml(config))
+        self._lock = _lock(run_dir)
 
     def __enter__(self) -> Self:
         return self
@@ -81,6 +84,7 @@ class Recorder:
     ) -> None:
         if self._log is not None:
             self._end("failed", f"{kind.__name__ if kind else 'unknown'}: {error}")
+        self._lock.close()
 
     def data(self, prompts: PromptSet) -> None:
         """Remember the sizes of the data for the first event."""
@@ -88,7 +92,11 @@ class Recorder:
         self._prompts = {**sizes, "dropped_too_long": prompts.dropped_too_long}
 
     def start(self, step: int) -> None:
-        """Open the log with ``run_start``, or with ``resume`` at ``step`` updates done."""
+        """Open the log with ``run_start``, or with ``resume`` at ``step`` updates done. From here on config.yaml is this run's."""
+        header = f"# Resolved configuration. Hash (without name and run_dir): {config_hash(self._config)}\n"
+        written = self.run_dir / ".config.yaml"
+        written.write_text(header + to_yaml(self._config))
+        written.replace(self.run_dir / "config.yaml")
         self._log = EventLog(self.run_dir / FILE_NAME)
         self.event(
             "resume" if self._resumed else "run_start",
@@ -165,6 +173,11 @@ class Recorder:
         """Record an evaluation after ``step`` updates; ``result`` is ``EvaluationResult.to_dict()``."""
         self.event("evaluation", step=step, **result)
 
+    def fault(self, description: str) -> None:
+        """Record something that broke and was mended, e.g. an engine started again."""
+        log.warning(description)
+        self.event("fault", description=description)
+
     def checkpoint(self, checkpoint: Checkpoint) -> None:
         """Record a published checkpoint, and flush the log to the disk with it."""
         self.event("checkpoint", step=checkpoint.step, path=str(checkpoint.path.relative_to(self.run_dir)))
@@ -201,6 +214,18 @@ class Recorder:
             return
         lines = [_sample_line(groups[i * (len(groups) - 1) // max(1, count - 1)], step) for i in range(count)]
         (self.run_dir / "samples" / f"step-{step:06d}.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _lock(run_dir: Path) -> IO[str]:
+    """An open file whose lock says that a process writes this run; it goes with the process. Raises ``ConfigError``."""
+    file = (run_dir / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        remedy = "wait for it to end or stop it; two processes cannot write one run"
+        raise ConfigError("run_dir", str(run_dir), "another process is writing this run", remedy) from None
+    return file
 
 
 def rollout_figures(main: Sequence[SampleGroup], auxiliary: Sequence[SampleGroup]) -> dict[str, Any]:

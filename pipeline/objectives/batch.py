@@ -69,10 +69,9 @@ def positives_consumed(batch: TrainBatch) -> int:
     return 1
 
 
-def needs_log_probs(config: RunConfig) -> bool:
-    """Whether a step needs the policy's log-probs before its first update: for the ratio, or for the covariance."""
-    actuator = acting(config.entropy)
-    return config.learner.updates_per_step > 1 or (actuator is not None and actuator.name == "clip_cov")
+def needs_log_probs(config: RunConfig, batch: TrainBatch) -> bool:
+    """Whether ``batch`` needs the policy's log-probs before its first update: for the ratio, or for the covariance."""
+    return config.learner.updates_per_step > 1 or _detaches(batch.actuation)
 
 
 def with_clip_cov(batch: TrainBatch, log_probs: torch.Tensor) -> TrainBatch:
@@ -86,7 +85,7 @@ def with_clip_cov(batch: TrainBatch, log_probs: torch.Tensor) -> TrainBatch:
         batch: of the whole step, before it is cut into mini-batches or spread over ranks.
         log_probs: float32 ``[rows, seq - 1]`` of the current policy at T=1.
     """
-    if batch.actuation.kind != "clip_cov" or batch.actuation.command <= 0:
+    if not _detaches(batch.actuation):
         return batch
     main = batch.loss_mask & ~batch.auxiliary[:, None]
     current = log_probs[main].double()
@@ -98,6 +97,11 @@ def with_clip_cov(batch: TrainBatch, log_probs: torch.Tensor) -> TrainBatch:
     token_weights = torch.ones_like(main, dtype=torch.float32)
     token_weights[main] = kept
     return replace(batch, token_weights=token_weights)
+
+
+def _detaches(actuation: Actuation) -> bool:
+    """Whether Clip-Cov is asked to detach any token."""
+    return actuation.kind == "clip_cov" and actuation.command > 0
 
 
 @dataclass(frozen=True)

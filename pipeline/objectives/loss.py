@@ -134,8 +134,9 @@ def policy_loss(
         term = term - torch.where(rows.auxiliary, 0.0, bonus)
     kl = torch.zeros_like(ratio)
     if rows.reference_log_probs is not None:
-        gap = rows.reference_log_probs - log_probs
-        kl = torch.where(rows.auxiliary, 0.0, torch.exp(gap) - gap - 1)
+        # Masked before exp: an overflow that ``where`` hides after it would still give a NaN gradient.
+        gap = torch.where(rows.auxiliary, 0.0, rows.reference_log_probs - log_probs)
+        kl = torch.exp(gap) - gap - 1
         term = term + objective.kl_coef * rows.weights * kl
     sums = _main_sums(outputs, rows, ratio, surrogate, advantages, kl, objective)
     sums["policy_loss"] = _total(policy, ~rows.auxiliary)

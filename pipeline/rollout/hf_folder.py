@@ -1,4 +1,4 @@
-"""Read a Hugging Face model folder without transformers: configuration, stop tokens, tensors and their shapes."""
+"""Read a Hugging Face model folder without transformers: configuration, tensors and their shapes."""
 
 from __future__ import annotations
 
@@ -23,16 +23,6 @@ def read_config(hf_path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise EngineError(f"{hf_path} has no config.json: model.hf_path must be a Hugging Face model folder")
     return dict(json.loads(path.read_text()))
-
-
-def eos_token_ids(hf_path: Path) -> tuple[int, ...]:
-    """Tokens that end a response: those of ``generation_config.json``, else of ``config.json``; may be empty."""
-    for name in ("generation_config.json", "config.json"):
-        path = hf_path / name
-        eos = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
-        if eos is not None:
-            return tuple(eos) if isinstance(eos, list) else (int(eos),)
-    return ()
 
 
 def tensor_files(hf_path: Path) -> dict[str, list[str]]:

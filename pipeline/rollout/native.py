@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pipeline.data.special_tokens import eos_token_ids
 from pipeline.rollout import hf_folder
 from pipeline.rollout.decoder import Decoder, DecoderConfig, KeyValues
 from pipeline.rollout.engine import EngineError, WeightUpdateError
@@ -51,7 +52,7 @@ class NativeEngine:
                 found = f"shape {tuple(tensors[name].shape)}" if name in tensors else "no such tensor"
                 raise EngineError(f"{hf_path}: {name}: config.json promises shape {shape}, the checkpoint has {found}")
         self._config, self._decoder, self._version = config, Decoder(config, tensors), 0
-        self._eos = hf_folder.eos_token_ids(hf_path) if self._eos_override is None else self._eos_override
+        self._eos = eos_token_ids(hf_path) if self._eos_override is None else self._eos_override
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[SampleGroup]:
         """One group per request, in order. Raises ``EngineError`` while no consistent weights are loaded."""
@@ -100,9 +101,11 @@ class NativeEngine:
         self._abort.set()
 
     def health(self) -> EngineHealth:
-        """Always alive; the version is None while no consistent weights are loaded."""
+        """Alive once started; the version is None while no consistent weights are loaded."""
         serving = self._decoder is not None
-        return EngineHealth(True, self._version if serving else None, "" if serving else self._refusal())
+        return EngineHealth(
+            self._config is not None, self._version if serving else None, "" if serving else self._refusal()
+        )
 
     def close(self) -> None:
         """Drop the weights."""
@@ -115,7 +118,7 @@ class NativeEngine:
 
     def _refusal(self) -> str:
         if self._config is None:
-            return "not started"
+            return "not started (or closed)"
         return f"a weight update after version {self._version} began and has not been committed; push the weights again"
 
     def _batch_rows(self, config: DecoderConfig, rows: Sequence[_Row]) -> int:

@@ -37,6 +37,24 @@ class EnginePool:
             on_failure.pop_all()
         self._consistent = True
 
+    def revive(self, hf_path: Path) -> list[int]:
+        """Close and start again every engine that is not alive; returns their indices.
+
+        They come up with the folder's weights, so the pool generates again only after the next update commits; if none was
+        dead, nothing changes. Raises what ``start`` raises; then call again later.
+        """
+        states = self._map(lambda engine: engine.health(), self._engines)
+        dead = [i for i, state in enumerate(states) if not state.alive]
+
+        def restart(engine_index: int) -> None:
+            self._engines[engine_index].close()
+            self._engines[engine_index].start(hf_path)
+
+        if dead:
+            self._consistent = False
+            self._map(restart, dead)
+        return dead
+
     def generate(self, requests: Sequence[GenerateRequest]) -> list[SampleGroup]:
         """One group per request, in order, whichever engine drew it."""
         if not self._consistent:

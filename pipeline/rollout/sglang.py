@@ -11,7 +11,8 @@ import io
 import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
 from http import HTTPStatus
 from itertools import islice
 from multiprocessing.reduction import ForkingPickler
@@ -23,6 +24,7 @@ import torch
 import torch.multiprocessing as torch_multiprocessing
 
 from pipeline.config.schema import RolloutConfig
+from pipeline.data.special_tokens import eos_token_ids
 from pipeline.rollout import hf_folder
 from pipeline.rollout.decoder import FAMILIES, Decoder, DecoderConfig, token_log_probs
 from pipeline.rollout.engine import EngineError, WeightUpdateError
@@ -32,19 +34,27 @@ from pipeline.types import EngineHealth, GenerateRequest, Sample, SampleGroup, W
 
 logger = logging.getLogger(__name__)
 
+_CALLS_IN_FLIGHT = 8  # each fills the KV cache if every response is as long as allowed; most are not
+_ABORT_TIMEOUT_S = 10.0  # the server only passes it on
 _READ_BACK_TENSORS = 4  # per update; another handful at each version
 _READ_BACK_ROWS = 64
 _PROBE_BYTES = 1 << 30  # larger models are not recomputed here to verify an update
 _PROBE_TOKENS = 16
 _PROBE_TOLERANCE = {torch.float32: 0.02}  # nats, mean over the probe's tokens
 _PROBE_TOLERANCE_16_BIT = 0.2  # SGLang also computes in 16 bits; a random 2-layer model showed 0.03
+_SHARING = threading.Lock()
+
+_Row = tuple[GenerateRequest, int]  # one sample to draw, and its seed
 
 
 class SglangEngine:
     """``RolloutEngine`` over one SGLang server that it launches.
 
     The server seeds its own sampler: per-sample seeds decide the draw only where SGLang honours ``sampling_seed`` (on a GPU
-    with ``--enable-deterministic-inference`` in ``rollout.sglang.extra_args``).
+    with ``--enable-deterministic-inference`` in ``rollout.sglang.extra_args``). On a CPU it ignores ``sampling_seed``: which
+    samples are drawn there depends on the number of engines, and a resumed run does not repeat them bit for bit.
+
+    ``close`` and ``start`` bring back an engine whose server died.
     """
 
     def __init__(self, config: RolloutConfig, *, index: int, log_dir: Path, seed: int) -> None:
@@ -56,6 +66,8 @@ class SglangEngine:
         self._server: SglangServer | None = None
         self._dtype = torch.float32
         self._eos: tuple[int, ...] = ()
+        self._kv_tokens = 0  # what the server's KV cache holds
+        self._aborted = threading.Event()
         self._model_config: dict[str, Any] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._version: int | None = None  # None: the server's weights are not consistent, or it is not up
@@ -72,30 +84,31 @@ class SglangEngine:
         """Launch the server on the folder's weights. Raises ``EngineError`` with the end of the server's log."""
         self._model_config = hf_folder.read_config(hf_path)
         self._shapes = hf_folder.tensor_shapes(hf_path)
-        self._eos = hf_folder.eos_token_ids(hf_path)
+        self._eos = eos_token_ids(hf_path)
         dtype = self._config.sglang.dtype
         if dtype == "auto":  # said outright, because SGLang's own auto makes float16 of float32
             dtype = str(self._model_config.get("dtype") or self._model_config.get("torch_dtype") or "bfloat16")
         self._dtype = getattr(torch, dtype)
         self._server = SglangServer(self._config, hf_path, dtype=dtype, seed=self._seed, log_path=self._log_path)
         self._server.start()
+        self._server_session_open, self._has_sessions = False, True  # this server is asked afresh
+        self._kv_tokens = int(self._server.get("/server_info")["max_total_num_tokens"])
         self._reads_back = self._read_back("model.norm.weight") is not None
         self._probed = None if self._reads_back else self._probe_config()
         self._version, self._committed = 0, {0}
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[SampleGroup]:
-        """One group per request, in order, by one HTTP call. Raises ``EngineError`` when the server fails or is refusing."""
+        """One group per request, in order. Raises ``EngineError`` when the server fails, is late or is refusing.
+
+        What is sent is many HTTP calls, a bounded number of them at a time, so that ``rollout.sglang.request_timeout_s`` bounds
+        a limited amount of work however long the whole takes. When one fails, the rest is aborted on the server.
+        """
         if self._version is None:
             raise EngineError(f"{self._name}: {self._refusal()}")
         rows = [(request, seed) for request in requests for seed in request.seeds]
         if not rows:
             return [SampleGroup(request.prompt, (), request.role) for request in requests]
-        replies = self._running.post(
-            "/generate",
-            input_ids=[request.prompt.token_ids for request, _ in rows],
-            sampling_params=[self._sampling_params(request, seed) for request, seed in rows],
-            return_logprob=True,
-        )
+        replies = self._replies(rows, self._version)
         samples = [self._sample(request, seed, reply) for (request, seed), reply in zip(rows, replies, strict=True)]
         self._check_versions(samples)
         drawn = iter(samples)
@@ -164,7 +177,8 @@ class SglangEngine:
 
     def abort(self) -> None:
         """End running requests; what they have so far comes back with finish_reason "abort"."""
-        self._running.post("/abort_request", abort_all=True)
+        self._aborted.set()  # first, so that no more calls follow
+        self._running.post("/abort_request", abort_all=True, timeout_s=_ABORT_TIMEOUT_S)
 
     def health(self) -> EngineHealth:
         """Alive when the process runs and answers. Never raises."""
@@ -186,6 +200,36 @@ class SglangEngine:
             self._server = None
 
     # Generation
+
+    def _replies(self, rows: Sequence[_Row], version: int) -> list[Mapping[str, Any]]:
+        """The server's reply for every row, in order."""
+        longest = max(len(request.prompt.token_ids) + request.max_new_tokens for request, _ in rows)
+        size = max(1, self._kv_tokens // longest)
+        self._aborted.clear()
+        with ThreadPoolExecutor(_CALLS_IN_FLIGHT, f"{self._name} call") as threads:
+            calls = [
+                threads.submit(self._call, rows[first : first + size], version) for first in range(0, len(rows), size)
+            ]
+            try:
+                for call in as_completed(calls):
+                    call.result()
+            except (EngineError, KeyboardInterrupt):
+                with suppress(EngineError):  # a server that has ended; the first error says so
+                    self.abort()
+                raise
+        return [reply for call in calls for reply in call.result()]
+
+    def _call(self, rows: Sequence[_Row], version: int) -> list[Mapping[str, Any]]:
+        """One HTTP call; after ``abort`` none, but what the server says of a request that it aborts in its queue."""
+        if self._aborted.is_set():
+            return [{"meta_info": {"finish_reason": {"type": "abort"}, "weight_version": version}}] * len(rows)
+        replies: list[Mapping[str, Any]] = self._running.post(
+            "/generate",
+            input_ids=[request.prompt.token_ids for request, _ in rows],
+            sampling_params=[self._sampling_params(request, seed) for request, seed in rows],
+            return_logprob=True,
+        )
+        return replies
 
     def _sampling_params(self, request: GenerateRequest, seed: int) -> dict[str, Any]:
         return {
@@ -310,16 +354,24 @@ class SglangEngine:
 
 @contextmanager
 def _shared(tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
-    """Tensors in shared memory, as SGLang's MultiprocessingSerializer writes them; they live until the block ends.
-
-    File-system sharing, because the default (descriptors passed over a socket) ends the server when its sender is gone.
-    """
-    strategy = torch_multiprocessing.get_sharing_strategy()
-    torch_multiprocessing.set_sharing_strategy("file_system")
-    try:
+    """Tensors in shared memory, as SGLang's MultiprocessingSerializer writes them; they live until the block ends."""
+    buffer = io.BytesIO()
+    with _file_system_sharing():
         held = [(name, tensor.detach().to("cpu", copy=True).share_memory_()) for name, tensor in tensors.items()]
-        buffer = io.BytesIO()
         ForkingPickler(buffer).dump(held)
-        yield base64.b64encode(buffer.getvalue()).decode()
-    finally:
-        torch_multiprocessing.set_sharing_strategy(strategy)
+    yield base64.b64encode(buffer.getvalue()).decode()  # meanwhile this frame keeps ``held`` alive
+
+
+@contextmanager
+def _file_system_sharing() -> Iterator[None]:
+    """Share by file: the default (descriptors passed over a socket) ends the server when its sender is gone.
+
+    The setting is the process's, and engines of one pool load buckets in threads: one at a time.
+    """
+    with _SHARING:
+        strategy = torch_multiprocessing.get_sharing_strategy()
+        torch_multiprocessing.set_sharing_strategy("file_system")
+        try:
+            yield
+        finally:
+            torch_multiprocessing.set_sharing_strategy(strategy)

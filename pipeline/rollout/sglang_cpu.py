@@ -20,9 +20,10 @@ from pathlib import Path
 SHIM_FOLDER = Path(__file__).parent / "sglang_shim"
 
 # The attention and sampling of SGLang that are written in plain torch; CUDA graphs and the overlap scheduler need streams.
+# Without --sleep-on-idle a server that waits spins a core, which the learner needs here.
 ARGUMENTS = (
     *("--device", "cpu", "--sampling-backend", "pytorch"),
-    *("--disable-cuda-graph", "--disable-overlap-schedule"),
+    *("--disable-cuda-graph", "--disable-overlap-schedule", "--sleep-on-idle"),
 )
 ATTENTION_BACKEND = "torch_native"
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from datetime import datetime
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,15 @@ import requests
 import torch
 
 from pipeline.config.schema import RolloutConfig
+from pipeline.ports import free_port
 from pipeline.rollout import sglang_cpu
 from pipeline.rollout.engine import EngineError
 
+logger = logging.getLogger(__name__)
+
 _GUARD = Path(__file__).with_name("sglang_guard.py")
 _PORT_ATTEMPTS = 3
+_CLOSE_TIMEOUT_S = 30.0
 _CLASH = "address already in use"
 
 
@@ -39,6 +44,7 @@ class SglangServer:
         self._dtype = dtype
         self._seed = seed
         self._process: subprocess.Popen[bytes] | None = None
+        self._log_offset = 0  # where in the log this start's output begins
 
     def start(self) -> None:
         """Launch, and wait until the server answers. Raises ``EngineError`` with the end of its log."""
@@ -61,9 +67,12 @@ class SglangServer:
         """Whether the server process runs."""
         return self._process is not None and self._process.poll() is None
 
-    def post(self, path: str, **body: object) -> Any:
-        """POST ``body`` as JSON; the decoded reply. Raises ``EngineError`` when there is none or it is not 200."""
-        return self.check(self.send(path, **body))
+    def post(self, path: str, *, timeout_s: float | None = None, **body: object) -> Any:
+        """POST ``body`` as JSON; the decoded reply. Raises ``EngineError`` when there is none in time or it is not 200.
+
+        ``timeout_s`` is ``rollout.sglang.request_timeout_s`` unless given.
+        """
+        return self.check(self._request("POST", path, body, timeout_s))
 
     def get(self, path: str) -> Any:
         """GET; the decoded reply. Raises like ``post``."""
@@ -89,19 +98,28 @@ class SglangServer:
             return False
 
     def log_tail(self, lines: int = 25) -> str:
-        """The last lines that the server wrote."""
-        return (
-            "\n".join(self.log_path.read_text(errors="replace").splitlines()[-lines:])
-            if self.log_path.is_file()
-            else ""
-        )
+        """The last lines that the server wrote since its latest start."""
+        if not self.log_path.is_file():
+            return ""
+        written = self.log_path.read_bytes()[self._log_offset :]
+        return "\n".join(written.decode(errors="replace").splitlines()[-lines:])
 
     def close(self) -> None:
         """End the server and its children, and wait for that. Idempotent."""
         if self._process is None:
             return
         self._process.terminate()  # the guard's SIGTERM handler kills the group and cleans up
-        self._process.wait(timeout=30)
+        try:
+            self._process.wait(_CLOSE_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            logger.warning(
+                "the guard of %s (pid %d) did not end within %g s and is killed; the server dies with it",
+                self.url,
+                self._process.pid,
+                _CLOSE_TIMEOUT_S,
+            )
+            self._process.kill()
+            self._process.wait()
         self._process = None
 
     def command(self, port: int) -> list[str]:
@@ -116,7 +134,7 @@ class SglangServer:
             *("--host", "127.0.0.1", "--port", str(port), "--dtype", self._dtype),
             *("--tensor-parallel-size", str(config.tensor_parallel_size), "--random-seed", str(self._seed % 2**31)),
             *("--mem-fraction-static", str(settings.mem_fraction_static), "--weight-version", "0"),
-            *("--skip-tokenizer-init", "--sleep-on-idle", "--log-level", "warning"),
+            *("--skip-tokenizer-init", "--log-level", "warning"),
             *(("--max-total-tokens", str(settings.max_total_tokens)) if settings.max_total_tokens else ()),
             *(("--attention-backend", backend) if backend else ()),
             *(sglang_cpu.ARGUMENTS if on_cpu else ()),
@@ -131,7 +149,10 @@ class SglangServer:
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         if not torch.cuda.is_available():
             environment |= sglang_cpu.environment()
-        with self.log_path.open("wb") as log:
+        with self.log_path.open("ab") as log:  # a resumed or revived run keeps the log of what ended before
+            log.write(f"--- server starts at {self.url}, {datetime.now():%Y-%m-%d %H:%M:%S} ---\n".encode())
+            self._log_offset = log.tell()
+            log.flush()
             self._process = subprocess.Popen(
                 [sys.executable, "-I", str(_GUARD), str(os.getpid()), scratch, *self.command(port)],
                 stdin=subprocess.DEVNULL,
@@ -149,9 +170,17 @@ class SglangServer:
             time.sleep(0.25)
         return False
 
-    def _request(self, method: str, path: str, body: Mapping[str, object] | None = None) -> requests.Response:
+    def _request(
+        self, method: str, path: str, body: Mapping[str, object] | None = None, timeout_s: float | None = None
+    ) -> requests.Response:
+        timeout_s = timeout_s or self._config.sglang.request_timeout_s
         try:
-            return _http(method, self.url + path, body, self._config.sglang.request_timeout_s)
+            return _http(method, self.url + path, body, timeout_s)
+        except requests.Timeout as error:
+            raise EngineError(
+                f"{self.url}{path}: no answer within {timeout_s:g} s; if the server is merely slow, raise "
+                f"rollout.sglang.request_timeout_s; log: {self.log_path}"
+            ) from error
         except requests.RequestException as error:
             if self.alive:
                 raise EngineError(
@@ -166,10 +195,3 @@ def _http(method: str, url: str, body: Mapping[str, object] | None, timeout_s: f
     with requests.Session() as session:  # one per call: abort() and generate() run in different threads
         session.trust_env = False  # a cluster's HTTP_PROXY has no business with 127.0.0.1
         return session.request(method, url, json=body, timeout=timeout_s)
-
-
-def free_port() -> int:
-    """A TCP port on 127.0.0.1 that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

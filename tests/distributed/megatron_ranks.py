@@ -87,6 +87,7 @@ def messages(rank, world, address, folder):
         "nan": lambda: made.update(
             batch(advantages=torch.full((10,), torch.nan), old_log_probs=torch.zeros(10, 11)), 5
         ),
+        "huge": lambda: made.update(batch(advantages=torch.full((10,), 1e30), old_log_probs=-torch.ones(10, 11)), 6),
     }
     said = {}
     for name, call in calls.items():
@@ -185,12 +186,67 @@ def save_and_continue(rank, world, address, folder, directory, tp, pp, batches, 
     return result
 
 
-def _other_topology(first, folder, tp, pp, config):
+def poisoned_gradient(rank, world, address, folder, tp, pp, config):
+    """A NaN in one gradient of the last rank alone: what each rank says, and the learner beside one that was spared."""
+    made = learner(rank, world, address, folder, tp, pp, **config)
+    accumulate = made._accumulate
+
+    def poisoned(rows):
+        sums = accumulate(rows)
+        if rank == world - 1:
+            next(iter(made._parameters.values())).main_grad.fill_(torch.nan)
+        return sums
+
+    made._accumulate = poisoned
+    try:
+        made.update(batch(), 3)
+    except FloatingPointError as error:
+        said = str(error)
+    del made._accumulate
+    spared = _other_topology(made, folder, tp, pp, config)
+    spared.load(Path(folder))
+    pair = [_after_update(each, 4) for each in (made, spared)]
+    made.close()
+    return said, pair
+
+
+def _after_update(made, step):
+    made.update(batch(seed=step), step)
+    return exported(made)
+
+
+def restore_with(rank, world, address, folder, directory, optimizers, steps, config):
+    """``steps`` updates and a save under the first of ``optimizers``; then, restored under each of them, one more.
+
+    Weights at the save, and per optimizer the statistics and the weights after.
+    """
+    first = learner(rank, world, address, folder, 1, 1, **config, optimizer=optimizers[0])
+    for step in range(steps):
+        first.update(batch(seed=step), step)
+    first.save(Path(directory))
+    results = []
+    for optimizer in optimizers:
+        other = _other_topology(first, folder, 1, 1, config, optimizer)
+        other.restore(Path(directory))
+        results.append((other.update(batch(seed=steps), steps), exported(other)))
+    weights = exported(first)
+    first.close()
+    return weights, results
+
+
+def first_update(rank, world, address, folder, optimizer, config):
+    made = learner(rank, world, address, folder, 1, 1, **config, optimizer=optimizer)
+    result = (made.update(batch(), 0), exported(made))
+    made.close()
+    return result
+
+
+def _other_topology(first, folder, tp, pp, config, optimizer=None):
     """Another learner in the same process groups, with other weights and RNG state until it restores."""
     from megatron_ext.learner import MegatronLearner
 
     made = MegatronLearner(
-        first._config,
+        replace(first._config, optimizer=OptimizerConfig(**optimizer)) if optimizer else first._config,
         ModelConfig(hf_path=str(folder), dtype=config.get("dtype", "fp32")),
         first._objective,
         total_steps=10,

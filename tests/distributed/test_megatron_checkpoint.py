@@ -1,5 +1,7 @@
 """A learner restored from its checkpoint goes on as the one that wrote it, bit for bit."""
 
+from dataclasses import replace
+
 import megatron_ranks as ranks
 import pytest
 import tiny_models
@@ -33,6 +35,42 @@ def test_continues_bit_for_bit(gang, tmp_path, case):
         assert all(torch.equal(weights[name], again[name]) for name in weights)
         assert reference is None or torch.equal(reference, reference_again)
     assert results[0][0][0].loss != results[0][0][1].loss
+
+
+OTHER = {"lr": 2e-3, "min_lr": 1e-4, "lr_schedule": "cosine", "betas": [0.8, 0.9], "eps": 1e-3, "weight_decay": 0.3}
+OPTIMIZERS = {
+    "float32": (1, {}, {}),
+    "bf16": (1, {"dtype": "bf16"}, {}),
+    "DP2, distributed": (2, {}, {"distributed": True}),
+}
+
+
+@pytest.mark.parametrize("case", OPTIMIZERS)
+def test_untrained_checkpoint_under_another_configuration(gang, tmp_path, case):
+    """With no update behind it, a learner restored under other hyper-parameters is a new learner of those, bit for bit."""
+    world, config, more = OPTIMIZERS[case]
+    folder = tiny_models.write(tmp_path / "hf", tiny_models.config("llama"))
+    optimizers = [{"lr": 1e-2, "weight_decay": 0.1, **more}, {**OTHER, **more}]
+    _, restored = gang.run(ranks.restore_with, world, folder, tmp_path / "save", optimizers, 0, config)[0]
+    for optimizer, (stats, weights) in zip(optimizers, restored, strict=True):
+        new_stats, new_weights = gang.run(ranks.first_update, world, folder, optimizer, config)[0]
+        assert replace(stats, seconds=0.0) == replace(new_stats, seconds=0.0)
+        assert all(torch.equal(weights[name], new_weights[name]) for name in new_weights)
+
+
+@pytest.mark.parametrize("case", ["float32", "DP2, distributed"])
+def test_configured_learning_rate_rules_after_restore(gang, tmp_path, case):
+    """From the same trained state the step is proportional to the rate: 1/5 of the rate, 1/5 of the way."""
+    world, config, more = OPTIMIZERS[case]
+    folder = tiny_models.write(tmp_path / "hf", tiny_models.config("llama"))
+    optimizers = [{"lr": lr, **more} for lr in (1e-2, 2e-3)]
+    weights, results = gang.run(ranks.restore_with, world, folder, tmp_path / "save", optimizers, 2, config)[0]
+    (stats, far), (slow_stats, near) = results
+    assert (stats.learning_rate, slow_stats.learning_rate) == (1e-2, 2e-3)
+    assert (stats.loss, stats.grad_norm) == (slow_stats.loss, slow_stats.grad_norm)
+    for name, start in weights.items():
+        assert torch.allclose(near[name] - start, (far[name] - start) / 5, rtol=1e-3, atol=1e-6), name
+        assert (far[name] - start).abs().max() > 1e-3, name
 
 
 def test_another_layout_is_refused(gang, tmp_path):

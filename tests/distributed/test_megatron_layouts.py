@@ -148,4 +148,18 @@ def test_refusals_say_what_to_do(gang, reference):
     assert "needs old_log_probs" in said["old_log_probs"]
     assert "learner.updates_per_step=2 needs at least as many main rows; the batch has 1" in said["mini_batches"]
     assert said["nan"].startswith("FloatingPointError: step 5: loss is nan")
+    assert said["huge"].startswith("FloatingPointError: step 6: gradient norm is inf")
     assert untouched
+
+
+@pytest.mark.parametrize(
+    ("tp", "pp", "config"),
+    [(1, 1, {"optimizer": {**ADAM, "distributed": True}}), (1, 2, {"dtype": "bf16"}), (2, 1, {})],
+    ids=["DP2, distributed optimizer", "PP2, bf16", "TP2"],
+)
+def test_one_rank_s_bad_gradient_stops_all_and_changes_nothing(gang, reference, tp, pp, config):
+    """The loss is finite, and the learner as good as new afterwards: weights, moments and step count."""
+    folder, _ = reference("llama")
+    for said, (after, spared) in gang.run(ranks.poisoned_gradient, 2, folder, tp, pp, config):
+        assert said.startswith("step 3: gradient norm is nan; that optimizer step was not taken")
+        assert all(torch.equal(after[name], spared[name]) for name in spared)

@@ -38,6 +38,37 @@ def train(run_dir: Path, *overrides: str) -> list[dict]:
     return steps(run_dir)
 
 
+def launch(run_dir: Path, *overrides: str) -> subprocess.Popen:
+    """The same in the background; its output is one pipe."""
+    arguments = ["train", "--config", str(ROOT / "configs/quickstart.yaml"), f"run_dir={run_dir}", *SMALL, *overrides]
+    return subprocess.Popen(
+        command(*arguments), cwd=run_dir.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for_steps(process: subprocess.Popen, run_dir: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while not ((run_dir / "events.jsonl").exists() and len(steps(run_dir)) >= count):
+        assert process.poll() is None, process.communicate()[0][-2000:]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def descendants(pid: int, title: str) -> list[int]:
+    """Processes below ``pid`` whose command line begins with ``title``."""
+    found, parents = [], {pid}
+    while parents:
+        children = [
+            int(child)
+            for parent in parents
+            for path in Path(f"/proc/{parent}/task").glob("*/children")
+            for child in path.read_text().split()
+        ]
+        found += [child for child in children if Path(f"/proc/{child}/cmdline").read_text().startswith(title)]
+        parents = set(children)
+    return found
+
+
 def events(run_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
 
@@ -49,7 +80,7 @@ def steps(run_dir: Path) -> list[dict]:
 
 def essence(step: dict) -> dict:
     """What must repeat bit for bit: no clocks."""
-    return {k: v for k, v in step.items() if k not in ("time", "seconds", "attempt")}
+    return {k: v for k, v in step.items() if k not in ("time", "seconds")}
 
 
 def samples(run_dir: Path) -> dict[str, str]:
@@ -91,13 +122,8 @@ def test_killed_between_steps_then_resumed_continues_bit_for_bit(tmp_path, actua
     options = [*INLINE, "steps=8", "checkpoint.every=2", f"entropy.actuator={actuator}", "evaluation.at_start=false"]
     whole = train(tmp_path / "whole", *options)
     run_dir = tmp_path / "killed"
-    arguments = ["train", "--config", str(ROOT / "configs/quickstart.yaml"), f"run_dir={run_dir}", *SMALL, *options]
-    process = subprocess.Popen(command(*arguments), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not ((run_dir / "events.jsonl").exists() and len(steps(run_dir)) >= 5):
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    process = launch(run_dir, *options)
+    wait_for_steps(process, run_dir, 5)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert len(steps(run_dir)) < 8
@@ -114,23 +140,11 @@ def test_killed_between_steps_then_resumed_continues_bit_for_bit(tmp_path, actua
     assert samples(run_dir) == samples(tmp_path / "whole")
 
 
-def test_sigterm_ends_in_a_checkpoint_and_resume_finishes(tmp_path):
+@pytest.mark.parametrize("runtime", [INLINE, []], ids=["inline", "ray, TP 2"])
+def test_sigterm_ends_in_a_checkpoint_and_resume_finishes(tmp_path, runtime):
     run_dir = tmp_path / "run"
-    arguments = [
-        "train",
-        "--config",
-        str(ROOT / "configs/quickstart.yaml"),
-        f"run_dir={run_dir}",
-        *SMALL,
-        *INLINE,
-        "steps=2000",
-    ]
-    process = subprocess.Popen(
-        command(*arguments), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    while not ((run_dir / "events.jsonl").exists() and len(steps(run_dir)) >= 2):
-        assert process.poll() is None
-        time.sleep(0.05)
+    process = launch(run_dir, *runtime, "steps=2000")
+    wait_for_steps(process, run_dir, 2)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     done = len(steps(run_dir))
@@ -140,6 +154,20 @@ def test_sigterm_ends_in_a_checkpoint_and_resume_finishes(tmp_path):
     finish = command("train", "--resume", str(run_dir), f"steps={done + 2}")
     assert subprocess.run(finish, cwd=tmp_path, check=False, capture_output=True, timeout=120).returncode == 0
     assert len(steps(run_dir)) == done + 2
+
+
+def test_an_engine_killed_during_the_run_is_started_again_and_changes_nothing(tmp_path):
+    options = ["learner.tensor_model_parallel_size=1", "rollout.engines=2", "steps=40", "evaluation.every=0"]
+    whole = train(tmp_path / "whole", *options)
+    run_dir = tmp_path / "mended"
+    process = launch(run_dir, *options)
+    wait_for_steps(process, run_dir, 3)
+    os.kill(descendants(process.pid, "ray::EngineProcess")[0], signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output[-2000:]
+    (fault,) = [event for event in events(run_dir) if event["kind"] == "fault"]
+    assert "was started again" in fault["description"]
+    assert [essence(s) for s in steps(run_dir)] == [essence(s) for s in whole]
 
 
 @pytest.mark.parametrize(

@@ -51,10 +51,11 @@ def engines(folders, tmp_path_factory):
     groups = [server_pid(engine) for engine in started.values()]
     leftovers = set.union(*(shared_memory(group) for group in groups))
     yield started
+    groups += [server_pid(engine) for engine in started.values()]  # one of them was revived
     for engine in started.values():
         engine.close()
         engine.close()
-    assert [process_group(group) for group in groups] == [[], []]
+    assert [process_group(group) for group in groups] == [[]] * len(groups)
     assert [path for path in leftovers if Path(path).exists()] == []
 
 
@@ -110,6 +111,12 @@ def wait_until_under_way(engine):
     engine.generate([generate_request([5], 1, new=2)])
 
 
+def running_on(engine):
+    """Requests that the server works on or queues."""
+    (load,) = engine._running.get("/v1/loads")["loads"]
+    return load["num_running_reqs"] + load["num_waiting_reqs"]
+
+
 def assert_agrees(groups, decoder):
     """Log-probs of both engines for the same tokens, at the temperature of the draw."""
     for group in groups:
@@ -143,6 +150,28 @@ def test_two_temperatures_in_one_call_agree_with_native(engines, family):
             assert sample.finish_reason == ("stop" if stopped else "length")
             assert stopped or len(sample.token_ids) == wanted.max_new_tokens
     assert engine.generate([]) == []
+
+
+def test_many_calls_answer_as_one(engines, monkeypatch):
+    engine = engines["llama"]
+    push(engine, "llama", 1, seed=0)
+    monkeypatch.setattr(engine, "_kv_tokens", 40)  # two samples a call
+    groups = engine.generate(REQUESTS)
+    assert [[sample.seed for sample in group.samples] for group in groups] == [list(r.seeds) for r in REQUESTS]
+    assert_agrees(groups, decoder_of("llama", 0))
+
+
+def test_what_is_late_is_aborted_on_the_server(engines, monkeypatch):
+    engine = engines["llama"]
+    push(engine, "llama", 1, seed=0)
+    monkeypatch.setattr(engine, "_kv_tokens", 500)  # a call for every sample, some of them still unsent
+    monkeypatch.setattr(engine._config.sglang, "request_timeout_s", 0.5)
+    with pytest.raises(EngineError, match=r"no answer within 0\.5 s"):
+        engine.generate([generate_request([i], 1, temperature=0.05, new=450) for i in range(4, 20)])
+    monkeypatch.undo()
+    engine.generate([generate_request([5], 1, new=2)])  # queued behind the abort
+    assert running_on(engine) == 0
+    assert_agrees(engine.generate(REQUESTS), decoder_of("llama", 0))
 
 
 def test_updates_are_served_and_every_tensor_is_read_back_in_turn(engines, family):
@@ -179,8 +208,10 @@ def test_a_sample_that_lives_through_an_update_carries_spans(engines):
         assert sample.drawn_with(21) == ([span.version for span in sample.weight_versions] == [21])
 
 
-def test_abort_returns_partial_samples(engines):
+@pytest.mark.parametrize("kv_tokens", [16384, 500])  # all in one call; a call for each, some of them unsent
+def test_abort_returns_partial_samples(engines, monkeypatch, kv_tokens):
     engine = engines["llama"]
+    monkeypatch.setattr(engine, "_kv_tokens", kv_tokens)
     groups = []
     long = [generate_request([i], 1, temperature=0.05, new=450) for i in range(4, 20)]
     running = threading.Thread(target=lambda: groups.extend(engine.generate(long)))
@@ -188,8 +219,15 @@ def test_abort_returns_partial_samples(engines):
     wait_until_under_way(engine)
     engine.abort()
     running.join(30)
+    assert not running.is_alive()
     samples = [group.samples[0] for group in groups]
     assert any(sample.finish_reason == "abort" for sample in samples)
+    assert len(samples) == 16
+    if kv_tokens == 500:
+        unsent = [sample for sample in samples if len(sample.token_ids) == 0]
+        assert unsent
+        assert {sample.finish_reason for sample in unsent} == {"abort"}
+        assert all(sample.weight_versions[0].version == engine.health().weight_version for sample in samples)
     for sample in samples:
         assert sample.finish_reason != "abort" or len(sample.token_ids) < 450
         assert len(sample.token_ids) == len(sample.log_probs)
@@ -306,8 +344,10 @@ def test_a_pool_mixes_engines(engines, folders):
     assert pool.health().weight_version == 60
 
 
-def test_a_killed_server_is_reported(engines):
+def test_a_killed_server_is_reported_and_revived(engines, folders):
     engine = engines["qwen3"]
+    pool = EnginePool([engine])
+    pool._consistent = True  # it is started
     group = server_pid(engine)
     os.kill(group, signal.SIGKILL)
     deadline = time.monotonic() + 10
@@ -315,9 +355,18 @@ def test_a_killed_server_is_reported(engines):
         time.sleep(0.1)
     time.sleep(0.5)  # the guard reports a moment later
     with pytest.raises(EngineError, match=r"server has ended; end of .*sglang-1\.log"):
-        engine.generate(REQUESTS)
+        pool.generate(REQUESTS)
     health = engine.health()
     assert not health.alive
     assert "sglang-1.log" in health.detail
     with pytest.raises(WeightUpdateError, match="has ended"):
         engine.begin_update(70)
+    assert pool.revive(folders["qwen3"]) == [0]
+    assert pool.revive(folders["qwen3"]) == []
+    with pytest.raises(EngineError, match="push the weights again"):
+        pool.generate(REQUESTS)
+    push(pool, "qwen3", 70)
+    groups = pool.generate(REQUESTS)
+    assert all(sample.drawn_with(70) for group in groups for sample in group.samples)
+    assert_agrees(groups, decoder_of("qwen3", 70))
+    assert engine._log_path.read_text().count("--- server starts") == 2

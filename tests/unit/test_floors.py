@@ -11,6 +11,7 @@ FLOORS = {
     "pipeline.seeds": 1,
     "pipeline.checksum": 1,
     "pipeline.packing": 1,
+    "pipeline.ports": 1,
     "pipeline.config": 1,
     "pipeline.entropy": 2,
     "pipeline.objectives": 2,

@@ -59,6 +59,7 @@ def test_both_spellings_of_rotary_scaling(rope):
         ({"num_key_value_heads": 3}, r"num_key_value_heads=3 does not divide num_attention_heads=8"),
         ({"rope_scaling": {"type": "yarn", "factor": 4}}, r"rope_type='yarn'.*default, llama3"),
         ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 2.0}}, r"low_freq_factor=2\.0.*1\.0"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, r"rope_type='llama3' lacks its factor"),
     ],
 )
 def test_refuses_what_it_cannot_build(change, message):

@@ -49,17 +49,26 @@ def test_damage_is_named(tmp_path, damage):
     else:
         (checkpoint.path / "manifest.json").write_text("{")
     with pytest.raises(CheckpointError, match="manifest.json" if damage == "manifest" else "shard"):
-        checkpoint.state()
+        store.latest()
 
 
 def test_newer_schema_is_refused(tmp_path):
-    checkpoint = CheckpointStore(tmp_path, keep_last=1).save(1, {}, write)
-    manifest = checkpoint.path / "manifest.json"
+    store = CheckpointStore(tmp_path, keep_last=1)
+    manifest = store.save(1, {}, write).path / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "schema": 99}))
     with pytest.raises(CheckpointError, match="schema 99"):
-        checkpoint.state()
+        store.latest()
 
 
 def test_nothing_to_resume(tmp_path):
-    with pytest.raises(CheckpointError, match="no complete checkpoint"):
-        CheckpointStore(tmp_path / "none", keep_last=1).latest()
+    assert CheckpointStore(tmp_path / "none", keep_last=1).latest() is None
+
+
+def test_a_published_step_is_never_rewritten(tmp_path):
+    store = CheckpointStore(tmp_path, keep_last=1)
+    store.save(3, {"attempt": 1}, write)
+
+    def must_not_run(folder):
+        raise AssertionError("the published checkpoint was about to be replaced")
+
+    assert store.save(3, {"attempt": 2}, must_not_run).state() == {"attempt": 1}

@@ -53,6 +53,11 @@ def test_a_wrong_type_names_key_value_and_the_right_type(key):
     assert all(type_name in p.remedy for p in caught.value.problems)
 
 
+def test_whole_floats_are_integers():
+    config = load(None, "steps=1e3", "seed=2.0", "evaluation.k=[1.0, 4]", "rollout={engines: 2.0}")
+    assert repr((config.steps, config.seed, config.evaluation.k, config.rollout.engines)) == "(1000, 2, [1, 4], 2)"
+
+
 def test_later_files_and_overrides_win(tmp_path):
     (tmp_path / "deep").mkdir()
     write(tmp_path / "a.yaml", "steps: 1\nseed: 1\nlearner: {micro_batch_size: 1, optimizer: {lr: 1e-4}}\n")
@@ -77,6 +82,10 @@ def test_free_form_parameters_merge(tmp_path):
     )
     config = load(base, "data.source.params.max_terms=4", "data.source.params.extra={a: [1]}")
     assert config.data.source.params == {"min_terms": 2, "max_terms": 4, "extra": {"a": [1]}}
+
+
+def test_an_unknown_key_in_a_section_on_the_command_line_is_named_whole():
+    assert problem_of(None, "entropy.band={lo: 0.3}").key == "entropy.band.lo"
 
 
 def test_an_unknown_key_in_an_included_file_names_that_file(tmp_path):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from megatron_ext import architecture
 from pipeline.config.errors import ConfigError
 from pipeline.config.keys import leaf_keys
 from pipeline.config.load import load_config
@@ -11,6 +12,10 @@ from pipeline.config.validate import CHOICES, RANGES, Range
 
 LLAMA = {
     "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "vocab_size": 100,
+    "rms_norm_eps": 1e-6,
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "num_hidden_layers": 6,
@@ -48,8 +53,26 @@ BROKEN = {
     "inline": (["runtime=inline", "learner.tensor_model_parallel_size=2"], "runtime", "TP 2 x PP 1 x DP 1 = 2"),
     "native TP": (["rollout.tensor_parallel_size=2"], "rollout.tensor_parallel_size", "native"),
     "betas": (["learner.optimizer.betas=[0.9]"], "learner.optimizer.betas", "two numbers"),
+    "warm-up": (
+        ["learner.optimizer.lr_schedule=cosine", "learner.optimizer.warmup_steps=100"],
+        "learner.optimizer.warmup_steps",
+        "none of the 100 steps for the cosine",
+    ),
+    "KV cache": (
+        ["rollout.engine=sglang", "rollout.sglang.max_total_tokens=2047"],
+        "rollout.sglang.max_total_tokens",
+        "2048 tokens",
+    ),
     "min_lr": (["learner.optimizer.min_lr=1"], "learner.optimizer.min_lr", "above"),
     "countdown task": (["data.source.task=pm"], "data.source.task", "countdown"),
+    "countdown digits": (["data.source.task=cd6"], "data.source.task", "countdown"),
+    "gym size": (
+        ["data.source.kind=reasoning_gym", "data.source.task=chain_sum", "data.source.size=15"],
+        "data.source.size",
+        "rollout.prompts_per_step = 16",
+    ),
+    "own verifier": (["data.verifier='a/b:f'"], "data.verifier", "module:function"),
+    "own verifier's function": (["data.verifier='a.b:'"], "data.verifier", "module:function"),
     "gym task": (["data.source.kind=reasoning_gym", "data.source.task=a b"], "data.source.task", "reasoning-gym"),
     "jsonl": (["data.source.kind=jsonl", "data.source.path=none.jsonl"], "data.source.path", "no such file"),
     "params": (["data.source.params.a=1"], "data.source.params", "no effect"),
@@ -123,6 +146,31 @@ def test_rule(model, rule):
     assert problem.remedy
 
 
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["data.verifier=my_package.rewards:score"],
+        ["data.source.task=cd5"],
+        ["learner.optimizer.lr_schedule=cosine", "learner.optimizer.warmup_steps=99"],
+        ["learner.optimizer.warmup_steps=200"],
+        ["rollout.engine=sglang", "rollout.sglang.max_total_tokens=2048"],
+        ["rollout.engine=sglang", "rollout.sglang.max_total_tokens=0"],
+        ["rollout.sglang.max_total_tokens=1"],
+        ["data.source.kind=reasoning_gym", "data.source.task=chain_sum", "data.source.size=16"],
+        [f"seed={2**63 - 1}"],
+    ],
+    ids=lambda overrides: overrides[-1],
+)
+def test_what_the_rules_let_pass(model, overrides):
+    assert problems(model, *overrides) == ()
+
+
+@pytest.mark.parametrize("seed", [2**63, 10**400])
+def test_seeds_have_63_bits(model, seed):
+    (problem,) = problems(model, f"seed={seed}")
+    assert (problem.key, problem.value, problem.problem) == ("seed", seed, "out of range")
+
+
 @pytest.mark.parametrize("key", CHOICES)
 def test_a_mistyped_word_is_corrected(model, key):
     for word in CHOICES[key]:
@@ -174,7 +222,8 @@ def test_ranges_by_hand():
         ({}, "no config.json"),
         ({"config.json": "{"}, "not JSON"),
         ({"config.json": '{"model_type": "gpt2"}'}, "'gpt2' is not supported"),
-        ({"config.json": '{"model_type": "llama"}'}, "does not say num_attention_heads"),
+        ({"config.json": "[]"}, "not a JSON object"),
+        ({"config.json": '{"model_type": "llama"}'}, "architectures None is not supported"),
     ],
 )
 def test_model_folders_that_cannot_be_used(tmp_path, files, words):
@@ -186,6 +235,59 @@ def test_model_folders_that_cannot_be_used(tmp_path, files, words):
     (problem,) = problems(folder)
     assert (problem.key, problem.value) == ("model.hf_path", str(folder))
     assert words in problem.problem
+
+
+ROPE = {"rope_type": "llama3", "factor": 8.0}
+UNSUPPORTED = {
+    "architecture": ({"architectures": ["LlamaForSequenceClassification"]}, "'LlamaForSequenceClassification'"),
+    "no architecture": ({"architectures": None}, "None"),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+    "feed-forward biases": ({"mlp_bias": True}, "mlp_bias=True"),
+    "sliding window": ({"use_sliding_window": True}, "use_sliding_window=True"),
+    "output bias": ({"attention_bias": True}, "attention_bias=True"),
+    "dimensions": ({"hidden_size": None, "vocab_size": None}, "does not say hidden_size, vocab_size"),
+    "epsilon": ({"rms_norm_eps": None}, "does not say rms_norm_eps"),
+    "groups": ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide"),
+    "yarn": ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type='yarn'"),
+    "yarn, transformers 5": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type='yarn'"),
+    "llama3 frequency": ({"rope_scaling": ROPE | {"low_freq_factor": 2.0}}, "low_freq_factor=2.0"),
+    "llama3 without factor": ({"rope_scaling": {"rope_type": "llama3"}}, "without a factor"),
+}
+SUPPORTED = {
+    "plain": {},
+    "llama3": {"rope_scaling": ROPE},
+    "default rope, transformers 5": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "qwen2 biases": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "attention_bias": True},
+    "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 16},
+}
+
+
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_models_that_the_learner_refuses_are_refused_here(model, case):
+    change, words = UNSUPPORTED[case]
+    description = {key: value for key, value in (LLAMA | change).items() if value is not None}
+    with pytest.raises((ValueError, KeyError)):
+        architecture.parse(description)
+    (model / "config.json").write_text(json.dumps(description))
+    (problem,) = problems(model)
+    assert problem.key == "model.hf_path"
+    assert words in problem.problem
+    assert problem.remedy
+
+
+@pytest.mark.parametrize("case", SUPPORTED)
+def test_models_that_the_learner_takes_pass(model, case):
+    architecture.parse(LLAMA | SUPPORTED[case])
+    (model / "config.json").write_text(json.dumps(LLAMA | SUPPORTED[case]))
+    assert problems(model) == ()
+
+
+def test_free_form_and_sectioned_values_say_where_they_came_from(model):
+    found = problems(model, "data.source.params.a=1", "entropy.band={low: 0.4}")
+    assert {p.key: p.source for p in found} == {
+        "data.source.params": "command line",
+        "entropy.band.low": "command line",
+    }
 
 
 def test_each_problem_says_where_its_value_came_from(model, tmp_path):

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.schema import DataConfig, SourceConfig
+from pipeline.config.schema import DataConfig, EvaluationConfig, RolloutConfig, RunConfig, SourceConfig
 from pipeline.data import DataError
-from pipeline.data.sources import load_prompts
+from pipeline.data.sources import PromptSet, check_prompts, load_prompts
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.rewards.verifiers import UnknownVerifierError, make_verifier
 
@@ -35,10 +35,10 @@ def byte_tokenizer(tmp_path_factory):
     return load_tokenizer(folder)
 
 
-def load(tokenizer, *, max_prompt_tokens=1000, seed=0, held_out=0.1, **settings):
-    source = {k: settings.pop(k) for k in list(settings) if k in ("kind", "task", "path", "size", "params")}
+def load(tokenizer, *, max_prompt_tokens=1000, held_out=0.1, **settings):
+    source = {k: settings.pop(k) for k in list(settings) if k in ("kind", "task", "path", "size", "seed", "params")}
     config = DataConfig(source=SourceConfig(**source), held_out=held_out, **settings)
-    return load_prompts(config, tokenizer, max_prompt_tokens=max_prompt_tokens, seed=seed)
+    return load_prompts(config, tokenizer, max_prompt_tokens=max_prompt_tokens)
 
 
 def write(path, *items):
@@ -143,6 +143,26 @@ def test_ten_malformed_lines_are_described_and_the_rest_counted(tokenizer, tmp_p
     assert "14 malformed lines" in lines[0]
     assert len(lines) == 12
     assert lines[-1] == "  ... and 4 more"
+
+
+def test_prompts_that_cannot_carry_the_run(tokenizer):
+    prompts = load(tokenizer, task="pm2")
+    none_apart = PromptSet(prompts.train, (), 3)
+
+    def check(prompts, per_step=16, **evaluation):
+        rollout = RolloutConfig(prompts_per_step=per_step)
+        check_prompts(prompts, RunConfig(rollout=rollout, evaluation=EvaluationConfig(**evaluation)))
+
+    train = len(prompts.train)
+    check(prompts, train)
+    with pytest.raises(DataError, match=rf"rollout\.prompts_per_step={train + 1} exceeds the {train} .* lower it"):
+        check(prompts, train + 1)
+    check(none_apart, every=0, at_start=False, at_end=False)
+    for wanted in ({"every": 5}, {"at_start": True}, {"at_end": True}):
+        (key,) = wanted
+        said = rf"data\.held_out=0\.1 leaves .* but evaluation\.{key}={wanted[key]}: raise data\.held_out"
+        with pytest.raises(DataError, match=said):
+            check(none_apart, **({"every": 0, "at_start": False, "at_end": False} | wanted))
 
 
 def test_missing_empty_and_unknown_sources(tokenizer, tmp_path):

@@ -13,6 +13,7 @@ from pipeline.types import EntropyReading
 
 NAN = float("nan")
 TARGET = math.sqrt(0.27 * 0.33)
+WRONG = "H moved away from the target in 50 steps of pushing toward it: the actuator is too weak here or acts with the wrong sign"
 
 
 def controller(total_steps=300, prompts_per_step=16, **keys):
@@ -208,8 +209,18 @@ def test_explosion_goes_to_the_lower_limit_and_says_so(keys, lower):
 
 
 def test_two_steps_above_or_just_below_the_limit_are_no_explosion():
-    decisions = feed(controller(), [2.6 * TARGET, 2.6 * TARGET, 0.3, 2.6 * TARGET] + [2.4 * TARGET] * 9)
+    decisions = feed(controller(), [0.3, 2.6 * TARGET, 2.6 * TARGET, 0.3, 2.6 * TARGET] + [2.4 * TARGET] * 9)
     assert "exploding" not in {d.state for d in decisions}
+
+
+def test_a_start_far_above_the_target_is_no_explosion_but_a_return_there_is():
+    control = controller()
+    falling = [4 * TARGET * 0.95**k for k in range(12)]  # below 2.5 targets from the eleventh step on
+    assert "exploding" not in {d.state for d in feed(control, falling)}
+    resumed = controller()
+    resumed.load_state_dict(json.loads(json.dumps(control.state_dict())))
+    decisions = feed(resumed, [2.6 * TARGET] * 3, start=12)
+    assert [d.state == "exploding" for d in decisions] == [False, False, True]
 
 
 def test_saturation_is_reported_with_the_entropy_reached():
@@ -251,20 +262,44 @@ def test_split_range_takes_more_prompts_while_saturated_and_gives_them_back():
 def test_response_of_the_wrong_sign_raises_an_alarm_after_fifty_steps():
     away = [0.28 * 0.995**k for k in range(60)]  # the command pushes up, the entropy goes down
     decisions = feed(controller(actuator="resample"), away)
-    alarmed = ["wrong-sign response" in d.reason for d in decisions]
-    assert alarmed.index(True) == 50
-    assert all(alarmed[50:])
+    assert [WRONG in d.reason for d in decisions] == [False] * 50 + [True] * 10
+
+
+def test_the_alarm_stays_until_the_gap_has_clearly_shrunk():
+    control = controller(actuator="resample", pi=PiConfig(ema=0.0))
+    gaps = [0.06 + 0.005 * k for k in range(60)]  # ln(H*/H), at most 0.355
+    gaps += [0.3, 0.36] * 40  # to and fro, none below 0.7 of the largest
+    gaps += [0.36 - 0.005 * k for k in range(60)]  # 0.25 is the first below 0.252
+    said = [WRONG in d.reason for d in feed(control, [TARGET * math.exp(-gap) for gap in gaps])]
+    first, last = said.index(True), len(said) - 1 - said[::-1].index(True)
+    assert (first, gaps[last + 1]) == (50, pytest.approx(0.25))
+    assert all(said[first : last + 1])
+
+
+def test_the_alarm_outlasts_steps_without_positives():
+    control = controller(actuator="resample")
+    feed(control, [0.28 * 0.995**k for k in range(60)])
+    (decision,) = feed(control, [0.2], positives=0, start=60)
+    assert decision.reason.startswith("no positives for 1 steps")
+    assert WRONG in decision.reason
+
+
+def test_an_actuator_too_weak_for_the_drift_raises_one_alarm():
+    _, decisions = run_plant(controller(actuator="reweight"), 200, "reweight", start=0.3, gain=0.002, drift=-0.01)
+    said = [WRONG in d.reason for d in decisions]
+    assert said == sorted(said)
+    assert said[-1]
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_no_alarm_while_the_loop_settles_and_holds(seed):
     _, decisions = run_plant(controller(actuator="reweight"), 600, "reweight", seed=seed)
-    assert not any("wrong-sign" in d.reason for d in decisions)
+    assert not any(WRONG in d.reason for d in decisions)
 
 
 def test_wrong_sign_plant_raises_the_alarm():
     _, decisions = run_plant(controller(actuator="tok"), 200, "tok", start=0.29, gain=-0.0114, drift=0.0)
-    assert any("wrong-sign" in d.reason for d in decisions)
+    assert any(WRONG in d.reason for d in decisions)
 
 
 # --- limits

@@ -42,7 +42,7 @@ def run(texts, ids=("a", "b"), **config):
         rollout=RolloutConfig(max_new_tokens=8),
         evaluation=EvaluationConfig(samples=len(texts), **config),
     )
-    result = evaluate(engine, VerifierStage(DataConfig(), tokenizer), prompts, settings, step=7)
+    result = evaluate(engine.generate, VerifierStage(DataConfig(), tokenizer), prompts, settings, step=7)
     return engine, result
 
 
@@ -73,7 +73,7 @@ def test_requests_carry_the_evaluation_role_and_their_own_seeds():
 
 
 def test_the_chosen_prompts_depend_on_their_ids_alone():
-    prompts = load_prompts(DataConfig(), load_tokenizer(PM4), max_prompt_tokens=8, seed=0).held_out
+    prompts = load_prompts(DataConfig(), load_tokenizer(PM4), max_prompt_tokens=8).held_out
     chosen = choose_prompts(prompts, 50)
     assert len(chosen) == 50
     assert [p.id for p in chosen] == sorted((p.id for p in chosen), key=[p.id for p in prompts].index)

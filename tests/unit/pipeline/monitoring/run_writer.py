@@ -78,7 +78,9 @@ def write_run(run_dir, *overrides, steps=30, finish=True, entropy=lambda step: 0
         record_step(recorder, step, entropy(step), state=state)
     recorder.evaluation(steps, evaluation(*final))
     recorder.checkpoint(Checkpoint(steps, run_dir / "checkpoints" / f"step-{steps:08d}"))
-    return recorder.finish(completed=True) if finish else None
+    summary = recorder.finish(completed=True) if finish else None
+    recorder._lock.close()  # as the end of a process would, also of a killed one
+    return summary
 
 
 def collapsing(step):

@@ -71,7 +71,7 @@ def test_alerts_begin_once(tmp_path):
     for step, state in enumerate(["tracking", "saturated", "saturated", "tracking", "saturated", "exploding"]):
         reason = f"target not reachable: step {step}" if state == "saturated" else f"because {step}"
         runs.record_step(recorder, step, state=state, reason=reason)
-    runs.record_step(recorder, 6, reason="H above; wrong-sign response: H moved away")
+    runs.record_step(recorder, 6, reason="H above; H moved away: acts with the wrong sign")
     alerts = [event for event in read_events(tmp_path / "events.jsonl") if event["kind"] == "alert"]
     assert [(a["step"], a["condition"]) for a in alerts] == [
         (1, "not_reachable"),

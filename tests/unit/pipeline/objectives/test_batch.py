@@ -260,10 +260,15 @@ def test_positives_consumed_by_the_other_actuators(actuator, expected):
 
 
 def test_needs_log_probs():
-    assert not needs_log_probs(config("reweight"))
-    assert needs_log_probs(config("reweight", updates_per_step=2))
-    assert needs_log_probs(config("clip_cov"))
-    assert not needs_log_probs(config("clip_cov", controller="none"))
+    def needed(settings, command=0.1):
+        return needs_log_probs(settings, build_batch(MAIN, [], replace(DECISION, command=command), settings, PAD))
+
+    assert not needed(config("reweight"))
+    assert needed(config("reweight", updates_per_step=2))
+    assert needed(config("clip_cov"))
+    assert not needed(config("clip_cov"), command=0.0)
+    assert needed(config("clip_cov", updates_per_step=2), command=0.0)
+    assert not needed(config("clip_cov", controller="none"))
 
 
 def test_clip_cov_detaches_the_top_covariance_of_the_whole_batch():

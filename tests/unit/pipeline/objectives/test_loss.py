@@ -95,6 +95,13 @@ def test_kl_is_k3_on_main_rows_only():
     assert reduce_metrics(sums)["kl"] == pytest.approx(math.e - 2, rel=1e-6)
 
 
+def test_kl_of_auxiliary_rows_cannot_overflow():
+    """An auxiliary or dummy row may have no reference (0) and a log-prob whose exponential overflows float32."""
+    token_rows = rows(2, reference_log_probs=[-1.0, 0.0], auxiliary=[False, True], weights=[0.5, 0.0])
+    loss, grad, sums = loss_and_grad(outputs([-1.0, -100.0]), token_rows, replace(PPO, kl_coef=0.1))
+    assert (loss, grad, sums["kl_sum"].item()) == (0.0, [0.0, 0.0], 0.0)
+
+
 def test_positive_term_of_auxiliary_rows():
     # min(r, clip(r, .8, 1.28)) with advantage 1, whatever the advantages say; never an importance weight.
     logs = [math.log(r) for r in (0.5, 1.0, 1.5)]

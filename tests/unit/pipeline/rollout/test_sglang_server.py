@@ -1,13 +1,15 @@
 """Supervision, with a small program in the place of SGLang; tests/integration has the real one."""
 
 import os
+import signal
 import sys
 import threading
+import time
 
 import pytest
 
 from pipeline.config.schema import RolloutConfig, SglangConfig
-from pipeline.rollout import sglang_cpu
+from pipeline.rollout import sglang_cpu, sglang_server
 from pipeline.rollout.engine import EngineError
 from pipeline.rollout.sglang_server import SglangServer
 
@@ -101,6 +103,43 @@ def test_a_server_that_never_answers_is_ended(tmp_path):
     assert not server.alive
 
 
+def test_a_stuck_guard_is_killed_and_its_server_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sglang_server, "_CLOSE_TIMEOUT_S", 0.3)
+    server = Stub(SERVE, tmp_path)
+    server.start()
+    guard = server._process
+    os.kill(guard.pid, signal.SIGSTOP)  # SIGTERM does not reach it now
+    server.close()
+    assert guard.returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 5
+    while server.answers("/health", 1) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not server.answers("/health", 1)
+
+
+def test_a_slow_reply_names_the_setting(tmp_path):
+    server = Stub(SERVE.replace("self.send_error", "import time; time.sleep(2); self.send_error"), tmp_path)
+    server.start()
+    with pytest.raises(EngineError, match=r"within 0\.2 s; .*raise rollout\.sglang\.request_timeout_s"):
+        server.post("/generate", timeout_s=0.2)
+    server.close()
+
+
+def test_a_second_start_keeps_the_log_of_the_first(tmp_path):
+    first = Stub("print('CUDA error: address already in use by tensors'); raise SystemExit(3)", tmp_path)
+    with pytest.raises(EngineError, match="by tensors"):
+        first.start()
+    starts = len(first.ports)
+    second = Stub("print('another cause'); raise SystemExit(3)", tmp_path)
+    with pytest.raises(EngineError, match="another cause") as error:
+        second.start()
+    assert "by tensors" not in str(error.value)  # neither as the reason nor, below, as a clash of ports
+    assert len(second.ports) == 1
+    lines = second.log_path.read_text().splitlines()
+    assert [line.startswith("--- server starts at http://127.0.0.1:") for line in lines] == [True, False] * (starts + 1)
+    assert lines[-1] == "another cause"
+
+
 def test_proxies_of_the_environment_are_not_used(tmp_path, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # the discard port: nobody answers
     server = Stub(SERVE, tmp_path)
@@ -126,3 +165,4 @@ def test_the_command_line(tmp_path):
     assert "--max-total-tokens" not in words
     assert command[-2:] == ["--log-level", "info"]
     assert ("--device cpu" in words) == (not _has_cuda())
+    assert words.count("--sleep-on-idle") == (not _has_cuda())

@@ -1,0 +1,55 @@
+"""The engines and the learner that feeds them, as the loop sees them: weights in, samples out, lost engines brought back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from pipeline.learner import Learner
+from pipeline.rollout.engine import EngineError
+from pipeline.rollout.pool import EnginePool
+from pipeline.rollout.weight_sync import push_weights
+from pipeline.types import GenerateRequest, SampleGroup
+
+log = logging.getLogger(__name__)
+
+
+class Rollouts:
+    """``generate`` with the weights last pushed; an engine that died is started again once per call, with those weights.
+
+    Args:
+        learner: where weights come from; it must still hold the version last pushed when ``generate`` is called.
+        hf_path: what an engine is started with before it receives weights.
+        on_fault: told of every engine brought back, in words.
+    """
+
+    def __init__(
+        self, pool: EnginePool, learner: Learner, hf_path: Path, on_fault: Callable[[str], None] = log.warning
+    ) -> None:
+        self._pool, self._learner, self._hf_path, self._on_fault = pool, learner, hf_path, on_fault
+        self._version = 0
+
+    def push(self, version: int) -> None:
+        """Hand the learner's weights over as ``version``. Raises ``WeightUpdateError`` when a second try fails too."""
+        self._version = version
+        try:
+            push_weights(self._learner, self._pool, version)
+        except EngineError as error:
+            self._revive(error)
+            push_weights(self._learner, self._pool, version)
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[SampleGroup]:
+        """One group per request, in order. Raises ``EngineError`` when no engine had died, or when a second try fails too."""
+        try:
+            return self._pool.generate(requests)
+        except EngineError as error:
+            self._revive(error)
+            push_weights(self._learner, self._pool, self._version)
+            return self._pool.generate(requests)
+
+    def _revive(self, error: EngineError) -> None:
+        revived = self._pool.revive(self._hf_path)
+        if not revived:
+            raise error
+        self._on_fault(f"engine {', '.join(map(str, revived))} was started again: {error}")
