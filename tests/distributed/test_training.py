@@ -23,6 +23,7 @@ SMALL = [
     "monitoring.progress=false",
 ]
 INLINE = ["runtime=inline", "learner.tensor_model_parallel_size=1"]
+ALPHA_ZERO = [*INLINE, "steps=4", "evaluation.at_start=false"]
 
 
 def command(*arguments: str) -> list[str]:
@@ -87,32 +88,14 @@ def samples(run_dir: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in sorted((run_dir / "samples").iterdir())}
 
 
-def test_ray_with_tensor_parallel_learner(tmp_path):
-    done = train(tmp_path / "run", "steps=3")
-    assert [s["step"] for s in done] == [0, 1, 2]
-    assert all(0.1 < s["entropy"] < 1.5 for s in done)
-    assert {e["kind"] for e in events(tmp_path / "run")} >= {"run_start", "step", "evaluation", "checkpoint", "run_end"}
-    # The engine's log-probs are those of the weights just synced, whatever the learner's layout.
-    assert max(s["metrics"]["mismatch_max"] for s in done) < 1e-3
+@pytest.fixture(scope="module")
+def grpo(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("grpo") / "run", *ALPHA_ZERO, "entropy.controller=none")
 
 
 @pytest.mark.parametrize("actuator", ["resample", "reweight", "fc"])
-def test_alpha_zero_is_grpo_bit_for_bit(tmp_path, actuator):
-    grpo = train(
-        tmp_path / "grpo",
-        *INLINE,
-        "steps=4",
-        "entropy.controller=none",
-        "evaluation.at_start=false",
-    )
-    zero = train(
-        tmp_path / "zero",
-        *INLINE,
-        "steps=4",
-        f"entropy.actuator={actuator}",
-        "entropy.alpha=0",
-        "evaluation.at_start=false",
-    )
+def test_alpha_zero_is_grpo_bit_for_bit(tmp_path, grpo, actuator):
+    zero = train(tmp_path / "zero", *ALPHA_ZERO, f"entropy.actuator={actuator}", "entropy.alpha=0")
     keys = ("entropy", "loss", "grad_norm", "reward")
     assert [[s[k] for k in keys] for s in grpo] == [[s[k] for k in keys] for s in zero]
 
@@ -153,7 +136,12 @@ def test_sigterm_ends_in_a_checkpoint_and_resume_finishes(tmp_path, runtime):
     assert (run_dir / "checkpoints" / f"step-{done:08d}" / "manifest.json").is_file()
     finish = command("train", "--resume", str(run_dir), f"steps={done + 2}")
     assert subprocess.run(finish, cwd=tmp_path, check=False, capture_output=True, timeout=120).returncode == 0
-    assert len(steps(run_dir)) == done + 2
+    assert [s["step"] for s in steps(run_dir)] == list(range(done + 2))
+    assert all(0.1 < s["entropy"] < 1.5 for s in steps(run_dir))
+    # The engine's log-probs are those of the weights just synced, whatever the learner's layout.
+    assert max(s["metrics"]["mismatch_max"] for s in steps(run_dir)) < 1e-3
+    kinds = {event["kind"] for event in events(run_dir)}
+    assert kinds >= {"run_start", "step", "evaluation", "checkpoint", "resume", "run_end"}
 
 
 def test_an_engine_killed_during_the_run_is_started_again_and_changes_nothing(tmp_path):
