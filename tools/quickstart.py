@@ -7,17 +7,21 @@ GRPO alone (entropy collapses), the default controller, and SCOPE-RL's law with 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from pipeline.monitoring.report import build_report
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = {"grpo": "recipe/pm4_grpo.yaml", "pi": "quickstart.yaml", "scope": "recipe/pm4_scope.yaml"}
 # A server step takes several times as long on a CPU, so the SGLang quickstart is shorter.
 SGLANG = ["rollout.engine=sglang", "rollout.sglang.dtype=float32", "rollout.sglang.max_total_tokens=16384"]
 SGLANG += ["steps=40", "evaluation.every=0", "evaluation.prompts=64"]
+SHOWN = ("method", "final_entropy", "time_in_band", "rms_error", "pass_at_1", "pass_at_16", "distinct_correct")
 
 
 def main() -> int:
@@ -38,11 +42,16 @@ def main() -> int:
         command = [*isentrope, "train", "--config", config, f"run_dir={run_dir}", *overrides]
         if code := subprocess.run(command, cwd=ROOT, check=False).returncode:
             return code
-    runs = [str(arguments.out / method) for method in CONFIGS]
-    report = [*isentrope, "report", *runs, "-o", str(arguments.out / "report.html"), "--png"]
-    if code := subprocess.run(report, cwd=ROOT, check=False).returncode:
-        return code
-    print(f"{arguments.out}: report.html, report.png ({time.monotonic() - started:.0f} s in all)")
+    runs = [arguments.out / method for method in CONFIGS]
+    result = build_report(runs, arguments.out / "report.html", arguments.out / "report.png")
+    (arguments.out / "summary.json").write_text(json.dumps(result, indent=1))
+    print("".join(f"{name:>15}" for name in SHOWN))
+    for run in result["runs"]:
+        print(
+            "".join(f"{run[name]:>15.3f}" if isinstance(run[name], float) else f"{run[name]!s:>15}" for name in SHOWN)
+        )
+    print(*result["cost"], sep="\n")
+    print(f"{arguments.out}: report.html, report.png, summary.json ({time.monotonic() - started:.0f} s in all)")
     return 0
 
 

@@ -319,8 +319,9 @@ class SglangEngine:
             actual = self._read_back(name)
             if actual is None:
                 raise EngineError(f"{name!r} cannot be read back")
-            rows = min(len(actual), len(expected))  # the server's vocabulary is padded; a TP rank holds some rows only
-            if not torch.equal(actual[:rows], expected[:rows].float()):
+            # Rank 0 answers: a part of a sharded tensor, or more than there is (vocabulary and, on a CPU, widths are padded).
+            shared = tuple(slice(min(sizes)) for sizes in zip(actual.shape, expected.shape, strict=True))
+            if not torch.equal(actual[shared], expected[shared].float()):
                 raise EngineError(f"{name!r} reads back differently from what was sent")
 
     def _verify_log_probs(self, config: DecoderConfig) -> None:
