@@ -20,8 +20,11 @@ class Family:
 
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": Family("llama"),
+    "MistralForCausalLM": Family("mistral"),
     "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True),
     "Qwen3ForCausalLM": Family("qwen3", qk_norm=True),
+    "Qwen3MoeForCausalLM": Family("qwen3_moe", qk_norm=True),
+    "DeepseekV3ForCausalLM": Family("deepseek_v3"),
 }
 
 # config.json keys whose value must be the first of the pair (also when absent), and why.
@@ -33,6 +36,34 @@ _FIXED: Mapping[str, tuple[Any, str]] = {
 
 # Llama 3's rotary scaling; megatron's RotaryEmbedding has these three built in (rotary_pos_embedding.py, _apply_scaling).
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+@dataclass(frozen=True)
+class Moe:
+    """A mixture of experts: which layers have one, and how tokens are routed."""
+
+    layers: tuple[bool, ...]  # by layer: experts (True) or one dense feed-forward network
+    experts: int
+    ffn: int  # of one expert
+    top_k: int
+    shared_ffn: int = 0  # of all shared experts together; 0: none
+    expert_bias: bool = False  # a correction bias on the router's scores (DeepSeek-V3, arXiv 2408.15664)
+    sigmoid: bool = False  # score function of the router; else softmax
+    normalize: bool = True  # the top_k probabilities are made to sum to one
+    scaling: float = 1.0  # and multiplied by this
+    groups: int = 1  # experts are chosen within the best top_groups of these
+    top_groups: int = 1
+
+
+@dataclass(frozen=True)
+class Mla:
+    """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434)."""
+
+    q_lora: int  # 0: queries are not compressed
+    kv_lora: int
+    nope_dim: int  # of a head, without position
+    rope_dim: int  # of a head, rotated
+    v_dim: int
 
 
 @dataclass(frozen=True)
@@ -52,6 +83,35 @@ class Architecture:
     rope_theta: float
     rope_factor: float | None  # Llama 3 scaling factor; None: plain rotary embedding
     tied: bool  # the output layer is the embedding
+    moe: Moe | None = None
+    mla: Mla | None = None
+
+    def is_moe(self, layer: int | None) -> bool:
+        """Whether a layer has experts."""
+        return self.moe is not None and layer is not None and self.moe.layers[layer]
+
+    def sizes(self) -> Mapping[str, int]:
+        """The dimensions of parameters, by the names that layout templates use."""
+        sizes = {
+            "vocab": self.vocab,
+            "hidden": self.hidden,
+            "ffn": self.ffn,
+            "q": self.heads * self.head_dim,
+            "kv": self.kv_heads * self.head_dim,
+            "head_dim": self.head_dim,
+        }
+        if self.moe:
+            sizes |= {"experts": self.moe.experts, "expert_ffn": self.moe.ffn, "shared_ffn": self.moe.shared_ffn}
+        if self.mla:
+            sizes |= {
+                "q_lora": self.mla.q_lora,
+                "kv_lora": self.mla.kv_lora,
+                "kv_lora_rope": self.mla.kv_lora + self.mla.rope_dim,
+                "mla_q": self.heads * (self.mla.nope_dim + self.mla.rope_dim),
+                "mla_kv": self.heads * (self.mla.nope_dim + self.mla.v_dim),
+                "mla_o": self.heads * self.mla.v_dim,
+            }
+        return sizes
 
     def padded_vocab(self, tp: int) -> int:
         """Vocabulary rounded up to a multiple of ``tp``; the added rows are zero and never sampled or exported."""

@@ -1,46 +1,86 @@
 """How each Megatron parameter is made of slices of Hugging Face tensors: one table per family, every use derived from it.
 
-A parameter split over TP holds, on rank ``r`` of ``tp``, the ``r``-th equal part of each of its sources along one dimension;
-several sources are interleaved in groups: query, key and value rows per key-value head (``linear_qkv``), gate and up halves per
-rank (``linear_fc1``). Loading, export, conversion and resharding plans all follow from :meth:`Row.slices`. No megatron here.
+A parameter divided over ``n`` tensor-parallel ranks holds, on rank ``r``, the ``r``-th equal part of each of its sources along one
+dimension; several sources are interleaved in groups: query, key and value rows per key-value head (``linear_qkv``), gate and up
+halves per rank (``linear_fc1``). Loading, export, conversion, resharding plans and memory estimates all follow from
+:meth:`Row.slices`. No megatron here.
+
+A family of dense models costs its entry in ``TABLES``, made of the groups of templates below.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_ext.architecture import Architecture
+from megatron_ext.weights.grid import Grid
 
 
 @dataclass(frozen=True)
 class Template:
-    """One line of a family's table; ``{layer}`` stands for the global layer number, sizes for :func:`_sizes`' keys."""
+    """One line of a family's table; ``{layer}`` and ``{expert}`` stand for global numbers, sizes for :func:`_sizes`' keys."""
 
-    parameter: str  # megatron-core's name (local layer spec)
+    parameter: str  # megatron-core's name (local layer spec, sequential experts)
     sources: tuple[str, ...]  # Hugging Face names, in the order in which they are interleaved
     shapes: tuple[tuple[str, ...], ...]  # full shape of each source
-    split: int | None = None  # dimension divided over TP ranks; None: every TP rank holds the whole
+    split: int | None = None  # dimension divided over TP (experts: expert-TP) ranks; None: every one holds the whole
     grouped: bool = False  # interleaved per key-value head rather than once per rank
     place: str = "layer"  # "first" stage | every "layer" | "last" stage
-    head: str = "always"  # output layer: in which models the row exists: "always" | "untied" | "tied"
+    when: str = "always"  # a key of _CONDITIONS: the models, and the layers, that have it
 
 
-_ATTENTION = "decoder.layers.{layer}.self_attention."
-_MLP = "decoder.layers.{layer}.mlp."
+_CONDITIONS: Mapping[str, Callable[[Architecture, int | None], bool]] = {
+    "always": lambda model, layer: True,
+    "untied": lambda model, layer: not model.tied,
+    "tied": lambda model, layer: model.tied,
+    "dense": lambda model, layer: not model.is_moe(layer),
+    "moe": lambda model, layer: model.is_moe(layer),
+    "expert bias": lambda model, layer: model.is_moe(layer) and model.moe.expert_bias,
+    "shared experts": lambda model, layer: model.is_moe(layer) and model.moe.shared_ffn > 0,
+    "query compression": lambda model, layer: model.mla.q_lora > 0,
+    "plain query": lambda model, layer: model.mla.q_lora == 0,
+}
+
+_LAYER = "decoder.layers.{layer}."
+_ATTENTION = _LAYER + "self_attention."
 _HF = "model.layers.{layer}."
-_QKV = tuple(_HF + f"self_attn.{name}_proj." for name in "qkv")
+_HF_ATTENTION = _HF + "self_attn."
+_QKV = tuple(_HF_ATTENTION + f"{name}_proj." for name in "qkv")
 
-LLAMA = (
+
+def _feed_forward(megatron: str, hf: str, width: str, when: str) -> tuple[Template, ...]:
+    """A gated feed-forward network of ``width``."""
+    gate_up = (_HF + hf + "gate_proj.weight", _HF + hf + "up_proj.weight")
+    shape = (width, "hidden")
+    return (
+        Template(_LAYER + megatron + "linear_fc1.weight", gate_up, (shape, shape), split=0, when=when),
+        Template(
+            _LAYER + megatron + "linear_fc2.weight",
+            (_HF + hf + "down_proj.weight",),
+            (("hidden", width),),
+            split=1,
+            when=when,
+        ),
+    )
+
+
+ENDS = (
     Template(
-        "embedding.word_embeddings.weight",
-        ("model.embed_tokens.weight",),
-        (("vocab", "hidden"),),
-        split=0,
-        place="first",
+        "embedding.word_embeddings.weight", ("model.embed_tokens.weight",), (("vocab", "hidden"),), 0, place="first"
     ),
-    Template("decoder.layers.{layer}.input_layernorm.weight", (_HF + "input_layernorm.weight",), (("hidden",),)),
+    Template("decoder.final_layernorm.weight", ("model.norm.weight",), (("hidden",),), place="last"),
+    Template("output_layer.weight", ("lm_head.weight",), (("vocab", "hidden"),), 0, place="last", when="untied"),
+    Template(
+        "output_layer.weight", ("model.embed_tokens.weight",), (("vocab", "hidden"),), 0, place="last", when="tied"
+    ),
+)
+NORMS = (
+    Template(_LAYER + "input_layernorm.weight", (_HF + "input_layernorm.weight",), (("hidden",),)),
+    Template(_LAYER + "pre_mlp_layernorm.weight", (_HF + "post_attention_layernorm.weight",), (("hidden",),)),
+)
+ATTENTION = (
     Template(
         _ATTENTION + "linear_qkv.weight",
         tuple(name + "weight" for name in _QKV),
@@ -48,30 +88,9 @@ LLAMA = (
         split=0,
         grouped=True,
     ),
-    Template(_ATTENTION + "linear_proj.weight", (_HF + "self_attn.o_proj.weight",), (("hidden", "q"),), split=1),
-    Template(
-        "decoder.layers.{layer}.pre_mlp_layernorm.weight", (_HF + "post_attention_layernorm.weight",), (("hidden",),)
-    ),
-    Template(
-        _MLP + "linear_fc1.weight",
-        (_HF + "mlp.gate_proj.weight", _HF + "mlp.up_proj.weight"),
-        (("ffn", "hidden"), ("ffn", "hidden")),
-        split=0,
-    ),
-    Template(_MLP + "linear_fc2.weight", (_HF + "mlp.down_proj.weight",), (("hidden", "ffn"),), split=1),
-    Template("decoder.final_layernorm.weight", ("model.norm.weight",), (("hidden",),), place="last"),
-    Template("output_layer.weight", ("lm_head.weight",), (("vocab", "hidden"),), split=0, place="last", head="untied"),
-    Template(
-        "output_layer.weight",
-        ("model.embed_tokens.weight",),
-        (("vocab", "hidden"),),
-        split=0,
-        place="last",
-        head="tied",
-    ),
+    Template(_ATTENTION + "linear_proj.weight", (_HF_ATTENTION + "o_proj.weight",), (("hidden", "q"),), split=1),
 )
-QWEN2 = (
-    *LLAMA,
+QKV_BIAS = (
     Template(
         _ATTENTION + "linear_qkv.bias",
         tuple(name + "bias" for name in _QKV),
@@ -80,12 +99,72 @@ QWEN2 = (
         grouped=True,
     ),
 )
-QWEN3 = (
-    *LLAMA,
-    Template(_ATTENTION + "q_layernorm.weight", (_HF + "self_attn.q_norm.weight",), (("head_dim",),)),
-    Template(_ATTENTION + "k_layernorm.weight", (_HF + "self_attn.k_norm.weight",), (("head_dim",),)),
+QK_NORM = (
+    Template(_ATTENTION + "q_layernorm.weight", (_HF_ATTENTION + "q_norm.weight",), (("head_dim",),)),
+    Template(_ATTENTION + "k_layernorm.weight", (_HF_ATTENTION + "k_norm.weight",), (("head_dim",),)),
 )
-TABLES: Mapping[str, Sequence[Template]] = {"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3}
+DENSE = _feed_forward("mlp.", "mlp.", "ffn", "dense")
+EXPERTS = (
+    Template(_LAYER + "mlp.router.weight", (_HF + "mlp.gate.weight",), (("experts", "hidden"),), when="moe"),
+    Template(
+        _LAYER + "mlp.router.expert_bias",
+        (_HF + "mlp.gate.e_score_correction_bias",),
+        (("experts",),),
+        when="expert bias",
+    ),
+    *_feed_forward("mlp.experts.local_experts.{expert}.", "mlp.experts.{expert}.", "expert_ffn", "moe"),
+    *_feed_forward("mlp.shared_experts.", "mlp.shared_experts.", "shared_ffn", "shared experts"),
+)
+MLA = (  # multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): low-rank queries, keys and values
+    Template(
+        _ATTENTION + "linear_q_proj.weight",
+        (_HF_ATTENTION + "q_proj.weight",),
+        (("mla_q", "hidden"),),
+        split=0,
+        when="plain query",
+    ),
+    Template(
+        _ATTENTION + "linear_q_down_proj.weight",
+        (_HF_ATTENTION + "q_a_proj.weight",),
+        (("q_lora", "hidden"),),
+        when="query compression",
+    ),
+    Template(
+        _ATTENTION + "q_layernorm.weight",
+        (_HF_ATTENTION + "q_a_layernorm.weight",),
+        (("q_lora",),),
+        when="query compression",
+    ),
+    Template(
+        _ATTENTION + "linear_q_up_proj.weight",
+        (_HF_ATTENTION + "q_b_proj.weight",),
+        (("mla_q", "q_lora"),),
+        split=0,
+        when="query compression",
+    ),
+    Template(
+        _ATTENTION + "linear_kv_down_proj.weight",
+        (_HF_ATTENTION + "kv_a_proj_with_mqa.weight",),
+        (("kv_lora_rope", "hidden"),),
+    ),
+    Template(_ATTENTION + "kv_layernorm.weight", (_HF_ATTENTION + "kv_a_layernorm.weight",), (("kv_lora",),)),
+    Template(
+        _ATTENTION + "linear_kv_up_proj.weight",
+        (_HF_ATTENTION + "kv_b_proj.weight",),
+        (("mla_kv", "kv_lora"),),
+        split=0,
+    ),
+    Template(_ATTENTION + "linear_proj.weight", (_HF_ATTENTION + "o_proj.weight",), (("hidden", "mla_o"),), split=1),
+)
+LLAMA = (*ENDS, *NORMS, *ATTENTION, *DENSE)
+TABLES: Mapping[str, Sequence[Template]] = {
+    "llama": LLAMA,
+    "mistral": LLAMA,
+    "qwen2": (*LLAMA, *QKV_BIAS),
+    "qwen3": (*LLAMA, *QK_NORM),
+    "qwen3_moe": (*LLAMA, *QK_NORM, *EXPERTS),
+    "deepseek_v3": (*ENDS, *NORMS, *MLA, *DENSE, *EXPERTS),
+}
 
 # Tensors that some checkpoints carry beside the parameters: recomputed buffers, and the copy of a tied embedding.
 IGNORED = ("*.rotary_emb.inv_freq",)
@@ -114,11 +193,13 @@ class Slice:
 class Row:
     """One Megatron parameter of one model: where it lives and what it is made of."""
 
-    parameter: str  # with the global layer number
+    parameter: str  # with the global layer and expert numbers
     sources: tuple[Source, ...]
     split: int | None
     groups: int  # interleaved groups in the whole parameter; 0: one per TP rank
     stage: int  # pipeline stage that holds it
+    layer: int | None = None  # global number; None: embedding, final norm, output layer
+    expert: int | None = None  # global number; None: not part of an expert
     exported: bool = True  # False: a copy of another row's tensor (tied output layer of the last stage)
 
     @property
@@ -126,46 +207,64 @@ class Row:
         """Dimension along which slices run."""
         return self.split or 0
 
+    def local_shape(self, tp: int) -> tuple[int, ...]:
+        """Shape of the parameter on each of ``tp`` ranks (for an expert, of ``etp``), padding included."""
+        shape = list(self.sources[0].shape)
+        shape[self.dim] = self._groups(tp) * sum(self._lengths(tp)) // (tp if self.split is not None else 1)
+        return tuple(shape)
+
     def shard_length(self, source: int, tp: int) -> int:
-        """Entries of a source that each TP rank holds, padding included."""
+        """Entries of a source that each of ``tp`` ranks holds, padding included. ``tp`` must divide the groups."""
         length = self.sources[source].shape[self.dim]
         return length if self.split is None else -(-length // tp)
 
-    def local_shape(self, tp: int) -> tuple[int, ...]:
-        """Shape of the parameter on each TP rank."""
-        shape = list(self.sources[0].shape)
-        shape[self.dim] = sum(self.shard_length(source, tp) for source in range(len(self.sources)))
-        return tuple(shape)
-
     def slices(self, tp: int, rank: int) -> tuple[Slice, ...]:
-        """The parameter on TP rank ``rank``, in order; entries that no slice covers are padding and hold 0."""
-        rank = 0 if self.split is None else rank
-        groups = max(1, self.groups // tp)
-        slices, start = [], 0
-        for group in range(groups):
-            for index, source in enumerate(self.sources):
-                length = self.shard_length(index, tp) // groups
-                source_start = (rank * groups + group) * length
-                covered = min(length, source.shape[self.dim] - source_start)
+        """The parameter on rank ``rank`` of ``tp``, in order; entries that no slice covers are padding and hold 0.
+
+        Groups fewer than ranks are cut anywhere, as megatron-core does where key-value heads are fewer than TP.
+        """
+        first, lengths = 0, self._lengths(tp)
+        size = self.local_shape(tp)[self.dim]
+        window = range(0, size) if self.split is None else range(rank * size, (rank + 1) * size)
+        slices = []
+        for group in range(self._groups(tp)):
+            for index, (source, length) in enumerate(zip(self.sources, lengths, strict=True)):
+                start, stop = max(first, window.start), min(first + length, window.stop)
+                source_start = group * length + start - first
+                covered = min(stop - start, source.shape[self.dim] - source_start)
                 if covered > 0:
-                    slices.append(Slice(index, source_start, start, covered))
-                start += length
+                    slices.append(Slice(index, source_start, start - window.start, covered))
+                first += length
         return tuple(slices)
+
+    def _groups(self, tp: int) -> int:
+        return 1 if self.split is None else self.groups or tp
+
+    def _lengths(self, tp: int) -> list[int]:
+        """Entries of each source in one group, padding included."""
+        return [-(-source.shape[self.dim] // self._groups(tp)) for source in self.sources]
 
     def __str__(self) -> str:
         sources = " + ".join(f"{source.name}{list(source.shape)}" for source in self.sources)
-        return f"{self.parameter} = {sources}" + ("" if self.split is None else f", split over TP along {self.split}")
+        over = "" if self.split is None else f", split over {'TP' if self.expert is None else 'expert-TP'} along "
+        return f"{self.parameter} = {sources}{over}{'' if self.split is None else self.split}"
 
 
-def rows(model: Architecture, pp: int = 1) -> tuple[Row, ...]:
-    """Every parameter of ``model`` on ``pp`` stages, stage by stage: the order in which they are exported."""
-    sizes = _sizes(model)
+def rows(model: Architecture, grid: Grid = Grid()) -> tuple[Row, ...]:
+    """Every parameter of ``model`` on the stages of ``grid``, stage by stage: the order in which they are exported.
+
+    Raises ``ValueError`` where the layers cannot be divided so.
+    """
+    sizes, stages = model.sizes(), grid.stages(model.layers)
     found = []
     for template in TABLES[model.family.name]:
-        if not _exists(template, model, pp):
-            continue
         for layer in range(model.layers) if template.place == "layer" else (None,):
-            found.append((_stage(template, layer, model, pp), _row(template, layer, model, sizes, pp)))
+            # A tied output layer is a parameter of its own only where the embedding is on another stage.
+            if not _CONDITIONS[template.when](model, layer) or (template.when == "tied" and grid.pp == 1):
+                continue
+            stage, order = _place(template, layer, stages, grid.pp)
+            for expert in range(model.moe.experts) if "{expert}" in template.parameter else (None,):
+                found.append(((stage, order), _row(template, layer, expert, model, sizes, stage)))
     return tuple(row for _, row in sorted(found, key=lambda item: item[0]))
 
 
@@ -175,40 +274,32 @@ def ignored(name: str, model: Architecture) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
-def _exists(template: Template, model: Architecture, pp: int) -> bool:
-    """Whether ``model`` on ``pp`` stages has the parameter: a tied output layer is a parameter of its own only across stages."""
-    return {"always": True, "untied": not model.tied, "tied": model.tied and pp > 1}[template.head]
-
-
-def _stage(template: Template, layer: int | None, model: Architecture, pp: int) -> tuple[int, int]:
+def _place(template: Template, layer: int | None, stages: Sequence[int], pp: int) -> tuple[int, int]:
     """Sort key of a row: pipeline stage, then layer (the embedding before all layers, the head after)."""
     if layer is None:
-        return (0, -1) if template.place == "first" else (pp - 1, model.layers)
-    return layer // (model.layers // pp), layer
+        return (0, -1) if template.place == "first" else (pp - 1, len(stages))
+    return stages[layer], layer
 
 
-def _row(template: Template, layer: int | None, model: Architecture, sizes: Mapping[str, int], pp: int) -> Row:
-    """``template`` with its layer number and sizes filled in."""
+def _row(
+    template: Template,
+    layer: int | None,
+    expert: int | None,
+    model: Architecture,
+    sizes: Mapping[str, int],
+    stage: int,
+) -> Row:
+    """``template`` with its layer and expert number and sizes filled in."""
     return Row(
-        parameter=template.parameter.format(layer=layer),
+        parameter=template.parameter.format(layer=layer, expert=expert),
         sources=tuple(
-            Source(name.format(layer=layer), tuple(sizes[size] for size in shape))
+            Source(name.format(layer=layer, expert=expert), tuple(sizes[size] for size in shape))
             for name, shape in zip(template.sources, template.shapes, strict=True)
         ),
         split=template.split,
         groups=model.kv_heads if template.grouped else 0,
-        stage=_stage(template, layer, model, pp)[0],
-        exported=template.head != "tied",
+        stage=stage,
+        layer=layer,
+        expert=expert,
+        exported=template.when != "tied",
     )
-
-
-def _sizes(model: Architecture) -> Mapping[str, int]:
-    """The sizes that templates name."""
-    return {
-        "vocab": model.vocab,
-        "hidden": model.hidden,
-        "ffn": model.ffn,
-        "q": model.heads * model.head_dim,
-        "kv": model.kv_heads * model.head_dim,
-        "head_dim": model.head_dim,
-    }
