@@ -51,6 +51,48 @@ def install() -> None:
     )
 
 
+def install_layers() -> None:
+    """Patch megatron-core's experts and latent attention for want of Transformer Engine and, as above, of CUDA.
+
+    Imports them, so it is called before a model is built.
+    """
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.moe import moe_utils, token_dispatcher
+
+    # core/transformer/moe/moe_utils.py names te_general_gemm whether or not Transformer Engine was imported (0.16).
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+    # core/transformer/multi_latent_attention.py takes Transformer Engine for installed when only its own wrapper is (0.16).
+    if not isinstance(multi_latent_attention.TELinear, type):  # a stand-in
+        multi_latent_attention.HAVE_TE = False
+    if torch.cuda.is_available() or torch.cuda.Stream is _NoStream:
+        return
+    # core/transformer/moe/token_dispatcher.py: split sizes are handed to all_to_all as arrays only where they came from a GPU.
+    moved = token_dispatcher.maybe_move_tensor_to_cpu
+
+    def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        tensor = moved(tensor, as_numpy, record_stream)
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    token_dispatcher.maybe_move_tensor_to_cpu = move
+    # core/transformer/moe/token_dispatcher.py copies those sizes on a stream of its own.
+    torch.cuda.Stream = _NoStream  # type: ignore[misc,assignment]
+
+
+class _NoStream:
+    """A stream where all work is done at once."""
+
+    def wait_stream(self, stream: Any) -> None:
+        """Nothing is under way."""
+
+    def record_event(self) -> _NoStream:
+        """An event that has happened; :meth:`synchronize` is all that is asked of it."""
+        return self
+
+    def synchronize(self) -> None:
+        """Nothing is under way."""
+
+
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """``factory`` with ``device="cuda"`` read as the CPU."""
 

@@ -26,7 +26,7 @@ import pipeline.config.schema as schema
 from megatron_ext import architecture, batching, checkpoint, models
 from megatron_ext.logprobs import log_probs_and_entropy
 from megatron_ext.topology import Topology, shutdown
-from megatron_ext.weights import hf, layout
+from megatron_ext.weights import hf, identity, layout
 from pipeline.objectives.loss import (
     PolicyOutputs,
     TokenRows,
@@ -61,10 +61,11 @@ class MegatronLearner:
         """
         torch.manual_seed(seed)
         self._config, self._objective, self._topology = learner, objective, topology
+        self._hf_path = model.hf_path
         self._architecture = architecture.read(Path(model.hf_path))
         self._gpt = models.build(self._architecture, topology, model.dtype)
         self._parameters = models.global_parameters(self._gpt)
-        self._rows = layout.rows(self._architecture, topology.pp_size)
+        self._rows = layout.rows(self._architecture, topology.grid)
         itemsize = models.DTYPES[model.dtype].itemsize
         self._buckets = hf.plan(self._rows, itemsize, learner.bucket_mib)
         self._model = _data_parallel(self._gpt, learner.optimizer.distributed)
@@ -146,12 +147,16 @@ class MegatronLearner:
     def save(self, directory: Path) -> None:
         """Write the whole state; see ``pipeline.learner.Learner.save``."""
         checkpoint.save(Path(directory), self._gpt, self._optimizer, self._scheduler, self._reference, self._topology)
+        if self._topology.rank == 0:
+            identity.record(Path(directory), self._architecture)
 
     def restore(self, directory: Path) -> None:
         """Load what :meth:`save` wrote at the same layout; training goes on as if never interrupted.
 
-        Hyper-parameters are this learner's own: with another configuration it goes on under that one.
+        Hyper-parameters are this learner's own: with another configuration it goes on under that one. Raises ``ValueError`` that
+        names every field in which the model is another.
         """
+        identity.check(Path(directory), self._architecture, f"{self._hf_path}/config.json")
         checkpoint.restore(
             Path(directory), self._gpt, self._optimizer, self._scheduler, self._reference, self._topology
         )

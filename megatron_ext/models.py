@@ -1,4 +1,4 @@
-"""Megatron's GPTModel for a Hugging Face architecture: Llama, Qwen2 and Qwen3 decoders."""
+"""Megatron's GPTModel for a Hugging Face architecture: dense decoders, mixtures of experts, latent attention."""
 
 from __future__ import annotations
 
@@ -8,54 +8,63 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from megatron_ext.architecture import Architecture
+from megatron_ext import cpu
+from megatron_ext.architecture import Architecture, Moe
 from megatron_ext.topology import Topology
 from megatron_ext.weights import layout
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def build(model: Architecture, topology: Topology, dtype: str = "fp32") -> GPTModel:
+def build(model: Architecture, topology: Topology, dtype: str = "fp32", chunk: int | None = None) -> GPTModel:
     """This rank's part of ``model``, on its device, parameters not yet filled (``weights.hf.load`` does that).
 
-    The vocabulary is padded to a multiple of TP. Raises ``ValueError`` where the layout does not fit the model.
+    With virtual stages (``topology.grid.vpp > 1``) it is model chunk ``chunk`` of them. The vocabulary is padded to a multiple of
+    TP. Raises ``ValueError`` where the layout does not fit the model.
     """
     if dtype not in DTYPES:
         raise ValueError(f"model.dtype={dtype!r} is not known; choose one of {', '.join(DTYPES)}")
-    model.check_layout(topology.tp_size, topology.pp_size)
+    model.check_layout(topology.grid)
+    _check_local_attention(model, topology.tp_size)
+    cpu.install_layers()
+    config = transformer_config(model, topology, dtype)
     gpt = GPTModel(
-        transformer_config(model, topology, dtype),
-        get_gpt_layer_local_spec(qk_layernorm=model.family.qk_norm, normalization="RMSNorm"),
+        config,
+        _spec(config, chunk),
         vocab_size=model.padded_vocab(topology.tp_size),
         max_sequence_length=model.max_positions,
-        pre_process=topology.first_stage,
-        post_process=topology.last_stage,
+        pre_process=topology.first_stage and not chunk,
+        post_process=topology.last_stage and chunk in (None, topology.grid.vpp - 1),
         parallel_output=True,
         share_embeddings_and_output_weights=model.tied,
         position_embedding_type="rope",
         rotary_base=model.rope_theta,
         rope_scaling=model.rope_factor is not None,
         rope_scaling_factor=model.rope_factor or 1.0,
+        vp_stage=chunk,
     )
     # Not Float16Module: it would copy the logits to float32, which the log-prob kernel does chunk by chunk.
     gpt = gpt.to(device=topology.device, dtype=DTYPES[dtype])
     parameters = global_parameters(gpt)
-    for row in layout.rows(model, topology.pp_size):
-        if row.stage != topology.pp_rank or row.split is None:
-            continue
+    for row in layout.rows(model, topology.grid):
+        parameter = parameters.get(row.parameter)
+        if parameter is not None and row.float32:
+            parameter.data = parameter.data.float()
         # Without initialisation megatron leaves weights unmarked; the gradient norm would then count rank 0's part only.
-        if not hasattr(parameters[row.parameter], "tensor_model_parallel"):
-            set_tensor_model_parallel_attributes(parameters[row.parameter], True, row.split, 1)
+        if parameter is not None and row.split is not None and not hasattr(parameter, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(parameter, True, row.split, 1)
     return gpt
 
 
 def transformer_config(model: Architecture, topology: Topology, dtype: str) -> TransformerConfig:
     """megatron-core's configuration. Fusions are off: they need Transformer Engine or Apex kernels, on any device."""
-    parameter_dtype = DTYPES[dtype]
+    grid, parameter_dtype = topology.grid, DTYPES[dtype]
     fused: dict[str, Any] = dict.fromkeys(
         (
             "gradient_accumulation_fusion",
@@ -67,7 +76,7 @@ def transformer_config(model: Architecture, topology: Topology, dtype: str) -> T
         ),
         False,
     )
-    return TransformerConfig(
+    return (MLATransformerConfig if model.mla else TransformerConfig)(
         num_layers=model.layers,
         hidden_size=model.hidden,
         ffn_hidden_size=model.ffn,
@@ -76,7 +85,7 @@ def transformer_config(model: Architecture, topology: Topology, dtype: str) -> T
         kv_channels=model.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
-        qk_layernorm=model.family.qk_norm,
+        qk_layernorm=model.family.qk_norm or model.mla is not None,
         add_qkv_bias=model.family.qkv_bias,
         add_bias_linear=False,
         gated_linear_unit=True,
@@ -84,8 +93,13 @@ def transformer_config(model: Architecture, topology: Topology, dtype: str) -> T
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,
-        tensor_model_parallel_size=topology.tp_size,
-        pipeline_model_parallel_size=topology.pp_size,
+        tensor_model_parallel_size=grid.tp,
+        pipeline_model_parallel_size=grid.pp,
+        virtual_pipeline_model_parallel_size=grid.vpp if grid.vpp > 1 else None,
+        num_layers_in_first_pipeline_stage=grid.first_stage_layers,
+        num_layers_in_last_pipeline_stage=grid.last_stage_layers,
+        expert_model_parallel_size=grid.ep,
+        expert_tensor_parallel_size=grid.expert_tp,
         params_dtype=parameter_dtype,
         pipeline_dtype=parameter_dtype,
         autocast_dtype=parameter_dtype,
@@ -93,19 +107,102 @@ def transformer_config(model: Architecture, topology: Topology, dtype: str) -> T
         use_cpu_initialization=topology.device.type == "cpu",
         perform_initialization=False,
         **fused,
+        **_moe_config(model.moe),
+        **_mla_config(model),
     )
 
 
-def global_parameters(gpt: GPTModel) -> dict[str, torch.nn.Parameter]:
-    """Parameters under layout names: as Megatron's, with the global instead of the stage's layer number."""
-    first = gpt.decoder.layers[0].layer_number - 1
-    named = {}
-    for name, parameter in gpt.named_parameters():
-        parts = name.split(".")
-        if parts[:2] == ["decoder", "layers"]:
-            parts[2] = str(int(parts[2]) + first)
-        named[".".join(parts)] = parameter
-    return named
+def _moe_config(moe: Moe | None) -> dict[str, Any]:
+    """Experts and router. No auxiliary loss: the policy's own loss is all that is trained on."""
+    if moe is None:
+        return {}
+    return {
+        "num_moe_experts": moe.experts,
+        "moe_layer_freq": [int(layer) for layer in moe.layers],
+        "moe_ffn_hidden_size": moe.ffn,
+        "moe_shared_expert_intermediate_size": moe.shared_ffn or None,
+        "moe_router_topk": moe.top_k,
+        "moe_router_score_function": "sigmoid" if moe.sigmoid else "softmax",
+        "moe_router_pre_softmax": not moe.sigmoid and not moe.normalize,
+        "moe_router_topk_scaling_factor": moe.scaling,
+        "moe_router_enable_expert_bias": moe.expert_bias,
+        "moe_router_num_groups": moe.groups if moe.groups > 1 else None,
+        "moe_router_group_topk": moe.top_groups if moe.groups > 1 else None,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_token_dispatcher_type": "alltoall",
+    }
+
+
+def _mla_config(model: Architecture) -> dict[str, Any]:
+    """Latent attention, with its own rotary embedding."""
+    if model.mla is None:
+        return {}
+    sizes = {
+        "q_lora_rank": model.mla.q_lora or None,
+        "kv_lora_rank": model.mla.kv_lora,
+        "qk_head_dim": model.mla.nope_dim,
+        "qk_pos_emb_head_dim": model.mla.rope_dim,
+        "v_head_dim": model.mla.v_dim,
+        "rotary_base": model.rope_theta,
+    }
+    if model.yarn is None:
+        return sizes | {"rope_type": "rope", "rotary_scaling_factor": 1.0}  # the factor also scales the softmax
+    return sizes | {
+        "rope_type": "yarn",
+        "rotary_scaling_factor": model.yarn.factor,
+        "original_max_position_embeddings": model.yarn.original_positions,
+        "beta_fast": model.yarn.beta_fast,
+        "beta_slow": model.yarn.beta_slow,
+        "mscale": model.yarn.mscale,
+        "mscale_all_dim": model.yarn.mscale_all_dim,
+    }
+
+
+def _check_local_attention(model: Architecture, tp: int) -> None:
+    """Refuse what megatron-core's own layers cannot divide, though its Transformer Engine layers can."""
+    key = f"learner.tensor_model_parallel_size={tp}"
+    if model.kv_heads % tp and not model.mla:
+        raise ValueError(f"{key} does not divide num_key_value_heads={model.kv_heads}: choose a divisor")
+    if model.mla and tp > 1:
+        raise ValueError(
+            f"{key} with multi-head latent attention: megatron-core's own layers divide the down-projections, which the layout "
+            "(like Transformer Engine's) keeps whole; set it to 1"
+        )
+
+
+class _LatentAttention(DotProductAttention):
+    """megatron-core's attention for values of another width than keys, which upstream leaves to Transformer Engine."""
+
+    def __init__(self, *args: Any, k_channels: int = 0, v_channels: int = 0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)  # upstream builds one without the two first, then one with them
+        self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
+
+
+def _spec(config: TransformerConfig, chunk: int | None) -> TransformerBlockSubmodules:
+    """megatron-core's own modules for this rank's layers, dense and expert ones."""
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=chunk)
+    if config.multi_latent_attention:
+        for layer in spec.layer_specs:
+            layer.submodules.self_attention.submodules.core_attention = _LatentAttention
+    return spec
+
+
+def global_parameters(gpt: GPTModel) -> dict[str, torch.Tensor]:
+    """Parameters, and the buffers that the layout has (expert biases), under layout names: global layer and expert numbers."""
+    biases = ((name, buffer) for name, buffer in gpt.named_buffers() if name.endswith(".router.expert_bias"))
+    return {_global_name(gpt, layout.canonical(name)): tensor for name, tensor in (*gpt.named_parameters(), *biases)}
+
+
+def _global_name(gpt: GPTModel, name: str) -> str:
+    parts = name.split(".")
+    if parts[:2] == ["decoder", "layers"]:
+        layer = gpt.decoder.layers[int(parts[2])]
+        parts[2] = str(layer.layer_number - 1)
+        if "local_experts" in parts:
+            number = parts.index("local_experts") + 1
+            parts[number] = str(layer.mlp.local_expert_indices[int(parts[number])])
+    return ".".join(parts)
 
 
 @contextmanager

@@ -9,10 +9,15 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from megatron_ext.weights.grid import Grid, Place
+
 
 @dataclass(frozen=True)
 class Topology:
-    """One rank's place in the TP x DP x PP grid (TP innermost, PP outermost; megatron's default order)."""
+    """One rank's place in the TP x DP x PP grid (TP innermost, PP outermost; megatron's default order).
+
+    Experts are divided otherwise over the same ranks: ``place`` has the coordinates of both grids, ``grid`` the sizes.
+    """
 
     rank: int
     world_size: int
@@ -25,8 +30,14 @@ class Topology:
     dp_rank: int
     dp_size: int
     dp_group: dist.ProcessGroup
+    grid: Grid
     device: torch.device
     backend: str  # "nccl" | "gloo"
+
+    @property
+    def place(self) -> Place:
+        """This rank's coordinates, expert-parallel ones included."""
+        return self.grid.place(self.rank)
 
     @property
     def first_stage(self) -> bool:
@@ -39,17 +50,28 @@ class Topology:
         return self.pp_rank == self.pp_size - 1
 
 
-def initialize(rank: int, world_size: int, address: tuple[str, int], tp: int, pp: int, seed: int) -> Topology:
+def initialize(
+    rank: int,
+    world_size: int,
+    address: tuple[str, int],
+    tp: int,
+    pp: int,
+    seed: int,
+    ep: int = 1,
+    etp: int | None = None,
+) -> Topology:
     """Join ``world_size`` processes at ``address`` (host and free port of rank 0) and build the parallel groups.
 
-    Data parallelism takes what is left: ``world_size = tp * pp * dp``. ``seed`` starts every RNG, the TP tracker's too.
-    Raises ``ValueError`` where ``tp * pp`` does not divide ``world_size``.
+    Data parallelism takes what is left: ``world_size = tp * pp * dp``; experts are divided over ``ep`` groups of ranks, each of
+    them over ``etp`` (default: ``tp``). ``seed`` starts every RNG, the TP tracker's too.
+    Raises ``ValueError`` where the sizes do not divide ``world_size``.
     """
     if world_size % (tp * pp):
         raise ValueError(
             f"{world_size} learner processes cannot be split into TP {tp} x PP {pp}: "
             "learner.tensor_model_parallel_size x pipeline_model_parallel_size must divide their number"
         )
+    grid = Grid(tp=tp, pp=pp, dp=world_size // (tp * pp), ep=ep, etp=etp)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
     if cuda:
@@ -60,7 +82,12 @@ def initialize(rank: int, world_size: int, address: tuple[str, int], tp: int, pp
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a container's host name often does not resolve
     backend = "nccl" if cuda else "gloo"
     dist.init_process_group(backend, init_method=f"tcp://{address[0]}:{address[1]}", rank=rank, world_size=world_size)
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
+    )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Topology(
@@ -75,6 +102,7 @@ def initialize(rank: int, world_size: int, address: tuple[str, int], tp: int, pp
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         dp_group=parallel_state.get_data_parallel_group(),
+        grid=grid,
         device=device,
         backend=backend,
     )

@@ -6,9 +6,46 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from pipeline.rollout.decoder import DecoderConfig
+from pipeline.rollout.decoder import FAMILIES, DecoderConfig
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+}
+EXTRA = {
+    "mistral": {"sliding_window": None},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "moe_intermediate_size": 32,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [],
+        "decoder_sparse_step": 1,
+    },
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-6,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 32,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 2.5,
+        "norm_topk_prob": True,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+        "head_dim": 8,
+    },
+}
 
 
 def hf_config(family, **changes):
@@ -29,7 +66,18 @@ def hf_config(family, **changes):
         "tie_word_embeddings": False,
         "eos_token_id": 3,
         "torch_dtype": "float32",
+        **EXTRA.get(family, {}),
     } | changes
+
+
+def tensor_shapes(config):
+    """Name -> shape of every parameter; by the layout tables where the native decoder does not know the family."""
+    if config["model_type"] in FAMILIES:
+        return DecoderConfig.from_hf(config).tensor_shapes()
+    from megatron_ext import architecture
+    from megatron_ext.weights import layout
+
+    return {source.name: source.shape for row in layout.rows(architecture.parse(config)) for source in row.sources}
 
 
 def random_tensors(config, seed):
@@ -42,7 +90,7 @@ def random_tensors(config, seed):
             return 1.0 + 0.3 * noise
         return 0.3 * noise if name.endswith("bias") else 1.5 * noise * shape[-1] ** -0.5
 
-    return {name: tensor(name, shape) for name, shape in DecoderConfig.from_hf(config).tensor_shapes().items()}
+    return {name: tensor(name, shape) for name, shape in tensor_shapes(config).items()}
 
 
 def write_folder(path: Path, family, seed=0, **changes):

@@ -87,13 +87,14 @@ class Grid:
         ends = (self.first_stage_layers, self.last_stage_layers)
         named = sum(count or 0 for count in ends)
         middle = self.pp - sum(count is not None for count in ends)
-        if middle < 0 or named > layers or (layers - named) % max(1, middle) or (middle == 0 and named != layers):
+        left = layers - named  # for the stages between
+        if middle < 0 or (left < middle if middle else left) or left % max(1, middle):
             raise ValueError(
                 f"{layers} layers cannot be divided over {self.pp} stages"
                 + (f", of which first {ends[0]} and last {ends[1]}" if named else "")
                 + ": choose a divisor, or set the layers of the first or last stage"
             )
-        sizes = [(layers - named) // max(1, middle)] * self.pp
+        sizes = [left // max(1, middle)] * self.pp
         if ends[0] is not None:
             sizes[0] = ends[0]
         if ends[1] is not None:

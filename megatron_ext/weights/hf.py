@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from megatron_ext.architecture import Architecture
 from megatron_ext.topology import Topology
-from megatron_ext.weights.layout import Row, ignored
+from megatron_ext.weights.layout import Row, Slice, ignored
 from pipeline.checksum import checksum
 from pipeline.types import WeightBucket
 
@@ -63,19 +63,17 @@ def load(
     """
     folder = Folder(hf_path)
     _check(folder, rows, model)
-    mine = [row for row in rows if row.stage == topology.pp_rank]
+    mine = {row: part for row in rows if (part := row.part(topology.grid, topology.rank))}
     if unmatched := set(parameters) ^ {row.parameter for row in mine}:
         raise ValueError(f"model and layout table disagree on {', '.join(sorted(unmatched))}")
-    for row in mine:
+    for row, (count, index) in mine.items():
         parameter = parameters[row.parameter].data
-        if tuple(parameter.shape) != row.local_shape(topology.tp_size):
-            raise ValueError(
-                f"{row}: the model has {list(parameter.shape)}, the table {list(row.local_shape(topology.tp_size))}"
-            )
+        if tuple(parameter.shape) != row.local_shape(count):
+            raise ValueError(f"{row}: the model has {list(parameter.shape)}, the table {list(row.local_shape(count))}")
         parameter.zero_()
-        for part in row.slices(topology.tp_size, topology.tp_rank):
-            values = folder.read(row.sources[part.source].name, row.dim, part.source_start, part.length)
-            parameter.narrow(row.dim, part.start, part.length).copy_(values)
+        for piece in row.slices(count, index):
+            values = folder.read(row.sources[piece.source].name, row.dim, piece.source_start, piece.length)
+            parameter.narrow(row.dim, piece.start, piece.length).copy_(values)
 
 
 def _check(folder: Folder, rows: Sequence[Row], model: Architecture) -> None:
@@ -115,26 +113,21 @@ class Piece:
         """Full shape."""
         return self.row.sources[self.source].shape
 
-    def shard_shape(self, tp: int) -> tuple[int, ...]:
-        """Shape of each TP rank's part, padding included."""
-        shape = list(self.shape)
-        shape[self.row.dim] = self.row.shard_length(self.source, tp)
-        return tuple(shape)
-
 
 def plan(rows: Sequence[Row], itemsize: int, bucket_mib: float) -> tuple[tuple[Piece, ...], ...]:
-    """Buckets of an export in order: each within one stage and at most ``bucket_mib`` MiB, or a single larger tensor.
+    """Buckets of an export in order: each of one type, held by the same ranks and at most ``bucket_mib`` MiB, or a single tensor.
 
     The same on every rank, and known without communication.
     """
     limit = bucket_mib * 2**20
     buckets: list[list[Piece]] = []
-    size = 0
+    size, last = 0, None
     for piece in (Piece(row, source) for row in rows if row.exported for source in range(len(row.sources))):
-        nbytes = itemsize * torch.Size(piece.shape).numel()
-        if not buckets or buckets[-1][0].row.stage != piece.row.stage or size + nbytes > limit:
+        nbytes = (4 if piece.row.float32 else itemsize) * torch.Size(piece.shape).numel()
+        kind = (piece.row.stage, piece.row.ep, piece.row.float32)
+        if kind != last or size + nbytes > limit:
             buckets.append([])
-            size = 0
+            size, last = 0, kind
         buckets[-1].append(piece)
         size += nbytes
     return tuple(tuple(bucket) for bucket in buckets)
@@ -148,11 +141,11 @@ def export(
 ) -> Iterator[WeightBucket | None]:
     """The weights as full tensors under Hugging Face names, bucket by bucket, on global rank 0; ``None`` on the other ranks.
 
-    A collective of DP replica 0 (the others take no part): one gather over TP per bucket, then, from later stages, one send to
-    rank 0. The tensors are copies: training may go on while they travel.
+    A collective of the first replica (the others take no part): every rank that holds a part of a bucket sends it to rank 0.
+    The tensors are copies: training may go on while they travel.
     """
     for index, bucket in enumerate(buckets):
-        shards = _collect(parameters, bucket, topology) if topology.dp_rank == 0 else None
+        shards = _collect(parameters, bucket, topology)
         if shards is None:
             yield None
             continue
@@ -160,55 +153,58 @@ def export(
         yield WeightBucket(version, index, len(buckets), tensors, checksum(tensors))
 
 
+@torch.no_grad()
 def _collect(
     parameters: Mapping[str, torch.Tensor], bucket: Sequence[Piece], topology: Topology
 ) -> list[torch.Tensor] | None:
-    """Every TP rank's flat part of ``bucket`` on global rank 0, ``None`` elsewhere."""
-    stage, tp = bucket[0].row.stage, topology.tp_size
-    shards: torch.Tensor | None = None
-    if topology.pp_rank == stage:
-        flat = _flatten(parameters, bucket, topology)
-        if tp == 1:
-            shards = flat[None]
-        else:
-            shards = flat.new_empty(tp, flat.numel()) if topology.tp_rank == 0 else None
-            gathered = None if shards is None else list(shards.unbind())
-            dist.gather(flat, gathered, group=topology.tp_group, group_dst=0)
-    if topology.tp_rank != 0:
+    """Every holder's part of ``bucket``, flat, on global rank 0, ``None`` elsewhere."""
+    holders = bucket[0].row.holders(topology.grid)
+    own = next(iter(parameters.values())).new_empty(0)  # of the model's type
+    if bucket[0].row.float32:
+        own = own.float()
+    if topology.rank in holders:
+        parts = _parts(bucket, len(holders), holders.index(topology.rank))
+        slices = (parameters[piece.row.parameter].narrow(piece.row.dim, s.start, s.length) for piece, s in parts)
+        own = torch.cat([own, *(part.reshape(-1) for part in slices)])
+    if topology.rank != 0:
+        if own.numel():
+            dist.send(own, 0)
         return None
-    if stage != 0 and topology.pp_rank == stage:
-        assert shards is not None
-        dist.send(shards, group=topology.pp_group, group_dst=0)
-    elif stage != 0 and topology.pp_rank == 0:
-        some = next(iter(parameters.values()))
-        shards = some.new_empty(tp, sum(torch.Size(piece.shard_shape(tp)).numel() for piece in bucket))
-        dist.recv(shards, group=topology.pp_group, group_src=stage)
-    return list(shards.unbind()) if topology.pp_rank == 0 and shards is not None else None
+    shards, requests = [], []
+    for index, rank in enumerate(holders):
+        shards.append(own if rank == 0 else own.new_empty(_size(bucket, len(holders), index)))
+        if rank != 0 and shards[-1].numel():
+            requests.append(dist.irecv(shards[-1], rank))
+    for request in requests:
+        assert request is not None  # rank 0 is of the group
+        request.wait()
+    return shards
 
 
-@torch.no_grad()
-def _flatten(parameters: Mapping[str, torch.Tensor], bucket: Sequence[Piece], topology: Topology) -> torch.Tensor:
-    """This rank's parts of the bucket's tensors, each flattened, in order; padding entries hold 0."""
-    parts = []
+def _parts(bucket: Sequence[Piece], count: int, index: int) -> Iterator[tuple[Piece, Slice]]:
+    """What the ``index``-th of ``count`` holders sends of a bucket, in order; of what all hold alike, the first sends it."""
     for piece in bucket:
-        row, parameter = piece.row, parameters[piece.row.parameter]
-        own = [part for part in row.slices(topology.tp_size, topology.tp_rank) if part.source == piece.source]
-        taken = [parameter.narrow(row.dim, part.start, part.length) for part in own]
-        padding = row.shard_length(piece.source, topology.tp_size) - sum(part.length for part in own)
-        if padding:
-            taken.append(parameter.narrow(row.dim, parameter.shape[row.dim] - padding, padding))
-        parts.extend(part.reshape(-1) for part in ([torch.cat(taken, row.dim)] if row.dim else taken))
-    return torch.cat(parts)
+        if piece.row.split is not None or index == 0:
+            yield from ((piece, part) for part in piece.row.slices(count, index) if part.source == piece.source)
 
 
-def _assemble(bucket: Sequence[Piece], shards: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Full tensors from the flat parts of all TP ranks, padding cut off; each owns its memory."""
-    tp, start = len(shards), 0
-    for piece in bucket:
-        shape = piece.shard_shape(tp)
-        size = torch.Size(shape).numel()
-        used = shards[:1] if piece.row.split is None else shards
-        full = torch.cat([shard[start : start + size].view(shape) for shard in used], piece.row.dim)
-        length = piece.shape[piece.row.dim]
-        yield full if full.shape[piece.row.dim] == length else full.narrow(piece.row.dim, 0, length).clone()
-        start += size
+def _size(bucket: Sequence[Piece], count: int, index: int) -> int:
+    return sum(_shape(piece, part).numel() for piece, part in _parts(bucket, count, index))
+
+
+def _shape(piece: Piece, part: Slice) -> torch.Size:
+    """Shape of one slice of a tensor."""
+    return torch.Size((*piece.shape[: piece.row.dim], part.length, *piece.shape[piece.row.dim + 1 :]))
+
+
+def _assemble(bucket: Sequence[Piece], shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Full tensors from the flat parts of all holders; each owns its memory."""
+    tensors = {piece: shards[0].new_empty(piece.shape) for piece in bucket}
+    for index, shard in enumerate(shards):
+        start = 0
+        for piece, part in _parts(bucket, len(shards), index):
+            shape = _shape(piece, part)
+            values = shard[start : start + shape.numel()].view(shape)
+            tensors[piece].narrow(piece.row.dim, part.source_start, part.length).copy_(values)
+            start += shape.numel()
+    return list(tensors.values())

@@ -11,6 +11,7 @@ A family of dense models costs its entry in ``TABLES``, made of the groups of te
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,7 @@ class Template:
     grouped: bool = False  # interleaved per key-value head rather than once per rank
     place: str = "layer"  # "first" stage | every "layer" | "last" stage
     when: str = "always"  # a key of _CONDITIONS: the models, and the layers, that have it
+    float32: bool = False  # whatever the type of the model
 
 
 _CONDITIONS: Mapping[str, Callable[[Architecture, int | None], bool]] = {
@@ -37,10 +39,10 @@ _CONDITIONS: Mapping[str, Callable[[Architecture, int | None], bool]] = {
     "tied": lambda model, layer: model.tied,
     "dense": lambda model, layer: not model.is_moe(layer),
     "moe": lambda model, layer: model.is_moe(layer),
-    "expert bias": lambda model, layer: model.is_moe(layer) and model.moe.expert_bias,
-    "shared experts": lambda model, layer: model.is_moe(layer) and model.moe.shared_ffn > 0,
-    "query compression": lambda model, layer: model.mla.q_lora > 0,
-    "plain query": lambda model, layer: model.mla.q_lora == 0,
+    "expert bias": lambda model, layer: model.moe is not None and model.is_moe(layer) and model.moe.expert_bias,
+    "shared experts": lambda model, layer: model.moe is not None and model.is_moe(layer) and model.moe.shared_ffn > 0,
+    "query compression": lambda model, layer: model.mla is not None and model.mla.q_lora > 0,
+    "plain query": lambda model, layer: model.mla is not None and model.mla.q_lora == 0,
 }
 
 _LAYER = "decoder.layers.{layer}."
@@ -111,6 +113,7 @@ EXPERTS = (
         (_HF + "mlp.gate.e_score_correction_bias",),
         (("experts",),),
         when="expert bias",
+        float32=True,
     ),
     *_feed_forward("mlp.experts.local_experts.{expert}.", "mlp.experts.{expert}.", "expert_ffn", "moe"),
     *_feed_forward("mlp.shared_experts.", "mlp.shared_experts.", "shared_ffn", "shared experts"),
@@ -166,6 +169,16 @@ TABLES: Mapping[str, Sequence[Template]] = {
     "deepseek_v3": (*ENDS, *NORMS, *MLA, *DENSE, *EXPERTS),
 }
 
+# Transformer Engine's modules name some of the same parameters otherwise: norms fused into the linear layer that follows, and the
+# experts of one rank in one grouped layer.
+ALIASES = (
+    (r"\.self_attention\.linear_qkv\.layer_norm_weight$", ".input_layernorm.weight"),
+    (r"\.mlp\.linear_fc1\.layer_norm_weight$", ".pre_mlp_layernorm.weight"),
+    (r"\.linear_q_up_proj\.layer_norm_weight$", ".q_layernorm.weight"),
+    (r"\.linear_kv_up_proj\.layer_norm_weight$", ".kv_layernorm.weight"),
+    (r"\.mlp\.experts\.(linear_fc[12])\.weight(\d+)$", r".mlp.experts.local_experts.\2.\1.weight"),
+)
+
 # Tensors that some checkpoints carry beside the parameters: recomputed buffers, and the copy of a tied embedding.
 IGNORED = ("*.rotary_emb.inv_freq",)
 IGNORED_WHEN_TIED = ("lm_head.weight",)
@@ -200,6 +213,8 @@ class Row:
     stage: int  # pipeline stage that holds it
     layer: int | None = None  # global number; None: embedding, final norm, output layer
     expert: int | None = None  # global number; None: not part of an expert
+    ep: int | None = None  # expert-parallel rank that holds the expert
+    float32: bool = False  # kept so whatever the type of the model
     exported: bool = True  # False: a copy of another row's tensor (tied output layer of the last stage)
 
     @property
@@ -207,16 +222,24 @@ class Row:
         """Dimension along which slices run."""
         return self.split or 0
 
+    def part(self, grid: Grid, rank: int) -> tuple[int, int] | None:
+        """``(n, i)`` where global rank ``rank`` holds the ``i``-th of ``n`` parts, ``None`` where it holds nothing of this row."""
+        place = grid.place(rank)
+        if place.pp != self.stage or (self.expert is not None and place.ep != self.ep):
+            return None
+        return (grid.tp, place.tp) if self.expert is None else (grid.expert_tp, place.etp)
+
+    def holders(self, grid: Grid) -> tuple[int, ...]:
+        """Global ranks of the first replica, in the order of their parts."""
+        if self.ep is None:
+            return tuple(grid.dense_rank(tp, 0, self.stage) for tp in range(grid.tp))
+        return tuple(grid.expert_rank(etp, self.ep, 0, self.stage) for etp in range(grid.expert_tp))
+
     def local_shape(self, tp: int) -> tuple[int, ...]:
         """Shape of the parameter on each of ``tp`` ranks (for an expert, of ``etp``), padding included."""
         shape = list(self.sources[0].shape)
         shape[self.dim] = self._groups(tp) * sum(self._lengths(tp)) // (tp if self.split is not None else 1)
         return tuple(shape)
-
-    def shard_length(self, source: int, tp: int) -> int:
-        """Entries of a source that each of ``tp`` ranks holds, padding included. ``tp`` must divide the groups."""
-        length = self.sources[source].shape[self.dim]
-        return length if self.split is None else -(-length // tp)
 
     def slices(self, tp: int, rank: int) -> tuple[Slice, ...]:
         """The parameter on rank ``rank`` of ``tp``, in order; entries that no slice covers are padding and hold 0.
@@ -250,12 +273,19 @@ class Row:
         return f"{self.parameter} = {sources}{over}{'' if self.split is None else self.split}"
 
 
-def rows(model: Architecture, grid: Grid = Grid()) -> tuple[Row, ...]:
-    """Every parameter of ``model`` on the stages of ``grid``, stage by stage: the order in which they are exported.
+_ALONE = Grid()  # one rank, which holds everything
 
-    Raises ``ValueError`` where the layers cannot be divided so.
+
+def rows(model: Architecture, grid: Grid = _ALONE) -> tuple[Row, ...]:
+    """Every parameter of ``model`` on the ranks of ``grid``, stage by stage, layer by layer, dense ones before those of each
+    expert-parallel rank: the order in which they are exported.
+
+    Raises ``ValueError`` where the layers or the experts cannot be divided so.
     """
     sizes, stages = model.sizes(), grid.stages(model.layers)
+    experts = model.moe.experts if model.moe else 0
+    if experts % grid.ep:
+        raise ValueError(f"{experts} experts cannot be divided over ep={grid.ep}: choose a divisor")
     found = []
     for template in TABLES[model.family.name]:
         for layer in range(model.layers) if template.place == "layer" else (None,):
@@ -263,9 +293,18 @@ def rows(model: Architecture, grid: Grid = Grid()) -> tuple[Row, ...]:
             if not _CONDITIONS[template.when](model, layer) or (template.when == "tied" and grid.pp == 1):
                 continue
             stage, order = _place(template, layer, stages, grid.pp)
-            for expert in range(model.moe.experts) if "{expert}" in template.parameter else (None,):
-                found.append(((stage, order), _row(template, layer, expert, model, sizes, stage)))
+            for expert in range(experts) if "{expert}" in template.parameter else (None,):
+                ep = None if expert is None else expert * grid.ep // experts
+                row = _row(template, layer, expert, model, sizes, stage, ep)
+                found.append(((stage, order, -1 if ep is None else ep, row.float32), row))
     return tuple(row for _, row in sorted(found, key=lambda item: item[0]))
+
+
+def canonical(name: str) -> str:
+    """The layout's name of a Megatron parameter that may be named as in Transformer Engine's layers."""
+    for pattern, replacement in ALIASES:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def ignored(name: str, model: Architecture) -> bool:
@@ -288,6 +327,7 @@ def _row(
     model: Architecture,
     sizes: Mapping[str, int],
     stage: int,
+    ep: int | None,
 ) -> Row:
     """``template`` with its layer and expert number and sizes filled in."""
     return Row(
@@ -301,5 +341,7 @@ def _row(
         stage=stage,
         layer=layer,
         expert=expert,
+        ep=ep,
+        float32=template.float32,
         exported=template.when != "tied",
     )

@@ -11,7 +11,13 @@ from typing import Any
 from pipeline.config.errors import Problem
 from pipeline.config.schema import RunConfig
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+_CONVERTED_ONLY = ("qwen3_moe", "deepseek_v3")  # weights are mapped, training is not built
 _COUNTS = (
     "num_hidden_layers",
     "hidden_size",
@@ -48,6 +54,12 @@ def model_problems(config: RunConfig, folder: Path) -> Iterator[Problem]:
 def _refusals(model: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Problem and remedy of everything in a model that is not built."""
     family = model.get("model_type")
+    if family in _CONVERTED_ONLY:
+        yield (
+            f"model_type {family!r} cannot be trained yet: this version converts and plans mixtures of experts, no more",
+            f"train a model of one of the families {', '.join(ARCHITECTURES)}",
+        )
+        return
     if family not in ARCHITECTURES:
         yield (
             f"model_type {family!r} is not supported",
@@ -65,6 +77,9 @@ def _refusals(model: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for key, value in features.items():
         if model.get(key, value) != value:
             yield f"config.json: {key}={model[key]!r} is not supported", f"use a model with {key}={value!r}"
+    # Where Mistral's key is absent, transformers takes 4096.
+    if family == "mistral" and (window := model.get("sliding_window", 4096)) is not None:
+        yield f"config.json: sliding_window={window} is not supported", "use a model with sliding_window=null"
     lacking = [key for key in _COUNTS if not (isinstance(model.get(key), int) and model[key] > 0)]
     if not isinstance(model.get("rms_norm_eps"), (int, float)):
         lacking.append("rms_norm_eps")

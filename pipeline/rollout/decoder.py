@@ -1,7 +1,7 @@
-"""A compact key-value-cache decoder over Hugging Face tensors: Llama, Qwen2 and Qwen3, in float32.
+"""A compact key-value-cache decoder over Hugging Face tensors: Llama, Mistral, Qwen2 and Qwen3, in float32.
 
-Reference behaviour is transformers' ``modeling_llama``, ``modeling_qwen2`` and ``modeling_qwen3``; the three differ only in
-the biases of the attention projections and in Qwen3's RMSNorm of each query and key head.
+Reference behaviour is transformers' ``modeling_llama``, ``modeling_mistral``, ``modeling_qwen2`` and ``modeling_qwen3``; they
+differ only in the biases of the attention projections and in Qwen3's RMSNorm of each query and key head.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KeyValues = list[
     tuple[torch.Tensor, torch.Tensor]
 ]  # per layer: keys and values, each [rows, kv_heads, columns, head_dim]
 
-FAMILIES = ("llama", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class DecoderConfig:
         for feature, value in (("mlp_bias", True), ("use_sliding_window", True)):
             if config.get(feature) == value:
                 raise EngineError(f"native engine: {feature}={value} is not supported; use rollout.engine=sglang")
+        if family == "mistral" and config.get("sliding_window", 4096) is not None:  # transformers' value where absent
+            raise EngineError("native engine: Mistral's sliding_window is not supported; use rollout.engine=sglang")
         if config.get("hidden_act", "silu") != "silu":
             raise EngineError(
                 f"native engine: hidden_act {config['hidden_act']!r} is not silu; use rollout.engine=sglang"

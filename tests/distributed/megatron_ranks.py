@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -32,7 +33,9 @@ def batch(rows: int = 10, auxiliary: int = 3, vocab: int = 37, seq: int = 12, se
     return TrainBatch(**(fields | changes))
 
 
-def learner(rank, world, address, folder, tp, pp, *, total_steps=10, objective=None, dtype="fp32", **config):
+def learner(
+    rank, world, address, folder, tp, pp, *, ep=1, etp=None, total_steps=10, objective=None, dtype="fp32", **config
+):
     from megatron_ext import topology
     from megatron_ext.learner import MegatronLearner
 
@@ -48,7 +51,7 @@ def learner(rank, world, address, folder, tp, pp, *, total_steps=10, objective=N
         objective or ObjectiveConfig(),
         total_steps=total_steps,
         seed=0,
-        topology=topology.initialize(rank, world, address, tp, pp, seed=0),
+        topology=topology.initialize(rank, world, address, tp, pp, seed=0, ep=ep, etp=etp),
     )
     made.load(Path(folder))
     return made
@@ -67,6 +70,42 @@ def gradients(made, rows: TrainBatch) -> dict[str, torch.Tensor]:
     grads = {name: p.main_grad.clone() for name, p in made._parameters.items()}
     buckets = hf.export(grads, made._buckets, made._topology, 0)
     return {name: tensor for b in buckets if b is not None for name, tensor in b.tensors.items()}
+
+
+def megatron_chunks(rank, world, address, cases):
+    """Where megatron-core puts the layers, ``[case][stage][chunk]``; cases are pairs of layers and grid."""
+    from megatron.core.transformer.transformer_block import get_num_layers_to_build
+    from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+
+    def span(config, stage, chunk):
+        start = get_transformer_layer_offset(config, chunk, stage)
+        return range(start, start + get_num_layers_to_build(config, chunk, stage))
+
+    found = []
+    for layers, grid in cases:
+        config = SimpleNamespace(
+            num_layers=layers,
+            pipeline_model_parallel_size=grid.pp,
+            virtual_pipeline_model_parallel_size=grid.vpp if grid.vpp > 1 else None,
+            num_layers_in_first_pipeline_stage=grid.first_stage_layers,
+            num_layers_in_last_pipeline_stage=grid.last_stage_layers,
+            pipeline_model_parallel_layout=None,
+            account_for_embedding_in_pipeline_split=False,
+            account_for_loss_in_pipeline_split=False,
+        )
+        found.append(tuple(tuple(span(config, stage, chunk) for chunk in range(grid.vpp)) for stage in range(grid.pp)))
+    return found
+
+
+def refusal(rank, world, address, folder, tp, pp):
+    """What a learner that cannot be built says."""
+    from megatron_ext import topology
+
+    try:
+        learner(rank, world, address, folder, tp, pp).close()
+    except ValueError as error:
+        topology.shutdown()
+        return str(error)
 
 
 def learning_rates(rank, world, address, folder, optimizer, total_steps):
@@ -137,18 +176,44 @@ def train(rank, world, address, folder, tp, pp, steps, batches, config):
     return grads, stats, weights
 
 
-def inspect(rank, world, address, folder, tp, pp, tokens):
-    """log p(every token | prefix) at every position, and the export straight after loading, in one and in many buckets."""
-    made = learner(rank, world, address, folder, tp, pp, micro_batch_size=512)
-    vocab = made._architecture.vocab
-    table = torch.stack([_log_probs_of(made, tokens, token) for token in range(vocab)], dim=-1)
-    whole = list(made.export_shards(7))
+def inspect(rank, world, address, folder, layout, tokens, candidates):
+    """log p(candidate | prefix) at every position, and the export straight after loading, in one and in many buckets."""
     from megatron_ext.weights import hf
 
+    made = learner(rank, world, address, folder, **layout, micro_batch_size=512)
+    made._model.eval()  # megatron trains experts under TP with sequence parallelism only
+    table = torch.stack([_log_probs_of(made, tokens, token) for token in candidates], dim=-1)
+    whole = list(made.export_shards(7))
     small = hf.plan(made._rows, 4, SMALL_BUCKET_MIB)
     many = list(hf.export(made._parameters, small, made._topology, 8))
     made.close()
     return table, whole, many
+
+
+def inspect_new_family(*arguments):
+    """As ``inspect``, where the project also knows the family of ``new_family``."""
+    import new_family
+
+    with new_family.registered():
+        return inspect(*arguments)
+
+
+def load_and_export(rank, world, address, folder, grid, dtype="fp32"):
+    """Global layers of each model chunk of this rank, and the export of all its chunks, on a grid of any shape."""
+    from megatron_ext import architecture, models, topology
+    from megatron_ext.weights import hf, layout
+
+    placed = topology.initialize(rank, world, address, grid.tp, grid.pp, seed=0, ep=grid.ep, etp=grid.etp)
+    placed = replace(placed, grid=grid)
+    model = architecture.read(folder)
+    rows = layout.rows(model, grid)
+    chunks = [models.build(model, placed, dtype, chunk) for chunk in (range(grid.vpp) if grid.vpp > 1 else (None,))]
+    parameters = {name: tensor for gpt in chunks for name, tensor in models.global_parameters(gpt).items()}
+    hf.load(parameters, rows, model, folder, placed)
+    buckets = list(hf.export(parameters, hf.plan(rows, models.DTYPES[dtype].itemsize, 1.0), placed, 0))
+    topology.shutdown()
+    layers = [[layer.layer_number - 1 for layer in gpt.decoder.layers] for gpt in chunks]
+    return layers, {name: tensor for bucket in buckets if bucket for name, tensor in bucket.tensors.items()}
 
 
 SMALL_BUCKET_MIB = 0.005  # 5 KiB: a few tensors of the tiny models, less than the largest

@@ -1,24 +1,48 @@
 """Hugging Face weights into Megatron and out again: the same logits, and the same bits, at every layout."""
 
+import contextlib
+import itertools
+from pathlib import Path
+
 import megatron_ranks as ranks
+import new_family
 import pytest
 import tiny_models
 import torch
 
+from megatron_ext.weights.grid import Grid
 from pipeline.checksum import checksum
 
+DENSE = {"TP1": (1, 1, 1, 1, None), "TP2": (2, 2, 1, 1, None), "TP2xPP2": (4, 2, 2, 1, None)}
+EXPERTS = DENSE | {
+    "PP2": (2, 1, 2, 1, None),
+    "EP2": (2, 1, 1, 2, None),
+    "TP2, experts EP2": (2, 2, 1, 2, 1),
+    "TP2xEP2": (4, 2, 1, 2, 2),
+    "EP2xPP2": (4, 1, 2, 2, 1),
+}
+CASES = [
+    *((name, layout) for name in ("llama", "llama_tied", "mistral", "qwen2", "qwen3") for layout in DENSE),
+    *(("qwen3_moe", layout) for layout in EXPERTS),
+    ("qwen3_moe_raw", "TP1"),
+    *(("deepseek_v3", layout) for layout in ("TP1", "EP2", "EP2xPP2")),
+    ("deepseek_plain_query", "TP1"),
+]
 
-@pytest.mark.parametrize("layout", [(1, 1, 1), (2, 2, 1), (4, 2, 2)], ids=["TP1", "TP2", "TP2xPP2"])
-@pytest.mark.parametrize("name", tiny_models.CONFIGS)
+
+@pytest.mark.parametrize(("name", "layout"), CASES)
 def test_logits_equal_transformers_and_export_equals_the_folder(gang, tmp_path, name, layout):
-    world, tp, pp = layout
+    world, tp, pp, ep, etp = EXPERTS[layout]
     config = tiny_models.config(name)
     source = tiny_models.weights(config)
     folder = tiny_models.write(tmp_path, config, source, files=1 + tp)
-    tokens = torch.randint(0, config["vocab_size"], (3, 9), generator=torch.Generator().manual_seed(1))
+    vocab = config["vocab_size"]
+    tokens = torch.randint(0, vocab, (3, 9), generator=torch.Generator().manual_seed(1))
+    candidates = [0, 1, vocab // 2 - 1, vocab // 2, vocab - 2, vocab - 1]  # of both halves of the vocabulary
     with torch.no_grad():
-        expected = torch.log_softmax(tiny_models.hf_model(folder)(tokens).logits, -1)[:, :-1]
-    results = gang.run(ranks.inspect, world, folder, tp, pp, tokens)
+        expected = torch.log_softmax(tiny_models.hf_model(folder)(tokens).logits, -1)[:, :-1, candidates]
+    placed = {"tp": tp, "pp": pp, "ep": ep, "etp": etp}
+    results = gang.run(ranks.inspect, world, folder, placed, tokens, candidates)
     for table, _, _ in results:
         assert (table - expected).abs().max() < 1e-4
     for version, items in ((7, results[0][1]), (8, results[0][2])):
@@ -33,3 +57,96 @@ def test_logits_equal_transformers_and_export_equals_the_folder(gang, tmp_path, 
     for _, whole, many in results[1:]:
         assert whole == [None] * len(results[0][1])
         assert many == [None] * len(results[0][2])
+
+
+@pytest.mark.parametrize("layout", ["TP1", "TP2xPP2"])
+def test_a_new_dense_family_costs_its_table(gang, tmp_path, layout):
+    """EXAONE's names for Llama's computation: its table is less than 40 lines, and nothing else is asked."""
+    lines = Path(new_family.__file__).read_text().splitlines()
+    assert lines.index(")", lines.index("TABLE = (")) - lines.index("TABLE = (") < 39
+    config = tiny_models.config("llama")
+    llama = tiny_models.weights(config)
+    with torch.no_grad():
+        tokens = torch.randint(0, config["vocab_size"], (3, 9), generator=torch.Generator().manual_seed(1))
+        reference = tiny_models.hf_model(tiny_models.write(tmp_path / "llama", config, llama))
+        expected = torch.log_softmax(reference(tokens).logits, -1)[:, :-1, [3, 30]]
+    source = {_renamed(name): tensor for name, tensor in llama.items()}
+    assert not source.keys() & (llama.keys() - {"lm_head.weight"})
+    folder = tiny_models.write(tmp_path / "exaone", config | {"architectures": ["ExaoneForCausalLM"]}, source)
+    world, tp, pp, *_ = DENSE[layout]
+    results = gang.run(ranks.inspect_new_family, world, folder, {"tp": tp, "pp": pp}, tokens, [3, 30])
+    assert all((table - expected).abs().max() < 1e-4 for table, _, _ in results)
+    exported = {name: tensor for bucket in results[0][1] for name, tensor in bucket.tensors.items()}
+    assert exported.keys() == source.keys()
+    assert all(torch.equal(exported[name], source[name]) for name in source)
+
+
+def _renamed(name):
+    for old, new in new_family.RENAMED.items():
+        name = name.replace(old, new)
+    return name
+
+
+PLACED = {
+    "short first stage": ("qwen3_moe", Grid(pp=2, first_stage_layers=1), [[[0]], [[1, 2, 3]]]),
+    "short last stage": ("qwen3_moe", Grid(pp=2, last_stage_layers=1), [[[0, 1, 2]], [[3]]]),
+    "virtual stages": ("qwen3_moe", Grid(pp=2, vpp=2), [[[0], [2]], [[1], [3]]]),
+    "virtual stages, EP2": ("qwen3_moe", Grid(pp=2, dp=2, ep=2, vpp=2), [[[0], [2]]] * 2 + [[[1], [3]]] * 2),
+    "PP4": ("qwen3_moe", Grid(pp=4), [[[0]], [[1]], [[2]], [[3]]]),
+    "EP4": ("qwen3_moe", Grid(dp=4, ep=4), [[[0, 1, 2, 3]]] * 4),
+    "EP2, expert-TP2, dense TP1": ("deepseek_v3", Grid(dp=4, ep=2, etp=2), [[[0, 1, 2, 3]]] * 4),
+    "TP4": ("qwen2", Grid(tp=4), [[[0, 1, 2, 3]]] * 4),
+}
+
+
+@pytest.mark.parametrize("case", PLACED)
+def test_any_grid_holds_the_same_bits(gang, tmp_path, case):
+    """Megatron puts layers where the grid says, and what was loaded comes out again."""
+    name, grid, expected = PLACED[case]
+    config = tiny_models.config(name, num_key_value_heads=4)
+    source = tiny_models.weights(config)
+    folder = tiny_models.write(tmp_path, config, source)
+    results = gang.run(ranks.load_and_export, grid.world_size, folder, grid)
+    assert [layers for layers, _ in results] == expected
+    assert results[0][1].keys() == source.keys()
+    assert all(torch.equal(results[0][1][key], source[key]) for key in source)
+
+
+def test_expert_biases_stay_float32(gang, tmp_path):
+    """DeepSeek-V3 chooses experts by them; rounded to bfloat16 it would choose others."""
+    config = tiny_models.config("deepseek_v3")
+    source = tiny_models.weights(config)
+    folder = tiny_models.write(tmp_path, config, source)
+    exported = gang.run(ranks.load_and_export, 2, folder, Grid(dp=2, ep=2), "bf16")[0][1]
+    biases = {name for name in source if name.endswith("e_score_correction_bias")}
+    assert biases
+    for name, tensor in source.items():
+        assert torch.equal(exported[name], tensor if name in biases else tensor.bfloat16()), name
+
+
+def test_grid_puts_layers_where_megatron_does(gang):
+    """Every even and uneven division of up to 16 layers over up to 4 stages of up to 3 chunks."""
+    ends = (None, 1, 2, 3, 4, 6)
+    cases = [
+        (layers, Grid(pp=pp, vpp=vpp, first_stage_layers=first, last_stage_layers=last))
+        for layers, pp, vpp, first, last in itertools.product(range(1, 17), (2, 3, 4), (1, 2, 3), ends, ends)
+        if not (pp == 2 and vpp > 1 and first and last)  # upstream then divides by the number of stages between: 0
+    ]
+    ours = {}
+    for layers, grid in cases:
+        with contextlib.suppress(ValueError):
+            ours[layers, grid] = grid.chunks(layers)
+    assert len(ours) > 200
+    assert gang.run(ranks.megatron_chunks, 1, list(ours))[0] == list(ours.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("llama", "tensor_model_parallel_size=4 does not divide num_key_value_heads=2"),
+        ("deepseek_v3", "tensor_model_parallel_size=4 with multi-head latent attention"),
+    ],
+)
+def test_what_megatron_s_own_layers_cannot_divide_is_refused(gang, tmp_path, name, message):
+    folder = tiny_models.write(tmp_path, tiny_models.config(name))
+    assert all(message in said for said in gang.run(ranks.refusal, 4, folder, 4, 1))

@@ -43,6 +43,66 @@ CONFIGS = {
         "tie_word_embeddings": False,
         "head_dim": 16,
     },
+    "mistral": {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "tie_word_embeddings": False,
+        "sliding_window": None,
+        "vocab_size": 1000,
+    },
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "tie_word_embeddings": False,
+        "num_experts": 4,
+        "moe_intermediate_size": 16,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+        "decoder_sparse_step": 1,
+    },
+    "deepseek_v3": {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "deepseek_v3",
+        "tie_word_embeddings": False,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-6,  # what transformers gives the norms of compressed queries and keys, whatever this says
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "moe_intermediate_size": 16,
+        "num_experts_per_tok": 4,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 2.5,
+        "norm_topk_prob": True,
+        "q_lora_rank": 12,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 6,
+        "head_dim": 4,  # as transformers writes it: the rotary part
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 4.0,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 0.8,
+            "mscale_all_dim": 0.5,
+            "original_max_position_embeddings": 16,
+        },
+    },
+}
+CONFIGS["qwen3_moe_raw"] = CONFIGS["qwen3_moe"] | {
+    "norm_topk_prob": False,
+    "mlp_only_layers": [],
+    "decoder_sparse_step": 2,
+}
+CONFIGS["deepseek_plain_query"] = CONFIGS["deepseek_v3"] | {
+    "q_lora_rank": None,
+    "rope_scaling": None,
+    "n_group": 1,
+    "topk_group": 1,
 }
 
 
@@ -52,29 +112,80 @@ def config(name: str, **changes) -> dict:
 
 def shapes(config: dict) -> dict[str, tuple[int, ...]]:
     """Hugging Face names and shapes, written down independently of the layout table."""
-    d, f, v, hd = (config[k] for k in ("hidden_size", "intermediate_size", "vocab_size", "head_dim"))
-    q, kv = config["num_attention_heads"] * hd, config["num_key_value_heads"] * hd
+    d, v = config["hidden_size"], config["vocab_size"]
     out = {"model.embed_tokens.weight": (v, d), "model.norm.weight": (d,)}
     if not config["tie_word_embeddings"]:
         out["lm_head.weight"] = (v, d)
+    latent = config["model_type"] == "deepseek_v3"
     for i in range(config["num_hidden_layers"]):
-        layer = {
-            "input_layernorm.weight": (d,),
-            "post_attention_layernorm.weight": (d,),
-            "self_attn.q_proj.weight": (q, d),
-            "self_attn.k_proj.weight": (kv, d),
-            "self_attn.v_proj.weight": (kv, d),
-            "self_attn.o_proj.weight": (d, q),
-            "mlp.gate_proj.weight": (f, d),
-            "mlp.up_proj.weight": (f, d),
-            "mlp.down_proj.weight": (d, f),
-        }
-        if config["model_type"] == "qwen2":
-            layer |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
-        if config["model_type"] == "qwen3":
-            layer |= {"self_attn.q_norm.weight": (hd,), "self_attn.k_norm.weight": (hd,)}
+        layer = {"input_layernorm.weight": (d,), "post_attention_layernorm.weight": (d,)}
+        layer |= _latent_attention(config) if latent else _attention(config)
+        layer |= _experts(config) if _has_experts(config, i) else _feed_forward("mlp.", d, config["intermediate_size"])
         out |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
     return out
+
+
+def _attention(config: dict) -> dict[str, tuple[int, ...]]:
+    d, hd = config["hidden_size"], config["head_dim"]
+    q, kv = config["num_attention_heads"] * hd, config["num_key_value_heads"] * hd
+    layer = {
+        "self_attn.q_proj.weight": (q, d),
+        "self_attn.k_proj.weight": (kv, d),
+        "self_attn.v_proj.weight": (kv, d),
+        "self_attn.o_proj.weight": (d, q),
+    }
+    if config["model_type"] == "qwen2":
+        layer |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
+    if config["model_type"].startswith("qwen3"):
+        layer |= {"self_attn.q_norm.weight": (hd,), "self_attn.k_norm.weight": (hd,)}
+    return layer
+
+
+def _latent_attention(config: dict) -> dict[str, tuple[int, ...]]:
+    d, heads, kv = config["hidden_size"], config["num_attention_heads"], config["kv_lora_rank"]
+    nope, rope, value = (config[key] for key in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+    layer = {
+        "self_attn.kv_a_proj_with_mqa.weight": (kv + rope, d),
+        "self_attn.kv_a_layernorm.weight": (kv,),
+        "self_attn.kv_b_proj.weight": (heads * (nope + value), kv),
+        "self_attn.o_proj.weight": (d, heads * value),
+    }
+    if (rank := config["q_lora_rank"]) is None:
+        return layer | {"self_attn.q_proj.weight": (heads * (nope + rope), d)}
+    return layer | {
+        "self_attn.q_a_proj.weight": (rank, d),
+        "self_attn.q_a_layernorm.weight": (rank,),
+        "self_attn.q_b_proj.weight": (heads * (nope + rope), rank),
+    }
+
+
+def _has_experts(config: dict, layer: int) -> bool:
+    if config["model_type"] == "deepseek_v3":
+        return layer >= config["first_k_dense_replace"]
+    if config["model_type"] == "qwen3_moe":
+        return layer not in config["mlp_only_layers"] and (layer + 1) % config["decoder_sparse_step"] == 0
+    return False
+
+
+def _experts(config: dict) -> dict[str, tuple[int, ...]]:
+    d, width = config["hidden_size"], config["moe_intermediate_size"]
+    latent = config["model_type"] == "deepseek_v3"
+    count = config["n_routed_experts" if latent else "num_experts"]
+    layer = {"mlp.gate.weight": (count, d)}
+    for expert in range(count):
+        layer |= _feed_forward(f"mlp.experts.{expert}.", d, width)
+    if latent:
+        layer |= {"mlp.gate.e_score_correction_bias": (count,)}
+        layer |= _feed_forward("mlp.shared_experts.", d, width * config["n_shared_experts"])
+    return layer
+
+
+def _feed_forward(prefix: str, hidden: int, width: int) -> dict[str, tuple[int, ...]]:
+    return {
+        prefix + "gate_proj.weight": (width, hidden),
+        prefix + "up_proj.weight": (width, hidden),
+        prefix + "down_proj.weight": (hidden, width),
+    }
 
 
 def weights(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@ from safetensors.torch import save_file
 
 from megatron_ext.architecture import FAMILIES, Architecture
 from megatron_ext.weights import hf, layout
+from megatron_ext.weights.grid import Grid
 
 MODEL = Architecture(FAMILIES["Qwen2ForCausalLM"], 2, 6, 8, 4, 2, 2, 7, 16, 1e-6, 1e4, None, False)
 
@@ -18,7 +19,7 @@ def tensors():
 def load(folder, tp=1, rank=0):
     rows = layout.rows(MODEL)
     parameters = {r.parameter: torch.full(r.local_shape(tp), torch.nan) for r in rows}
-    topology = SimpleNamespace(tp_size=tp, tp_rank=rank, pp_rank=0)
+    topology = SimpleNamespace(grid=Grid(tp=tp), rank=rank)
     hf.load(parameters, rows, MODEL, folder, topology)
     return parameters
 

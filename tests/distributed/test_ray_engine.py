@@ -1,0 +1,90 @@
+"""A rollout engine in a Ray process of its own: what its driver learns of failures and of a process that stands still."""
+
+import os
+import re
+import signal
+from functools import partial
+
+import pytest
+import ray
+
+from launchers.actors import EngineProcess, RayEngine
+from pipeline.checksum import checksum
+from pipeline.rollout.engine import WeightUpdateError
+from pipeline.rollout.native import NativeEngine
+from pipeline.rollout.pool import EnginePool
+from pipeline.rollout.rollouts import Rollouts
+from pipeline.types import GenerateRequest, Prompt, WeightBucket
+from tests.tiny_folder import hf_config, random_tensors, write_folder
+
+REQUEST = GenerateRequest(Prompt("p", (5, 6), "", None, "exact"), (1, 2), 1.0, 4)
+
+
+class Engine(NativeEngine):
+    """A native engine that says which process it is in."""
+
+    def pid(self):
+        return os.getpid()
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def pool(cluster, tmp_path):
+    spawn = partial(EngineProcess.options(num_cpus=0).remote, Engine)
+    engines = [RayEngine(spawn, f"engine {i}", timeout_s=2.0) for i in range(2)]
+    pool = EnginePool(engines)
+    pool.start(write_folder(tmp_path / "model", "llama")[0])
+    yield pool
+    pool.close()
+
+
+def export(version, *, before_last=lambda: None):
+    tensors = random_tensors(hf_config("llama"), version)
+    names = sorted(tensors)
+    for i in range(5):
+        part = {name: tensors[name] for name in names[i::5]}
+        if i == 4:
+            before_last()
+        yield ray.put(WeightBucket(version, i, 5, part, checksum(part)))
+
+
+def test_a_queued_failure_is_raised_by_verify_before_any_commit(pool):
+    pool.begin_update(1)
+    (first, *_) = export(1)
+    pool.load_bucket(first)
+    with pytest.raises(WeightUpdateError, match="1 of 5 buckets arrived"):
+        pool.verify_update(1)
+    pool.abort_update()
+    assert [engine.health().weight_version for engine in pool._engines] == [None, None]
+
+
+def test_a_process_that_stands_still_is_named_and_started_again(pool, tmp_path):
+    still = pool._engines[1]
+    pid = still._call("pid")
+    actions = [lambda: os.kill(pid, signal.SIGSTOP)]
+
+    class Learner:
+        def export_shards(self, version):
+            yield from export(version, before_last=lambda: actions and actions.pop()())
+
+    faults = []
+    rollouts = Rollouts(pool, Learner(), tmp_path / "model", faults.append)
+    rollouts.push(3)
+    (fault,) = faults
+    # Which wait of the driver's meets the silence first depends on how far the other calls had come.
+    assert re.match(
+        "engine 1 was started again: push of weight version 3 failed in (load_bucket 5|verify_update): "
+        "engine 1: load_bucket [345]: its process did not answer within 4 s",
+        fault,
+    )
+    assert "raise rollout.weight_sync_timeout_s (2)" in fault
+    assert still._call("pid") != pid
+    assert pool.health().weight_version == 3
+    groups = rollouts.generate([REQUEST])
+    assert all(sample.drawn_with(3) for sample in groups[0].samples)
