@@ -13,6 +13,11 @@ def checksum(tensors: Mapping[str, torch.Tensor]) -> int:
     crc = 0
     for name in sorted(tensors):
         tensor = tensors[name].detach().contiguous().cpu()
-        crc = zlib.crc32(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode(), crc)
+        crc = zlib.crc32(head(name, tensor), crc)
         crc = zlib.crc32(tensor.view(-1).view(torch.uint8).numpy().data, crc)
     return crc
+
+
+def head(name: str, tensor: torch.Tensor) -> bytes:
+    """What the checksum of a tensor covers before its bytes."""
+    return f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode()

@@ -2,51 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 
 from megatron_ext.architecture import Architecture
 from megatron_ext.topology import Topology
-from megatron_ext.weights.layout import Row, Slice, ignored
+from megatron_ext.weights import safetensors_io
+from megatron_ext.weights.layout import Row, Slice
 from pipeline.checksum import checksum
 from pipeline.types import WeightBucket
-
-
-class Folder:
-    """The tensors of a Hugging Face folder: one ``model.safetensors`` or the files of its index. Reads slices, not files."""
-
-    def __init__(self, hf_path: Path) -> None:
-        self.path = hf_path
-        index = hf_path / "model.safetensors.index.json"
-        if index.is_file():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        elif (hf_path / "model.safetensors").is_file():
-            files = ["model.safetensors"]
-        else:
-            raise FileNotFoundError(f"{hf_path} has neither model.safetensors nor model.safetensors.index.json")
-        self._slices: dict[str, Any] = {}  # lazy: nothing is read before it is indexed
-        for file in files:
-            handle = safe_open(hf_path / file, framework="pt")
-            self._slices.update({name: handle.get_slice(name) for name in handle.keys()})  # noqa: SIM118
-
-    def names(self) -> set[str]:
-        """Names of all tensors."""
-        return set(self._slices)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Full shape of a tensor."""
-        return tuple(self._slices[name].get_shape())
-
-    def read(self, name: str, dim: int, start: int, length: int) -> torch.Tensor:
-        """Entries ``[start, start + length)`` of a tensor along ``dim``."""
-        return self._slices[name][(slice(None),) * dim + (slice(start, start + length),)]
 
 
 def load(
@@ -61,8 +29,8 @@ def load(
     ``rows`` are those of the whole model, so that every rank refuses a folder with missing, misshapen or unknown tensors.
     Raises ``ValueError`` that names the tensor, both shapes and the layout row.
     """
-    folder = Folder(hf_path)
-    _check(folder, rows, model)
+    folder = safetensors_io.Folder(hf_path)
+    safetensors_io.check(folder, rows, model)
     mine = {row: part for row in rows if (part := row.part(topology.grid, topology.rank))}
     if unmatched := set(parameters) ^ {row.parameter for row in mine}:
         raise ValueError(f"model and layout table disagree on {', '.join(sorted(unmatched))}")
@@ -74,26 +42,6 @@ def load(
         for piece in row.slices(count, index):
             values = folder.read(row.sources[piece.source].name, row.dim, piece.source_start, piece.length)
             parameter.narrow(row.dim, piece.start, piece.length).copy_(values)
-
-
-def _check(folder: Folder, rows: Sequence[Row], model: Architecture) -> None:
-    """Refuse a folder whose tensors are not exactly those of the model."""
-    present = folder.names()
-    for row in rows:
-        for source in row.sources:
-            if source.name not in present:
-                raise ValueError(f"{folder.path} lacks the tensor {source.name}; needed by {row}")
-            if folder.shape(source.name) != source.shape:
-                raise ValueError(
-                    f"{folder.path}: {source.name} has shape {list(folder.shape(source.name))}, "
-                    f"config.json asks for {list(source.shape)}; needed by {row}"
-                )
-    known = {source.name for row in rows for source in row.sources}
-    if extra := sorted(name for name in present - known if not ignored(name, model)):
-        raise ValueError(
-            f"{folder.path} holds {len(extra)} tensors that {model.family.name} does not have: {', '.join(extra[:5])}"
-            f"{', ...' if len(extra) > 5 else ''}; is architectures in config.json right?"
-        )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,362 @@
+"""Hugging Face folders to megatron-core's ``torch_dist`` checkpoints and back: streaming, in parallel, resumable.
+
+Both directions cut the work into parts of about ``PART_BYTES`` and hold one tensor per worker, all workers together never more than
+twice the largest tensor (or ``LEAST_BUDGET``). No megatron here but for the comparison of logits.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_ext import architecture
+from megatron_ext.architecture import Architecture
+from megatron_ext.weights import identity, layout, safetensors_io, torch_dist
+from megatron_ext.weights.grid import Grid
+from megatron_ext.weights.layout import Row
+from megatron_ext.weights.parts import Budget, ConversionError, Work
+from megatron_ext.weights.verify import MANIFEST
+from megatron_ext.weights.verify import verify as compare
+
+PART_BYTES = 64 * 2**20, 2**30  # least and most; between, a sixteenth of the model
+LEAST_BUDGET = 128 * 2**20  # bytes
+DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_WEIGHTS = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.bin",
+    "*.bin.index.json",
+    "*.pt",
+    "*.pth",
+    "*.gguf",
+    "*.onnx",
+)
+# Kept as they are whatever --dtype: megatron-core and transformers hold these in float32 in every model.
+_EXACT = (".router.expert_bias",)
+
+Progress = Callable[[int, int], None]  # bytes done since the last call, bytes in all
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did."""
+
+    out: str
+    tensors: int
+    bytes: int
+    seconds: float
+    parts: int
+    resumed_parts: int  # finished by an earlier attempt
+    verified: str  # what --verify compared
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Records of one rank, for one file."""
+
+    file: str
+    chunks: tuple[torch_dist.Chunk, ...]
+    nbytes: int
+
+
+def hf_to_megatron(
+    hf: Path,
+    out: Path,
+    grid: Grid | None = None,
+    dtype: str | None = None,
+    workers: int = 4,
+    verify: bool = False,
+    progress: Progress = lambda done, total: None,
+    part_bytes: int | None = None,
+) -> Report:
+    """Write a Hugging Face folder as a ``torch_dist`` checkpoint cut for ``grid``; it loads at any layout.
+
+    ``dtype`` "fp32" or "bf16" casts; ``None`` keeps the folder's types. Called again after a kill, it goes on where it was.
+    Raises ``ValueError`` for a folder, layout or ``out`` that cannot be used, ``ConversionError`` where writing or verifying fails.
+    """
+    start = time.perf_counter()
+    grid = grid or Grid()
+    model = architecture.read(hf)
+    model.check_layout(grid)
+    rows = [row for row in layout.rows(model, grid) if row.exported]
+    folder = safetensors_io.Folder(hf)
+    safetensors_io.check(folder, rows, model)
+    types = {row.parameter: _type_of(row, folder, dtype) for row in rows}
+    part_bytes = part_bytes or _part_bytes(sum(_nbytes(row.local_shape(1), types[row.parameter]) for row in rows))
+    parts = _parts(rows, grid, types, part_bytes)
+    settings = {
+        "source": str(hf.resolve()),
+        "files": _stamps(hf / file for file in {entry.file for entry in folder.entries.values()}),
+        "model": asdict(model),
+        "grid": asdict(grid),
+        "dtype": dtype,
+        "part_bytes": part_bytes,
+    }
+    total = sum(part.nbytes for part in parts)
+    largest = max(_held(s.shape, types[row.parameter], folder.dtype(s.name)) for row in rows for s in row.sources)
+    budget = Budget(max(largest, LEAST_BUDGET))
+    with Work(out, settings) as work:
+        resumed = len(work.finished)
+        _require_space(work, total - sum(parts[index].nbytes for index in work.finished))
+        write = functools.partial(_write_part, work.folder, folder, model, types, budget)
+        results = work.run(
+            [part.nbytes for part in parts], lambda i: write(parts[i]), workers, lambda done: progress(done, total)
+        )
+        records = [
+            torch_dist.Record(chunk, types[chunk.row.parameter], part.file, entry["start"], entry["nbytes"])
+            for part, entries in zip(parts, results, strict=True)
+            for chunk, entry in zip(part.chunks, entries, strict=True)
+        ]
+        _remove_others(work.folder, {part.file for part in parts})
+        identity.record(work.folder, model)
+        _write_manifest(work.folder, hf, [entry for entries in results for entry in entries])
+        torch_dist.finish(work.folder, records, model)
+        said = compare(work.folder, hf, work.folder, model, rows, workers, budget) if verify else ""
+        work.publish()
+    return Report(str(out), len(records), total, time.perf_counter() - start, len(parts), resumed, said)
+
+
+def _type_of(row: Row, folder: safetensors_io.Folder, dtype: str | None) -> torch.dtype:
+    """The type in which a row is written; sources of several types get one that holds them all."""
+    own = functools.reduce(torch.promote_types, (folder.dtype(source.name) for source in row.sources))
+    return own if dtype is None or row.parameter.endswith(_EXACT) else DTYPES[dtype]
+
+
+def _parts(rows: Sequence[Row], grid: Grid, types: Mapping[str, torch.dtype], limit: int) -> list[_Part]:
+    """What every rank holds, once per replicated row, in files of at most ``limit`` bytes or one larger record."""
+    held: dict[int, list[torch_dist.Chunk]] = {}
+    for row in rows:
+        ranks = row.holders(grid)
+        for index, rank in enumerate(ranks if row.split is not None else ranks[:1]):
+            held.setdefault(rank, []).extend(torch_dist.chunks(row, len(ranks), index))
+    parts = []
+    for rank, chunks in sorted(held.items()):
+        sizes = [_nbytes(chunk.shape, types[chunk.row.parameter]) for chunk in chunks]
+        for number, group in enumerate(_groups(sizes, limit)):
+            name = f"__{rank}_{number}.distcp"  # as torch.distributed.checkpoint names them
+            parts.append(_Part(name, tuple(chunks[i] for i in group), sum(sizes[i] for i in group)))
+    return parts
+
+
+def _nbytes(shape: Sequence[int], dtype: torch.dtype) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def _held(shape: Sequence[int], dtype: torch.dtype, source: torch.dtype) -> int:
+    """Bytes in memory while a tensor is converted: the source's pages or a copy, and what is made of them."""
+    return 2 * math.prod(shape) * max(dtype.itemsize, source.itemsize)
+
+
+def _part_bytes(total: int) -> int:
+    """Size of a part: the model's alone decides, so that any number of workers can take up the work of any other."""
+    least, most = PART_BYTES
+    return min(most, max(least, total // 16))
+
+
+def _groups(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Indices of ``sizes`` in order, grouped so that each group is at most ``limit`` or a single one."""
+    groups: list[list[int]] = []
+    total = 0
+    for index, size in enumerate(sizes):
+        if not groups or total + size > limit:
+            groups.append([])
+            total = 0
+        groups[-1].append(index)
+        total += size
+    return groups
+
+
+def _write_part(
+    work: Path,
+    folder: safetensors_io.Folder,
+    model: Architecture,
+    types: Mapping[str, torch.dtype],
+    budget: Budget,
+    part: _Part,
+) -> list[dict[str, Any]]:
+    """One file, record by record, complete on disk before it has its name; where each record is, and its checksum."""
+    entries, end = [], 0
+    partial = work / f"{part.file}.partial"
+    with partial.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, part.nbytes)  # a full disk is found here
+        for chunk in part.chunks:
+            name, dtype = chunk.row.parameter, types[chunk.row.parameter]
+            with budget.hold(_held(chunk.shape, dtype, folder.dtype(chunk.row.sources[0].name))):
+                tensor, leading = _values(folder, chunk, dtype), len(torch_dist.stored(chunk.row, model).axes)
+                nbytes, crc = torch_dist.write(file.fileno(), end, name, tensor, leading)
+                del tensor
+            entry = {"parameter": name, "offset": chunk.start, "shape": list(chunk.shape), "dtype": str(dtype)}
+            entries.append(entry | {"start": end, "nbytes": nbytes, "checksum": crc})
+            end += nbytes
+        os.fsync(file.fileno())
+    partial.rename(work / part.file)
+    return entries
+
+
+def _values(folder: safetensors_io.Folder, chunk: torch_dist.Chunk, dtype: torch.dtype) -> torch.Tensor:
+    """A chunk's values, contiguous: the file's own pages where it is one unchanged slice of one tensor."""
+    row = chunk.row
+    views = (
+        folder.read(row.sources[part.source].name, row.dim, part.source_start, part.length) for part in chunk.slices
+    )
+    if len(chunk.slices) == 1:
+        return next(views).to(dtype).contiguous()
+    values = torch.empty(chunk.shape, dtype=dtype)
+    for part, view in zip(chunk.slices, views, strict=True):
+        values.narrow(row.dim, part.start, part.length).copy_(view)
+    return values
+
+
+def megatron_to_hf(
+    checkpoint: Path,
+    hf: Path,
+    out: Path,
+    dtype: str | None = None,
+    shard_bytes: int = 5 * 10**9,
+    workers: int = 4,
+    verify: bool = False,
+    progress: Progress = lambda done, total: None,
+    part_bytes: int | None = None,
+) -> Report:
+    """Write a ``torch_dist`` checkpoint, ours or a training run's, as a Hugging Face folder.
+
+    ``checkpoint`` is anything that :func:`torch_dist.find` understands; configuration, tokenizer and all else but weights is copied
+    from ``hf``. ``dtype`` ``None`` keeps the checkpoint's types. Resumes and raises like :func:`hf_to_megatron`.
+    """
+    start = time.perf_counter()
+    directory = torch_dist.find(checkpoint)
+    model = architecture.read(hf)
+    identity.check(directory, model, str(hf / "config.json"))
+    rows = [row for row in layout.rows(model) if row.exported]
+    source = torch_dist.Checkpoint(directory, model, rows)
+    tensors = [
+        _Tensor(row, number, source.dtype(row) if dtype is None or row.parameter.endswith(_EXACT) else DTYPES[dtype])
+        for row in rows
+        for number in range(len(row.sources))
+    ]
+    total = sum(tensor.nbytes for tensor in tensors)
+    part_bytes = part_bytes or _part_bytes(total)
+    parts = [[tensors[i] for i in group] for group in _groups([tensor.nbytes for tensor in tensors], part_bytes)]
+    settings = {
+        "source": str(directory.resolve()),
+        "files": _stamps([*directory.glob("*.distcp"), directory / ".metadata"]),
+        "hf": str(hf.resolve()),
+        "model": asdict(model),
+        "dtype": dtype,
+        "shard_bytes": shard_bytes,
+        "part_bytes": part_bytes,
+    }
+    largest = max(_held(tensor.shape, tensor.dtype, source.dtype(tensor.row)) for tensor in tensors)
+    budget = Budget(max(largest, LEAST_BUDGET))
+    with Work(out, settings) as work:
+        resumed = len(work.finished)
+        places = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
+        files = safetensors_io.Files(work.folder, places, shard_bytes)
+        _allocate(work, files, resumed)
+        with closing(files):
+            results = work.run(
+                [sum(tensor.nbytes for tensor in part) for part in parts],
+                lambda i: _write_tensors(files, source, budget, parts[i]),
+                workers,
+                lambda done: progress(done, total),
+            )
+        _copy_rest(hf, work.folder, {tensor.dtype for tensor in tensors})
+        _write_manifest(work.folder, directory, [entry for entries in results for entry in entries])
+        said = compare(directory, work.folder, work.folder, model, rows, workers, budget) if verify else ""
+        work.publish()
+    return Report(str(out), len(tensors), total, time.perf_counter() - start, len(parts), resumed, said)
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One Hugging Face tensor: source ``number`` of ``row``."""
+
+    row: Row
+    number: int
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return self.row.sources[self.number].name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.row.sources[self.number].shape
+
+    @property
+    def nbytes(self) -> int:
+        return _nbytes(self.shape, self.dtype)
+
+
+def _write_tensors(
+    files: safetensors_io.Files, source: torch_dist.Checkpoint, budget: Budget, part: Sequence[_Tensor]
+) -> list[dict[str, Any]]:
+    """One part, complete on disk when this returns; every tensor's checksum."""
+    entries = []
+    for tensor in part:
+        with budget.hold(_held(tensor.shape, tensor.dtype, source.dtype(tensor.row))):
+            values = source.read(tensor.row, tensor.number).to(tensor.dtype).contiguous()
+            entry = {"name": tensor.name, "shape": list(tensor.shape), "dtype": str(tensor.dtype)}
+            entries.append(entry | {"checksum": files.write(tensor.name, values)})
+            del values
+    files.flush()
+    return entries
+
+
+def _allocate(work: Work, files: safetensors_io.Files, resumed: int) -> None:
+    """Create the output's files at full size; what finished parts wrote stays."""
+    try:
+        if not resumed:
+            _require_space(work, files.nbytes)
+        files.allocate()
+    except OSError as error:
+        raise ConversionError(f"{work.out} could not be written: {error.strerror or error}; make room") from error
+
+
+def _require_space(work: Work, nbytes: int) -> None:
+    """Refuse before any work where the disk is plainly too small."""
+    free = shutil.disk_usage(work.folder).free
+    if nbytes > free:
+        raise ConversionError(
+            f"{work.out} needs {nbytes / 1e9:.2f} GB more, its disk has {free / 1e9:.2f} GB free: make room, or choose another --out"
+        )
+
+
+def _stamps(files: Iterable[Path]) -> dict[str, list[int]]:
+    """Sizes and times of the files that are read: a conversion is not resumed on others."""
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(files)}
+
+
+def _remove_others(folder: Path, names: set[str]) -> None:
+    """Drop what earlier attempts left half-written."""
+    for path in folder.glob("*.distcp*"):
+        if path.name not in names:
+            path.unlink()
+
+
+def _copy_rest(hf: Path, folder: Path, types: set[torch.dtype]) -> None:
+    """All of a Hugging Face folder but its weights; the type named in config.json is the one of the new weights."""
+    for path in sorted(hf.iterdir()):
+        if path.is_file() and path.name != MANIFEST and not any(path.match(pattern) for pattern in _WEIGHTS):
+            shutil.copyfile(path, folder / path.name)
+    config = json.loads((hf / "config.json").read_text())
+    narrowest = str(min(types, key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
+    named = {key: narrowest for key in ("dtype", "torch_dtype") if config.get(key, narrowest) != narrowest}
+    if named:
+        (folder / "config.json").write_text(json.dumps(config | named, indent=2) + "\n")
+
+
+def _write_manifest(folder: Path, source: Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    manifest = {"schema": 1, "source": str(source.resolve()), "tensors": entries}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))

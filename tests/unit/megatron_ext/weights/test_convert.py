@@ -1,0 +1,348 @@
+"""Hugging Face folders to torch_dist checkpoints and back, without Megatron: bits, bytes, memory, kills and bad input."""
+
+import json
+import shutil
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+
+from launchers.cli.main import run
+from megatron_ext import architecture
+from megatron_ext.weights import convert, identity, layout, safetensors_io, torch_dist
+from megatron_ext.weights.grid import Grid
+from megatron_ext.weights.parts import Budget, ConversionError
+
+FAMILIES = ["llama", "llama_tied", "mistral", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3"]
+DENSE = [(1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 4, 1), (2, 2, 1), (4, 4, 1)]  # kv groups: 2
+EXPERT = [(1, 1, 2), (1, 1, 4), (2, 1, 2), (2, 2, 4), (4, 2, 2), (1, 4, 4)]
+MOE = ("qwen3_moe", "deepseek_v3")
+
+
+def folder(path: Path, name: str = "llama", files: int = 1, **changes) -> tuple[Path, dict]:
+    config = tiny_models.config(name, **({"vocab_size": 1000} | changes))
+    tensors = tiny_models.weights(config)
+    return tiny_models.write(path, config, tensors, files), tensors
+
+
+def read(path: Path) -> dict[str, torch.Tensor]:
+    source = safetensors_io.Folder(path)
+    return {name: source.read(name, 0, 0, source.shape(name)[0]) for name in source.names()}
+
+
+def same(left: dict, right: dict) -> bool:
+    return left.keys() == right.keys() and all(
+        left[n].dtype == right[n].dtype and torch.equal(left[n], right[n]) for n in left
+    )
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_round_trip_is_bitwise_at_every_layout(tmp_path, name):
+    hf, tensors = folder(tmp_path / "hf", name, files=3)
+    for tp, pp, ep in DENSE + (EXPERT if name in MOE else []):
+        megatron, back = tmp_path / f"m{tp}{pp}{ep}", tmp_path / f"b{tp}{pp}{ep}"
+        made = convert.hf_to_megatron(hf, megatron, Grid(tp=tp, pp=pp, dp=ep, ep=ep), workers=2)
+        assert made.bytes == sum(tensor.nbytes for tensor in tensors.values())
+        ranks = {path.name.split("_")[2] for path in megatron.glob("__*_*.distcp")}
+        assert tp * pp <= len(ranks) <= tp * pp * ep
+        convert.megatron_to_hf(megatron, hf, back, workers=2)
+        assert same(read(back), tensors)
+        assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_a_vocabulary_that_tp_does_not_divide_is_stored_whole(tmp_path, tp):
+    hf, tensors = folder(tmp_path / "hf", vocab_size=1001)
+    convert.hf_to_megatron(hf, tmp_path / "m", Grid(tp=tp))
+    embedding = layout.rows(architecture.read(hf))[0]
+    assert [torch_dist.chunks(embedding, tp, rank)[0].length for rank in range(tp)] == {
+        2: [501, 500],
+        4: [251, 251, 251, 248],
+    }[tp]
+    convert.megatron_to_hf(tmp_path / "m", hf, tmp_path / "back")
+    assert same(read(tmp_path / "back"), tensors)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "deepseek_v3"])
+def test_a_cast_is_torchs_own_and_leaves_expert_biases_alone(tmp_path, name):
+    hf, tensors = folder(tmp_path / "hf", name)
+    cast = {n: t if "e_score_correction_bias" in n else t.bfloat16() for n, t in tensors.items()}
+    convert.hf_to_megatron(hf, tmp_path / "m", Grid(tp=2), dtype="bf16")
+    convert.megatron_to_hf(tmp_path / "m", hf, tmp_path / "back")
+    assert same(read(tmp_path / "back"), cast)
+    convert.hf_to_megatron(hf, tmp_path / "m32", Grid(pp=2))
+    convert.megatron_to_hf(tmp_path / "m32", hf, tmp_path / "back16", dtype="bf16")
+    assert same(read(tmp_path / "back16"), cast)
+
+
+def test_a_hugging_face_folder_keeps_all_but_its_weights(tmp_path):
+    hf, tensors = folder(tmp_path / "hf", "qwen2", torch_dtype="float32")
+    for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja", "pytorch_model.bin"):
+        (hf / name).write_text(name)
+    convert.hf_to_megatron(hf, tmp_path / "m")
+    convert.megatron_to_hf(tmp_path / "m", hf, tmp_path / "back", dtype="bf16", shard_bytes=20_000)
+    back = tmp_path / "back"
+    kept = {"tokenizer.json", "generation_config.json", "chat_template.jinja", "config.json"}
+    files = {path.name for path in back.iterdir()}
+    weights = {name for name in files if name.endswith(".safetensors")}
+    assert files == kept | weights | {"model.safetensors.index.json", "conversion.json"}
+    assert json.loads((back / "config.json").read_text()) == json.loads((hf / "config.json").read_text()) | {
+        "torch_dtype": "bfloat16"
+    }
+    index = json.loads((back / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == weights
+    assert set(index["weight_map"]) == set(tensors)  # tied: no lm_head
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes // 2 for tensor in tensors.values())
+    from safetensors.torch import load_file
+
+    for file in weights:  # the official reader
+        held = load_file(back / file)
+        assert all(torch.equal(held[name], tensors[name].bfloat16()) for name in held)
+        assert sum(t.nbytes for t in held.values()) <= 20_000 or len(held) == 1
+
+
+@pytest.mark.parametrize(("name", "grid"), [("llama", Grid(tp=4, pp=2)), ("qwen3_moe", Grid(tp=2, dp=4, ep=4))])
+def test_every_rank_reads_only_its_own_bytes(tmp_path, name, grid):
+    class Counting(safetensors_io.Folder):
+        count = 0
+
+        def read(self, *arguments):
+            values = super().read(*arguments)
+            Counting.count += values.nbytes
+            return values
+
+    hf, tensors = folder(tmp_path / "hf", name)
+    model, source = architecture.read(hf), Counting(hf)
+    types = {row.parameter: torch.float32 for row in layout.rows(model, grid)}
+    parts = convert._parts(layout.rows(model, grid), grid, types, 50_000)
+    assert len(parts) > grid.world_size / 2
+    for part in parts:
+        Counting.count = 0
+        convert._write_part(tmp_path, source, model, types, Budget(10**6), part)
+        assert Counting.count == part.nbytes
+    assert sum(part.nbytes for part in parts) == sum(tensor.nbytes for tensor in tensors.values())
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+from megatron_ext.weights import convert
+def status(key):
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+root = Path(sys.argv[1])
+before = status("VmRSS")
+convert.hf_to_megatron(root / "hf", root / "m", dtype=sys.argv[2] or None)
+convert.megatron_to_hf(root / "m", root / "hf", root / "back", dtype="fp32")
+print(before, status("VmHWM"))
+"""
+
+
+def test_peak_memory_does_not_grow_with_the_model(tmp_path):
+    """256 MB of which no tensor is above 8 MB: resident memory, pages of mapped files included."""
+    size = {"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 4}
+    _, tensors = folder(tmp_path / "hf", num_hidden_layers=8, head_dim=64, **size)
+    total, largest = sum(t.nbytes for t in tensors.values()), max(t.nbytes for t in tensors.values())
+    assert total > 2.4e8 > 25 * largest
+    done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path), ""], capture_output=True, text=True, check=True)
+    before, peak = map(int, done.stdout.split())
+    assert peak <= 2 * largest + 512 * 2**20
+    assert peak - before <= max(2 * largest, convert.LEAST_BUDGET) + 48 * 2**20 < total
+    shutil.rmtree(tmp_path / "m")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from megatron_ext.weights import convert
+calls = 0
+def kill_at_the_third_part(done, total):
+    global calls
+    calls += 1
+    if calls == 4:  # the first call reports what was finished before
+        os.kill(os.getpid(), signal.SIGKILL)
+source, hf, out = map(Path, sys.argv[2:])
+options = {"workers": 1, "part_bytes": 40_000, "progress": kill_at_the_third_part}
+if sys.argv[1] == "hf_to_megatron":
+    convert.hf_to_megatron(hf, out, **options)
+else:
+    convert.megatron_to_hf(source, hf, out, **options)
+"""
+
+
+def test_a_killed_conversion_goes_on_where_it_was(tmp_path):
+    hf, tensors = folder(tmp_path / "hf", "qwen3")
+    megatron, back = tmp_path / "m", tmp_path / "back"
+    for direction, out in (("hf_to_megatron", megatron), ("megatron_to_hf", back)):
+        words = [sys.executable, "-c", KILLED, direction, str(megatron), str(hf), str(out)]
+        assert subprocess.run(words, check=False).returncode == -9
+        assert not out.exists()
+        journal = tmp_path / f".{out.name}.converting" / "journal.jsonl"
+        with journal.open("a") as file:
+            file.write('{"part": 3, "res')  # killed while writing a line
+        if direction == "hf_to_megatron":
+            with pytest.raises(ValueError, match="other options"):
+                convert.hf_to_megatron(hf, out, dtype="bf16", part_bytes=40_000)
+            report = convert.hf_to_megatron(hf, out, workers=2, part_bytes=40_000)
+        else:
+            report = convert.megatron_to_hf(megatron, hf, out, workers=2, part_bytes=40_000)
+        assert report.resumed_parts == 3 < report.parts
+        assert not journal.exists()
+    assert same(read(back), tensors)
+
+
+LIMITED = """
+import resource, sys
+from launchers.cli.main import run
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+run(sys.argv[1:])
+"""
+
+
+def test_a_full_disk_leaves_nothing_that_looks_complete(tmp_path):
+    hf, tensors = folder(tmp_path / "hf")
+    to_megatron = ["convert", "hf-to-megatron", "--hf", str(hf), "--out", str(tmp_path / "m")]
+    to_hf = [
+        "convert",
+        "megatron-to-hf",
+        "--hf",
+        str(hf),
+        "--checkpoint",
+        str(tmp_path / "m"),
+        "--out",
+        str(tmp_path / "b"),
+    ]
+    for words, out in ((to_megatron, tmp_path / "m"), (to_hf, tmp_path / "b")):
+        limited = [sys.executable, "-c", LIMITED, *words]
+        done = subprocess.run(limited, capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert "File too large" in done.stderr
+        assert "make room" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not out.exists()
+        run_to_end(words)
+    assert same(read(tmp_path / "b"), tensors)
+
+
+def run_to_end(words) -> int:
+    with pytest.raises(SystemExit) as ended:
+        run(words)
+    return ended.value.code
+
+
+def damaged_folder(path: Path, kind: str) -> Path:
+    hf, tensors = folder(path, "llama")
+    if kind == "missing":
+        del tensors["model.layers.2.mlp.up_proj.weight"]
+    if kind == "extra":
+        tensors["model.layers.2.self_attn.q_norm.weight"] = torch.ones(8)
+    if kind == "shape":
+        tensors["model.layers.1.self_attn.k_proj.weight"] = torch.ones(17, 32)
+    tiny_models.write(hf, tiny_models.config("llama", vocab_size=1000), tensors)
+    config = json.loads((hf / "config.json").read_text())
+    if kind == "architecture":
+        config["architectures"] = ["GPTNeoXForCausalLM"]
+    (hf / "config.json").write_text(json.dumps(config))
+    weights = hf / "model.safetensors"
+    if kind == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    if kind == "header":
+        weights.write_bytes(struct.pack("<Q", 10) + b"{not json!" + b"\0" * 64)
+    if kind == "no weights":
+        weights.unlink()
+    return hf
+
+
+MESSAGES = {
+    "missing": ["lacks the tensor model.layers.2.mlp.up_proj.weight", "decoder.layers.2.mlp.linear_fc1.weight ="],
+    "extra": ["1 tensors that llama does not have: model.layers.2.self_attn.q_norm.weight"],
+    "shape": ["[17, 32]", "[16, 32]", "decoder.layers.1.self_attention.linear_qkv.weight ="],
+    "architecture": ["GPTNeoXForCausalLM", "LlamaForCausalLM, ", "DeepseekV3ForCausalLM"],
+    "truncated": ["model.safetensors is truncated", "bytes"],
+    "header": ["damaged header"],
+    "no weights": ["neither model.safetensors nor"],
+}
+
+
+@pytest.mark.parametrize("kind", MESSAGES)
+def test_a_bad_folder_is_refused_with_exit_code_2(tmp_path, capsys, kind):
+    hf = damaged_folder(tmp_path / "hf", kind)
+    assert run_to_end(["convert", "hf-to-megatron", "--hf", str(hf), "--out", str(tmp_path / "m")]) == 2
+    said = capsys.readouterr().err
+    assert all(part in said for part in MESSAGES[kind]), said
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_impossible_requests_exit_with_2(tmp_path, capsys):
+    hf, _ = folder(tmp_path / "hf")
+    to_megatron = ["convert", "hf-to-megatron", "--hf", str(hf), "--out", str(tmp_path / "m")]
+    for words, message in (
+        ([*to_megatron, "--tp", "3"], "--tp=3 does not divide num_attention_heads=4"),
+        ([*to_megatron, "--pp", "3"], "--pp=3 does not divide num_hidden_layers=4"),
+        ([*to_megatron, "--ep", "2"], "--ep=2: llama has no experts"),
+        ([*to_megatron[:-1], str(hf)], "exists already"),
+        ([*to_megatron, "--dtype", "fp8"], "'fp8' is not one of"),
+        (
+            ["convert", "megatron-to-hf", "--checkpoint", str(hf), "--hf", str(hf), "--out", "x"],
+            "no Megatron checkpoint",
+        ),
+        (["convert", "megatron-to-hf", "--checkpoint", str(hf), "--out", "x", "--shard-size", "5 apples"], "no size"),
+    ):
+        assert run_to_end(words) == 2
+        assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_checkpoint_of_another_model_is_refused_field_by_field(tmp_path):
+    hf, _ = folder(tmp_path / "hf")
+    other, _ = folder(tmp_path / "other", num_hidden_layers=2, rope_theta=5000.0)
+    convert.hf_to_megatron(hf, tmp_path / "m")
+    with pytest.raises(ValueError, match="does not describe the model") as caught:
+        convert.megatron_to_hf(tmp_path / "m", other, tmp_path / "back")
+    lines = str(caught.value).splitlines()
+    assert "  layers: checkpoint 4, config.json 2" in lines
+    assert "  rope_theta: checkpoint 1000.0, config.json 5000.0" in lines
+    assert len(lines) == 4
+    (tmp_path / "m" / identity.FILE).unlink()  # from elsewhere: the tensors themselves are compared
+    for changes, message in (
+        ({"num_hidden_layers": 2}, r"\[4, 32\], config.json asks for \[2, 32\]; needed by decoder.layers.0"),
+        ({"tie_word_embeddings": True}, "1 tensors that llama does not have: output_layer.weight"),
+        ({"vocab_size": 1001}, r"\[1000, 32\], config.json asks for \[1001, 32\]"),
+    ):
+        shutil.rmtree(other)
+        folder(other, **changes)
+        with pytest.raises(ValueError, match=message):
+            convert.megatron_to_hf(tmp_path / "m", other, tmp_path / "back")
+    folder(other, "qwen3", head_dim=8)
+    with pytest.raises(ValueError, match=r"lacks the tensor decoder\.layers.self_attention.q_layernorm"):
+        convert.megatron_to_hf(tmp_path / "m", other, tmp_path / "back")
+
+
+def test_verify_finds_a_changed_byte(tmp_path, monkeypatch):
+    hf, _ = folder(tmp_path / "hf")
+    publish = convert.torch_dist.finish
+
+    def damage(directory, *arguments):
+        publish(directory, *arguments)
+        file = directory / "__0_0.distcp"
+        first = json.loads((directory / "conversion.json").read_text())["tensors"][0]  # the embedding
+        data = bytearray(file.read_bytes())
+        data[first["start"] + first["nbytes"] // 2] ^= 1
+        file.write_bytes(data)
+
+    monkeypatch.setattr(convert.torch_dist, "finish", damage)
+    with pytest.raises(ConversionError, match=r"tensors of .* differ from the source: embedding"):
+        convert.hf_to_megatron(hf, tmp_path / "m", verify=True)
+    assert not (tmp_path / "m").exists()
+
+
+def test_two_conversions_into_one_folder_exclude_each_other(tmp_path):
+    from megatron_ext.weights.parts import Work
+
+    hf, _ = folder(tmp_path / "hf")
+    with Work(tmp_path / "m", {}), pytest.raises(ValueError, match="another process"):
+        convert.hf_to_megatron(hf, tmp_path / "m")
