@@ -16,16 +16,24 @@ import ray
 import torch
 
 from pipeline.config.schema import RunConfig
-from pipeline.rollout.engine import EngineError, RolloutEngine
+from pipeline.rollout.engine import EngineError, EngineTimeoutError, RolloutEngine, WeightUpdateError
 from pipeline.types import EngineHealth, GenerateRequest, SampleGroup, StepStats, TrainBatch, WeightBucket
 
 BUCKETS_IN_FLIGHT = 2  # how many buckets the object store may hold while engines catch up
+HEALTH_TIMEOUT_S = 30.0  # an engine's own health check takes at most 10
+CLOSE_TIMEOUT_S = 60.0
+GRACE_S = 10.0  # what an engine gets above its own deadline, so that its own words arrive
 
 
-def answer(replies: Any, who: str) -> Any:
-    """``ray.get``, raising the remote exception itself (not a report of it), or ``EngineError`` when a process died."""
+def answer(replies: Any, who: str, timeout_s: float | None = None) -> Any:
+    """``ray.get``, raising the remote exception itself (not a report of it).
+
+    ``EngineError`` when a process died, ``EngineTimeoutError`` when it does not answer within ``timeout_s``.
+    """
     try:
-        return ray.get(replies)
+        return ray.get(replies, timeout=timeout_s)
+    except ray.exceptions.GetTimeoutError as error:
+        raise EngineTimeoutError(f"{who}: its process did not answer within {timeout_s:g} s") from error
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     except ray.exceptions.RayActorError as error:
@@ -145,13 +153,17 @@ class EngineProcess:
 class RayEngine:
     """``RolloutEngine`` over one actor, made by ``spawn`` at every ``start``.
 
-    ``begin_update`` and ``load_bucket`` only queue; what goes wrong in them is raised by ``commit_update``.
+    ``begin_update`` and ``load_bucket`` only queue; what goes wrong in them is raised by ``verify_update``. Each may take
+    ``timeout_s`` (``rollout.weight_sync_timeout_s``), the learner's export of a bucket included, and a little grace; a process
+    that does not answer by then is not alive.
     """
 
-    def __init__(self, spawn: Callable[[], Any], name: str) -> None:
-        self.spawn, self.name = spawn, name
+    def __init__(self, spawn: Callable[[], Any], name: str, timeout_s: float) -> None:
+        self.spawn, self.name, self.timeout_s = spawn, name, timeout_s
         self.process: Any = None
-        self.queued: list[Any] = []
+        self.queued: list[tuple[str, Any]] = []  # phase, reply
+        self.buckets = 0  # of the update in progress
+        self.stuck = ""
 
     @property
     def actor(self) -> Any:
@@ -165,7 +177,7 @@ class RayEngine:
 
     def start(self, hf_path: Path) -> None:
         """See ``pipeline.rollout.engine.RolloutEngine``."""
-        self.process = self.spawn()
+        self.process, self.queued, self.stuck = self.spawn(), [], ""
         self._call("start", hf_path)
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[SampleGroup]:
@@ -174,36 +186,66 @@ class RayEngine:
 
     def begin_update(self, version: int) -> None:
         """Queue the beginning of an update."""
-        self.queued = [self.actor.call.remote("begin_update", version)]
+        self.queued, self.buckets = [], 0
+        self._queue("begin_update", version)
 
     def load_bucket(self, bucket: Any) -> None:
         """Queue one bucket (an object-store handle); waits while more than ``BUCKETS_IN_FLIGHT`` are queued."""
-        self.queued.append(self.actor.call.remote("load_bucket", bucket))
+        self.buckets += 1
+        self._queue(f"load_bucket {self.buckets}", bucket)
         if len(self.queued) > BUCKETS_IN_FLIGHT:
-            ray.wait([self.queued[-BUCKETS_IN_FLIGHT]])
+            self._collect(len(self.queued) - BUCKETS_IN_FLIGHT)
+
+    def verify_update(self, version: int) -> None:
+        """Wait for the update to be verified; the first failure of all its phases is raised."""
+        self._queue("verify_update", version)
+        self._collect(len(self.queued))
 
     def commit_update(self, version: int) -> None:
-        """Wait for the whole update; its first failure is raised."""
-        queued, self.queued = [*self.queued, self.actor.call.remote("commit_update", version)], []
-        answer(queued, self.name)
+        """See ``pipeline.rollout.engine.RolloutEngine``."""
+        self._queue("commit_update", version)
+        self._collect(len(self.queued))
+
+    def abort_update(self) -> None:
+        """Queue the end of the update, behind whatever of it still runs."""
+        self.queued = []
+        if self.process is not None:
+            self.process.call.remote("abort_update")
+
+    def _queue(self, phase: str, *args: Any) -> None:
+        self.queued.append((phase, self.actor.call.remote(phase.partition(" ")[0], *args)))
+
+    def _collect(self, count: int) -> None:
+        """Wait for the first ``count`` queued calls."""
+        limit = self.timeout_s + min(self.timeout_s, GRACE_S)
+        done, self.queued = self.queued[:count], self.queued[count:]
+        for phase, reply in done:
+            try:
+                answer(reply, f"{self.name}: {phase}", limit)
+            except EngineTimeoutError as error:
+                self.stuck = f"{error}; if it is merely slow, raise rollout.weight_sync_timeout_s ({self.timeout_s:g})"
+                raise WeightUpdateError(self.stuck) from error
 
     def abort(self) -> None:
         """See ``pipeline.rollout.engine.RolloutEngine``."""
-        answer(self.actor.control.remote("abort"), self.name)
+        answer(self.actor.control.remote("abort"), self.name, HEALTH_TIMEOUT_S)
 
     def health(self) -> EngineHealth:
         """See ``pipeline.rollout.engine.RolloutEngine``."""
+        if self.stuck:
+            return EngineHealth(alive=False, weight_version=None, detail=self.stuck)
         try:
-            return answer(self.actor.control.remote("health"), self.name)
+            return answer(self.actor.control.remote("health"), self.name, HEALTH_TIMEOUT_S)
         except EngineError as error:
             return EngineHealth(alive=False, weight_version=None, detail=str(error))
 
     def close(self) -> None:
-        """Let the engine clean up, then end its process."""
+        """Let the engine clean up, unless it is stuck, then end its process."""
         if self.process is None:
             return
         actor, self.process = self.process, None
-        # Already dead, or stuck: the kill below ends it.
-        with suppress(ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
-            ray.get(actor.call.remote("close"), timeout=60)
+        if not self.stuck:
+            # Already dead, or stuck without anyone having noticed: the kill below ends it.
+            with suppress(ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
+                ray.get(actor.call.remote("close"), timeout=CLOSE_TIMEOUT_S)
         ray.kill(actor)

@@ -158,8 +158,9 @@ def start_engines(config: RunConfig, log_dir: Path, stack: ExitStack) -> EngineP
 
         _start_ray(config)
         options = {"num_cpus": 0, "num_gpus": engine_gpus(config)}
+        timeout_s = config.rollout.weight_sync_timeout_s
         engines = [
-            RayEngine(partial(EngineProcess.options(**options).remote, build), f"engine {i}")
+            RayEngine(partial(EngineProcess.options(**options).remote, build), f"engine {i}", timeout_s)
             for i, build in enumerate(builders)
         ]
     pool = EnginePool(engines)
@@ -176,7 +177,7 @@ def build_engine(config: RunConfig, index: int, log_dir: Path) -> RolloutEngine:
         return SglangEngine(config.rollout, index=index, log_dir=log_dir, seed=config.seed)
     from pipeline.rollout.native import NativeEngine
 
-    return NativeEngine()
+    return NativeEngine(weight_sync_timeout_s=config.rollout.weight_sync_timeout_s)
 
 
 def world_size(config: RunConfig) -> int:

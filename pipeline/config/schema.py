@@ -85,6 +85,13 @@ class RolloutConfig:
     samples_per_prompt: int = key(16, "main samples per prompt (the group of GRPO)")
     max_prompt_tokens: int = key(1024, "prompts longer than this are dropped when the data is read, and counted")
     max_new_tokens: int = key(1024, "response length limit, tokens")
+    weight_transport: str = key(
+        "tensor",
+        "how weights reach an SGLang server: tensor (handles of shared memory, CUDA IPC) | distributed (broadcast in a process group) | disk (a Hugging Face folder)",
+    )
+    weight_sync_timeout_s: float = key(
+        600.0, "seconds one phase of a weight update may take on an engine; one that is stuck longer is started again"
+    )
     sglang: SglangConfig = key(SglangConfig(), "settings of engine=sglang")
 
 

@@ -26,6 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": ("fp32", "bf16"),
     "learner.optimizer.lr_schedule": ("constant", "linear", "cosine"),
     "rollout.engine": ("native", "sglang"),
+    "rollout.weight_transport": ("tensor", "distributed", "disk"),
     "rollout.sglang.dtype": ("auto", "float32", "bfloat16"),
     "data.source.kind": ("countdown", "reasoning_gym", "jsonl"),
     "data.verifier": ("auto", "exact", "math", "reasoning_gym", "countdown"),
@@ -87,6 +88,7 @@ RANGES: dict[str, Range] = {
     "rollout.samples_per_prompt": Range(2),
     "rollout.max_prompt_tokens": _COUNT,
     "rollout.max_new_tokens": _COUNT,
+    "rollout.weight_sync_timeout_s": _POSITIVE,
     "rollout.sglang.mem_fraction_static": Range(0, 1, open_low=True, open_high=True),
     "rollout.sglang.max_total_tokens": _NOT_NEGATIVE,
     "rollout.sglang.startup_timeout_s": _POSITIVE,
@@ -222,6 +224,13 @@ def _processes(config: RunConfig) -> Iterator[Problem]:
             config.rollout.tensor_parallel_size,
             "the native engine has no tensor parallelism",
             "set it to 1, or rollout.engine=sglang",
+        )
+    if config.rollout.engine == "native" and config.rollout.weight_transport != "tensor":
+        yield Problem(
+            "rollout.weight_transport",
+            config.rollout.weight_transport,
+            "the native engine takes weights in memory, there is no server to carry them to",
+            "remove it, or set rollout.engine=sglang",
         )
 
 

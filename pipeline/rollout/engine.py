@@ -13,6 +13,10 @@ class EngineError(RuntimeError):
     """An engine could not do what was asked; the message names the engine, the operation and the remedy."""
 
 
+class EngineTimeoutError(EngineError):
+    """An engine did not answer in the time it had."""
+
+
 class WeightUpdateError(EngineError):
     """A weight update failed; the engine serves nothing until a whole update succeeds."""
 
@@ -20,9 +24,13 @@ class WeightUpdateError(EngineError):
 class RolloutEngine(Protocol):
     """Draws samples from the policy.
 
-    Weights move in one lifecycle: ``begin_update(v)``, ``load_bucket`` for every bucket of version ``v``, ``commit_update(v)``.
-    From ``begin_update`` until ``commit_update`` returns the engine generates nothing; if anything fails in between it keeps
-    refusing (``EngineError``) until a later update commits. ``commit_update`` verifies what arrived before it returns.
+    Weights move in two phases. First everything arrives and is verified: ``begin_update(v)``, ``load_bucket`` for every bucket
+    of version ``v``, ``verify_update(v)``. Then ``commit_update(v)`` only lets the engine continue. Whoever drives several
+    engines verifies all of them before it commits any (``EnginePool``), so none serves ``v`` until all have it.
+    From ``begin_update`` until ``commit_update`` returns the engine hands out nothing. When anything fails in between, its
+    driver calls ``abort_update`` (``push_weights`` does), and the engine keeps refusing (``EngineError``) until a later update
+    commits. A phase that takes longer than ``rollout.weight_sync_timeout_s`` raises ``WeightUpdateError``; an engine that an
+    operation was stuck in is then not alive, so that it is started again.
     Every sample carries the version(s) of the weights that drew it, so a mixed or stale one can be recognised.
     """
 
@@ -38,8 +46,14 @@ class RolloutEngine(Protocol):
     def load_bucket(self, bucket: WeightBucket) -> None:
         """Take one bucket; order is free, each must arrive once. Checks the bucket's version and checksum."""
 
+    def verify_update(self, version: int) -> None:
+        """Check that everything arrived and that the engine holds it; it stays paused. Raises ``WeightUpdateError``."""
+
     def commit_update(self, version: int) -> None:
-        """Check that everything arrived, verify it, and serve ``version``. Raises ``WeightUpdateError``."""
+        """Serve ``version``, which must have been verified. Raises ``WeightUpdateError``."""
+
+    def abort_update(self) -> None:
+        """Drop the update in progress, if any, and serve nothing until a later one commits. Never raises, never waits long."""
 
     def abort(self) -> None:
         """End running requests; their samples come back with finish_reason "abort"."""

@@ -29,8 +29,18 @@ class NativeEngine:
     moves float32 rounding (relative 1e-6 in log-probs).
     """
 
-    def __init__(self, *, eos_token_ids: tuple[int, ...] | None = None, max_batch_rows: int = 1024) -> None:
-        """``eos_token_ids`` end a response; None: read them from the model folder. ``max_batch_rows`` bounds memory."""
+    def __init__(
+        self,
+        *,
+        eos_token_ids: tuple[int, ...] | None = None,
+        max_batch_rows: int = 1024,
+        weight_sync_timeout_s: float = 600.0,
+    ) -> None:
+        """``eos_token_ids`` end a response; None: read them from the model folder. ``max_batch_rows`` bounds memory.
+
+        ``weight_sync_timeout_s``: how long an update waits for the running batch.
+        """
+        self._timeout_s = weight_sync_timeout_s
         self._eos_override = eos_token_ids
         self._max_batch_rows = max_batch_rows
         self._lock = threading.Lock()  # an update waits for the running batch, and the other way round
@@ -41,6 +51,7 @@ class NativeEngine:
         self._version = 0
         self._session: UpdateSession | None = None
         self._arrived: dict[str, torch.Tensor] = {}
+        self._verified: Decoder | None = None  # of an update that is yet to be committed
 
     def start(self, hf_path: Path) -> None:
         """Load a Hugging Face folder as version 0. Raises ``EngineError`` naming what the folder lacks."""
@@ -58,7 +69,9 @@ class NativeEngine:
         """One group per request, in order. Raises ``EngineError`` while no consistent weights are loaded."""
         _check_requests(requests)
         with self._lock:
-            if self._decoder is None or self._config is None:
+            # Kept here: an update that begins meanwhile waits for this batch, but takes the weights away at once.
+            decoder, version = self._decoder, self._version
+            if decoder is None:
                 raise EngineError(f"native engine: {self._refusal()}")
             self._abort.clear()
             rows = [
@@ -67,18 +80,23 @@ class NativeEngine:
                 for seed in request.seeds
             ]
             drawn: list[_Drawn] = []
-            size = self._batch_rows(self._config, rows)
+            size = self._batch_rows(decoder.config, rows)
             for first in range(0, len(rows), size):
-                drawn += _decode(self._decoder, rows[first : first + size], self._eos, self._abort)
-            return _as_groups(requests, drawn, self._version)
+                drawn += _decode(decoder, rows[first : first + size], self._eos, self._abort)
+            return _as_groups(requests, drawn, version)
 
     def begin_update(self, version: int) -> None:
         """Wait for the running batch, then refuse to generate until version ``version`` is committed."""
         if self._config is None:
             raise EngineError("native engine: begin_update before start")
-        with self._lock:
-            self._decoder, self._arrived = None, {}
-            self._session = UpdateSession("native engine", version, self._config.tensor_shapes())
+        self.abort_update()  # from here on the next batch is refused
+        if not self._lock.acquire(timeout=self._timeout_s):
+            raise WeightUpdateError(
+                f"native engine: update to version {version}: begin_update: the running batch did not end within "
+                f"{self._timeout_s:g} s; raise rollout.weight_sync_timeout_s or lower rollout.max_new_tokens"
+            )
+        self._lock.release()
+        self._session = UpdateSession("native engine", version, self._config.tensor_shapes())
 
     def load_bucket(self, bucket: WeightBucket) -> None:
         """Check and take one bucket; on ``WeightUpdateError`` the whole update must start again."""
@@ -88,13 +106,24 @@ class NativeEngine:
         self._arrived.update({name: tensor.detach().to("cpu", copy=True) for name, tensor in bucket.tensors.items()})
         self._session = session
 
-    def commit_update(self, version: int) -> None:
-        """Serve ``version``; every tensor's bytes were verified by checksum on arrival."""
-        session, self._session = self._open_session("commit_update"), None
+    def verify_update(self, version: int) -> None:
+        """Check that everything arrived; every tensor's bytes were verified by checksum on arrival."""
+        session, self._session = self._open_session("verify_update"), None
         session.finish(version)
         assert self._config is not None  # begin_update saw to it
-        with self._lock:
-            self._decoder, self._version, self._arrived = Decoder(self._config, self._arrived), version, {}
+        self._verified, self._arrived = Decoder(self._config, self._arrived), {}
+        session.verified()
+        self._session = session
+
+    def commit_update(self, version: int) -> None:
+        """Serve ``version``."""
+        session, self._session = self._open_session("commit_update"), None
+        session.commit(version)
+        self._decoder, self._version, self._verified = self._verified, version, None
+
+    def abort_update(self) -> None:
+        """Drop what has arrived."""
+        self._decoder, self._session, self._arrived, self._verified = None, None, {}, None
 
     def abort(self) -> None:
         """End the running ``generate`` after its current token."""
@@ -109,7 +138,8 @@ class NativeEngine:
 
     def close(self) -> None:
         """Drop the weights."""
-        self._decoder, self._config, self._session, self._arrived = None, None, None, {}
+        self._config = None
+        self.abort_update()
 
     def _open_session(self, operation: str) -> UpdateSession:
         if self._session is None:

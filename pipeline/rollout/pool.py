@@ -17,8 +17,9 @@ T = TypeVar("T")
 class EnginePool:
     """``RolloutEngine`` over engines that run at the same time.
 
-    Requests are divided by expected tokens, deterministically. An update is all or nothing: the pool generates only when
-    every engine has committed the same version; one failure makes the whole pool refuse until a later update commits.
+    Requests are divided by expected tokens, deterministically. An update is all or nothing: all engines verify before any
+    commits, and the pool generates only when every engine has committed the same version; one failure makes the whole pool
+    refuse until a later update commits.
     """
 
     def __init__(self, engines: Sequence[RolloutEngine]) -> None:
@@ -28,6 +29,7 @@ class EnginePool:
         self._threads = ThreadPoolExecutor(len(engines), "engine") if len(engines) > 1 else None
         self._consistent = False
         self._updating: int | None = None  # version of the update in progress
+        self._verified = False  # by every engine
 
     def start(self, hf_path: Path) -> None:
         """Start every engine with the same folder, at the same time; if one fails, all are closed."""
@@ -74,7 +76,7 @@ class EnginePool:
 
     def begin_update(self, version: int) -> None:
         """Pause every engine."""
-        self._consistent = False
+        self._consistent, self._verified = False, False
         self._updating = version
         self._on_all(lambda engine: engine.begin_update(version))
 
@@ -82,15 +84,25 @@ class EnginePool:
         """Hand the bucket to every engine."""
         self._on_all(lambda engine: engine.load_bucket(bucket))
 
+    def verify_update(self, version: int) -> None:
+        """Verify on every engine; all stay paused."""
+        self._check_updating("verify_update", version)
+        self._on_all(lambda engine: engine.verify_update(version))
+        self._verified = True
+
     def commit_update(self, version: int) -> None:
-        """Commit everywhere; only when all have succeeded does the pool generate again."""
-        if version != self._updating:
-            raise WeightUpdateError(
-                f"engine pool: commit_update({version}), but the update in progress is {self._updating}"
-            )
-        self._updating = None
+        """Commit everywhere, once all have verified; only when all have succeeded does the pool generate again."""
+        self._check_updating("commit_update", version)
+        if not self._verified:
+            raise WeightUpdateError(f"engine pool: commit_update({version}) before every engine has verified it")
+        self._updating, self._verified = None, False
         self._on_all(lambda engine: engine.commit_update(version))
         self._consistent = True
+
+    def abort_update(self) -> None:
+        """Drop the update on every engine, also on those that had no part in what failed."""
+        self._consistent, self._verified, self._updating = False, False, None
+        self._on_all(lambda engine: engine.abort_update())
 
     def abort(self) -> None:
         """End running requests on every engine."""
@@ -114,16 +126,24 @@ class EnginePool:
             for engine in self._engines:
                 stack.callback(engine.close)
 
+    def _check_updating(self, operation: str, version: int) -> None:
+        if version != self._updating:
+            raise WeightUpdateError(
+                f"engine pool: {operation}({version}), but the update in progress is {self._updating}"
+            )
+
     def _on_all(self, action: Callable[[RolloutEngine], None]) -> None:
         self._map(action, self._engines)
 
     def _map(self, action: Callable[..., T], items: Sequence[object]) -> list[T]:
-        """Apply to all, at the same time; waits for all of them before it raises the first error."""
+        """Apply to all, at the same time; waits for all of them before it raises what failed."""
         if self._threads is None:
             return [action(item) for item in items]
         futures = [self._threads.submit(action, item) for item in items]
-        for future in futures:
-            future.exception()
+        failed = [error for future in futures if (error := future.exception()) is not None]
+        if len(failed) > 1 and all(isinstance(error, EngineError) for error in failed):
+            alike = len({type(error) for error in failed}) == 1
+            raise (type(failed[0]) if alike else EngineError)("; ".join(map(str, failed))) from failed[0]
         return [future.result() for future in futures]
 
 

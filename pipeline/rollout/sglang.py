@@ -1,48 +1,37 @@
 """The rollout engine that drives a real SGLang server over HTTP, releases 0.5.17 to 0.5.2x.
 
 Requests and responses are token ids; the server holds no tokenizer. Returned log-probs are at the temperature of the draw
-and not renormalised by top-p, which is off. Weights travel as tensors in shared memory of this machine.
+and not renormalised by top-p, which is off. Weights travel by the transport that ``rollout.weight_transport`` names.
 """
 
 from __future__ import annotations
 
-import base64
-import io
-import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
-from http import HTTPStatus
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.multiprocessing as torch_multiprocessing
 
 from pipeline.config.schema import RolloutConfig
 from pipeline.data.special_tokens import eos_token_ids
 from pipeline.rollout import hf_folder
-from pipeline.rollout.decoder import FAMILIES, Decoder, DecoderConfig, token_log_probs
-from pipeline.rollout.engine import EngineError, WeightUpdateError
+from pipeline.rollout.engine import EngineError, EngineTimeoutError, WeightUpdateError
 from pipeline.rollout.sglang_server import SglangServer
+from pipeline.rollout.sglang_verify import UpdateVerifier, server_log_probs
+from pipeline.rollout.transport import Deadline, WeightTransport
+from pipeline.rollout.transport_disk import DiskTransport
+from pipeline.rollout.transport_distributed import DistributedTransport
+from pipeline.rollout.transport_tensor import TensorTransport
 from pipeline.rollout.update_session import UpdateSession
 from pipeline.types import EngineHealth, GenerateRequest, Sample, SampleGroup, WeightBucket, WeightSpan
 
-logger = logging.getLogger(__name__)
-
 _CALLS_IN_FLIGHT = 8  # each fills the KV cache if every response is as long as allowed; most are not
 _ABORT_TIMEOUT_S = 10.0  # the server only passes it on
-_READ_BACK_TENSORS = 4  # per update; another handful at each version
-_READ_BACK_ROWS = 64
-_PROBE_BYTES = 1 << 30  # larger models are not recomputed here to verify an update
-_PROBE_TOKENS = 16
-_PROBE_TOLERANCE = {torch.float32: 0.02}  # nats, mean over the probe's tokens
-_PROBE_TOLERANCE_16_BIT = 0.2  # SGLang also computes in 16 bits; a random 2-layer model showed 0.03
-_SHARING = threading.Lock()
 
 _Row = tuple[GenerateRequest, int]  # one sample to draw, and its seed
 
@@ -63,39 +52,44 @@ class SglangEngine:
         self._name = f"SGLang engine {index}"
         self._log_path = log_dir / f"sglang-{index}.log"
         self._seed = seed + index
+        self._scratch = log_dir / f"weights-{index}"
         self._server: SglangServer | None = None
-        self._dtype = torch.float32
+        self._transport: WeightTransport | None = None
+        self._verifier: UpdateVerifier | None = None
+        self._stuck = ""  # why the server is to be started again although it runs
         self._eos: tuple[int, ...] = ()
         self._kv_tokens = 0  # what the server's KV cache holds
         self._aborted = threading.Event()
-        self._model_config: dict[str, Any] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._version: int | None = None  # None: the server's weights are not consistent, or it is not up
         self._committed: set[int] = set()
-        self._commit_lock = threading.Lock()
+        self._settled = threading.Event()  # no update is in progress
         self._session: UpdateSession | None = None
-        self._server_session_open = False
-        self._has_sessions = True  # begin/end_weight_update exist (0.5.21+); found out at the first update
-        self._reads_back = False
-        self._probed: DecoderConfig | None = None  # where weights cannot be read back
-        self._expected: dict[str, torch.Tensor] = {}  # what to verify at commit
 
     def start(self, hf_path: Path) -> None:
         """Launch the server on the folder's weights. Raises ``EngineError`` with the end of the server's log."""
-        self._model_config = hf_folder.read_config(hf_path)
+        model_config = hf_folder.read_config(hf_path)
         self._shapes = hf_folder.tensor_shapes(hf_path)
         self._eos = eos_token_ids(hf_path)
         dtype = self._config.sglang.dtype
         if dtype == "auto":  # said outright, because SGLang's own auto makes float16 of float32
-            dtype = str(self._model_config.get("dtype") or self._model_config.get("torch_dtype") or "bfloat16")
-        self._dtype = getattr(torch, dtype)
-        self._server = SglangServer(self._config, hf_path, dtype=dtype, seed=self._seed, log_path=self._log_path)
-        self._server.start()
-        self._server_session_open, self._has_sessions = False, True  # this server is asked afresh
-        self._kv_tokens = int(self._server.get("/server_info")["max_total_num_tokens"])
-        self._reads_back = self._read_back("model.norm.weight") is not None
-        self._probed = None if self._reads_back else self._probe_config()
+            dtype = str(model_config.get("dtype") or model_config.get("torch_dtype") or "bfloat16")
+        with ExitStack() as on_failure:
+            on_failure.callback(self.close)
+            server = SglangServer(self._config, hf_path, dtype=dtype, seed=self._seed, log_path=self._log_path)
+            self._server, self._stuck = server, ""
+            server.start()
+            self._kv_tokens = int(server.get("/server_info")["max_total_num_tokens"])
+            ranks = self._config.tensor_parallel_size
+            self._verifier = UpdateVerifier(
+                self._name, server, model_config, self._shapes, dtype=getattr(torch, dtype), ranks=ranks
+            )
+            self._transport = build_transport(self._config, server, hf_path, self._scratch)
+            with self._phase("connect"):
+                self._transport.connect(self._deadline())
+            on_failure.pop_all()
         self._version, self._committed = 0, {0}
+        self._settled.set()
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[SampleGroup]:
         """One group per request, in order. Raises ``EngineError`` when the server fails, is late or is refusing.
@@ -116,64 +110,63 @@ class SglangEngine:
 
     def begin_update(self, version: int) -> None:
         """Pause the server. Running requests go back to its queue and continue, with spans, after the commit."""
-        self._version = None
-        self._expected = {}
-        with self._update_step(version, "begin_update"):
-            self._running.post("/pause_generation", mode="retract")
-            if self._server_session_open:  # left by an update that failed
-                self._running.post("/end_weight_update")
-                self._server_session_open = False
-            if self._has_sessions:
-                self._has_sessions = self._begin_server_session()
+        self._settled.clear()
+        self._version, self._session = None, None
+        with self._phase("begin_update", version):
+            server, transport, verifier = self._up
+            verifier.reset()
+            deadline = self._deadline()
+            server.post("/pause_generation", mode="retract", timeout_s=deadline.remaining_s())
+            transport.begin(version, deadline)
         self._session = UpdateSession(self._name, version, self._shapes)
 
     def load_bucket(self, bucket: WeightBucket) -> None:
         """Check the bucket, then load it into the server; on ``WeightUpdateError`` the whole update must start again."""
         session, self._session = self._open_session("load_bucket"), None
         session.admit(bucket)
-        with (
-            self._update_step(session.version, f"load_bucket {bucket.index + 1}/{bucket.count}"),
-            _shared(bucket.tensors) as payload,
-        ):
-            self._running.post(
-                "/update_weights_from_tensor",
-                serialized_named_tensors=[payload] * self._config.tensor_parallel_size,
-                flush_cache=True,
-                weight_version=str(session.version),
-            )
-        self._remember(session.version, bucket.tensors)
+        with self._phase(f"load_bucket {bucket.index + 1}/{bucket.count}", session.version):
+            _, transport, verifier = self._up
+            transport.send(bucket, self._deadline())
+            verifier.expect(session.version, bucket.tensors)
+        self._session = session
+
+    def verify_update(self, version: int) -> None:
+        """Let the server finish loading, and verify what it holds. It stays paused."""
+        session, self._session = self._open_session("verify_update"), None
+        session.finish(version)
+        with self._phase("verify_update", version):
+            _, transport, verifier = self._up
+            deadline = self._deadline()
+            transport.verify(deadline)
+            verifier.check(version, deadline)
+            verifier.reset()
+        session.verified()
         self._session = session
 
     def commit_update(self, version: int) -> None:
-        """Let the server finish loading, verify it, and continue. On ``WeightUpdateError`` it stays paused."""
+        """Let the server continue."""
         session, self._session = self._open_session("commit_update"), None
-        session.finish(version)
-        with self._update_step(version, "commit_update"), self._commit_lock:
-            if self._has_sessions:
-                self._running.post("/end_weight_update")
-                self._server_session_open = False
-            label = self._running.get("/model_info")["weight_version"]
-            if label != str(version):
-                raise EngineError(f"the server says its weights are version {label!r}")
-            if self._reads_back:
-                self._verify_bytes()
-            self._running.post("/continue_generation")
-            if self._probed is not None:
-                self._verify_log_probs(self._probed)
-            self._committed.add(version)
-            self._version = version
-        self._expected = {}
+        session.commit(version)
+        with self._phase("commit_update", version):
+            server, transport, _ = self._up
+            transport.commit()
+            server.post("/continue_generation", timeout_s=self._deadline().remaining_s())
+        self._committed.add(version)
+        self._version = version
+        self._settled.set()
+
+    def abort_update(self) -> None:
+        """Drop the update; the server stays as it is until the next one begins, and nothing that it draws is handed out."""
+        self._version, self._session = None, None
+        if self._verifier is not None:
+            self._verifier.reset()
+        if self._transport is not None:
+            self._transport.abort()
+        self._settled.set()
 
     def probe_log_probs(self, token_ids: Sequence[int]) -> np.ndarray:
         """The server's T=1 log-probs of every token but the first, float32 ``[len - 1]``; for comparison with the learner's."""
-        reply = self._running.post(
-            "/generate",
-            input_ids=list(token_ids),
-            sampling_params={"temperature": 1.0, "max_new_tokens": 1},
-            return_logprob=True,
-            logprob_start_len=0,
-        )
-        return np.array([entry[0] for entry in reply["meta_info"]["input_token_logprobs"][1:]], dtype=np.float32)
+        return server_log_probs(self._running, token_ids)
 
     def abort(self) -> None:
         """End running requests; what they have so far comes back with finish_reason "abort"."""
@@ -186,6 +179,8 @@ class SglangEngine:
             return EngineHealth(False, None, self._refusal())
         if not self._server.alive:
             return EngineHealth(False, None, f"server process ended; log: {self._log_path}")
+        if self._stuck:
+            return EngineHealth(False, None, self._stuck)
         # SGLang's /health generates a token, which a paused server does not.
         path = "/model_info" if self._version is None else "/health"
         if not self._server.answers(path, timeout_s=10):
@@ -194,7 +189,11 @@ class SglangEngine:
 
     def close(self) -> None:
         """End the server with all its processes. Idempotent."""
-        self._version, self._session = None, None
+        self.abort_update()
+        if self._transport is not None:
+            if not self._stuck:
+                self._transport.close()
+            self._transport = None
         if self._server is not None:
             self._server.close()
             self._server = None
@@ -260,86 +259,45 @@ class SglangEngine:
         )
 
     def _check_versions(self, samples: Sequence[Sample]) -> None:
-        """Refuse samples of weights that were never committed, such as those of a commit whose verification failed."""
-        with self._commit_lock:
-            unknown = {span.version for sample in samples for span in sample.weight_versions} - self._committed
-        if unknown:
+        """Refuse samples of weights that were never committed, such as those of an update that was aborted."""
+        versions = {span.version for sample in samples for span in sample.weight_versions}
+        if versions - self._committed:
+            self._settled.wait(self._config.weight_sync_timeout_s)  # it may be about to commit
+        if unknown := versions - self._committed:
             raise EngineError(
                 f"{self._name}: samples came from weight versions {sorted(unknown)}, which were never committed"
             )
 
     # Weight update
 
-    def _begin_server_session(self) -> bool:
-        """Open the server's update session; False where the release has none (0.5.17 to 0.5.20 answer 404)."""
-        response = self._running.send("/begin_weight_update", selector="all")
-        if response.status_code == HTTPStatus.NOT_FOUND:
-            return False
-        self._running.check(response)
-        self._server_session_open = True
-        return True
+    def _deadline(self) -> Deadline:
+        return Deadline(self._config.weight_sync_timeout_s)
 
     @contextmanager
-    def _update_step(self, version: int, operation: str) -> Iterator[None]:
+    def _phase(self, name: str, version: int | None = None) -> Iterator[None]:
+        """One phase of an update (of version ``version``), or of the transport's life: its errors, with names."""
+        what = f"{self._name}: {'weight transport' if version is None else f'update to version {version}'}: {name}"
         try:
             yield
-        except EngineError as error:
-            raise WeightUpdateError(f"{self._name}: update to version {version}: {operation}: {error}") from error
+        except EngineTimeoutError as error:
+            self._stuck = (
+                f"{what} took longer than {self._config.weight_sync_timeout_s:g} s; if the server is merely slow, raise "
+                f"rollout.weight_sync_timeout_s; log: {self._log_path}"
+            )
+            raise WeightUpdateError(f"{self._stuck} ({error})") from error
+        except (EngineError, OSError) as error:
+            raise WeightUpdateError(f"{what}: {error}") from error
 
     def _open_session(self, operation: str) -> UpdateSession:
         if self._session is None:
             raise WeightUpdateError(f"{self._name}: {operation} outside an update; call begin_update (again) first")
         return self._session
 
-    def _remember(self, version: int, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Keep what commit verifies: a few tensors' first rows, or everything where the server cannot be read."""
-        if self._reads_back:
-            names = sorted(self._shapes)
-            chosen = {names[(version * _READ_BACK_TENSORS + i) % len(names)] for i in range(_READ_BACK_TENSORS)}
-            self._expected |= {
-                n: t[:_READ_BACK_ROWS].to("cpu", self._dtype, copy=True) for n, t in tensors.items() if n in chosen
-            }
-        elif self._probed is not None:
-            self._expected |= {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
-
-    def _probe_config(self) -> DecoderConfig | None:
-        """What our own decoder needs to recompute log-probs, or None for a model that is too large or of another family."""
-        size = 4 * sum(torch.Size(shape).numel() for shape in self._shapes.values())
-        if size <= _PROBE_BYTES and self._model_config.get("model_type") in FAMILIES:
-            return DecoderConfig.from_hf(self._model_config)
-        logger.warning(
-            "%s: SGLang cannot read back weights of this model, which is too large or too new to recompute here; updates are "
-            "verified by checksum on arrival, by SGLang's own answer and by version only. Watch mismatch_mean.",
-            self._name,
-        )
-        return None
-
-    def _verify_bytes(self) -> None:
-        for name, expected in self._expected.items():
-            actual = self._read_back(name)
-            if actual is None:
-                raise EngineError(f"{name!r} cannot be read back")
-            # Rank 0 answers: a part of a sharded tensor, or more than there is (vocabulary and, on a CPU, widths are padded).
-            shared = tuple(slice(min(sizes)) for sizes in zip(actual.shape, expected.shape, strict=True))
-            if not torch.equal(actual[shared], expected[shared].float()):
-                raise EngineError(f"{name!r} reads back differently from what was sent")
-
-    def _verify_log_probs(self, config: DecoderConfig) -> None:
-        """Compare with our own decoder on the same weights (Qwen models answer no /get_weights_by_name)."""
-        decoder = Decoder(config, {name: tensor.to(self._dtype) for name, tensor in self._expected.items()})
-        tokens = torch.randint(config.vocab, (1, _PROBE_TOKENS), generator=torch.Generator().manual_seed(self._seed))
-        ours = token_log_probs(decoder, tokens)[0].numpy()
-        difference = float(np.abs(self.probe_log_probs(tokens[0].tolist()) - ours).mean())
-        if not difference <= _PROBE_TOLERANCE.get(self._dtype, _PROBE_TOLERANCE_16_BIT):
-            self._running.post("/pause_generation", mode="abort")
-            raise EngineError(
-                f"log-probs of a probe differ by {difference:.3f} nats from those of the weights that were sent"
-            )
-
-    def _read_back(self, name: str) -> torch.Tensor | None:
-        """The first rows of a parameter as the server holds it, float32; None where the model class cannot tell."""
-        response = self._running.send("/get_weights_by_name", name=name, truncate_size=_READ_BACK_ROWS)
-        return torch.tensor(response.json()) if response.status_code == HTTPStatus.OK else None
+    @property
+    def _up(self) -> tuple[SglangServer, WeightTransport, UpdateVerifier]:
+        if self._server is None or self._transport is None or self._verifier is None:
+            raise EngineError(self._refusal())
+        return self._server, self._transport, self._verifier
 
     @property
     def _running(self) -> SglangServer:
@@ -353,26 +311,12 @@ class SglangEngine:
         return "a weight update began and has not been committed; push the weights again"
 
 
-@contextmanager
-def _shared(tensors: Mapping[str, torch.Tensor]) -> Iterator[str]:
-    """Tensors in shared memory, as SGLang's MultiprocessingSerializer writes them; they live until the block ends."""
-    buffer = io.BytesIO()
-    with _file_system_sharing():
-        held = [(name, tensor.detach().to("cpu", copy=True).share_memory_()) for name, tensor in tensors.items()]
-        ForkingPickler(buffer).dump(held)
-    yield base64.b64encode(buffer.getvalue()).decode()  # meanwhile this frame keeps ``held`` alive
-
-
-@contextmanager
-def _file_system_sharing() -> Iterator[None]:
-    """Share by file: the default (descriptors passed over a socket) ends the server when its sender is gone.
-
-    The setting is the process's, and engines of one pool load buckets in threads: one at a time.
-    """
-    with _SHARING:
-        strategy = torch_multiprocessing.get_sharing_strategy()
-        torch_multiprocessing.set_sharing_strategy("file_system")
-        try:
-            yield
-        finally:
-            torch_multiprocessing.set_sharing_strategy(strategy)
+def build_transport(config: RolloutConfig, server: SglangServer, hf_path: Path, scratch: Path) -> WeightTransport:
+    """What ``rollout.weight_transport`` names. ``hf_path``: the model folder; ``scratch``: a folder for the disk's use."""
+    ranks = config.tensor_parallel_size
+    builders: dict[str, Callable[[], WeightTransport]] = {
+        "tensor": lambda: TensorTransport(server, ranks),
+        "distributed": lambda: DistributedTransport(server, ranks),
+        "disk": lambda: DiskTransport(server, hf_path, scratch),
+    }
+    return builders[config.weight_transport]()

@@ -22,10 +22,11 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _POLL_S = 0.2
 
-# SGLang's load slots (sglang/srt/managers/load_snapshot.py, named by a random id, never unlinked) and
-# multiprocessing's semaphores, whose resource tracker is killed with the group.
+# SGLang's load slots (sglang/srt/managers/load_snapshot.py, named by a random id, never unlinked), the queues between its
+# tensor-parallel ranks (distributed/device_communicators/shm_broadcast.py, 24 MiB each) and multiprocessing's semaphores,
+# whose resource tracker is killed with the group.
 _LOAD_SLOTS = "/dev/shm/sglang_loads_"
-_SHARED_MEMORY = (_LOAD_SLOTS, "/dev/shm/sem.mp-")
+_SHARED_MEMORY = (_LOAD_SLOTS, "/dev/shm/sgl_shm_mq_", "/dev/shm/sem.mp-")
 
 
 def main() -> int:

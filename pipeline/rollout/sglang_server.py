@@ -20,7 +20,7 @@ import torch
 from pipeline.config.schema import RolloutConfig
 from pipeline.ports import free_port
 from pipeline.rollout import sglang_cpu
-from pipeline.rollout.engine import EngineError
+from pipeline.rollout.engine import EngineError, EngineTimeoutError
 
 logger = logging.getLogger(__name__)
 
@@ -68,19 +68,19 @@ class SglangServer:
         return self._process is not None and self._process.poll() is None
 
     def post(self, path: str, *, timeout_s: float | None = None, **body: object) -> Any:
-        """POST ``body`` as JSON; the decoded reply. Raises ``EngineError`` when there is none in time or it is not 200.
+        """POST ``body`` as JSON; the decoded reply. Raises ``EngineError`` when there is none or it is not 200.
 
-        ``timeout_s`` is ``rollout.sglang.request_timeout_s`` unless given.
+        ``timeout_s`` is ``rollout.sglang.request_timeout_s`` unless given; after that, ``EngineTimeoutError``.
         """
         return self.check(self._request("POST", path, body, timeout_s))
 
-    def get(self, path: str) -> Any:
+    def get(self, path: str, *, timeout_s: float | None = None) -> Any:
         """GET; the decoded reply. Raises like ``post``."""
-        return self.check(self._request("GET", path))
+        return self.check(self._request("GET", path, timeout_s=timeout_s))
 
-    def send(self, path: str, **body: object) -> requests.Response:
+    def send(self, path: str, *, timeout_s: float | None = None, **body: object) -> requests.Response:
         """POST ``body`` as JSON; the reply, whatever its status. Raises ``EngineError`` when there is none."""
-        return self._request("POST", path, body)
+        return self._request("POST", path, body, timeout_s)
 
     def check(self, response: requests.Response) -> Any:
         """The decoded body of a reply, which must have status 200."""
@@ -148,7 +148,7 @@ class SglangServer:
         scratch = tempfile.mkdtemp(prefix="sgl-", dir="/tmp")
         environment = os.environ | {"HF_HUB_OFFLINE": "1"}
         if not torch.cuda.is_available():
-            environment |= sglang_cpu.environment()
+            environment |= sglang_cpu.environment(self._config.tensor_parallel_size)
         with self.log_path.open("ab") as log:  # a resumed or revived run keeps the log of what ended before
             log.write(f"--- server starts at {self.url}, {datetime.now():%Y-%m-%d %H:%M:%S} ---\n".encode())
             self._log_offset = log.tell()
@@ -173,13 +173,15 @@ class SglangServer:
     def _request(
         self, method: str, path: str, body: Mapping[str, object] | None = None, timeout_s: float | None = None
     ) -> requests.Response:
-        timeout_s = timeout_s or self._config.sglang.request_timeout_s
+        remedy = ""
+        if timeout_s is None:
+            timeout_s = self._config.sglang.request_timeout_s
+            remedy = "; if the server is merely slow, raise rollout.sglang.request_timeout_s"
         try:
             return _http(method, self.url + path, body, timeout_s)
         except requests.Timeout as error:
-            raise EngineError(
-                f"{self.url}{path}: no answer within {timeout_s:g} s; if the server is merely slow, raise "
-                f"rollout.sglang.request_timeout_s; log: {self.log_path}"
+            raise EngineTimeoutError(
+                f"{self.url}{path}: no answer within {timeout_s:.3g} s{remedy}; log: {self.log_path}"
             ) from error
         except requests.RequestException as error:
             if self.alive:

@@ -23,10 +23,13 @@ class UpdateSession:
         self._missing = set(expected)
         self._count: int | None = None
         self._buckets: set[int] = set()
+        self._verified = False
 
     def admit(self, bucket: WeightBucket) -> None:
         """Check one bucket completely before any of its bytes is used."""
         label = f"bucket {bucket.index + 1}/{bucket.count}"
+        if self._verified:
+            raise self._error(f"{label} came after verify_update")
         if bucket.version != self.version:
             raise self._error(f"{label} is of version {bucket.version}; finish or restart the update of {self.version}")
         if self._count not in (None, bucket.count):
@@ -43,11 +46,21 @@ class UpdateSession:
     def finish(self, version: int) -> None:
         """Check that every bucket and every tensor arrived."""
         if version != self.version:
-            raise self._error(f"commit_update({version}) while version {self.version} is being loaded")
+            raise self._error(f"verify_update({version}) while version {self.version} is being loaded")
         if self._count is None or len(self._buckets) != self._count:
             raise self._error(f"{len(self._buckets)} of {self._count or 'an unknown number of'} buckets arrived")
         if self._missing:
             raise self._error(f"{len(self._missing)} tensors never arrived, first {min(self._missing)!r}")
+
+    def verified(self) -> None:
+        """What arrived has been verified; from now on nothing more is admitted."""
+        self._verified = True
+
+    def commit(self, version: int) -> None:
+        """Check that ``version`` is what has been verified."""
+        if version != self.version or not self._verified:
+            state = "verified" if self._verified else "not verified yet"
+            raise self._error(f"commit_update({version}), but what is loaded is version {self.version}, {state}")
 
     def _admit_tensor(self, label: str, name: str, shape: tuple[int, ...]) -> None:
         if name not in self._expected:

@@ -7,7 +7,7 @@ from pipeline.rollout.engine import EngineError, RolloutEngine, WeightUpdateErro
 
 
 def push_weights(learner: Learner, engine: RolloutEngine, version: int) -> None:
-    """Export, load, verify and serve ``version``.
+    """Export, load, verify and serve ``version``; on any failure the update is aborted.
 
     Buckets are handed on unopened: over Ray they are handles whose bytes never come here. Raises ``WeightUpdateError``
     naming the phase that failed; the engine then refuses to generate until a later push succeeds.
@@ -20,7 +20,10 @@ def push_weights(learner: Learner, engine: RolloutEngine, version: int) -> None:
             phase = f"load_bucket {number}"
             engine.load_bucket(bucket)
             phase = f"export after bucket {number}"
+        phase = "verify_update"
+        engine.verify_update(version)
         phase = "commit_update"
         engine.commit_update(version)
     except (EngineError, OSError, RuntimeError, ValueError) as error:
+        engine.abort_update()
         raise WeightUpdateError(f"push of weight version {version} failed in {phase}: {error}") from error

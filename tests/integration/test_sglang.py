@@ -7,9 +7,7 @@ import os
 import signal
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,89 +18,28 @@ if importlib.util.find_spec("sglang") is None:
     pytest.skip("needs the sglang extra", allow_module_level=True)
 
 from pipeline.checksum import checksum
-from pipeline.config.schema import RolloutConfig, SglangConfig
-from pipeline.rollout.decoder import Decoder, DecoderConfig, token_log_probs
+from pipeline.rollout.decoder import token_log_probs
 from pipeline.rollout.engine import EngineError, WeightUpdateError
 from pipeline.rollout.native import NativeEngine
 from pipeline.rollout.pool import EnginePool
-from pipeline.rollout.sglang import SglangEngine
-from pipeline.rollout.sglang_guard import shared_memory
-from pipeline.types import GenerateRequest, Prompt, Role, WeightBucket
-from tests.tiny_folder import hf_config, random_tensors, write_folder
-
-FAMILIES = ("llama", "qwen3")
-TOLERANCE = 0.02  # nats
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    return {family: write_folder(root / family, family)[0] for family in FAMILIES}
-
-
-@pytest.fixture(scope="module")
-def engines(folders, tmp_path_factory):
-    """Both servers, started at the same time; closed at the end, and nothing of them may remain."""
-    logs = tmp_path_factory.mktemp("logs")
-    config = RolloutConfig(engine="sglang", sglang=SglangConfig(max_total_tokens=16384))
-    started = {family: SglangEngine(config, index=i, log_dir=logs, seed=1) for i, family in enumerate(FAMILIES)}
-    with ThreadPoolExecutor() as threads:  # the servers must outlive the threads that start them
-        list(threads.map(lambda family: started[family].start(folders[family]), FAMILIES))
-    groups = [server_pid(engine) for engine in started.values()]
-    leftovers = set.union(*(shared_memory(group) for group in groups))
-    yield started
-    groups += [server_pid(engine) for engine in started.values()]  # one of them was revived
-    for engine in started.values():
-        engine.close()
-        engine.close()
-    assert [process_group(group) for group in groups] == [[]] * len(groups)
-    assert [path for path in leftovers if Path(path).exists()] == []
+from pipeline.types import Role, WeightBucket
+from tests.integration.servers import (
+    FAMILIES,
+    REQUESTS,
+    TOLERANCE,
+    assert_agrees,
+    buckets,
+    decoder_of,
+    generate_request,
+    process_group,
+    push,
+    server_pid,
+)
 
 
 @pytest.fixture(params=FAMILIES)
 def family(request):
     return request.param
-
-
-def server_pid(engine):
-    guard = engine._server._process.pid
-    return int(Path(f"/proc/{guard}/task/{guard}/children").read_text().split()[0])
-
-
-def process_group(group):
-    members = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(fields[2]) == group and fields[0] != "Z":
-            members.append(stat.parent.name)
-    return members
-
-
-def generate_request(tokens, count=4, temperature=1.0, new=12, role=Role.MAIN):
-    seeds = tuple(range(count))
-    return GenerateRequest(Prompt(str(tokens), tuple(tokens), "", None, "exact"), seeds, temperature, new, role)
-
-
-def decoder_of(family, seed):
-    return Decoder(DecoderConfig.from_hf(hf_config(family)), random_tensors(hf_config(family), seed))
-
-
-def buckets(family, version, seed):
-    tensors = random_tensors(hf_config(family), seed)
-    names = sorted(tensors)
-    for i in range(3):
-        part = {name: tensors[name] for name in names[i::3]}
-        yield WeightBucket(version, i, 3, part, checksum(part))
-
-
-def push(engine, family, version, seed=None):
-    engine.begin_update(version)
-    for bucket in buckets(family, version, version if seed is None else seed):
-        engine.load_bucket(bucket)
-    engine.commit_update(version)
 
 
 def wait_until_under_way(engine):
@@ -115,23 +52,6 @@ def running_on(engine):
     """Requests that the server works on or queues."""
     (load,) = engine._running.get("/v1/loads")["loads"]
     return load["num_running_reqs"] + load["num_waiting_reqs"]
-
-
-def assert_agrees(groups, decoder):
-    """Log-probs of both engines for the same tokens, at the temperature of the draw."""
-    for group in groups:
-        for sample in group.samples:
-            prompt = group.prompt.token_ids
-            tokens = torch.tensor([[*prompt, *sample.token_ids.tolist()]])
-            ours = token_log_probs(decoder, tokens, sample.temperature)[0, len(prompt) - 1 :]
-            np.testing.assert_allclose(sample.log_probs, ours.numpy(), atol=TOLERANCE)
-
-
-REQUESTS = [
-    generate_request([5, 6, 7], 8),
-    generate_request([9, 4, 20, 31, 8], 8, temperature=1.4, role=Role.AUXILIARY),
-    generate_request([11], 3, temperature=0.7, new=1),
-]
 
 
 def test_two_temperatures_in_one_call_agree_with_native(engines, family):
@@ -252,10 +172,10 @@ def test_a_bad_bucket_never_reaches_the_server(engines, family):
 
 def test_weights_that_differ_on_the_server_do_not_commit(engines, family, monkeypatch):
     """What arrives is right, what the server is sent is not: only the verification after the update can see it."""
-    from pipeline.rollout import sglang
+    from pipeline.rollout import transport_tensor
 
-    engine, original = engines[family], sglang._shared
-    monkeypatch.setattr(sglang, "_shared", lambda tensors: original({n: t * 1.5 for n, t in tensors.items()}))
+    engine, original = engines[family], transport_tensor.shared
+    monkeypatch.setattr(transport_tensor, "shared", lambda tensors: original({n: t * 1.5 for n, t in tensors.items()}))
     with pytest.raises(WeightUpdateError, match=r"reads back differently|differ by"):
         push(engine, family, 40)
     with pytest.raises(EngineError, match="push the weights again"):
@@ -326,8 +246,8 @@ def test_the_protocol_of_older_releases(engines, monkeypatch):
         assert all(sample.drawn_with(50) for group in groups for sample in group.samples)
         assert_agrees(groups, decoder_of("llama", 50))
         proxy.shutdown()
-    assert not engine._has_sessions
-    engine._has_sessions = True  # the other tests talk to the real server again
+    assert not engine._transport.session.supported
+    engine._transport.session.supported = True  # the other tests talk to the real server again
 
 
 def test_a_pool_mixes_engines(engines, folders):

@@ -9,6 +9,7 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.keys import leaf_keys
 from pipeline.config.load import load_config
 from pipeline.config.validate import CHOICES, RANGES, Range
+from tests.tiny_folder import hf_config
 
 LLAMA = {
     "model_type": "llama",
@@ -52,6 +53,13 @@ BROKEN = {
     "idle engines": (["rollout.engines=17"], "rollout.engines", "more engines than prompts"),
     "inline": (["runtime=inline", "learner.tensor_model_parallel_size=2"], "runtime", "TP 2 x PP 1 x DP 1 = 2"),
     "native TP": (["rollout.tensor_parallel_size=2"], "rollout.tensor_parallel_size", "native"),
+    "native transport": (["rollout.weight_transport=disk"], "rollout.weight_transport", "no server to carry them to"),
+    "transport": (
+        ["rollout.engine=sglang", "rollout.weight_transport=tensors"],
+        "rollout.weight_transport",
+        "not one of tensor, d",
+    ),
+    "no time": (["rollout.weight_sync_timeout_s=0"], "rollout.weight_sync_timeout_s", "out of range"),
     "betas": (["learner.optimizer.betas=[0.9]"], "learner.optimizer.betas", "two numbers"),
     "warm-up": (
         ["learner.optimizer.lr_schedule=cosine", "learner.optimizer.warmup_steps=100"],
@@ -238,6 +246,7 @@ def test_model_folders_that_cannot_be_used(tmp_path, files, words):
 
 
 ROPE = {"rope_type": "llama3", "factor": 8.0}
+MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
 UNSUPPORTED = {
     "architecture": ({"architectures": ["LlamaForSequenceClassification"]}, "'LlamaForSequenceClassification'"),
     "no architecture": ({"architectures": None}, "None"),
@@ -250,6 +259,8 @@ UNSUPPORTED = {
     "groups": ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide"),
     "yarn": ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type='yarn'"),
     "yarn, transformers 5": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type='yarn'"),
+    "Mistral's sliding window": (MISTRAL | {"sliding_window": 4096}, "sliding_window=4096"),
+    "Mistral's sliding window, by default": (MISTRAL, "sliding_window=4096"),
     "llama3 frequency": ({"rope_scaling": ROPE | {"low_freq_factor": 2.0}}, "low_freq_factor=2.0"),
     "llama3 without factor": ({"rope_scaling": {"rope_type": "llama3"}}, "without a factor"),
 }
@@ -259,6 +270,7 @@ SUPPORTED = {
     "default rope, transformers 5": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "qwen2 biases": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "attention_bias": True},
     "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 16},
+    "mistral": MISTRAL | {"sliding_window": None},
 }
 
 
@@ -280,6 +292,16 @@ def test_models_that_the_learner_takes_pass(model, case):
     architecture.parse(LLAMA | SUPPORTED[case])
     (model / "config.json").write_text(json.dumps(LLAMA | SUPPORTED[case]))
     assert problems(model) == ()
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_families_whose_weights_are_mapped_but_that_cannot_be_trained(model, family):
+    config = hf_config(family)
+    architecture.parse(config)  # conversion and plans take it
+    (model / "config.json").write_text(json.dumps(config))
+    (problem,) = problems(model)
+    assert f"model_type {family!r} cannot be trained yet" in problem.problem
+    assert "llama, mistral, qwen2, qwen3" in problem.remedy
 
 
 def test_free_form_and_sectioned_values_say_where_they_came_from(model):

@@ -31,6 +31,7 @@ def transformers():
         ("llama", {"tie_word_embeddings": True, "rope_scaling": LLAMA3}),
         ("llama", {"attention_bias": True, "num_key_value_heads": 4}),
         ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+        ("mistral", {}),
         ("qwen2", {"num_key_value_heads": 1}),
         ("qwen3", {"head_dim": 32}),
         ("qwen3", {"tie_word_embeddings": True}),
@@ -85,6 +86,7 @@ def test_steps_through_a_cache_equal_one_pass():
         ({"mlp_bias": True}, "mlp_bias"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"hidden_act": "gelu"}, "gelu"),
+        ({"model_type": "mistral"}, "sliding_window"),
     ],
 )
 def test_refuses_what_it_does_not_compute(changes, named):

@@ -44,6 +44,7 @@ def push(engine, tensors, version):
     engine.begin_update(version)
     for bucket in buckets(tensors, version):
         engine.load_bucket(bucket)
+    engine.verify_update(version)
     engine.commit_update(version)
 
 
@@ -204,6 +205,7 @@ def test_update_survives_a_sender_that_reuses_memory(engine):
         engine.load_bucket(bucket)
         for tensor in bucket.tensors.values():
             tensor.fill_(float("nan"))
+    engine.verify_update(1)
     engine.commit_update(1)
     assert np.isfinite(engine.generate([request([5, 6])])[0].samples[0].log_probs).all()
 
@@ -240,7 +242,11 @@ def test_a_bad_bucket_ends_the_update_until_a_whole_one_commits(engine, message)
     engine.load_bucket(first)
     with pytest.raises(WeightUpdateError, match=message):
         engine.load_bucket(BAD_BUCKETS[message](second))
-    for action in (lambda: engine.load_bucket(second), lambda: engine.commit_update(7)):
+    for action in (
+        lambda: engine.load_bucket(second),
+        lambda: engine.verify_update(7),
+        lambda: engine.commit_update(7),
+    ):
         with pytest.raises(WeightUpdateError, match="begin_update"):
             action()
     with pytest.raises(EngineError, match="push the weights again"):
@@ -252,26 +258,98 @@ def test_a_bad_bucket_ends_the_update_until_a_whole_one_commits(engine, message)
 
 @pytest.mark.parametrize(
     ("sent", "version", "message"),
-    [(slice(0, 2), 7, "2 of 3 buckets"), (slice(0, 0), 7, "buckets arrived"), (slice(0, 3), 8, r"commit_update\(8\)")],
+    [(slice(0, 2), 7, "2 of 3 buckets"), (slice(0, 0), 7, "buckets arrived"), (slice(0, 3), 8, r"verify_update\(8\)")],
 )
-def test_a_partial_update_does_not_commit(engine, sent, version, message):
+def test_a_partial_update_does_not_verify(engine, sent, version, message):
     engine.begin_update(7)
     for bucket in buckets(random_tensors(hf_config("qwen3"), 1), 7)[sent]:
         engine.load_bucket(bucket)
     with pytest.raises(WeightUpdateError, match=message):
-        engine.commit_update(version)
+        engine.verify_update(version)
     with pytest.raises(EngineError, match="push the weights again"):
         engine.generate([request([5, 6])])
 
 
-def test_a_missing_tensor_does_not_commit(engine):
+def test_a_missing_tensor_does_not_verify(engine):
     tensors = random_tensors(hf_config("qwen3"), 1)
     del tensors["model.norm.weight"]
     engine.begin_update(7)
     for bucket in buckets(tensors, 7):
         engine.load_bucket(bucket)
     with pytest.raises(WeightUpdateError, match=r"model\.norm\.weight"):
-        engine.commit_update(7)
+        engine.verify_update(7)
+
+
+@pytest.mark.parametrize("version", [7, 8])
+def test_only_what_was_verified_commits(engine, version):
+    engine.begin_update(7)
+    first, *rest = buckets(random_tensors(hf_config("qwen3"), 1), 7)
+    engine.load_bucket(first)
+    if version == 8:
+        for bucket in rest:
+            engine.load_bucket(bucket)
+        engine.verify_update(7)
+        assert engine.health().weight_version is None, "verified is not served"
+        with pytest.raises(EngineError, match="push the weights again"):
+            engine.generate([request([5, 6])])
+    with pytest.raises(WeightUpdateError, match=rf"commit_update\({version}\), but what is loaded is version 7"):
+        engine.commit_update(version)
+
+
+def test_nothing_is_admitted_after_verification(engine):
+    tensors = random_tensors(hf_config("qwen3"), 1)
+    engine.begin_update(7)
+    for bucket in buckets(tensors, 7):
+        engine.load_bucket(bucket)
+    engine.verify_update(7)
+    with pytest.raises(WeightUpdateError, match="after verify_update"):
+        engine.load_bucket(buckets(tensors, 7)[0])
+
+
+@pytest.mark.parametrize("until", ["start", "begin", "load", "verify", "commit"])
+def test_after_an_abort_the_next_update_mends(engine, until):
+    tensors = random_tensors(hf_config("qwen3"), 1)
+    steps = [
+        lambda: engine.begin_update(7),
+        lambda: [engine.load_bucket(bucket) for bucket in buckets(tensors, 7)],
+        lambda: engine.verify_update(7),
+        lambda: engine.commit_update(7),
+    ]
+    for step in steps[: ["start", "begin", "load", "verify", "commit"].index(until)]:
+        step()
+    engine.abort_update()
+    assert engine.health().weight_version is None
+    with pytest.raises(EngineError, match="push the weights again"):
+        engine.generate([request([5, 6])])
+    push(engine, tensors, 7)
+    assert engine.generate([request([5, 6])])[0].samples[0].drawn_with(7)
+
+
+def test_a_batch_that_does_not_end_is_named(folder, monkeypatch):
+    engine = NativeEngine(weight_sync_timeout_s=0.1)
+    engine.start(folder)
+    inside, proceed = threading.Event(), threading.Event()
+    original = Decoder.step
+
+    def step(self, *args):
+        inside.set()
+        proceed.wait(5)
+        return original(self, *args)
+
+    monkeypatch.setattr(Decoder, "step", step)
+    result = []
+    generation = threading.Thread(target=lambda: result.extend(engine.generate([request([5, 6], range(8), new=4)])))
+    generation.start()
+    inside.wait(5)
+    with pytest.raises(
+        WeightUpdateError, match=r"version 3: begin_update: .* within 0\.1 s; raise rollout\.weight_sync"
+    ):
+        engine.begin_update(3)
+    proceed.set()
+    generation.join(5)
+    assert all(sample.drawn_with(0) for sample in result[0].samples)
+    push(engine, random_tensors(hf_config("qwen3"), 1), 4)
+    assert engine.health().weight_version == 4
 
 
 def test_an_update_waits_for_the_running_batch(engine, monkeypatch):

@@ -1,4 +1,5 @@
 import threading
+import time
 
 import pytest
 from hypothesis import given
@@ -37,6 +38,10 @@ class FailingEngine(NativeEngine):
     def load_bucket(self, bucket):
         self._fail_in("load_bucket")
         super().load_bucket(bucket)
+
+    def verify_update(self, version):
+        self._fail_in("verify_update")
+        super().verify_update(version)
 
     def commit_update(self, version):
         self._fail_in("commit_update")
@@ -158,14 +163,16 @@ def test_push_never_looks_into_opaque_buckets(folder):
     assert engine.health().weight_version == 2
 
 
-@pytest.mark.parametrize("phase", ["begin_update", "load_bucket", "commit_update"])
+@pytest.mark.parametrize("phase", ["begin_update", "load_bucket", "verify_update", "commit_update"])
 def test_one_failing_engine_makes_the_pool_refuse_until_a_push_succeeds(folder, phase):
-    pool = started([NativeEngine(), FailingEngine(phase)], folder)
+    good = NativeEngine()
+    pool = started([good, FailingEngine(phase)], folder)
     with pytest.raises(WeightUpdateError, match=rf"version 1 failed in {phase}.*broken cable"):
         push_weights(Exporter(), pool, 1)
     with pytest.raises(EngineError, match="push the weights again"):
         pool.generate(REQUESTS)
     assert pool.health().weight_version is None
+    assert good.health().weight_version is None, "its update was aborted"
     push_weights(Exporter(), pool, 2)
     assert all(sample.drawn_with(2) for group in pool.generate(REQUESTS) for sample in group.samples)
     pool.close()
@@ -186,6 +193,34 @@ def test_commit_needs_the_update_that_began(folder):
     pool = started([NativeEngine(), NativeEngine()], folder)
     with pytest.raises(WeightUpdateError, match="in progress is None"):
         pool.commit_update(1)
+
+
+def test_no_engine_commits_before_all_have_verified(folder):
+    log = []
+
+    class Logging(NativeEngine):
+        def __init__(self, delay):
+            super().__init__()
+            self.delay = delay
+
+        def verify_update(self, version):
+            time.sleep(self.delay)
+            super().verify_update(version)
+            log.append("verified")
+
+        def commit_update(self, version):
+            log.append("commits")
+            super().commit_update(version)
+
+    pool = started([Logging(0), Logging(0.2), Logging(0.1)], folder)
+    push_weights(Exporter(), pool, 3)
+    assert log == ["verified"] * 3 + ["commits"] * 3
+    pool.begin_update(4)
+    for bucket in Exporter().export_shards(4):
+        pool.load_bucket(bucket)
+    with pytest.raises(WeightUpdateError, match="before every engine has verified"):
+        pool.commit_update(4)
+    pool.close()
 
 
 def test_revive_starts_the_dead_engines_and_the_pool_waits_for_weights(folder):

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import threading
 import time
 
@@ -10,34 +9,9 @@ import pytest
 
 from pipeline.config.schema import RolloutConfig, SglangConfig
 from pipeline.rollout import sglang_cpu, sglang_server
-from pipeline.rollout.engine import EngineError
+from pipeline.rollout.engine import EngineError, EngineTimeoutError
 from pipeline.rollout.sglang_server import SglangServer
-
-SERVE = """
-import http.server, os, sys
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(os.environ.get("PYTHONPATH", "").encode())
-    def do_POST(self):
-        self.send_error(400, "no such thing")
-http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
-"""
-
-
-class Stub(SglangServer):
-    """Runs ``program`` with the port as its argument."""
-
-    def __init__(self, program, tmp_path, **settings):
-        config = RolloutConfig(sglang=SglangConfig(**settings))
-        super().__init__(config, tmp_path, dtype="float32", seed=1, log_path=tmp_path / "logs" / "server.log")
-        self.program = program
-        self.ports = []
-
-    def command(self, port):
-        self.ports.append(port)
-        return [sys.executable, "-c", self.program, str(port)]
+from tests.stub_server import SERVE, Stub
 
 
 def test_a_server_comes_up_answers_and_ends(tmp_path):
@@ -118,10 +92,13 @@ def test_a_stuck_guard_is_killed_and_its_server_with_it(tmp_path, monkeypatch):
 
 
 def test_a_slow_reply_names_the_setting(tmp_path):
-    server = Stub(SERVE.replace("self.send_error", "import time; time.sleep(2); self.send_error"), tmp_path)
+    program = SERVE.replace("self.send_error", "import time; time.sleep(2); self.send_error")
+    server = Stub(program, tmp_path, request_timeout_s=0.2)
     server.start()
-    with pytest.raises(EngineError, match=r"within 0\.2 s; .*raise rollout\.sglang\.request_timeout_s"):
-        server.post("/generate", timeout_s=0.2)
+    with pytest.raises(EngineTimeoutError, match=r"within 0\.2 s; .*raise rollout\.sglang\.request_timeout_s"):
+        server.post("/generate")
+    with pytest.raises(EngineTimeoutError, match=r"within 0\.1 s; log"):  # the caller's deadline, and its remedy
+        server.post("/generate", timeout_s=0.1)
     server.close()
 
 

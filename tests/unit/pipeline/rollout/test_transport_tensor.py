@@ -1,11 +1,11 @@
-"""What of the SGLang engine needs no server; tests/integration has the rest."""
+"""What of the tensor transport needs no server; tests/integration has the rest."""
 
 import threading
 
 import torch
 import torch.multiprocessing as torch_multiprocessing
 
-from pipeline.rollout.sglang import _shared
+from pipeline.rollout.transport_tensor import shared
 
 
 class Tensors(dict):
@@ -22,7 +22,7 @@ class Tensors(dict):
 
 
 def share(tensors, done):
-    with _shared(tensors):
+    with shared(tensors):
         done.set()
 
 

@@ -1,0 +1,73 @@
+"""What the tests of real SGLang servers share: models, requests, pushes and what a server's processes are."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.checksum import checksum
+from pipeline.rollout.decoder import Decoder, DecoderConfig, token_log_probs
+from pipeline.types import GenerateRequest, Prompt, Role, WeightBucket
+from tests.tiny_folder import hf_config, random_tensors
+
+FAMILIES = ("llama", "qwen3")
+TOLERANCE = 0.02  # nats
+
+
+def server_pid(engine):
+    guard = engine._server._process.pid
+    return int(Path(f"/proc/{guard}/task/{guard}/children").read_text().split()[0])
+
+
+def process_group(group):
+    members = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if int(fields[2]) == group and fields[0] != "Z":
+            members.append(stat.parent.name)
+    return members
+
+
+def generate_request(tokens, count=4, temperature=1.0, new=12, role=Role.MAIN):
+    seeds = tuple(range(count))
+    return GenerateRequest(Prompt(str(tokens), tuple(tokens), "", None, "exact"), seeds, temperature, new, role)
+
+
+def decoder_of(family, seed):
+    return Decoder(DecoderConfig.from_hf(hf_config(family)), random_tensors(hf_config(family), seed))
+
+
+def buckets(family, version, seed):
+    tensors = random_tensors(hf_config(family), seed)
+    names = sorted(tensors)
+    for i in range(3):
+        part = {name: tensors[name] for name in names[i::3]}
+        yield WeightBucket(version, i, 3, part, checksum(part))
+
+
+def push(engine, family, version, seed=None):
+    engine.begin_update(version)
+    for bucket in buckets(family, version, version if seed is None else seed):
+        engine.load_bucket(bucket)
+    engine.verify_update(version)
+    engine.commit_update(version)
+
+
+def assert_agrees(groups, decoder):
+    """Log-probs of both engines for the same tokens, at the temperature of the draw."""
+    for group in groups:
+        for sample in group.samples:
+            prompt = group.prompt.token_ids
+            tokens = torch.tensor([[*prompt, *sample.token_ids.tolist()]])
+            ours = token_log_probs(decoder, tokens, sample.temperature)[0, len(prompt) - 1 :]
+            np.testing.assert_allclose(sample.log_probs, ours.numpy(), atol=TOLERANCE)
+
+
+REQUESTS = [
+    generate_request([5, 6, 7], 8),
+    generate_request([9, 4, 20, 31, 8], 8, temperature=1.4, role=Role.AUXILIARY),
+    generate_request([11], 3, temperature=0.7, new=1),
+]
