@@ -53,7 +53,7 @@ def hf_config(family, **changes):
         "architectures": [ARCHITECTURES[family]],
         "model_type": family,
         "hidden_size": 64,
-        "intermediate_size": 84,  # SGLang pads it on a CPU
+        "intermediate_size": 96,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,

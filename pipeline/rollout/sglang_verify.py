@@ -90,7 +90,7 @@ class UpdateVerifier:
             actual = self._read_back(name, deadline)
             if actual is None:
                 raise EngineError(f"{name!r} cannot be read back")
-            # The server pads its vocabulary and, on a CPU with TP, its MLP; a TP rank holds some rows only.
+            # The server pads its vocabulary and, on a CPU, its MLP; a TP rank holds a part only.
             common = tuple(slice(min(sizes)) for sizes in zip(actual.shape, expected.shape, strict=True))
             if not torch.equal(actual[common], expected[common].float()):
                 raise EngineError(f"{name!r} reads back differently from what was sent")

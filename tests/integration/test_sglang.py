@@ -128,26 +128,29 @@ def test_a_sample_that_lives_through_an_update_carries_spans(engines):
         assert sample.drawn_with(21) == ([span.version for span in sample.weight_versions] == [21])
 
 
-@pytest.mark.parametrize("kv_tokens", [16384, 500])  # all in one call; a call for each, some of them unsent
-def test_abort_returns_partial_samples(engines, monkeypatch, kv_tokens):
+# All in one call; a call for each, most of them unsent.
+@pytest.mark.parametrize(("kv_tokens", "count"), [(16384, 1), (500, 8)])
+def test_abort_returns_partial_samples(engines, monkeypatch, kv_tokens, count):
     engine = engines["llama"]
+    push(engine, "llama", 1, seed=0)
     monkeypatch.setattr(engine, "_kv_tokens", kv_tokens)
     groups = []
-    long = [generate_request([i], 1, temperature=0.05, new=450) for i in range(4, 20)]
+    long = [generate_request([i], count, temperature=0.05, new=450) for i in range(4, 20)]
     running = threading.Thread(target=lambda: groups.extend(engine.generate(long)))
     running.start()
     wait_until_under_way(engine)
     engine.abort()
     running.join(30)
     assert not running.is_alive()
-    samples = [group.samples[0] for group in groups]
+    samples = [sample for group in groups for sample in group.samples]
     assert any(sample.finish_reason == "abort" for sample in samples)
-    assert len(samples) == 16
+    assert len(samples) == 16 * count
     if kv_tokens == 500:
         unsent = [sample for sample in samples if len(sample.token_ids) == 0]
         assert unsent
         assert {sample.finish_reason for sample in unsent} == {"abort"}
-        assert all(sample.weight_versions[0].version == engine.health().weight_version for sample in samples)
+        version = engine.health().weight_version
+        assert {sample.weight_versions[0].version for sample in samples} == {version}
     for sample in samples:
         assert sample.finish_reason != "abort" or len(sample.token_ids) < 450
         assert len(sample.token_ids) == len(sample.log_probs)
