@@ -84,7 +84,11 @@ def megatron_to_hf(
     hf: Path | None = typer.Option(
         None, "--hf", metavar="DIR", help="Folder with config.json and tokenizer; default: the run's model.hf_path."
     ),
-    dtype: Literal["bf16", "fp32"] | None = DTYPE,
+    dtype: Literal["bf16", "fp32", "fp8"] | None = typer.Option(
+        None,
+        "--dtype",
+        help="Type of the new weights; default: as they are. fp8: matrices in 128x128 blocks, the rest bf16.",
+    ),
     shard_size: str = typer.Option("5GB", "--shard-size", help="Largest safetensors file."),
     workers: int = WORKERS,
     verify: bool = VERIFY,

@@ -22,16 +22,17 @@ import torch
 
 from megatron_ext import architecture
 from megatron_ext.architecture import Architecture
-from megatron_ext.weights import identity, layout, safetensors_io, torch_dist
+from megatron_ext.weights import fp8, identity, layout, safetensors_io, torch_dist
 from megatron_ext.weights.grid import Grid
 from megatron_ext.weights.layout import Row
 from megatron_ext.weights.parts import Budget, ConversionError, Work
-from megatron_ext.weights.verify import MANIFEST
+from megatron_ext.weights.verify import MANIFEST, in_hf
 from megatron_ext.weights.verify import verify as compare
 
 PART_BYTES = 64 * 2**20, 2**30  # least and most; between, a sixteenth of the model
 LEAST_BUDGET = 128 * 2**20  # bytes
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+FP8 = "fp8"  # of a Hugging Face folder only: matrices in blocks, the rest in bfloat16
 _WEIGHTS = (
     "*.safetensors",
     "*.safetensors.index.json",
@@ -232,7 +233,8 @@ def megatron_to_hf(
     """Write a ``torch_dist`` checkpoint, ours or a training run's, as a Hugging Face folder.
 
     ``checkpoint`` is anything that :func:`torch_dist.find` understands; configuration, tokenizer and all else but weights is copied
-    from ``hf``. ``dtype`` ``None`` keeps the checkpoint's types. Resumes and raises like :func:`hf_to_megatron`.
+    from ``hf``. ``dtype`` "fp32" or "bf16" casts, "fp8" quantises the matrices of :func:`fp8.quantised` in 128x128 blocks and makes
+    the rest bfloat16; ``None`` keeps the checkpoint's types. Resumes and raises like :func:`hf_to_megatron`.
     """
     start = time.perf_counter()
     directory = torch_dist.find(checkpoint)
@@ -240,11 +242,8 @@ def megatron_to_hf(
     identity.check(directory, model, str(hf / "config.json"))
     rows = [row for row in layout.rows(model) if row.exported]
     source = torch_dist.Checkpoint(directory, model, rows)
-    tensors = [
-        _Tensor(row, number, source.dtype(row) if dtype is None or row.parameter.endswith(_EXACT) else DTYPES[dtype])
-        for row in rows
-        for number in range(len(row.sources))
-    ]
+    types = {row.parameter: _type_in_hf(row, source, dtype) for row in rows}
+    tensors = [_Tensor(row, number, types[row.parameter]) for row in rows for number in range(len(row.sources))]
     total = sum(tensor.nbytes for tensor in tensors)
     part_bytes = part_bytes or _part_bytes(total)
     parts = [[tensors[i] for i in group] for group in _groups([tensor.nbytes for tensor in tensors], part_bytes)]
@@ -261,7 +260,7 @@ def megatron_to_hf(
     budget = Budget(max(largest, LEAST_BUDGET))
     with Work(out, settings) as work:
         resumed = len(work.finished)
-        places = {tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors}
+        places = {name: place for tensor in tensors for name, place in tensor.places.items()}
         files = safetensors_io.Files(work.folder, places, shard_bytes)
         _allocate(work, files, resumed)
         with closing(files):
@@ -271,7 +270,7 @@ def megatron_to_hf(
                 workers,
                 lambda done: progress(done, total),
             )
-        _copy_rest(hf, work.folder, {tensor.dtype for tensor in tensors})
+        _copy_rest(hf, work.folder, set(types.values()))
         _write_manifest(work.folder, directory, [entry for entries in results for entry in entries])
         said = compare(directory, work.folder, work.folder, model, rows, workers, budget) if verify else ""
         work.publish()
@@ -295,8 +294,25 @@ class _Tensor:
         return self.row.sources[self.number].shape
 
     @property
+    def places(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Type and shape of what is written for it: itself and, in FP8, its scales."""
+        places = {self.name: (self.dtype, self.shape)}
+        if self.dtype == fp8.CODES:
+            places[fp8.scale_name(self.name)] = torch.float32, fp8.scale_shape(self.shape)
+        return places
+
+    @property
     def nbytes(self) -> int:
-        return _nbytes(self.shape, self.dtype)
+        return sum(_nbytes(shape, dtype) for dtype, shape in self.places.values())
+
+
+def _type_in_hf(row: Row, source: torch_dist.Checkpoint, dtype: str | None) -> torch.dtype:
+    """The type in which a row is written to a Hugging Face folder."""
+    if dtype is None or row.parameter.endswith(_EXACT):
+        return source.dtype(row)
+    if dtype == FP8:
+        return fp8.CODES if fp8.quantised(row) else torch.bfloat16
+    return DTYPES[dtype]
 
 
 def _write_tensors(
@@ -306,10 +322,11 @@ def _write_tensors(
     entries = []
     for tensor in part:
         with budget.hold(_held(tensor.shape, tensor.dtype, source.dtype(tensor.row))):
-            values = source.read(tensor.row, tensor.number).to(tensor.dtype).contiguous()
-            entry = {"name": tensor.name, "shape": list(tensor.shape), "dtype": str(tensor.dtype)}
-            entries.append(entry | {"checksum": files.write(tensor.name, values)})
-            del values
+            made = in_hf(tensor.name, source.read(tensor.row, tensor.number), tensor.dtype)
+            for name, values in made.items():
+                entry = {"name": name, "shape": list(values.shape), "dtype": str(values.dtype)}
+                entries.append(entry | {"checksum": files.write(name, values)})
+            del made, values
     files.flush()
     return entries
 
@@ -346,13 +363,17 @@ def _remove_others(folder: Path, names: set[str]) -> None:
 
 
 def _copy_rest(hf: Path, folder: Path, types: set[torch.dtype]) -> None:
-    """All of a Hugging Face folder but its weights; the type named in config.json is the one of the new weights."""
+    """All of a Hugging Face folder but its weights; config.json names the type of the new weights and how they are quantised."""
     for path in sorted(hf.iterdir()):
         if path.is_file() and path.name != MANIFEST and not any(path.match(pattern) for pattern in _WEIGHTS):
             shutil.copyfile(path, folder / path.name)
     config = json.loads((hf / "config.json").read_text())
-    narrowest = str(min(types, key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
-    named = {key: narrowest for key in ("dtype", "torch_dtype") if config.get(key, narrowest) != narrowest}
+    narrowest = str(min(types - {fp8.CODES}, key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
+    named: dict[str, Any] = {
+        key: narrowest for key in ("dtype", "torch_dtype") if config.get(key, narrowest) != narrowest
+    }
+    if fp8.CODES in types:
+        named["quantization_config"] = fp8.quantization_config()
     if named:
         (folder / "config.json").write_text(json.dumps(config | named, indent=2) + "\n")
 

@@ -27,6 +27,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _BLOCK = 2**20  # bytes
@@ -157,6 +158,10 @@ def check(folder: Folder, rows: Sequence[Row], model: Architecture) -> None:
         for source in row.sources:
             if source.name not in present:
                 raise ValueError(f"{folder.path} lacks the tensor {source.name}; needed by {row}")
+            if folder.dtype(source.name).itemsize == 1:
+                raise ValueError(
+                    f"{folder.path}: {source.name} is {folder.dtype(source.name)}: give the folder of the same model in 16 or 32 bits"
+                )
             if folder.shape(source.name) != source.shape:
                 raise ValueError(
                     f"{folder.path}: {source.name} has shape {list(folder.shape(source.name))}, "

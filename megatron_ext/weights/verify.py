@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megatron_ext.architecture import Architecture
-from megatron_ext.weights import safetensors_io, torch_dist
+from megatron_ext.weights import fp8, safetensors_io, torch_dist
 from megatron_ext.weights.layout import Row
 from megatron_ext.weights.parts import Budget, ConversionError
 from pipeline.checksum import checksum
@@ -38,8 +38,12 @@ def verify(
         for number, source in enumerate(row.sources):
             with budget.hold(2 * folder.entries[source.name].nbytes):
                 theirs, ours = folder.read(source.name, 0, 0, source.shape[0]), checkpoint.read(row, number)
-                if not _equal(theirs, ours, written == hf):
-                    different.append(source.name)
+                if written == hf:  # the source in the type of what was written
+                    made = in_hf(source.name, ours, theirs.dtype)
+                    pairs = {name: (folder.read(name, 0, 0, len(values)), values) for name, values in made.items()}
+                else:
+                    pairs = {source.name: (theirs.to(ours.dtype), ours)}
+                different += [name for name, pair in pairs.items() if not _equal(*pair)]
         return different
 
     def intact(entry: Mapping[str, Any]) -> list[str]:
@@ -56,18 +60,24 @@ def verify(
     if wrong:
         raise ConversionError(f"{len(wrong)} tensors of {written} differ from the source: {', '.join(wrong[:5])}")
     size = sum(entry.nbytes for entry in folder.entries.values())
-    if size > SMALL_MODEL:
+    types = {entry.dtype for entry in folder.entries.values()} | {checkpoint.dtype(row) for row in rows}
+    if size > SMALL_MODEL or fp8.CODES in types:
         return "tensors"
     from megatron_ext.weights import logits  # megatron, transformers: only for small models
 
-    types = {entry.dtype for entry in folder.entries.values()} | {checkpoint.dtype(row) for row in rows}
     difference = logits.difference(directory, hf, model, min(types, key=lambda dtype: dtype.itemsize))
     if not difference <= LOGITS_TOLERANCE:  # also where it is NaN
         raise ConversionError(f"logits of {written} differ from the source's by {difference:.2e}")
     return f"tensors; logits within {difference:.1e}"
 
 
-def _equal(hf: torch.Tensor, megatron: torch.Tensor, to_hf: bool) -> bool:
-    """Whether two tensors are the same bits, the source in the type of what was written."""
-    hf, megatron = (hf, megatron.to(hf.dtype)) if to_hf else (hf.to(megatron.dtype), megatron)
-    return torch.equal(hf.contiguous().view(torch.uint8), megatron.contiguous().view(torch.uint8))
+def in_hf(name: str, values: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """A Hugging Face tensor as it is written in ``dtype``, contiguous; in FP8 its codes and their scales."""
+    if dtype == fp8.CODES:
+        return fp8.quantise_tensors({name: values}, (name,))
+    return {name: values.to(dtype).contiguous()}
+
+
+def _equal(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether two tensors are the same bits."""
+    return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))

@@ -13,7 +13,7 @@ import torch
 
 from launchers.cli.main import run
 from megatron_ext import architecture
-from megatron_ext.weights import convert, identity, layout, safetensors_io, torch_dist
+from megatron_ext.weights import convert, fp8, identity, layout, safetensors_io, torch_dist
 from megatron_ext.weights.grid import Grid
 from megatron_ext.weights.parts import Budget, ConversionError
 
@@ -77,6 +77,24 @@ def test_a_cast_is_torchs_own_and_leaves_expert_biases_alone(tmp_path, name):
     convert.hf_to_megatron(hf, tmp_path / "m32", Grid(pp=2))
     convert.megatron_to_hf(tmp_path / "m32", hf, tmp_path / "back16", dtype="bf16")
     assert same(read(tmp_path / "back16"), cast)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "deepseek_v3"])
+def test_fp8_quantises_the_matrices_alone(tmp_path, name):
+    hf, tensors = folder(tmp_path / "hf", name, hidden_size=192)  # no multiple of 128
+    convert.hf_to_megatron(hf, tmp_path / "m", Grid(tp=2, pp=2))
+    done = convert.megatron_to_hf(tmp_path / "m", hf, tmp_path / "fp8", dtype="fp8", verify=True, shard_bytes=10**5)
+    matrices = fp8.quantised_names(layout.rows(architecture.read(hf)))
+    assert "model.layers.1.self_attn.o_proj.weight" in matrices
+    rest = {n: t if "e_score_correction_bias" in n else t.bfloat16() for n, t in tensors.items() if n not in matrices}
+    expected = rest | fp8.quantise_tensors({n: tensors[n] for n in sorted(matrices)}, matrices)
+    assert same(read(tmp_path / "fp8"), expected)
+    assert (done.verified, done.bytes) == ("tensors", sum(t.nbytes for t in expected.values()))
+    config = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    assert config["quantization_config"] == fp8.quantization_config()
+    assert len(list((tmp_path / "fp8").glob("*.safetensors"))) > 1
+    with pytest.raises(ValueError, match=r"float8_e4m3fn: give the folder of the same model in 16 or 32 bits"):
+        convert.hf_to_megatron(tmp_path / "fp8", tmp_path / "again")
 
 
 def test_a_hugging_face_folder_keeps_all_but_its_weights(tmp_path):
