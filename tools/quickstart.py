@@ -45,10 +45,10 @@ def main() -> int:
     runs = [arguments.out / method for method in CONFIGS]
     result = build_report(runs, arguments.out / "report.html", arguments.out / "report.png")
     (arguments.out / "summary.json").write_text(json.dumps(result, indent=1))
-    print("".join(f"{name:>15}" for name in SHOWN))
+    print("".join(f"{name:>17}" for name in SHOWN))
     for run in result["runs"]:
         print(
-            "".join(f"{run[name]:>15.3f}" if isinstance(run[name], float) else f"{run[name]!s:>15}" for name in SHOWN)
+            "".join(f"{run[name]:>17.3f}" if isinstance(run[name], float) else f"{run[name]!s:>17}" for name in SHOWN)
         )
     print(*result["cost"], sep="\n")
     print(f"{arguments.out}: report.html, report.png, summary.json ({time.monotonic() - started:.0f} s in all)")
