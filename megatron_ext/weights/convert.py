@@ -24,7 +24,7 @@ from megatron_ext import architecture
 from megatron_ext.architecture import Architecture
 from megatron_ext.weights import fp8, identity, layout, safetensors_io, torch_dist
 from megatron_ext.weights.grid import Grid
-from megatron_ext.weights.layout import Row
+from megatron_ext.weights.layout import Piece, Row
 from megatron_ext.weights.parts import Budget, ConversionError, Work
 from megatron_ext.weights.verify import MANIFEST, in_hf
 from megatron_ext.weights.verify import verify as compare
@@ -278,20 +278,10 @@ def megatron_to_hf(
 
 
 @dataclass(frozen=True)
-class _Tensor:
-    """One Hugging Face tensor: source ``number`` of ``row``."""
+class _Tensor(Piece):
+    """One Hugging Face tensor, and the type in which it is written."""
 
-    row: Row
-    number: int
     dtype: torch.dtype
-
-    @property
-    def name(self) -> str:
-        return self.row.sources[self.number].name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.row.sources[self.number].shape
 
     @property
     def places(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
@@ -322,7 +312,7 @@ def _write_tensors(
     entries = []
     for tensor in part:
         with budget.hold(_held(tensor.shape, tensor.dtype, source.dtype(tensor.row))):
-            made = in_hf(tensor.name, source.read(tensor.row, tensor.number), tensor.dtype)
+            made = in_hf(tensor.name, source.read(tensor.row, tensor.source), tensor.dtype)
             for name, values in made.items():
                 entry = {"name": name, "shape": list(values.shape), "dtype": str(values.dtype)}
                 entries.append(entry | {"checksum": files.write(name, values)})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ import torch.distributed as dist
 from megatron_ext.architecture import Architecture
 from megatron_ext.topology import Topology
 from megatron_ext.weights import safetensors_io
-from megatron_ext.weights.layout import Row, Slice
+from megatron_ext.weights.layout import Piece, Row, Slice
 from pipeline.checksum import checksum
 from pipeline.types import WeightBucket
 
@@ -42,24 +41,6 @@ def load(
         for piece in row.slices(count, index):
             values = folder.read(row.sources[piece.source].name, row.dim, piece.source_start, piece.length)
             parameter.narrow(row.dim, piece.start, piece.length).copy_(values)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """One Hugging Face tensor of an export: source ``source`` of ``row``."""
-
-    row: Row
-    source: int
-
-    @property
-    def name(self) -> str:
-        """Hugging Face name."""
-        return self.row.sources[self.source].name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Full shape."""
-        return self.row.sources[self.source].shape
 
 
 def plan(rows: Sequence[Row], itemsize: int, bucket_mib: float) -> tuple[tuple[Piece, ...], ...]:

@@ -276,6 +276,24 @@ class Row:
 _ALONE = Grid()  # one rank, which holds everything
 
 
+@dataclass(frozen=True)
+class Piece:
+    """One Hugging Face tensor that is made of a parameter: source ``source`` of ``row``."""
+
+    row: Row
+    source: int
+
+    @property
+    def name(self) -> str:
+        """Hugging Face name."""
+        return self.row.sources[self.source].name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Full shape."""
+        return self.row.sources[self.source].shape
+
+
 def rows(model: Architecture, grid: Grid = _ALONE) -> tuple[Row, ...]:
     """Every parameter of ``model`` on the ranks of ``grid``, stage by stage, layer by layer, dense ones before those of each
     expert-parallel rank: the order in which they are exported.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
 from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing
 
-from megatron_ext import models, topology
+from megatron_ext import cpu, models, topology
 from megatron_ext.architecture import Architecture
 
 _TOKENS = 16
@@ -44,12 +43,7 @@ def _megatron(checkpoint: Path, model: Architecture, tokens: torch.Tensor, dtype
 
 
 def _transformers(hf: Path, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    for name in (
-        "nms",
-        "qnms",
-    ):  # what a CUDA build of torchvision beside CPU torch lacks, so that it cannot be imported
-        with contextlib.suppress(RuntimeError):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    cpu.declare_torchvision_operators()
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

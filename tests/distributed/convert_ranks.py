@@ -84,10 +84,4 @@ def save_after_an_update(rank, world, address, folder, directory, tp, pp, config
 
 def refusal_to_restore(rank, world, address, folder, directory):
     """What a learner says to a checkpoint of another model."""
-    made = ranks.learner(rank, world, address, folder, 1, 1)
-    try:
-        made.restore(Path(directory))
-    except ValueError as error:
-        return str(error)
-    finally:
-        made.close()
+    return ranks.refusal_to_restore(ranks.learner(rank, world, address, folder, 1, 1), directory)

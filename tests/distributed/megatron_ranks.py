@@ -157,6 +157,11 @@ def restore_elsewhere(rank, world, address, folder, directory):
 
     topology.shutdown()
     made = learner(rank, world, (address[0], address[1] + 1), folder, 1, world)
+    return refusal_to_restore(made, directory)
+
+
+def refusal_to_restore(made, directory):
+    """What a learner says to a checkpoint that it cannot restore; the learner is closed."""
     try:
         made.restore(Path(directory))
     except ValueError as error:

@@ -1,6 +1,5 @@
 """Tiny Hugging Face folders of every family, norms and biases randomised so that a swapped mapping shows."""
 
-import contextlib
 import json
 from pathlib import Path
 
@@ -213,9 +212,9 @@ def write(folder: Path, config: dict, tensors: dict[str, torch.Tensor] | None = 
 
 def hf_model(folder: Path) -> torch.nn.Module:
     """transformers' own model."""
-    for name in ("nms", "qnms"):  # a CUDA build of torchvision beside CPU torch lacks its operators
-        with contextlib.suppress(RuntimeError):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    from megatron_ext import cpu
+
+    cpu.declare_torchvision_operators()
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()

@@ -325,9 +325,8 @@ def test_after_an_abort_the_next_update_mends(engine, until):
     assert engine.generate([request([5, 6])])[0].samples[0].drawn_with(7)
 
 
-def test_a_batch_that_does_not_end_is_named(folder, monkeypatch):
-    engine = NativeEngine(weight_sync_timeout_s=0.1)
-    engine.start(folder)
+def held_batch(engine, monkeypatch):
+    """A batch that stands in its first step until ``proceed`` is set; its result is filled by the ``generation`` thread."""
     inside, proceed = threading.Event(), threading.Event()
     original = Decoder.step
 
@@ -341,6 +340,13 @@ def test_a_batch_that_does_not_end_is_named(folder, monkeypatch):
     generation = threading.Thread(target=lambda: result.extend(engine.generate([request([5, 6], range(8), new=4)])))
     generation.start()
     inside.wait(5)
+    return result, proceed, generation
+
+
+def test_a_batch_that_does_not_end_is_named(folder, monkeypatch):
+    engine = NativeEngine(weight_sync_timeout_s=0.1)
+    engine.start(folder)
+    result, proceed, generation = held_batch(engine, monkeypatch)
     with pytest.raises(
         WeightUpdateError, match=r"version 3: begin_update: .* within 0\.1 s; raise rollout\.weight_sync"
     ):
@@ -353,19 +359,7 @@ def test_a_batch_that_does_not_end_is_named(folder, monkeypatch):
 
 
 def test_an_update_waits_for_the_running_batch(engine, monkeypatch):
-    inside, proceed = threading.Event(), threading.Event()
-    original = Decoder.step
-
-    def step(self, *args):
-        inside.set()
-        proceed.wait(5)
-        return original(self, *args)
-
-    monkeypatch.setattr(Decoder, "step", step)
-    result = []
-    generation = threading.Thread(target=lambda: result.extend(engine.generate([request([5, 6], range(8), new=4)])))
-    generation.start()
-    inside.wait(5)
+    result, proceed, generation = held_batch(engine, monkeypatch)
     update = threading.Thread(target=lambda: engine.begin_update(1))
     update.start()
     update.join(0.05)
