@@ -42,6 +42,29 @@ class OptimizerConfig:
     weight_decay: float = key(0.0, "decoupled weight decay")
     clip_grad: float = key(1.0, "global gradient norm above which gradients are scaled down; 0: never")
     distributed: bool = key(False, "shard optimizer state over data-parallel ranks (Megatron's distributed optimizer)")
+    overlap_grad_reduce: bool = key(False, "reduce gradients over DP while the backward pass goes on")
+    overlap_param_gather: bool = key(
+        False, "gather parameters over DP while the forward pass goes on (distributed, with overlap_grad_reduce)"
+    )
+
+
+@dataclass
+class PrecisionConfig:
+    """FP8 in the learner's linear layers. Names as megatron-core's."""
+
+    fp8: str = key("none", "none | e4m3 | hybrid (gradients in e5m2): number format of the linear layers")
+    fp8_recipe: str = key("blockwise", "delayed | tensorwise (current scaling) | blockwise | mxfp8 (Blackwell)")
+    fp8_param: bool = key(False, "keep the linear layers' parameters in FP8; the optimizer holds them in float32")
+    fp8_margin: int = key(0, "delayed: scales leave this many powers of two unused")
+    fp8_amax_history_len: int = key(1024, "delayed: steps of which the largest entry is remembered")
+    fp8_amax_compute_algo: str = key("max", "delayed: max | most_recent of that history")
+    first_last_layers_bf16: bool = key(False, "leave the first and last layers in bf16 (not with delayed)")
+    num_layers_at_start_in_bf16: int = key(1, "first_last_layers_bf16: layers at the start")
+    num_layers_at_end_in_bf16: int = key(1, "first_last_layers_bf16: layers at the end")
+    fp8_dot_product_attention: bool = key(False, "attention in FP8 too")
+    emulate: bool = key(
+        False, "round as the recipe does, in torch, on any device: to measure FP8's effect, not for speed"
+    )
 
 
 @dataclass
@@ -50,9 +73,42 @@ class LearnerConfig:
 
     tensor_model_parallel_size: int = key(1, "TP: ranks that share each layer's matrices")
     pipeline_model_parallel_size: int = key(1, "PP: stages of layers")
-    data_parallel_size: int = key(1, "DP: replicas; learner processes = TP x PP x DP")
+    data_parallel_size: int = key(1, "DP: replicas; learner processes = TP x CP x PP x DP")
+    context_parallel_size: int = key(1, "CP: ranks that share each sequence")
+    expert_model_parallel_size: int = key(1, "EP: groups of ranks that the experts are dealt to")
+    expert_tensor_parallel_size: int = key(0, "ETP: ranks that share each expert's matrices; 0: as TP")
+    sequence_parallel: bool = key(
+        False,
+        "divide norms and residuals over the TP ranks along the sequence (needs TP > 1; always with experts under TP)",
+    )
+    virtual_pipeline_model_parallel_size: int = key(
+        1, "VPP: model chunks per stage, interleaved for a smaller pipeline bubble (needs PP > 1)"
+    )
+    num_layers_in_first_pipeline_stage: int = key(0, "layers of the first stage; 0: as the others")
+    num_layers_in_last_pipeline_stage: int = key(0, "layers of the last stage; 0: as the others")
+    recompute_granularity: str = key(
+        "none", "none | selective (attention) | full (whole layers): activations computed again in the backward pass"
+    )
+    recompute_method: str = key(
+        "uniform", "full: uniform (groups of recompute_num_layers) | block (only the first so many)"
+    )
+    recompute_num_layers: int = key(1, "full: layers per group (uniform), or recomputed layers of a stage (block)")
+    transformer_impl: str = key(
+        "auto", "auto (transformer_engine where it is installed and a GPU is there) | local | transformer_engine"
+    )
+    precision: PrecisionConfig = key(PrecisionConfig(), "FP8")
+    log_prob_kernel: str = key(
+        "auto", "auto (triton on a GPU, else fused) | torch (from logits) | fused (with the output projection) | triton"
+    )
     micro_batch_size: int = key(
         32, "rows per forward-backward pass and DP rank; changes memory and speed, never results"
+    )
+    max_tokens_per_micro_batch: int = key(
+        0,
+        "tokens per forward-backward pass and DP rank: micro-batches of equal work instead of equal rows; 0: micro_batch_size rows",
+    )
+    packing: bool = key(
+        False, "join the rows of a micro-batch into one sequence without padding (needs max_tokens_per_micro_batch)"
     )
     updates_per_step: int = key(1, "optimizer steps per rollout batch (mini-batches); 1 is strictly on-policy")
     bucket_mib: int = key(512, "largest weight-sync bucket, MiB (a larger single tensor travels alone)")
@@ -130,6 +186,18 @@ class DataConfig:
 
 
 @dataclass
+class CorrectionConfig:
+    """Importance weights against the mismatch of engine and learner at equal weights."""
+
+    kind: str = key(
+        "none", "none | tis (truncate the weight pi_learner / pi_engine) | mis (mask what lies outside the limits)"
+    )
+    level: str = key("token", "token | sequence: what the weight belongs to")
+    high: float = key(2.0, "largest weight")
+    low: float = key(0.0, "mis: smallest weight")
+
+
+@dataclass
 class ObjectiveConfig:
     """The policy loss on the main rows."""
 
@@ -144,6 +212,7 @@ class ObjectiveConfig:
     kl_coef: float = key(
         0.0, "weight of KL(policy || reference), k3 estimator, main rows only; reference = the starting weights"
     )
+    correction: CorrectionConfig = key(CorrectionConfig(), "correction of the train-inference mismatch")
 
 
 @dataclass
