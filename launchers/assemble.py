@@ -142,8 +142,7 @@ def build_learner_rank(config: RunConfig, rank: int, address: tuple[str, int]) -
     from megatron_ext.learner import MegatronLearner
 
     layout = config.learner
-    tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    placed = topology.initialize(rank, world_size(config), address, tp, pp, config.seed)
+    placed = topology.initialize(rank, address, topology.grid_of(layout), config.seed)
     model = replace(config.model, hf_path=str(_hf_path(config)))
     return MegatronLearner(layout, model, config.objective, total_steps=config.steps, seed=config.seed, topology=placed)
 
@@ -181,9 +180,10 @@ def build_engine(config: RunConfig, index: int, log_dir: Path) -> RolloutEngine:
 
 
 def world_size(config: RunConfig) -> int:
-    """Learner processes: TP x PP x DP."""
+    """Learner processes: TP x CP x PP x DP."""
     layout = config.learner
-    return layout.tensor_model_parallel_size * layout.pipeline_model_parallel_size * layout.data_parallel_size
+    replica = layout.tensor_model_parallel_size * layout.context_parallel_size * layout.pipeline_model_parallel_size
+    return replica * layout.data_parallel_size
 
 
 def engine_gpus(config: RunConfig) -> int:

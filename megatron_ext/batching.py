@@ -29,19 +29,33 @@ def mini_batches(batch: TrainBatch, count: int) -> list[TrainBatch]:
     return [take(batch, torch.cat([main[i::count], auxiliary[i::count]])) for i in range(count)]
 
 
-def micro_batches(rows: int, size: int, dp_rank: int, dp_size: int) -> tuple[torch.Tensor, ...]:
+def micro_batches(rows: int, size: int, dp_rank: int, dp_size: int, multiple: int = 1) -> tuple[torch.Tensor, ...]:
     """Row indices of each micro-batch of one data-parallel rank: rows ``dp_rank::dp_size`` in order, then ``PADDING``.
 
-    As many micro-batches of at most ``size`` rows as needed, all equally long and equally many on every rank, as the
-    pipeline schedule asks; padding is at most one row short of one per micro-batch and rank.
+    As many micro-batches of at most ``size`` rows as needed, a ``multiple`` of which the interleaved pipeline schedule asks for,
+    all equally long and equally many on every rank; padding is at most one row short of one per micro-batch and rank.
     """
     per_rank = -(-rows // dp_size)
     count = -(-per_rank // size)
+    count = -(-count // multiple) * multiple
     each = -(-per_rank // count)
     indices = torch.full((count * each,), PADDING)
     own = torch.arange(rows)[dp_rank::dp_size]
     indices[: len(own)] = own
     return indices.split(each)
+
+
+def pad(batch: TrainBatch, multiple: int) -> TrainBatch:
+    """``batch`` with columns that hold no target at its end, so that ``multiple`` divides the number of its targets' columns."""
+    added = -batch.loss_mask.shape[1] % multiple
+    if added == 0:
+        return batch
+    columns = {
+        field.name: torch.nn.functional.pad(value, (0, added))
+        for field in fields(batch)
+        if isinstance(value := getattr(batch, field.name), torch.Tensor) and value.dim() == 2
+    }
+    return replace(batch, **columns)
 
 
 def take(batch: TrainBatch, indices: torch.Tensor, device: torch.device | None = None) -> TrainBatch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,15 +41,18 @@ class _SaveInProcess(torch_dist.TorchDistSaveShardedStrategy):
 
 def save(
     directory: Path,
-    gpt: GPTModel,
+    chunks: Sequence[GPTModel],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
-    reference: dict[str, torch.Tensor] | None,
+    reference: Sequence[dict[str, torch.Tensor]],
     topology: Topology,
 ) -> None:
-    """Write parameters, optimizer, schedule, RNG states and the reference policy, if any. A collective of all ranks."""
+    """Write parameters, optimizer, schedule, RNG states and the reference policy, if any. A collective of all ranks.
+
+    ``chunks`` are this rank's model chunks, ``reference`` as many dictionaries of parameters, or none.
+    """
     directory.mkdir(parents=True, exist_ok=True)
-    state = _state(gpt, optimizer, reference, topology, loading=False)
+    state = _state(chunks, optimizer, reference, topology, loading=False)
     state["layout"] = _layout(topology)
     state["scheduler"] = scheduler.state_dict()
     dist_checkpointing.save(state, str(directory), _SaveInProcess("torch_dist", 1))
@@ -56,10 +60,10 @@ def save(
 
 def restore(
     directory: Path,
-    gpt: GPTModel,
+    chunks: Sequence[GPTModel],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
-    reference: dict[str, torch.Tensor] | None,
+    reference: Sequence[dict[str, torch.Tensor]],
     topology: Topology,
 ) -> None:
     """Load what :func:`save` wrote, in place, but for hyper-parameters: those stay as ``optimizer`` was configured.
@@ -71,8 +75,9 @@ def restore(
         raise ValueError(
             f"{directory} was saved by a learner of layout {saved}, this one is {_layout(topology)}: use the same"
         )
-    state = dist_checkpointing.load(_state(gpt, optimizer, reference, topology, loading=True), str(directory))
-    gpt.load_state_dict(state["model"])
+    state = dist_checkpointing.load(_state(chunks, optimizer, reference, topology, loading=True), str(directory))
+    for index, gpt in enumerate(chunks):
+        gpt.load_state_dict(state["model"][f"model{index}"])
     configured = [dict(group) for group in optimizer.param_groups]
     _lend_step(optimizer, state["optimizer"])
     optimizer.load_state_dict(state["optimizer"])
@@ -82,32 +87,38 @@ def restore(
     _allocate(optimizer)
     _part_steps(optimizer)
     scheduler.load_state_dict(state["scheduler"])
-    for name, tensor in (reference or {}).items():
-        tensor.copy_(state["reference"][name])
+    for kept, loaded in zip(reference, state.get("reference", ()), strict=True):
+        for name, tensor in kept.items():
+            tensor.copy_(loaded[name])
     _set_rng(state["rng"])
 
 
 def _state(
-    gpt: GPTModel,
+    chunks: Sequence[GPTModel],
     optimizer: MegatronOptimizer,
-    reference: dict[str, torch.Tensor] | None,
+    reference: Sequence[dict[str, torch.Tensor]],
     topology: Topology,
     loading: bool,
 ) -> dict[str, Any]:
     """The sharded state dict: what each rank owns, described by global name, shape and offset."""
     _allocate(optimizer)
-    model = gpt.sharded_state_dict()
+    model = {f"model{index}": gpt.sharded_state_dict() for index, gpt in enumerate(chunks)}
     state: dict[str, Any] = {
         "model": model,
         "optimizer": optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(_METADATA)),
         "rng": ShardedObject("rng", _rng(), (topology.world_size,), (topology.rank,)),
     }
-    if reference is not None:
-        described = gpt.sharded_state_dict(prefix="reference.")
-        state["reference"] = {name: described[f"reference.{name}"] for name in reference}
-        for name, tensor in reference.items():
-            state["reference"][name].data = tensor
+    if reference:
+        state["reference"] = [_described(gpt, tensors) for gpt, tensors in zip(chunks, reference, strict=True)]
     return state
+
+
+def _described(gpt: GPTModel, reference: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The reference's tensors as the model's own are described."""
+    described = gpt.sharded_state_dict(prefix="reference.")
+    for name, tensor in reference.items():
+        described[f"reference.{name}"].data = tensor
+    return {name: described[f"reference.{name}"] for name in reference}
 
 
 def _with_torch_adam(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
@@ -156,7 +167,14 @@ def _part_steps(optimizer: MegatronOptimizer) -> None:
 
 
 def _layout(topology: Topology) -> dict[str, int]:
-    return {"tp": topology.tp_size, "pp": topology.pp_size, "dp": topology.dp_size}
+    """The sizes that decide which rank holds what."""
+    grid = topology.grid
+    sizes = {"tp": grid.tp, "pp": grid.pp, "dp": topology.dp_size}
+    others = {"cp": grid.cp, "vpp": grid.vpp, "ep": grid.ep, "etp": grid.expert_tp}
+    ends = {"first_stage_layers": grid.first_stage_layers, "last_stage_layers": grid.last_stage_layers}
+    unsaid = {"cp": 1, "vpp": 1, "ep": 1, "etp": grid.tp}  # so that an older checkpoint's layout is read
+    sizes |= {name: size for name, size in others.items() if size != unsaid[name]}
+    return sizes | {name: size for name, size in ends.items() if size is not None}
 
 
 def _rng() -> dict[str, Any]:

@@ -42,13 +42,14 @@ def install() -> None:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     # weight.data.cuda(): core/models/common/language_module/language_module.py (tied embeddings under PP).
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    # pin_memory=True: core/models/common/embeddings/rope_utils.py (positions under context parallelism).
     # Tensor.type() == "torch.cuda.FloatTensor": core/optimizer/{optimizer,distrib_optimizer,clip_grads}.py.
     torch.Tensor.type = _type(torch.Tensor.type)  # type: ignore[method-assign]
     _redirect_rng()
     # Advice that a CPU cannot follow (Apex, Transformer Engine, CUDA queues), and upstream's own use of what it deprecates.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core\.")
     warnings.filterwarnings(
-        "ignore", category=FutureWarning, module=r"(megatron\.core|torch\.distributed\.checkpoint)\."
+        "ignore", category=FutureWarning, module=r"(megatron\.core|torch\.distributed\.(checkpoint|c10d_logger))"
     )
 
 
@@ -68,6 +69,7 @@ def install_layers() -> None:
 
     Imports them, so it is called before a model is built.
     """
+    from megatron.core.post_training.modelopt import layers as modelopt_layers
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
@@ -77,6 +79,9 @@ def install_layers() -> None:
     # core/transformer/multi_latent_attention.py takes Transformer Engine for installed when only its own wrapper is (0.16).
     if not isinstance(multi_latent_attention.TELinear, type):  # a stand-in
         multi_latent_attention.HAVE_TE = False
+    # core/transformer/multi_latent_attention.py knows the layer that is whole on every rank only beside Transformer Engine (0.19).
+    if multi_latent_attention.Linear is None:
+        multi_latent_attention.Linear = modelopt_layers.Linear
     if torch.cuda.is_available() or torch.cuda.Stream is _NoStream:
         return
     # core/transformer/moe/token_dispatcher.py: split sizes are handed to all_to_all as arrays only where they came from a GPU.
@@ -106,12 +111,13 @@ class _NoStream:
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """``factory`` with ``device="cuda"`` read as the CPU."""
+    """``factory`` with ``device="cuda"`` read as the CPU, and no memory pinned for a copy that is not made."""
 
     @functools.wraps(factory)
     def create(*args: Any, **kwargs: Any) -> torch.Tensor:
         if kwargs.get("device") == "cuda":
             kwargs["device"] = _CPU
+        kwargs.pop("pin_memory", None)
         return factory(*args, **kwargs)
 
     return create

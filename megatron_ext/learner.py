@@ -1,10 +1,10 @@
-"""The Megatron learner: one rank of a policy under TP x PP x DP, implementing ``pipeline.learner.Learner``."""
+"""The Megatron learner: one rank of a policy under TP x CP x PP x DP, implementing ``pipeline.learner.Learner``."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 import pipeline.config.schema as schema
-from megatron_ext import architecture, batching, checkpoint, models
+from megatron_ext import architecture, batching, checkpoint, context_parallel, models
 from megatron_ext.logprobs import log_probs_and_entropy
 from megatron_ext.topology import Topology, shutdown
 from megatron_ext.weights import hf, identity, layout
@@ -63,32 +63,38 @@ class MegatronLearner:
         self._config, self._objective, self._topology = learner, objective, topology
         self._hf_path = model.hf_path
         self._architecture = architecture.read(Path(model.hf_path))
-        self._gpt = models.build(self._architecture, topology, model.dtype)
-        self._parameters = models.global_parameters(self._gpt)
+        # Model chunks of this rank: one, or as many as virtual stages.
+        self._chunks = models.build_chunks(self._architecture, topology, model.dtype, learner)
+        self._parameters = {
+            name: tensor for gpt in self._chunks for name, tensor in models.global_parameters(gpt).items()
+        }
         self._rows = layout.rows(self._architecture, topology.grid)
         itemsize = models.DTYPES[model.dtype].itemsize
         self._buckets = hf.plan(self._rows, itemsize, learner.bucket_mib)
-        self._model = _data_parallel(self._gpt, learner.optimizer.distributed)
-        self._optimizer = _optimizer(self._model, learner.optimizer, model.dtype)
+        self._models = _data_parallel(self._chunks, learner.optimizer)
+        self._optimizer = _optimizer(self._models, learner.optimizer, model.dtype)
         self._scheduler = _scheduler(self._optimizer, learner.optimizer, total_steps)
         self._forward_backward = get_forward_backward_func()
-        # The frozen starting policy of the KL penalty, under this rank's parameter names.
-        self._reference: dict[str, torch.Tensor] | None = None
+        # The frozen starting policy of the KL penalty, per chunk under its parameter names; empty without a penalty.
+        self._reference: list[dict[str, torch.Tensor]] = []
         if objective.kl_coef > 0:
-            self._reference = {name: torch.empty_like(p.data) for name, p in self._gpt.named_parameters()}
+            self._reference = [
+                {name: torch.empty_like(p.data) for name, p in gpt.named_parameters()} for gpt in self._chunks
+            ]
 
     def load(self, hf_path: Path) -> None:
         """Read this rank's slices of a Hugging Face folder; see ``pipeline.learner.Learner.load``."""
         hf.load(self._parameters, self._rows, self._architecture, Path(hf_path), self._topology)
         self._optimizer.reload_model_params()
-        for name, parameter in self._gpt.named_parameters():
-            if self._reference is not None:
-                self._reference[name].copy_(parameter.data)
+        for gpt, reference in zip(self._chunks, self._reference, strict=False):
+            for name, parameter in gpt.named_parameters():
+                reference[name].copy_(parameter.data)
 
     @torch.no_grad()
     def log_probs(self, batch: TrainBatch, *, reference: bool = False) -> torch.Tensor:
         """T=1 log-probabilities of the targets, on every rank; see ``pipeline.learner.Learner.log_probs``."""
-        topology = self._topology
+        topology, columns = self._topology, batch.loss_mask.shape[1]
+        batch = self._padded(batch)
         grid = torch.zeros(batch.loss_mask.shape, device=topology.device)
         indices = self._micro_batches(batch)
         with self._reference_policy() if reference else nullcontext():
@@ -103,7 +109,7 @@ class MegatronLearner:
         for group, size in ((topology.dp_group, topology.dp_size), (topology.pp_group, topology.pp_size)):
             if size > 1:
                 dist.all_reduce(grid, group=group)
-        return grid.cpu()
+        return grid[:, :columns].cpu()
 
     def update(self, batch: TrainBatch, step: int) -> StepStats:
         """``updates_per_step`` optimizer steps on ``batch`` at one learning rate; see ``pipeline.learner.Learner.update``.
@@ -125,6 +131,9 @@ class MegatronLearner:
             _require_finite(norms[-1], "gradient norm", step)
             self._optimizer.step()
             totals = _merge([totals, sums]) if totals else sums
+        if self._config.optimizer.overlap_param_gather:  # left to the next forward pass, but an export may come before it
+            for model in self._models:
+                model.start_param_sync(force_sync=True)
         loss = totals.pop("loss")
         return StepStats(
             loss=loss,
@@ -146,7 +155,9 @@ class MegatronLearner:
 
     def save(self, directory: Path) -> None:
         """Write the whole state; see ``pipeline.learner.Learner.save``."""
-        checkpoint.save(Path(directory), self._gpt, self._optimizer, self._scheduler, self._reference, self._topology)
+        checkpoint.save(
+            Path(directory), self._chunks, self._optimizer, self._scheduler, self._reference, self._topology
+        )
         if self._topology.rank == 0:
             identity.record(Path(directory), self._architecture)
 
@@ -158,7 +169,7 @@ class MegatronLearner:
         """
         identity.check(Path(directory), self._architecture, f"{self._hf_path}/config.json")
         checkpoint.restore(
-            Path(directory), self._gpt, self._optimizer, self._scheduler, self._reference, self._topology
+            Path(directory), self._chunks, self._optimizer, self._scheduler, self._reference, self._topology
         )
 
     def close(self) -> None:
@@ -167,14 +178,24 @@ class MegatronLearner:
 
     def _accumulate(self, batch: TrainBatch) -> dict[str, float]:
         """Gradients of one mini-batch into the main gradients; its metric sums, the same on every rank."""
-        self._model.zero_grad_buffer()
+        for model in self._models:
+            model.zero_grad_buffer()
         self._optimizer.zero_grad()
+        batch = self._padded(batch)
         sums = self._run(batch, self._micro_batches(batch), forward_only=False)
         return self._reduce(sums)
 
+    def _padded(self, batch: TrainBatch) -> TrainBatch:
+        """``batch`` in a length that CP, and within its parts sequence parallelism, divide."""
+        chunks = 2 * self._topology.cp_size if self._topology.cp_size > 1 else 1
+        return batching.pad(batch, chunks * (self._topology.tp_size if self._config.sequence_parallel else 1))
+
     def _micro_batches(self, batch: TrainBatch) -> tuple[torch.Tensor, ...]:
         topology = self._topology
-        return batching.micro_batches(batch.rows, self._config.micro_batch_size, topology.dp_rank, topology.dp_size)
+        # The interleaved schedule takes micro-batches in groups of one per stage.
+        multiple = topology.pp_size if topology.grid.vpp > 1 else 1
+        size = self._config.micro_batch_size
+        return batching.micro_batches(batch.rows, size, topology.dp_rank, topology.dp_size, multiple)
 
     def _run(self, batch: TrainBatch, indices: tuple[torch.Tensor, ...], *, forward_only: bool) -> list[Any]:
         """Megatron's schedule over the micro-batches: per micro-batch its log-probs or metric sums; last stage only."""
@@ -182,15 +203,20 @@ class MegatronLearner:
         scale = len(indices) * self._topology.dp_size * self._config.updates_per_step
         finish = self._log_probs if forward_only else partial(self._loss, scale=scale)
 
-        def forward(data: Iterator[TrainBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+        def forward(data: Iterator[TrainBatch], model: DistributedDataParallel) -> tuple[torch.Tensor, Any]:
             micro = next(data)
-            with models.only_targets(self._gpt, micro.loss_mask):
-                return model(micro.tokens[:, :-1], None, None), partial(finish, micro)
+            tokens = context_parallel.shard(micro.tokens[:, :-1], self._topology)
+            with models.only_targets(model.module, context_parallel.own_targets(micro.loss_mask, self._topology)):
+                return model(tokens, None, None), partial(finish, micro)
 
+        def data() -> Iterator[TrainBatch]:
+            return (batching.take(batch, rows, self._topology.device) for rows in indices)
+
+        interleaved = len(self._models) > 1
         return self._forward_backward(
             forward_step_func=forward,
-            data_iterator=(batching.take(batch, rows, self._topology.device) for rows in indices),
-            model=self._model,
+            data_iterator=[data() for _ in self._models] if interleaved else data(),
+            model=self._models if interleaved else self._models[0],
             num_microbatches=len(indices),
             seq_length=batch.loss_mask.shape[1],
             micro_batch_size=len(indices[0]),
@@ -199,17 +225,19 @@ class MegatronLearner:
         )
 
     def _outputs(self, micro: TrainBatch, logits: torch.Tensor) -> PolicyOutputs:
-        """Per-token quantities from ``logits`` ``[1, n, vocab / tp]``, which are consumed."""
-        return PolicyOutputs(
+        """Per-token quantities of all targets from this rank's ``logits`` ``[1, n, vocab / tp]``, which are consumed."""
+        own = context_parallel.own_targets(micro.loss_mask, self._topology)
+        outputs = PolicyOutputs(
             *log_probs_and_entropy(
                 logits[0],
-                micro.tokens[:, 1:][micro.loss_mask],
+                context_parallel.shard(micro.tokens[:, 1:], self._topology)[own],
                 vocab_size=self._architecture.vocab,
                 group=self._topology.tp_group,
                 temperature=tempered_at(micro.actuation),
                 entropy_grad=entropy_needs_grad(micro.actuation),
             )
         )
+        return context_parallel.gather(outputs, micro.loss_mask, self._topology)
 
     def _log_probs(self, micro: TrainBatch, logits: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
         return self._outputs(micro, logits).log_probs
@@ -241,16 +269,21 @@ class MegatronLearner:
     @contextmanager
     def _reference_policy(self) -> Iterator[None]:
         """Within, the model computes with the reference's parameters; exchanged, not copied."""
-        if self._reference is None:
+        if not self._reference:
             raise ValueError("no reference policy was kept: log_probs(reference=True) needs objective.kl_coef > 0")
-        own = {name: parameter.data for name, parameter in self._gpt.named_parameters()}
+        pairs = [
+            (parameter, reference[name])
+            for gpt, reference in zip(self._chunks, self._reference, strict=True)
+            for name, parameter in gpt.named_parameters()
+        ]
+        own = [parameter.data for parameter, _ in pairs]
         try:
-            for name, parameter in self._gpt.named_parameters():
-                parameter.data = self._reference[name]
+            for parameter, reference in pairs:
+                parameter.data = reference
             yield
         finally:
-            for name, parameter in self._gpt.named_parameters():
-                parameter.data = own[name]
+            for (parameter, _), data in zip(pairs, own, strict=True):
+                parameter.data = data
 
 
 def _merge(parts: list[dict[str, float]]) -> dict[str, float]:
@@ -266,16 +299,29 @@ def _require_finite(value: float, what: str, step: int) -> None:
         )
 
 
-def _data_parallel(gpt: GPTModel, distributed_optimizer: bool) -> DistributedDataParallel:
-    """Megatron's DDP: float32 main gradients in one buffer, reduced over DP once per optimizer step."""
-    config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer, overlap_grad_reduce=False
-    )
-    gpt.config.finalize_model_grads_func = finalize_model_grads
-    return DistributedDataParallel(gpt.config, config, gpt)
+def _data_parallel(chunks: Sequence[GPTModel], config: schema.OptimizerConfig) -> list[DistributedDataParallel]:
+    """Megatron's DDP around each chunk: float32 main gradients, reduced over CP and DP once per optimizer step."""
+    wrapped = []
+    for index, gpt in enumerate(chunks):
+        settings = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True,
+            use_distributed_optimizer=config.distributed,
+            overlap_grad_reduce=config.overlap_grad_reduce,
+            overlap_param_gather=config.overlap_param_gather,
+        )
+        # Only of the first chunk is communication on the critical path, hence worth cutting into buckets.
+        wrapped.append(DistributedDataParallel(gpt.config, settings, gpt, disable_bucketing=index > 0))
+    # The schedule reads these from the first chunk's configuration.
+    chunks[0].config.finalize_model_grads_func = finalize_model_grads
+    if config.overlap_grad_reduce:
+        pauses = [model.no_sync for model in wrapped]
+        chunks[0].config.no_sync_func = pauses if len(pauses) > 1 else pauses[0]
+    return wrapped
 
 
-def _optimizer(model: DistributedDataParallel, config: schema.OptimizerConfig, dtype: str) -> MegatronOptimizer:
+def _optimizer(
+    wrapped: Sequence[DistributedDataParallel], config: schema.OptimizerConfig, dtype: str
+) -> MegatronOptimizer:
     """megatron-core's Adam with decoupled weight decay (none on biases and norms)."""
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -290,10 +336,11 @@ def _optimizer(model: DistributedDataParallel, config: schema.OptimizerConfig, d
             bf16=dtype == "bf16",
             params_dtype=models.DTYPES[dtype],
             use_distributed_optimizer=config.distributed,
+            overlap_param_gather=config.overlap_param_gather,
         ),
-        [model],
+        list(wrapped),
     )
-    model.config.grad_scale_func = optimizer.scale_loss
+    wrapped[0].config.grad_scale_func = optimizer.scale_loss
     return optimizer
 
 

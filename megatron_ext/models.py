@@ -9,31 +9,50 @@ from typing import Any
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.post_training.modelopt.layers import Linear
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, set_tensor_model_parallel_attributes
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_ext import cpu
 from megatron_ext.architecture import Architecture, Moe
+from megatron_ext.context_parallel import GatheredAttention
 from megatron_ext.topology import Topology
 from megatron_ext.weights import layout
+from megatron_ext.weights.grid import Grid
+from pipeline.config.schema import LearnerConfig
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def build(model: Architecture, topology: Topology, dtype: str = "fp32", chunk: int | None = None) -> GPTModel:
+def build_chunks(
+    model: Architecture, topology: Topology, dtype: str = "fp32", options: LearnerConfig | None = None
+) -> list[GPTModel]:
+    """All of this rank's model chunks, in order: one, or ``topology.grid.vpp``; see :func:`build`."""
+    chunks = range(topology.grid.vpp) if topology.grid.vpp > 1 else (None,)
+    return [build(model, topology, dtype, chunk, options) for chunk in chunks]
+
+
+def build(
+    model: Architecture,
+    topology: Topology,
+    dtype: str = "fp32",
+    chunk: int | None = None,
+    options: LearnerConfig | None = None,
+) -> GPTModel:
     """This rank's part of ``model``, on its device, parameters not yet filled (``weights.hf.load`` does that).
 
     With virtual stages (``topology.grid.vpp > 1``) it is model chunk ``chunk`` of them. The vocabulary is padded to a multiple of
-    TP. Raises ``ValueError`` where the layout does not fit the model.
+    TP. Of ``options`` it takes sequence parallelism and recomputation (the sizes are the topology's). Raises ``ValueError`` where
+    the layout does not fit the model.
     """
+    options = options or LearnerConfig()
     if dtype not in DTYPES:
         raise ValueError(f"model.dtype={dtype!r} is not known; choose one of {', '.join(DTYPES)}")
     model.check_layout(topology.grid)
-    _check_local_attention(model, topology.tp_size)
     cpu.install_layers()
-    config = transformer_config(model, topology, dtype)
+    config = transformer_config(model, topology, dtype, options)
     gpt = GPTModel(
         config,
         _spec(config, chunk),
@@ -51,18 +70,23 @@ def build(model: Architecture, topology: Topology, dtype: str = "fp32", chunk: i
     )
     # Not Float16Module: it would copy the logits to float32, which the log-prob kernel does chunk by chunk.
     gpt = gpt.to(device=topology.device, dtype=DTYPES[dtype])
-    parameters = global_parameters(gpt)
-    for row in layout.rows(model, topology.grid):
+    parameters, grid = global_parameters(gpt), topology.grid
+    for row in layout.rows(model, grid):
         parameter = parameters.get(row.parameter)
         if parameter is not None and row.float32:
             parameter.data = parameter.data.float()
         # Without initialisation megatron leaves weights unmarked; the gradient norm would then count rank 0's part only.
         if parameter is not None and row.split is not None and not hasattr(parameter, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(parameter, True, row.split, 1)
+        # megatron 0.16 reduces experts over the wrong ranks where only their TP is another (later versions do as here).
+        if parameter is not None and row.expert is not None:
+            parameter.allreduce = grid.ep == 1 and grid.expert_tp == grid.tp
     return gpt
 
 
-def transformer_config(model: Architecture, topology: Topology, dtype: str) -> TransformerConfig:
+def transformer_config(
+    model: Architecture, topology: Topology, dtype: str, options: LearnerConfig
+) -> TransformerConfig:
     """megatron-core's configuration. Fusions are off: they need Transformer Engine or Apex kernels, on any device."""
     grid, parameter_dtype = topology.grid, DTYPES[dtype]
     fused: dict[str, Any] = dict.fromkeys(
@@ -100,6 +124,8 @@ def transformer_config(model: Architecture, topology: Topology, dtype: str) -> T
         num_layers_in_last_pipeline_stage=grid.last_stage_layers,
         expert_model_parallel_size=grid.ep,
         expert_tensor_parallel_size=grid.expert_tp,
+        context_parallel_size=grid.cp,
+        sequence_parallel=options.sequence_parallel,
         params_dtype=parameter_dtype,
         pipeline_dtype=parameter_dtype,
         autocast_dtype=parameter_dtype,
@@ -107,13 +133,33 @@ def transformer_config(model: Architecture, topology: Topology, dtype: str) -> T
         use_cpu_initialization=topology.device.type == "cpu",
         perform_initialization=False,
         **fused,
+        **_schedule_config(grid),
+        **_recompute_config(options),
         **_moe_config(model.moe),
         **_mla_config(model),
     )
 
 
+def _schedule_config(grid: Grid) -> dict[str, Any]:
+    """With the defaults, which batch what a stage sends and receives, the interleaved schedule's gradients are wrong on gloo."""
+    return {"overlap_p2p_comm": True, "batch_p2p_comm": False} if grid.vpp > 1 else {}
+
+
+def _recompute_config(options: LearnerConfig) -> dict[str, Any]:
+    """Which activations are computed again (arXiv 2205.05198); selective is megatron's default, the core attention."""
+    if options.recompute_granularity == "none":
+        return {}
+    if options.recompute_granularity == "selective":
+        return {"recompute_granularity": "selective"}
+    return {
+        "recompute_granularity": "full",
+        "recompute_method": options.recompute_method,
+        "recompute_num_layers": options.recompute_num_layers,
+    }
+
+
 def _moe_config(moe: Moe | None) -> dict[str, Any]:
-    """Experts and router. No auxiliary loss: the policy's own loss is all that is trained on."""
+    """Experts and router. The policy's own loss is all that is trained on: no auxiliary loss, and expert biases stay as loaded."""
     if moe is None:
         return {}
     return {
@@ -126,6 +172,7 @@ def _moe_config(moe: Moe | None) -> dict[str, Any]:
         "moe_router_pre_softmax": not moe.sigmoid and not moe.normalize,
         "moe_router_topk_scaling_factor": moe.scaling,
         "moe_router_enable_expert_bias": moe.expert_bias,
+        "moe_router_bias_update_rate": 0.0,
         "moe_router_num_groups": moe.groups if moe.groups > 1 else None,
         "moe_router_group_topk": moe.top_groups if moe.groups > 1 else None,
         "moe_router_dtype": "fp32",
@@ -159,18 +206,6 @@ def _mla_config(model: Architecture) -> dict[str, Any]:
     }
 
 
-def _check_local_attention(model: Architecture, tp: int) -> None:
-    """Refuse what megatron-core's own layers cannot divide, though its Transformer Engine layers can."""
-    key = f"learner.tensor_model_parallel_size={tp}"
-    if model.kv_heads % tp and not model.mla:
-        raise ValueError(f"{key} does not divide num_key_value_heads={model.kv_heads}: choose a divisor")
-    if model.mla and tp > 1:
-        raise ValueError(
-            f"{key} with multi-head latent attention: megatron-core's own layers divide the down-projections, which the layout "
-            "(like Transformer Engine's) keeps whole; set it to 1"
-        )
-
-
 class _LatentAttention(DotProductAttention):
     """megatron-core's attention for values of another width than keys, which upstream leaves to Transformer Engine."""
 
@@ -179,12 +214,31 @@ class _LatentAttention(DotProductAttention):
         self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
 
 
+class _RMSNorm(torch.nn.RMSNorm):
+    """torch's, with a weight that megatron knows to have seen only this rank's tokens under sequence parallelism."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel
+
+
 def _spec(config: TransformerConfig, chunk: int | None) -> TransformerBlockSubmodules:
-    """megatron-core's own modules for this rank's layers, dense and expert ones."""
+    """megatron-core's own modules for this rank's layers, dense and expert ones; ours where those refuse the layout."""
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=chunk)
-    if config.multi_latent_attention:
-        for layer in spec.layer_specs:
-            layer.submodules.self_attention.submodules.core_attention = _LatentAttention
+    spec.layer_norm = _RMSNorm
+    for layer in spec.layer_specs:
+        block = layer.submodules
+        attention = block.self_attention.submodules
+        block.input_layernorm = block.pre_mlp_layernorm = _RMSNorm
+        if config.qk_layernorm:
+            attention.q_layernorm = _RMSNorm
+            setattr(attention, "kv_layernorm" if config.multi_latent_attention else "k_layernorm", _RMSNorm)
+        if config.multi_latent_attention:
+            attention.core_attention = _LatentAttention
+            if config.tensor_model_parallel_size > 1:  # whole on every rank, as in Transformer Engine and in the layout
+                attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
+        if config.context_parallel_size > 1:
+            attention.core_attention = GatheredAttention
     return spec
 
 
@@ -215,12 +269,18 @@ def only_targets(gpt: GPTModel, mask: torch.Tensor) -> Iterator[None]:
         yield
         return
 
-    def select(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        hidden = args[0].transpose(0, 1)[mask]  # [seq, rows, hidden] -> [n, hidden]
-        return (hidden[:, None], *args[1:])
+    layer, sequence_parallel = gpt.output_layer, gpt.config.sequence_parallel
 
-    handle = gpt.output_layer.register_forward_pre_hook(select)
+    def select(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        hidden = args[0]
+        if sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        return (hidden.transpose(0, 1)[mask][:, None], *args[1:])  # [seq, rows, hidden] -> [n, 1, hidden]
+
+    handle = layer.register_forward_pre_hook(select)
+    layer.sequence_parallel = False  # what it would gather is gathered
     try:
         yield
     finally:
+        layer.sequence_parallel = sequence_parallel
         handle.remove()

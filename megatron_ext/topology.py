@@ -1,4 +1,4 @@
-"""Who this rank is: tensor-, pipeline- and data-parallel groups, over NCCL or gloo through one code path."""
+"""Who this rank is: tensor-, context-, data- and pipeline-parallel groups, over NCCL or gloo through one code path."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_ext.weights.grid import Grid, Place
+from pipeline.config.schema import LearnerConfig
 
 
 @dataclass(frozen=True)
 class Topology:
-    """One rank's place in the TP x DP x PP grid (TP innermost, PP outermost; megatron's default order).
+    """One rank's place in the TP x CP x DP x PP grid (TP innermost, PP outermost; megatron's default order).
 
-    Experts are divided otherwise over the same ranks: ``place`` has the coordinates of both grids, ``grid`` the sizes.
+    ``dp_size`` counts replicas that train on different rows; the ranks of a CP group share theirs. Experts are divided otherwise
+    over the same ranks: ``place`` has the coordinates of both grids, ``grid`` the sizes.
     """
 
     rank: int
@@ -27,6 +29,9 @@ class Topology:
     pp_rank: int
     pp_size: int
     pp_group: dist.ProcessGroup
+    cp_rank: int
+    cp_size: int
+    cp_group: dist.ProcessGroup
     dp_rank: int
     dp_size: int
     dp_group: dist.ProcessGroup
@@ -50,28 +55,26 @@ class Topology:
         return self.pp_rank == self.pp_size - 1
 
 
-def initialize(
-    rank: int,
-    world_size: int,
-    address: tuple[str, int],
-    tp: int,
-    pp: int,
-    seed: int,
-    ep: int = 1,
-    etp: int | None = None,
-) -> Topology:
-    """Join ``world_size`` processes at ``address`` (host and free port of rank 0) and build the parallel groups.
+def grid_of(layout: LearnerConfig) -> Grid:
+    """The sizes that a configuration asks for. Raises ``ValueError`` where they do not fit together."""
+    return Grid(
+        tp=layout.tensor_model_parallel_size,
+        pp=layout.pipeline_model_parallel_size,
+        dp=layout.context_parallel_size * layout.data_parallel_size,
+        vpp=layout.virtual_pipeline_model_parallel_size,
+        ep=layout.expert_model_parallel_size,
+        etp=layout.expert_tensor_parallel_size or None,
+        first_stage_layers=layout.num_layers_in_first_pipeline_stage or None,
+        last_stage_layers=layout.num_layers_in_last_pipeline_stage or None,
+        cp=layout.context_parallel_size,
+    )
 
-    Data parallelism takes what is left: ``world_size = tp * pp * dp``; experts are divided over ``ep`` groups of ranks, each of
-    them over ``etp`` (default: ``tp``). ``seed`` starts every RNG, the TP tracker's too.
-    Raises ``ValueError`` where the sizes do not divide ``world_size``.
+
+def initialize(rank: int, address: tuple[str, int], grid: Grid, seed: int) -> Topology:
+    """Join the ``grid.world_size`` processes at ``address`` (host and free port of rank 0) and build the parallel groups.
+
+    ``seed`` starts every RNG, the TP tracker's too.
     """
-    if world_size % (tp * pp):
-        raise ValueError(
-            f"{world_size} learner processes cannot be split into TP {tp} x PP {pp}: "
-            "learner.tensor_model_parallel_size x pipeline_model_parallel_size must divide their number"
-        )
-    grid = Grid(tp=tp, pp=pp, dp=world_size // (tp * pp), ep=ep, etp=etp)
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
     if cuda:
@@ -81,24 +84,29 @@ def initialize(
     if address[0] in ("127.0.0.1", "localhost"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a container's host name often does not resolve
     backend = "nccl" if cuda else "gloo"
-    dist.init_process_group(backend, init_method=f"tcp://{address[0]}:{address[1]}", rank=rank, world_size=world_size)
+    dist.init_process_group(backend, init_method=f"tcp://{address[0]}:{address[1]}", rank=rank, world_size=grid.world_size)
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
-        expert_model_parallel_size=ep,
-        expert_tensor_parallel_size=etp,
+        tensor_model_parallel_size=grid.tp,
+        pipeline_model_parallel_size=grid.pp,
+        virtual_pipeline_model_parallel_size=grid.vpp if grid.vpp > 1 else None,
+        context_parallel_size=grid.cp,
+        expert_model_parallel_size=grid.ep,
+        expert_tensor_parallel_size=grid.expert_tp,
     )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Topology(
         rank=rank,
-        world_size=world_size,
+        world_size=grid.world_size,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
-        tp_size=tp,
+        tp_size=grid.tp,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
-        pp_size=pp,
+        pp_size=grid.pp,
         pp_group=parallel_state.get_pipeline_model_parallel_group(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=grid.cp,
+        cp_group=parallel_state.get_context_parallel_group(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         dp_group=parallel_state.get_data_parallel_group(),

@@ -21,8 +21,9 @@ class Place:
 class Grid:
     """Sizes of Megatron's parallel groups, ranks in megatron's default order (tp-cp-ep-dp-pp, innermost first).
 
-    ``dp`` counts every replica of the dense parameters, context-parallel ranks included. Experts of the same ``tp * dp`` ranks of
-    a stage are divided over ``ep`` groups, each expert over ``etp`` ranks. Raises ``ValueError`` where sizes do not fit together.
+    ``dp`` counts every replica of the dense parameters: groups of ``cp`` context-parallel ranks that share rows, times the replicas
+    of those. Experts of the same ``tp * dp`` ranks of a stage are divided over ``ep`` groups, each expert over ``etp`` ranks.
+    Raises ``ValueError`` where sizes do not fit together.
     """
 
     tp: int = 1
@@ -33,11 +34,14 @@ class Grid:
     etp: int | None = None  # None: like tp, as in megatron
     first_stage_layers: int | None = None  # uneven pipelines: decoder layers of the first and last stage
     last_stage_layers: int | None = None
+    cp: int = 1  # ranks that share each row; changes nothing about who holds which parameter
 
     def __post_init__(self) -> None:
-        for name in ("tp", "pp", "dp", "vpp", "ep"):
+        for name in ("tp", "pp", "dp", "vpp", "ep", "cp"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.dp % self.cp:
+            raise ValueError(f"cp={self.cp} does not divide the dp={self.dp} replicas, which count it: raise dp or lower cp")
         if (self.tp * self.dp) % (self.ep * self.expert_tp):
             raise ValueError(
                 f"ep={self.ep} x etp={self.expert_tp} does not divide the {self.tp * self.dp} ranks of a stage "

@@ -10,6 +10,7 @@ from megatron.core import dist_checkpointing
 
 from megatron_ext import cpu, models, topology
 from megatron_ext.architecture import Architecture
+from megatron_ext.weights.grid import Grid
 
 _TOKENS = 16
 
@@ -31,7 +32,7 @@ def _megatron(checkpoint: Path, model: Architecture, tokens: torch.Tensor, dtype
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         address = server.getsockname()
-    alone = topology.initialize(0, 1, address, 1, 1, seed=0)
+    alone = topology.initialize(0, address, Grid(), seed=0)
     try:
         gpt = models.build(model, alone).eval()
         state = gpt.sharded_state_dict()

@@ -13,7 +13,7 @@ from megatron_ext.weights.grid import Grid
 
 def _model(rank, world, address, folder, tp=1, pp=1, ep=1, etp=None):
     model = architecture.read(Path(folder))
-    place = topology.initialize(rank, world, address, tp, pp, seed=0, ep=ep, etp=etp)
+    place = topology.initialize(rank, address, Grid(tp=tp, pp=pp, dp=world // (tp * pp), ep=ep, etp=etp), seed=0)
     return model, place, models.build(model, place)
 
 

@@ -33,25 +33,40 @@ def batch(rows: int = 10, auxiliary: int = 3, vocab: int = 37, seq: int = 12, se
     return TrainBatch(**(fields | changes))
 
 
+# Short names of the sizes in a layout.
+SIZES = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "cp": "context_parallel_size",
+    "vpp": "virtual_pipeline_model_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
+    "first": "num_layers_in_first_pipeline_stage",
+    "last": "num_layers_in_last_pipeline_stage",
+}
+
+
 def learner(
-    rank, world, address, folder, tp, pp, *, ep=1, etp=None, total_steps=10, objective=None, dtype="fp32", **config
+    rank, world, address, folder, tp, pp, *, total_steps=10, objective=None, dtype="fp32", cp=1, sizes=None, **config
 ):
+    """A loaded learner. ``sizes`` are further entries of ``SIZES``; DP takes what is left of ``world``."""
     from megatron_ext import topology
     from megatron_ext.learner import MegatronLearner
 
     optimizer = OptimizerConfig(**({"lr": 1e-2, "weight_decay": 0.1} | config.pop("optimizer", {})))
+    named = {SIZES[name]: size for name, size in {"tp": tp, "pp": pp, "cp": cp, **(sizes or {})}.items()}
+    layout = LearnerConfig(
+        data_parallel_size=world // (tp * pp * cp),
+        **named,
+        **({"micro_batch_size": 4, "optimizer": optimizer} | config),
+    )
     made = MegatronLearner(
-        LearnerConfig(
-            tensor_model_parallel_size=tp,
-            pipeline_model_parallel_size=pp,
-            data_parallel_size=world // (tp * pp),
-            **({"micro_batch_size": 4, "optimizer": optimizer} | config),
-        ),
+        layout,
         ModelConfig(hf_path=str(folder), dtype=dtype),
         objective or ObjectiveConfig(),
         total_steps=total_steps,
         seed=0,
-        topology=topology.initialize(rank, world, address, tp, pp, seed=0, ep=ep, etp=etp),
+        topology=topology.initialize(rank, address, topology.grid_of(layout), seed=0),
     )
     made.load(Path(folder))
     return made
@@ -67,9 +82,24 @@ def gradients(made, rows: TrainBatch) -> dict[str, torch.Tensor]:
     from megatron_ext.weights import hf
 
     made._accumulate(rows)
-    grads = {name: p.main_grad.clone() for name, p in made._parameters.items()}
+    if made._config.optimizer.distributed:
+        _gather_gradients(made)
+    # What has no gradient (the buffer of expert biases) stands for itself.
+    grads = {name: getattr(p, "main_grad", p).clone() for name, p in made._parameters.items()}
     buckets = hf.export(grads, made._buckets, made._topology, 0)
     return {name: tensor for b in buckets if b is not None for name, tensor in b.tensors.items()}
+
+
+def _gather_gradients(made):
+    """The distributed optimizer leaves each rank only its part of the reduced gradient."""
+    import torch.distributed as dist
+
+    for model in made._models:
+        for group in model.bucket_groups + model.expert_parallel_bucket_groups:
+            ranks = group.intra_distributed_optimizer_instance_group
+            for bucket in group.buckets:
+                parts = bucket.grad_data.chunk(ranks.size())
+                dist.all_gather(list(parts), parts[ranks.rank()].clone(), group=ranks)
 
 
 def megatron_chunks(rank, world, address, cases):
@@ -173,8 +203,7 @@ def refusal_to_restore(made, directory):
 def train(rank, world, address, folder, tp, pp, steps, batches, config):
     """Full gradients of the first batch (where they are whole), statistics of every step, final weights."""
     made = learner(rank, world, address, folder, tp, pp, **config)
-    # The distributed optimizer leaves each rank only its part of the reduced gradient.
-    grads = {} if config.get("optimizer", {}).get("distributed") else gradients(made, batches[0])
+    grads = gradients(made, batches[0])
     stats = [made.update(batches[step % len(batches)], step) for step in range(steps)]
     weights = exported(made)
     made.close()
@@ -186,7 +215,6 @@ def inspect(rank, world, address, folder, layout, tokens, candidates):
     from megatron_ext.weights import hf
 
     made = learner(rank, world, address, folder, **layout, micro_batch_size=512)
-    made._model.eval()  # megatron trains experts under TP with sequence parallelism only
     table = torch.stack([_log_probs_of(made, tokens, token) for token in candidates], dim=-1)
     whole = list(made.export_shards(7))
     small = hf.plan(made._rows, 4, SMALL_BUCKET_MIB)
@@ -208,11 +236,10 @@ def load_and_export(rank, world, address, folder, grid, dtype="fp32"):
     from megatron_ext import architecture, models, topology
     from megatron_ext.weights import hf, layout
 
-    placed = topology.initialize(rank, world, address, grid.tp, grid.pp, seed=0, ep=grid.ep, etp=grid.etp)
-    placed = replace(placed, grid=grid)
+    placed = topology.initialize(rank, address, grid, seed=0)
     model = architecture.read(folder)
     rows = layout.rows(model, grid)
-    chunks = [models.build(model, placed, dtype, chunk) for chunk in (range(grid.vpp) if grid.vpp > 1 else (None,))]
+    chunks = models.build_chunks(model, placed, dtype)
     parameters = {name: tensor for gpt in chunks for name, tensor in models.global_parameters(gpt).items()}
     hf.load(parameters, rows, model, folder, placed)
     buckets = list(hf.export(parameters, hf.plan(rows, models.DTYPES[dtype].itemsize, 1.0), placed, 0))
