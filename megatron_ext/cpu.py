@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.utils._device import _device_constructors
 
 _CPU = torch.device("cpu")
@@ -70,6 +71,7 @@ def install_layers() -> None:
     Imports them, so it is called before a model is built.
     """
     from megatron.core.post_training.modelopt import layers as modelopt_layers
+    from megatron.core.tensor_parallel import mappings
     from megatron.core.transformer import multi_latent_attention
     from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
@@ -94,6 +96,38 @@ def install_layers() -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = move
     # core/transformer/moe/token_dispatcher.py copies those sizes on a stream of its own.
     torch.cuda.Stream = _NoStream  # type: ignore[misc,assignment]
+    # core/tensor_parallel/mappings.py: the ranks that share an expert (expert-TP) gather unequal numbers of tokens, which gloo refuses.
+    mappings._gather_along_first_dim = _unequal(mappings._gather_along_first_dim, _gather_unequal)
+    mappings._reduce_scatter_along_first_dim = _unequal(mappings._reduce_scatter_along_first_dim, _scatter_unequal)
+
+
+def _unequal(original: Callable[..., torch.Tensor], instead: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """``original`` but for parts of given sizes, of which ``instead`` takes care."""
+
+    @functools.wraps(original)
+    def collective(
+        tensor: torch.Tensor, group: dist.ProcessGroup, sizes: list[int] | None = None, use_global_buffer: bool = False
+    ) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return original(tensor, group, sizes, use_global_buffer)
+        return instead(tensor, group, list(map(int, sizes)))
+
+    return collective
+
+
+def _gather_unequal(tensor: torch.Tensor, group: dist.ProcessGroup, sizes: list[int]) -> torch.Tensor:
+    """All ranks' parts, of ``sizes[rank]`` rows each, one after the other: a sum of what is zero but for the own part."""
+    gathered = tensor.new_zeros(sum(sizes), *tensor.shape[1:])
+    gathered.split(sizes)[group.rank()].copy_(tensor)
+    dist.all_reduce(gathered, group=group)
+    return gathered
+
+
+def _scatter_unequal(tensor: torch.Tensor, group: dist.ProcessGroup, sizes: list[int]) -> torch.Tensor:
+    """This rank's ``sizes[rank]`` rows of the sum."""
+    summed = tensor.clone()
+    dist.all_reduce(summed, group=group)
+    return summed.split(sizes)[group.rank()].clone()
 
 
 class _NoStream:

@@ -13,6 +13,7 @@ from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, set_tensor_model_parallel_attributes
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_ext import cpu
@@ -214,6 +215,15 @@ class _LatentAttention(DotProductAttention):
         self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
 
 
+class _LatentSelfAttention(MLASelfAttention):
+    """megatron-core's latent attention with the modules it is given."""
+
+    def _resolve_qk_norm_config(self, submodules: MLASelfAttentionSubmodules) -> dict[str, Any]:
+        """From 0.19 on upstream insists on a norm of queries that are not compressed, fused by Transformer Engine."""
+        names = ("linear_q_proj", "linear_q_up_proj", "linear_kv_up_proj", "q_layernorm", "kv_layernorm")
+        return {name: getattr(submodules, name) for name in names}
+
+
 class _RMSNorm(torch.nn.RMSNorm):
     """torch's, with a weight that megatron knows to have seen only this rank's tokens under sequence parallelism."""
 
@@ -234,6 +244,7 @@ def _spec(config: TransformerConfig, chunk: int | None) -> TransformerBlockSubmo
             attention.q_layernorm = _RMSNorm
             setattr(attention, "kv_layernorm" if config.multi_latent_attention else "k_layernorm", _RMSNorm)
         if config.multi_latent_attention:
+            block.self_attention.module = _LatentSelfAttention
             attention.core_attention = _LatentAttention
             if config.tensor_model_parallel_size > 1:  # whole on every rank, as in Transformer Engine and in the layout
                 attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
