@@ -24,7 +24,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 import pipeline.config.schema as schema
 from megatron_ext import architecture, batching, checkpoint, models
-from megatron_ext.logprobs import log_probs_and_entropy
+from megatron_ext.head import Head
 from megatron_ext.topology import Topology, shutdown
 from megatron_ext.weights import hf, identity, layout
 from pipeline.objectives.loss import (
@@ -64,6 +64,9 @@ class MegatronLearner:
         self._hf_path = model.hf_path
         self._architecture = architecture.read(Path(model.hf_path))
         self._gpt = models.build(self._architecture, topology, model.dtype)
+        self._head = Head(
+            self._gpt, self._architecture.vocab, topology.tp_group, topology.device, learner.log_prob_kernel
+        )
         self._parameters = models.global_parameters(self._gpt)
         self._rows = layout.rows(self._architecture, topology.grid)
         itemsize = models.DTYPES[model.dtype].itemsize
@@ -184,7 +187,7 @@ class MegatronLearner:
 
         def forward(data: Iterator[TrainBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             micro = next(data)
-            with models.only_targets(self._gpt, micro.loss_mask):
+            with self._head.selecting(micro.loss_mask):
                 return model(micro.tokens[:, :-1], None, None), partial(finish, micro)
 
         return self._forward_backward(
@@ -198,26 +201,20 @@ class MegatronLearner:
             collect_non_loss_data=forward_only,
         )
 
-    def _outputs(self, micro: TrainBatch, logits: torch.Tensor) -> PolicyOutputs:
-        """Per-token quantities from ``logits`` ``[1, n, vocab / tp]``, which are consumed."""
+    def _outputs(self, micro: TrainBatch, hidden: torch.Tensor) -> PolicyOutputs:
+        """Per-token quantities from the targets' ``hidden`` states ``[1, n, hidden size]``."""
+        act, targets = micro.actuation, micro.tokens[:, 1:][micro.loss_mask]
         return PolicyOutputs(
-            *log_probs_and_entropy(
-                logits[0],
-                micro.tokens[:, 1:][micro.loss_mask],
-                vocab_size=self._architecture.vocab,
-                group=self._topology.tp_group,
-                temperature=tempered_at(micro.actuation),
-                entropy_grad=entropy_needs_grad(micro.actuation),
-            )
+            *self._head(hidden, targets, temperature=tempered_at(act), entropy_grad=entropy_needs_grad(act))
         )
 
-    def _log_probs(self, micro: TrainBatch, logits: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
-        return self._outputs(micro, logits).log_probs
+    def _log_probs(self, micro: TrainBatch, hidden: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
+        return self._outputs(micro, hidden).log_probs
 
     def _loss(
-        self, micro: TrainBatch, logits: torch.Tensor, *, scale: int
+        self, micro: TrainBatch, hidden: torch.Tensor, *, scale: int
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        loss, sums = policy_loss(self._outputs(micro, logits), TokenRows.of(micro), self._objective)
+        loss, sums = policy_loss(self._outputs(micro, hidden), TokenRows.of(micro), self._objective)
         return loss * scale, {**sums, "loss": loss.detach().double()}
 
     def _reduce(self, micro_sums: list[dict[str, torch.Tensor]]) -> dict[str, float]:

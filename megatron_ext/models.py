@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -49,7 +48,7 @@ def build(model: Architecture, topology: Topology, dtype: str = "fp32", chunk: i
         rope_scaling_factor=model.rope_factor or 1.0,
         vp_stage=chunk,
     )
-    # Not Float16Module: it would copy the logits to float32, which the log-prob kernel does chunk by chunk.
+    # Not Float16Module: it would copy the logits to float32, which the log-prob kernel does block by block.
     gpt = gpt.to(device=topology.device, dtype=DTYPES[dtype])
     parameters = global_parameters(gpt)
     for row in layout.rows(model, topology.grid):
@@ -203,24 +202,3 @@ def _global_name(gpt: GPTModel, name: str) -> str:
             number = parts.index("local_experts") + 1
             parts[number] = str(layer.mlp.local_expert_indices[int(parts[number])])
     return ".".join(parts)
-
-
-@contextmanager
-def only_targets(gpt: GPTModel, mask: torch.Tensor) -> Iterator[None]:
-    """Within, the last stage computes logits only where ``mask`` (bool ``[rows, seq]``) is True: ``[1, n, vocab / tp]``, row-major.
-
-    Logits are by far the largest tensor of a step, and those of prompts and padding are never used.
-    """
-    if not gpt.post_process:
-        yield
-        return
-
-    def select(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        hidden = args[0].transpose(0, 1)[mask]  # [seq, rows, hidden] -> [n, hidden]
-        return (hidden[:, None], *args[1:])
-
-    handle = gpt.output_layer.register_forward_pre_hook(select)
-    try:
-        yield
-    finally:
-        handle.remove()
