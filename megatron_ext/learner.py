@@ -24,7 +24,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 import pipeline.config.schema as schema
 from megatron_ext import architecture, batching, checkpoint, context_parallel, models
-from megatron_ext.logprobs import log_probs_and_entropy
+from megatron_ext.head import Head
 from megatron_ext.topology import Topology, shutdown
 from megatron_ext.weights import hf, identity, layout
 from pipeline.objectives.loss import (
@@ -68,6 +68,9 @@ class MegatronLearner:
         self._parameters = {
             name: tensor for gpt in self._chunks for name, tensor in models.global_parameters(gpt).items()
         }
+        self._head = Head(
+            self._chunks[-1], self._architecture.vocab, topology.tp_group, topology.device, learner.log_prob_kernel
+        )
         self._rows = layout.rows(self._architecture, topology.grid)
         itemsize = models.DTYPES[model.dtype].itemsize
         self._buckets = hf.plan(self._rows, itemsize, learner.bucket_mib)
@@ -131,7 +134,9 @@ class MegatronLearner:
             _require_finite(norms[-1], "gradient norm", step)
             self._optimizer.step()
             totals = _merge([totals, sums]) if totals else sums
-        if self._config.optimizer.overlap_param_gather:  # left to the next forward pass, but an export may come before it
+        if (
+            self._config.optimizer.overlap_param_gather
+        ):  # left to the next forward pass, but an export may come before it
             for model in self._models:
                 model.start_param_sync(force_sync=True)
         loss = totals.pop("loss")
@@ -206,7 +211,7 @@ class MegatronLearner:
         def forward(data: Iterator[TrainBatch], model: DistributedDataParallel) -> tuple[torch.Tensor, Any]:
             micro = next(data)
             tokens = context_parallel.shard(micro.tokens[:, :-1], self._topology)
-            with models.only_targets(model.module, context_parallel.own_targets(micro.loss_mask, self._topology)):
+            with self._head.selecting(context_parallel.own_targets(micro.loss_mask, self._topology)):
                 return model(tokens, None, None), partial(finish, micro)
 
         def data() -> Iterator[TrainBatch]:
@@ -224,28 +229,22 @@ class MegatronLearner:
             collect_non_loss_data=forward_only,
         )
 
-    def _outputs(self, micro: TrainBatch, logits: torch.Tensor) -> PolicyOutputs:
-        """Per-token quantities of all targets from this rank's ``logits`` ``[1, n, vocab / tp]``, which are consumed."""
+    def _outputs(self, micro: TrainBatch, hidden: torch.Tensor) -> PolicyOutputs:
+        """Per-token quantities of all targets from the ``hidden`` states ``[1, n, hidden size]`` of this rank's."""
         own = context_parallel.own_targets(micro.loss_mask, self._topology)
+        act, targets = micro.actuation, context_parallel.shard(micro.tokens[:, 1:], self._topology)[own]
         outputs = PolicyOutputs(
-            *log_probs_and_entropy(
-                logits[0],
-                context_parallel.shard(micro.tokens[:, 1:], self._topology)[own],
-                vocab_size=self._architecture.vocab,
-                group=self._topology.tp_group,
-                temperature=tempered_at(micro.actuation),
-                entropy_grad=entropy_needs_grad(micro.actuation),
-            )
+            *self._head(hidden, targets, temperature=tempered_at(act), entropy_grad=entropy_needs_grad(act))
         )
         return context_parallel.gather(outputs, micro.loss_mask, self._topology)
 
-    def _log_probs(self, micro: TrainBatch, logits: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
-        return self._outputs(micro, logits).log_probs
+    def _log_probs(self, micro: TrainBatch, hidden: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
+        return self._outputs(micro, hidden).log_probs
 
     def _loss(
-        self, micro: TrainBatch, logits: torch.Tensor, *, scale: int
+        self, micro: TrainBatch, hidden: torch.Tensor, *, scale: int
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        loss, sums = policy_loss(self._outputs(micro, logits), TokenRows.of(micro), self._objective)
+        loss, sums = policy_loss(self._outputs(micro, hidden), TokenRows.of(micro), self._objective)
         return loss * scale, {**sums, "loss": loss.detach().double()}
 
     def _reduce(self, micro_sums: list[dict[str, torch.Tensor]]) -> dict[str, float]:

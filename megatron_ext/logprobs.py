@@ -1,23 +1,35 @@
 """Exact log-probabilities and entropy of a policy whose vocabulary is split over tensor-parallel ranks.
 
-One pass over the logits gives, per token, the log-probability of the target at T=1, the entropy at T=1 and, if asked,
-the log-probability at another temperature. Two collectives in all (one MAX, one packed SUM) whatever the chunking;
-none without tensor parallelism. The backward pass recomputes and communicates nothing.
+Two entries with one arithmetic: :func:`log_probs_and_entropy` from logits, :func:`linear_log_probs_and_entropy` from the
+hidden states and the output weight, where logits exist one block of columns at a time. Each gives, per token, the
+log-probability of the target at T=1, the entropy at T=1 and, if asked, the log-probability at another temperature. Two
+collectives in all (one MAX, one packed SUM) whatever the blocks; none without tensor parallelism. The backward pass
+recomputes and communicates nothing.
+
+A kernel (``logprobs_torch``, ``logprobs_triton``) adds a block of logits to each token's running maximum and sums (online softmax,
+arXiv 1805.02867) and turns a block into its gradient; everything else is here. docs/logprobs.md has the mathematics.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
-# Stands for -inf where a product with probability 0 must give 0, not NaN; finite after division by any usable T.
-_FLOOR = -1e30
-# At most this many logits are worked on at a time, whatever the vocabulary. CPU: 1 MiB per float32 temporary stays in
-# cache (1.7 times faster than 64 MiB). Elsewhere 256 MiB: few kernels, bounded memory.
-_CHUNK_LOGITS_CPU = 1 << 18
-_CHUNK_LOGITS = 1 << 26
+from megatron_ext import logprobs_torch
+
+# Logits per block of the fused entry. CPU: 4 MiB in float32, near the last cache and wide enough for the matrix product.
+# Elsewhere 128 MiB in bf16: few kernels, bounded memory.
+_BLOCK_LOGITS_CPU = 1 << 20
+_BLOCK_LOGITS = 1 << 26
+_FEWEST_COLUMNS = 128  # a narrower product would be slow
+
+Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
 def log_probs_and_entropy(
@@ -26,10 +38,10 @@ def log_probs_and_entropy(
     *,
     vocab_size: int,
     group: dist.ProcessGroup | None,
-    temperature: float | None = None,
+    temperature: float | torch.Tensor | None = None,
     entropy_grad: bool = False,
-    chunk: int = 4096,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    kernel: str = "auto",
+) -> Outputs:
     """Per-token log-probability and exact entropy at T=1, and log-probability at ``temperature``.
 
     The logits buffer is donated: backward overwrites it with its own gradient, so nothing else may read the logits
@@ -41,25 +53,109 @@ def log_probs_and_entropy(
         targets: int64 ``[n]``, global ids. An id outside ``[0, vocab_size)`` gives NaN, never a plausible number.
         vocab_size: columns with a global id from here on are padding: probability and gradient exactly 0.
         group: the tensor-parallel group; ``None`` or a group of one: no communication.
-        temperature: T > 0 of the third result; ``None``: there is none.
+        temperature: T > 0 of the third result, one for all or float32 ``[n]`` (where that is not above 0: NaN); ``None``:
+            there is none.
         entropy_grad: whether the entropy takes part in autograd (entropy bonus).
-        chunk: most tokens worked on at a time; changes memory, never results.
+        kernel: ``torch``, ``triton`` (CUDA), or ``auto``: triton on CUDA, else torch. Changes speed, never results.
 
     Returns:
         ``(log_probs, entropy, tempered)``, each float32 ``[n]`` in nats, equal on all ranks of the group. ``log_probs`` is
         differentiable, ``entropy`` only if ``entropy_grad``, ``tempered`` never (and ``None`` without ``temperature``).
     """
-    if temperature is not None and not temperature > 0:
-        raise ValueError(f"temperature={temperature}: must be above 0")
     if logits.is_leaf and logits.requires_grad:
         raise ValueError("logits is a leaf: its buffer is overwritten by backward; pass the output of an operation")
-    log_probs, entropy, tempered = _LogProbsAndEntropy.apply(
-        logits, targets, vocab_size, group, temperature, entropy_grad, chunk
-    )
-    return log_probs, entropy, tempered if temperature is not None else None
+    job = _Job.of(targets, logits.shape[1], vocab_size, group, temperature, entropy_grad, kernel)
+    return job.outputs(_FromLogits.apply(logits, job))
 
 
-class _LogProbsAndEntropy(torch.autograd.Function):
+def linear_log_probs_and_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    *,
+    vocab_size: int,
+    group: dist.ProcessGroup | None,
+    temperature: float | torch.Tensor | None = None,
+    entropy_grad: bool = False,
+    kernel: str = "auto",
+    columns: int | None = None,
+) -> Outputs:
+    """As :func:`log_probs_and_entropy` of ``hidden @ weight.T``, of which no more than one block exists at a time.
+
+    The backward pass computes each block again: four matrix products in all where the logits kept whole take three. It needs one
+    gradient of ``weight`` and one float32 copy of ``hidden`` beside the block.
+
+    Args:
+        hidden: float32 or bfloat16 ``[n, h]``, the same on all ranks of ``group``. Its gradient is this rank's columns' share of
+            the whole: enter through megatron's ``copy_to_tensor_model_parallel_region`` (or a gather of sequence-parallel
+            parts), whose backward adds the shares up.
+        weight: ``[v_local, h]``, this rank's contiguous rows of the output weight, in the type of ``hidden``.
+        columns: width of a block; by default as many as make a block of bounded memory. Changes memory and speed, results
+            by rounding only.
+        targets, vocab_size, group, temperature, entropy_grad, kernel: as there.
+    """
+    job = _Job.of(targets, weight.shape[0], vocab_size, group, temperature, entropy_grad, kernel)
+    return job.outputs(_FromHidden.apply(hidden, weight, job, columns))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What both entries are asked, and the columns that this rank answers for."""
+
+    kernel: ModuleType
+    column: torch.Tensor  # int64 [n]: the target's column on this rank; elsewhere it lies outside [0, width)
+    known: torch.Tensor  # bool [n]: the target is in the vocabulary
+    width: int  # columns that are not padding
+    group: dist.ProcessGroup | None
+    inverse_temperature: torch.Tensor | None  # float32 [n]
+    entropy_grad: bool
+
+    @classmethod
+    def of(
+        cls,
+        targets: torch.Tensor,
+        local_columns: int,
+        vocab_size: int,
+        group: dist.ProcessGroup | None,
+        temperature: float | torch.Tensor | None,
+        entropy_grad: bool,
+        kernel: str,
+    ) -> _Job:
+        first = 0 if group is None else dist.get_rank(group) * local_columns
+        return cls(
+            kernel=_kernel(kernel, targets.device),
+            column=targets - first,
+            known=(targets >= 0) & (targets < vocab_size),
+            width=min(max(vocab_size - first, 0), local_columns),
+            group=group,
+            inverse_temperature=None if temperature is None else _inverse(temperature, targets),
+            entropy_grad=entropy_grad,
+        )
+
+    def outputs(self, results: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> Outputs:
+        """Without the stand-in for a third result that was not asked for."""
+        log_probs, entropy, tempered = results
+        return log_probs, entropy, tempered if self.inverse_temperature is not None else None
+
+    def finish(self, maximum: torch.Tensor, sums: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """From this rank's maxima and sums: the results, and what backward needs: global maximum and log of the sum."""
+        maximum = _reduce(maximum, sums, self.group, self.inverse_temperature)
+        total, weighted, tempered_total, target_logit = sums
+        log_total = total.log()
+        target = torch.where(self.known, target_logit - maximum, torch.nan)
+        tempered = target.new_empty(0)
+        if self.inverse_temperature is not None:
+            tempered = target * self.inverse_temperature - tempered_total.log()
+        return target - log_total, log_total - weighted / total, tempered, maximum, log_total
+
+    def mark(self, ctx: Any, entropy: torch.Tensor, tempered: torch.Tensor) -> None:
+        """Tell autograd which results have no gradient, and not to make zeros for those that got none."""
+        ctx.job = self
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*([tempered] if self.entropy_grad else [tempered, entropy]))
+
+
+class _FromLogits(torch.autograd.Function):
     """See ``log_probs_and_entropy``.
 
     With shifted logits x = z - max z and S = sum e^x: log p = x_target - log S and H = log S - (sum x e^x) / S.
@@ -67,121 +163,127 @@ class _LogProbsAndEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: torch.Tensor,
-        targets: torch.Tensor,
-        vocab_size: int,
-        group: dist.ProcessGroup | None,
-        temperature: float | None,
-        entropy_grad: bool,
-        chunk: int,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        shard = _Shard(logits, targets, vocab_size, group, chunk)
-        maximum, sums = _local_sums(logits, shard, temperature)
-        maximum = _reduce(maximum, sums, group, temperature)
-        total, weighted, tempered_total, target_logit = sums
-        log_total = total.log()
-        target_logit = torch.where(shard.known(vocab_size), target_logit - maximum, torch.nan)
-        log_probs = target_logit - log_total
-        entropy = log_total - weighted / total
-        tempered = log_probs.new_empty(0) if temperature is None else target_logit / temperature - tempered_total.log()
+    def forward(ctx: Any, logits: torch.Tensor, job: _Job) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        maximum, sums = _start(job.column)
+        if job.width:
+            block = logits[:, : job.width]
+            job.kernel.accumulate(block, job.column, maximum, sums, job.inverse_temperature)
+        log_probs, entropy, tempered, maximum, log_total = job.finish(maximum, sums)
         ctx.save_for_backward(logits, maximum, log_total, entropy)
-        ctx.shard = shard
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*([tempered] if entropy_grad else [tempered, entropy]))
+        job.mark(ctx, entropy, tempered)
         return log_probs, entropy, tempered
 
     @staticmethod
-    def backward(ctx: Any, grad_log_probs: Any, grad_entropy: Any, *_: None) -> tuple[torch.Tensor | None, ...]:
+    @once_differentiable
+    def backward(ctx: Any, grad_log_probs: Any, grad_entropy: Any, _: None) -> tuple[torch.Tensor, None]:
         logits, maximum, log_total, entropy = ctx.saved_tensors
-        shard: _Shard = ctx.shard
+        job: _Job = ctx.job
         out = logits.detach()  # the donated buffer
-        out[:, shard.width :] = 0
-        for rows in shard.chunks():
-            log_p = out[rows, : shard.width].float().sub(maximum[rows, None]).sub_(log_total[rows, None])
-            p = log_p.exp()
-            if grad_entropy is None:
-                grad = p.mul_(-grad_log_probs[rows, None])
-            else:
-                slope = log_p.clamp_(min=_FLOOR).add_(entropy[rows, None]).mul_(grad_entropy[rows, None])
-                grad = p.mul_(slope if grad_log_probs is None else slope.add_(grad_log_probs[rows, None])).neg_()
-            if grad_log_probs is not None and shard.width:
-                column, mine = shard.columns(rows)
-                grad.scatter_add_(1, column[:, None], (grad_log_probs[rows] * mine)[:, None])
-            out[rows, : shard.width] = grad.to(out.dtype)
-        return out, None, None, None, None, None, None
+        out[:, job.width :] = 0
+        if job.width:
+            upstream = _or_zeros(grad_log_probs, entropy), grad_entropy
+            job.kernel.gradient_(out[:, : job.width], job.column, maximum, log_total, entropy, *upstream)
+        return out, None
 
 
-class _Shard:
-    """Which columns of the vocabulary this rank holds, and how its tokens are cut into chunks."""
+class _FromHidden(torch.autograd.Function):
+    """See ``linear_log_probs_and_entropy``. Blocks are of columns, so that each row of the weight's gradient is one product."""
 
-    def __init__(
-        self,
-        logits: torch.Tensor,
-        targets: torch.Tensor,
-        vocab_size: int,
-        group: dist.ProcessGroup | None,
-        chunk: int,
-    ) -> None:
-        tokens, columns = logits.shape
-        self.targets = targets
-        self.first = 0 if group is None else dist.get_rank(group) * columns
-        self.width = min(max(vocab_size - self.first, 0), columns)  # columns that are not padding
-        most = _CHUNK_LOGITS_CPU if logits.device.type == "cpu" else _CHUNK_LOGITS
-        step = max(1, min(chunk, most // max(1, columns)))
-        self._bounds = [(start, min(tokens, start + step)) for start in range(0, tokens, step)]
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, job: _Job, columns: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        maximum, sums = _start(job.column)
+        for block in _blocks(hidden, job.width, columns):
+            logits = hidden @ weight[block].t()
+            job.kernel.accumulate(logits, job.column - block.start, maximum, sums, job.inverse_temperature)
+        log_probs, entropy, tempered, maximum, log_total = job.finish(maximum, sums)
+        ctx.save_for_backward(hidden, weight, maximum, log_total, entropy)
+        ctx.columns = columns
+        job.mark(ctx, entropy, tempered)
+        return log_probs, entropy, tempered
 
-    def chunks(self) -> list[slice]:
-        """Slices of tokens, in order."""
-        return [slice(start, end) for start, end in self._bounds]
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_log_probs: Any, grad_entropy: Any, _: None) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight, maximum, log_total, entropy = ctx.saved_tensors
+        job: _Job = ctx.job
+        upstream = _or_zeros(grad_log_probs, entropy), grad_entropy
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        if grad_weight is not None:
+            grad_weight[job.width :] = 0
+        for block in _blocks(hidden, job.width, ctx.columns):
+            slope = hidden @ weight[block].t()
+            job.kernel.gradient_(slope, job.column - block.start, maximum, log_total, entropy, *upstream)
+            if grad_weight is not None:
+                torch.mm(slope.t(), hidden, out=grad_weight[block])
+            if grad_hidden is not None:
+                _add_product(grad_hidden, slope, weight[block])
+        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, None, None
 
-    def columns(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Local column of each target (any valid one where the target lives elsewhere) and whether it lives here."""
-        local = self.targets[rows] - self.first
-        mine = (local >= 0) & (local < self.width)
-        return local.clamp(0, max(0, self.width - 1)), mine
 
-    def known(self, vocab_size: int) -> torch.Tensor:
-        """Bool ``[n]``: the target is in the vocabulary."""
-        return (self.targets >= 0) & (self.targets < vocab_size)
+def _kernel(name: str, device: torch.device) -> ModuleType:
+    """The module that works on blocks of logits."""
+    if name not in ("auto", "torch", "triton"):
+        raise ValueError(f"kernel={name!r} is not known; choose auto, torch or triton")
+    if name == "torch" or (name == "auto" and device.type != "cuda"):
+        return logprobs_torch
+    from megatron_ext import logprobs_triton  # needs Triton, which not every machine has
+
+    return logprobs_triton
 
 
-def _local_sums(logits: torch.Tensor, shard: _Shard, temperature: float | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's maximum ``[n]`` and sums ``[4, n]``: e^x, x e^x, e^(x/T), target logit; x relative to that maximum."""
-    tokens = logits.shape[0]
-    maximum = logits.new_full((tokens,), -torch.inf, dtype=torch.float32)
-    sums = logits.new_zeros((4, tokens), dtype=torch.float32)
-    if shard.width == 0:
-        return maximum, sums
-    for rows in shard.chunks():
-        z = logits[rows, : shard.width].float()
-        maximum[rows] = z.amax(-1)
-        column, mine = shard.columns(rows)
-        sums[3, rows] = torch.where(mine, z.gather(1, column[:, None])[:, 0], 0.0)
-        # A shard whose logits are all -inf has no finite maximum; its sums are 0 whatever it is measured from.
-        x = z.sub(maximum[rows, None].nan_to_num(neginf=0.0)).clamp_(min=_FLOOR)
-        exp = x.exp()
-        sums[0, rows] = exp.sum(-1)
-        sums[1, rows] = exp.mul_(x).sum(-1)
-        if temperature is not None:
-            sums[2, rows] = x.div_(temperature).exp_().sum(-1)
-    return maximum, sums
+def _inverse(temperature: float | torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """1 / T of every token; NaN where T is not above 0."""
+    if isinstance(temperature, torch.Tensor):
+        if temperature.shape != targets.shape:
+            raise ValueError(f"temperature has shape {list(temperature.shape)}, targets {list(targets.shape)}")
+        temperature = temperature.float()
+        return torch.where(temperature > 0, 1 / temperature, torch.nan)
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature}: must be above 0")
+    return torch.full_like(targets, 1 / temperature, dtype=torch.float32)
+
+
+def _start(column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maximum ``[n]`` and sums ``[4, n]`` of no logits: e^x, x e^x, e^(x/T), with x relative to the maximum; target logit."""
+    maximum = torch.full_like(column, logprobs_torch.FLOOR, dtype=torch.float32)
+    return maximum, maximum.new_zeros(4, len(column))
+
+
+def _blocks(hidden: torch.Tensor, width: int, columns: int | None) -> Iterator[slice]:
+    """Slices of the ``width`` columns, in order."""
+    if columns is None:
+        most = _BLOCK_LOGITS_CPU if hidden.device.type == "cpu" else _BLOCK_LOGITS
+        columns = max(_FEWEST_COLUMNS, most // max(1, len(hidden)))
+    for start in range(0, width, columns):
+        yield slice(start, min(width, start + columns))
 
 
 def _reduce(
-    local: torch.Tensor, sums: torch.Tensor, group: dist.ProcessGroup | None, temperature: float | None
+    local: torch.Tensor,
+    sums: torch.Tensor,
+    group: dist.ProcessGroup | None,
+    inverse_temperature: torch.Tensor | None,
 ) -> torch.Tensor:
     """Add up ``sums`` over the group, in place, relative to the global maximum, which is returned."""
     if group is None or dist.get_world_size(group) == 1:
         return local
     maximum = local.clone()
     dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=group)
-    shift = (local - maximum).clamp_(min=_FLOOR)
-    scale = shift.exp()
-    sums[1] = scale * (sums[1] + shift * sums[0])
-    sums[0] *= scale
-    if temperature is not None:
-        sums[2] *= (shift / temperature).exp()
+    logprobs_torch.rescale_(sums, local - maximum, inverse_temperature)
     dist.all_reduce(sums, op=dist.ReduceOp.SUM, group=group)
     return maximum
+
+
+def _or_zeros(grad: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(like) if grad is None else grad
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """``total += a @ b`` in float32."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(a @ b)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.post_training.modelopt.layers import Linear
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
@@ -69,7 +68,7 @@ def build(
         rope_scaling_factor=model.rope_factor or 1.0,
         vp_stage=chunk,
     )
-    # Not Float16Module: it would copy the logits to float32, which the log-prob kernel does chunk by chunk.
+    # Not Float16Module: it would copy the logits to float32, which the log-prob kernel does block by block.
     gpt = gpt.to(device=topology.device, dtype=DTYPES[dtype])
     parameters, grid = global_parameters(gpt), topology.grid
     for row in layout.rows(model, grid):
@@ -268,30 +267,3 @@ def _global_name(gpt: GPTModel, name: str) -> str:
             number = parts.index("local_experts") + 1
             parts[number] = str(layer.mlp.local_expert_indices[int(parts[number])])
     return ".".join(parts)
-
-
-@contextmanager
-def only_targets(gpt: GPTModel, mask: torch.Tensor) -> Iterator[None]:
-    """Within, the last stage computes logits only where ``mask`` (bool ``[rows, seq]``) is True: ``[1, n, vocab / tp]``, row-major.
-
-    Logits are by far the largest tensor of a step, and those of prompts and padding are never used.
-    """
-    if not gpt.post_process:
-        yield
-        return
-
-    layer, sequence_parallel = gpt.output_layer, gpt.config.sequence_parallel
-
-    def select(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        hidden = args[0]
-        if sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        return (hidden.transpose(0, 1)[mask][:, None], *args[1:])  # [seq, rows, hidden] -> [n, 1, hidden]
-
-    handle = layer.register_forward_pre_hook(select)
-    layer.sequence_parallel = False  # what it would gather is gathered
-    try:
-        yield
-    finally:
-        layer.sequence_parallel = sequence_parallel
-        handle.remove()
