@@ -24,6 +24,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 import pipeline.config.schema as schema
 from megatron_ext import architecture, batching, checkpoint, models
+from megatron_ext.fp8 import transformer_engine
 from megatron_ext.logprobs import log_probs_and_entropy
 from megatron_ext.topology import Topology, shutdown
 from megatron_ext.weights import hf, identity, layout
@@ -63,13 +64,14 @@ class MegatronLearner:
         self._config, self._objective, self._topology = learner, objective, topology
         self._hf_path = model.hf_path
         self._architecture = architecture.read(Path(model.hf_path))
-        self._gpt = models.build(self._architecture, topology, model.dtype)
+        numerics = transformer_engine.resolve(learner, topology.device)
+        self._gpt = models.build(self._architecture, topology, model.dtype, numerics=numerics)
         self._parameters = models.global_parameters(self._gpt)
         self._rows = layout.rows(self._architecture, topology.grid)
         itemsize = models.DTYPES[model.dtype].itemsize
         self._buckets = hf.plan(self._rows, itemsize, learner.bucket_mib)
-        self._model = _data_parallel(self._gpt, learner.optimizer.distributed)
-        self._optimizer = _optimizer(self._model, learner.optimizer, model.dtype)
+        self._model = _data_parallel(self._gpt, learner)
+        self._optimizer = _optimizer(self._model, learner, model.dtype)
         self._scheduler = _scheduler(self._optimizer, learner.optimizer, total_steps)
         self._forward_backward = get_forward_backward_func()
         # The frozen starting policy of the KL penalty, under this rank's parameter names.
@@ -79,7 +81,8 @@ class MegatronLearner:
 
     def load(self, hf_path: Path) -> None:
         """Read this rank's slices of a Hugging Face folder; see ``pipeline.learner.Learner.load``."""
-        hf.load(self._parameters, self._rows, self._architecture, Path(hf_path), self._topology)
+        with transformer_engine.filling(self._parameters) as parameters:
+            hf.load(parameters, self._rows, self._architecture, Path(hf_path), self._topology)
         self._optimizer.reload_model_params()
         for name, parameter in self._gpt.named_parameters():
             if self._reference is not None:
@@ -142,7 +145,8 @@ class MegatronLearner:
 
     def export_shards(self, version: int) -> Iterator[WeightBucket | None]:
         """One item per bucket on every rank: the bucket on global rank 0, ``None`` elsewhere. Exhaust it on all ranks."""
-        return hf.export(self._parameters, self._buckets, self._topology, version)
+        parameters = transformer_engine.Dequantised(self._parameters)
+        return hf.export(parameters, self._buckets, self._topology, version)
 
     def save(self, directory: Path) -> None:
         """Write the whole state; see ``pipeline.learner.Learner.save``."""
@@ -266,17 +270,21 @@ def _require_finite(value: float, what: str, step: int) -> None:
         )
 
 
-def _data_parallel(gpt: GPTModel, distributed_optimizer: bool) -> DistributedDataParallel:
+def _data_parallel(gpt: GPTModel, learner: schema.LearnerConfig) -> DistributedDataParallel:
     """Megatron's DDP: float32 main gradients in one buffer, reduced over DP once per optimizer step."""
     config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer, overlap_grad_reduce=False
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=learner.optimizer.distributed,
+        overlap_grad_reduce=False,
+        fp8_param_gather=learner.precision.fp8_param,
     )
     gpt.config.finalize_model_grads_func = finalize_model_grads
     return DistributedDataParallel(gpt.config, config, gpt)
 
 
-def _optimizer(model: DistributedDataParallel, config: schema.OptimizerConfig, dtype: str) -> MegatronOptimizer:
+def _optimizer(model: DistributedDataParallel, learner: schema.LearnerConfig, dtype: str) -> MegatronOptimizer:
     """megatron-core's Adam with decoupled weight decay (none on biases and norms)."""
+    config = learner.optimizer
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -290,6 +298,7 @@ def _optimizer(model: DistributedDataParallel, config: schema.OptimizerConfig, d
             bf16=dtype == "bf16",
             params_dtype=models.DTYPES[dtype],
             use_distributed_optimizer=config.distributed,
+            fp8_recipe=learner.precision.fp8_recipe if learner.precision.fp8_param else None,
         ),
         [model],
     )

@@ -16,27 +16,37 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from megatron_ext import cpu
 from megatron_ext.architecture import Architecture, Moe
+from megatron_ext.fp8 import emulate, transformer_engine
+from megatron_ext.fp8.transformer_engine import Numerics
 from megatron_ext.topology import Topology
 from megatron_ext.weights import layout
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def build(model: Architecture, topology: Topology, dtype: str = "fp32", chunk: int | None = None) -> GPTModel:
+def build(
+    model: Architecture,
+    topology: Topology,
+    dtype: str = "fp32",
+    chunk: int | None = None,
+    numerics: Numerics = Numerics(),  # noqa: B008 (frozen)
+) -> GPTModel:
     """This rank's part of ``model``, on its device, parameters not yet filled (``weights.hf.load`` does that).
 
-    With virtual stages (``topology.grid.vpp > 1``) it is model chunk ``chunk`` of them. The vocabulary is padded to a multiple of
+    With virtual stages (``topology.grid.vpp > 1``) it is model chunk ``chunk`` of them. ``numerics``: whose layers, and FP8
+    (``fp8.transformer_engine.resolve``). The vocabulary is padded to a multiple of
     TP. Raises ``ValueError`` where the layout does not fit the model.
     """
     if dtype not in DTYPES:
         raise ValueError(f"model.dtype={dtype!r} is not known; choose one of {', '.join(DTYPES)}")
     model.check_layout(topology.grid)
-    _check_local_attention(model, topology.tp_size)
+    if numerics.impl == "local":
+        _check_local_attention(model, topology.tp_size)
     cpu.install_layers()
-    config = transformer_config(model, topology, dtype)
+    config = transformer_config(model, topology, dtype, numerics)
     gpt = GPTModel(
         config,
-        _spec(config, chunk),
+        _spec(config, chunk, numerics.impl),
         vocab_size=model.padded_vocab(topology.tp_size),
         max_sequence_length=model.max_positions,
         pre_process=topology.first_stage and not chunk,
@@ -50,7 +60,9 @@ def build(model: Architecture, topology: Topology, dtype: str = "fp32", chunk: i
         vp_stage=chunk,
     )
     # Not Float16Module: it would copy the logits to float32, which the log-prob kernel does chunk by chunk.
-    gpt = gpt.to(device=topology.device, dtype=DTYPES[dtype])
+    transformer_engine.place(gpt, topology.device, DTYPES[dtype])
+    if numerics.emulated:
+        emulate.install(gpt, numerics.precision)
     parameters = global_parameters(gpt)
     for row in layout.rows(model, topology.grid):
         parameter = parameters.get(row.parameter)
@@ -62,8 +74,13 @@ def build(model: Architecture, topology: Topology, dtype: str = "fp32", chunk: i
     return gpt
 
 
-def transformer_config(model: Architecture, topology: Topology, dtype: str) -> TransformerConfig:
-    """megatron-core's configuration. Fusions are off: they need Transformer Engine or Apex kernels, on any device."""
+def transformer_config(
+    model: Architecture,
+    topology: Topology,
+    dtype: str,
+    numerics: Numerics = Numerics(),  # noqa: B008 (frozen)
+) -> TransformerConfig:
+    """megatron-core's configuration. Fusions are off but with Transformer Engine: they need its kernels or Apex's, on any device."""
     grid, parameter_dtype = topology.grid, DTYPES[dtype]
     fused: dict[str, Any] = dict.fromkeys(
         (
@@ -75,7 +92,7 @@ def transformer_config(model: Architecture, topology: Topology, dtype: str) -> T
             "persist_layer_norm",
         ),
         False,
-    )
+    ) | numerics.transformer_fields(mla=model.mla is not None, moe=model.moe is not None)
     return (MLATransformerConfig if model.mla else TransformerConfig)(
         num_layers=model.layers,
         hidden_size=model.hidden,
@@ -179,10 +196,11 @@ class _LatentAttention(DotProductAttention):
         self.hidden_size_per_partition = v_channels * self.num_attention_heads_per_partition
 
 
-def _spec(config: TransformerConfig, chunk: int | None) -> TransformerBlockSubmodules:
-    """megatron-core's own modules for this rank's layers, dense and expert ones."""
-    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=chunk)
-    if config.multi_latent_attention:
+def _spec(config: TransformerConfig, chunk: int | None, impl: str) -> TransformerBlockSubmodules:
+    """Modules for this rank's layers, dense and expert ones: megatron-core's own or Transformer Engine's."""
+    engine = impl == "transformer_engine"
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=engine, normalization="RMSNorm", vp_stage=chunk)
+    if config.multi_latent_attention and not engine:
         for layer in spec.layer_specs:
             layer.submodules.self_attention.submodules.core_attention = _LatentAttention
     return spec
