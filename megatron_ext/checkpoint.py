@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
+from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -53,6 +54,7 @@ def save(
     """
     directory.mkdir(parents=True, exist_ok=True)
     state = _state(chunks, optimizer, reference, topology, loading=False)
+    force_all_tensors_to_non_fp8(state)  # loading does the same; the optimizer holds what FP8 rounded away
     state["layout"] = _layout(topology)
     state["scheduler"] = scheduler.state_dict()
     dist_checkpointing.save(state, str(directory), _SaveInProcess("torch_dist", 1))

@@ -24,6 +24,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 import pipeline.config.schema as schema
 from megatron_ext import architecture, batching, checkpoint, context_parallel, models
+from megatron_ext.fp8 import transformer_engine
 from megatron_ext.head import Head
 from megatron_ext.topology import Topology, shutdown
 from megatron_ext.weights import hf, identity, layout
@@ -74,8 +75,8 @@ class MegatronLearner:
         self._rows = layout.rows(self._architecture, topology.grid)
         itemsize = models.DTYPES[model.dtype].itemsize
         self._buckets = hf.plan(self._rows, itemsize, learner.bucket_mib)
-        self._models = _data_parallel(self._chunks, learner.optimizer)
-        self._optimizer = _optimizer(self._models, learner.optimizer, model.dtype)
+        self._models = _data_parallel(self._chunks, learner)
+        self._optimizer = _optimizer(self._models, learner, model.dtype)
         self._scheduler = _scheduler(self._optimizer, learner.optimizer, total_steps)
         self._forward_backward = get_forward_backward_func()
         # The frozen starting policy of the KL penalty, per chunk under its parameter names; empty without a penalty.
@@ -87,7 +88,8 @@ class MegatronLearner:
 
     def load(self, hf_path: Path) -> None:
         """Read this rank's slices of a Hugging Face folder; see ``pipeline.learner.Learner.load``."""
-        hf.load(self._parameters, self._rows, self._architecture, Path(hf_path), self._topology)
+        with transformer_engine.filling(self._parameters) as parameters:
+            hf.load(parameters, self._rows, self._architecture, Path(hf_path), self._topology)
         self._optimizer.reload_model_params()
         for gpt, reference in zip(self._chunks, self._reference, strict=False):
             for name, parameter in gpt.named_parameters():
@@ -156,7 +158,8 @@ class MegatronLearner:
 
     def export_shards(self, version: int) -> Iterator[WeightBucket | None]:
         """One item per bucket on every rank: the bucket on global rank 0, ``None`` elsewhere. Exhaust it on all ranks."""
-        return hf.export(self._parameters, self._buckets, self._topology, version)
+        parameters = transformer_engine.Dequantised(self._parameters)
+        return hf.export(parameters, self._buckets, self._topology, version)
 
     def save(self, directory: Path) -> None:
         """Write the whole state; see ``pipeline.learner.Learner.save``."""
@@ -298,8 +301,9 @@ def _require_finite(value: float, what: str, step: int) -> None:
         )
 
 
-def _data_parallel(chunks: Sequence[GPTModel], config: schema.OptimizerConfig) -> list[DistributedDataParallel]:
+def _data_parallel(chunks: Sequence[GPTModel], learner: schema.LearnerConfig) -> list[DistributedDataParallel]:
     """Megatron's DDP around each chunk: float32 main gradients, reduced over CP and DP once per optimizer step."""
+    config = learner.optimizer
     wrapped = []
     for index, gpt in enumerate(chunks):
         settings = DistributedDataParallelConfig(
@@ -307,6 +311,7 @@ def _data_parallel(chunks: Sequence[GPTModel], config: schema.OptimizerConfig) -
             use_distributed_optimizer=config.distributed,
             overlap_grad_reduce=config.overlap_grad_reduce,
             overlap_param_gather=config.overlap_param_gather,
+            fp8_param_gather=learner.precision.fp8_param,
         )
         # Only of the first chunk is communication on the critical path, hence worth cutting into buckets.
         wrapped.append(DistributedDataParallel(gpt.config, settings, gpt, disable_bucketing=index > 0))
@@ -319,9 +324,10 @@ def _data_parallel(chunks: Sequence[GPTModel], config: schema.OptimizerConfig) -
 
 
 def _optimizer(
-    wrapped: Sequence[DistributedDataParallel], config: schema.OptimizerConfig, dtype: str
+    wrapped: Sequence[DistributedDataParallel], learner: schema.LearnerConfig, dtype: str
 ) -> MegatronOptimizer:
     """megatron-core's Adam with decoupled weight decay (none on biases and norms)."""
+    config = learner.optimizer
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -336,6 +342,7 @@ def _optimizer(
             params_dtype=models.DTYPES[dtype],
             use_distributed_optimizer=config.distributed,
             overlap_param_gather=config.overlap_param_gather,
+            fp8_recipe=learner.precision.fp8_recipe if learner.precision.fp8_param else None,
         ),
         list(wrapped),
     )

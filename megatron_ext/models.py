@@ -18,6 +18,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron_ext import cpu
 from megatron_ext.architecture import Architecture, Moe
 from megatron_ext.context_parallel import GatheredAttention
+from megatron_ext.fp8 import emulate, transformer_engine
+from megatron_ext.fp8.transformer_engine import Numerics
 from megatron_ext.topology import Topology
 from megatron_ext.weights import layout
 from megatron_ext.weights.grid import Grid
@@ -44,18 +46,19 @@ def build(
     """This rank's part of ``model``, on its device, parameters not yet filled (``weights.hf.load`` does that).
 
     With virtual stages (``topology.grid.vpp > 1``) it is model chunk ``chunk`` of them. The vocabulary is padded to a multiple of
-    TP. Of ``options`` it takes sequence parallelism and recomputation (the sizes are the topology's). Raises ``ValueError`` where
-    the layout does not fit the model.
+    TP. Of ``options`` it takes sequence parallelism, recomputation, whose layers and FP8 (the sizes are the topology's); by default
+    megatron-core's own layers. Raises ``ValueError`` where the layout does not fit the model, or FP8 the device.
     """
-    options = options or LearnerConfig()
+    options = options or LearnerConfig(transformer_impl="local")
     if dtype not in DTYPES:
         raise ValueError(f"model.dtype={dtype!r} is not known; choose one of {', '.join(DTYPES)}")
     model.check_layout(topology.grid)
+    numerics = transformer_engine.resolve(options, topology.device)
     cpu.install_layers()
-    config = transformer_config(model, topology, dtype, options)
+    config = transformer_config(model, topology, dtype, options, numerics)
     gpt = GPTModel(
         config,
-        _spec(config, chunk),
+        _spec(config, chunk, numerics.impl),
         vocab_size=model.padded_vocab(topology.tp_size),
         max_sequence_length=model.max_positions,
         pre_process=topology.first_stage and not chunk,
@@ -69,7 +72,9 @@ def build(
         vp_stage=chunk,
     )
     # Not Float16Module: it would copy the logits to float32, which the log-prob kernel does block by block.
-    gpt = gpt.to(device=topology.device, dtype=DTYPES[dtype])
+    transformer_engine.place(gpt, topology.device, DTYPES[dtype])
+    if numerics.emulated:
+        emulate.install(gpt, numerics.precision)
     parameters, grid = global_parameters(gpt), topology.grid
     for row in layout.rows(model, grid):
         parameter = parameters.get(row.parameter)
@@ -85,9 +90,9 @@ def build(
 
 
 def transformer_config(
-    model: Architecture, topology: Topology, dtype: str, options: LearnerConfig
+    model: Architecture, topology: Topology, dtype: str, options: LearnerConfig, numerics: Numerics
 ) -> TransformerConfig:
-    """megatron-core's configuration. Fusions are off: they need Transformer Engine or Apex kernels, on any device."""
+    """megatron-core's configuration. Fusions are off but with Transformer Engine: they need its kernels or Apex's, on any device."""
     grid, parameter_dtype = topology.grid, DTYPES[dtype]
     fused: dict[str, Any] = dict.fromkeys(
         (
@@ -99,7 +104,7 @@ def transformer_config(
             "persist_layer_norm",
         ),
         False,
-    )
+    ) | numerics.transformer_fields(mla=model.mla is not None, moe=model.moe is not None)
     return (MLATransformerConfig if model.mla else TransformerConfig)(
         num_layers=model.layers,
         hidden_size=model.hidden,
@@ -231,9 +236,12 @@ class _RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel
 
 
-def _spec(config: TransformerConfig, chunk: int | None) -> TransformerBlockSubmodules:
-    """megatron-core's own modules for this rank's layers, dense and expert ones; ours where those refuse the layout."""
-    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=chunk)
+def _spec(config: TransformerConfig, chunk: int | None, impl: str) -> TransformerBlockSubmodules:
+    """Modules for this rank's layers, dense and expert ones: Transformer Engine's, or megatron-core's own and ours where those refuse."""
+    engine = impl == "transformer_engine"
+    spec = get_gpt_decoder_block_spec(config, use_transformer_engine=engine, normalization="RMSNorm", vp_stage=chunk)
+    if engine:
+        return spec
     spec.layer_norm = _RMSNorm
     for layer in spec.layer_specs:
         block = layer.submodules

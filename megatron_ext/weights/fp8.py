@@ -1,7 +1,7 @@
 """Linear weights as FP8 codes with scales, as DeepSeek-V3's checkpoints hold them and SGLang's loader expects them.
 
-One quantiser for export, weight sync and tests. A tensor becomes ``float8_e4m3fn`` codes and float32 scales, ``code * scale`` being
-its value: one scale for each 128x128 block (``*.weight_scale_inv``, DeepSeek-V3, arXiv 2412.19437, section 3.3.2; "inv" because it is
+One quantiser for export, weight sync and tests; training rounds by Transformer Engine's rules, ``megatron_ext.fp8.quantise``.
+A tensor becomes ``float8_e4m3fn`` codes and float32 scales, ``code * scale`` being its value: one scale for each 128x128 block (``*.weight_scale_inv``, DeepSeek-V3, arXiv 2412.19437, section 3.3.2; "inv" because it is
 what undoes the scaling), or one for the whole tensor (``*.weight_scale``). Pure torch: CPU and CUDA give the same bits.
 
 Blocks are counted from a tensor's first row and column. So a shard whose edges lie on block edges may be quantised where it is, before
@@ -10,14 +10,14 @@ it is sent at a half of the bytes; any other is quantised after it was gathered.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import torch
 
+from megatron_ext.fp8 import blocks
+from megatron_ext.fp8.blocks import Block
 from megatron_ext.weights.layout import Row
-
-Block: TypeAlias = tuple[int, int]
 
 BLOCK: Block = (128, 128)
 CODES = torch.float8_e4m3fn
@@ -25,7 +25,6 @@ _LARGEST = 448.0  # of e4m3fn
 # The smallest normal float32. Blocks of zeros get it, and those so small that amax / 448 has lost bits: a scale of 0 would give NaN, a
 # scale of 1 would win over its neighbours' where SGLang joins per-tensor scales of q, k and v by their maximum.
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
-_BAND = 1 << 21  # entries worked on at a time: bounds the float32 copy to 8 MiB, which also stays near a CPU's caches
 _SOURCES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -81,7 +80,7 @@ def scale_name(name: str, block: Block | None = BLOCK) -> str:
 
 def scale_shape(shape: tuple[int, ...], block: Block | None = BLOCK) -> tuple[int, ...]:
     """Shape of the scale of a tensor of ``shape``: ``[ceil(rows / 128), ceil(columns / 128)]``, or ``[]`` for one per tensor."""
-    return () if block is None else (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
+    return blocks.count(shape, block)
 
 
 def quantise(
@@ -102,7 +101,7 @@ def quantise(
         )
     if amax is not None and block is not None:
         raise ValueError(f"{name}: amax is for one scale per tensor (block=None); blocks have their own")
-    found = _block_amax(weight, block) if block else largest(weight)
+    found = blocks.largest(weight, block)
     if not bool(found.isfinite().all()):
         raise ValueError(
             f"{name} holds NaN or infinite entries: FP8 cannot hold them; look at the step that wrote them"
@@ -113,7 +112,7 @@ def quantise(
         )
     scale = _scale(found if amax is None else amax)
     codes = torch.empty(weight.shape, dtype=CODES, device=weight.device)
-    for source, target, divisor in _bands(weight, codes, scale, block):
+    for source, target, divisor in blocks.bands(weight, codes, scale, block):
         # No clamp: |source| <= amax and scale >= amax / 448 * (1 - 2**-24), and below 464 every torch rounds to 448.
         target.copy_(source.to(torch.float32, copy=True).div_(divisor))
     return codes, scale
@@ -121,8 +120,7 @@ def quantise(
 
 def largest(weight: torch.Tensor) -> torch.Tensor:
     """Largest magnitude of a tensor, float32 of shape ``[]``; NaN where an entry is. Reduce it over shards with a maximum."""
-    low, high = weight.aminmax()
-    return torch.maximum(-low, high).float()
+    return blocks.largest(weight, None)
 
 
 def dequantise(
@@ -134,10 +132,7 @@ def dequantise(
             f"scale has shape {list(scale.shape)}; codes of shape {list(codes.shape)} in blocks {block} "
             f"need {list(scale_shape(codes.shape, block))}"
         )
-    values = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    for source, target, factor in _bands(codes, values, scale, block):
-        target.copy_(source.to(torch.float32).mul_(factor))
-    return values
+    return blocks.multiply(codes, scale, block, dtype)
 
 
 def quantise_tensors(
@@ -163,31 +158,3 @@ def quantise_tensors(
 def _scale(amax: torch.Tensor) -> torch.Tensor:
     # By a tensor, not a number: CUDA divides by a number as multiplication with its rounded reciprocal, CPU does not.
     return (amax.float() / torch.full_like(amax, _LARGEST, dtype=torch.float32)).clamp_(min=_SMALLEST_SCALE)
-
-
-def _block_amax(weight: torch.Tensor, block: Block) -> torch.Tensor:
-    """Largest magnitude of each block, float32; over rows first, so that only one row per block need be padded."""
-    rows, width = weight.shape[0] // block[0] * block[0], block[1]
-    parts = [weight[:rows].unflatten(0, (-1, block[0]))] if rows else []
-    parts += [weight[rows:].unsqueeze(0)] if rows < len(weight) else []
-    columns = torch.cat([torch.maximum(-part.amin(1), part.amax(1)) for part in parts])
-    padded = torch.nn.functional.pad(columns, (0, -columns.shape[1] % width))
-    return padded.unflatten(1, (-1, width)).amax(2).float()
-
-
-def _bands(
-    source: torch.Tensor, target: torch.Tensor, scale: torch.Tensor, block: Block | None
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Views of some block rows of ``source`` and ``target``, ``[blocks, height, columns]``, and their scale to broadcast."""
-    rows, columns = source.shape
-    height, width = block or (BLOCK[0], columns)
-    if block is None:
-        scale = scale.expand(scale_shape((rows, columns), (height, width)))
-    scale = scale.repeat_interleave(width, 1)[:, None, :columns]
-    step, whole = max(1, _BAND // (height * columns)), rows // height
-    for first in range(0, whole, step):
-        last = min(first + step, whole)
-        band = slice(first * height, last * height)
-        yield source[band].unflatten(0, (-1, height)), target[band].unflatten(0, (-1, height)), scale[first:last]
-    if rows % height:
-        yield source[whole * height :].unsqueeze(0), target[whole * height :].unsqueeze(0), scale[whole:]

@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.architecture import FAMILIES, Architecture, Mla, Moe
+from megatron_ext.fp8 import blocks
 from megatron_ext.weights import fp8, layout
 from megatron_ext.weights.layout import Row, Source
 
@@ -170,7 +171,7 @@ def test_columns_of_a_larger_tensor_are_read_in_place():
 def test_bands_do_not_change_the_bits(monkeypatch):
     weight = torch.randn(37, 11, generator=torch.Generator().manual_seed(0))
     blockwise, single = fp8.quantise(weight, (4, 3)), fp8.quantise(weight, None)
-    monkeypatch.setattr(fp8, "_BAND", 90)  # two block rows at a time
+    monkeypatch.setattr(blocks, "_BAND", 90)  # two block rows at a time
     for block, expected in (((4, 3), blockwise), (None, single)):
         assert all(same(a, b) for a, b in zip(fp8.quantise(weight, block), expected, strict=True))
 
