@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from pipeline.monitoring.tracking import track
 
 FINAL_STEPS = 20  # steps that final_entropy averages
 # Metrics of engine against learner, and of its correction: what a run's figure is made of its steps' by.
-MISMATCH = {
+MISMATCH: dict[str, Callable[[Sequence[float]], float]] = {
     "mismatch_mean": mean,
     "mismatch_p99": mean,
     "mismatch_max": max,
