@@ -175,7 +175,7 @@ class StepStats:
     entropy: EntropyReading
     grad_norm: float
     learning_rate: float
-    metrics: Mapping[str, float]  # e.g. policy_loss, positive_term, kl, clip_fraction, mismatch_mean, mismatch_max
+    metrics: Mapping[str, float]  # e.g. policy_loss, positive_term, kl, clip_fraction, mismatch_mean, mismatch_p99
     seconds: float  # time inside the learner: forward, backward, optimizer
 
 

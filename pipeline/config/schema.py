@@ -187,14 +187,14 @@ class DataConfig:
 
 @dataclass
 class CorrectionConfig:
-    """Importance weights against the mismatch of engine and learner at equal weights."""
+    """Importance weights against the mismatch of engine and learner at equal weights; docs/methods.md."""
 
     kind: str = key(
-        "none", "none | tis (truncate the weight pi_learner / pi_engine) | mis (mask what lies outside the limits)"
+        "none", "none | tis (truncate the weight pi_learner / pi_engine at high) | mis (0 outside low to high)"
     )
-    level: str = key("token", "token | sequence: what the weight belongs to")
+    level: str = key("token", "what the weight belongs to: token | sequence (the product over the response)")
     high: float = key(2.0, "largest weight")
-    low: float = key(0.0, "mis: smallest weight")
+    low: float = key(0.0, "mis: smallest weight that is not masked")
 
 
 @dataclass

@@ -27,6 +27,15 @@ COLUMNS = {
     "distinct_correct": "distinct correct",
     "status": "status",
 }
+MISMATCH = {
+    "mismatch_mean": "mean |d|",
+    "mismatch_p99": "99th percentile",
+    "mismatch_max": "largest",
+    "mismatch_kl": "KL(engine || learner)",
+    "correction_weight": "mean weight",
+    "correction_outside": "truncated or masked",
+    "correction_ess": "effective samples",
+}
 PERCENT = ("time_in_band", "rms_error")
 SHOWN_SAMPLES = 6
 
@@ -97,6 +106,7 @@ def _page(runs: Sequence[RunHistory], result: Mapping[str, Any]) -> str:
         f'<div class="charts">{charts}</div>',
         _figures(result),
         "<h2>What it costs</h2>" + _cost(result["cost"]),
+        "<h2>Engine against learner</h2>" + _mismatch(result["runs"]),
         "<h2>Seconds by phase</h2>" + _seconds(result["runs"]),
         _events(runs, result["runs"]),
         _samples(runs),
@@ -175,6 +185,18 @@ def _seconds(summaries: Sequence[Mapping[str, Any]]) -> str:
     return _table(["run", *PHASES], rows)
 
 
+def _mismatch(summaries: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        [escape(f"{run['method']} s{run['seed']}"), *(_small(run["mismatch"][name]) for name in MISMATCH)]
+        for run in summaries
+    ]
+    note = (
+        "d: log-probability of the same token at the same weights, learner's less engine's, nats; means over steps, the largest of all. "
+        "Weights: of objective.correction, where it is on."
+    )
+    return _table(["run", *MISMATCH.values()], rows) + f'<p class="muted">{note}</p>'
+
+
 def _events(runs: Sequence[RunHistory], summaries: Sequence[Mapping[str, Any]]) -> str:
     lines = [f"{escape(run.label)}: resumed at step {event['step']}" for run in runs for event in run.restarts]
     lines += [escape(f"{summary['method']}: {alert}") for summary in summaries for alert in summary["alerts"]]
@@ -228,6 +250,10 @@ def _cell(name: str, value: Any) -> str:
 def _spread(figure: str, figures: Mapping[str, Any]) -> str:
     value, deviation = figures[figure], figures[figure + "_sd"]
     return _cell(figure, value) + (f" ± {_cell(figure, deviation)}" if deviation is not None else "")
+
+
+def _small(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
 
 
 def _number(value: Any) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,16 @@ from pipeline.monitoring.events import FILE_NAME, in_force, read_all_events
 from pipeline.monitoring.tracking import track
 
 FINAL_STEPS = 20  # steps that final_entropy averages
+# Metrics of engine against learner, and of its correction: what a run's figure is made of its steps' by.
+MISMATCH: dict[str, Callable[[Sequence[float]], float]] = {
+    "mismatch_mean": mean,
+    "mismatch_p99": mean,
+    "mismatch_max": max,
+    "mismatch_kl": mean,
+    "correction_weight": mean,
+    "correction_outside": mean,
+    "correction_ess": mean,
+}
 COMPARED = ("final_entropy", "time_in_band", "rms_error", "pass_at_1", "pass_at_16", "distinct_correct")
 
 
@@ -79,7 +89,8 @@ def summarize_run(run: RunHistory) -> dict[str, Any]:
     """What a comparison shows of a run.
 
     ``final_entropy`` is the mean of the last 20 steps; band figures are those of ``tracking.Tracking``; pass@k, intervals and
-    ``distinct_correct`` come from the last evaluation, made after ``evaluation_step`` updates; ``seconds`` are totals by phase.
+    ``distinct_correct`` come from the last evaluation, made after ``evaluation_step`` updates; ``seconds`` are totals by phase;
+    ``mismatch`` has means over steps (of ``mismatch_max`` the maximum).
     """
     tracking = track(
         run.column("entropy"),
@@ -104,6 +115,7 @@ def summarize_run(run: RunHistory) -> dict[str, Any]:
         "distinct_correct": last.get("distinct_correct", math.nan),
         "evaluation_step": last.get("step"),
         "reward": mean(run.column("reward")[-FINAL_STEPS:]) if run.steps else math.nan,
+        "mismatch": {name: _over_steps(run, name) for name in MISMATCH},
         "seconds": total_by_key(run, "seconds") | {"evaluation": sum(e.get("seconds", 0.0) for e in run.evaluations)},
         "tokens": total_by_key(run, "tokens"),
         "alerts": [f"step {e['step']}: {e['reason']}" for e in run.of_kind("alert")],
@@ -155,6 +167,12 @@ def cost_sentences(runs: Sequence[RunHistory], summaries: Sequence[dict[str, Any
         for other in others
         if methods[other]["pass_at_1"] is not None and methods[baseline]["pass_at_1"] is not None
     ]
+
+
+def _over_steps(run: RunHistory, metric: str) -> float | None:
+    """A learner's metric over all steps that have it; None if none does."""
+    values = [value for event in run.steps if (value := event["metrics"].get(metric)) is not None]
+    return MISMATCH[metric](values) if values else None
 
 
 def _cost(method: str, baseline: str, summaries: Sequence[dict[str, Any]], methods: dict[str, dict[str, Any]]) -> str:

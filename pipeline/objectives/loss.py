@@ -6,9 +6,11 @@ whatever the micro-batch size, the order of rows or the number of ranks.
 The terms, each times the token's weight (``r`` = pi / pi_old, both at T=1; A the advantage):
 
 - main rows: PPO's clipped surrogate (arXiv 1707.06347), with DAPO's separate upper range and dual clip (2503.14476);
-  k3 KL to a reference (Schulman); what the actuator adds (below).
+  k3 KL to a reference (Schulman); what the actuator adds (below). ``correction`` may multiply the surrogate, and the
+  positive term of ``reweight``, by a detached weight against the mismatch of engine and learner; KL and entropy bonus
+  are left alone, and so are all denominators: a masked token counts in them and adds 0.
 - auxiliary rows: SCOPE-RL's positive term (2510.08141 v7), ``min(r, clip(r, 1 - eps_low, 1 + eps_high))`` with the constant
-  advantage 1 and no importance weight for the temperature the row was drawn at.
+  advantage 1 and no importance weight, neither for the temperature the row was drawn at nor against the mismatch.
 
 Actuators, with ``u`` the command, ``c`` in {0, 1} the row's correctness, ``pi_T`` the policy at temperature T = u:
 
@@ -29,6 +31,7 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.config.schema import ObjectiveConfig
+from pipeline.objectives import correction, mismatch
 from pipeline.types import Actuation, TrainBatch
 
 FC_MAX_RATIO = 8.0  # as measured; keeps one rare token from outweighing the rest
@@ -42,7 +45,7 @@ _TOKEN_MEANS = {
     "kl_sum": "kl",
     "ratio_sum": "ratio",
     "clip_sum": "clip_fraction",
-    "mismatch_sum": "mismatch_mean",
+    **mismatch.MEANS,
 }
 
 
@@ -50,6 +53,7 @@ _TOKEN_MEANS = {
 class TokenRows:
     """What the loss must know of each masked target, ``[n]`` each, in row-major order of ``TrainBatch.loss_mask``."""
 
+    row: torch.Tensor  # int64, which row of the batch; rows are never cut
     weights: torch.Tensor  # float32
     advantages: torch.Tensor  # float32
     auxiliary: torch.Tensor  # bool
@@ -71,6 +75,7 @@ class TokenRows:
             return None if grid is None else grid[mask]
 
         return cls(
+            row=row,
             weights=batch.weights[row],
             advantages=batch.advantages[row],
             auxiliary=batch.auxiliary[row],
@@ -122,11 +127,14 @@ def policy_loss(
     surrogate = _surrogate(ratio, clipped, advantages, objective.dual_clip)
     if rows.token_weights is not None:
         surrogate = surrogate * rows.token_weights
-    policy = rows.weights * surrogate
+    main = ~rows.auxiliary
+    log_ratio = torch.where(main, old - rows.behavior_log_probs, 0.0)
+    importance, corrected = correction.importance_weights(log_ratio, rows.row, main, objective.correction)
+    policy = rows.weights * importance * surrogate
     term = torch.where(rows.auxiliary, -rows.weights * positive, policy)
     reward = torch.where(rows.auxiliary, rows.weights * positive, 0.0)  # the positive term, for the metric
     if rows.positive_weights is not None:
-        reweighted = rows.positive_weights * _tempered_ratio(outputs, REWEIGHT_MAX_RATIO) * positive
+        reweighted = rows.positive_weights * importance * _tempered_ratio(outputs, REWEIGHT_MAX_RATIO) * positive
         term = term - reweighted
         reward = reward + reweighted
     if entropy_needs_grad(rows.actuation):
@@ -138,18 +146,22 @@ def policy_loss(
         gap = torch.where(rows.auxiliary, 0.0, rows.reference_log_probs - log_probs)
         kl = torch.exp(gap) - gap - 1
         term = term + objective.kl_coef * rows.weights * kl
-    sums = _main_sums(outputs, rows, ratio, surrogate, advantages, kl, objective)
-    sums["policy_loss"] = _total(policy, ~rows.auxiliary)
+    sums = _main_sums(outputs, rows, ratio, advantages, kl, objective)
+    sums |= mismatch.mismatch_sums(log_ratio, main) | corrected
+    sums["policy_loss"] = _total(policy, main)
     sums["positive_term"] = _total(reward)
     return term.sum(), sums
 
 
 def reduce_metrics(sums: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
-    """Turn summed metrics into what people read: means over main tokens, maxima, and shares of the loss as they are."""
+    """Turn summed metrics into what people read: means and quantiles over main tokens, maxima, shares of the loss as they are."""
     values = {name: float(value) for name, value in sums.items()}
     tokens = values.pop("main_tokens")
     means = {mean: values.pop(name) / tokens if tokens else float("nan") for name, mean in _TOKEN_MEANS.items()}
-    return {**means, **values}
+    counts = [values.pop(name) for name in mismatch.BINS]
+    means["mismatch_p99"] = mismatch.quantile(counts, 0.99, values["mismatch_max"])
+    corrected = {name: values.pop(name) for name in correction.SUMS & values.keys()}
+    return {**means, **correction.metrics(corrected), **values}
 
 
 def _tempered_ratio(outputs: PolicyOutputs, limit: float) -> torch.Tensor:
@@ -189,23 +201,18 @@ def _main_sums(
     outputs: PolicyOutputs,
     rows: TokenRows,
     ratio: torch.Tensor,
-    surrogate: torch.Tensor,
     advantages: torch.Tensor,
     kl: torch.Tensor,
     objective: ObjectiveConfig,
 ) -> dict[str, torch.Tensor]:
-    """Counts and sums over the main tokens. The mismatch compares the engine with the learner at the same weights."""
+    """Counts and sums over the main tokens."""
     main = ~rows.auxiliary
     high = (ratio > 1 + objective.clip_high) & (advantages > 0)
     low = (ratio < 1 - objective.clip_low) & (advantages < 0)
-    learner = outputs.log_probs if rows.old_log_probs is None else rows.old_log_probs
-    mismatch = torch.where(main, (learner - rows.behavior_log_probs).abs(), 0.0)
     return {
         "main_tokens": _total(main),
         "entropy_sum": _total(outputs.entropy, main),
         "kl_sum": _total(kl, main),
         "ratio_sum": _total(ratio, main),
         "clip_sum": _total(high | low, main),
-        "mismatch_sum": _total(mismatch),
-        "mismatch_max": mismatch.max().double() if mismatch.numel() else mismatch.sum().double(),
     }

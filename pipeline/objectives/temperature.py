@@ -2,9 +2,10 @@
 
 - A *sample* owns the temperature it was drawn with; its ``log_probs`` are at that temperature and say so.
 - The *loss* lives at T=1: ratio, KL, covariance and entropy use log-probs recomputed by the learner at T=1, never a
-  sample's own. The temperature shapes only which samples are drawn (and, for ``reweight`` and ``fc``, a detached weight).
-- *Main* rows are drawn at exactly T=1, so that they alone may be compared with the learner (the mismatch metric), measure
-  the entropy and carry the metrics.
+  sample's own (except where ``correction`` compares both, at T=1). The temperature shapes only which samples are drawn
+  (and, for ``reweight`` and ``fc``, a detached weight).
+- *Main* rows are drawn at exactly T=1, so that they alone may be compared with the learner (the mismatch metric and its
+  correction), measure the entropy and carry the metrics.
 """
 
 from __future__ import annotations

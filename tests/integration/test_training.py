@@ -171,6 +171,13 @@ def test_an_engine_killed_during_the_run_is_started_again_and_changes_nothing(tm
             "objective.aggregation=dr_grpo",
             "objective.dual_clip=10",
         ],
+        [
+            "objective.correction.kind=mis",
+            "objective.correction.level=sequence",
+            "objective.correction.low=0.5",
+            "learner.updates_per_step=2",
+            "model.dtype=bf16",
+        ],
     ],
     ids=lambda overrides: overrides[0],
 )

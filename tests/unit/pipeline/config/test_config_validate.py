@@ -90,6 +90,16 @@ BROKEN = {
     "k above samples": (["evaluation.k=[1, 64]"], "evaluation.k", "between 1 and 32"),
     "k below 1": (["evaluation.k=[0]"], "evaluation.k", "between 1 and 32"),
     "held out": (["data.held_out=0"], "data.held_out", "no prompt"),
+    "tis low": (
+        ["objective.correction.kind=tis", "objective.correction.low=0.5"],
+        "objective.correction.low",
+        "large weights only",
+    ),
+    "sequence over ranks": (
+        ["objective.correction.kind=mis", "objective.correction.level=sequence", "learner.context_parallel_size=2"],
+        "objective.correction.level",
+        "on 2 ranks",
+    ),
     "dual clip": (["objective.dual_clip=0.5"], "objective.dual_clip", "clip every"),
     "band": (["entropy.band.low=0.4"], "entropy.band.low", "not below entropy.band.high (0.33)"),
     "band end": (["entropy.band.schedule=linear"], "entropy.band.end_low", "linear schedule ends"),

@@ -42,12 +42,14 @@ def decision(state="tracking", temperature=1.2, reason="H in band"):
     return ControlDecision(temperature, temperature, 0, state, reason, 0.2985, 0.3)
 
 
-def record_step(recorder, step, entropy=0.3, state="tracking", reason="H in band", main=None):
+def record_step(recorder, step, entropy=0.3, state="tracking", reason="H in band", main=None, metrics=None):
     clock = StepClock()
     with clock("sample"):
         pass
     main = [group(sample(), sample(0.0))] if main is None else main
-    stats = StepStats(-0.1, EntropyReading(entropy * 100, 100.0, step), 1.0, 1e-3, {"policy_loss": -0.1}, 0.05)
+    stats = StepStats(
+        -0.1, EntropyReading(entropy * 100, 100.0, step), 1.0, 1e-3, metrics or {"policy_loss": -0.1}, 0.05
+    )
     recorder.step(step, main, [], stats, decision(), decision(state, reason=reason), 0, 1, clock)
 
 

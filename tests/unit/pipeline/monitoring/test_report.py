@@ -1,6 +1,7 @@
 """The report page and the figures behind it."""
 
 import json
+import math
 import re
 import sys
 from html.parser import HTMLParser
@@ -122,6 +123,17 @@ def test_a_running_run_can_be_reported(tmp_path, steps):
     (summary,) = result["runs"]
     assert (summary["status"], summary["steps"], summary["pass_at_1"]) == ("unfinished", steps, None)
     assert result["cost"] == []
+
+
+def test_engine_against_learner(tmp_path):
+    recorder = runs.open_run(tmp_path / "run")
+    for step, (mean, largest) in enumerate([(0.001, 0.5), (0.003, 0.25), (math.nan, 0.125)]):
+        runs.record_step(recorder, step, metrics={"mismatch_mean": mean, "mismatch_max": largest})
+    (summary,) = build_report([tmp_path / "run"], tmp_path / "report.html")["runs"]
+    assert summary["mismatch"]["mismatch_mean"] == pytest.approx(0.002)  # of the steps that have one
+    assert summary["mismatch"]["mismatch_max"] == 0.5
+    assert summary["mismatch"]["correction_weight"] is None
+    assert "<td>0.002</td><td>-</td><td>0.5</td>" in (tmp_path / "report.html").read_text()
 
 
 def test_a_saturated_run_says_so_and_its_text_is_escaped(tmp_path):

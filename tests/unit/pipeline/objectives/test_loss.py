@@ -22,13 +22,10 @@ PPO = ObjectiveConfig(clip_low=0.2, clip_high=0.28)
 
 def rows(n=1, **fields):
     """``n`` main tokens of weight 1; keyword arguments are lists."""
-    flags = {"auxiliary", "correct"}
-    given_ = {
-        k: torch.tensor(v, dtype=torch.bool if k in flags else torch.float32)
-        for k, v in fields.items()
-        if k != "actuation"
-    }
+    types = {"auxiliary": torch.bool, "correct": torch.bool, "row": torch.int64}
+    given_ = {k: torch.tensor(v, dtype=types.get(k, torch.float32)) for k, v in fields.items() if k != "actuation"}
     base = dict(
+        row=torch.arange(n),
         weights=torch.ones(n),
         advantages=torch.zeros(n),
         auxiliary=torch.zeros(n, dtype=torch.bool),
@@ -152,6 +149,9 @@ def test_auxiliary_rows_enter_no_other_metric():
             "clip_fraction": 0.0,
             "mismatch_mean": 0.1,
             "mismatch_max": 0.1,
+            "mismatch_p99": 0.1,
+            "mismatch_kl": math.expm1(0.1) - 0.1,
+            "mismatch_kl_k1": -0.1,
             "policy_loss": -0.3,
             "positive_term": 0.0,
         },
@@ -223,6 +223,7 @@ def random_rows(n, seed, **changes):
     out = PolicyOutputs(-3 * torch.rand(n, generator=g), torch.rand(n, generator=g))
     auxiliary = torch.rand(n, generator=g) < 0.3
     fields = dict(
+        row=torch.arange(n),
         weights=torch.rand(n, generator=g),
         advantages=torch.randn(n, generator=g),
         auxiliary=auxiliary,
@@ -287,6 +288,7 @@ def test_rows_of_a_batch_follow_the_mask_row_by_row():
         positive_weights=torch.tensor([0.5, 0.0]),
     )
     flat = TokenRows.of(batch)
+    assert flat.row.tolist() == [0, 0, 1]
     assert flat.weights.tolist() == pytest.approx([0.1, 0.1, 0.2])
     assert flat.advantages.tolist() == [1, 1, -1]
     assert flat.auxiliary.tolist() == [False, False, True]
