@@ -1,0 +1,82 @@
+"""The memory estimate against the bytes of real learners, counted."""
+
+import estimate_ranks
+import megatron_ranks as ranks
+import pytest
+import tiny_models
+
+from megatron_ext import architecture
+from megatron_ext.estimate import memory
+from megatron_ext.estimate.work import ITEM_SIZES, Work, grid_of
+from pipeline.config.schema import LearnerConfig, OptimizerConfig
+
+WIDE = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4, "vocab_size": 402, "max_position_embeddings": 256}
+ADAM = {"lr": 1e-3}
+SHARED = ADAM | {"distributed": True}
+CASES = {
+    "llama": ("llama", 1, 1, 1, {}),
+    "llama, bf16": ("llama", 1, 1, 1, {"dtype": "bf16"}),
+    "qwen3, bf16, TP2": ("qwen3", 2, 2, 1, {"dtype": "bf16"}),
+    "qwen2, TP2": ("qwen2", 2, 2, 1, {}),
+    "qwen3, PP2, 3 micro-batches": ("qwen3", 2, 1, 2, {"micro_batch_size": 2}),
+    "qwen3, DP2, distributed optimizer": ("qwen3", 2, 1, 1, {"optimizer": SHARED}),
+    "llama, bf16, DP2, distributed optimizer": ("llama", 2, 1, 1, {"dtype": "bf16", "optimizer": SHARED}),
+    "experts": ("qwen3_moe", 1, 1, 1, {}),
+    "experts, EP2, distributed optimizer": ("qwen3_moe", 2, 1, 1, {"ep": 2, "optimizer": SHARED}),
+    "llama, full recomputation": ("llama", 1, 1, 1, {"recompute": ("full", "uniform", 1)}),
+    "qwen3, bf16, full recomputation by twos": ("qwen3", 1, 1, 1, {"dtype": "bf16", "recompute": ("full", "uniform", 2)}),
+    "qwen3, PP2, one layer of two recomputed": (
+        "qwen3", 2, 1, 2, {"micro_batch_size": 2, "recompute": ("full", "block", 1)},
+    ),
+    "llama, bf16, selective recomputation": ("llama", 1, 1, 1, {"dtype": "bf16", "recompute": ("selective", "uniform", 1)}),
+    "qwen3, selective recomputation": ("qwen3", 1, 1, 1, {"recompute": ("selective", "uniform", 1)}),
+    "latent attention": ("deepseek_v3", 1, 1, 1, {}),
+}
+ROWS, SEQ = 6, 49
+RECOMPUTE = ("recompute_granularity", "recompute_method", "recompute_num_layers")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_estimate_equals_counted_bytes(gang, tmp_path, case):
+    name, world, tp, pp, config = CASES[case]
+    model = tiny_models.config(name, **WIDE)
+    folder = tiny_models.write(tmp_path / "model", model)
+    rows = ranks.batch(rows=ROWS, auxiliary=0, vocab=402, seq=SEQ)
+    config = {"micro_batch_size": ROWS, "optimizer": ADAM} | config
+    found = gang.run(estimate_ranks.counted, world, str(folder), tp, pp, rows, config)
+    work = _work(folder, world, tp, pp, rows, config)
+    for stage in memory.stages(work):
+        here = found[stage.stage * world // pp : (stage.stage + 1) * world // pp]
+        counted = {part: max(each[part] for each in here) for part in here[0]}
+        for part in ("parameters", "gradients"):
+            assert stage.parts[part] == pytest.approx(counted[part], rel=0.005), part
+        assert stage.parts["optimizer"] == pytest.approx(counted["optimizer"], rel=0.05)
+        saved = max(moment.saved for moment in memory.moments(work, stage.stage))
+        print(case, stage.stage, {p: (stage.parts[p], counted[p]) for p in ("parameters","gradients","optimizer")}, saved, counted["saved"], saved/counted["saved"])
+        assert saved == pytest.approx(counted["saved"], rel=0.05)
+
+
+def _work(folder, world, tp, pp, rows, config):
+    dp = world // (tp * pp)
+    learner = LearnerConfig(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        data_parallel_size=dp,
+        expert_model_parallel_size=config.get("ep", 1),
+        transformer_impl="local",
+        log_prob_kernel="torch",
+        **dict(zip(RECOMPUTE, config.get("recompute", ()))),
+        optimizer=OptimizerConfig(**config["optimizer"]),
+    )
+    each = min(config["micro_batch_size"], rows.rows // dp)
+    return Work(
+        model=architecture.read(folder),
+        learner=learner,
+        grid=grid_of(learner),
+        itemsize=ITEM_SIZES[config.get("dtype", "fp32")],
+        rows=each,
+        length=SEQ - 1,
+        targets=int(rows.loss_mask.sum()) * each / ROWS,
+        micro_batches=rows.rows // dp // each,
+        step_rows=ROWS,
+    )
