@@ -117,7 +117,8 @@ def test_mini_batches_add_up_to_the_batch(gang, reference):
     (_, one, weights), *_ = run(gang, folder, 1, 1, 1, updates_per_step=2)
     (_, two, split), *_ = run(gang, folder, 2, 2, 1, updates_per_step=2)
     assert [s.loss for s in two] == pytest.approx([s.loss for s in one], rel=1e-5, abs=1e-6)
-    assert all(torch.allclose(split[name], weights[name], rtol=0, atol=1e-5) for name in weights)
+    # Six optimizer steps here, three in the other tests, which hold 1e-5.
+    assert all(torch.allclose(split[name], weights[name], rtol=0, atol=2e-5) for name in weights)
     assert not math.isclose(one[-1].loss, whole.loss)
 
 
