@@ -104,6 +104,7 @@ def _state(
 ) -> dict[str, Any]:
     """The sharded state dict: what each rank owns, described by global name, shape and offset."""
     _allocate(optimizer)
+    _count_padding(optimizer)
     model = {f"model{index}": gpt.sharded_state_dict() for index, gpt in enumerate(chunks)}
     state: dict[str, Any] = {
         "model": model,
@@ -123,13 +124,30 @@ def _described(gpt: GPTModel, reference: dict[str, torch.Tensor]) -> dict[str, A
     return {name: described[f"reference.{name}"] for name in reference}
 
 
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizer of dense parameters and, where experts have one of their own, that."""
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
+def _count_padding(optimizer: MegatronOptimizer) -> None:
+    """Let DistributedOptimizer gather its buffers as they are.
+
+    megatron 0.16 to 0.19 leaves out the padding between buckets, but then looks for parameters where they are with it: with several
+    buckets (tied embeddings under PP have one to themselves) the state it saves is another parameter's.
+    """
+    for part in _parts(optimizer):
+        for buffer in part.buffers if isinstance(part, DistributedOptimizer) else ():
+            buffer.numel_unpadded = buffer.numel
+            for bucket in buffer.buckets:
+                bucket.numel_unpadded = bucket.grad_data.numel()
+
+
 def _with_torch_adam(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """The parts of ``optimizer`` that run torch's AdamW, for want of Transformer Engine and Apex.
 
     megatron 0.16 to 0.19 saves and restores these wrongly in four ways, all about ``step``; the next functions mend them.
     """
-    parts = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [part for part in parts if isinstance(part.optimizer, torch.optim.AdamW)]
+    return [part for part in _parts(optimizer) if isinstance(part.optimizer, torch.optim.AdamW)]
 
 
 def _allocate(optimizer: MegatronOptimizer) -> None:
@@ -146,14 +164,14 @@ def _allocate(optimizer: MegatronOptimizer) -> None:
 
 def _lend_step(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     """Let loading find ``step``: DistributedOptimizer keeps it elsewhere, the others do not save a step of 0 at all."""
-    for part in _with_torch_adam(optimizer):
+    parts = _parts(optimizer)
+    for index, part in enumerate(parts):
+        own = state[index] if len(parts) > 1 else state
         if isinstance(part, DistributedOptimizer):
             part._set_main_param_and_optimizer_states = partial(_set_states, part)
-        else:
-            adam = state.get(
-                "optimizer", state
-            )  # with float32 main parameters beside it, Adam's state is one level down
-            adam["state"].setdefault("common_step", torch.tensor(0.0))
+        elif part in _with_torch_adam(part):
+            # With float32 main parameters beside it, Adam's state is one level down.
+            own.get("optimizer", own)["state"].setdefault("common_step", torch.tensor(0.0))
 
 
 def _set_states(part: DistributedOptimizer, parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
