@@ -194,8 +194,8 @@ class _FromHidden(torch.autograd.Function):
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, job: _Job, columns: int | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         maximum, sums = _start(job.column)
-        for block in _blocks(hidden, job.width, columns):
-            logits = hidden @ weight[block].t()
+        for block, space in _blocks(hidden, job.width, columns):
+            logits = torch.mm(hidden, weight[block].t(), out=space)
             job.kernel.accumulate(logits, job.column - block.start, maximum, sums, job.inverse_temperature)
         log_probs, entropy, tempered, maximum, log_total = job.finish(maximum, sums)
         ctx.save_for_backward(hidden, weight, maximum, log_total, entropy)
@@ -213,8 +213,8 @@ class _FromHidden(torch.autograd.Function):
         grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
         if grad_weight is not None:
             grad_weight[job.width :] = 0
-        for block in _blocks(hidden, job.width, ctx.columns):
-            slope = hidden @ weight[block].t()
+        for block, space in _blocks(hidden, job.width, ctx.columns):
+            slope = torch.mm(hidden, weight[block].t(), out=space)
             job.kernel.gradient_(slope, job.column - block.start, maximum, log_total, entropy, *upstream)
             if grad_weight is not None:
                 torch.mm(slope.t(), hidden, out=grad_weight[block])
@@ -252,13 +252,16 @@ def _start(column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return maximum, maximum.new_zeros(4, len(column))
 
 
-def _blocks(hidden: torch.Tensor, width: int, columns: int | None) -> Iterator[slice]:
-    """Slices of the ``width`` columns, in order."""
+def _blocks(hidden: torch.Tensor, width: int, columns: int | None) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Slices of the ``width`` columns, in order, each with ``[n, columns]`` to hold its logits: the same memory every time."""
+    tokens = len(hidden)
     if columns is None:
         most = _BLOCK_LOGITS_CPU if hidden.device.type == "cpu" else _BLOCK_LOGITS
-        columns = max(_FEWEST_COLUMNS, most // max(1, len(hidden)))
+        columns = max(_FEWEST_COLUMNS, most // max(1, tokens))
+    space = hidden.new_empty(tokens * min(columns, width))
     for start in range(0, width, columns):
-        yield slice(start, min(width, start + columns))
+        end = min(width, start + columns)
+        yield slice(start, end), space[: tokens * (end - start)].view(tokens, end - start)
 
 
 def _reduce(

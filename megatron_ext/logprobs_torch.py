@@ -91,7 +91,9 @@ def gradient_(
             slopes(logits[rows], p, rows)
         else:
             logits[rows] = slopes(space.copy_(logits[rows]), p, rows)
-    logits.scatter_(1, index, torch.where(here[:, None], at_target.to(logits.dtype), logits.gather(1, index)))
+    at_target = torch.where(here[:, None], at_target.to(logits.dtype), logits.gather(1, index))[:, 0]
+    # Not scatter_, which on CPU makes a float32 copy of all of a bf16 block.
+    logits.index_put_((torch.arange(len(index), device=index.device), index[:, 0]), at_target)
 
 
 def rescale_(sums: torch.Tensor, shift: torch.Tensor, inverse_temperature: torch.Tensor | None) -> None:

@@ -13,7 +13,7 @@ import triton.language as tl
 _FLOOR = tl.constexpr(-1e30)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
-_MOST_COLUMNS = 4096  # of a row, read at a time: 16 per thread
+_MOST_COLUMNS = 2048  # of a row, read at a time: 8 per thread, 16 bytes in bf16, in under 50 registers
 _WARPS = 8
 
 
@@ -111,16 +111,19 @@ def _accumulate(
         at = start + tl.arange(0, BLOCK)
         z = tl.load(z_row + at, mask=at < width, other=-float("inf")).to(tl.float32)
         higher = tl.maximum(high, tl.max(z, 0))
-        shift = (high - higher) * _LOG2_E
-        scale = tl.exp2(shift)
-        y = (z - higher) * _LOG2_E
-        y = tl.where(y < _FLOOR, _FLOOR, y)  # not maximum, which would swallow a NaN
+        if higher > high:  # seldom after the first few blocks
+            shift = (high - higher) * _LOG2_E
+            weighted = (weighted + shift * total) * tl.exp2(shift)
+            total *= tl.exp2(shift)
+            if TEMPERED:
+                tempered *= tl.exp2(shift * inverse)
+            high = higher
+        y = tl.maximum((z - high) * _LOG2_E, _FLOOR, propagate_nan=tl.PropagateNan.ALL)
         e = tl.exp2(y)
-        weighted = scale * (weighted + shift * total) + e * y
-        total = scale * total + e
+        weighted += e * y
+        total += e
         if TEMPERED:
-            tempered = tl.exp2(shift * inverse) * tempered + tl.exp2(y * inverse)
-        high = higher
+            tempered += tl.exp2(y * inverse)
     shift = before - high
     scale = tl.exp2(shift * _LOG2_E)
     old = tl.load(sums + row)
@@ -161,7 +164,7 @@ def _gradient(
     up = tl.load(grad_log_probs + row)
     slope = -up
     if ENTROPY:
-        finite = tl.where(y < _FLOOR, _FLOOR, y)
+        finite = tl.maximum(y, _FLOOR, propagate_nan=tl.PropagateNan.ALL)
         slope -= tl.load(grad_entropy + row) * (finite * _LN_2 + tl.load(entropy + row))
     gradient = tl.exp2(y) * slope + tl.where(at == tl.load(column + row), up, 0.0)
     tl.store(z_at, gradient.to(logits.dtype.element_ty), mask=at < width)
