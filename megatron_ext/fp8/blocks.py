@@ -52,7 +52,7 @@ def bands(
         last = min(first + step, whole)
         band = slice(first * height, last * height)
         views = (matrix[band].unflatten(0, (-1, height)) for matrix in (source, target))
-        yield (*views, _spread(scale[first:last], width, columns))  # type: ignore[misc]
+        yield (*views, _spread(scale[first:last], width, columns))
     if rows % height:
         rest = slice(whole * height, None)
         yield source[rest].unsqueeze(0), target[rest].unsqueeze(0), _spread(scale[whole:], width, columns)

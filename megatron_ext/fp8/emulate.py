@@ -148,7 +148,7 @@ def _forward(quantisers: Operands) -> Callable[..., torch.Tensor]:
     """What takes the place of megatron-core's ``linear_with_grad_accumulation_and_async_allreduce``."""
 
     def forward(
-        input: torch.Tensor,  # noqa: A002 (megatron-core's name)
+        input: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         *,
@@ -161,10 +161,15 @@ def _forward(quantisers: Operands) -> Callable[..., torch.Tensor]:
             input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
         elif allreduce_dgrad:
             input = copy_to_tensor_model_parallel_region(input, group=tp_group)
-        output = _Linear.apply(input, weight, quantisers, torch.is_grad_enabled())
+        output = linear(input, weight, quantisers)
         return output if bias is None else output + bias
 
     return forward
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, quantisers: Operands) -> torch.Tensor:
+    """``x`` ``[..., in]`` times the transpose of ``weight`` ``[out, in]``, all three products of it rounded as the module says."""
+    return _Linear.apply(x, weight, quantisers, torch.is_grad_enabled())
 
 
 class _Linear(torch.autograd.Function):
@@ -181,7 +186,7 @@ class _Linear(torch.autograd.Function):
         return y.to(x.dtype).view(*x.shape[:-1], len(weight))
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         x_codes, x_scale, w_codes, w_scale = ctx.saved_tensors
         x, w = Quantised(x_codes, x_scale, ctx.blocks[0]), Quantised(w_codes, w_scale, ctx.blocks[1])
         g_rows, g_columns = ctx.quantiser(grad.reshape(-1, grad.shape[-1]), training=True)
