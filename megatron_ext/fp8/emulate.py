@@ -61,12 +61,16 @@ def install(gpt: GPTModel, precision: PrecisionConfig) -> None:
     Embedding, output layer, router and norms stay as they are, and with ``first_last_layers_bf16`` so do those layers. To be called
     once, on a model of megatron-core's own linear layers. ``delayed`` adds its state to them as buffers, which checkpoints hold.
     """
-    layers = gpt.config.num_layers
     for layer in gpt.decoder.layers:
-        if not in_bf16(precision, layer.layer_number - 1, layers):
+        if not in_bf16(precision, layer.layer_number - 1, gpt.config.num_layers):
             for module in layer.modules():
                 if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
-                    module._forward_impl = _forward(operands(precision, module))
+                    convert(module, precision)
+
+
+def convert(module: ColumnParallelLinear | RowParallelLinear, precision: PrecisionConfig) -> None:
+    """Let one linear layer compute in FP8."""
+    module._forward_impl = _forward(operands(precision, module))
 
 
 def in_bf16(precision: PrecisionConfig, layer: int, layers: int) -> bool:
