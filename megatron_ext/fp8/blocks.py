@@ -27,14 +27,14 @@ def largest(matrix: torch.Tensor, block: Block | None) -> torch.Tensor:
         return torch.zeros(count(matrix.shape, block), device=matrix.device)
     if block is None:
         low, high = matrix.aminmax()
-        return torch.maximum(-low, high).float()
+        return torch.maximum(-low, high).float().abs_()  # of zeros it may be -0
     # Over rows first, so that only one row per block need be padded.
     rows, width = matrix.shape[0] // block[0] * block[0], block[1]
     parts = [matrix[:rows].unflatten(0, (-1, block[0]))] if rows else []
     parts += [matrix[rows:].unsqueeze(0)] if rows < len(matrix) else []
     columns = torch.cat([torch.maximum(-part.amin(1), part.amax(1)) for part in parts])
     padded = torch.nn.functional.pad(columns, (0, -columns.shape[1] % width))
-    return padded.unflatten(1, (-1, width)).amax(2).float()
+    return padded.unflatten(1, (-1, width)).amax(2).float().abs_()
 
 
 def bands(
@@ -52,7 +52,7 @@ def bands(
         last = min(first + step, whole)
         band = slice(first * height, last * height)
         views = (matrix[band].unflatten(0, (-1, height)) for matrix in (source, target))
-        yield (*views, _spread(scale[first:last], width, columns))  # type: ignore[misc]
+        yield (*views, _spread(scale[first:last], width, columns))
     if rows % height:
         rest = slice(whole * height, None)
         yield source[rest].unsqueeze(0), target[rest].unsqueeze(0), _spread(scale[whole:], width, columns)

@@ -61,12 +61,16 @@ def install(gpt: GPTModel, precision: PrecisionConfig) -> None:
     Embedding, output layer, router and norms stay as they are, and with ``first_last_layers_bf16`` so do those layers. To be called
     once, on a model of megatron-core's own linear layers. ``delayed`` adds its state to them as buffers, which checkpoints hold.
     """
-    layers = gpt.config.num_layers
     for layer in gpt.decoder.layers:
-        if not in_bf16(precision, layer.layer_number - 1, layers):
+        if not in_bf16(precision, layer.layer_number - 1, gpt.config.num_layers):
             for module in layer.modules():
                 if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
-                    module._forward_impl = _forward(operands(precision, module))
+                    convert(module, precision)
+
+
+def convert(module: ColumnParallelLinear | RowParallelLinear, precision: PrecisionConfig) -> None:
+    """Let one linear layer compute in FP8."""
+    module._forward_impl = _forward(operands(precision, module))
 
 
 def in_bf16(precision: PrecisionConfig, layer: int, layers: int) -> bool:
@@ -161,10 +165,15 @@ def _forward(quantisers: Operands) -> Callable[..., torch.Tensor]:
             input = gather_from_sequence_parallel_region(input, tensor_parallel_output_grad=True, group=tp_group)
         elif allreduce_dgrad:
             input = copy_to_tensor_model_parallel_region(input, group=tp_group)
-        output = _Linear.apply(input, weight, quantisers, torch.is_grad_enabled())
+        output = linear(input, weight, quantisers)
         return output if bias is None else output + bias
 
     return forward
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, quantisers: Operands) -> torch.Tensor:
+    """``x`` ``[..., in]`` times the transpose of ``weight`` ``[out, in]``, all three products of it rounded as the module says."""
+    return _Linear.apply(x, weight, quantisers, torch.is_grad_enabled())
 
 
 class _Linear(torch.autograd.Function):
@@ -181,7 +190,7 @@ class _Linear(torch.autograd.Function):
         return y.to(x.dtype).view(*x.shape[:-1], len(weight))
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         x_codes, x_scale, w_codes, w_scale = ctx.saved_tensors
         x, w = Quantised(x_codes, x_scale, ctx.blocks[0]), Quantised(w_codes, w_scale, ctx.blocks[1])
         g_rows, g_columns = ctx.quantiser(grad.reshape(-1, grad.shape[-1]), training=True)

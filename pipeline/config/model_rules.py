@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.errors import Problem
+from pipeline.config.precision_rules import precision_model_problems
 from pipeline.config.schema import RunConfig
 
 ARCHITECTURES = {
@@ -48,7 +49,11 @@ def model_problems(config: RunConfig, folder: Path) -> Iterator[Problem]:
         yield Problem("model.hf_path", path, "config.json is not a JSON object", "restore the model folder")
         return
     refusals = [Problem("model.hf_path", path, problem, remedy) for problem, remedy in _refusals(model)]
-    yield from refusals or [*_divisions(config, model), *_lengths(config, model)]
+    yield from refusals or [
+        *_divisions(config, model),
+        *_lengths(config, model),
+        *precision_model_problems(config, model),
+    ]
 
 
 def _refusals(model: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

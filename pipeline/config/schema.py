@@ -54,14 +54,16 @@ class PrecisionConfig:
 
     fp8: str = key("none", "none | e4m3 | hybrid (gradients in e5m2): number format of the linear layers")
     fp8_recipe: str = key("blockwise", "delayed | tensorwise (current scaling) | blockwise | mxfp8 (Blackwell)")
-    fp8_param: bool = key(False, "keep the linear layers' parameters in FP8; the optimizer holds them in float32")
+    fp8_param: bool = key(
+        False, "keep the linear layers' parameters in FP8; the distributed optimizer holds them in float32"
+    )
     fp8_margin: int = key(0, "delayed: scales leave this many powers of two unused")
-    fp8_amax_history_len: int = key(1024, "delayed: steps of which the largest entry is remembered")
+    fp8_amax_history_len: int = key(1024, "delayed: micro-batches whose largest entries are remembered")
     fp8_amax_compute_algo: str = key("max", "delayed: max | most_recent of that history")
     first_last_layers_bf16: bool = key(False, "leave the first and last layers in bf16 (not with delayed)")
     num_layers_at_start_in_bf16: int = key(1, "first_last_layers_bf16: layers at the start")
     num_layers_at_end_in_bf16: int = key(1, "first_last_layers_bf16: layers at the end")
-    fp8_dot_product_attention: bool = key(False, "attention in FP8 too")
+    fp8_dot_product_attention: bool = key(False, "attention in FP8 too (delayed and tensorwise)")
     emulate: bool = key(
         False, "round as the recipe does, in torch, on any device: to measure FP8's effect, not for speed"
     )

@@ -17,6 +17,7 @@ from typing import Any
 from pipeline.config.errors import Problem
 from pipeline.config.keys import leaf_keys
 from pipeline.config.model_rules import model_problems
+from pipeline.config.precision_rules import precision_problems
 from pipeline.config.schema import RunConfig
 
 TEMPERATURE_ACTUATORS = ("resample", "reweight", "fc")
@@ -527,4 +528,5 @@ RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _limits,
     _controller,
     _auxiliary,
+    precision_problems,
 )
