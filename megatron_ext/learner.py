@@ -23,7 +23,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 import pipeline.config.schema as schema
-from megatron_ext import architecture, batching, checkpoint, models
+from megatron_ext import architecture, batching, checkpoint, inputs, models
 from megatron_ext.logprobs import log_probs_and_entropy
 from megatron_ext.topology import Topology, shutdown
 from megatron_ext.weights import hf, identity, layout
@@ -37,12 +37,14 @@ from pipeline.objectives.loss import (
 )
 from pipeline.types import EntropyReading, StepStats, TrainBatch, WeightBucket
 
+MicroBatch = tuple[TrainBatch, inputs.ModelInputs]  # the rows, and what the model is given for them
+
 
 class MegatronLearner:
     """One rank of the learner. Every rank makes the same calls in the same order with the same batch.
 
-    Results do not depend on the layout or on ``micro_batch_size``: the batch's weights carry the whole normalisation, and
-    the divisions that Megatron makes (by micro-batches and by DP size) are undone.
+    Results do not depend on the layout or on how rows are cut into micro-batches: the batch's weights carry the whole
+    normalisation, and the divisions that Megatron makes (by micro-batches and by DP size) are undone.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class MegatronLearner:
         self._rows = layout.rows(self._architecture, topology.grid)
         itemsize = models.DTYPES[model.dtype].itemsize
         self._buckets = hf.plan(self._rows, itemsize, learner.bucket_mib)
+        self._cut = _cut(learner, inputs.alignment(self._gpt.config))
         self._model = _data_parallel(self._gpt, learner.optimizer.distributed)
         self._optimizer = _optimizer(self._model, learner.optimizer, model.dtype)
         self._scheduler = _scheduler(self._optimizer, learner.optimizer, total_steps)
@@ -131,7 +134,7 @@ class MegatronLearner:
             entropy=EntropyReading(sum=totals["entropy_sum"], count=totals["main_tokens"], step=step),
             grad_norm=sum(norms) / len(norms),
             learning_rate=self._optimizer.param_groups[0]["lr"],
-            metrics=reduce_metrics(totals),
+            metrics=_batching_metrics(totals) | reduce_metrics(totals),
             seconds=time.perf_counter() - start,
         )
 
@@ -172,31 +175,39 @@ class MegatronLearner:
         sums = self._run(batch, self._micro_batches(batch), forward_only=False)
         return self._reduce(sums)
 
-    def _micro_batches(self, batch: TrainBatch) -> tuple[torch.Tensor, ...]:
+    def _micro_batches(self, batch: TrainBatch) -> list[torch.Tensor]:
+        """Row indices of each of this rank's micro-batches; a dummy where no row is left for one."""
         topology = self._topology
-        return batching.micro_batches(batch.rows, self._config.micro_batch_size, topology.dp_rank, topology.dp_size)
+        ranks = batching.micro_batches((batch.lengths - 1).tolist(), topology.dp_size, self._cut)
+        return [torch.tensor(rows or [batching.PADDING]) for rows in ranks[topology.dp_rank]]
 
-    def _run(self, batch: TrainBatch, indices: tuple[torch.Tensor, ...], *, forward_only: bool) -> list[Any]:
+    def _run(self, batch: TrainBatch, indices: list[torch.Tensor], *, forward_only: bool) -> list[Any]:
         """Megatron's schedule over the micro-batches: per micro-batch its log-probs or metric sums; last stage only."""
         # What Megatron divides the loss by, and the mini-batch rule of ``batching.mini_batches``.
         scale = len(indices) * self._topology.dp_size * self._config.updates_per_step
         finish = self._log_probs if forward_only else partial(self._loss, scale=scale)
 
-        def forward(data: Iterator[TrainBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-            micro = next(data)
-            with models.only_targets(self._gpt, micro.loss_mask):
-                return model(micro.tokens[:, :-1], None, None), partial(finish, micro)
+        def forward(data: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
+            rows, given = next(data)
+            with models.only_targets(self._gpt, given.targets):
+                return model(given.tokens, None, None, packed_seq_params=given.packed), partial(finish, rows, given)
 
         return self._forward_backward(
             forward_step_func=forward,
-            data_iterator=(batching.take(batch, rows, self._topology.device) for rows in indices),
+            data_iterator=map(partial(self._micro_batch, batch), indices),
             model=self._model,
             num_microbatches=len(indices),
+            # Unused: shapes differ between micro-batches, and pipeline stages tell each other.
             seq_length=batch.loss_mask.shape[1],
-            micro_batch_size=len(indices[0]),
+            micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
+
+    def _micro_batch(self, batch: TrainBatch, indices: torch.Tensor) -> MicroBatch:
+        rows, device = batching.take(batch, indices), self._topology.device
+        given = inputs.build(rows, packing=self._cut.packed, align=self._cut.align)
+        return batching.on_device(rows, device), given.to(device)
 
     def _outputs(self, micro: TrainBatch, logits: torch.Tensor) -> PolicyOutputs:
         """Per-token quantities from ``logits`` ``[1, n, vocab / tp]``, which are consumed."""
@@ -211,14 +222,18 @@ class MegatronLearner:
             )
         )
 
-    def _log_probs(self, micro: TrainBatch, logits: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
+    def _log_probs(
+        self, micro: TrainBatch, given: inputs.ModelInputs, logits: torch.Tensor, non_loss_data: bool
+    ) -> torch.Tensor:
         return self._outputs(micro, logits).log_probs
 
     def _loss(
-        self, micro: TrainBatch, logits: torch.Tensor, *, scale: int
+        self, micro: TrainBatch, given: inputs.ModelInputs, logits: torch.Tensor, *, scale: int
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         loss, sums = policy_loss(self._outputs(micro, logits), TokenRows.of(micro), self._objective)
-        return loss * scale, {**sums, "loss": loss.detach().double()}
+        counted = {"micro_batches": 1, "positions": given.tokens.numel(), "real_positions": given.real}
+        counts = {name: sums["main_tokens"].new_tensor(number) for name, number in counted.items()}
+        return loss * scale, {**sums, **counts, "loss": loss.detach().double()}
 
     def _reduce(self, micro_sums: list[dict[str, torch.Tensor]]) -> dict[str, float]:
         """Sums (maxima for ``*_max``) over micro-batches and DP, then to all stages: one collective each, none alone."""
@@ -251,6 +266,24 @@ class MegatronLearner:
         finally:
             for name, parameter in self._gpt.named_parameters():
                 parameter.data = own[name]
+
+
+def _cut(learner: schema.LearnerConfig, align: int) -> batching.Cut:
+    """Micro-batches as configured: by tokens, else by rows."""
+    interleaved = learner.virtual_pipeline_model_parallel_size > 1
+    return batching.Cut(
+        max_rows=0 if learner.max_tokens_per_micro_batch else learner.micro_batch_size,
+        max_tokens=learner.max_tokens_per_micro_batch,
+        packed=learner.packing,
+        align=align,
+        multiple_of=learner.pipeline_model_parallel_size if interleaved else 1,
+    )
+
+
+def _batching_metrics(totals: dict[str, float]) -> dict[str, float]:
+    """Takes the counts of micro-batches out of ``totals``: tokens that one computes, and the share that is padding."""
+    micro_batches, positions, real = (totals.pop(name) for name in ("micro_batches", "positions", "real_positions"))
+    return {"tokens_per_micro_batch": positions / micro_batches, "padding_fraction": 1 - real / positions}
 
 
 def _merge(parts: list[dict[str, float]]) -> dict[str, float]:

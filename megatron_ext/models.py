@@ -11,11 +11,11 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_ext import cpu
 from megatron_ext.architecture import Architecture, Moe
+from megatron_ext.packed_attention import PackedAttention
 from megatron_ext.topology import Topology
 from megatron_ext.weights import layout
 
@@ -102,6 +102,8 @@ def transformer_config(model: Architecture, topology: Topology, dtype: str) -> T
         expert_tensor_parallel_size=grid.expert_tp,
         params_dtype=parameter_dtype,
         pipeline_dtype=parameter_dtype,
+        variable_seq_lengths=grid.pp > 1,  # micro-batches differ in rows and length
+        moe_token_dispatcher_type="alltoall",  # asked of dense models too where lengths vary
         autocast_dtype=parameter_dtype,
         bf16=dtype == "bf16",
         use_cpu_initialization=topology.device.type == "cpu",
@@ -130,7 +132,7 @@ def _moe_config(moe: Moe | None) -> dict[str, Any]:
         "moe_router_group_topk": moe.top_groups if moe.groups > 1 else None,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
-        "moe_token_dispatcher_type": "alltoall",
+        "moe_router_bias_update_rate": 0.0,  # expert biases follow token counts, padding included: they stay as loaded
     }
 
 
@@ -171,7 +173,7 @@ def _check_local_attention(model: Architecture, tp: int) -> None:
         )
 
 
-class _LatentAttention(DotProductAttention):
+class _LatentAttention(PackedAttention):
     """megatron-core's attention for values of another width than keys, which upstream leaves to Transformer Engine."""
 
     def __init__(self, *args: Any, k_channels: int = 0, v_channels: int = 0, **kwargs: Any) -> None:
@@ -182,9 +184,9 @@ class _LatentAttention(DotProductAttention):
 def _spec(config: TransformerConfig, chunk: int | None) -> TransformerBlockSubmodules:
     """megatron-core's own modules for this rank's layers, dense and expert ones."""
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=chunk)
-    if config.multi_latent_attention:
-        for layer in spec.layer_specs:
-            layer.submodules.self_attention.submodules.core_attention = _LatentAttention
+    attention = _LatentAttention if config.multi_latent_attention else PackedAttention
+    for layer in spec.layer_specs:
+        layer.submodules.self_attention.submodules.core_attention = attention
     return spec
 
 

@@ -67,7 +67,7 @@ def gradients(made, rows: TrainBatch) -> dict[str, torch.Tensor]:
     from megatron_ext.weights import hf
 
     made._accumulate(rows)
-    grads = {name: p.main_grad.clone() for name, p in made._parameters.items()}
+    grads = {name: getattr(p, "main_grad", p).clone() for name, p in made._parameters.items()}  # buffers have none
     buckets = hf.export(grads, made._buckets, made._topology, 0)
     return {name: tensor for b in buckets if b is not None for name, tensor in b.tensors.items()}
 
@@ -175,10 +175,18 @@ def train(rank, world, address, folder, tp, pp, steps, batches, config):
     made = learner(rank, world, address, folder, tp, pp, **config)
     # The distributed optimizer leaves each rank only its part of the reduced gradient.
     grads = {} if config.get("optimizer", {}).get("distributed") else gradients(made, batches[0])
-    stats = [made.update(batches[step % len(batches)], step) for step in range(steps)]
+    stats = [_whatever_the_cut(made.update(batches[step % len(batches)], step)) for step in range(steps)]
     weights = exported(made)
     made.close()
     return grads, stats, weights
+
+
+def _whatever_the_cut(stats):
+    """Without the metrics that speak of how the rows were cut."""
+    metrics = dict(stats.metrics)
+    assert metrics.pop("tokens_per_micro_batch") > 0
+    assert 0 <= metrics.pop("padding_fraction") < 1
+    return replace(stats, metrics=metrics)
 
 
 def inspect(rank, world, address, folder, layout, tokens, candidates):

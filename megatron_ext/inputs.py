@@ -1,0 +1,72 @@
+"""What the model is given for the rows of a micro-batch: a grid padded on the right, or one packed sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from math import lcm
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import TransformerConfig
+
+from pipeline.types import TrainBatch
+
+FP8_ALIGNMENT = 32  # tokens of an FP8 matrix product: 16 for cuBLAS, 32 for a block of MXFP8
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """One micro-batch as the model sees it. A row's last token predicts nothing and is left out."""
+
+    tokens: torch.Tensor  # int64 [rows, seq], or [1, n] packed
+    targets: torch.Tensor  # bool, as ``tokens``: True where the next token is a target; row-major order is the batch's
+    real: int  # tokens that are not padding
+    packed: PackedSeqParams | None = None  # where each row begins and ends; None: one row of the grid each
+
+    def to(self, device: torch.device) -> ModelInputs:
+        """The same on ``device``."""
+        packed = self.packed
+        if packed is not None:
+            ends = packed.cu_seqlens_q.to(device)
+            packed = replace(packed, cu_seqlens_q=ends, cu_seqlens_kv=ends)
+        return replace(self, tokens=self.tokens.to(device), targets=self.targets.to(device), packed=packed)
+
+
+def alignment(config: TransformerConfig) -> int:
+    """What every sequence's length must be a multiple of: it is cut over context and sequence parallel ranks."""
+    cp = config.context_parallel_size
+    per_cp_rank = lcm(
+        2 if cp > 1 else 1,  # a rank has a piece from the front and one from the back
+        config.tensor_model_parallel_size if config.sequence_parallel else 1,
+        FP8_ALIGNMENT if config.fp8 else 1,
+    )
+    return cp * per_cp_rank
+
+
+def build(micro: TrainBatch, *, packing: bool, align: int = 1) -> ModelInputs:
+    """The inputs of ``micro`` (on CPU, as wide as its longest row), sequences padded to a multiple of ``align``."""
+    real = torch.arange(micro.tokens.shape[1] - 1) < micro.lengths[:, None] - 1
+    tokens, targets = micro.tokens[:, :-1], micro.loss_mask
+    if not packing:
+        padding = -tokens.shape[1] % align
+        return ModelInputs(F.pad(tokens, (0, padding)), F.pad(targets, (0, padding)), int(real.sum()))
+    tokens, targets, lengths = tokens[real], targets[real], (micro.lengths - 1).tolist()
+    if padding := -len(tokens) % align:
+        lengths.append(padding)  # a row of its own, which no other sees
+    return ModelInputs(
+        F.pad(tokens, (0, padding))[None], F.pad(targets, (0, padding))[None], len(tokens), _packed(lengths)
+    )
+
+
+def _packed(lengths: list[int]) -> PackedSeqParams:
+    """Rows of these lengths one after the other: attention stays within each, and positions start again at 0."""
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=ends,
+        cu_seqlens_kv=ends,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+    )
