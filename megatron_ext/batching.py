@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import count, pairwise
 
 import torch
 
+from megatron_ext.partition import partition
 from pipeline.types import TrainBatch
 
 PADDING = -1  # stands for a dummy row in a tensor of row indices
@@ -29,52 +33,133 @@ def mini_batches(batch: TrainBatch, count: int) -> list[TrainBatch]:
     return [take(batch, torch.cat([main[i::count], auxiliary[i::count]])) for i in range(count)]
 
 
-def micro_batches(rows: int, size: int, dp_rank: int, dp_size: int, multiple: int = 1) -> tuple[torch.Tensor, ...]:
-    """Row indices of each micro-batch of one data-parallel rank: rows ``dp_rank::dp_size`` in order, then ``PADDING``.
+@dataclass(frozen=True)
+class Cut:
+    """What a micro-batch may hold, and what its sequences look like."""
 
-    As many micro-batches of at most ``size`` rows as needed, a ``multiple`` of which the interleaved pipeline schedule asks for,
-    all equally long and equally many on every rank; padding is at most one row short of one per micro-batch and rank.
+    max_rows: int = 0  # 0: any number
+    max_tokens: int = 0  # positions, as below; rounded up to a multiple of ``align``; 0: any number
+    packed: bool = False  # rows joined to one sequence; else a grid, padded to its longest row
+    align: int = 1  # sequences are padded to a multiple of this
+    multiple_of: int = 1  # of which the number of micro-batches per rank is one
+
+    def positions(self, lengths: Sequence[int]) -> int:
+        """Tokens computed for one micro-batch of rows of these lengths, padding included."""
+        return self.aligned(sum(lengths)) if self.packed else len(lengths) * self.aligned(max(lengths, default=0))
+
+    def aligned(self, tokens: int) -> int:
+        """``tokens`` and the padding behind them."""
+        return -(-tokens // self.align) * self.align
+
+
+def micro_batches(lengths: Sequence[int], ranks: int, cut: Cut) -> list[list[list[int]]]:
+    """Row indices ``[rank][micro-batch][row]``, for rows of ``lengths`` input tokens (at least 1 each) over data-parallel ranks.
+
+    Promised, whatever the lengths; ``positions`` are tokens computed, padding included:
+
+    - every row once; the same answer on every rank, without communication;
+    - as many micro-batches on every rank, a multiple of ``cut.multiple_of``; some are empty where rows are too few for that;
+    - none has more than ``cut.max_rows`` rows or ``cut.max_tokens`` positions;
+    - the ranks' work differs by no more than the largest row (packed; work: tokens) or micro-batch (grid; work: positions), so the
+      busiest has at most ``mean + (1 - 1/ranks) * largest``: at most 5 % over the mean where the largest is 5 % of it.
+
+    Micro-batches are of nearly equal work, which suits pipelines and expert parallelism, and every rank begins with its
+    largest: if that fits into memory, all do. Of attention's work the part that grows with the square of the length is
+    not counted.
+
+    Raises ``ValueError`` on a row longer than the budget.
     """
-    per_rank = -(-rows // dp_size)
-    count = -(-per_rank // size)
-    count = -(-count // multiple) * multiple
-    each = -(-per_rank // count)
-    indices = torch.full((count * each,), PADDING)
-    own = torch.arange(rows)[dp_rank::dp_size]
-    indices[: len(own)] = own
-    return indices.split(each)
+    budget = _budget(lengths, cut)
+    fewest = max(-(-sum(lengths) // budget), -(-len(lengths) // (cut.max_rows or len(lengths))))
+    fewest_per_rank = -(-fewest // (ranks * cut.multiple_of)) * cut.multiple_of
+    divide = _pack if cut.packed else _runs
+    for each in count(fewest_per_rank, cut.multiple_of):
+        dealt = divide(lengths, ranks, each, budget, cut)
+        if dealt is not None:
+            break
+    return [sorted(map(sorted, own), key=lambda rows: -cut.positions([lengths[row] for row in rows])) for own in dealt]
 
 
-def pad(batch: TrainBatch, multiple: int) -> TrainBatch:
-    """``batch`` with columns that hold no target at its end, so that ``multiple`` divides the number of its targets' columns."""
-    added = -batch.loss_mask.shape[1] % multiple
-    if added == 0:
-        return batch
-    columns = {
-        field.name: torch.nn.functional.pad(value, (0, added))
-        for field in fields(batch)
-        if isinstance(value := getattr(batch, field.name), torch.Tensor) and value.dim() == 2
-    }
-    return replace(batch, **columns)
+def _budget(lengths: Sequence[int], cut: Cut) -> int:
+    """Most positions of one micro-batch."""
+    longest = max(lengths)
+    if not cut.max_tokens:
+        return len(lengths) * cut.aligned(longest)
+    if longest > cut.max_tokens:
+        raise ValueError(
+            f"learner.max_tokens_per_micro_batch={cut.max_tokens} cannot hold a row of {longest} tokens: raise it to "
+            "rollout.max_prompt_tokens + rollout.max_new_tokens"
+        )
+    return cut.aligned(cut.max_tokens)
 
 
-def take(batch: TrainBatch, indices: torch.Tensor, device: torch.device | None = None) -> TrainBatch:
-    """The rows at ``indices``, on ``device``. ``PADDING`` gives a dummy that no loss or metric sees.
+def _pack(lengths: Sequence[int], ranks: int, each: int, budget: int, cut: Cut) -> list[list[list[int]]] | None:
+    """``each`` packed micro-batches per rank, or None where one would exceed the ``budget``."""
+    dealt = []
+    for own in partition(lengths, ranks):
+        packs = partition([lengths[row] for row in own], each)
+        dealt.append([[own[i] for i in pack] for pack in packs])
+        if max(cut.positions([lengths[row] for row in pack]) for pack in dealt[-1]) > budget:
+            return None
+    return dealt
 
-    A dummy is an auxiliary row of weight 0 with one target (a micro-batch without targets would need care everywhere).
+
+def _runs(lengths: Sequence[int], ranks: int, each: int, budget: int, cut: Cut) -> list[list[list[int]]] | None:
+    """``each`` grids per rank, or None where one would exceed the ``budget``.
+
+    Grids are runs of the rows in order of length (neighbours waste the least padding), cut so that the largest is as small as can be.
+    """
+    parts = ranks * each
+    order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    widths = [cut.aligned(lengths[row]) for row in order]
+    if len(_starts(widths, parts, budget, cut.max_rows)) > parts:
+        return None
+    caps = range(widths[0], budget)
+    cap = widths[0] + bisect_left(caps, True, key=lambda cap: len(_starts(widths, parts, cap, cut.max_rows)) <= parts)
+    starts = _starts(widths, parts, cap, cut.max_rows)
+    runs = [order[start:end] for start, end in pairwise([*starts, len(order)])]
+    runs += [[] for _ in range(parts - len(runs))]
+    positions = [cut.positions([lengths[row] for row in run]) for run in runs]
+    return [[runs[i] for i in own] for own in partition(positions, ranks, equal_counts=True)]
+
+
+def _starts(widths: list[int], parts: int, cap: int, max_rows: int) -> list[int]:
+    """Where runs begin if each takes all it may: ``cap`` positions, ``max_rows`` rows, and no row that another run is short of."""
+    starts = [0]
+    for row in range(1, len(widths)):
+        rows = row - starts[-1] + 1
+        full = rows * widths[starts[-1]] > cap or 0 < max_rows < rows
+        if full or len(widths) - row <= parts - len(starts):
+            starts.append(row)
+    return starts
+
+
+def take(batch: TrainBatch, indices: torch.Tensor) -> TrainBatch:
+    """The rows at ``indices``, as wide as the longest of them. ``PADDING`` gives a dummy that no loss or metric sees.
+
+    A dummy is an auxiliary row of weight 0 with two tokens and one target (a micro-batch without targets would need care
+    everywhere).
     """
     picked = {}
     for field in fields(batch):
         value = getattr(batch, field.name)
         if isinstance(value, torch.Tensor):
-            picked[field.name] = value[indices.clamp(min=0)].to(device)
-    dummy = (indices == PADDING).to(device)
+            picked[field.name] = value[indices.clamp(min=0)]
+    dummy = indices == PADDING
     if dummy.any():
         for name in {"weights", "positive_weights", "advantages"} & picked.keys():
             picked[name][dummy] = 0.0
         picked["auxiliary"][dummy] = True
         picked["correct"][dummy] = False
+        picked["lengths"][dummy] = 2
         one_target = torch.zeros_like(picked["loss_mask"][0])
         one_target[0] = True
         picked["loss_mask"][dummy] = one_target
-    return replace(batch, **picked)
+    unused = batch.tokens.shape[1] - int(picked["lengths"].max())
+    return replace(batch, **{k: v[:, : v.shape[1] - unused] if v.dim() == 2 else v for k, v in picked.items()})
+
+
+def on_device(batch: TrainBatch, device: torch.device) -> TrainBatch:
+    """The same batch with its tensors on ``device``."""
+    tensors = {name: value.to(device) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    return replace(batch, **tensors)

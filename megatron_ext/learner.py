@@ -23,7 +23,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 import pipeline.config.schema as schema
-from megatron_ext import architecture, batching, checkpoint, context_parallel, models
+from megatron_ext import architecture, batching, checkpoint, context_parallel, inputs, models
 from megatron_ext.fp8 import transformer_engine
 from megatron_ext.head import Head
 from megatron_ext.topology import Topology, shutdown
@@ -38,12 +38,14 @@ from pipeline.objectives.loss import (
 )
 from pipeline.types import EntropyReading, StepStats, TrainBatch, WeightBucket
 
+MicroBatch = tuple[TrainBatch, inputs.ModelInputs]  # the rows, and what the model is given for them
+
 
 class MegatronLearner:
     """One rank of the learner. Every rank makes the same calls in the same order with the same batch.
 
-    Results do not depend on the layout or on ``micro_batch_size``: the batch's weights carry the whole normalisation, and
-    the divisions that Megatron makes (by micro-batches and by DP size) are undone.
+    Results do not depend on the layout or on how rows are cut into micro-batches: the batch's weights carry the whole
+    normalisation, and the divisions that Megatron makes (by micro-batches and by DP size) are undone.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class MegatronLearner:
         self._rows = layout.rows(self._architecture, topology.grid)
         itemsize = models.DTYPES[model.dtype].itemsize
         self._buckets = hf.plan(self._rows, itemsize, learner.bucket_mib)
+        self._cut = _cut(learner, inputs.alignment(self._chunks[0].config))
         self._models = _data_parallel(self._chunks, learner)
         self._optimizer = _optimizer(self._models, learner, model.dtype)
         self._scheduler = _scheduler(self._optimizer, learner.optimizer, total_steps)
@@ -98,8 +101,7 @@ class MegatronLearner:
     @torch.no_grad()
     def log_probs(self, batch: TrainBatch, *, reference: bool = False) -> torch.Tensor:
         """T=1 log-probabilities of the targets, on every rank; see ``pipeline.learner.Learner.log_probs``."""
-        topology, columns = self._topology, batch.loss_mask.shape[1]
-        batch = self._padded(batch)
+        topology = self._topology
         grid = torch.zeros(batch.loss_mask.shape, device=topology.device)
         indices = self._micro_batches(batch)
         with self._reference_policy() if reference else nullcontext():
@@ -114,7 +116,7 @@ class MegatronLearner:
         for group, size in ((topology.dp_group, topology.dp_size), (topology.pp_group, topology.pp_size)):
             if size > 1:
                 dist.all_reduce(grid, group=group)
-        return grid[:, :columns].cpu()
+        return grid.cpu()
 
     def update(self, batch: TrainBatch, step: int) -> StepStats:
         """``updates_per_step`` optimizer steps on ``batch`` at one learning rate; see ``pipeline.learner.Learner.update``.
@@ -147,7 +149,7 @@ class MegatronLearner:
             entropy=EntropyReading(sum=totals["entropy_sum"], count=totals["main_tokens"], step=step),
             grad_norm=sum(norms) / len(norms),
             learning_rate=self._optimizer.param_groups[0]["lr"],
-            metrics=reduce_metrics(totals),
+            metrics=_batching_metrics(totals) | reduce_metrics(totals),
             seconds=time.perf_counter() - start,
         )
 
@@ -189,36 +191,29 @@ class MegatronLearner:
         for model in self._models:
             model.zero_grad_buffer()
         self._optimizer.zero_grad()
-        batch = self._padded(batch)
         sums = self._run(batch, self._micro_batches(batch), forward_only=False)
         return self._reduce(sums)
 
-    def _padded(self, batch: TrainBatch) -> TrainBatch:
-        """``batch`` in a length that CP, and within its parts sequence parallelism, divide."""
-        chunks = 2 * self._topology.cp_size if self._topology.cp_size > 1 else 1
-        return batching.pad(batch, chunks * (self._topology.tp_size if self._config.sequence_parallel else 1))
-
-    def _micro_batches(self, batch: TrainBatch) -> tuple[torch.Tensor, ...]:
+    def _micro_batches(self, batch: TrainBatch) -> list[torch.Tensor]:
+        """Row indices of each of this rank's micro-batches; a dummy where no row is left for one."""
         topology = self._topology
-        # The interleaved schedule takes micro-batches in groups of one per stage.
-        multiple = topology.pp_size if topology.grid.vpp > 1 else 1
-        size = self._config.micro_batch_size
-        return batching.micro_batches(batch.rows, size, topology.dp_rank, topology.dp_size, multiple)
+        ranks = batching.micro_batches((batch.lengths - 1).tolist(), topology.dp_size, self._cut)
+        return [torch.tensor(rows or [batching.PADDING]) for rows in ranks[topology.dp_rank]]
 
-    def _run(self, batch: TrainBatch, indices: tuple[torch.Tensor, ...], *, forward_only: bool) -> list[Any]:
+    def _run(self, batch: TrainBatch, indices: list[torch.Tensor], *, forward_only: bool) -> list[Any]:
         """Megatron's schedule over the micro-batches: per micro-batch its log-probs or metric sums; last stage only."""
         # What Megatron divides the loss by, and the mini-batch rule of ``batching.mini_batches``.
         scale = len(indices) * self._topology.dp_size * self._config.updates_per_step
         finish = self._log_probs if forward_only else partial(self._loss, scale=scale)
 
-        def forward(data: Iterator[TrainBatch], model: DistributedDataParallel) -> tuple[torch.Tensor, Any]:
-            micro = next(data)
-            tokens = context_parallel.shard(micro.tokens[:, :-1], self._topology)
-            with self._head.selecting(context_parallel.own_targets(micro.loss_mask, self._topology)):
-                return model(tokens, None, None), partial(finish, micro)
+        def forward(data: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[torch.Tensor, Any]:
+            rows, given = next(data)
+            tokens = context_parallel.shard(given.tokens, self._topology)
+            with self._head.selecting(context_parallel.own_targets(given.targets, self._topology)):
+                return model(tokens, None, None, packed_seq_params=given.packed), partial(finish, rows, given)
 
-        def data() -> Iterator[TrainBatch]:
-            return (batching.take(batch, rows, self._topology.device) for rows in indices)
+        def data() -> Iterator[MicroBatch]:
+            return map(partial(self._micro_batch, batch), indices)
 
         interleaved = len(self._models) > 1
         return self._forward_backward(
@@ -226,29 +221,39 @@ class MegatronLearner:
             data_iterator=[data() for _ in self._models] if interleaved else data(),
             model=self._models if interleaved else self._models[0],
             num_microbatches=len(indices),
+            # Unused: shapes differ between micro-batches, and pipeline stages tell each other.
             seq_length=batch.loss_mask.shape[1],
-            micro_batch_size=len(indices[0]),
+            micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
 
-    def _outputs(self, micro: TrainBatch, hidden: torch.Tensor) -> PolicyOutputs:
+    def _micro_batch(self, batch: TrainBatch, indices: torch.Tensor) -> MicroBatch:
+        rows, device = batching.take(batch, indices), self._topology.device
+        given = inputs.build(rows, packing=self._cut.packed, align=self._cut.align)
+        return batching.on_device(rows, device), given.to(device)
+
+    def _outputs(self, micro: TrainBatch, given: inputs.ModelInputs, hidden: torch.Tensor) -> PolicyOutputs:
         """Per-token quantities of all targets from the ``hidden`` states ``[1, n, hidden size]`` of this rank's."""
-        own = context_parallel.own_targets(micro.loss_mask, self._topology)
-        act, targets = micro.actuation, context_parallel.shard(micro.tokens[:, 1:], self._topology)[own]
+        own = context_parallel.own_targets(given.targets, self._topology)
+        act, targets = micro.actuation, context_parallel.shard(given.labels, self._topology)[own]
         outputs = PolicyOutputs(
             *self._head(hidden, targets, temperature=tempered_at(act), entropy_grad=entropy_needs_grad(act))
         )
-        return context_parallel.gather(outputs, micro.loss_mask, self._topology)
+        return context_parallel.gather(outputs, given.targets, self._topology)
 
-    def _log_probs(self, micro: TrainBatch, hidden: torch.Tensor, non_loss_data: bool) -> torch.Tensor:
-        return self._outputs(micro, hidden).log_probs
+    def _log_probs(
+        self, micro: TrainBatch, given: inputs.ModelInputs, hidden: torch.Tensor, non_loss_data: bool
+    ) -> torch.Tensor:
+        return self._outputs(micro, given, hidden).log_probs
 
     def _loss(
-        self, micro: TrainBatch, hidden: torch.Tensor, *, scale: int
+        self, micro: TrainBatch, given: inputs.ModelInputs, hidden: torch.Tensor, *, scale: int
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        loss, sums = policy_loss(self._outputs(micro, hidden), TokenRows.of(micro), self._objective)
-        return loss * scale, {**sums, "loss": loss.detach().double()}
+        loss, sums = policy_loss(self._outputs(micro, given, hidden), TokenRows.of(micro), self._objective)
+        counted = {"micro_batches": 1, "positions": given.tokens.numel(), "real_positions": given.real}
+        counts = {name: sums["main_tokens"].new_tensor(number) for name, number in counted.items()}
+        return loss * scale, {**sums, **counts, "loss": loss.detach().double()}
 
     def _reduce(self, micro_sums: list[dict[str, torch.Tensor]]) -> dict[str, float]:
         """Sums (maxima for ``*_max``) over micro-batches and DP, then to all stages: one collective each, none alone."""
@@ -286,6 +291,24 @@ class MegatronLearner:
         finally:
             for (parameter, _), data in zip(pairs, own, strict=True):
                 parameter.data = data
+
+
+def _cut(learner: schema.LearnerConfig, align: int) -> batching.Cut:
+    """Micro-batches as configured: by tokens, else by rows."""
+    interleaved = learner.virtual_pipeline_model_parallel_size > 1
+    return batching.Cut(
+        max_rows=0 if learner.max_tokens_per_micro_batch else learner.micro_batch_size,
+        max_tokens=learner.max_tokens_per_micro_batch,
+        packed=learner.packing,
+        align=align,
+        multiple_of=learner.pipeline_model_parallel_size if interleaved else 1,
+    )
+
+
+def _batching_metrics(totals: dict[str, float]) -> dict[str, float]:
+    """Takes the counts of micro-batches out of ``totals``: tokens that one computes, and the share that is padding."""
+    micro_batches, positions, real = (totals.pop(name) for name in ("micro_batches", "positions", "real_positions"))
+    return {"tokens_per_micro_batch": positions / micro_batches, "padding_fraction": 1 - real / positions}
 
 
 def _merge(parts: list[dict[str, float]]) -> dict[str, float]:

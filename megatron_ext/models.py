@@ -11,7 +11,6 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
-from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
@@ -20,6 +19,7 @@ from megatron_ext.architecture import Architecture, Moe
 from megatron_ext.context_parallel import GatheredAttention
 from megatron_ext.fp8 import emulate, transformer_engine
 from megatron_ext.fp8.transformer_engine import Numerics
+from megatron_ext.packed_attention import PackedAttention
 from megatron_ext.topology import Topology
 from megatron_ext.weights import layout
 from megatron_ext.weights.grid import Grid
@@ -133,6 +133,8 @@ def transformer_config(
         sequence_parallel=options.sequence_parallel,
         params_dtype=parameter_dtype,
         pipeline_dtype=parameter_dtype,
+        variable_seq_lengths=grid.pp > 1,  # micro-batches differ in rows and length
+        moe_token_dispatcher_type="alltoall",  # asked of dense models too where lengths vary
         autocast_dtype=parameter_dtype,
         bf16=dtype == "bf16",
         use_cpu_initialization=topology.device.type == "cpu",
@@ -182,7 +184,6 @@ def _moe_config(moe: Moe | None) -> dict[str, Any]:
         "moe_router_group_topk": moe.top_groups if moe.groups > 1 else None,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
-        "moe_token_dispatcher_type": "alltoall",
     }
 
 
@@ -211,7 +212,7 @@ def _mla_config(model: Architecture) -> dict[str, Any]:
     }
 
 
-class _LatentAttention(DotProductAttention):
+class _LatentAttention(PackedAttention):
     """megatron-core's attention for values of another width than keys, which upstream leaves to Transformer Engine."""
 
     def __init__(self, *args: Any, k_channels: int = 0, v_channels: int = 0, **kwargs: Any) -> None:
@@ -247,6 +248,7 @@ def _spec(config: TransformerConfig, chunk: int | None, impl: str) -> Transforme
         block = layer.submodules
         attention = block.self_attention.submodules
         block.input_layernorm = block.pre_mlp_layernorm = _RMSNorm
+        attention.core_attention = PackedAttention
         if config.qk_layernorm:
             attention.q_layernorm = _RMSNorm
             setattr(attention, "kv_layernorm" if config.multi_latent_attention else "k_layernorm", _RMSNorm)

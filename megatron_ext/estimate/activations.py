@@ -97,7 +97,9 @@ def backward(work: Work, layers: range) -> list[Instant]:
 
 def _full(found: list[Layer], size: int, *, uniform: bool) -> list[Instant]:
     """Whole layers: all in groups of ``size``, or each of the first ``size``."""
-    groups = [found[start : start + size] for start in range(0, len(found), size)] if uniform else [[each] for each in found]
+    groups = (
+        [found[start : start + size] for start in range(0, len(found), size)] if uniform else [[each] for each in found]
+    )
     again = [uniform or index < size for index in range(len(groups))]
     kept = [group[0].input if whole else group[0].saved for group, whole in zip(groups, again, strict=True)]
     changes = [
@@ -156,10 +158,14 @@ def _attention(work: Work, index: int) -> _Attention:
     statistics = tokens * (heads + groups) * _FLOAT if model.family.qk_norm else 0.0
     if work.transformer_engine:
         # Values are a view of the whole projection; the norm of queries keeps its reshaped input; queries and keys are rotated copies.
-        outside = inputs + (q + 2 * kv) * size + (q * size if model.family.qk_norm else 0.0) + statistics + (q + kv) * size
+        outside = (
+            inputs + (q + 2 * kv) * size + (q * size if model.family.qk_norm else 0.0) + statistics + (q + kv) * size
+        )
         return _flash(work, outside, q, tokens * heads, linear)
     repeated = heads > groups
-    whole = not repeated or (model.family.qk_norm and size == _FLOAT)  # values, or the keys' norm, keep a view of the projection
+    whole = not repeated or (
+        model.family.qk_norm and size == _FLOAT
+    )  # values, or the keys' norm, keep a view of the projection
     outside = inputs + statistics + (q + 2 * kv) * size * whole + q * size + (0.0 if repeated else q * size)
     if model.family.qk_norm:
         outside += (q + kv) * _FLOAT  # normalised; and the norms' inputs, unless views

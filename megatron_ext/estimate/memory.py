@@ -14,7 +14,9 @@ GIB = 2**30
 # A stated constant, not a computed one: CUDA context and libraries, cuBLAS and cuDNN workspaces, NCCL's channels of five to seven groups,
 # and what the caching allocator cannot use again.
 CONTEXT_BYTES = 3 * GIB
-_CHUNK_LOGITS = 1 << 26  # logits that the log-prob kernels work on at a time (megatron_ext.logprobs), in float32, three temporaries
+_CHUNK_LOGITS = (
+    1 << 26
+)  # logits that the log-prob kernels work on at a time (megatron_ext.logprobs), in float32, three temporaries
 _TEMPORARIES = 3
 _FLOAT = 4
 _LOSS = 13 * _FLOAT  # per target: what the policy loss keeps (pipeline.objectives.loss)

@@ -39,7 +39,9 @@ def held(work: Work, stage: int) -> Held:
             chunks.setdefault(ends if row.layer is None else chunk_of[row.layer], []).append(row)
     everything = [row for part in chunks.values() for row in part]
     trained = [[row for row in part if not _is_buffer(row)] for part in chunks.values()]
-    divided = [[row for row in part if _with_experts(work, row) == which] for part in trained for which in (False, True)]
+    divided = [
+        [row for row in part if _with_experts(work, row) == which] for part in trained for which in (False, True)
+    ]
     exact = sum(entries(work, row) for part in divided for row in part)
     padded = sum(_buffer_entries(work, part) for part in divided)
     fp8 = sum(entries(work, row) for row in everything if stored_in_fp8(work, row))

@@ -20,7 +20,9 @@ class Machine:
     """What one GPU is assumed to do."""
 
     tflops: float = 989.0  # dense bf16 peak, 10^12 operations a second; 989: H100 SXM's data sheet
-    utilization: float = 0.45  # share of it that a GPU reaches while it computes; communication in its way is part of it
+    utilization: float = (
+        0.45  # share of it that a GPU reaches while it computes; communication in its way is part of it
+    )
     fp8_speedup: float = 1.3  # of products in FP8 over bf16, casts included
 
 
@@ -87,9 +89,7 @@ def speed(work: Work, machine: Machine) -> Speed:
         _operations(work, stage, each, train=True).total + work.passes * each.total
         for stage, each in zip(stages, passes, strict=True)
     )
-    useful = sum(
-        forward(work, stage, work.step_rows, work.expected_length).total for stage in stages
-    )
+    useful = sum(forward(work, stage, work.step_rows, work.expected_length).total for stage in stages)
     return Speed(
         model_flops=3 * useful,
         executed_flops=micro_batches * executed,

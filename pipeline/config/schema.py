@@ -107,10 +107,11 @@ class LearnerConfig:
     )
     max_tokens_per_micro_batch: int = key(
         0,
-        "tokens per forward-backward pass and DP rank: micro-batches of equal work instead of equal rows; 0: micro_batch_size rows",
+        "tokens computed per forward-backward pass and DP rank, padding included: micro-batches of equal work, not equal rows; changes memory and speed, never results; 0: micro_batch_size rows",
     )
     packing: bool = key(
-        False, "join the rows of a micro-batch into one sequence without padding (needs max_tokens_per_micro_batch)"
+        False,
+        "join the rows of a micro-batch into one sequence without padding (needs max_tokens_per_micro_batch; not under CP)",
     )
     updates_per_step: int = key(1, "optimizer steps per rollout batch (mini-batches); 1 is strictly on-policy")
     bucket_mib: int = key(512, "largest weight-sync bucket, MiB (a larger single tensor travels alone)")

@@ -258,6 +258,33 @@ def _processes(config: RunConfig) -> Iterator[Problem]:
         )
 
 
+def _token_budget(config: RunConfig) -> Iterator[Problem]:
+    rollout, learner = config.rollout, config.learner
+    budget, length = learner.max_tokens_per_micro_batch, rollout.max_prompt_tokens + rollout.max_new_tokens
+    if 0 < budget < length:
+        yield Problem(
+            "learner.max_tokens_per_micro_batch",
+            budget,
+            f"cannot hold one row: max_prompt_tokens {rollout.max_prompt_tokens} + max_new_tokens {rollout.max_new_tokens} = "
+            f"{length} tokens",
+            f"use at least {length}, better several times as many, or 0 (micro_batch_size rows)",
+        )
+    if learner.packing and not budget:
+        yield Problem(
+            "learner.packing",
+            True,
+            "micro-batches of so many rows would be packed sequences of any length",
+            f"set learner.max_tokens_per_micro_batch to {length} or more, or packing=false",
+        )
+    if learner.packing and learner.context_parallel_size > 1:
+        yield Problem(
+            "learner.packing",
+            True,
+            f"context parallelism (learner.context_parallel_size = {learner.context_parallel_size}) cuts grids only",
+            "set packing=false (micro-batches by tokens have little padding), or context_parallel_size=1",
+        )
+
+
 def _kv_cache(config: RunConfig) -> Iterator[Problem]:
     rollout, tokens = config.rollout, config.rollout.sglang.max_total_tokens
     length = rollout.max_prompt_tokens + rollout.max_new_tokens
@@ -516,6 +543,7 @@ RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _name,
     _batch,
     _processes,
+    _token_budget,
     _kv_cache,
     _optimizer,
     _data,

@@ -204,10 +204,18 @@ def train(rank, world, address, folder, tp, pp, steps, batches, config):
     """Full gradients of the first batch (where they are whole), statistics of every step, final weights."""
     made = learner(rank, world, address, folder, tp, pp, **config)
     grads = gradients(made, batches[0])
-    stats = [made.update(batches[step % len(batches)], step) for step in range(steps)]
+    stats = [_whatever_the_cut(made.update(batches[step % len(batches)], step)) for step in range(steps)]
     weights = exported(made)
     made.close()
     return grads, stats, weights
+
+
+def _whatever_the_cut(stats):
+    """Without the metrics that speak of how the rows were cut."""
+    metrics = dict(stats.metrics)
+    assert metrics.pop("tokens_per_micro_batch") > 0
+    assert 0 <= metrics.pop("padding_fraction") < 1
+    return replace(stats, metrics=metrics)
 
 
 def inspect(rank, world, address, folder, layout, tokens, candidates):

@@ -10,7 +10,13 @@ from megatron_ext.estimate import memory
 from megatron_ext.estimate.work import ITEM_SIZES, Work, grid_of
 from pipeline.config.schema import LearnerConfig, OptimizerConfig
 
-WIDE = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4, "vocab_size": 402, "max_position_embeddings": 256}
+WIDE = {
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 4,
+    "vocab_size": 402,
+    "max_position_embeddings": 256,
+}
 ADAM = {"lr": 1e-3}
 SHARED = ADAM | {"distributed": True}
 CASES = {
@@ -24,11 +30,27 @@ CASES = {
     "experts": ("qwen3_moe", 1, 1, 1, {}),
     "experts, EP2, distributed optimizer": ("qwen3_moe", 2, 1, 1, {"ep": 2, "optimizer": SHARED}),
     "llama, full recomputation": ("llama", 1, 1, 1, {"recompute": ("full", "uniform", 1)}),
-    "qwen3, bf16, full recomputation by twos": ("qwen3", 1, 1, 1, {"dtype": "bf16", "recompute": ("full", "uniform", 2)}),
-    "qwen3, PP2, one layer of two recomputed": (
-        "qwen3", 2, 1, 2, {"micro_batch_size": 2, "recompute": ("full", "block", 1)},
+    "qwen3, bf16, full recomputation by twos": (
+        "qwen3",
+        1,
+        1,
+        1,
+        {"dtype": "bf16", "recompute": ("full", "uniform", 2)},
     ),
-    "llama, bf16, selective recomputation": ("llama", 1, 1, 1, {"dtype": "bf16", "recompute": ("selective", "uniform", 1)}),
+    "qwen3, PP2, one layer of two recomputed": (
+        "qwen3",
+        2,
+        1,
+        2,
+        {"micro_batch_size": 2, "recompute": ("full", "block", 1)},
+    ),
+    "llama, bf16, selective recomputation": (
+        "llama",
+        1,
+        1,
+        1,
+        {"dtype": "bf16", "recompute": ("selective", "uniform", 1)},
+    ),
     "qwen3, selective recomputation": ("qwen3", 1, 1, 1, {"recompute": ("selective", "uniform", 1)}),
     "latent attention": ("deepseek_v3", 1, 1, 1, {}),
 }
@@ -52,7 +74,14 @@ def test_estimate_equals_counted_bytes(gang, tmp_path, case):
             assert stage.parts[part] == pytest.approx(counted[part], rel=0.005), part
         assert stage.parts["optimizer"] == pytest.approx(counted["optimizer"], rel=0.05)
         saved = max(moment.saved for moment in memory.moments(work, stage.stage))
-        print(case, stage.stage, {p: (stage.parts[p], counted[p]) for p in ("parameters","gradients","optimizer")}, saved, counted["saved"], saved/counted["saved"])
+        print(
+            case,
+            stage.stage,
+            {p: (stage.parts[p], counted[p]) for p in ("parameters", "gradients", "optimizer")},
+            saved,
+            counted["saved"],
+            saved / counted["saved"],
+        )
         assert saved == pytest.approx(counted["saved"], rel=0.05)
 
 

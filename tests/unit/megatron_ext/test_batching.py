@@ -1,3 +1,7 @@
+import math
+import random
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -22,21 +26,109 @@ def batch(rows, auxiliary=0, **changes):
     return TrainBatch(**(fields | changes))
 
 
-@given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 5))
-def test_rows_are_dealt_out_once_in_equal_shapes(rows, size, dp):
-    ranks = [batching.micro_batches(rows, size, rank, dp) for rank in range(dp)]
-    shapes = {tuple(len(micro) for micro in micros) for micros in ranks}
-    assert len(shapes) == 1  # every rank: as many micro-batches
-    (lengths,) = shapes
-    assert len(set(lengths)) == 1  # all as long
-    assert lengths[0] <= size
-    flat = torch.cat([torch.cat(micros) for micros in ranks])
-    assert sorted(flat[flat >= 0].tolist()) == list(range(rows))
-    assert (flat < 0).sum() < dp * (len(lengths) + 1)
+LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=40)
 
 
-def test_data_parallel_ranks_interleave():
-    assert [i.tolist() for i in batching.micro_batches(5, 2, 1, 2)] == [[1, 3], [-1, -1]]
+@st.composite
+def cuts(draw):
+    return batching.Cut(
+        max_rows=draw(st.sampled_from([0, 1, 3, 50])),
+        max_tokens=draw(st.sampled_from([0, 100, 130, 1000])),
+        packed=draw(st.booleans()),
+        align=draw(st.sampled_from([1, 8])),
+        multiple_of=draw(st.integers(1, 3)),
+    )
+
+
+def positions(lengths, rows, cut):
+    """Tokens computed for these rows, said in another way."""
+    if not rows:
+        return 0
+    widths = [lengths[row] for row in rows]
+    return (
+        math.ceil((sum(widths) if cut.packed else max(widths)) / cut.align)
+        * cut.align
+        * (1 if cut.packed else len(rows))
+    )
+
+
+@given(LENGTHS, st.integers(1, 5), cuts())
+def test_micro_batches_keep_their_promises(lengths, ranks, cut):
+    if cut.packed:
+        cut = replace(cut, max_rows=0)  # never both: the learner's budget for packed rows is in tokens
+    dealt = batching.micro_batches(lengths, ranks, cut)
+    assert sorted(row for own in dealt for rows in own for row in rows) == list(range(len(lengths)))
+    (each,) = {len(own) for own in dealt}  # as many on every rank
+    assert each % cut.multiple_of == 0
+    found = [[positions(lengths, rows, cut) for rows in own] for own in dealt]
+    if cut.max_tokens:
+        assert max(map(max, found)) <= math.ceil(cut.max_tokens / cut.align) * cut.align
+    if cut.max_rows:
+        assert max(len(rows) for own in dealt for rows in own) <= cut.max_rows
+    assert all(own == sorted(own, reverse=True) for own in found)
+    assert batching.micro_batches(lengths, ranks, cut) == dealt
+    if not cut.packed and len(lengths) >= ranks * each:
+        assert all(rows for own in dealt for rows in own)
+
+
+@given(LENGTHS, st.integers(1, 5), cuts())
+def test_work_is_balanced_over_ranks(lengths, ranks, cut):
+    """The busiest rank has at most (1 - 1/ranks) of the largest row (of the largest grid) more than the mean."""
+    cut = replace(cut, max_rows=0 if cut.packed else cut.max_rows)
+    dealt = batching.micro_batches(lengths, ranks, cut)
+    if cut.packed:
+        work, largest = [sum(lengths[row] for rows in own for row in rows) for own in dealt], max(lengths)
+    else:
+        grids = [[positions(lengths, rows, cut) for rows in own] for own in dealt]
+        work, largest = list(map(sum, grids)), max(map(max, grids))
+    assert ranks * max(work) <= sum(work) + (ranks - 1) * largest
+
+
+@given(LENGTHS, st.integers(1, 3))
+def test_no_more_micro_batches_than_needed(lengths, ranks):
+    """Packed within twice the fewest there can be; grids of sorted rows with the fewest."""
+    fewest = math.ceil(math.ceil(sum(lengths) / 100) / ranks)
+    packed = batching.micro_batches(lengths, ranks, batching.Cut(max_tokens=100, packed=True))
+    assert len(packed[0]) <= max(2 * fewest, fewest + sum(length > 50 for length in lengths))
+    grids, left = 0, sorted(lengths)
+    while left:
+        grids, left = grids + 1, left[: -(100 // left[-1])]
+    assert len(batching.micro_batches(lengths, ranks, batching.Cut(max_tokens=100))[0]) == math.ceil(grids / ranks)
+
+
+def test_rows_of_a_grid_are_alike_in_length():
+    """Runs 10 | 9 | 3 3 2 | 2 of 10, 9, 9 and 2 positions, the largest and the smallest to one rank; then 10 9 | 3 3 2 2."""
+    lengths = [2, 9, 3, 2, 10, 3]
+    assert batching.micro_batches(lengths, 2, batching.Cut(max_tokens=12)) == [[[0, 2, 5], [1]], [[4], [3]]]
+    assert batching.micro_batches(lengths, 1, batching.Cut(max_tokens=20)) == [[[1, 4], [0, 2, 3, 5]]]
+
+
+def test_packed_rows_fill_the_budget():
+    """36 tokens in three times 12: 2 + 10, 2 + 10, 9 + 3."""
+    cut = batching.Cut(max_tokens=12, packed=True)
+    assert batching.micro_batches([2, 9, 3, 2, 10, 10], 1, cut) == [[[3, 4], [0, 5], [1, 2]]]
+
+
+def test_fewer_rows_than_ranks_leave_empty_micro_batches():
+    assert batching.micro_batches([5], 2, batching.Cut(max_rows=4)) == [[[0]], [[]]]
+
+
+def test_a_row_beyond_the_budget_is_refused():
+    with pytest.raises(
+        ValueError, match=r"max_tokens_per_micro_batch=9 cannot hold a row of 10 tokens: raise it to rollo"
+    ):
+        batching.micro_batches([3, 10], 1, batching.Cut(max_tokens=9))
+
+
+@pytest.mark.parametrize(("packed", "even"), [(False, 1.02), (True, 1.0001)])
+def test_a_step_of_real_lengths_is_balanced(packed, even):
+    """1024 log-normal rows over 8 ranks; grids waste less than 5 % on padding."""
+    draw = random.Random(0)
+    lengths = [min(8192, 200 + int(draw.lognormvariate(7, 0.8))) for _ in range(1024)]
+    cut = batching.Cut(max_tokens=16384, packed=packed)
+    work = [sum(positions(lengths, rows, cut) for rows in own) for own in batching.micro_batches(lengths, 8, cut)]
+    assert max(work) <= even * sum(work) / 8
+    assert sum(work) <= 1.05 * sum(lengths)
 
 
 def test_dummies_carry_nothing():
@@ -48,7 +140,16 @@ def test_dummies_carry_nothing():
     assert taken.auxiliary.tolist() == [False, True]
     assert taken.correct.tolist() == [True, False]
     assert taken.loss_mask.tolist() == [[True] * 3, [True, False, False]]
+    assert taken.lengths.tolist() == [4, 2]
     assert whole.weights.tolist() == [1, 1, 1]
+
+
+def test_taken_rows_are_as_wide_as_the_longest_of_them():
+    whole = batch(3, lengths=torch.tensor([2, 4, 3]), token_weights=torch.ones(3, 3))
+    taken = batching.take(whole, torch.tensor([0, 2]))
+    assert taken.tokens.tolist() == [[0, 1, 2], [8, 9, 10]]
+    assert {tuple(grid.shape) for grid in (taken.loss_mask, taken.behavior_log_probs, taken.token_weights)} == {(2, 2)}
+    assert batching.take(whole, torch.tensor([batching.PADDING])).tokens.tolist() == [[0, 1]]
 
 
 def test_auxiliary_rows_are_spread_over_mini_batches():

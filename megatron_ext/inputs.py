@@ -1,0 +1,76 @@
+"""What the model is given for the rows of a micro-batch: a grid padded on the right, or one packed sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from math import lcm
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import TransformerConfig
+
+from pipeline.types import TrainBatch
+
+FP8_ALIGNMENT = 32  # tokens of an FP8 matrix product: 16 for cuBLAS, 32 for a block of MXFP8
+
+
+@dataclass(frozen=True)
+class ModelInputs:
+    """One micro-batch as the model sees it. A row's last token predicts nothing and is left out."""
+
+    tokens: torch.Tensor  # int64 [rows, seq], or [1, n] packed
+    labels: torch.Tensor  # int64, as ``tokens``: the next token of each
+    targets: torch.Tensor  # bool, as ``tokens``: True where the next token is a target; row-major order is the batch's
+    real: int  # tokens that are not padding
+    packed: PackedSeqParams | None = None  # where each row begins and ends; None: one row of the grid each
+
+    def to(self, device: torch.device) -> ModelInputs:
+        """The same on ``device``."""
+        packed = self.packed
+        if packed is not None:
+            ends = packed.cu_seqlens_q.to(device)
+            packed = replace(packed, cu_seqlens_q=ends, cu_seqlens_kv=ends)
+        grids = {name: getattr(self, name).to(device) for name in ("tokens", "labels", "targets")}
+        return replace(self, **grids, packed=packed)
+
+
+def alignment(config: TransformerConfig) -> int:
+    """What every sequence's length must be a multiple of: it is cut over context and sequence parallel ranks."""
+    cp = config.context_parallel_size
+    per_cp_rank = lcm(
+        2 if cp > 1 else 1,  # a rank has a piece from the front and one from the back
+        config.tensor_model_parallel_size if config.sequence_parallel else 1,
+        FP8_ALIGNMENT if config.fp8 else 1,
+    )
+    return cp * per_cp_rank
+
+
+def build(micro: TrainBatch, *, packing: bool, align: int = 1) -> ModelInputs:
+    """The inputs of ``micro`` (on CPU, as wide as its longest row), sequences padded to a multiple of ``align``."""
+    real = torch.arange(micro.tokens.shape[1] - 1) < micro.lengths[:, None] - 1
+    grids = [micro.tokens[:, :-1], micro.tokens[:, 1:], micro.loss_mask]
+    if packing:
+        grids = [grid[real][None] for grid in grids]
+    padding = -grids[0].shape[1] % align
+    tokens, labels, targets = (F.pad(grid, (0, padding)) for grid in grids)
+    packed = None
+    if packing:
+        lengths = (micro.lengths - 1).tolist()
+        packed = _packed(
+            [*lengths, padding] if padding else lengths
+        )  # padding is a row of its own, which no other sees
+    return ModelInputs(tokens, labels, targets, int(real.sum()), packed)
+
+
+def _packed(lengths: list[int]) -> PackedSeqParams:
+    """Rows of these lengths one after the other: attention stays within each, and positions start again at 0."""
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=ends,
+        cu_seqlens_kv=ends,
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+    )

@@ -1,0 +1,35 @@
+"""What each rank does in the tests of micro-batches; run by ``gang.Gang``."""
+
+from dataclasses import replace
+
+from megatron_ranks import batch, exported, gradients, learner
+
+
+def train(rank, world, address, folder, tp, pp, batches, config):
+    """Log-probs and full gradients of the first batch, then statistics of an update on each and the weights after."""
+    align = config.pop("align", 1)  # what sequence parallelism and FP8 ask for
+    made = learner(rank, world, address, folder, tp, pp, **config)
+    made._cut = replace(made._cut, align=align)
+    log_probs, grads = made.log_probs(batches[0]), gradients(made, batches[0])
+    stats = [made.update(rows, step) for step, rows in enumerate(batches)]
+    weights = exported(made)
+    made.close()
+    return log_probs, grads, stats, weights
+
+
+def log_probs(rank, world, address, folder, batches, config):
+    made = learner(rank, world, address, folder, 1, 1, **config)
+    found = [made.log_probs(rows) for rows in batches]
+    made.close()
+    return found
+
+
+def too_long(rank, world, address, folder):
+    """What a learner says to a row that its budget cannot hold."""
+    made = learner(rank, world, address, folder, 1, 1, max_tokens_per_micro_batch=5)
+    try:
+        made.update(batch(), 0)
+    except ValueError as error:
+        return str(error)
+    finally:
+        made.close()

@@ -1,0 +1,127 @@
+"""However rows are cut into micro-batches, packed or not, on whatever ranks: the same loss, gradients, entropy and log-probs."""
+
+from dataclasses import replace
+from functools import cache
+
+import batching_ranks
+import megatron_ranks as ranks
+import pytest
+import tiny_models
+import torch
+
+from pipeline.config.schema import ObjectiveConfig
+
+# A large epsilon keeps Adam from turning the last bit of a tiny gradient into a whole step.
+ADAM = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-3}
+TOKENS = {"max_tokens_per_micro_batch": 24}  # rows have 5 to 11 input tokens
+PACKED = TOKENS | {"packing": True}
+WHOLE = {"micro_batch_size": 10}  # every row at once, padded to the longest
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    def write(name):
+        config = tiny_models.config(name)
+        # Smaller weights: with saturated attention float32 itself is not good for 1e-6.
+        tensors = {key: value if "norm" in key else value / 4 for key, value in tiny_models.weights(config).items()}
+        return tiny_models.write(tmp_path_factory.mktemp(name), config, tensors)
+
+    return {name: write(name) for name in ("llama_tied", "qwen3", "qwen3_moe", "deepseek_v3")}
+
+
+@pytest.fixture(scope="module")
+def reference(gang, folders):
+    """Batches for a model and what one process makes of them, all rows at once; computed once."""
+
+    @cache
+    def result(name):
+        plain = [ranks.batch(seed=seed) for seed in (0, 1)]
+        now = gang.run(batching_ranks.log_probs, 1, folders[name], plain, WHOLE)[0]
+        # Near the policy, as in training: exp() of a large difference would magnify the last bit.
+        near = [[lp + 0.1 * torch.randn(lp.shape, generator=seeded(i)) for i in (1, 2)] for lp in now]
+        batches = [
+            replace(rows, old_log_probs=old, reference_log_probs=kept)
+            for rows, (old, kept) in zip(plain, near, strict=True)
+        ]
+        return batches, run(gang, folders[name], 1, 1, 1, batches, WHOLE)[0]
+
+    return result
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def run(gang, folder, world, tp, pp, batches, config):
+    config = {"objective": ObjectiveConfig(kl_coef=0.1), "optimizer": ADAM, **config}
+    return gang.run(batching_ranks.train, world, folder, tp, pp, batches, config)
+
+
+CASES = {
+    "by rows": ("qwen3", 1, 1, 1, {"micro_batch_size": 3}),
+    "by tokens": ("qwen3", 1, 1, 1, TOKENS),
+    "packed": ("qwen3", 1, 1, 1, PACKED),
+    "packed into one": ("llama_tied", 1, 1, 1, PACKED | {"max_tokens_per_micro_batch": 1000}),
+    "one row at a time": ("qwen3", 1, 1, 1, PACKED | {"max_tokens_per_micro_batch": 12}),
+    "by tokens, rows padded to a multiple of 8": ("qwen3", 1, 1, 1, TOKENS | {"align": 8}),
+    "packed, padded to a multiple of 8": ("qwen3", 1, 1, 1, PACKED | {"align": 8}),
+    "experts, by tokens": ("qwen3_moe", 1, 1, 1, TOKENS),
+    "experts, packed": ("qwen3_moe", 1, 1, 1, PACKED),
+    "latent attention, by tokens": ("deepseek_v3", 1, 1, 1, TOKENS),
+    "latent attention, packed": ("deepseek_v3", 1, 1, 1, PACKED),
+    "TP2, by tokens": ("qwen3", 2, 2, 1, TOKENS),
+    "TP2, packed": ("qwen3", 2, 2, 1, PACKED),
+    "PP2, by tokens": ("llama_tied", 2, 1, 2, TOKENS),
+    "PP2, packed": ("llama_tied", 2, 1, 2, PACKED),
+    "DP2, by tokens": ("qwen3", 2, 1, 1, TOKENS),
+    "DP2, packed": ("qwen3", 2, 1, 1, PACKED),
+    "DP2 x PP2, packed": ("qwen3", 4, 1, 2, PACKED),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_how_rows_are_cut_changes_nothing(gang, folders, reference, case):
+    name, world, tp, pp, config = CASES[case]
+    batches, (log_probs, gradients, stats, weights) = reference(name)
+    results = run(gang, folders[name], world, tp, pp, batches, config)
+    for got_log_probs, *_ in results:
+        assert relative(got_log_probs, log_probs) <= 1e-6
+    _, got_gradients, got_stats, got_weights = results[0]
+    assert relative(flat(got_gradients), flat(gradients)) <= 1e-6
+    for got, expected in zip(got_stats, stats, strict=True):
+        assert got.loss == pytest.approx(expected.loss, rel=1e-6, abs=1e-6)
+        assert got.entropy.mean == pytest.approx(expected.entropy.mean, rel=1e-6)
+        assert got.entropy.count == expected.entropy.count
+        assert got.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
+        assert (got.metrics["padding_fraction"] == 0) == (config.get("packing", False) and "align" not in config)
+        assert [s.metrics for s in got_stats] == [s.metrics for s in results[-1][2]]
+    assert relative(flat(got_weights), flat(weights)) <= 1e-6
+
+
+def relative(got, expected):
+    """Length of the difference, as a part of the length."""
+    return ((got - expected).norm() / expected.norm()).item()
+
+
+def flat(tensors):
+    return torch.cat([tensors[name].flatten().double() for name in sorted(tensors)])
+
+
+def test_metrics_say_what_was_computed(gang, folders):
+    """Rows of 5 to 11 input tokens, as a grid, one by one and packed."""
+    rows = [ranks.batch()]
+    real = int((rows[0].lengths - 1).sum())
+    whole, single, packed = (
+        run(gang, folders["qwen3"], 1, 1, 1, rows, config)[0][2][0].metrics
+        for config in (WHOLE, {"micro_batch_size": 1}, PACKED | {"max_tokens_per_micro_batch": 1000})
+    )
+    assert whole["tokens_per_micro_batch"] == 110
+    assert whole["padding_fraction"] == pytest.approx(1 - real / 110)
+    assert single["tokens_per_micro_batch"] == pytest.approx(real / 10)
+    assert single["padding_fraction"] == 0
+    assert (packed["tokens_per_micro_batch"], packed["padding_fraction"]) == (real, 0)
+
+
+def test_a_row_beyond_the_budget_is_refused(gang, folders):
+    said = gang.run(batching_ranks.too_long, 1, folders["qwen3"])[0]
+    assert "learner.max_tokens_per_micro_batch=5 cannot hold a row of" in said
