@@ -26,7 +26,7 @@ import pipeline.config.schema as schema
 from megatron_ext import architecture, batching, checkpoint, models
 from megatron_ext.logprobs import log_probs_and_entropy
 from megatron_ext.topology import Topology, shutdown
-from megatron_ext.weights import hf, identity, layout
+from megatron_ext.weights import buckets, hf, identity, layout
 from pipeline.objectives.loss import (
     PolicyOutputs,
     TokenRows,
@@ -54,8 +54,11 @@ class MegatronLearner:
         total_steps: int,
         seed: int,
         topology: Topology,
+        weight_dtype: str = "auto",
     ) -> None:
         """Build model, optimizer and schedule for ``total_steps`` calls of :meth:`update`; weights come with ``load``.
+
+        ``weight_dtype``: what the weights are exported in, ``rollout.weight_dtype``.
 
         Raises ``ValueError`` on a model or layout that cannot be built.
         """
@@ -67,7 +70,7 @@ class MegatronLearner:
         self._parameters = models.global_parameters(self._gpt)
         self._rows = layout.rows(self._architecture, topology.grid)
         itemsize = models.DTYPES[model.dtype].itemsize
-        self._buckets = hf.plan(self._rows, itemsize, learner.bucket_mib)
+        self._rounds = buckets.plan(self._rows, topology.grid, itemsize, learner.bucket_mib, weight_dtype == "fp8")
         self._model = _data_parallel(self._gpt, learner.optimizer.distributed)
         self._optimizer = _optimizer(self._model, learner.optimizer, model.dtype)
         self._scheduler = _scheduler(self._optimizer, learner.optimizer, total_steps)
@@ -136,13 +139,13 @@ class MegatronLearner:
         )
 
     @property
-    def bucket_count(self) -> int:
-        """How many buckets one export yields; the same for every version."""
-        return len(self._buckets)
+    def bucket_owners(self) -> list[list[int]]:
+        """Global ranks whose export yields a bucket, by round, in the buckets' order; the same for every version."""
+        return [[bucket.owner for bucket in line] for line in self._rounds]
 
     def export_shards(self, version: int) -> Iterator[WeightBucket | None]:
-        """One item per bucket on every rank: the bucket on global rank 0, ``None`` elsewhere. Exhaust it on all ranks."""
-        return hf.export(self._parameters, self._buckets, self._topology, version)
+        """One item a round on every rank: the bucket that the rank owns, or ``None``. Exhaust it on all ranks."""
+        return hf.export(self._parameters, self._rounds, self._topology, version)
 
     def save(self, directory: Path) -> None:
         """Write the whole state; see ``pipeline.learner.Learner.save``."""

@@ -1,8 +1,4 @@
-"""Linear weights as FP8 codes with scales, as DeepSeek-V3's checkpoints hold them and SGLang's loader expects them.
-
-One quantiser for export, weight sync and tests. A tensor becomes ``float8_e4m3fn`` codes and float32 scales, ``code * scale`` being
-its value: one scale for each 128x128 block (``*.weight_scale_inv``, DeepSeek-V3, arXiv 2412.19437, section 3.3.2; "inv" because it is
-what undoes the scaling), or one for the whole tensor (``*.weight_scale``). Pure torch: CPU and CUDA give the same bits.
+"""Linear weights into the FP8 codes and scales of ``pipeline.fp8``: one quantiser for export, weight sync and tests.
 
 Blocks are counted from a tensor's first row and column. So a shard whose edges lie on block edges may be quantised where it is, before
 it is sent at a half of the bytes; any other is quantised after it was gathered. :func:`aligned` says which, from the layout alone.
@@ -10,22 +6,33 @@ it is sent at a half of the bytes; any other is quantised after it was gathered.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any, TypeAlias
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 
 from megatron_ext.weights.layout import Row
+from pipeline.fp8 import BLOCK, CODES, Block, bands, dequantise, quantization_config, scale_name, scale_shape
 
-Block: TypeAlias = tuple[int, int]
+__all__ = (  # the format's names too: who writes needs no second import
+    "BLOCK",
+    "CODES",
+    "Block",
+    "aligned",
+    "dequantise",
+    "largest",
+    "quantise",
+    "quantise_tensors",
+    "quantised",
+    "quantised_names",
+    "quantization_config",
+    "scale_name",
+    "scale_shape",
+)
 
-BLOCK: Block = (128, 128)
-CODES = torch.float8_e4m3fn
 _LARGEST = 448.0  # of e4m3fn
 # The smallest normal float32. Blocks of zeros get it, and those so small that amax / 448 has lost bits: a scale of 0 would give NaN, a
 # scale of 1 would win over its neighbours' where SGLang joins per-tensor scales of q, k and v by their maximum.
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
-_BAND = 1 << 21  # entries worked on at a time: bounds the float32 copy to 8 MiB, which also stays near a CPU's caches
 _SOURCES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -61,29 +68,6 @@ def _starts(row: Row, tp: int, rank: int) -> Iterable[int]:
     return starts.values()
 
 
-def quantization_config(block: Block | None = BLOCK) -> dict[str, Any]:
-    """The ``quantization_config`` that ``config.json`` must hold for SGLang and transformers to read the tensors as FP8.
-
-    Activations are scaled as they come: a static scheme needs scales from calibration, which training does not have.
-    """
-    return {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "activation_scheme": "dynamic",
-        "weight_block_size": None if block is None else list(block),
-    }
-
-
-def scale_name(name: str, block: Block | None = BLOCK) -> str:
-    """Hugging Face name of the scale of the tensor ``name``, which ends in ``.weight``."""
-    return name + ("_scale" if block is None else "_scale_inv")
-
-
-def scale_shape(shape: tuple[int, ...], block: Block | None = BLOCK) -> tuple[int, ...]:
-    """Shape of the scale of a tensor of ``shape``: ``[ceil(rows / 128), ceil(columns / 128)]``, or ``[]`` for one per tensor."""
-    return () if block is None else (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
-
-
 def quantise(
     weight: torch.Tensor, block: Block | None = BLOCK, amax: torch.Tensor | None = None, name: str = "the tensor"
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,7 +97,7 @@ def quantise(
         )
     scale = _scale(found if amax is None else amax)
     codes = torch.empty(weight.shape, dtype=CODES, device=weight.device)
-    for source, target, divisor in _bands(weight, codes, scale, block):
+    for source, target, divisor in bands(weight, codes, scale, block):
         # No clamp: |source| <= amax and scale >= amax / 448 * (1 - 2**-24), and below 464 every torch rounds to 448.
         target.copy_(source.to(torch.float32, copy=True).div_(divisor))
     return codes, scale
@@ -123,21 +107,6 @@ def largest(weight: torch.Tensor) -> torch.Tensor:
     """Largest magnitude of a tensor, float32 of shape ``[]``; NaN where an entry is. Reduce it over shards with a maximum."""
     low, high = weight.aminmax()
     return torch.maximum(-low, high).float()
-
-
-def dequantise(
-    codes: torch.Tensor, scale: torch.Tensor, block: Block | None = BLOCK, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
-    """``code * scale``, computed in float32 and rounded to ``dtype``. Raises ``ValueError`` where the scale has another shape."""
-    if tuple(scale.shape) != scale_shape(codes.shape, block):
-        raise ValueError(
-            f"scale has shape {list(scale.shape)}; codes of shape {list(codes.shape)} in blocks {block} "
-            f"need {list(scale_shape(codes.shape, block))}"
-        )
-    values = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    for source, target, factor in _bands(codes, values, scale, block):
-        target.copy_(source.to(torch.float32).mul_(factor))
-    return values
 
 
 def quantise_tensors(
@@ -173,21 +142,3 @@ def _block_amax(weight: torch.Tensor, block: Block) -> torch.Tensor:
     columns = torch.cat([torch.maximum(-part.amin(1), part.amax(1)) for part in parts])
     padded = torch.nn.functional.pad(columns, (0, -columns.shape[1] % width))
     return padded.unflatten(1, (-1, width)).amax(2).float()
-
-
-def _bands(
-    source: torch.Tensor, target: torch.Tensor, scale: torch.Tensor, block: Block | None
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Views of some block rows of ``source`` and ``target``, ``[blocks, height, columns]``, and their scale to broadcast."""
-    rows, columns = source.shape
-    height, width = block or (BLOCK[0], columns)
-    if block is None:
-        scale = scale.expand(scale_shape((rows, columns), (height, width)))
-    scale = scale.repeat_interleave(width, 1)[:, None, :columns]
-    step, whole = max(1, _BAND // (height * columns)), rows // height
-    for first in range(0, whole, step):
-        last = min(first + step, whole)
-        band = slice(first * height, last * height)
-        yield source[band].unflatten(0, (-1, height)), target[band].unflatten(0, (-1, height)), scale[first:last]
-    if rows % height:
-        yield source[whole * height :].unsqueeze(0), target[whole * height :].unsqueeze(0), scale[whole:]

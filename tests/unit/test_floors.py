@@ -11,6 +11,7 @@ FLOORS = {
     "pipeline.seeds": 1,
     "pipeline.checksum": 1,
     "pipeline.packing": 1,
+    "pipeline.fp8": 1,
     "pipeline.ports": 1,
     "pipeline.config": 1,
     "pipeline.entropy": 2,
@@ -30,6 +31,7 @@ MEGATRON_MAY_USE = (
     "pipeline.types",
     "pipeline.config.schema",
     "pipeline.checksum",
+    "pipeline.fp8",
     "pipeline.learner",
     "pipeline.objectives",
 )

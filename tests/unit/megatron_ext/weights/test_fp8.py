@@ -170,7 +170,7 @@ def test_columns_of_a_larger_tensor_are_read_in_place():
 def test_bands_do_not_change_the_bits(monkeypatch):
     weight = torch.randn(37, 11, generator=torch.Generator().manual_seed(0))
     blockwise, single = fp8.quantise(weight, (4, 3)), fp8.quantise(weight, None)
-    monkeypatch.setattr(fp8, "_BAND", 90)  # two block rows at a time
+    monkeypatch.setattr("pipeline.fp8._BAND", 90)  # two block rows at a time
     for block, expected in (((4, 3), blockwise), (None, single)):
         assert all(same(a, b) for a, b in zip(fp8.quantise(weight, block), expected, strict=True))
 
