@@ -1,7 +1,7 @@
 """Learner ranks and rollout engines as Ray actors, behind the same protocols as their in-process forms.
 
-Weights never pass through the driver: rank 0 of the learner puts a bucket into the object store and the engines take it from
-there. Calls to one actor run in order, so a whole update is sent without waiting in between.
+Weights never pass through the driver: the learner's ranks put their buckets into the object store, and the engines take them from
+there, one copy a node. Calls to one actor run in order, so a whole update is sent without waiting in between.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ class LearnerRank:
         """``Learner.update``; a method of its own so that Ray hands it the batch by shared memory."""
         return self.learner.update(batch, step)
 
-    def bucket_count(self) -> int:
-        """How many buckets one export yields."""
-        return self.learner.bucket_count
+    def bucket_owners(self) -> list[list[int]]:
+        """Ranks whose export yields a bucket, by round."""
+        return self.learner.bucket_owners
 
-    def next_bucket(self, version: int, index: int) -> WeightBucket | None:
-        """Bucket ``index`` of ``version`` on global rank 0, None elsewhere; indices must be asked for in order from 0."""
-        if index == 0:
+    def next_bucket(self, version: int, number: int) -> WeightBucket | None:
+        """This rank's bucket of round ``number`` of ``version``, if it owns one; rounds must be asked for in order from 0."""
+        if number == 0:
             self.export = self.learner.export_shards(version)
         return next(self.export)
 
@@ -79,8 +79,8 @@ class RayLearner:
 
     def __init__(self, config: RunConfig, ranks: Sequence[Any], address: tuple[str, int]) -> None:
         self.ranks = list(ranks)
-        self.buckets = 0
-        self.ahead: dict[int, Any] = {}  # version -> its first bucket, already asked for
+        self.owners: list[list[int]] = []  # of buckets, by round
+        self.ahead: dict[int, list[Any]] = {}  # version -> its first round, already asked for
         threads = max(1, (os.cpu_count() or 1) // len(self.ranks))
         self._answer([rank.build.remote(config, i, address, threads) for i, rank in enumerate(self.ranks)])
 
@@ -99,24 +99,25 @@ class RayLearner:
         return self._everywhere("log_probs", ray.put(batch), reference=reference)
 
     def update(self, batch: TrainBatch, step: int) -> StepStats:
-        """See ``pipeline.learner.Learner``. The first bucket of version ``step + 1`` is asked for in the same breath."""
+        """See ``pipeline.learner.Learner``. The first round of version ``step + 1`` is asked for in the same breath."""
         shared = ray.put(batch)
         stats = [rank.update.remote(shared, step) for rank in self.ranks]
-        self.ahead = {step + 1: self._bucket(step + 1, 0)}
+        self.ahead = {step + 1: self._round(step + 1, 0)}
         return self._answer(stats)[0]
 
-    def export_shards(self, version: int) -> Iterator[WeightBucket]:
-        """Handles of the buckets of ``version``."""
-        self.buckets = self.buckets or self._answer(self.ranks[0].bucket_count.remote())
-        first = self.ahead.pop(version, None) or self._bucket(version, 0)
+    def export_shards(self, version: int) -> Iterator[Any]:
+        """Handles of the buckets of ``version``, each from its owner. While the engines load one round, the next is put together."""
+        self.owners = self.owners or self._answer(self.ranks[0].bucket_owners.remote())
+        ahead = self.ahead.pop(version, None) or self._round(version, 0)
         self.ahead = {}
-        yield first
-        for index in range(1, self.buckets):
-            yield self._bucket(version, index)
+        for number, owners in enumerate(self.owners, start=1):
+            replies, ahead = ahead, self._round(version, number) if number < len(self.owners) else []
+            for owner in owners:
+                yield replies[owner]
 
-    def _bucket(self, version: int, index: int) -> Any:
-        """Every rank takes part; the handle of rank 0's answer."""
-        return [rank.next_bucket.remote(version, index) for rank in self.ranks][0]  # noqa: RUF015
+    def _round(self, version: int, number: int) -> list[Any]:
+        """Every rank takes part; their answers, by rank."""
+        return [rank.next_bucket.remote(version, number) for rank in self.ranks]
 
     def save(self, directory: Path) -> None:
         """See ``pipeline.learner.Learner``."""

@@ -27,7 +27,7 @@ from megatron_ext import architecture, batching, checkpoint, context_parallel, i
 from megatron_ext.fp8 import transformer_engine
 from megatron_ext.head import Head
 from megatron_ext.topology import Topology, shutdown
-from megatron_ext.weights import hf, identity, layout
+from megatron_ext.weights import buckets, hf, identity, layout
 from pipeline.objectives.loss import (
     PolicyOutputs,
     TokenRows,
@@ -57,8 +57,11 @@ class MegatronLearner:
         total_steps: int,
         seed: int,
         topology: Topology,
+        weight_dtype: str = "auto",
     ) -> None:
         """Build model, optimizer and schedule for ``total_steps`` calls of :meth:`update`; weights come with ``load``.
+
+        ``weight_dtype``: what the weights are exported in, ``rollout.weight_dtype``.
 
         Raises ``ValueError`` on a model or layout that cannot be built.
         """
@@ -76,7 +79,7 @@ class MegatronLearner:
         )
         self._rows = layout.rows(self._architecture, topology.grid)
         itemsize = models.DTYPES[model.dtype].itemsize
-        self._buckets = hf.plan(self._rows, itemsize, learner.bucket_mib)
+        self._rounds = buckets.plan(self._rows, topology.grid, itemsize, learner.bucket_mib, weight_dtype == "fp8")
         self._cut = _cut(learner, inputs.alignment(self._chunks[0].config))
         self._models = _data_parallel(self._chunks, learner)
         self._optimizer = _optimizer(self._models, learner, model.dtype)
@@ -154,14 +157,14 @@ class MegatronLearner:
         )
 
     @property
-    def bucket_count(self) -> int:
-        """How many buckets one export yields; the same for every version."""
-        return len(self._buckets)
+    def bucket_owners(self) -> list[list[int]]:
+        """Global ranks whose export yields a bucket, by round, in the buckets' order; the same for every version."""
+        return [[bucket.owner for bucket in line] for line in self._rounds]
 
     def export_shards(self, version: int) -> Iterator[WeightBucket | None]:
-        """One item per bucket on every rank: the bucket on global rank 0, ``None`` elsewhere. Exhaust it on all ranks."""
+        """One item a round on every rank: the bucket that the rank owns, or ``None``. Exhaust it on all ranks."""
         parameters = transformer_engine.Dequantised(self._parameters)
-        return hf.export(parameters, self._buckets, self._topology, version)
+        return hf.export(parameters, self._rounds, self._topology, version)
 
     def save(self, directory: Path) -> None:
         """Write the whole state; see ``pipeline.learner.Learner.save``."""

@@ -28,9 +28,10 @@ class Learner(Protocol):
         """One optimizer step on ``batch``; ``step`` labels the entropy reading."""
 
     def export_shards(self, version: int) -> Iterator[WeightBucket]:
-        """The current weights as full tensors under Hugging Face names, bucket by bucket.
+        """The current weights as full tensors under Hugging Face names, bucket by bucket; in FP8 with ``rollout.weight_dtype=fp8``.
 
-        Over Ray the yielded objects are opaque handles that an engine's ``load_bucket`` accepts; the driver never holds the bytes.
+        A sharded learner's ranks put buckets together at the same time: each rank yields one item a round, the bucket that it owns or
+        ``None``, and the buckets of all ranks make up the version. Over Ray the yielded objects are opaque handles that an engine's ``load_bucket`` accepts; the driver never holds the bytes.
         """
 
     def save(self, directory: Path) -> None:

@@ -1,8 +1,6 @@
-"""Linear weights as FP8 codes with scales, as DeepSeek-V3's checkpoints hold them and SGLang's loader expects them.
+"""Linear weights into the FP8 codes and scales of ``pipeline.fp8``: one quantiser for export, weight sync and tests.
 
-One quantiser for export, weight sync and tests; training rounds by Transformer Engine's rules, ``megatron_ext.fp8.quantise``.
-A tensor becomes ``float8_e4m3fn`` codes and float32 scales, ``code * scale`` being its value: one scale for each 128x128 block (``*.weight_scale_inv``, DeepSeek-V3, arXiv 2412.19437, section 3.3.2; "inv" because it is
-what undoes the scaling), or one for the whole tensor (``*.weight_scale``). Pure torch: CPU and CUDA give the same bits.
+Training rounds by Transformer Engine's rules instead (``megatron_ext.fp8.quantise``).
 
 Blocks are counted from a tensor's first row and column. So a shard whose edges lie on block edges may be quantised where it is, before
 it is sent at a half of the bytes; any other is quantised after it was gathered. :func:`aligned` says which, from the layout alone.
@@ -11,16 +9,30 @@ it is sent at a half of the bytes; any other is quantised after it was gathered.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from typing import Any
 
 import torch
 
-from megatron_ext.fp8 import blocks
-from megatron_ext.fp8.blocks import Block
+import pipeline.blocks as blocks
 from megatron_ext.weights.layout import Row
+from pipeline.blocks import Block
+from pipeline.fp8 import BLOCK, CODES, dequantise, quantization_config, scale_name, scale_shape
 
-BLOCK: Block = (128, 128)
-CODES = torch.float8_e4m3fn
+__all__ = (  # the format's names too: who writes needs no second import
+    "BLOCK",
+    "CODES",
+    "Block",
+    "aligned",
+    "dequantise",
+    "largest",
+    "quantise",
+    "quantise_tensors",
+    "quantised",
+    "quantised_names",
+    "quantization_config",
+    "scale_name",
+    "scale_shape",
+)
+
 _LARGEST = 448.0  # of e4m3fn
 # The smallest normal float32. Blocks of zeros get it, and those so small that amax / 448 has lost bits: a scale of 0 would give NaN, a
 # scale of 1 would win over its neighbours' where SGLang joins per-tensor scales of q, k and v by their maximum.
@@ -58,29 +70,6 @@ def _starts(row: Row, tp: int, rank: int) -> Iterable[int]:
     for piece in row.slices(tp, rank):
         starts.setdefault(piece.source, piece.source_start)
     return starts.values()
-
-
-def quantization_config(block: Block | None = BLOCK) -> dict[str, Any]:
-    """The ``quantization_config`` that ``config.json`` must hold for SGLang and transformers to read the tensors as FP8.
-
-    Activations are scaled as they come: a static scheme needs scales from calibration, which training does not have.
-    """
-    return {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "activation_scheme": "dynamic",
-        "weight_block_size": None if block is None else list(block),
-    }
-
-
-def scale_name(name: str, block: Block | None = BLOCK) -> str:
-    """Hugging Face name of the scale of the tensor ``name``, which ends in ``.weight``."""
-    return name + ("_scale" if block is None else "_scale_inv")
-
-
-def scale_shape(shape: tuple[int, ...], block: Block | None = BLOCK) -> tuple[int, ...]:
-    """Shape of the scale of a tensor of ``shape``: ``[ceil(rows / 128), ceil(columns / 128)]``, or ``[]`` for one per tensor."""
-    return blocks.count(shape, block)
 
 
 def quantise(
@@ -121,18 +110,6 @@ def quantise(
 def largest(weight: torch.Tensor) -> torch.Tensor:
     """Largest magnitude of a tensor, float32 of shape ``[]``; NaN where an entry is. Reduce it over shards with a maximum."""
     return blocks.largest(weight, None)
-
-
-def dequantise(
-    codes: torch.Tensor, scale: torch.Tensor, block: Block | None = BLOCK, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
-    """``code * scale``, computed in float32 and rounded to ``dtype``. Raises ``ValueError`` where the scale has another shape."""
-    if tuple(scale.shape) != scale_shape(codes.shape, block):
-        raise ValueError(
-            f"scale has shape {list(scale.shape)}; codes of shape {list(codes.shape)} in blocks {block} "
-            f"need {list(scale_shape(codes.shape, block))}"
-        )
-    return blocks.multiply(codes, scale, block, dtype)
 
 
 def quantise_tensors(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,8 +12,11 @@ import torch.distributed as dist
 from megatron_ext.architecture import Architecture
 from megatron_ext.topology import Topology
 from megatron_ext.weights import safetensors_io
-from megatron_ext.weights.layout import Piece, Row, Slice
+from megatron_ext.weights.buckets import Bucket, Entry, Rounds
+from megatron_ext.weights.fp8 import quantise
+from megatron_ext.weights.layout import Row, Slice
 from pipeline.checksum import checksum
+from pipeline.fp8 import BLOCK, CODES, scale_name, scale_shape
 from pipeline.types import WeightBucket
 
 
@@ -43,97 +47,145 @@ def load(
             parameter.narrow(row.dim, piece.start, piece.length).copy_(values)
 
 
-def plan(rows: Sequence[Row], itemsize: int, bucket_mib: float) -> tuple[tuple[Piece, ...], ...]:
-    """Buckets of an export in order: each of one type, held by the same ranks and at most ``bucket_mib`` MiB, or a single tensor.
-
-    The same on every rank, and known without communication.
-    """
-    limit = bucket_mib * 2**20
-    buckets: list[list[Piece]] = []
-    size, last = 0, None
-    for piece in (Piece(row, source) for row in rows if row.exported for source in range(len(row.sources))):
-        nbytes = (4 if piece.row.float32 else itemsize) * torch.Size(piece.shape).numel()
-        kind = (piece.row.stage, piece.row.ep, piece.row.float32)
-        if kind != last or size + nbytes > limit:
-            buckets.append([])
-            size, last = 0, kind
-        buckets[-1].append(piece)
-        size += nbytes
-    return tuple(tuple(bucket) for bucket in buckets)
-
-
 def export(
     parameters: Mapping[str, torch.Tensor],
-    buckets: Sequence[Sequence[Piece]],
+    rounds: Rounds,
     topology: Topology,
     version: int,
 ) -> Iterator[WeightBucket | None]:
-    """The weights as full tensors under Hugging Face names, bucket by bucket, on global rank 0; ``None`` on the other ranks.
+    """The weights as full tensors under Hugging Face names, one item a round on every rank: the bucket that it owns, or ``None``.
 
-    A collective of the first replica (the others take no part): every rank that holds a part of a bucket sends it to rank 0.
-    The tensors are copies: training may go on while they travel.
+    A collective of all ranks, though only a bucket's holders exchange messages. In a round all of them are under way at once, and each pair of ranks
+    exchanges one each way at most: nobody waits for a rank that waits for another. A round takes up to three times the size of a
+    bucket on a rank: what it sends, what it receives, its own bucket. The tensors are copies: training may go on while they travel.
     """
-    for index, bucket in enumerate(buckets):
-        shards = _collect(parameters, bucket, topology)
-        if shards is None:
+    if topology.backend == "nccl":
+        dist.barrier()  # NCCL sets its communicator up in the first call that all ranks make
+    count = sum(len(buckets) for buckets in rounds)
+    for buckets in rounds:
+        own = next((bucket for bucket in buckets if bucket.owner == topology.rank), None)
+        shards = _exchange(parameters, buckets, own, topology)
+        if own is None:
             yield None
             continue
-        tensors = {piece.name: tensor for piece, tensor in zip(bucket, _assemble(bucket, shards), strict=True)}
-        yield WeightBucket(version, index, len(buckets), tensors, checksum(tensors))
+        tensors = _assemble(own, shards, parameters)
+        yield WeightBucket(version, own.index, count, tensors, checksum(tensors))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one holder contributes to one tensor that is gathered: entries ``start ..`` along ``dim``."""
+
+    name: str
+    dim: int
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in a message; whole fours, so that every part begins where its type may."""
+        return -(-torch.Size(self.shape).numel() * self.dtype.itemsize // 4) * 4
 
 
 @torch.no_grad()
-def _collect(
-    parameters: Mapping[str, torch.Tensor], bucket: Sequence[Piece], topology: Topology
-) -> list[torch.Tensor] | None:
-    """Every holder's part of ``bucket``, flat, on global rank 0, ``None`` elsewhere."""
-    holders = bucket[0].row.holders(topology.grid)
-    own = next(iter(parameters.values())).new_empty(0)  # of the model's type
-    if bucket[0].row.float32:
-        own = own.float()
-    if topology.rank in holders:
-        parts = _parts(bucket, len(holders), holders.index(topology.rank))
-        slices = (parameters[piece.row.parameter].narrow(piece.row.dim, s.start, s.length) for piece, s in parts)
-        own = torch.cat([own, *(part.reshape(-1) for part in slices)])
-    if topology.rank != 0:
-        if own.numel():
-            dist.send(own, 0)
-        return None
-    shards, requests = [], []
-    for index, rank in enumerate(holders):
-        shards.append(own if rank == 0 else own.new_empty(_size(bucket, len(holders), index)))
-        if rank != 0 and shards[-1].numel():
-            requests.append(dist.irecv(shards[-1], rank))
-    for request in requests:
-        assert request is not None  # rank 0 is of the group
-        request.wait()
-    return shards
+def _exchange(
+    parameters: Mapping[str, torch.Tensor], buckets: Sequence[Bucket], own: Bucket | None, topology: Topology
+) -> list[list[tuple[_Part, torch.Tensor]]]:
+    """Every holder's parts of ``own``, after this rank has sent its parts of the other buckets of the round."""
+    dtype, device = next(iter(parameters.values())).dtype, topology.device
+    operations, received = [], []
+    for bucket in buckets:
+        if bucket is own or topology.rank not in bucket.holders:
+            continue
+        message, views = _message(list(_parts(bucket, topology.rank, dtype)), device)
+        for (_, view), values in zip(views, _values(parameters, bucket, topology.rank), strict=True):
+            view.copy_(values)
+        if message.numel():
+            operations.append(dist.P2POp(dist.isend, message, bucket.owner))
+    for holder in own.holders if own else ():
+        if holder == topology.rank:
+            received.append(list(zip(_parts(own, holder, dtype), _values(parameters, own, holder), strict=True)))
+            continue
+        message, views = _message(list(_parts(own, holder, dtype)), device)
+        received.append(views)
+        if message.numel():
+            operations.append(dist.P2POp(dist.irecv, message, holder))
+    for work in dist.batch_isend_irecv(operations) if operations else ():
+        work.wait()
+    return received
 
 
-def _parts(bucket: Sequence[Piece], count: int, index: int) -> Iterator[tuple[Piece, Slice]]:
-    """What the ``index``-th of ``count`` holders sends of a bucket, in order; of what all hold alike, the first sends it."""
-    for piece in bucket:
-        if piece.row.split is not None or index == 0:
-            yield from ((piece, part) for part in piece.row.slices(count, index) if part.source == piece.source)
+def _message(parts: Sequence[_Part], device: torch.device) -> tuple[torch.Tensor, list[tuple[_Part, torch.Tensor]]]:
+    """A buffer for ``parts``, and a view of it for each."""
+    buffer = torch.empty(sum(part.nbytes for part in parts), dtype=torch.uint8, device=device)
+    sizes = [torch.Size(part.shape).numel() * part.dtype.itemsize for part in parts]
+    chunks = buffer.split([part.nbytes for part in parts])
+    return buffer, [
+        (part, chunk[:size].view(part.dtype).view(part.shape))
+        for part, chunk, size in zip(parts, chunks, sizes, strict=True)
+    ]
 
 
-def _size(bucket: Sequence[Piece], count: int, index: int) -> int:
-    return sum(_shape(piece, part).numel() for piece, part in _parts(bucket, count, index))
+def _slices(bucket: Bucket, entry: Entry, rank: int) -> list[Slice]:
+    """Slices of a tensor that ``rank`` contributes; of what all holders have alike, the owner's own."""
+    row = entry.piece.row
+    if row.split is None and rank != bucket.owner:
+        return []
+    found = row.slices(len(bucket.holders), bucket.holders.index(rank))
+    return [part for part in found if part.source == entry.piece.source]
 
 
-def _shape(piece: Piece, part: Slice) -> torch.Size:
-    """Shape of one slice of a tensor."""
-    return torch.Size((*piece.shape[: piece.row.dim], part.length, *piece.shape[piece.row.dim + 1 :]))
+def _parts(bucket: Bucket, rank: int, dtype: torch.dtype) -> Iterator[_Part]:
+    """What ``rank`` contributes, in the order of :func:`_values`."""
+    for entry in bucket.entries:
+        piece, dim = entry.piece, entry.piece.row.dim
+        slices = _slices(bucket, entry, rank)
+        if entry.quantise == "before" and slices:
+            start, length = slices[0].source_start, sum(part.length for part in slices)
+            shape = _resized(piece.shape, dim, length)
+            yield _Part(piece.name, dim, start, shape, CODES)
+            yield _Part(scale_name(piece.name), dim, start // BLOCK[dim], scale_shape(shape), torch.float32)
+            continue
+        for part in slices:
+            kept = torch.float32 if piece.row.float32 else dtype
+            yield _Part(piece.name, dim, part.source_start, _resized(piece.shape, dim, part.length), kept)
 
 
-def _assemble(bucket: Sequence[Piece], shards: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Full tensors from the flat parts of all holders; each owns its memory."""
-    tensors = {piece: shards[0].new_empty(piece.shape) for piece in bucket}
-    for index, shard in enumerate(shards):
-        start = 0
-        for piece, part in _parts(bucket, len(shards), index):
-            shape = _shape(piece, part)
-            values = shard[start : start + shape.numel()].view(shape)
-            tensors[piece].narrow(piece.row.dim, part.source_start, part.length).copy_(values)
-            start += shape.numel()
-    return list(tensors.values())
+def _values(parameters: Mapping[str, torch.Tensor], bucket: Bucket, rank: int) -> Iterator[torch.Tensor]:
+    """The contents of :func:`_parts`: views of ``parameters``, or fresh codes and scales."""
+    for entry in bucket.entries:
+        row, slices = entry.piece.row, _slices(bucket, entry, rank)
+        views = [parameters[row.parameter].narrow(row.dim, part.start, part.length) for part in slices]
+        if entry.quantise == "before" and views:
+            yield from quantise(torch.cat(views, row.dim), name=entry.piece.name)
+        else:
+            yield from views
+
+
+@torch.no_grad()
+def _assemble(
+    bucket: Bucket, shards: Sequence[Sequence[tuple[_Part, torch.Tensor]]], parameters: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The bucket's tensors as they leave; each owns its memory."""
+    example = next(iter(parameters.values()))
+    tensors: dict[str, torch.Tensor] = {}
+    for entry in bucket.entries:
+        name, shape = entry.piece.name, entry.piece.shape
+        if entry.quantise == "before":
+            tensors[name] = example.new_empty(shape, dtype=CODES)
+            tensors[scale_name(name)] = example.new_empty(scale_shape(shape), dtype=torch.float32)
+        else:
+            tensors[name] = example.new_empty(shape, dtype=torch.float32 if entry.piece.row.float32 else example.dtype)
+    for parts in shards:
+        for part, values in parts:
+            tensors[part.name].narrow(part.dim, part.start, part.shape[part.dim]).copy_(values)
+    for entry in bucket.entries:
+        if entry.quantise == "after":
+            name = entry.piece.name
+            tensors[name], tensors[scale_name(name)] = quantise(tensors[name], name=name)
+    return tensors
+
+
+def _resized(shape: tuple[int, ...], dim: int, length: int) -> tuple[int, ...]:
+    return (*shape[:dim], length, *shape[dim + 1 :])

@@ -229,11 +229,11 @@ class Row:
             return None
         return (grid.tp, place.tp) if self.expert is None else (grid.expert_tp, place.etp)
 
-    def holders(self, grid: Grid) -> tuple[int, ...]:
-        """Global ranks of the first replica, in the order of their parts."""
+    def holders(self, grid: Grid, replica: int = 0) -> tuple[int, ...]:
+        """Global ranks of one replica, in the order of their parts."""
         if self.ep is None:
-            return tuple(grid.dense_rank(tp, 0, self.stage) for tp in range(grid.tp))
-        return tuple(grid.expert_rank(etp, self.ep, 0, self.stage) for etp in range(grid.expert_tp))
+            return tuple(grid.dense_rank(tp, replica, self.stage) for tp in range(grid.tp))
+        return tuple(grid.expert_rank(etp, self.ep, replica, self.stage) for etp in range(grid.expert_tp))
 
     def local_shape(self, tp: int) -> tuple[int, ...]:
         """Shape of the parameter on each of ``tp`` ranks (for an expert, of ``etp``), padding included."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 
 from pipeline.config.schema import LearnerConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
 from pipeline.types import Actuation, TrainBatch
@@ -73,7 +74,17 @@ def learner(
 
 
 def exported(made, version: int = 0) -> dict[str, torch.Tensor]:
-    buckets = [b for b in made.export_shards(version) if b is not None]
+    return tensors_of(everywhere(made.export_shards(version)))
+
+
+def everywhere(items):
+    """The buckets of all ranks, in their order, on every rank."""
+    ours, theirs = list(items), [None] * dist.get_world_size()
+    dist.all_gather_object(theirs, ours)
+    return sorted((b for items in theirs for b in items if b is not None), key=lambda b: b.index)
+
+
+def tensors_of(buckets) -> dict[str, torch.Tensor]:
     return {name: tensor for b in buckets for name, tensor in b.tensors.items()}
 
 
@@ -86,8 +97,7 @@ def gradients(made, rows: TrainBatch) -> dict[str, torch.Tensor]:
         _gather_gradients(made)
     # What has no gradient (the buffer of expert biases) stands for itself.
     grads = {name: getattr(p, "main_grad", p).clone() for name, p in made._parameters.items()}
-    buckets = hf.export(grads, made._buckets, made._topology, 0)
-    return {name: tensor for b in buckets if b is not None for name, tensor in b.tensors.items()}
+    return tensors_of(everywhere(hf.export(grads, made._rounds, made._topology, 0)))
 
 
 def _gather_gradients(made):
@@ -220,15 +230,16 @@ def _whatever_the_cut(stats):
 
 def inspect(rank, world, address, folder, layout, tokens, candidates):
     """log p(candidate | prefix) at every position, and the export straight after loading, in one and in many buckets."""
-    from megatron_ext.weights import hf
+    from megatron_ext.weights import buckets, hf
 
     made = learner(rank, world, address, folder, **layout, micro_batch_size=512)
     table = torch.stack([_log_probs_of(made, tokens, token) for token in candidates], dim=-1)
-    whole = list(made.export_shards(7))
-    small = hf.plan(made._rows, 4, SMALL_BUCKET_MIB)
-    many = list(hf.export(made._parameters, small, made._topology, 8))
+    whole = everywhere(made.export_shards(7))
+    small = buckets.plan(made._rows, made._topology.grid, 4, SMALL_BUCKET_MIB)
+    yielded = list(hf.export(made._parameters, small, made._topology, 8))
+    many = everywhere(yielded)
     made.close()
-    return table, whole, many
+    return table, whole, many, [b and b.index for b in yielded], small
 
 
 def inspect_new_family(*arguments):
@@ -239,10 +250,10 @@ def inspect_new_family(*arguments):
         return inspect(*arguments)
 
 
-def load_and_export(rank, world, address, folder, grid, dtype="fp32"):
+def load_and_export(rank, world, address, folder, grid, dtype="fp32", fp8=False):
     """Global layers of each model chunk of this rank, and the export of all its chunks, on a grid of any shape."""
     from megatron_ext import architecture, models, topology
-    from megatron_ext.weights import hf, layout
+    from megatron_ext.weights import buckets, hf, layout
 
     placed = topology.initialize(rank, address, grid, seed=0)
     model = architecture.read(folder)
@@ -250,10 +261,20 @@ def load_and_export(rank, world, address, folder, grid, dtype="fp32"):
     chunks = models.build_chunks(model, placed, dtype)
     parameters = {name: tensor for gpt in chunks for name, tensor in models.global_parameters(gpt).items()}
     hf.load(parameters, rows, model, folder, placed)
-    buckets = list(hf.export(parameters, hf.plan(rows, models.DTYPES[dtype].itemsize, 1.0), placed, 0))
+    plan = buckets.plan(rows, grid, models.DTYPES[dtype].itemsize, SMALL_BUCKET_MIB, fp8)
+    whole = tensors_of(everywhere(hf.export(parameters, plan, placed, 0)))
     topology.shutdown()
-    layers = [[layer.layer_number - 1 for layer in gpt.decoder.layers] for gpt in chunks]
-    return layers, {name: tensor for bucket in buckets if bucket for name, tensor in bucket.tensors.items()}
+    return [[layer.layer_number - 1 for layer in gpt.decoder.layers] for gpt in chunks], whole
+
+
+def parameters_after_updates(rank, world, address, folder, tp, optimizer):
+    """This rank's parameters after two updates."""
+    made = learner(rank, world, address, folder, tp, 1, optimizer=optimizer)
+    for step in range(2):
+        made.update(batch(seed=step), step)
+    found = {name: parameter.data.clone() for name, parameter in made._parameters.items()}
+    made.close()
+    return found
 
 
 SMALL_BUCKET_MIB = 0.005  # 5 KiB: a few tensors of the tiny models, less than the largest

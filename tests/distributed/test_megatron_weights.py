@@ -10,6 +10,8 @@ import pytest
 import tiny_models
 import torch
 
+from megatron_ext import architecture
+from megatron_ext.weights import buckets, fp8, layout
 from megatron_ext.weights.grid import Grid
 from pipeline.checksum import checksum
 
@@ -43,20 +45,22 @@ def test_logits_equal_transformers_and_export_equals_the_folder(gang, tmp_path, 
         expected = torch.log_softmax(tiny_models.hf_model(folder)(tokens).logits, -1)[:, :-1, candidates]
     placed = {"tp": tp, "pp": pp, "ep": ep, "etp": etp}
     results = gang.run(ranks.inspect, world, folder, placed, tokens, candidates)
-    for table, _, _ in results:
+    _, whole, many, _, plan = results[0]
+    for table, *_ in results:
         assert (table - expected).abs().max() < 1e-4
-    for version, items in ((7, results[0][1]), (8, results[0][2])):
+    for version, items in ((7, whole), (8, many)):
         exported = {key: tensor for bucket in items for key, tensor in bucket.tensors.items()}
         assert exported.keys() == source.keys()
         assert all(torch.equal(exported[key], source[key]) for key in source)
         assert [(b.version, b.index, b.count) for b in items] == [(version, i, len(items)) for i in range(len(items))]
         assert all(b.checksum == checksum(b.tensors) for b in items)
-    sizes = [[t.nbytes for t in bucket.tensors.values()] for bucket in results[0][2]]
+    sizes = [[t.nbytes for t in bucket.tensors.values()] for bucket in many]
     assert all(len(size) == 1 or sum(size) <= ranks.SMALL_BUCKET_MIB * 2**20 for size in sizes)
     assert any(len(size) > 1 for size in sizes)
-    for _, whole, many in results[1:]:
-        assert whole == [None] * len(results[0][1])
-        assert many == [None] * len(results[0][2])
+    assert [sum(size) for size in sizes] == [bucket.nbytes for line in plan for bucket in line]
+    for rank, (*_, yielded, other) in enumerate(results):
+        assert other == plan
+        assert yielded == [next((b.index for b in line if b.owner == rank), None) for line in plan]
 
 
 @pytest.mark.parametrize("layout", ["TP1", "TP2xPP2"])
@@ -75,8 +79,8 @@ def test_a_new_dense_family_costs_its_table(gang, tmp_path, layout):
     folder = tiny_models.write(tmp_path / "exaone", config | {"architectures": ["ExaoneForCausalLM"]}, source)
     world, tp, pp, *_ = DENSE[layout]
     results = gang.run(ranks.inspect_new_family, world, folder, {"tp": tp, "pp": pp}, tokens, [3, 30])
-    assert all((table - expected).abs().max() < 1e-4 for table, _, _ in results)
-    exported = {name: tensor for bucket in results[0][1] for name, tensor in bucket.tensors.items()}
+    assert all((table - expected).abs().max() < 1e-4 for table, *_ in results)
+    exported = ranks.tensors_of(results[0][1])
     assert exported.keys() == source.keys()
     assert all(torch.equal(exported[name], source[name]) for name in source)
 
@@ -150,3 +154,38 @@ def test_grid_puts_layers_where_megatron_does(gang):
 def test_what_megatron_s_own_layers_cannot_divide_is_refused(gang, tmp_path, name, message):
     folder = tiny_models.write(tmp_path, tiny_models.config(name))
     assert all(message in said for said in gang.run(ranks.refusal, 4, folder, 4, 1))
+
+
+FP8 = {
+    "TP2xDP2": ("qwen3", Grid(tp=2, dp=2), {"before", "after"}),
+    "TP2xPP2": ("qwen2", Grid(tp=2, pp=2), {"before", "after"}),
+    "experts over EP2, expert-TP2": ("deepseek_v3", Grid(dp=4, ep=2, etp=2), {"before"}),
+    "experts over EP2, dense TP2": ("qwen3_moe", Grid(tp=2, dp=2, ep=2, etp=2), {"before", "after"}),
+}
+
+
+@pytest.mark.parametrize("case", FP8)
+def test_fp8_has_the_same_bits_whichever_side_quantises(gang, tmp_path, case):
+    """Feed-forward shards (256 / 2) end on block edges, those of attention (64 / 2) within blocks."""
+    name, grid, expected = FP8[case]
+    config = tiny_models.config(name, intermediate_size=256, num_key_value_heads=4)
+    if "moe_intermediate_size" in config:
+        config["moe_intermediate_size"] = 256
+    source = tiny_models.weights(config)
+    folder = tiny_models.write(tmp_path, config, source)
+    rows = layout.rows(architecture.read(folder), grid)
+    entries = [entry for line in buckets.plan(rows, grid, 2, 1, fp8=True) for b in line for entry in b.entries]
+    assert {entry.quantise for entry in entries} == expected | {None}
+    exported = gang.run(ranks.load_and_export, grid.world_size, folder, grid, "bf16", True)[0][1]
+    kept = {name: t if name.endswith("correction_bias") else t.bfloat16() for name, t in source.items()}
+    whole = fp8.quantise_tensors(kept, fp8.quantised_names(rows))
+    assert exported.keys() == whole.keys()
+    assert checksum(exported) == checksum(whole)
+
+
+def test_replicas_stay_bitwise_equal(gang, tmp_path):
+    """Any replica may own a bucket: after updates they hold the same bits, also where each updates its part only."""
+    folder = tiny_models.write(tmp_path, tiny_models.config("llama"))
+    first, _, third, _ = gang.run(ranks.parameters_after_updates, 4, folder, 2, {"distributed": True})
+    assert first.keys() == third.keys()
+    assert all(torch.equal(first[name], third[name]) for name in first)

@@ -11,6 +11,8 @@ FLOORS = {
     "pipeline.seeds": 1,
     "pipeline.checksum": 1,
     "pipeline.packing": 1,
+    "pipeline.blocks": 1,
+    "pipeline.fp8": 1,
     "pipeline.ports": 1,
     "pipeline.config": 1,
     "pipeline.entropy": 2,
@@ -30,6 +32,8 @@ MEGATRON_MAY_USE = (
     "pipeline.types",
     "pipeline.config.schema",
     "pipeline.checksum",
+    "pipeline.blocks",
+    "pipeline.fp8",
     "pipeline.learner",
     "pipeline.objectives",
 )

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.architecture import FAMILIES, Architecture, Mla, Moe
-from megatron_ext.fp8 import blocks
+from pipeline import blocks
 from megatron_ext.weights import fp8, layout
 from megatron_ext.weights.layout import Row, Source
 

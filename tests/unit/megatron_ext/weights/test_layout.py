@@ -1,12 +1,11 @@
 from collections import Counter, defaultdict
 
 import pytest
-import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.architecture import FAMILIES, Architecture, Mla, Moe
-from megatron_ext.weights import hf, layout
+from megatron_ext.weights import layout
 from megatron_ext.weights.grid import Grid
 from megatron_ext.weights.layout import Slice
 
@@ -153,6 +152,7 @@ def models(draw, families=tuple(FAMILIES)):
     )
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_every_entry_of_every_tensor_is_held_exactly_once_per_replica(data):
     """Conservation: over the ranks of a replica the slices tile each source; within a rank they never overlap."""
@@ -175,20 +175,6 @@ def test_every_entry_of_every_tensor_is_held_exactly_once_per_replica(data):
         assert parts == {(count, i): replicas for i in range(count)}
         for source in r.sources:
             assert held[r.parameter, source.name] == Counter(range(source.shape[r.dim]))
-
-
-@given(st.data())
-def test_plan_holds_every_tensor_once_and_keeps_the_bound(data):
-    model, limit = data.draw(models()), data.draw(st.integers(1, 2000))
-    grid = data.draw(grids(model.layers))
-    rows = layout.rows(model, grid)
-    buckets = hf.plan(rows, 2, limit / 2**20)
-    names = [piece.name for bucket in buckets for piece in bucket]
-    assert Counter(names) == Counter({s.name: 1 for r in rows for s in r.sources})
-    for bucket in buckets:
-        assert len({(piece.row.holders(grid), piece.row.float32) for piece in bucket}) == 1
-        sizes = [(4 if piece.row.float32 else 2) * torch.Size(piece.shape).numel() for piece in bucket]
-        assert len(bucket) == 1 or sum(sizes) <= limit
 
 
 @pytest.mark.parametrize("family", ["LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
