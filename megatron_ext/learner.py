@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -65,6 +66,8 @@ class MegatronLearner:
         self._hf_path = model.hf_path
         self._architecture = architecture.read(Path(model.hf_path))
         numerics = transformer_engine.resolve(learner, topology.device)
+        # Sequence lengths are made a multiple of this: what FP8 products take of a rank's tokens.
+        self._multiple = numerics.tokens_multiple * (topology.tp_size if learner.sequence_parallel else 1)
         self._gpt = models.build(self._architecture, topology, model.dtype, numerics=numerics)
         self._parameters = models.global_parameters(self._gpt)
         self._rows = layout.rows(self._architecture, topology.grid)
@@ -186,17 +189,20 @@ class MegatronLearner:
         scale = len(indices) * self._topology.dp_size * self._config.updates_per_step
         finish = self._log_probs if forward_only else partial(self._loss, scale=scale)
 
+        padding = -batch.loss_mask.shape[1] % self._multiple
+
         def forward(data: Iterator[TrainBatch], model: torch.nn.Module) -> tuple[torch.Tensor, Any]:
             micro = next(data)
-            with models.only_targets(self._gpt, micro.loss_mask):
-                return model(micro.tokens[:, :-1], None, None), partial(finish, micro)
+            tokens, mask = (F.pad(grid, (0, padding)) for grid in (micro.tokens[:, :-1], micro.loss_mask))
+            with models.only_targets(self._gpt, mask):
+                return model(tokens, None, None), partial(finish, micro)
 
         return self._forward_backward(
             forward_step_func=forward,
             data_iterator=(batching.take(batch, rows, self._topology.device) for rows in indices),
             model=self._model,
             num_microbatches=len(indices),
-            seq_length=batch.loss_mask.shape[1],
+            seq_length=batch.loss_mask.shape[1] + padding,
             micro_batch_size=len(indices[0]),
             forward_only=forward_only,
             collect_non_loss_data=forward_only,

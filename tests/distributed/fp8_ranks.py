@@ -70,3 +70,15 @@ def emulated_layers(rank, world, address, folder, precision):
     finite = all(p.grad.isfinite().all() for p in gpt.parameters() if p.grad is not None)
     topology.shutdown()
     return names, finite
+
+
+def padded(rank, world, address, folder, multiples, rows):
+    """Log-probs, and statistics of one update, with sequences padded to each of ``multiples``."""
+    import megatron_ranks as ranks
+
+    made = ranks.learner(rank, world, address, folder, 1, world, optimizer={"lr": 0.0})
+    found = []
+    for made._multiple in multiples:
+        found.append((made.log_probs(rows), made.update(rows, 0)))
+    made.close()
+    return found

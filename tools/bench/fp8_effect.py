@@ -108,7 +108,7 @@ class Reader:
         return logits[:, : self._vocab].float().log_softmax(-1)
 
 
-def _batches(tokens: torch.Tensor, mask: torch.Tensor, size: int):  # noqa: ANN202
+def _batches(tokens: torch.Tensor, mask: torch.Tensor, size: int):
     return zip(tokens.split(size), mask.split(size), strict=True)
 
 
