@@ -48,13 +48,6 @@ class Numerics:
         """Whether Transformer Engine computes in FP8."""
         return self.precision.fp8 != "none" and not self.precision.emulate
 
-    @property
-    def tokens_multiple(self) -> int:
-        """What the tokens of a micro-batch on one rank must be a multiple of: FP8 products take 16 at a time, MXFP8's blocks 32."""
-        if not self.fp8:
-            return 1
-        return 32 if self.precision.fp8_recipe == "mxfp8" else 16
-
     def transformer_fields(self, *, mla: bool, moe: bool) -> dict[str, Any]:
         """``TransformerConfig``'s fields for Transformer Engine: its fusions, one grouped product for a rank's experts, and FP8."""
         if self.impl == "local":

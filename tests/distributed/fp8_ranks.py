@@ -1,5 +1,7 @@
 """What each rank does in the FP8 tests; run by ``gang.Gang``."""
 
+from dataclasses import replace
+
 import torch
 
 
@@ -13,9 +15,10 @@ def two_layers(rank, world, address, recipe, sequence_parallel, passes):
 
     from megatron_ext import topology
     from megatron_ext.fp8 import emulate
+    from megatron_ext.weights.grid import Grid
     from pipeline.config.schema import PrecisionConfig
 
-    placed = topology.initialize(rank, world, address, world, 1, seed=0)
+    placed = topology.initialize(rank, address, Grid(tp=world), seed=0)
     config = ModelParallelConfig(
         tensor_model_parallel_size=world,
         sequence_parallel=sequence_parallel and world > 1,
@@ -58,15 +61,29 @@ def _gathered(tensor, dim, placed):
 def emulated_layers(rank, world, address, folder, precision):
     """Names of the modules that compute in FP8, and whether a forward and backward pass gives finite gradients everywhere."""
     from megatron_ext import architecture, models, topology
-    from megatron_ext.fp8.transformer_engine import Numerics
     from megatron_ext.weights import hf, layout
+    from megatron_ext.weights.grid import Grid
+    from pipeline.config.schema import LearnerConfig
 
-    placed = topology.initialize(rank, world, address, 1, 1, seed=0)
+    placed = topology.initialize(rank, address, Grid(), seed=0)
     model = architecture.read(folder)
-    gpt = models.build(model, placed, numerics=Numerics(precision=precision))
+    gpt = models.build(model, placed, options=LearnerConfig(transformer_impl="local", precision=precision))
     hf.load(models.global_parameters(gpt), layout.rows(model, placed.grid), model, folder, placed)
     gpt(torch.arange(24).view(2, 12), None, None).square().mean().backward()
     names = [name for name, module in gpt.named_modules() if "_forward_impl" in vars(module)]
     finite = all(p.grad.isfinite().all() for p in gpt.parameters() if p.grad is not None)
     topology.shutdown()
     return names, finite
+
+
+def padded(rank, world, address, folder, multiples, rows):
+    """Log-probs, and statistics of one update, with sequences padded to each of ``multiples``."""
+    import megatron_ranks as ranks
+
+    made = ranks.learner(rank, world, address, folder, 1, world, optimizer={"lr": 0.0})
+    found = []
+    for align in multiples:
+        made._cut = replace(made._cut, align=align)
+        found.append((made.log_probs(rows), made.update(rows, 0)))
+    made.close()
+    return found

@@ -95,3 +95,14 @@ def test_linear_layers_alone_and_not_the_first_and_last(gang, tmp_path, name, pe
     assert finite
     expected = {layer: per_layer.get(layer, per_layer[1]) for layer in (1, 2)}
     assert sorted(names) == sorted(f"decoder.layers.{layer}.{n}" for layer in expected for n in expected[layer])
+
+
+def test_padding_to_what_fp8_products_take_changes_nothing(gang, folder):
+    """11 positions padded to 16 and to 32, through two pipeline stages."""
+    rows = ranks.batch()
+    for plain, *others in gang.run(fp8_ranks.padded, 2, folder, (1, 16, 32), rows):
+        for log_probs, stats in others:
+            assert torch.allclose(log_probs, plain[0], rtol=0, atol=1e-5)
+            assert stats.loss == pytest.approx(plain[1].loss, rel=1e-5)
+            assert stats.grad_norm == pytest.approx(plain[1].grad_norm, rel=1e-4)
+            assert stats.entropy.mean == pytest.approx(plain[1].entropy.mean, rel=1e-5)

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 
 from megatron_ext import architecture, models, topology
-from megatron_ext.fp8.transformer_engine import Numerics
 from megatron_ext.weights import hf, layout
+from megatron_ext.weights.grid import Grid
 from pipeline.config.load import load_config
-from pipeline.config.schema import PrecisionConfig
+from pipeline.config.schema import LearnerConfig, PrecisionConfig
 from pipeline.data.sources import load_prompts
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.ports import free_port
@@ -80,7 +80,7 @@ class Reader:
     def __init__(self, folder: Path, placed: topology.Topology, dtype: str, precision: PrecisionConfig) -> None:
         model = architecture.read(folder)
         self._vocab = model.vocab
-        self._gpt = models.build(model, placed, dtype, numerics=Numerics(precision=precision))
+        self._gpt = models.build(model, placed, dtype, options=LearnerConfig(transformer_impl="local", precision=precision))
         parameters = models.global_parameters(self._gpt)
         hf.load(parameters, layout.rows(model, placed.grid), model, folder, placed)
         self._linear = [p for name, p in parameters.items() if ".linear_" in name and p.ndim == 2]
@@ -145,7 +145,7 @@ def main() -> None:
         sys.exit(f"{arguments.model}: no model folder. Remedy: python tools/make_smollm2.py, or --model FOLDER")
     tokens, mask = responses(arguments.model, arguments.prompts, arguments.samples, arguments.new_tokens)
     targets = tokens[:, 1:][mask]
-    placed = topology.initialize(0, 1, ("127.0.0.1", free_port()), 1, 1, seed=0)
+    placed = topology.initialize(0, ("127.0.0.1", free_port()), Grid(), seed=0)
     exact = Reader(arguments.model, placed, "fp32", PrecisionConfig()).read(tokens, mask, arguments.batch)
     entropy = float(-(exact[0].exp() * exact[0]).sum(-1).mean())
     print(f"{len(tokens)} responses, {len(targets)} tokens, entropy {entropy:.4f} nats\n")

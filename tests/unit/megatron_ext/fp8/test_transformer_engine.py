@@ -21,7 +21,7 @@ def learner(impl="auto", **precision):
 def test_on_a_cpu_the_layers_are_megatron_s_own():
     assert resolve(learner(), CPU).impl == "local"
     emulated = resolve(learner(fp8="e4m3", emulate=True), CPU)
-    assert (emulated.impl, emulated.emulated, emulated.fp8, emulated.tokens_multiple) == ("local", True, False, 1)
+    assert (emulated.impl, emulated.emulated, emulated.fp8) == ("local", True, False)
     assert emulated.transformer_fields(mla=False, moe=False) == {}
 
 
@@ -90,12 +90,6 @@ def test_fields_are_those_of_megatron_core():
     plain = Numerics("transformer_engine").transformer_fields(mla=True, moe=False)
     assert not any(name.startswith("fp8") or name == "moe_grouped_gemm" for name in plain)
     assert not plain["apply_rope_fusion"]
-
-
-def test_tokens_come_in_multiples_of_the_products_tiles():
-    assert Numerics("transformer_engine", FP8).tokens_multiple == 16
-    assert Numerics("transformer_engine", PrecisionConfig(fp8="e4m3", fp8_recipe="mxfp8")).tokens_multiple == 32
-    assert Numerics("transformer_engine").tokens_multiple == 1
 
 
 def test_plain_parameters_pass_through():

@@ -93,6 +93,7 @@ def test_error_is_bounded(rows, columns, height, width, dtype, whole, seed):
         assert value.item() == pytest.approx(max(amax.item() / 448, torch.finfo(torch.float32).tiny), rel=2**-23)
 
 
+@settings(deadline=None)
 @given(DTYPES, st.integers(0, 2**32))
 def test_no_code_overflows(dtype, seed):
     """Where amax / 448 is rounded down, the largest entry is above 448 scales: it must not become NaN."""
