@@ -46,7 +46,9 @@ def gather(outputs: PolicyOutputs, mask: torch.Tensor, topology: Topology) -> Po
     if topology.cp_size == 1:
         return outputs
     own = own_targets(mask, topology)
-    local = shard(torch.arange(mask.numel(), device=mask.device).view_as(mask), topology)[own]  # index of each own target
+    local = shard(torch.arange(mask.numel(), device=mask.device).view_as(mask), topology)[
+        own
+    ]  # index of each own target
     fields = {name: value for name, value in vars(outputs).items() if value is not None}
     grid = torch.zeros(mask.numel(), len(fields), device=mask.device)
     grid = grid.index_copy(0, local, torch.stack(list(fields.values()), dim=-1))
@@ -74,7 +76,13 @@ class GatheredAttention(MegatronModule):
         self._group = pg_collection.cp
 
     def forward(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, packed_seq_params: Any = None, **__: Any
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *_: Any,
+        packed_seq_params: Any = None,
+        **__: Any,
     ) -> torch.Tensor:
         """``query`` ``[seq / cp, rows, heads, width]``, ``key`` and ``value`` with key-value heads: ``[seq / cp, rows, heads x width]``."""
         if packed_seq_params is not None:

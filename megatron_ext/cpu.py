@@ -101,7 +101,9 @@ def install_layers() -> None:
     mappings._reduce_scatter_along_first_dim = _unequal(mappings._reduce_scatter_along_first_dim, _scatter_unequal)
 
 
-def _unequal(original: Callable[..., torch.Tensor], instead: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def _unequal(
+    original: Callable[..., torch.Tensor], instead: Callable[..., torch.Tensor]
+) -> Callable[..., torch.Tensor]:
     """``original`` but for parts of given sizes, of which ``instead`` takes care."""
 
     @functools.wraps(original)

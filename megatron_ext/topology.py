@@ -84,7 +84,9 @@ def initialize(rank: int, address: tuple[str, int], grid: Grid, seed: int) -> To
     if address[0] in ("127.0.0.1", "localhost"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a container's host name often does not resolve
     backend = "nccl" if cuda else "gloo"
-    dist.init_process_group(backend, init_method=f"tcp://{address[0]}:{address[1]}", rank=rank, world_size=grid.world_size)
+    dist.init_process_group(
+        backend, init_method=f"tcp://{address[0]}:{address[1]}", rank=rank, world_size=grid.world_size
+    )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=grid.tp,
         pipeline_model_parallel_size=grid.pp,

@@ -41,7 +41,9 @@ class Grid:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if self.dp % self.cp:
-            raise ValueError(f"cp={self.cp} does not divide the dp={self.dp} replicas, which count it: raise dp or lower cp")
+            raise ValueError(
+                f"cp={self.cp} does not divide the dp={self.dp} replicas, which count it: raise dp or lower cp"
+            )
         if (self.tp * self.dp) % (self.ep * self.expert_tp):
             raise ValueError(
                 f"ep={self.ep} x etp={self.expert_tp} does not divide the {self.tp * self.dp} ranks of a stage "
