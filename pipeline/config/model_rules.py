@@ -183,9 +183,9 @@ def _divisions(config: RunConfig, model: Mapping[str, Any]) -> Iterator[Problem]
     tensor = {"attention heads": heads, "feed-forward columns": model["intermediate_size"]}
     if model["model_type"] != "deepseek_v3" and tp > 1:
         width = model.get("head_dim") or model["hidden_size"] // heads
-        tensor["query, key and value rows"] = (heads + 2 * groups) * width
         if tp % groups:  # otherwise several ranks share a key-value head
             tensor["key-value heads"] = groups
+        tensor["query, key and value rows"] = (heads + 2 * groups) * width
     checks = [
         ("learner.tensor_model_parallel_size", tp, tensor),
         ("rollout.tensor_parallel_size", config.rollout.tensor_parallel_size, {"attention heads": heads}),

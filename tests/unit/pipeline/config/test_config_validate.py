@@ -371,9 +371,11 @@ def test_models_that_the_learner_takes_pass(model, case):
 
 
 def test_key_value_heads_and_ranks_divide_one_another(model):
-    (model / "config.json").write_text(json.dumps(LLAMA | {"num_attention_heads": 12, "head_dim": 8}))
-    (problem,) = problems(model, "learner.tensor_model_parallel_size=3", "rollout.max_new_tokens=16")
-    assert "4 key-value heads" in problem.problem or "feed-forward" in problem.problem
+    heads = {"num_attention_heads": 12, "head_dim": 8, "intermediate_size": 192}
+    (model / "config.json").write_text(json.dumps(LLAMA | heads))
+    (problem,) = problems(model, "learner.tensor_model_parallel_size=3")
+    assert "4 key-value heads" in problem.problem
+    assert problems(model, "learner.tensor_model_parallel_size=4") == ()
 
 
 EXPERTS = ["rollout.engine=sglang", "rollout.max_prompt_tokens=16", "rollout.max_new_tokens=16"]
