@@ -6,7 +6,9 @@ ROLLOUT ?= native
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: quickstart test test-integration lint bench clean
+MCORE19 := .venv-mcore19
+
+.PHONY: quickstart test test-integration test-mcore19 lint bench clean
 
 quickstart: $(VENV)/.ready $(if $(filter sglang,$(ROLLOUT)),$(VENV)/.ready-sglang)
 	$(BIN)/python tools/quickstart.py --rollout $(ROLLOUT)
@@ -17,6 +19,10 @@ test: $(VENV)/.ready
 test-integration: $(VENV)/.ready-sglang
 	$(BIN)/python -m pytest tests/integration
 
+# The newest megatron-core that the learner serves, on its distributed tests; `make test` has the oldest.
+test-mcore19: $(MCORE19)/.ready
+	$(MCORE19)/bin/python -m pytest tests/distributed
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -26,13 +32,22 @@ bench: $(VENV)/.ready
 	$(BIN)/python tools/bench/step_time.py
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(MCORE19)
 
 $(VENV)/.ready: pyproject.toml requirements/torch.txt requirements/cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -r requirements/torch.txt
 	$(BIN)/python -m pip install -q -r requirements/cpu.txt
 	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+# megatron-core 0.19 asks for Python 3.12 and for packages that need CUDA; what the learner uses of it runs without either.
+$(MCORE19)/.ready: pyproject.toml requirements/torch.txt requirements/cpu.txt requirements/mcore19-no-deps.txt
+	test -x $(MCORE19)/bin/python || $(PYTHON) -m venv $(MCORE19)
+	$(MCORE19)/bin/python -m pip install -q -r requirements/torch.txt
+	$(MCORE19)/bin/python -m pip install -q -r requirements/cpu.txt
+	$(MCORE19)/bin/python -m pip install -q --no-deps --ignore-requires-python -r requirements/mcore19-no-deps.txt
+	$(MCORE19)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
 $(VENV)/.ready-sglang: $(VENV)/.ready requirements/sglang-cpu.txt requirements/sglang-cpu-no-deps.txt

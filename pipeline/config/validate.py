@@ -18,7 +18,7 @@ from pipeline.config.errors import Problem
 from pipeline.config.keys import leaf_keys
 from pipeline.config.model_rules import model_problems
 from pipeline.config.precision_rules import precision_problems
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import LearnerConfig, RunConfig
 
 TEMPERATURE_ACTUATORS = ("resample", "reweight", "fc")
 
@@ -230,17 +230,19 @@ def _batch(config: RunConfig) -> Iterator[Problem]:
 
 def _processes(config: RunConfig) -> Iterator[Problem]:
     learner = config.learner
-    tensor, pipeline, data = (
+    tensor, context, pipeline, data = (
         learner.tensor_model_parallel_size,
+        learner.context_parallel_size,
         learner.pipeline_model_parallel_size,
         learner.data_parallel_size,
     )
-    if config.runtime == "inline" and tensor * pipeline * data > 1:
+    processes = tensor * context * pipeline * data
+    if config.runtime == "inline" and processes > 1:
         yield Problem(
             "runtime",
             "inline",
-            f"one process cannot hold TP {tensor} x PP {pipeline} x DP {data} = {tensor * pipeline * data} learner processes",
-            "set runtime=ray, or the three learner.*_parallel_size to 1",
+            f"one process cannot hold TP {tensor} x CP {context} x PP {pipeline} x DP {data} = {processes} learner processes",
+            "set runtime=ray, or the learner.*_parallel_size to 1",
         )
     if config.rollout.engine == "native" and config.rollout.tensor_parallel_size > 1:
         yield Problem(
@@ -283,6 +285,81 @@ def _token_budget(config: RunConfig) -> Iterator[Problem]:
             f"context parallelism (learner.context_parallel_size = {learner.context_parallel_size}) cuts grids only",
             "set packing=false (micro-batches by tokens have little padding), or context_parallel_size=1",
         )
+
+
+def _sequence_parallel(config: RunConfig) -> Iterator[Problem]:
+    if config.learner.sequence_parallel and config.learner.tensor_model_parallel_size == 1:
+        yield Problem(
+            "learner.sequence_parallel",
+            True,
+            "there are no tensor-parallel ranks to divide the sequence over",
+            "set learner.tensor_model_parallel_size above 1, or it to false",
+        )
+
+
+def _pipeline(config: RunConfig) -> Iterator[Problem]:
+    learner = config.learner
+    stages, chunks = learner.pipeline_model_parallel_size, learner.virtual_pipeline_model_parallel_size
+    first, last = learner.num_layers_in_first_pipeline_stage, learner.num_layers_in_last_pipeline_stage
+    needs_stages = {
+        "learner.virtual_pipeline_model_parallel_size": chunks if chunks > 1 else 0,
+        "learner.num_layers_in_first_pipeline_stage": first,
+        "learner.num_layers_in_last_pipeline_stage": last,
+    }
+    for key, value in needs_stages.items():
+        if value and stages == 1:
+            yield Problem(
+                key,
+                value,
+                "the pipeline has one stage",
+                "set learner.pipeline_model_parallel_size above 1, or remove it",
+            )
+    if stages == 2 and chunks > 1 and first and last:
+        yield Problem(
+            "learner.virtual_pipeline_model_parallel_size",
+            chunks,
+            "megatron-core does not interleave two stages that both have their own number of layers",
+            "set one of learner.num_layers_in_first_pipeline_stage and learner.num_layers_in_last_pipeline_stage to 0",
+        )
+
+
+def _experts(config: RunConfig) -> Iterator[Problem]:
+    learner = config.learner
+    tensor = learner.expert_tensor_parallel_size or learner.tensor_model_parallel_size
+    groups = learner.expert_model_parallel_size * tensor
+    ranks = learner.tensor_model_parallel_size * learner.context_parallel_size * learner.data_parallel_size
+    if ranks % groups:
+        yield Problem(
+            "learner.expert_model_parallel_size",
+            learner.expert_model_parallel_size,
+            f"EP {learner.expert_model_parallel_size} x expert-TP {tensor} does not divide the {ranks} ranks of a stage "
+            f"(TP {learner.tensor_model_parallel_size} x CP {learner.context_parallel_size} x DP {learner.data_parallel_size})",
+            "lower it or learner.expert_tensor_parallel_size, or raise learner.data_parallel_size",
+        )
+
+
+def _overlap(config: RunConfig) -> Iterator[Problem]:
+    optimizer = config.learner.optimizer
+    if optimizer.overlap_param_gather and not (optimizer.distributed and optimizer.overlap_grad_reduce):
+        yield Problem(
+            "learner.optimizer.overlap_param_gather",
+            True,
+            "only the distributed optimizer gathers parameters, and beside overlap_grad_reduce only",
+            "set learner.optimizer.distributed and learner.optimizer.overlap_grad_reduce to true, or it to false",
+        )
+
+
+def _recompute(config: RunConfig) -> Iterator[Problem]:
+    learner = config.learner
+    for key in ("recompute_method", "recompute_num_layers"):
+        value = getattr(learner, key)
+        if learner.recompute_granularity != "full" and value != getattr(LearnerConfig(), key):
+            yield Problem(
+                f"learner.{key}",
+                value,
+                f"has no effect with learner.recompute_granularity={learner.recompute_granularity}",
+                "remove it, or set learner.recompute_granularity=full",
+            )
 
 
 def _kv_cache(config: RunConfig) -> Iterator[Problem]:
@@ -544,6 +621,11 @@ RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _batch,
     _processes,
     _token_budget,
+    _sequence_parallel,
+    _pipeline,
+    _experts,
+    _overlap,
+    _recompute,
     _kv_cache,
     _optimizer,
     _data,

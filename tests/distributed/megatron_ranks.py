@@ -137,17 +137,6 @@ def megatron_chunks(rank, world, address, cases):
     return found
 
 
-def refusal(rank, world, address, folder, tp, pp):
-    """What a learner that cannot be built says."""
-    from megatron_ext import topology
-
-    try:
-        learner(rank, world, address, folder, tp, pp).close()
-    except ValueError as error:
-        topology.shutdown()
-        return str(error)
-
-
 def learning_rates(rank, world, address, folder, optimizer, total_steps):
     made = learner(rank, world, address, folder, 1, 1, total_steps=total_steps, optimizer=optimizer)
     rates = [made.update(batch(4, 1), step).learning_rate for step in range(total_steps)]
@@ -211,13 +200,51 @@ def refusal_to_restore(made, directory):
 
 
 def train(rank, world, address, folder, tp, pp, steps, batches, config):
-    """Full gradients of the first batch (where they are whole), statistics of every step, final weights."""
+    """Full gradients of the first batch, statistics of every step, final weights."""
     made = learner(rank, world, address, folder, tp, pp, **config)
+    result = _trained(made, steps, batches)
+    made.close()
+    return result
+
+
+def train_and_ask(rank, world, address, folder, tp, pp, steps, batches, config):
+    """As ``train``, and the log-probs of the first batch: before, after, and the reference's after."""
+    made = learner(rank, world, address, folder, tp, pp, **config)
+    before = made.log_probs(batches[0])
+    result = _trained(made, steps, batches)
+    after = made.log_probs(batches[0]), made.log_probs(batches[0], reference=True)
+    made.close()
+    return *result, (before, *after)
+
+
+def _trained(made, steps, batches):
     grads = gradients(made, batches[0])
     stats = [_whatever_the_cut(made.update(batches[step % len(batches)], step)) for step in range(steps)]
-    weights = exported(made)
-    made.close()
-    return grads, stats, weights
+    return grads, stats, exported(made)
+
+
+def saved_for_backward(rank, world, address, folder, configs, tokens):
+    """Bytes that one forward pass keeps for the backward pass, per configuration, parameters apart."""
+    from torch.autograd.graph import saved_tensors_hooks
+
+    found = []
+    first = learner(rank, world, address, folder, 1, 1)
+    for config in configs:
+        made = _other_topology(first, folder, 1, 1, {}, replace(first._config, **config))
+        own = {p.untyped_storage().data_ptr() for p in made._chunks[0].parameters()}
+        kept = {}
+
+        def note(tensor, own=own, kept=kept):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = (tensor, storage.nbytes())  # the tensor, so that no other takes its place
+            return tensor
+
+        with saved_tensors_hooks(note, lambda tensor: tensor):
+            made._models[0](tokens, None, None)
+        found.append(sum(size for _, size in kept.values()))
+    first.close()
+    return found
 
 
 def _whatever_the_cut(stats):
@@ -352,7 +379,8 @@ def restore_with(rank, world, address, folder, directory, optimizers, steps, con
     first.save(Path(directory))
     results = []
     for optimizer in optimizers:
-        other = _other_topology(first, folder, 1, 1, config, optimizer)
+        changed = replace(first._config, optimizer=OptimizerConfig(**optimizer))
+        other = _other_topology(first, folder, 1, 1, config, changed)
         other.restore(Path(directory))
         results.append((other.update(batch(seed=steps), steps), exported(other)))
     weights = exported(first)
@@ -367,12 +395,12 @@ def first_update(rank, world, address, folder, optimizer, config):
     return result
 
 
-def _other_topology(first, folder, tp, pp, config, optimizer=None):
+def _other_topology(first, folder, tp, pp, config, changed=None):
     """Another learner in the same process groups, with other weights and RNG state until it restores."""
     from megatron_ext.learner import MegatronLearner
 
     made = MegatronLearner(
-        replace(first._config, optimizer=OptimizerConfig(**optimizer)) if optimizer else first._config,
+        changed or first._config,
         ModelConfig(hf_path=str(folder), dtype=config.get("dtype", "fp32")),
         first._objective,
         total_steps=10,

@@ -9,19 +9,25 @@ import torch
 
 from pipeline.config.schema import ObjectiveConfig
 
+OVERLAP = {"optimizer": {"distributed": True, "overlap_grad_reduce": True, "overlap_param_gather": True}}
+REFERENCE = {"objective": ObjectiveConfig(kl_coef=0.1)}
 CASES = {
-    "one process, cosine schedule": (1, 1, 1, {"optimizer": {"lr_schedule": "cosine", "lr": 1e-2}}),
-    "TP2 with a reference policy": (2, 2, 1, {"objective": ObjectiveConfig(kl_coef=0.1)}),
-    "DP2, distributed optimizer": (2, 1, 1, {"optimizer": {"distributed": True}}),
-    "PP2, bf16": (2, 1, 2, {"dtype": "bf16"}),
-    "TP2 x PP2, tied": (4, 2, 2, {}),
+    "one process, cosine schedule": ("qwen2", 1, 1, 1, {"optimizer": {"lr_schedule": "cosine", "lr": 1e-2}}),
+    "TP2 with a reference policy": ("qwen2", 2, 2, 1, REFERENCE),
+    "DP2, distributed optimizer": ("qwen2", 2, 1, 1, {"optimizer": {"distributed": True}}),
+    "PP2, bf16": ("qwen2", 2, 1, 2, {"dtype": "bf16"}),
+    "TP2 x PP2, tied": ("qwen2", 4, 2, 2, {}),
+    "DP2 x PP2 x VPP2, tied, distributed optimizer": ("qwen2", 4, 1, 2, {"sizes": {"vpp": 2}, **OVERLAP, **REFERENCE}),
+    "CP2, distributed optimizer": ("qwen3", 2, 1, 1, {"cp": 2, **OVERLAP}),
+    "EP2, latent attention": ("deepseek_v3", 2, 1, 1, {"sizes": {"ep": 2}}),
+    "EP2 x PP2, bf16, distributed optimizer": ("qwen3_moe", 4, 1, 2, {"sizes": {"ep": 2}, "dtype": "bf16", **OVERLAP}),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_continues_bit_for_bit(gang, tmp_path, case):
-    world, tp, pp, config = CASES[case]
-    folder = tiny_models.write(tmp_path / "hf", tiny_models.config("qwen2"))
+    name, world, tp, pp, config = CASES[case]
+    folder = tiny_models.write(tmp_path / "hf", tiny_models.config(name))
     batches = [ranks.batch(seed=seed, reference_log_probs=-torch.rand(10, 11)) for seed in range(4)]
     results = gang.run(ranks.save_and_continue, world, folder, tmp_path / "checkpoint", tp, pp, batches, config)
     for expected, repeated, weights, again, reference, reference_again in results:

@@ -102,6 +102,7 @@ CONFIGS["deepseek_plain_query"] = CONFIGS["deepseek_v3"] | {
     "rope_scaling": None,
     "n_group": 1,
     "topk_group": 1,
+    "first_k_dense_replace": 2,  # the first of two stages has no experts
 }
 
 

@@ -10,9 +10,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.architecture import FAMILIES, Architecture, Mla, Moe
-from pipeline import blocks
 from megatron_ext.weights import fp8, layout
 from megatron_ext.weights.layout import Row, Source
+from pipeline import blocks
 
 QWEN3_32B = Architecture(
     FAMILIES["Qwen3ForCausalLM"], 1, 5120, 25600, 64, 8, 128, 151936, 40960, 1e-6, 1e6, None, False

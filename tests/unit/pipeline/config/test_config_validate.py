@@ -51,7 +51,59 @@ BROKEN = {
         "4 per",
     ),
     "idle engines": (["rollout.engines=17"], "rollout.engines", "more engines than prompts"),
-    "inline": (["runtime=inline", "learner.tensor_model_parallel_size=2"], "runtime", "TP 2 x PP 1 x DP 1 = 2"),
+    "inline": (["runtime=inline", "learner.tensor_model_parallel_size=2"], "runtime", "TP 2 x CP 1 x PP 1 x DP 1 = 2"),
+    "inline CP": (["runtime=inline", "learner.context_parallel_size=2"], "runtime", "CP 2"),
+    "sequence parallel": (["learner.sequence_parallel=true"], "learner.sequence_parallel", "no tensor-parallel ranks"),
+    "VPP": (
+        ["learner.virtual_pipeline_model_parallel_size=2"],
+        "learner.virtual_pipeline_model_parallel_size",
+        "one stage",
+    ),
+    "uneven": (
+        ["learner.num_layers_in_last_pipeline_stage=2"],
+        "learner.num_layers_in_last_pipeline_stage",
+        "one stage",
+    ),
+    "uneven VPP": (
+        [
+            "learner.pipeline_model_parallel_size=2",
+            "learner.virtual_pipeline_model_parallel_size=2",
+            "learner.num_layers_in_first_pipeline_stage=2",
+            "learner.num_layers_in_last_pipeline_stage=4",
+        ],
+        "learner.virtual_pipeline_model_parallel_size",
+        "two stages",
+    ),
+    "uneven layers": (
+        ["learner.pipeline_model_parallel_size=3", "learner.num_layers_in_first_pipeline_stage=1"],
+        "learner.num_layers_in_first_pipeline_stage",
+        "leaves 5 of 6 layers over 2 stages",
+    ),
+    "VPP layers": (
+        ["learner.pipeline_model_parallel_size=2", "learner.virtual_pipeline_model_parallel_size=2"],
+        "learner.virtual_pipeline_model_parallel_size",
+        "layers of every stage (3)",
+    ),
+    "EP ranks": (
+        ["learner.expert_tensor_parallel_size=2"],
+        "learner.expert_model_parallel_size",
+        "EP 1 x expert-TP 2 does not divide the 1 ranks",
+    ),
+    "EP dense": (
+        ["learner.expert_model_parallel_size=2", "learner.data_parallel_size=2"],
+        "learner.expert_model_parallel_size",
+        "no experts",
+    ),
+    "gather": (
+        ["learner.optimizer.overlap_param_gather=true", "learner.optimizer.overlap_grad_reduce=true"],
+        "learner.optimizer.overlap_param_gather",
+        "distributed optimizer",
+    ),
+    "recompute": (
+        ["learner.recompute_granularity=selective", "learner.recompute_num_layers=2"],
+        "learner.recompute_num_layers",
+        "no effect with learner.recompute_granularity=selective",
+    ),
     "native TP": (["rollout.tensor_parallel_size=2"], "rollout.tensor_parallel_size", "native"),
     "native transport": (["rollout.weight_transport=disk"], "rollout.weight_transport", "no server to carry them to"),
     "transport": (
@@ -155,8 +207,11 @@ BROKEN = {
     ),
     "name": (["name=a/b"], "name", "folder name"),
     "TP heads": (["learner.tensor_model_parallel_size=3"], "learner.tensor_model_parallel_size", "8 attention heads"),
-    "TP groups": (["learner.tensor_model_parallel_size=8"], "learner.tensor_model_parallel_size", "4 key-value heads"),
-    "PP layers": (["learner.pipeline_model_parallel_size=4"], "learner.pipeline_model_parallel_size", "6 layers"),
+    "PP layers": (
+        ["learner.pipeline_model_parallel_size=4"],
+        "learner.pipeline_model_parallel_size",
+        "6 layers over 4 stages",
+    ),
     "engine TP": (
         ["rollout.engine=sglang", "rollout.tensor_parallel_size=3"],
         "rollout.tensor_parallel_size",
@@ -187,6 +242,18 @@ def test_rule(model, rule):
         ["rollout.sglang.max_total_tokens=1"],
         ["data.source.kind=reasoning_gym", "data.source.task=chain_sum", "data.source.size=16"],
         [f"seed={2**63 - 1}"],
+        ["learner.sequence_parallel=true", "learner.tensor_model_parallel_size=8"],  # 4 key-value heads
+        [
+            "learner.pipeline_model_parallel_size=2",
+            "learner.num_layers_in_first_pipeline_stage=2",
+            "learner.virtual_pipeline_model_parallel_size=2",
+        ],
+        [
+            "learner.optimizer.distributed=true",
+            "learner.optimizer.overlap_grad_reduce=true",
+            "learner.optimizer.overlap_param_gather=true",
+        ],
+        ["learner.recompute_granularity=full", "learner.recompute_method=block", "learner.context_parallel_size=2"],
     ],
     ids=lambda overrides: overrides[-1],
 )
@@ -285,6 +352,15 @@ UNSUPPORTED = {
     "llama3 frequency": ({"rope_scaling": ROPE | {"low_freq_factor": 2.0}}, "low_freq_factor=2.0"),
     "llama3 without factor": ({"rope_scaling": {"rope_type": "llama3"}}, "without a factor"),
 }
+for name, change, words in (
+    ("choice of experts", {"topk_method": "greedy"}, "topk_method='greedy'"),
+    ("scores not normalised", {"norm_topk_prob": False}, "norm_topk_prob=False with num_experts_per_tok=2"),
+    ("groups of experts", {"n_group": 2, "topk_group": 2}, "n_group=2, topk_group=2"),
+    ("latent attention", {"kv_lora_rank": None}, "does not say kv_lora_rank"),
+    ("llama3 rope of another family", {"rope_scaling": ROPE}, "rope_type='llama3'"),
+):
+    UNSUPPORTED[f"DeepSeek, {name}"] = (hf_config("deepseek_v3") | change, words)
+UNSUPPORTED["no experts"] = (hf_config("qwen3_moe") | {"num_experts": None}, "does not say num_experts")
 SUPPORTED = {
     "plain": {},
     "llama3": {"rope_scaling": ROPE},
@@ -315,14 +391,42 @@ def test_models_that_the_learner_takes_pass(model, case):
     assert problems(model) == ()
 
 
+def test_key_value_heads_and_ranks_divide_one_another(model):
+    heads = {"num_attention_heads": 12, "head_dim": 8, "intermediate_size": 192}
+    (model / "config.json").write_text(json.dumps(LLAMA | heads))
+    (problem,) = problems(model, "learner.tensor_model_parallel_size=3")
+    assert "4 key-value heads" in problem.problem
+    assert problems(model, "learner.tensor_model_parallel_size=4") == ()
+
+
+EXPERTS = ["rollout.engine=sglang", "rollout.max_prompt_tokens=16", "rollout.max_new_tokens=16"]
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
-def test_families_whose_weights_are_mapped_but_that_cannot_be_trained(model, family):
+def test_experts(model, family):
+    """What a model with experts asks beyond a dense one's rules."""
     config = hf_config(family)
-    architecture.parse(config)  # conversion and plans take it
+    architecture.parse(config)
     (model / "config.json").write_text(json.dumps(config))
-    (problem,) = problems(model)
-    assert f"model_type {family!r} cannot be trained yet" in problem.problem
-    assert "llama, mistral, qwen2, qwen3" in problem.remedy
+    assert problems(model, *EXPERTS) == ()
+    layout = ["learner.tensor_model_parallel_size=2", "learner.expert_model_parallel_size=2"]
+    layout.append("learner.expert_tensor_parallel_size=1")
+    assert problems(model, *EXPERTS, *layout, "learner.sequence_parallel=true") == ()
+    asked = {
+        "learner.sequence_parallel": layout,
+        "rollout.engine": ["rollout.engine=native"],
+        "learner.expert_model_parallel_size": [
+            "learner.expert_model_parallel_size=3",
+            "learner.data_parallel_size=3",
+        ],
+        "learner.expert_tensor_parallel_size": [
+            "learner.expert_tensor_parallel_size=5",
+            "learner.data_parallel_size=5",
+        ],
+    }
+    for key, overrides in asked.items():
+        (problem,) = problems(model, *EXPERTS, *overrides)
+        assert problem.key == key
 
 
 def test_free_form_and_sectioned_values_say_where_they_came_from(model):
