@@ -24,7 +24,9 @@ KERNELS = ("auto", "fused", "torch", "triton")
 class Head:
     """What stands in for the output layer of ``gpt``; does nothing on a stage without one."""
 
-    def __init__(self, gpt: GPTModel, vocab_size: int, group: dist.ProcessGroup, device: torch.device, kernel: str) -> None:
+    def __init__(
+        self, gpt: GPTModel, vocab_size: int, group: dist.ProcessGroup, device: torch.device, kernel: str
+    ) -> None:
         """``vocab_size`` without padding; ``group`` is the tensor-parallel group; ``kernel`` is ``learner.log_prob_kernel``.
 
         Raises ``ValueError`` on a kernel that this device cannot run.
@@ -52,9 +54,13 @@ class Head:
 
         def select(hidden: torch.Tensor, **_: object) -> tuple[torch.Tensor, None]:
             if self._gpt.config.sequence_parallel:  # [seq / tp, rows, hidden]; backward reduces and scatters
-                return gather_from_sequence_parallel_region(hidden, group=self._group).transpose(0, 1)[mask][:, None], None
+                return gather_from_sequence_parallel_region(hidden, group=self._group).transpose(0, 1)[mask][
+                    :, None
+                ], None
             chosen = hidden.transpose(0, 1)[mask]
-            return copy_to_tensor_model_parallel_region(chosen, group=self._group)[:, None], None  # backward all-reduces
+            return copy_to_tensor_model_parallel_region(chosen, group=self._group)[
+                :, None
+            ], None  # backward all-reduces
 
         layer = self._gpt.output_layer
         layer.forward = select  # not the layer itself: hooks on its call gather parameters over DP

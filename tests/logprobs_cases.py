@@ -38,7 +38,9 @@ def exact(logits, targets, vocab_size, temperature):
     entropy = -torch.where(p > 0, p * log_p, 0.0).sum(-1)
     temperature = torch.as_tensor(temperature, device=z.device).double().expand(len(z))
     tempered = (z / temperature[:, None]).log_softmax(-1)
-    return tuple(each.gather(1, targets[:, None])[:, 0] if each.dim() == 2 else each for each in (log_p, entropy, tempered))
+    return tuple(
+        each.gather(1, targets[:, None])[:, 0] if each.dim() == 2 else each for each in (log_p, entropy, tempered)
+    )
 
 
 def loss(log_probs, entropy, upstream, entropy_grad):

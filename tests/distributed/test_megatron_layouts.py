@@ -57,6 +57,8 @@ LAYOUTS = {
     "DP2": (2, 1, 1, {}),
     "DP2, distributed optimizer": (2, 1, 1, {"optimizer": {**ADAM, "distributed": True}}),
     "TP2 x PP2": (4, 2, 2, {}),
+    "logits kept whole": (1, 1, 1, {"log_prob_kernel": "torch"}),
+    "TP2, logits kept whole": (2, 2, 1, {"log_prob_kernel": "torch"}),
     "micro-batches of 3": (1, 1, 1, {"micro_batch_size": 3}),
     "DP2 x PP2, micro-batches of 2": (4, 1, 2, {"micro_batch_size": 2}),
 }
@@ -117,7 +119,8 @@ def test_mini_batches_add_up_to_the_batch(gang, reference):
     (_, one, weights), *_ = run(gang, folder, 1, 1, 1, updates_per_step=2)
     (_, two, split), *_ = run(gang, folder, 2, 2, 1, updates_per_step=2)
     assert [s.loss for s in two] == pytest.approx([s.loss for s in one], rel=1e-5, abs=1e-6)
-    assert all(torch.allclose(split[name], weights[name], rtol=0, atol=1e-5) for name in weights)
+    # Twice the tolerance of one update a step: off-policy ratios make losses of 100 here, and rounding in proportion.
+    assert all(torch.allclose(split[name], weights[name], rtol=0, atol=2e-5) for name in weights)
     assert not math.isclose(one[-1].loss, whole.loss)
 
 

@@ -16,7 +16,9 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not CUDA and os.environ.get("TRITON_INTERPRET") != "1", reason="needs CUDA or TRITON_INTERPRET=1"),
+    pytest.mark.skipif(
+        not CUDA and os.environ.get("TRITON_INTERPRET") != "1", reason="needs CUDA or TRITON_INTERPRET=1"
+    ),
 ]
 BLOCK = 64  # columns a program reads at a time
 
@@ -34,7 +36,7 @@ def close(mine, other, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("entropy_grad", [False, True])
-@pytest.mark.parametrize("columns, padding", [(250, 6), (2, 0), (3 * BLOCK, 0)])
+@pytest.mark.parametrize(("columns", "padding"), [(250, 6), (2, 0), (3 * BLOCK, 0)])
 def test_from_logits(blocks, columns, padding, entropy_grad):
     c = case(9, columns, padding, seed=columns, scale=6.0, device=DEVICE)
     leaf = c.logits.clone().requires_grad_(True)

@@ -63,7 +63,9 @@ def test_projection_in_blocks_matches_float64(tokens, columns, padding, block, s
 
 
 @pytest.mark.parametrize("entropy_grad", [False, True])
-@pytest.mark.parametrize("tokens, columns", [(16, 53), (300, 1000)])  # the second: more than the kernel works on at a time
+@pytest.mark.parametrize(
+    ("tokens", "columns"), [(16, 53), (300, 1000)]
+)  # the second: more than the kernel works on at a time
 def test_gradients_match_float64(tokens, columns, entropy_grad):
     c = case(tokens, columns, padding=3)
     leaf = c.logits.clone().requires_grad_(True)
@@ -203,7 +205,10 @@ def test_bfloat16():
         close(mine, other, 1e-4)
     loss(*fused[:2], c.upstream, True).backward()
     assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
-    for mine, true in ((hidden.grad, true_logits @ c.weight.double()), (weight.grad, true_logits.t() @ c.hidden.double())):
+    for mine, true in (
+        (hidden.grad, true_logits @ c.weight.double()),
+        (weight.grad, true_logits.t() @ c.hidden.double()),
+    ):
         assert (mine - true).abs().max() <= true.abs().max() / 64
 
 

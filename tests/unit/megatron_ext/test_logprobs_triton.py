@@ -27,7 +27,7 @@ def test_arithmetic_in_the_interpreter():
 
 
 @pytest.mark.parametrize("logits", ["*fp32", "*bf16"])
-@pytest.mark.parametrize("kernel, option", [("_accumulate", "TEMPERED"), ("_gradient", "ENTROPY")])
+@pytest.mark.parametrize(("kernel", "option"), [("_accumulate", "TEMPERED"), ("_gradient", "ENTROPY")])
 def test_compiles_for_hopper(kernel, option, logits, tmp_path, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -40,9 +40,7 @@ def test_compiles_for_hopper(kernel, option, logits, tmp_path, monkeypatch):
     constants = {option: True, "BLOCK": logprobs_triton._MOST_COLUMNS}
     signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in function.arg_names}
     source = ASTSource(function, signature, constants)
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", 90, 32), options={"num_warps": logprobs_triton._WARPS}
-    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": logprobs_triton._WARPS})
     assert compiled.asm["cubin"]
     assert compiled.metadata.shared < 48 << 10
 
