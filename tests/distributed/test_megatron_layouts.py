@@ -96,6 +96,8 @@ LAYOUTS = {
     "CP2 x TP2 x SP, EP2": ((4, 2, 1, {"cp": 2, "sizes": {"ep": 2, "etp": 1}, **SP}), ("deepseek_v3",)),
     "EP2 x PP2 x VPP2": ((4, 1, 2, vpp(ep=2)), ("qwen3_moe",)),
     "TP2 x SP x PP2, no experts in the first": ((4, 2, 2, SP), ("deepseek_plain_query",)),
+    "logits kept whole": ((1, 1, 1, {"log_prob_kernel": "torch"}), ("qwen2",)),
+    "TP2 x SP, logits kept whole": ((2, 2, 1, {"log_prob_kernel": "torch", **SP}), ("llama", "qwen2")),
 }
 
 
@@ -183,7 +185,7 @@ def test_mini_batches_add_up_to_the_batch(gang, reference):
     (_, one, weights), *_ = run(gang, folder, 1, 1, 1, updates_per_step=2)
     (_, two, split), *_ = run(gang, folder, 2, 2, 1, updates_per_step=2)
     assert [s.loss for s in two] == pytest.approx([s.loss for s in one], rel=1e-5, abs=1e-6)
-    # Six optimizer steps here, three in the other tests, which hold 1e-5.
+    # Twice the tolerance of one update a step: off-policy ratios make losses of 100 here, and rounding in proportion.
     assert all(torch.allclose(split[name], weights[name], rtol=0, atol=2e-5) for name in weights)
     assert not math.isclose(one[-1].loss, whole.loss)
 

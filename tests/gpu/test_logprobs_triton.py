@@ -36,7 +36,7 @@ def close(mine, other, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("entropy_grad", [False, True])
-@pytest.mark.parametrize("columns, padding", [(250, 6), (2, 0), (3 * BLOCK, 0)])
+@pytest.mark.parametrize(("columns", "padding"), [(250, 6), (2, 0), (3 * BLOCK, 0)])
 def test_from_logits(blocks, columns, padding, entropy_grad):
     c = case(9, columns, padding, seed=columns, scale=6.0, device=DEVICE)
     leaf = c.logits.clone().requires_grad_(True)

@@ -64,7 +64,7 @@ def test_projection_in_blocks_matches_float64(tokens, columns, padding, block, s
 
 @pytest.mark.parametrize("entropy_grad", [False, True])
 @pytest.mark.parametrize(
-    "tokens, columns", [(16, 53), (300, 1000)]
+    ("tokens", "columns"), [(16, 53), (300, 1000)]
 )  # the second: more than the kernel works on at a time
 def test_gradients_match_float64(tokens, columns, entropy_grad):
     c = case(tokens, columns, padding=3)

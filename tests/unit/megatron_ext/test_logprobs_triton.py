@@ -27,7 +27,7 @@ def test_arithmetic_in_the_interpreter():
 
 
 @pytest.mark.parametrize("logits", ["*fp32", "*bf16"])
-@pytest.mark.parametrize("kernel, option", [("_accumulate", "TEMPERED"), ("_gradient", "ENTROPY")])
+@pytest.mark.parametrize(("kernel", "option"), [("_accumulate", "TEMPERED"), ("_gradient", "ENTROPY")])
 def test_compiles_for_hopper(kernel, option, logits, tmp_path, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
