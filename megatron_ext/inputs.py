@@ -56,13 +56,13 @@ def build(micro: TrainBatch, *, packing: bool, align: int = 1) -> ModelInputs:
     if padding := -len(tokens) % align:
         lengths.append(padding)  # a row of its own, which no other sees
     return ModelInputs(
-        F.pad(tokens, (0, padding))[None], F.pad(targets, (0, padding))[None], len(tokens), _packed(lengths)
+        F.pad(tokens, (0, padding))[None], F.pad(targets, (0, padding))[None], len(tokens), packed_rows(lengths)
     )
 
 
-def _packed(lengths: list[int]) -> PackedSeqParams:
+def packed_rows(lengths: list[int], device: torch.device | None = None) -> PackedSeqParams:
     """Rows of these lengths one after the other: attention stays within each, and positions start again at 0."""
-    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=ends,
