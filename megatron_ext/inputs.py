@@ -57,16 +57,14 @@ def build(micro: TrainBatch, *, packing: bool, align: int = 1) -> ModelInputs:
     tokens, labels, targets = (F.pad(grid, (0, padding)) for grid in grids)
     packed = None
     if packing:
-        lengths = (micro.lengths - 1).tolist()
-        packed = _packed(
-            [*lengths, padding] if padding else lengths
-        )  # padding is a row of its own, which no other sees
+        rest = [padding] if padding else []  # a row of its own, which no other sees
+        packed = packed_rows((micro.lengths - 1).tolist() + rest)
     return ModelInputs(tokens, labels, targets, int(real.sum()), packed)
 
 
-def _packed(lengths: list[int]) -> PackedSeqParams:
+def packed_rows(lengths: list[int], device: torch.device | None = None) -> PackedSeqParams:
     """Rows of these lengths one after the other: attention stays within each, and positions start again at 0."""
-    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
     return PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=ends,

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ext import batching
@@ -52,6 +52,7 @@ def positions(lengths, rows, cut):
     )
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 5), cuts())
 def test_micro_batches_keep_their_promises(lengths, ranks, cut):
     if cut.packed:
@@ -71,6 +72,7 @@ def test_micro_batches_keep_their_promises(lengths, ranks, cut):
         assert all(rows for own in dealt for rows in own)
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 5), cuts())
 def test_work_is_balanced_over_ranks(lengths, ranks, cut):
     """The busiest rank has at most (1 - 1/ranks) of the largest row (of the largest grid) more than the mean."""
@@ -84,6 +86,7 @@ def test_work_is_balanced_over_ranks(lengths, ranks, cut):
     assert ranks * max(work) <= sum(work) + (ranks - 1) * largest
 
 
+@settings(deadline=None)
 @given(LENGTHS, st.integers(1, 3))
 def test_no_more_micro_batches_than_needed(lengths, ranks):
     """Packed within twice the fewest there can be; grids of sorted rows with the fewest."""

