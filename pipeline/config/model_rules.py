@@ -27,6 +27,7 @@ _COUNTS = (
     "max_position_embeddings",
 )
 _FEATURES = {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False}  # the only values, also when absent
+_FP8_BLOCK = 128  # ``pipeline.fp8.BLOCK``, which would import torch here
 # The rest of Llama 3's rotary scaling is fixed in megatron-core's RotaryEmbedding.
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -48,7 +49,7 @@ def model_problems(config: RunConfig, folder: Path) -> Iterator[Problem]:
         yield Problem("model.hf_path", path, "config.json is not a JSON object", "restore the model folder")
         return
     refusals = [Problem("model.hf_path", path, problem, remedy) for problem, remedy in _refusals(model)]
-    yield from refusals or [*_divisions(config, model), *_lengths(config, model)]
+    yield from refusals or [*_divisions(config, model), *_lengths(config, model), *_fp8_blocks(config, model)]
 
 
 def _refusals(model: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -121,6 +122,32 @@ def _lengths(config: RunConfig, model: Mapping[str, Any]) -> Iterator[Problem]:
             f"{length} tokens, but the model has {positions} positions",
             f"make them sum to at most {positions}",
         )
+
+
+def _fp8_blocks(config: RunConfig, model: Mapping[str, Any]) -> Iterator[Problem]:
+    """What SGLang 0.5.21 asks of a model whose weights it takes in FP8, update after update."""
+    rollout, family = config.rollout, model["model_type"]
+    if rollout.weight_dtype != "fp8" or rollout.engine != "sglang":
+        return
+    remedy = "set rollout.weight_dtype=auto, or rollout.engine=native"
+    if family in ("llama", "mistral"):
+        problem = (
+            f"SGLang cannot update FP8 weights of model_type {family!r}: it drops the scales of blocks, and the layers "
+            "with one scale per tensor are transposed once loaded"
+        )
+        yield Problem("rollout.weight_dtype", "fp8", problem, remedy)
+        return
+    heads, ranks = model["num_attention_heads"], rollout.tensor_parallel_size
+    groups, width = model.get("num_key_value_heads") or heads, model.get("head_dim") or model["hidden_size"] // heads
+    parts = {
+        "query": heads * width // ranks,
+        "key and value": max(1, groups // ranks) * width,
+        "feed-forward": model["intermediate_size"] // ranks,
+    }
+    for what, size in parts.items():
+        if size % _FP8_BLOCK:
+            problem = f"a rank's {size} {what} rows (tensor_parallel_size={ranks}) are not whole blocks of {_FP8_BLOCK}, which SGLang asks for"
+            yield Problem("rollout.weight_dtype", "fp8", problem, f"{remedy}, or lower rollout.tensor_parallel_size")
 
 
 def _divisions(config: RunConfig, model: Mapping[str, Any]) -> Iterator[Problem]:
