@@ -64,7 +64,8 @@ def train(config: RunConfig, resume: Path | None = None) -> dict[str, Any]:
 
 
 def evaluate(config: RunConfig, run: Path | None = None) -> dict[str, Any]:
-    """pass@k and friends of the Hugging Face model, or of the newest checkpoint of ``run``."""
+    """pass@k and friends of the Hugging Face model, or of the newest checkpoint of ``run``, at the model's own precision."""
+    config = replace(config, rollout=replace(config.rollout, weight_dtype="auto"))
     checkpoint = _checkpoints(run.resolve(), config).latest() if run else None
     if run and not checkpoint:
         raise CheckpointError(f"{run} holds no complete checkpoint; evaluate its model with --config instead")
@@ -144,7 +145,15 @@ def build_learner_rank(config: RunConfig, rank: int, address: tuple[str, int]) -
     layout = config.learner
     placed = topology.initialize(rank, address, topology.grid_of(layout), config.seed)
     model = replace(config.model, hf_path=str(_hf_path(config)))
-    return MegatronLearner(layout, model, config.objective, total_steps=config.steps, seed=config.seed, topology=placed)
+    return MegatronLearner(
+        layout,
+        model,
+        config.objective,
+        total_steps=config.steps,
+        seed=config.seed,
+        topology=placed,
+        weight_dtype=config.rollout.weight_dtype,
+    )
 
 
 def start_engines(config: RunConfig, log_dir: Path, stack: ExitStack) -> EnginePool:

@@ -38,6 +38,7 @@ _COUNTS_IN = {
 }
 _FEATURES = {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False}  # the only values, also when absent
 _DEEPSEEK_FEATURES = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "rope_interleave": True}
+_FP8_BLOCK = 128  # ``pipeline.fp8.BLOCK``, which would import torch here
 # The rest of Llama 3's rotary scaling is fixed in megatron-core's RotaryEmbedding.
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
@@ -65,6 +66,7 @@ def model_problems(config: RunConfig, folder: Path) -> Iterator[Problem]:
         *_layout(config, model),
         *_lengths(config, model),
         *precision_model_problems(config, model),
+        *_fp8_blocks(config, model),
     ]
 
 
@@ -179,6 +181,32 @@ def _layout(config: RunConfig, model: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem(
             "rollout.engine", "native", "the native engine computes dense models only", "set rollout.engine=sglang"
         )
+
+
+def _fp8_blocks(config: RunConfig, model: Mapping[str, Any]) -> Iterator[Problem]:
+    """What SGLang 0.5.21 asks of a model whose weights it takes in FP8, update after update."""
+    rollout, family = config.rollout, model["model_type"]
+    if rollout.weight_dtype != "fp8" or rollout.engine != "sglang":
+        return
+    remedy = "set rollout.weight_dtype=auto, or rollout.engine=native"
+    if family in ("llama", "mistral"):
+        problem = (
+            f"SGLang cannot update FP8 weights of model_type {family!r}: it drops the scales of blocks, and the layers "
+            "with one scale per tensor are transposed once loaded"
+        )
+        yield Problem("rollout.weight_dtype", "fp8", problem, remedy)
+        return
+    heads, ranks = model["num_attention_heads"], rollout.tensor_parallel_size
+    groups, width = model.get("num_key_value_heads") or heads, model.get("head_dim") or model["hidden_size"] // heads
+    parts = {
+        "query": heads * width // ranks,
+        "key and value": max(1, groups // ranks) * width,
+        "feed-forward": model["intermediate_size"] // ranks,
+    }
+    for what, size in parts.items():
+        if size % _FP8_BLOCK:
+            problem = f"a rank's {size} {what} rows (tensor_parallel_size={ranks}) are not whole blocks of {_FP8_BLOCK}, which SGLang asks for"
+            yield Problem("rollout.weight_dtype", "fp8", problem, f"{remedy}, or lower rollout.tensor_parallel_size")
 
 
 def _divisions(config: RunConfig, model: Mapping[str, Any]) -> Iterator[Problem]:

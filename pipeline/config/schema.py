@@ -149,6 +149,10 @@ class RolloutConfig:
         "tensor",
         "how weights reach an SGLang server: tensor (handles of shared memory, CUDA IPC) | distributed (broadcast in a process group) | disk (a Hugging Face folder)",
     )
+    weight_dtype: str = key(
+        "auto",
+        "what weights are sent in each step: auto (the model's type) | fp8 (matrices of attention, feed-forward and experts in 128x128 blocks)",
+    )
     weight_sync_timeout_s: float = key(
         600.0, "seconds one phase of a weight update may take on an engine; one that is stuck longer is started again"
     )

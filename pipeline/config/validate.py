@@ -35,6 +35,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "learner.optimizer.lr_schedule": ("constant", "linear", "cosine"),
     "rollout.engine": ("native", "sglang"),
     "rollout.weight_transport": ("tensor", "distributed", "disk"),
+    "rollout.weight_dtype": ("auto", "fp8"),
     "rollout.sglang.dtype": ("auto", "float32", "bfloat16"),
     "data.source.kind": ("countdown", "reasoning_gym", "jsonl"),
     "data.verifier": ("auto", "exact", "math", "reasoning_gym", "countdown"),
@@ -375,6 +376,17 @@ def _kv_cache(config: RunConfig) -> Iterator[Problem]:
         )
 
 
+def _fp8_rollouts(config: RunConfig) -> Iterator[Problem]:
+    rollout = config.rollout
+    if rollout.weight_dtype == "fp8" and rollout.engine == "sglang" and rollout.sglang.dtype == "float32":
+        yield Problem(
+            "rollout.sglang.dtype",
+            "float32",
+            "SGLang's FP8 layers (rollout.weight_dtype=fp8) have 16-bit activations",
+            "use auto or bfloat16",
+        )
+
+
 def _optimizer(config: RunConfig) -> Iterator[Problem]:
     optimizer = config.learner.optimizer
     if len(optimizer.betas) != 2 or not all(beta in _SHARE for beta in optimizer.betas):
@@ -627,6 +639,7 @@ RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _overlap,
     _recompute,
     _kv_cache,
+    _fp8_rollouts,
     _optimizer,
     _data,
     _verifier,

@@ -50,6 +50,11 @@ def tensor_shapes(hf_path: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def is_weights(path: Path) -> bool:
+    """Whether a file of a model folder holds tensors, or lists the files that do."""
+    return path.suffix == ".safetensors" or path.name == _INDEX
+
+
 def read_tensors(hf_path: Path, names: set[str]) -> dict[str, torch.Tensor]:
     """The named tensors, as stored. A name that the checkpoint lacks is simply absent from the result."""
     tensors: dict[str, torch.Tensor] = {}

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pipeline import fp8
 from pipeline.data.special_tokens import eos_token_ids
 from pipeline.rollout import hf_folder
 from pipeline.rollout.decoder import Decoder, DecoderConfig, KeyValues
@@ -26,7 +27,8 @@ class NativeEngine:
     """``RolloutEngine`` in process: one decoder, one batch at a time.
 
     A sample is a function of the weights, its prompt, temperature and seed. Which other rows share its batch only
-    moves float32 rounding (relative 1e-6 in log-probs).
+    moves float32 rounding (relative 1e-6 in log-probs). Weights that come in FP8 are used at the values that they stand for, activations
+    stay in float32: what remains of FP8 is the rounding of the weights.
     """
 
     def __init__(
@@ -111,7 +113,7 @@ class NativeEngine:
         session, self._session = self._open_session("verify_update"), None
         session.finish(version)
         assert self._config is not None  # begin_update saw to it
-        self._verified, self._arrived = Decoder(self._config, self._arrived), {}
+        self._verified, self._arrived = Decoder(self._config, fp8.values(self._arrived)), {}
         session.verified()
         self._session = session
 

@@ -19,7 +19,7 @@ import torch
 
 from pipeline.config.schema import RolloutConfig
 from pipeline.data.special_tokens import eos_token_ids
-from pipeline.rollout import hf_folder
+from pipeline.rollout import hf_folder, sglang_fp8
 from pipeline.rollout.engine import EngineError, EngineTimeoutError, WeightUpdateError
 from pipeline.rollout.sglang_server import SglangServer
 from pipeline.rollout.sglang_verify import UpdateVerifier, server_log_probs
@@ -43,7 +43,8 @@ class SglangEngine:
     with ``--enable-deterministic-inference`` in ``rollout.sglang.extra_args``). On a CPU it ignores ``sampling_seed``: which
     samples are drawn there depends on the number of engines, and a resumed run does not repeat them bit for bit.
 
-    ``close`` and ``start`` bring back an engine whose server died.
+    ``close`` and ``start`` bring back an engine whose server died. With ``rollout.weight_dtype=fp8`` it comes up without weights, and
+    refuses to generate until the first update commits.
     """
 
     def __init__(self, config: RolloutConfig, *, index: int, log_dir: Path, seed: int) -> None:
@@ -52,7 +53,8 @@ class SglangEngine:
         self._name = f"SGLang engine {index}"
         self._log_path = log_dir / f"sglang-{index}.log"
         self._seed = seed + index
-        self._scratch = log_dir / f"weights-{index}"
+        self._fp8 = config.weight_dtype == "fp8"
+        self._scratch, self._fp8_folder = log_dir / f"weights-{index}", log_dir / f"model-fp8-{index}"
         self._server: SglangServer | None = None
         self._transport: WeightTransport | None = None
         self._verifier: UpdateVerifier | None = None
@@ -68,15 +70,26 @@ class SglangEngine:
 
     def start(self, hf_path: Path) -> None:
         """Launch the server on the folder's weights. Raises ``EngineError`` with the end of the server's log."""
+        if self._fp8:
+            sglang_fp8.require_device()
         model_config = hf_folder.read_config(hf_path)
         self._shapes = hf_folder.tensor_shapes(hf_path)
         self._eos = eos_token_ids(hf_path)
         dtype = self._config.sglang.dtype
         if dtype == "auto":  # said outright, because SGLang's own auto makes float16 of float32
             dtype = str(model_config.get("dtype") or model_config.get("torch_dtype") or "bfloat16")
+            dtype = "bfloat16" if self._fp8 and dtype == "float32" else dtype  # FP8 layers have 16-bit activations
+        served = sglang_fp8.make_folder(hf_path, self._fp8_folder) if self._fp8 else hf_path
         with ExitStack() as on_failure:
             on_failure.callback(self.close)
-            server = SglangServer(self._config, hf_path, dtype=dtype, seed=self._seed, log_path=self._log_path)
+            server = SglangServer(
+                self._config,
+                served,
+                dtype=dtype,
+                seed=self._seed,
+                log_path=self._log_path,
+                load_weights=not self._fp8,
+            )
             self._server, self._stuck = server, ""
             server.start()
             self._kv_tokens = int(server.get("/server_info")["max_total_num_tokens"])
@@ -84,11 +97,11 @@ class SglangEngine:
             self._verifier = UpdateVerifier(
                 self._name, server, model_config, self._shapes, dtype=getattr(torch, dtype), ranks=ranks
             )
-            self._transport = build_transport(self._config, server, hf_path, self._scratch)
+            self._transport = build_transport(self._config, server, served, self._scratch)
             with self._phase("connect"):
                 self._transport.connect(self._deadline())
             on_failure.pop_all()
-        self._version, self._committed = 0, {0}
+        self._version, self._committed = (None, set()) if self._fp8 else (0, {0})
         self._settled.set()
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[SampleGroup]:
@@ -118,7 +131,7 @@ class SglangEngine:
             deadline = self._deadline()
             server.post("/pause_generation", mode="retract", timeout_s=deadline.remaining_s())
             transport.begin(version, deadline)
-        self._session = UpdateSession(self._name, version, self._shapes)
+        self._session = UpdateSession(self._name, version, self._shapes, codes=self._fp8)
 
     def load_bucket(self, bucket: WeightBucket) -> None:
         """Check the bucket, then load it into the server; on ``WeightUpdateError`` the whole update must start again."""
@@ -308,6 +321,8 @@ class SglangEngine:
     def _refusal(self) -> str:
         if self._server is None:
             return "not started (or closed)"
+        if not self._committed:
+            return "it has no weights yet; push them first"
         return "a weight update began and has not been committed; push the weights again"
 
 

@@ -36,13 +36,17 @@ class SglangServer:
     The server runs under ``sglang_guard``: it and all its children end when ``close`` is called or this process dies.
     """
 
-    def __init__(self, config: RolloutConfig, hf_path: Path, *, dtype: str, seed: int, log_path: Path) -> None:
+    def __init__(
+        self, config: RolloutConfig, hf_path: Path, *, dtype: str, seed: int, log_path: Path, load_weights: bool = True
+    ) -> None:
+        """``load_weights``: read the folder's; False: begin with random ones."""
         self.log_path = log_path
         self.url = ""
         self._config = config
         self._hf_path = hf_path
         self._dtype = dtype
         self._seed = seed
+        self._load_weights = load_weights
         self._process: subprocess.Popen[bytes] | None = None
         self._log_offset = 0  # where in the log this start's output begins
 
@@ -135,6 +139,7 @@ class SglangServer:
             *("--tensor-parallel-size", str(config.tensor_parallel_size), "--random-seed", str(self._seed % 2**31)),
             *("--mem-fraction-static", str(settings.mem_fraction_static), "--weight-version", "0"),
             *("--skip-tokenizer-init", "--log-level", "warning"),
+            *(() if self._load_weights else ("--load-format", "dummy")),
             *(("--max-total-tokens", str(settings.max_total_tokens)) if settings.max_total_tokens else ()),
             *(("--attention-backend", backend) if backend else ()),
             *(sglang_cpu.ARGUMENTS if on_cpu else ()),

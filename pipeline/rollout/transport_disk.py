@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from pipeline.rollout import hf_folder
 from pipeline.rollout.engine import EngineError
 from pipeline.rollout.sglang_server import SglangServer
 from pipeline.rollout.transport import Deadline
@@ -61,12 +62,13 @@ class DiskTransport:
         index = {"metadata": {"total_size": self._bytes}, "weight_map": self._shards}
         (self._partial / _INDEX).write_text(json.dumps(index, indent=2))
         for path in self._hf_path.iterdir():
-            if path.is_file() and path.suffix != ".safetensors" and path.name != _INDEX:
+            if path.is_file() and not hf_folder.is_weights(path):
                 (self._partial / path.name).symlink_to(path.resolve())
         folder = self._partial.rename(self._scratch / f"version-{self._version}")
         self._server.post(
             "/update_weights_from_disk",
             model_path=str(folder),
+            load_format="auto",  # whatever the server was started with
             weight_version=str(self._version),
             timeout_s=deadline.remaining_s(),
         )

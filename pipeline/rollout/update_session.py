@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
+from pipeline import fp8
 from pipeline.checksum import checksum
 from pipeline.rollout.engine import WeightUpdateError
 from pipeline.types import WeightBucket
@@ -12,12 +15,16 @@ from pipeline.types import WeightBucket
 class UpdateSession:
     """Admits the buckets of one version, and knows when all of them are there.
 
-    ``expected`` maps every tensor name of the model to its shape. Any disagreement raises ``WeightUpdateError``: a wrong
-    version, a repeated bucket, a checksum that does not match the bytes, an unknown or repeated name, another shape.
+    ``expected`` maps every tensor name of the model to its shape; with ``codes`` a matrix may also come as FP8 codes in blocks, its scale in the
+    same bucket. Any disagreement raises ``WeightUpdateError``: a wrong version, a repeated bucket, a checksum that does not
+    match the bytes, an unknown or repeated name, another shape, codes without their scale.
     """
 
-    def __init__(self, engine: str, version: int, expected: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(
+        self, engine: str, version: int, expected: Mapping[str, tuple[int, ...]], *, codes: bool = True
+    ) -> None:
         self.version = version
+        self._codes = codes
         self._engine = engine
         self._expected = expected
         self._missing = set(expected)
@@ -38,8 +45,12 @@ class UpdateSession:
             raise self._error(f"{label} arrived twice or is out of range")
         if (actual := checksum(bucket.tensors)) != bucket.checksum:
             raise self._error(f"{label} has checksum {actual:#010x}, its sender computed {bucket.checksum:#010x}")
-        for name, tensor in bucket.tensors.items():
-            self._admit_tensor(label, name, tuple(tensor.shape))
+        try:
+            tensors = fp8.without_scales(bucket.tensors)
+        except ValueError as error:
+            raise self._error(f"{label}: {error}") from error
+        for name, tensor in tensors.items():
+            self._admit_tensor(label, name, tensor)
         self._count = bucket.count
         self._buckets.add(bucket.index)
 
@@ -62,13 +73,16 @@ class UpdateSession:
             state = "verified" if self._verified else "not verified yet"
             raise self._error(f"commit_update({version}), but what is loaded is version {self.version}, {state}")
 
-    def _admit_tensor(self, label: str, name: str, shape: tuple[int, ...]) -> None:
+    def _admit_tensor(self, label: str, name: str, tensor: torch.Tensor) -> None:
+        shape = tuple(tensor.shape)
         if name not in self._expected:
             raise self._error(f"{label}: {name!r} is not a parameter of the model that start() loaded")
         if name not in self._missing:
             raise self._error(f"{label}: {name!r} arrived twice")
         if shape != tuple(self._expected[name]):
             raise self._error(f"{label}: {name!r} has shape {shape}, the model has {tuple(self._expected[name])}")
+        if tensor.dtype == fp8.CODES and not self._codes:
+            raise self._error(f"{label}: {name!r} came as FP8 codes, but the engine was started without FP8")
         self._missing.discard(name)
 
     def _error(self, what: str) -> WeightUpdateError:

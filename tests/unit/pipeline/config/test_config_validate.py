@@ -429,6 +429,37 @@ def test_experts(model, family):
         assert problem.key == key
 
 
+QWEN3 = LLAMA | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 64, "intermediate_size": 512}
+FP8_ROLLOUTS = {
+    "Llama": (LLAMA, [], "rollout.weight_dtype", "cannot update FP8 weights of model_type 'llama'"),
+    "feed-forward": (QWEN3 | {"intermediate_size": 176}, [], "rollout.weight_dtype", "176 feed-forward rows"),
+    "key-value rows of a rank": (
+        QWEN3,
+        ["rollout.tensor_parallel_size=4"],
+        "rollout.weight_dtype",
+        "64 key and value rows (tensor_parallel_size=4)",
+    ),
+    "activations": (QWEN3, ["rollout.sglang.dtype=float32"], "rollout.sglang.dtype", "16-bit activations"),
+}
+
+
+@pytest.mark.parametrize("case", FP8_ROLLOUTS)
+def test_fp8_rollouts_that_sglang_cannot_serve(model, case):
+    config, overrides, key, words = FP8_ROLLOUTS[case]
+    (model / "config.json").write_text(json.dumps(config))
+    (problem, *_) = problems(model, "rollout.engine=sglang", "rollout.weight_dtype=fp8", *overrides)
+    assert problem.key == key
+    assert words in problem.problem
+    assert problem.remedy
+
+
+def test_fp8_rollouts_that_run(model):
+    assert problems(model, "rollout.weight_dtype=fp8") == ()  # the native engine takes any model
+    (model / "config.json").write_text(json.dumps(QWEN3))
+    sglang = ("rollout.engine=sglang", "rollout.weight_dtype=fp8", "rollout.tensor_parallel_size=2")
+    assert problems(model, *sglang) == ()
+
+
 def test_free_form_and_sectioned_values_say_where_they_came_from(model):
     found = problems(model, "data.source.params.a=1", "entropy.band={low: 0.4}")
     assert {p.key: p.source for p in found} == {

@@ -7,11 +7,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from megatron_ext.weights.fp8 import quantise_tensors
+from pipeline import fp8
 from pipeline.checksum import checksum
 from pipeline.rollout import native
 from pipeline.rollout.decoder import Decoder, DecoderConfig, token_log_probs
 from pipeline.rollout.engine import EngineError, WeightUpdateError
 from pipeline.rollout.native import NativeEngine
+from pipeline.rollout.update_session import UpdateSession
 from pipeline.types import GenerateRequest, Prompt, Role, WeightBucket, WeightSpan
 from tests.tiny_folder import hf_config, random_tensors, write_folder
 
@@ -278,6 +281,59 @@ def test_a_missing_tensor_does_not_verify(engine):
         engine.load_bucket(bucket)
     with pytest.raises(WeightUpdateError, match=r"model\.norm\.weight"):
         engine.verify_update(7)
+
+
+def in_fp8(version):
+    """The matrices of the layers as codes; a bucket holds them with their scales."""
+    tensors = random_tensors(hf_config("qwen3"), version)
+    names = {name for name, tensor in tensors.items() if tensor.ndim == 2 and ".layers." in name}
+    found = quantise_tensors(tensors, names)
+    part = {
+        i: {n: t for n, t in found.items() if (f".layers.{i}." in n) or (".layers." not in n and i == 0)}
+        for i in (0, 1)
+    }
+    return found, [WeightBucket(version, i, 2, part[i], checksum(part[i])) for i in part]
+
+
+def test_fp8_weights_are_used_at_their_values(engine):
+    tensors, parts = in_fp8(7)
+    engine.begin_update(7)
+    for bucket in parts:
+        engine.load_bucket(bucket)
+    engine.verify_update(7)
+    engine.commit_update(7)
+    (group,) = engine.generate([request([5, 6], range(4))])
+    decoder = Decoder(DecoderConfig.from_hf(hf_config("qwen3")), fp8.values(tensors))
+    rounded = Decoder(DecoderConfig.from_hf(hf_config("qwen3")), random_tensors(hf_config("qwen3"), 7))
+    for sample in group.samples:
+        tokens = torch.tensor([[5, 6, *sample.token_ids.tolist()]])
+        np.testing.assert_allclose(sample.log_probs, token_log_probs(decoder, tokens)[0, 1:].numpy(), atol=1e-5)
+        assert np.abs(sample.log_probs - token_log_probs(rounded, tokens)[0, 1:].numpy()).mean() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, n: t.pop(n + "_scale_inv"), "bucket 2/2: '{n}' came as FP8 codes with nothing"),
+        (lambda t, n: t.update({n: t[n][:4]}), r"bucket 2/2: '{n}' has shape \(4, 64\)"),
+        (lambda t, n: t.update({n: t[n].float()}), "bucket 2/2: '{n}_scale_inv' is not a parameter"),
+    ],
+    ids=["no scale", "shape", "a scale without codes"],
+)
+def test_broken_fp8_buckets_are_refused(engine, change, message):
+    _, (first, second) = in_fp8(7)
+    name, tensors = "model.layers.1.mlp.up_proj.weight", dict(second.tensors)
+    change(tensors, name)
+    engine.begin_update(7)
+    engine.load_bucket(first)
+    with pytest.raises(WeightUpdateError, match=message.format(n=name)):
+        engine.load_bucket(WeightBucket(7, 1, 2, tensors, checksum(tensors)))
+
+
+def test_an_engine_without_fp8_refuses_codes():
+    session = UpdateSession("engine 3", 7, DecoderConfig.from_hf(hf_config("qwen3")).tensor_shapes(), codes=False)
+    with pytest.raises(WeightUpdateError, match=r"engine 3.*came as FP8 codes, but the engine was started without"):
+        session.admit(in_fp8(7)[1][0])
 
 
 @pytest.mark.parametrize("version", [7, 8])

@@ -83,6 +83,7 @@ def test_the_folder_is_complete_when_it_gets_its_name_and_gone_after_the_commit(
     (written,) = scratch.iterdir()
     seen = json.loads((tmp_path / "seen.json").read_text())
     assert (seen["model_path"], seen["weight_version"]) == (str(scratch / "version-7"), "7")
+    assert seen["load_format"] == "auto"  # a server that began with random weights would make new ones
     shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     assert seen["files"] == sorted(["config.json", "model.safetensors.index.json", "tokenizer.json", *shards])
     expected = random_tensors(hf_config("llama"), 7)
