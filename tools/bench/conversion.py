@@ -2,12 +2,11 @@
 
     python tools/bench/conversion.py                                   # a synthetic Llama of about 400 MB
     python tools/bench/conversion.py --model runs/models/smollm2-135m-instruct --repeat 5
-    python tools/bench/conversion.py --bridge-python /envs/bridge/bin/python [--bridge-setup shims.py]
+    python tools/bench/conversion.py --bridge-python .venv-bridge/bin/python      # beside megatron-bridge (make bridge-env)
 
 All outputs are flushed to the disk (fsync), the copy's too; sources are in the page cache. Repeats take turns, so that a busy machine
-slows all alike; the table has the median of each and the median of the per-turn ratios. With ``--bridge-python``, an interpreter
-that can import megatron-bridge, its import and export of the same folder are timed in one more process per direction; ``--bridge-setup``
-is a Python file that is run there first.
+slows all alike; the table has the median of each and the median of the per-turn ratios. megatron-bridge converts the same folder as
+often, in one process of its own, afterwards: compare with it on an idle machine only.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from megatron_ext import architecture
 from megatron_ext.weights import convert, layout
 from megatron_ext.weights.grid import Grid
 
+ROOT = Path(__file__).resolve().parents[2]
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -44,20 +44,6 @@ LLAMA = {
     "hidden_act": "silu",
     "torch_dtype": "bfloat16",
 }
-
-BRIDGE = """
-import json, sys, time
-folder, out, setup = sys.argv[1:]
-if setup:
-    exec(compile(open(setup).read(), setup, "exec"))
-from megatron.bridge import AutoBridge
-start = time.perf_counter()
-AutoBridge.import_ckpt(folder, out + "/megatron")
-there = time.perf_counter() - start
-start = time.perf_counter()
-AutoBridge.from_hf_pretrained(folder).export_ckpt(out + "/megatron", out + "/hf", show_progress=False)
-print("\\n" + json.dumps({"hf to megatron": there, "megatron to hf": time.perf_counter() - start}))
-"""
 
 
 def synthetic(folder: Path, megabytes: int) -> Path:
@@ -123,15 +109,19 @@ def measure(folder: Path, work: Path, repeat: int, workers: int) -> dict[str, di
     }
 
 
-def bridge(folder: Path, work: Path, python: Path, setup: str) -> dict[str, dict[str, float]]:
+def bridge(folder: Path, work: Path, python: Path, repeat: int) -> dict[str, dict[str, float]]:
     """The same of megatron-bridge, in its own environment; GB/s of its own clock, imports not counted."""
     nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    words = [str(python), "-c", BRIDGE, str(folder), str(work / "bridge"), setup]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    words = [python, ROOT / "tools/bench/bridge.py", "convert", "--repeat", repeat, folder, work / "bridge"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([str(word) for word in words], env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"megatron-bridge failed:\n{done.stderr[-2000:]}")
     seconds = json.loads(done.stdout.strip().splitlines()[-1])
-    return {f"megatron-bridge, {name}": {"gb_per_s": round(nbytes / value / 1e9, 3)} for name, value in seconds.items()}
+    return {
+        f"megatron-bridge, {name}": {"gb_per_s": round(nbytes / statistics.median(values) / 1e9, 3)}
+        for name, values in seconds.items()
+    }
 
 
 def main() -> None:
@@ -147,7 +137,6 @@ def main() -> None:
         "--work", type=Path, default=Path(tempfile.gettempdir()), help="where to write: the disk to measure"
     )
     parser.add_argument("--bridge-python", type=Path)
-    parser.add_argument("--bridge-setup", default="")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     results = {}
@@ -160,7 +149,7 @@ def main() -> None:
             work.mkdir()
             results[folder.name] = measure(folder, work, arguments.repeat, arguments.workers)
             if arguments.bridge_python:
-                results[folder.name] |= bridge(folder, work, arguments.bridge_python, arguments.bridge_setup)
+                results[folder.name] |= bridge(folder, work, arguments.bridge_python, arguments.repeat)
             shutil.rmtree(work)
     if arguments.json:
         print(json.dumps(results, indent=1))
