@@ -3,6 +3,7 @@
 Needs `make bridge-env`.
 """
 
+import json
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,12 +35,17 @@ def hf_folders(tmp_path_factory):
     return [tiny_models.write(root / name, tiny_models.config(name, **changes)) for name, changes in FOLDERS.items()]
 
 
-def bridge(*arguments):
-    words = [PYTHON, ROOT / "tools/bench/bridge.py", *arguments]
+def bridge(*arguments, asked=()):
     done = subprocess.run(
-        [str(word) for word in words], cwd=ROOT, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, check=False, timeout=400,
-    )  # fmt: skip
+        [str(word) for word in (PYTHON, ROOT / "tools/bench/bridge.py", *arguments)],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        input="".join(f"{json.dumps([str(word) for word in line])}\n" for line in asked),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=400,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -63,7 +69,8 @@ def test_the_same_tensors_on_every_rank(tmp_path, hf_folders, tp):
 def test_its_checkpoint_is_read_back_bit_for_bit(tmp_path, hf_folders):
     """By us, from the torch_dist folder that it wrote; and by itself."""
     folder = hf_folders[0]
-    bridge("convert", "--repeat", 0, folder, tmp_path)
+    there, back = ("there", tmp_path / "megatron"), ("back", tmp_path / "megatron", tmp_path / "hf")
+    bridge("convert", folder, asked=[there, back])
     convert.megatron_to_hf(tmp_path / "megatron/iter_0000000", folder, tmp_path / "ours")
     source = load_file(folder / "model.safetensors")
     for made in (tmp_path / "ours", tmp_path / "hf"):

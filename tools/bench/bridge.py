@@ -1,7 +1,7 @@
-"""megatron-bridge on a CPU: what it makes of a Hugging Face folder, and how long that takes. Run by the interpreter of `make bridge-env`.
+"""megatron-bridge on a CPU: what it makes of a Hugging Face folder. Run by the interpreter of `make bridge-env`.
 
     .venv-bridge/bin/python tools/bench/bridge.py tensors --tp 2 OUT FOLDER...    # the parameters it gives each rank
-    .venv-bridge/bin/python tools/bench/bridge.py convert FOLDER OUT              # both directions, timed: a line of JSON
+    .venv-bridge/bin/python tools/bench/bridge.py convert FOLDER                  # checkpoints, as asked on standard input
 
 megatron-bridge 0.6.2 wants Python 3.12, CUDA and Transformer Engine, none of which its conversion uses; ``prepare`` stands in for
 them. Kept apart from everything else: the environment has its own megatron-core.
@@ -15,9 +15,7 @@ import importlib.machinery
 import json
 import logging
 import os
-import shutil
 import sys
-import time
 import types
 import typing
 from pathlib import Path
@@ -112,10 +110,11 @@ def tensors(rank: int, tp: int, port: int, out: Path, folders: list[Path]) -> No
     dist.destroy_process_group()
 
 
-def convert(folder: Path, out: Path, repeat: int) -> dict[str, list[float]]:
-    """Seconds of ``repeat`` conversions in either direction, after one that is not counted; ``out/megatron`` and ``out/hf`` are the last.
+def convert(folder: Path) -> None:
+    """Convert ``folder`` as asked on standard input; one ``done`` on standard output for each line.
 
-    The calls of its ``import_ckpt`` and ``export_ckpt`` without those for tokenizers; then the files are flushed to the disk.
+    ``["there", OUT]`` writes a Megatron checkpoint, ``["back", CHECKPOINT, OUT]`` a Hugging Face folder: the calls of its ``import_ckpt``
+    and ``export_ckpt`` without those for tokenizers; then the files are flushed to the disk.
     """
     prepare()
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
@@ -124,31 +123,20 @@ def convert(folder: Path, out: Path, repeat: int) -> dict[str, list[float]]:
 
     parallel_state.initialize_model_parallel()
     tensor_parallel.model_parallel_cuda_manual_seed(1)
-
-    def there(path: Path) -> None:
+    for line in sys.stdin:
+        task, *paths = json.loads(line)
         bridge = AutoBridge.from_hf_pretrained(folder)
-        model = bridge.to_megatron_model(wrap_with_ddp=False, use_cpu_initialization=True)
-        bridge.save_megatron_model(model, path, low_memory_save=True)
-
-    def back(path: Path) -> None:
-        bridge = AutoBridge.from_hf_pretrained(folder)
-        model = bridge.load_megatron_model(out / "megatron", wrap_with_ddp=False)
-        bridge.save_hf_weights(model, path, show_progress=False)
-
-    seconds: dict[str, list[float]] = {}
-    for name, task, path in (("hf to megatron", there, out / "megatron"), ("megatron to hf", back, out / "hf")):
-        seconds[name] = []
-        for _ in range(repeat + 1):
-            shutil.rmtree(path, ignore_errors=True)
-            os.sync()
-            start = time.perf_counter()
-            task(path)
-            for file in path.rglob("*"):
-                _flush(file)
-            seconds[name].append(time.perf_counter() - start)
-        del seconds[name][0]
+        if task == "there":
+            model = bridge.to_megatron_model(wrap_with_ddp=False, use_cpu_initialization=True)
+            bridge.save_megatron_model(model, paths[0], low_memory_save=True)
+        else:
+            model = bridge.load_megatron_model(paths[0], wrap_with_ddp=False)
+            bridge.save_hf_weights(model, paths[1], show_progress=False)
+        for file in Path(paths[-1]).rglob("*"):
+            _flush(file)
+        del model
+        print("\ndone", flush=True)
     dist.destroy_process_group()
-    return seconds
 
 
 def _flush(path: Path) -> None:
@@ -166,15 +154,13 @@ def main() -> None:
     command.add_argument("out", type=Path)
     command.add_argument("folders", type=Path, nargs="+")
     command = commands.add_parser("convert")
-    command.add_argument("--repeat", type=int, default=3)
     command.add_argument("folder", type=Path)
-    command.add_argument("out", type=Path)
     arguments = parser.parse_args()
     if arguments.command == "tensors":
         job = (arguments.tp, free_port(), arguments.out, arguments.folders)
         torch.multiprocessing.spawn(tensors, job, nprocs=arguments.tp)
     else:
-        print("\n" + json.dumps(convert(arguments.folder, arguments.out, arguments.repeat)))
+        convert(arguments.folder)
 
 
 if __name__ == "__main__":
