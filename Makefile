@@ -2,13 +2,14 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+BRIDGE := .venv-bridge
 ROLLOUT ?= native
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 MCORE19 := .venv-mcore19
 
-.PHONY: quickstart test test-integration test-mcore19 lint bench clean
+.PHONY: quickstart test test-integration test-mcore19 lint bench bridge-env clean
 
 quickstart: $(VENV)/.ready $(if $(filter sglang,$(ROLLOUT)),$(VENV)/.ready-sglang)
 	$(BIN)/python tools/quickstart.py --rollout $(ROLLOUT)
@@ -31,8 +32,12 @@ lint: $(VENV)/.ready
 bench: $(VENV)/.ready
 	$(BIN)/python tools/bench/step_time.py
 
+# megatron-bridge, in an environment of its own that sees the packages of $(VENV): for tests/integration/test_bridge_oracle.py and
+# tools/bench/conversion.py --bridge-python $(BRIDGE)/bin/python
+bridge-env: $(BRIDGE)/.ready
+
 clean:
-	rm -rf $(VENV) $(MCORE19)
+	rm -rf $(VENV) $(MCORE19) $(BRIDGE)
 
 $(VENV)/.ready: pyproject.toml requirements/torch.txt requirements/cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -53,4 +58,11 @@ $(MCORE19)/.ready: pyproject.toml requirements/torch.txt requirements/cpu.txt re
 $(VENV)/.ready-sglang: $(VENV)/.ready requirements/sglang-cpu.txt requirements/sglang-cpu-no-deps.txt
 	$(BIN)/python -m pip install -q -r requirements/sglang-cpu.txt
 	$(BIN)/python -m pip install -q --no-deps -r requirements/sglang-cpu-no-deps.txt
+	touch $@
+
+$(BRIDGE)/.ready: $(VENV)/.ready-sglang requirements/bridge.txt
+	test -x $(BRIDGE)/bin/python || $(PYTHON) -m venv $(BRIDGE)
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $(BRIDGE)/full.pth
+	mv $(BRIDGE)/full.pth "$$($(BRIDGE)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")"
+	$(BRIDGE)/bin/python -m pip install -q --no-deps --ignore-requires-python -r requirements/bridge.txt
 	touch $@

@@ -2,12 +2,11 @@
 
     python tools/bench/conversion.py                                   # a synthetic Llama of about 400 MB
     python tools/bench/conversion.py --model runs/models/smollm2-135m-instruct --repeat 5
-    python tools/bench/conversion.py --bridge-python /envs/bridge/bin/python [--bridge-setup shims.py]
+    python tools/bench/conversion.py --bridge-python .venv-bridge/bin/python      # beside megatron-bridge (make bridge-env)
 
 All outputs are flushed to the disk (fsync), the copy's too; sources are in the page cache. Repeats take turns, so that a busy machine
-slows all alike; the table has the median of each and the median of the per-turn ratios. With ``--bridge-python``, an interpreter
-that can import megatron-bridge, its import and export of the same folder are timed in one more process per direction; ``--bridge-setup``
-is a Python file that is run there first.
+slows all alike, megatron-bridge too (in one process, its imports not counted); the table has the median of each and the medians of the
+per-turn ratios: to the copy, and how many times faster than megatron-bridge in the same direction.
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from megatron_ext import architecture
 from megatron_ext.weights import convert, layout
 from megatron_ext.weights.grid import Grid
 
+ROOT = Path(__file__).resolve().parents[2]
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -44,20 +44,6 @@ LLAMA = {
     "hidden_act": "silu",
     "torch_dtype": "bfloat16",
 }
-
-BRIDGE = """
-import json, sys, time
-folder, out, setup = sys.argv[1:]
-if setup:
-    exec(compile(open(setup).read(), setup, "exec"))
-from megatron.bridge import AutoBridge
-start = time.perf_counter()
-AutoBridge.import_ckpt(folder, out + "/megatron")
-there = time.perf_counter() - start
-start = time.perf_counter()
-AutoBridge.from_hf_pretrained(folder).export_ckpt(out + "/megatron", out + "/hf", show_progress=False)
-print("\\n" + json.dumps({"hf to megatron": there, "megatron to hf": time.perf_counter() - start}))
-"""
 
 
 def synthetic(folder: Path, megabytes: int) -> Path:
@@ -88,8 +74,36 @@ def copy(folder: Path, out: Path) -> None:
         os.close(descriptor)
 
 
-def measure(folder: Path, work: Path, repeat: int, workers: int) -> dict[str, dict[str, float]]:
-    """Seconds of every task, turn by turn, as GB/s and as the ratio to the copy of the same turn."""
+class Bridge:
+    """megatron-bridge with one folder, in a process of its own environment; what it says goes to ``log``."""
+
+    def __init__(self, python: Path, folder: Path, log: Path) -> None:
+        self._log = log
+        words = [str(word) for word in (python, ROOT / "tools/bench/bridge.py", "convert", folder)]
+        with log.open("w") as errors:
+            self._process = subprocess.Popen(
+                words,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+
+    def ask(self, task: str, *paths: Path) -> None:
+        """Have one conversion done: ``there OUT`` or ``back CHECKPOINT OUT``."""
+        print(json.dumps([task, *map(str, paths)]), file=self._process.stdin, flush=True)
+        assert self._process.stdout is not None
+        if "done" not in map(str.strip, iter(self._process.stdout.readline, "")):
+            raise SystemExit(f"megatron-bridge failed:\n{self._log.read_text()[-2000:]}")
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+
+def measure(folder: Path, work: Path, repeat: int, workers: int, bridge: Bridge | None) -> dict[str, dict[str, float]]:
+    """Seconds of every task, turn by turn, as GB/s and as the ratio to the copy, and to megatron-bridge, of the same turn."""
     nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     tasks: dict[str, Callable[[Path], object]] = {"file copy": lambda out: copy(folder, out)}
     groups = architecture.read(folder).kv_heads
@@ -103,6 +117,10 @@ def measure(folder: Path, work: Path, repeat: int, workers: int) -> dict[str, di
             made, folder, out, workers=workers
         )
         convert.hf_to_megatron(folder, made, grid, workers=workers)
+    if bridge:
+        bridge.ask("there", work / "bridge")
+        tasks["megatron-bridge, hf to megatron"] = lambda out: bridge.ask("there", out)
+        tasks["megatron-bridge, megatron to hf"] = lambda out: bridge.ask("back", work / "bridge", out)
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(repeat + 1):
         for name, task in tasks.items():
@@ -113,25 +131,20 @@ def measure(folder: Path, work: Path, repeat: int, workers: int) -> dict[str, di
             seconds[name].append(time.perf_counter() - start)
             shutil.rmtree(out)
     measured = {name: values[1:] for name, values in seconds.items()}  # the first turn warms up
-    copied = measured["file copy"]
-    return {
-        name: {
+
+    def ratio(name: str, other: str) -> float:
+        return round(statistics.median(b / a for a, b in zip(measured[name], measured[other], strict=True)), 3)
+
+    results = {}
+    for name, values in measured.items():
+        results[name] = {
             "gb_per_s": round(nbytes / statistics.median(values) / 1e9, 3),
-            "of_file_copy": round(statistics.median(c / v for c, v in zip(copied, values, strict=True)), 3),
+            "of_file_copy": ratio(name, "file copy"),
         }
-        for name, values in measured.items()
-    }
-
-
-def bridge(folder: Path, work: Path, python: Path, setup: str) -> dict[str, dict[str, float]]:
-    """The same of megatron-bridge, in its own environment; GB/s of its own clock, imports not counted."""
-    nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    words = [str(python), "-c", BRIDGE, str(folder), str(work / "bridge"), setup]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"megatron-bridge failed:\n{done.stderr[-2000:]}")
-    seconds = json.loads(done.stdout.strip().splitlines()[-1])
-    return {f"megatron-bridge, {name}": {"gb_per_s": round(nbytes / value / 1e9, 3)} for name, value in seconds.items()}
+        rival = f"megatron-bridge, {name.partition(' TP')[0]}"
+        if rival in measured:
+            results[name]["times_megatron_bridge"] = ratio(name, rival)
+    return results
 
 
 def main() -> None:
@@ -147,7 +160,6 @@ def main() -> None:
         "--work", type=Path, default=Path(tempfile.gettempdir()), help="where to write: the disk to measure"
     )
     parser.add_argument("--bridge-python", type=Path)
-    parser.add_argument("--bridge-setup", default="")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     results = {}
@@ -158,17 +170,20 @@ def main() -> None:
         for folder in folders:
             work = Path(root) / f"work-{folder.name}"
             work.mkdir()
-            results[folder.name] = measure(folder, work, arguments.repeat, arguments.workers)
-            if arguments.bridge_python:
-                results[folder.name] |= bridge(folder, work, arguments.bridge_python, arguments.bridge_setup)
+            python = arguments.bridge_python
+            bridge = Bridge(python, folder, Path(root) / "bridge.log") if python else None
+            results[folder.name] = measure(folder, work, arguments.repeat, arguments.workers, bridge)
+            if bridge:
+                bridge.close()
             shutil.rmtree(work)
     if arguments.json:
         print(json.dumps(results, indent=1))
         return
-    print("| model | task | GB/s | of file copy |\n|---|---|---|---|")
+    print("| model | task | GB/s | of file copy | times megatron-bridge |\n|---|---|---|---|---|")
     for model, tasks in results.items():
         for name, row in tasks.items():
-            print(f"| {model} | {name} | {row['gb_per_s']} | {row.get('of_file_copy', '-')} |")
+            rival = row.get("times_megatron_bridge", "-")
+            print(f"| {model} | {name} | {row['gb_per_s']} | {row['of_file_copy']} | {rival} |")
 
 
 if __name__ == "__main__":
