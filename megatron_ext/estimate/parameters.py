@@ -33,13 +33,15 @@ def held(work: Work, stage: int) -> Held:
     """What the ranks of a pipeline stage hold (all of them alike)."""
     chunks: dict[int, list[Row]] = {}
     chunk_of = {layer: c for s in work.grid.chunks(work.model.layers) for c, span in enumerate(s) for layer in span}
-    for row in table(work.model, work.grid):
-        if row.stage == stage and not row.ep:
+    for row in table(work.model, work.grid)[stage]:
+        if not row.ep:  # None, or the first of the expert-parallel ranks
             ends = 0 if stage == 0 and row.parameter.startswith("embedding") else work.grid.vpp - 1
             chunks.setdefault(ends if row.layer is None else chunk_of[row.layer], []).append(row)
     everything = [row for part in chunks.values() for row in part]
     trained = [[row for row in part if not _is_buffer(row)] for part in chunks.values()]
-    divided = [[row for row in part if _with_experts(work, row) == which] for part in trained for which in (False, True)]
+    divided = [
+        [row for row in part if _with_experts(work, row) == which] for part in trained for which in (False, True)
+    ]
     exact = sum(entries(work, row) for part in divided for row in part)
     padded = sum(_buffer_entries(work, part) for part in divided)
     fp8 = sum(entries(work, row) for row in everything if stored_in_fp8(work, row))

@@ -18,7 +18,9 @@ class Live:
     def __init__(self, parameters):
         self._own = {parameter.untyped_storage().data_ptr() for parameter in parameters}
         self._holders, self._now, self.peak = Counter(), 0, 0
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: _Held(self, tensor), lambda held: held.tensor)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: _Held(self, tensor), lambda held: held.tensor
+        )
 
     def __enter__(self):
         self._hooks.__enter__()
@@ -76,7 +78,9 @@ def counted(rank, world, address, folder, tp, pp, rows, config):
     with Live(parameters) as live:
         made._accumulate(rows)
     own = {p.untyped_storage().data_ptr() for p in parameters}
-    state = [t for o in _optimizers(made._optimizer) for s in o.state.values() for t in s.values() if torch.is_tensor(t)]
+    state = [
+        t for o in _optimizers(made._optimizer) for s in o.state.values() for t in s.values() if torch.is_tensor(t)
+    ]
     main = [p for o in _optimizers(made._optimizer) for group in o.param_groups for p in group["params"]]
     main = [p for p in main if p.untyped_storage().data_ptr() not in own]
     buffers = made._model.buffers + made._model.expert_parallel_buffers
