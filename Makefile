@@ -2,12 +2,11 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+MCORE19 := .venv-mcore19
 BRIDGE := .venv-bridge
 ROLLOUT ?= native
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
-
-MCORE19 := .venv-mcore19
 
 .PHONY: quickstart test test-integration test-mcore19 lint bench bridge-env clean
 

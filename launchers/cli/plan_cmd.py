@@ -13,9 +13,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from launchers.cli import plan_learner_cmd
 from launchers.cli.arguments import JSON
 
 app = typer.Typer(help="What something will cost, before it runs.", no_args_is_help=True)
+app.command("learner")(plan_learner_cmd.learner)
 
 LEARNER = ("tp", "pp", "dp", "vpp", "ep", "etp", "first_stage_layers", "last_stage_layers")
 ENGINES = ("tp", "ep", "count")

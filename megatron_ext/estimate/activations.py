@@ -15,9 +15,6 @@ from megatron_ext.estimate.work import Work
 
 _FLOAT, _INDEX = 4, 8  # bytes of float32, int64
 TOKEN_ID = _INDEX
-# The gated SiLU is three plain operations (models.transformer_config turns fusions off). Beside the output of linear_fc1 they keep
-# silu(gate) and up + 0, each as wide as the feed-forward; megatron's fused one would keep neither.
-_GATED = 4
 
 
 @dataclass(frozen=True)
@@ -154,7 +151,6 @@ def _attention(work: Work, index: int) -> _Attention:
     q, kv = (tokens * count * model.head_dim for count in (heads, groups))  # entries
     linear = _linear_size(work, index)
     inputs = work.norm_tokens * model.hidden * linear
-    inputs += 4 * work.length / work.cp * model.head_dim * size  # cosines and sines, for queries and for keys
     statistics = tokens * (heads + groups) * _FLOAT if model.family.qk_norm else 0.0
     if work.transformer_engine:
         # Values are a view of the whole projection; the norm of queries keeps its reshaped input; queries and keys are rotated copies.
@@ -166,6 +162,7 @@ def _attention(work: Work, index: int) -> _Attention:
     whole = not repeated or (
         model.family.qk_norm and size == _FLOAT
     )  # values, or the keys' norm, keep a view of the projection
+    inputs += 4 * work.length / work.cp * model.head_dim * size  # cosines and sines, for queries and for keys
     outside = inputs + statistics + (q + 2 * kv) * size * whole + q * size + (0.0 if repeated else q * size)
     if model.family.qk_norm:
         outside += (q + kv) * _FLOAT  # normalised; and the norms' inputs, unless views
@@ -188,7 +185,7 @@ def _flash(work: Work, outside: float, output: float, sums: float, linear: float
 def _matrix(work: Work, heads: float) -> float:
     """The softmax's output, in float32 and again in the model's type, and the causal mask."""
     entry = _FLOAT + (work.itemsize if work.itemsize < _FLOAT else 0)
-    return work.tokens * work.span * heads * entry + work.span * work.span / work.cp
+    return work.tokens * work.length * heads * entry + work.length**2 / work.cp
 
 
 def _latent_attention(work: Work, mla: Mla) -> _Attention:
@@ -210,7 +207,12 @@ def _latent_attention(work: Work, mla: Mla) -> _Attention:
 def _gated(work: Work, index: int, width: int, inputs: float) -> float:
     linear = _linear_size(work, index)
     inner = width / work.tp
-    return inputs * work.model.hidden * linear + work.tokens * inner * (_GATED * work.itemsize + linear)
+    return inputs * work.model.hidden * linear + work.tokens * inner * (_gate(work) * work.itemsize + linear)
+
+
+def _gate(work: Work) -> int:
+    """Entries that the gated SiLU keeps per entry of its result: its two inputs; unfused also silu(gate) and up + 0."""
+    return 2 if work.transformer_engine else 4
 
 
 def _experts(work: Work, moe: Moe, index: int) -> float:
@@ -223,9 +225,10 @@ def _experts(work: Work, moe: Moe, index: int) -> float:
     if moe.groups > 1:
         router += _INDEX * (moe.groups * moe.top_k // moe.top_groups + moe.top_groups)
     dispatch = moe.experts * (1 + _FLOAT) + moe.top_k * _INDEX
-    # Each routed token: both linear layers' inputs, the gated SiLU, its product before the router's weight, and that weight.
+    # Each routed token: both linear layers' inputs, the gated SiLU, unfused its result before the router's weight, and that weight.
     inner = moe.ffn / work.grid.expert_tp
-    routed = hidden * linear + inner * ((_GATED + 1) * size + linear) + _FLOAT
+    unweighted = 0 if work.transformer_engine else 1
+    routed = hidden * linear + inner * ((_gate(work) + unweighted) * size + linear) + _FLOAT
     shared = tokens * (router + dispatch)
     if moe.shared_ffn:
         shared += _gated(work, index, moe.shared_ffn, 0.0 if linear == size else work.norm_tokens)

@@ -14,10 +14,9 @@ GIB = 2**30
 # A stated constant, not a computed one: CUDA context and libraries, cuBLAS and cuDNN workspaces, NCCL's channels of five to seven groups,
 # and what the caching allocator cannot use again.
 CONTEXT_BYTES = 3 * GIB
-_CHUNK_LOGITS = (
-    1 << 26
-)  # logits that the log-prob kernels work on at a time (megatron_ext.logprobs), in float32, three temporaries
-_TEMPORARIES = 3
+# Logits that the log-prob kernels work on at a time on a GPU (megatron_ext.logprobs): ``torch`` in three float32 temporaries, ``fused``
+# in the model's type, but at least so many columns.
+_CHUNK_LOGITS, _BLOCK_LOGITS, _FEWEST_COLUMNS = 1 << 24, 1 << 26, 128
 _FLOAT = 4
 _LOSS = 13 * _FLOAT  # per target: what the policy loss keeps (pipeline.objectives.loss)
 
@@ -112,15 +111,20 @@ def logits(work: Work) -> tuple[float, float]:
     """Bytes kept from the hidden states of the targets to their loss, and temporaries: response tokens only.
 
     ``torch`` and ``triton`` hold the logits in the model's type, a buffer that the backward pass overwrites; ``fused`` multiplies
-    chunk by chunk, forward and backward, and keeps none.
+    block by block, forward and backward, and keeps none.
     """
-    targets = work.targets / work.cp
+    targets, hidden, size = work.targets / work.cp, work.model.hidden, work.itemsize
     entries = targets * work.model.padded_vocab(work.tp) / work.tp
-    around = targets * work.model.hidden * work.itemsize + work.targets * _LOSS
-    chunk = _TEMPORARIES * _FLOAT * min(entries, _CHUNK_LOGITS)
+    saved = targets * hidden * size + work.targets * _LOSS
+    temporary = work.tokens * hidden * size  # gradient of the decoder's output
     if work.kernel == "fused":
-        return around, chunk
-    return around + entries * work.itemsize, 0.0 if work.kernel == "triton" else chunk
+        block = max(targets * _FEWEST_COLUMNS, min(entries, _BLOCK_LOGITS))
+        return saved, temporary + block * size + targets * hidden * (
+            _FLOAT + size
+        )  # and that of the targets' hidden states
+    if work.kernel == "torch":
+        temporary += 3 * _FLOAT * min(entries, _CHUNK_LOGITS)
+    return saved + entries * size, temporary
 
 
 def _dispatch(work: Work, span: range) -> float:
@@ -133,9 +137,10 @@ def _dispatch(work: Work, span: range) -> float:
 
 def _sync(work: Work) -> float:
     """Rank 0 receives a bucket's shards and puts the full tensors together (``weights.hf.export``)."""
-    largest = max(
+    tensors = [
         math.prod(source.shape) * (_FLOAT if row.float32 else work.itemsize)
-        for row in table(work.model, work.grid)
+        for stage in table(work.model, work.grid)
+        for row in stage
         for source in row.sources
-    )
-    return 2.0 * max(work.learner.bucket_mib << 20, largest)
+    ]
+    return 2.0 * min(sum(tensors), max(work.learner.bucket_mib << 20, *tensors))

@@ -33,8 +33,8 @@ def held(work: Work, stage: int) -> Held:
     """What the ranks of a pipeline stage hold (all of them alike)."""
     chunks: dict[int, list[Row]] = {}
     chunk_of = {layer: c for s in work.grid.chunks(work.model.layers) for c, span in enumerate(s) for layer in span}
-    for row in table(work.model, work.grid):
-        if row.stage == stage and not row.ep:
+    for row in table(work.model, work.grid)[stage]:
+        if not row.ep:  # None, or the first of the expert-parallel ranks
             ends = 0 if stage == 0 and row.parameter.startswith("embedding") else work.grid.vpp - 1
             chunks.setdefault(ends if row.layer is None else chunk_of[row.layer], []).append(row)
     everything = [row for part in chunks.values() for row in part]

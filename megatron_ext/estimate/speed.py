@@ -32,6 +32,7 @@ class Forward:
 
     linear: float  # matrices of the layers
     fp8: float  # those of them that are in FP8
+    experts: float  # those of them that are in experts
     attention: float
     output: float  # output layer, at the targets
 
@@ -54,15 +55,31 @@ class Speed:
     tokens_per_second: float  # of prompts and responses
 
 
-def forward(work: Work, stage: int, count: float, length: float) -> Forward:
-    """One forward pass of ``count`` rows of ``length`` tokens each."""
-    linear = fp8 = 0.0
-    for row in table(work.model, work.grid):
-        if row.stage == stage and row.layer is not None and len(row.sources[0].shape) == 2:
-            operations = 2 * count * length * _weights(work, row)
-            linear += operations
-            fp8 += operations if stored_in_fp8(work, row) else 0.0
-    model = work.model
+@dataclass(frozen=True)
+class Matrices:
+    """Entries by which each token is multiplied in the layers of one pipeline stage; of the experts, the share that is chosen."""
+
+    all: float
+    fp8: float  # those of them that are in FP8
+    experts: float  # those of them that are in experts
+
+
+def matrices(work: Work, stage: int) -> Matrices:
+    """Of the layers of ``stage``."""
+    everything = fp8 = experts = 0.0
+    for row in table(work.model, work.grid)[stage]:
+        if row.layer is None or len(row.sources[0].shape) != 2:
+            continue
+        entries = _entries(work, row)
+        everything += entries
+        fp8 += entries if stored_in_fp8(work, row) else 0.0
+        experts += entries if row.expert is not None else 0.0
+    return Matrices(everything, fp8, experts)
+
+
+def forward(work: Work, stage: int, weights: Matrices, count: float, length: float) -> Forward:
+    """One forward pass of ``count`` rows of ``length`` tokens each; ``weights`` are those of the stage."""
+    model, operations = work.model, 2 * count * length
     widths = (model.head_dim, model.head_dim)
     if model.mla:
         widths = (model.mla.nope_dim + model.mla.rope_dim, model.mla.v_dim)
@@ -70,13 +87,15 @@ def forward(work: Work, stage: int, count: float, length: float) -> Forward:
     attention = layers * count * length**2 * model.heads * sum(widths)
     last = stage == work.grid.pp - 1
     output = 2 * count * min(work.expected_targets, length) * model.vocab * model.hidden if last else 0.0
-    return Forward(linear, fp8, attention, output)
+    parts = (operations * entries for entries in (weights.all, weights.fp8, weights.experts))
+    return Forward(*parts, attention, output)
 
 
 def speed(work: Work, machine: Machine) -> Speed:
     """Operations and predicted seconds of one step's train phase: ``log_probs`` passes and updates, no weight sync, no rollout."""
     stages = range(work.grid.pp)
-    passes = [forward(work, stage, *work.computed) for stage in stages]
+    weights = [matrices(work, stage) for stage in stages]
+    passes = [forward(work, stage, weights[stage], *work.computed) for stage in stages]
     trained = [_seconds(work, stage, each, machine, train=True) for stage, each in zip(stages, passes, strict=True)]
     scored = [_seconds(work, stage, each, machine, train=False) for stage, each in zip(stages, passes, strict=True)]
     count, updates = work.micro_batches, work.learner.updates_per_step
@@ -89,7 +108,7 @@ def speed(work: Work, machine: Machine) -> Speed:
         _operations(work, stage, each, train=True).total + work.passes * each.total
         for stage, each in zip(stages, passes, strict=True)
     )
-    useful = sum(forward(work, stage, work.step_rows, work.expected_length).total for stage in stages)
+    useful = sum(forward(work, stage, weights[stage], work.step_rows, work.expected_length).total for stage in stages)
     return Speed(
         model_flops=3 * useful,
         executed_flops=micro_batches * executed,
@@ -101,8 +120,8 @@ def speed(work: Work, machine: Machine) -> Speed:
     )
 
 
-def _weights(work: Work, row: Row) -> float:
-    """Entries of a matrix by which each token is multiplied, on average: of the experts, the share that is chosen."""
+def _entries(work: Work, row: Row) -> float:
+    """Of a matrix, on average over tokens."""
     entries = sum(math.prod(source.shape) for source in row.sources)
     if row.expert is None or work.model.moe is None:
         return entries
@@ -125,12 +144,14 @@ def _operations(work: Work, stage: int, once: Forward, *, train: bool) -> Forwar
             share = again / max(1, sum(len(span) for span in spans))
         linear, attention = linear + share, attention + share
     output = 4.0 if work.kernel == "fused" else 3.0  # its backward pass multiplies again
-    return Forward(once.linear * linear, once.fp8 * linear, once.attention * attention, once.output * output)
+    return Forward(
+        once.linear * linear, once.fp8 * linear, once.experts * linear, once.attention * attention, once.output * output
+    )
 
 
 def _seconds(work: Work, stage: int, once: Forward, machine: Machine, *, train: bool) -> float:
     """Of one micro-batch through one stage, on all of its ranks at a time."""
     done = _operations(work, stage, once, train=train)
     equivalent = done.total - done.fp8 * (1 - 1 / machine.fp8_speedup)
-    experts = work.imbalance  # ranks wait for the one with most tokens
-    return equivalent * experts / (work.tp * work.cp * machine.tflops * 1e12 * machine.utilization)
+    equivalent += done.experts * (work.imbalance - 1)  # ranks wait for the one with most tokens
+    return equivalent / (work.tp * work.cp * machine.tflops * 1e12 * machine.utilization)

@@ -15,9 +15,12 @@ ITEM_SIZES = {"fp32": 4, "bf16": 2}
 
 
 @functools.lru_cache(maxsize=64)
-def table(model: Architecture, grid: Grid) -> tuple[Row, ...]:
-    """``layout.rows``, made once: a mixture of experts has tens of thousands."""
-    return rows(model, grid)
+def table(model: Architecture, grid: Grid) -> tuple[tuple[Row, ...], ...]:
+    """``layout.rows`` by pipeline stage, made once: a mixture of experts has tens of thousands."""
+    stages: list[list[Row]] = [[] for _ in range(grid.pp)]
+    for row in rows(model, grid):
+        stages[row.stage].append(row)
+    return tuple(map(tuple, stages))
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,8 @@ class Work:
 
     @property
     def kernel(self) -> str:
-        """The log-prob kernel: ``auto`` is what a GPU gets."""
-        return "triton" if self.learner.log_prob_kernel == "auto" else self.learner.log_prob_kernel
+        """The log-prob kernel: ``auto`` is part of the output projection."""
+        return "fused" if self.learner.log_prob_kernel == "auto" else self.learner.log_prob_kernel
 
     @property
     def tp(self) -> int:
@@ -73,11 +76,6 @@ class Work:
     def norm_tokens(self) -> float:
         """Of those, the ones whose norms and residuals this rank holds: sequence parallelism divides them over TP."""
         return self.tokens / (self.tp if self.learner.sequence_parallel else 1)
-
-    @property
-    def span(self) -> float:
-        """Tokens along each side of an attention matrix, where one is made: a packed micro-batch is one sequence."""
-        return self.rows * self.length if self.learner.packing else self.length
 
     @property
     def expected_length(self) -> float:
@@ -112,7 +110,7 @@ def from_config(model: Architecture, config: RunConfig, mean_response: int = 0, 
             prompts = entropy.auxiliary_max_prompts or rollout.prompts_per_step
         step_rows += prompts * entropy.auxiliary_samples
     multiple = 2 * learner.context_parallel_size if learner.context_parallel_size > 1 else 1
-    multiple = math.lcm(multiple, grid.tp if learner.sequence_parallel else 1)
+    multiple *= grid.tp if learner.sequence_parallel else 1
     length = _up(rollout.max_prompt_tokens + rollout.max_new_tokens - 1, multiple)
     response = mean_response or rollout.max_new_tokens
     mean_length = min(length, rollout.max_prompt_tokens + response - 1)

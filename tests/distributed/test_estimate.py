@@ -55,6 +55,7 @@ CASES = {
     "latent attention": ("deepseek_v3", 1, 1, 1, {}),
 }
 ROWS, SEQ = 6, 49
+TOLERANCES = {"parameters": 1e-9, "gradients": 1e-9, "optimizer": 0.005, "saved": 0.02}
 RECOMPUTE = ("recompute_granularity", "recompute_method", "recompute_num_layers")
 
 
@@ -70,19 +71,11 @@ def test_estimate_equals_counted_bytes(gang, tmp_path, case):
     for stage in memory.stages(work):
         here = found[stage.stage * world // pp : (stage.stage + 1) * world // pp]
         counted = {part: max(each[part] for each in here) for part in here[0]}
-        for part in ("parameters", "gradients"):
-            assert stage.parts[part] == pytest.approx(counted[part], rel=0.005), part
-        assert stage.parts["optimizer"] == pytest.approx(counted["optimizer"], rel=0.05)
-        saved = max(moment.saved for moment in memory.moments(work, stage.stage))
-        print(
-            case,
-            stage.stage,
-            {p: (stage.parts[p], counted[p]) for p in ("parameters", "gradients", "optimizer")},
-            saved,
-            counted["saved"],
-            saved / counted["saved"],
-        )
-        assert saved == pytest.approx(counted["saved"], rel=0.05)
+        estimate = {part: stage.parts[part] for part in ("parameters", "gradients", "optimizer")}
+        estimate["saved"] = max(moment.saved for moment in memory.moments(work, stage.stage))
+        for part, tolerance in TOLERANCES.items():
+            print(f"{case}, stage {stage.stage}, {part}: {estimate[part]:.0f} of {counted[part]} bytes")
+            assert estimate[part] == pytest.approx(counted[part], rel=tolerance), part
 
 
 def _work(folder, world, tp, pp, rows, config):
@@ -94,7 +87,7 @@ def _work(folder, world, tp, pp, rows, config):
         expert_model_parallel_size=config.get("ep", 1),
         transformer_impl="local",
         log_prob_kernel="torch",
-        **dict(zip(RECOMPUTE, config.get("recompute", ()))),
+        **dict(zip(RECOMPUTE, config.get("recompute", ()), strict=False)),
         optimizer=OptimizerConfig(**config["optimizer"]),
     )
     each = min(config["micro_batch_size"], rows.rows // dp)

@@ -1,0 +1,136 @@
+"""``isentrope plan learner``: the memory of every GPU and the seconds of a step, from the configuration alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from launchers.cli.arguments import CONFIG, JSON, OVERRIDES
+from pipeline.config.errors import ConfigError
+from pipeline.config.load import PACKAGED, load_config, resolve_path
+from pipeline.config.schema import RunConfig
+
+GIB = 2**30
+DOES_NOT_FIT = 1
+
+
+def learner(
+    config: Path | None = CONFIG,
+    overrides: list[str] = OVERRIDES,
+    gpu_gib: float = typer.Option(80.0, min=1.0, help="Memory of one GPU, GiB."),
+    tflops: float = typer.Option(989.0, min=1e-3, help="Dense bf16 peak of one GPU, 10^12 operations a second."),
+    utilization: float = typer.Option(
+        0.45, min=1e-3, max=1.0, help="Share of the peak that is reached while computing, communication included."
+    ),
+    fp8_speedup: float = typer.Option(1.3, min=1e-3, help="Of products in FP8 over bf16, casts included."),
+    mean_response: int = typer.Option(
+        0, min=0, help="Expected response tokens, for the speed; 0: rollout.max_new_tokens."
+    ),
+    expert_imbalance: float = typer.Option(
+        1.25, min=1.0, help="Tokens of the busiest expert-parallel rank over the mean."
+    ),
+    figure: Path | None = typer.Option(None, help="Also draw the memory of every stage into this PNG."),
+    as_json: bool = JSON,
+) -> None:
+    """Plan the learner: GiB per GPU by pipeline stage, whether it fits, what would lower it, and the seconds of a step.
+
+    For GPUs, with Transformer Engine's layers unless learner.transformer_impl=local; rollout engines need GPUs of their own.
+    Exit code 1: it does not fit.
+
+    Examples:
+
+      isentrope plan learner --config recipe/qwen3_32b.yaml
+
+      isentrope plan learner --config recipe/qwen3_32b.yaml learner.data_parallel_size=4 --mean-response 3000 --json
+    """
+    run, folder = _load(config, overrides)
+    from megatron_ext import architecture  # only once the configuration is known to be good
+    from megatron_ext.estimate.report import draw, summary
+    from megatron_ext.estimate.speed import Machine
+
+    if mean_response > run.rollout.max_new_tokens:
+        why = f"above rollout.max_new_tokens={run.rollout.max_new_tokens}: lower one or raise the other"
+        raise typer.BadParameter(f"{mean_response}: {why}", param_hint="--mean-response")
+    machine = Machine(tflops, utilization, fp8_speedup)
+    expected = {"mean_response": mean_response, "imbalance": expert_imbalance}
+    try:
+        model = architecture.read(folder)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="model.hf_path") from error
+    try:
+        result = summary(model, run, machine, gpu_gib * GIB, **expected)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="learner") from error
+    result = {"name": run.name, "model": run.model.hf_path} | result
+    if figure:
+        draw(result, f"{run.name}: {result['gpus']} GPUs, {_words(result['layout'])}", figure)
+    if as_json:
+        typer.echo(json.dumps(result))
+    else:
+        _show(result)
+    if not result["fits"]:
+        raise typer.Exit(DOES_NOT_FIT)
+
+
+def _load(config: Path | None, overrides: list[str]) -> tuple[RunConfig, Path]:
+    """The checked configuration and its model's folder: ``model.hf_path``, or a packaged ``config.json`` of that name."""
+    run = load_config(config, overrides, check=False)
+    folder = resolve_path(run.model.hf_path)
+    if not (folder / "config.json").is_file():
+        known = sorted(path.parent for path in (PACKAGED / "model").glob("*/config.json"))
+        named = [path for path in known if path.name == folder.name.lower()]
+        if not named:
+            names = ", ".join(path.name for path in known)
+            problem = "neither a folder with a config.json nor named as one of those packaged"
+            raise ConfigError("model.hf_path", run.model.hf_path, problem, f"give a folder, or one of {names}")
+        folder = named[0]
+        overrides = [*overrides, f"model.hf_path={folder}"]
+    return load_config(config, overrides), folder
+
+
+def _words(layout: Mapping[str, int]) -> str:
+    return " ".join(f"{name.upper()}{size}" for name, size in layout.items() if size > 1) or "one GPU"
+
+
+def _show(result: dict[str, Any]) -> None:
+    """The summary as a table of GiB, the verdict, and a few lines."""
+    console = Console()
+    stages = result["stages"]
+    parts = [part for part in stages[0]["bytes"] if any(stage["bytes"][part] for stage in stages)]
+    table = Table("GiB of one GPU", *(f"stage {stage['stage']}" for stage in stages))
+    for part in parts:
+        table.add_row(part.replace("_", " "), *(f"{stage['bytes'][part] / GIB:.2f}" for stage in stages))
+    table.add_section()
+    table.add_row("total", *(f"{stage['total_bytes'] / GIB:.2f}" for stage in stages))
+    table.add_row("layers", *(str(stage["layers"]) for stage in stages))
+    table.add_row("micro-batches under way", *(f"{stage['micro_batches_under_way']:g}" for stage in stages))
+    console.print(table)
+    verdict = "FIT" if result["fits"] else "DOES NOT FIT"
+    micro, step, machine = result["micro_batch"], result["step"], result["assumptions"]
+    lines = [
+        f"{verdict}: {result['peak_bytes'] / GIB:.1f} of {result['gpu_bytes'] / GIB:g} GiB on each of {result['gpus']} GPUs "
+        f"({_words(result['layout'])}, {result['layers']})",
+        f"update: {micro['per_update']} micro-batches per replica, at most {micro['tokens']:.0f} tokens each, rows up to {micro['longest_row']}",
+        f"train phase: {step['seconds']:.1f} s for {step['rows']} rows, {step['tokens_per_second']:.0f} tokens/s, MFU {step['mfu']:.2f}, "
+        f"bubble {step['bubble']:.1%}, slowest stage {step['slowest_stage']:.2f} of the mean",
+        f"assumed: {machine['tflops']:g} TFLOP/s x {machine['utilization']:g}, FP8 x {machine['fp8_speedup']:g}, "
+        f"{machine['context_bytes'] / GIB:g} GiB context; predicted, not measured",
+    ]
+    if not result["fits"]:
+        lines.append("what would lower it, one key at a time:")
+        for remedy in result["remedies"]:
+            lines.append(
+                f"  {remedy['key']}={_value(remedy['value'])}: -{remedy['saves_bytes'] / GIB:.1f} GiB, {remedy['gpus']} GPUs"
+            )
+    for line in lines:
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _value(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,114 @@
+"""``isentrope plan learner`` as a user meets it, and the recipes it must find room for."""
+
+import json
+
+import pytest
+
+from launchers.cli.main import run
+from pipeline.config.load import load_config
+
+GIB = 2**30
+RECIPES = {"qwen3-32b": 32, "qwen2.5-32b": 32, "qwen3-30b-a3b": 16, "qwen3-235b-a22b": 128}
+
+
+def call(capsys, *words):
+    code = 0
+    try:
+        run(("plan", "learner", *words))
+    except SystemExit as ended:
+        code = ended.code
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def plan(capsys, *words):
+    code, out, err = call(capsys, *words, "--json")
+    assert (code, err) == (0, "")
+    return json.loads(out)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_are_valid_and_fit(capsys, recipe):
+    load_config(f"recipe/{recipe}.yaml")
+    result = plan(capsys, "--config", f"recipe/{recipe}.yaml")
+    assert result["fits"]
+    assert result["gpus"] == RECIPES[recipe]
+    assert result["peak_bytes"] == max(stage["total_bytes"] for stage in result["stages"])
+    assert 0.5 < result["peak_bytes"] / (80 * GIB) < 0.85  # room for what is not computed, and no GPU idle
+    for stage in result["stages"]:
+        assert stage["total_bytes"] >= sum(stage["bytes"].values())
+    assert result["layers"] == "transformer_engine"
+    assert result["step"]["bubble"] < 0.02
+    assert 0.25 < result["step"]["mfu"] <= 0.45
+
+
+def test_what_does_not_fit_exits_with_1_and_says_what_would(capsys):
+    words = ("--config", "recipe/qwen3-32b.yaml", "learner.optimizer.distributed=false")
+    words += ("learner.optimizer.overlap_param_gather=false", "--gpu-gib", "60")
+    code, out, err = call(capsys, *words, "--json")
+    result = json.loads(out)
+    assert (code, err, result["fits"]) == (1, "", False)
+    saved = {remedy["key"]: remedy["saves_bytes"] for remedy in result["remedies"]}
+    # Half of Adam's 12 bytes on the fullest stage: 24 GiB alone, 12 with DP 2.
+    assert saved["learner.optimizer.distributed"] == pytest.approx(
+        result["stages"][0]["bytes"]["optimizer"] / 2, rel=0.01
+    )
+    order = [remedy["saves_bytes"] for remedy in result["remedies"]]
+    assert order == sorted(order, reverse=True)
+    assert {remedy["gpus"] for remedy in result["remedies"]} == {32, 64}
+    code, out, _ = call(capsys, *words)
+    assert code == 1
+    assert "DOES NOT FIT" in out
+    assert "learner.optimizer.distributed=true: -12" in out
+
+
+def test_table_figure_and_a_model_known_by_name(capsys, tmp_path):
+    picture = tmp_path / "plan.png"
+    words = ("--config", "recipe/qwen3-32b.yaml", "model.hf_path=models/Qwen3-32B", "--figure", str(picture))
+    code, out, err = call(capsys, *words)
+    assert (code, err) == (0, "")
+    for word in ("stage 3", "activations", "FIT:", "micro-batches per replica", "not measured"):
+        assert word in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_assumed_speed_scales_the_seconds(capsys):
+    words = ("--config", "recipe/qwen3-32b.yaml")
+    base = plan(capsys, *words)["step"]
+    half = plan(capsys, *words, "--tflops", "494.5")["step"]
+    assert half["seconds"] == pytest.approx(2 * base["seconds"])
+    assert half["mfu"] == pytest.approx(base["mfu"])
+    short = plan(capsys, *words, "--mean-response", "2048")["step"]
+    assert short["seconds"] < base["seconds"] / 2
+
+
+def test_the_quickstart_s_model_fits_anywhere(capsys):
+    result = plan(capsys, "--config", "quickstart.yaml")
+    assert result["gpus"] == 2
+    assert result["peak_bytes"] < 3.1 * GIB  # the stated constant
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "remedy"),
+    [
+        (("model.hf_path=models/Qwen9-1T",), "model.hf_path", "qwen3-32b"),
+        (("learner.tensor_model_parallel_size=3",), "learner.tensor_model_parallel_size", "use one of"),
+        (("learner.recompute_granularity=all",), "learner.recompute_granularity", "did you mean"),
+        (("learner.expert_model_parallel_size=2",), "expert", " 1"),
+        (("--mean-response", "99999"), "--mean-response", "lower one"),
+        (("--utilization", "1.5"), "--utilization", "less than or equal to 1"),
+    ],
+)
+def test_mistakes_name_the_key_and_a_remedy(capsys, words, key, remedy):
+    code, out, err = call(capsys, "--config", "recipe/qwen3-32b.yaml", *words)
+    assert (code, out) == (2, "")
+    text = " ".join(err.replace("│", " ").split())
+    assert key in text
+    assert remedy in text
+    assert "Traceback" not in err
+
+
+def test_help_has_an_example(capsys):
+    code, out, _ = call(capsys, "--help")
+    assert code == 0
+    assert "Examples" in out
