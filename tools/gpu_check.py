@@ -1,0 +1,307 @@
+"""What only a GPU can prove, in one call and one table: `python -m tools.gpu_check`.
+
+    python -m tools.gpu_check --json runs/gpu_check.json          # all of it, about ten minutes on one H100
+    python -m tools.gpu_check --only tests kernels                # some of it
+
+- environment: chip, torch, CUDA, Triton, megatron-core, Transformer Engine
+- tests: tests/gpu, among them the reference quantisers against Transformer Engine's bit for bit, and the Triton kernels against float64
+- linear: Transformer Engine's linear layer in bf16 and under each FP8 recipe, forward and backward, against float32
+- kernels: seconds and memory of the log-prob kernels against their peers and the time that reading and writing the logits takes
+- learner: updates of a 1B-parameter Qwen3-shaped model in bf16 and under each FP8 recipe: tokens/s, memory, loss
+
+Needs one CUDA GPU; what is not installed fails by name. Exit code 1 if anything failed. Not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import traceback
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
+# Largest relative error of y, dx and dw against float32 on normal numbers: bf16's 8 bits; e4m3's 4, e5m2's 3 in the gradient.
+LIMITS = {"bf16": 0.01, "fp8": 0.1}
+MODEL = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+}
+ROWS, TOKENS, PROMPT, STEPS = 16, 2048, 256, 4  # per update of the learner
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    part: str
+    what: str
+    found: str
+    ok: bool
+    figures: dict[str, float]
+
+
+def row(part: str, what: str, ok: bool, **figures: float) -> Row:
+    """A line whose text is its figures."""
+    return Row(part, what, ", ".join(f"{name} {value:.4g}" for name, value in figures.items()), ok, figures)
+
+
+def environment() -> Iterator[Row]:
+    """Versions, and that Transformer Engine imports."""
+    yield Row("environment", "chip", f"{torch.cuda.get_device_name()}, CUDA {torch.version.cuda}", True, {})
+    for package in ("torch", "triton", "megatron-core", "transformer-engine"):
+        try:
+            yield Row("environment", package, importlib.metadata.version(package), True, {})
+        except importlib.metadata.PackageNotFoundError:
+            yield Row("environment", package, "not installed", False, {})
+    import transformer_engine.pytorch  # noqa: F401 (its libraries load)
+
+
+def tests() -> Iterator[Row]:
+    """tests/gpu, a line per file."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "tests/gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        sys.stderr.write(done.stdout[-8000:] + done.stderr[-2000:])
+        if not report.exists():
+            yield Row("tests", "tests/gpu", f"pytest ended with {done.returncode} and no report", False, {})
+            return
+        cases = list(ElementTree.parse(report).getroot().iter("testcase"))
+    for name in sorted({case.attrib["classname"] for case in cases}):
+        mine = [case for case in cases if case.attrib["classname"] == name]
+        failed = sum(case.find("failure") is not None or case.find("error") is not None for case in mine)
+        skipped = sum(case.find("skipped") is not None for case in mine)
+        counts = {"passed": len(mine) - failed - skipped, "failed": failed, "skipped": skipped}
+        yield row("tests", name.rpartition(".")[2], not failed and counts["passed"] > 0, **counts)
+
+
+def linear() -> Iterator[Row]:
+    """y, dx and dw of Transformer Engine's layer, 2048 tokens, 2048 to 4096 features."""
+    import transformer_engine.pytorch as te
+    from transformer_engine.common import recipe as recipes
+
+    from megatron_ext.fp8.transformer_engine import chip_problem
+
+    made = {
+        "delayed": recipes.DelayedScaling,
+        "tensorwise": recipes.Float8CurrentScaling,
+        "blockwise": recipes.Float8BlockScaling,
+        "mxfp8": recipes.MXFP8BlockScaling,
+    }
+    torch.manual_seed(0)
+    x, g = (torch.randn(2048, size, device="cuda", dtype=torch.bfloat16) for size in (2048, 4096))
+    weight = (torch.randn(4096, 2048, device="cuda") / 2048**0.5).bfloat16()
+    exact = x.float() @ weight.float().T, g.float() @ weight.float(), g.float().T @ x.float()
+    for name in ("bf16", *RECIPES):
+        problem = name in made and chip_problem(name, torch.cuda.get_device_capability(), torch.version.cuda)
+        if problem:
+            yield Row("linear", name, f"refused: {problem}", True, {})
+            continue
+        layer = te.Linear(2048, 4096, bias=False, params_dtype=torch.bfloat16)
+        layer.weight.data.copy_(weight)
+        for _ in range(3):  # delayed scaling learns its scales
+            leaf = x.clone().requires_grad_(True)
+            layer.weight.grad = None
+            with te.autocast(enabled=name in made, recipe=made[name]() if name in made else None):
+                y = layer(leaf)
+            y.backward(g)
+        found = zip(("y", "dx", "dw"), (y, leaf.grad, layer.weight.grad), exact, strict=True)
+        errors = {what: float((value.float() - true).norm() / true.norm()) for what, value, true in found}
+        yield row("linear", name, max(errors.values()) < LIMITS["bf16" if name == "bf16" else "fp8"], **errors)
+
+
+def kernels() -> Iterator[Row]:
+    """The benchmark of the log-prob kernels; from logits within 1.5 of the floor."""
+    from tools.bench import logprobs as bench
+
+    for case in bench.CUDA_CASES:
+        table = bench.run(case, "cuda", 7)
+        floor = bench.floor(case, "cuda")
+        bench.show(case, table, None if case.hidden else floor)
+        for name, line in table.items():
+            seconds = {part: line[part] for part in ("forward_s", "backward_s")}
+            ratios = {} if case.hidden else {f"{part} / floor": seconds[part] / floor[part] for part in seconds}
+            ours = "triton" in name and not case.hidden
+            within = not ours or sum(seconds.values()) <= 1.5 * sum(floor.values())
+            yield row("kernels", f"{case.name}: {name}", within, **seconds, **ratios, peak_U=line["peak_u"])
+
+
+def learner() -> Iterator[Row]:
+    """The same updates in bf16 and FP8: tokens/s over the last of them, memory, and how far the losses are apart."""
+    from megatron_ext.fp8.transformer_engine import chip_problem
+    from pipeline.config.schema import PrecisionConfig
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = _model(Path(name))
+        old = _log_probs(folder)
+        reference = _train(folder, PrecisionConfig(), old)
+        yield row("learner", "bf16", True, **_figures(reference, reference))
+        for recipe in RECIPES:
+            problem = chip_problem(recipe, torch.cuda.get_device_capability(), torch.version.cuda)
+            if problem:
+                yield Row("learner", recipe, f"refused: {problem}", True, {})
+                continue
+            found = _train(folder, PrecisionConfig(fp8="hybrid", fp8_recipe=recipe), old)
+            figures = _figures(found, reference)
+            yield row("learner", recipe, figures["largest loss difference"] < 0.05, **figures)
+
+
+def _model(folder: Path) -> Path:
+    """A Hugging Face folder of ``MODEL`` with random weights in bf16."""
+    from safetensors.torch import save_file
+
+    from megatron_ext import architecture
+    from megatron_ext.weights import layout
+    from megatron_ext.weights.grid import Grid
+
+    (folder / "config.json").write_text(json.dumps(MODEL))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
+    tensors: dict[str, torch.Tensor] = {}
+    for line in layout.rows(architecture.read(folder), Grid()):
+        for source in line.sources:
+            if len(source.shape) == 1:
+                tensors[source.name] = torch.ones(source.shape, dtype=torch.bfloat16)
+            else:
+                values = torch.randn(source.shape, generator=generator, device=device) * 0.02
+                tensors[source.name] = values.bfloat16().cpu()
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def _learner(folder: Path, precision: Any) -> Any:
+    from megatron_ext import topology
+    from megatron_ext.learner import MegatronLearner
+    from megatron_ext.weights.grid import Grid
+    from pipeline.config.schema import LearnerConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
+    from pipeline.ports import free_port
+
+    made = MegatronLearner(
+        LearnerConfig(micro_batch_size=2, precision=precision, optimizer=OptimizerConfig(lr=1e-5)),
+        ModelConfig(hf_path=str(folder), dtype="bf16"),
+        ObjectiveConfig(),
+        total_steps=STEPS,
+        seed=0,
+        topology=topology.initialize(0, ("127.0.0.1", free_port()), Grid(), seed=0),
+    )
+    made.load(folder)
+    return made
+
+
+def _log_probs(folder: Path) -> list[torch.Tensor]:
+    """What the bf16 model says of every step's rows at the start: against it, losses differ where models do."""
+    from pipeline.config.schema import PrecisionConfig
+
+    made = _learner(folder, PrecisionConfig())
+    found = [made.log_probs(_batch(step)) for step in range(STEPS)]
+    made.close()
+    return found
+
+
+def _train(folder: Path, precision: Any, old: list[torch.Tensor]) -> dict[str, Any]:
+    """``STEPS`` updates on random rows: losses, entropies, seconds and the peak of memory."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    made = _learner(folder, precision)
+    stats = [made.update(replace(_batch(step), old_log_probs=old[step]), step) for step in range(STEPS)]
+    made.close()
+    return {
+        "losses": [each.loss for each in stats],
+        "entropies": [each.entropy.mean for each in stats],
+        "seconds": statistics.median(each.seconds for each in stats[1:]),
+        "peak": torch.cuda.max_memory_allocated(),
+    }
+
+
+def _batch(seed: int) -> Any:
+    from pipeline.types import TrainBatch
+
+    generator = torch.Generator().manual_seed(seed)
+    mask = (torch.arange(1, TOKENS) >= PROMPT).expand(ROWS, -1).clone()
+    return TrainBatch(
+        tokens=torch.randint(0, MODEL["vocab_size"], (ROWS, TOKENS), generator=generator),
+        lengths=torch.full((ROWS,), TOKENS),
+        loss_mask=mask,
+        weights=torch.full((ROWS,), 1.0 / int(mask.sum())),
+        advantages=torch.randn(ROWS, generator=generator),
+        auxiliary=torch.zeros(ROWS, dtype=torch.bool),
+        correct=torch.zeros(ROWS, dtype=torch.bool),
+        temperatures=torch.ones(ROWS),
+        behavior_log_probs=torch.zeros(ROWS, TOKENS - 1),
+    )
+
+
+def _figures(found: dict[str, Any], reference: dict[str, Any]) -> dict[str, float]:
+    def apart(name: str) -> float:
+        return max(abs(a - b) for a, b in zip(found[name], reference[name], strict=True))
+
+    return {
+        "tokens/s": ROWS * TOKENS / found["seconds"],
+        "speed-up": reference["seconds"] / found["seconds"],
+        "peak GiB": found["peak"] / 2**30,
+        "largest loss difference": apart("losses"),
+        "largest entropy difference": apart("entropies"),
+    }
+
+
+PARTS: dict[str, Callable[[], Iterator[Row]]] = {
+    "environment": environment,
+    "tests": tests,
+    "linear": linear,
+    "kernels": kernels,
+    "learner": learner,
+}
+
+
+def main() -> None:
+    """Run the parts, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to run")
+    parser.add_argument("--json", type=Path, help="also write the table here")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("gpu_check needs a CUDA GPU, and torch sees none here. What a CPU can prove: make test")
+    rows: list[Row] = []
+    for name in arguments.only:
+        try:
+            for line in PARTS[name]():
+                rows.append(line)
+                print(f"{'ok    ' if line.ok else 'FAILED'} {line.part}: {line.what}: {line.found}", flush=True)
+        except (ImportError, OSError, RuntimeError, ValueError, AttributeError, TypeError) as error:
+            traceback.print_exc()  # the other parts have something to say all the same
+            rows.append(Row(name, "ended early", f"{type(error).__name__}: {error}", False, {}))
+    print("\n| part | what | found | |\n|---|---|---|---|")
+    for line in rows:
+        print(f"| {line.part} | {line.what} | {line.found} | {'ok' if line.ok else 'FAILED'} |")
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps([asdict(line) for line in rows], indent=1) + "\n")
+    sys.exit(0 if all(line.ok for line in rows) else 1)
+
+
+if __name__ == "__main__":
+    main()
