@@ -23,6 +23,7 @@ lint: $(VENV)/.ready
 	$(BIN)/mypy
 
 bench: $(VENV)/.ready
+	$(BIN)/python -m tools.bench.logprobs --json runs/bench/logprobs.json
 	$(BIN)/python tools/bench/step_time.py
 
 clean:
