@@ -12,7 +12,6 @@ arXiv 1805.02867) and turns a block into its gradient; everything else is here. 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -23,11 +22,10 @@ from torch.autograd.function import once_differentiable
 
 from megatron_ext import logprobs_torch
 
-# Logits per block of the fused entry. CPU: 4 MiB in float32, near the last cache and wide enough for the matrix product.
-# Elsewhere 128 MiB in bf16: few kernels, bounded memory.
-_BLOCK_LOGITS_CPU = 1 << 20
-_BLOCK_LOGITS = 1 << 26
-_FEWEST_COLUMNS = 128  # a narrower product would be slow
+# Tokens and columns of a block of the fused entry. CPU: 4 MiB of float32, near the last cache and wide enough for the matrix
+# product. Elsewhere 64 MiB in bf16, and half as much again for 4096 hidden states of 5120 in float32.
+_TILE_CPU = (2048, 512)
+_TILE = (4096, 8192)
 
 Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
@@ -78,24 +76,24 @@ def linear_log_probs_and_entropy(
     temperature: float | torch.Tensor | None = None,
     entropy_grad: bool = False,
     kernel: str = "auto",
-    columns: int | None = None,
+    tile: tuple[int, int] | None = None,
 ) -> Outputs:
     """As :func:`log_probs_and_entropy` of ``hidden @ weight.T``, of which no more than one block exists at a time.
 
-    The backward pass computes each block again: four matrix products in all where the logits kept whole take three. It needs one
-    gradient of ``weight`` and one float32 copy of ``hidden`` beside the block.
+    The backward pass computes each block again: four matrix products in all where the logits kept whole take three. Beside the two
+    gradients it needs memory for a block, whatever the number of tokens and the vocabulary.
 
     Args:
         hidden: float32 or bfloat16 ``[n, h]``, the same on all ranks of ``group``. Its gradient is this rank's columns' share of
             the whole: enter through megatron's ``copy_to_tensor_model_parallel_region`` (or a gather of sequence-parallel
             parts), whose backward adds the shares up.
         weight: ``[v_local, h]``, this rank's contiguous rows of the output weight, in the type of ``hidden``.
-        columns: width of a block; by default as many as make a block of bounded memory. Changes memory and speed, results
-            by rounding only.
+        tile: tokens and columns of a block; by default what suits the device. Changes memory and speed, results by rounding only
+            (in bf16 the weight's gradient is rounded once per ``tile[0]`` tokens).
         targets, vocab_size, group, temperature, entropy_grad, kernel: as there.
     """
     job = _Job.of(targets, weight.shape[0], vocab_size, group, temperature, entropy_grad, kernel)
-    return job.outputs(_FromHidden.apply(hidden, weight, job, columns))
+    return job.outputs(_FromHidden.apply(hidden, weight, job, tile))
 
 
 @dataclass(frozen=True)
@@ -187,40 +185,63 @@ class _FromLogits(torch.autograd.Function):
 
 
 class _FromHidden(torch.autograd.Function):
-    """See ``linear_log_probs_and_entropy``. Blocks are of columns, so that each row of the weight's gradient is one product."""
+    """See ``linear_log_probs_and_entropy``."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, job: _Job, columns: int | None
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, job: _Job, tile: tuple[int, int] | None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        tiles = _Tiles(hidden, job.width, tile)
         maximum, sums = _start(job.column)
-        for block, space in _blocks(hidden, job.width, columns):
-            logits = torch.mm(hidden, weight[block].t(), out=space)
-            job.kernel.accumulate(logits, job.column - block.start, maximum, sums, job.inverse_temperature)
+        for rows in tiles.rows:
+            inverse = None if job.inverse_temperature is None else job.inverse_temperature[rows]
+            for columns in tiles.columns:
+                logits = tiles.logits(hidden[rows], weight[columns])
+                column = job.column[rows] - columns.start
+                job.kernel.accumulate(logits, column, maximum[rows], sums[:, rows], inverse)
         log_probs, entropy, tempered, maximum, log_total = job.finish(maximum, sums)
         ctx.save_for_backward(hidden, weight, maximum, log_total, entropy)
-        ctx.columns = columns
+        ctx.tile = tile
         job.mark(ctx, entropy, tempered)
         return log_probs, entropy, tempered
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_log_probs: Any, grad_entropy: Any, _: None) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, maximum, log_total, entropy = ctx.saved_tensors
+        hidden, weight, *per_token = ctx.saved_tensors
         job: _Job = ctx.job
-        upstream = _or_zeros(grad_log_probs, entropy), grad_entropy
-        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        if grad_weight is not None:
-            grad_weight[job.width :] = 0
-        for block, space in _blocks(hidden, job.width, ctx.columns):
-            slope = torch.mm(hidden, weight[block].t(), out=space)
-            job.kernel.gradient_(slope, job.column - block.start, maximum, log_total, entropy, *upstream)
-            if grad_weight is not None:
-                torch.mm(slope.t(), hidden, out=grad_weight[block])
+        tiles = _Tiles(hidden, job.width, ctx.tile)
+        per_token += [_or_zeros(grad_log_probs, per_token[0]), grad_entropy]
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for rows in tiles.rows:
+            own = [None if each is None else each[rows] for each in per_token]
+            total = torch.zeros_like(hidden[rows], dtype=torch.float32)
+            for columns in tiles.columns:
+                slope = tiles.logits(hidden[rows], weight[columns])
+                job.kernel.gradient_(slope, job.column[rows] - columns.start, *own)
+                if grad_weight is not None:
+                    grad_weight[columns].addmm_(slope.t(), hidden[rows])
+                if grad_hidden is not None:
+                    _add_product(total, slope, weight[columns])
             if grad_hidden is not None:
-                _add_product(grad_hidden, slope, weight[block])
-        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, None, None
+                grad_hidden[rows] = total
+        return grad_hidden, grad_weight, None, None
+
+
+class _Tiles:
+    """How tokens and columns are cut into blocks, and the memory that each block's logits are computed in."""
+
+    def __init__(self, hidden: torch.Tensor, width: int, tile: tuple[int, int] | None) -> None:
+        tokens, columns = tile or (_TILE_CPU if hidden.device.type == "cpu" else _TILE)
+        self.rows = [slice(i, min(len(hidden), i + tokens)) for i in range(0, len(hidden), tokens)]
+        self.columns = [slice(i, min(width, i + columns)) for i in range(0, width, columns)]
+        self._space = hidden.new_empty(min(len(hidden), tokens) * min(width, columns))
+
+    def logits(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """``hidden @ weight.T``, contiguous, until the next call."""
+        shape = len(hidden), len(weight)
+        return torch.mm(hidden, weight.t(), out=self._space[: shape[0] * shape[1]].view(shape))
 
 
 def _kernel(name: str, device: torch.device) -> ModuleType:
@@ -250,18 +271,6 @@ def _start(column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Maximum ``[n]`` and sums ``[4, n]`` of no logits: e^x, x e^x, e^(x/T), with x relative to the maximum; target logit."""
     maximum = torch.full_like(column, logprobs_torch.FLOOR, dtype=torch.float32)
     return maximum, maximum.new_zeros(4, len(column))
-
-
-def _blocks(hidden: torch.Tensor, width: int, columns: int | None) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Slices of the ``width`` columns, in order, each with ``[n, columns]`` to hold its logits: the same memory every time."""
-    tokens = len(hidden)
-    if columns is None:
-        most = _BLOCK_LOGITS_CPU if hidden.device.type == "cpu" else _BLOCK_LOGITS
-        columns = max(_FEWEST_COLUMNS, most // max(1, tokens))
-    space = hidden.new_empty(tokens * min(columns, width))
-    for start in range(0, width, columns):
-        end = min(width, start + columns)
-        yield slice(start, end), space[: tokens * (end - start)].view(tokens, end - start)
 
 
 def _reduce(

@@ -36,7 +36,7 @@ def accumulate(
             maximum,
             sums,
             inverse_temperature if tempered else maximum,  # not read
-            tokens,
+            sums.stride(0),
             width,
             logits.stride(0),
             TEMPERED=tempered,
@@ -92,7 +92,7 @@ def _accumulate(
     maximum,
     sums,
     inverse_temperature,
-    tokens,
+    sum_stride,
     width,
     stride,
     TEMPERED: tl.constexpr,  # noqa: N803
@@ -127,18 +127,18 @@ def _accumulate(
     shift = before - high
     scale = tl.exp2(shift * _LOG2_E)
     old = tl.load(sums + row)
-    old_weighted = tl.load(sums + tokens + row)
+    old_weighted = tl.load(sums + sum_stride + row)
     tl.store(maximum + row, high)
     tl.store(sums + row, scale * old + tl.sum(total, 0))
-    tl.store(sums + tokens + row, scale * (old_weighted + shift * old) + _LN_2 * tl.sum(weighted, 0))
+    tl.store(sums + sum_stride + row, scale * (old_weighted + shift * old) + _LN_2 * tl.sum(weighted, 0))
     if TEMPERED:
-        old_tempered = tl.load(sums + 2 * tokens + row)
+        old_tempered = tl.load(sums + 2 * sum_stride + row)
         scale = tl.exp2(shift * _LOG2_E * inverse)
-        tl.store(sums + 2 * tokens + row, scale * old_tempered + tl.sum(tempered, 0))
+        tl.store(sums + 2 * sum_stride + row, scale * old_tempered + tl.sum(tempered, 0))
     target = tl.load(column + row)
     here = (target >= 0) & (target < width)
     found = tl.load(z_row + target, mask=here, other=0.0).to(tl.float32)
-    tl.store(sums + 3 * tokens + row, tl.load(sums + 3 * tokens + row) + found)
+    tl.store(sums + 3 * sum_stride + row, tl.load(sums + 3 * sum_stride + row) + found)
 
 
 @triton.jit

@@ -40,7 +40,7 @@ def from_logits(inputs, vocab_size, group):
     return torch.stack(values).detach(), leaf.grad
 
 
-def from_hidden(inputs, vocab_size, group, columns=None):
+def from_hidden(inputs, vocab_size, group, tile=None):
     """The same of ``factors``, with the gradients of hidden states and weight."""
     from megatron_ext.logprobs import linear_log_probs_and_entropy
 
@@ -59,7 +59,7 @@ def from_hidden(inputs, vocab_size, group, columns=None):
         group=group,
         temperature=temperature,
         entropy_grad=True,
-        columns=columns,
+        tile=tile,
     )
     (torch.stack(values[:2]) * weights).sum().backward()
     return torch.stack(values).detach(), hidden.grad, weight.grad
@@ -92,13 +92,13 @@ def run(rank, world, address, vocab_size):
         return values.numpy(), grad.numpy(), calls
 
 
-def run_linear(rank, world, address, vocab_size, columns):
+def run_linear(rank, world, address, vocab_size, tile):
     """Values, gradients of hidden states and of this rank's weight, and the collectives it took."""
     with joined(rank, world, address) as calls:
         hidden, weight = factors()
         shard = weight.tensor_split(world)[rank]
         inputs = (hidden, shard, *whole(vocab_size)[1:])
-        return (*(r.numpy() for r in from_hidden(inputs, vocab_size, dist.group.WORLD, columns)), calls)
+        return (*(r.numpy() for r in from_hidden(inputs, vocab_size, dist.group.WORLD, tile)), calls)
 
 
 class Decoder(torch.nn.Module):

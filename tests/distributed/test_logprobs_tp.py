@@ -22,13 +22,13 @@ def test_split_vocabulary_equals_whole(gang, vocab_size):
         assert calls == ["MAX [12]", "SUM [4, 12]"]
 
 
-@pytest.mark.parametrize("columns", [None, 7])
+@pytest.mark.parametrize("tile", [None, (5, 7)])
 @pytest.mark.parametrize("vocab_size", [37, 20])
-def test_split_projection_equals_whole(gang, vocab_size, columns):
+def test_split_projection_equals_whole(gang, vocab_size, tile):
     """Two collectives forward, one backward, however many blocks."""
     inputs = (*logprobs_ranks.factors(), *logprobs_ranks.whole(vocab_size)[1:])
     values, hidden, weight = logprobs_ranks.from_hidden(inputs, vocab_size, None)
-    first, second = gang.run(logprobs_ranks.run_linear, 2, vocab_size, columns)
+    first, second = gang.run(logprobs_ranks.run_linear, 2, vocab_size, tile)
     assert (first[0] == second[0]).all()
     close(first[0], values)
     close(first[1], hidden, 2e-5)

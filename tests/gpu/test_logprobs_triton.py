@@ -71,8 +71,8 @@ def test_bfloat16_logits(blocks):
     assert ((leaf.grad - true_gradient).abs() <= true_gradient.abs() / 128 + 1e-6).all()
 
 
-@pytest.mark.parametrize("columns", [None, 100])
-def test_fused_with_the_projection(columns):
+@pytest.mark.parametrize("tile", [None, (4, 100)])
+def test_fused_with_the_projection(tile):
     """The running state goes from block to block."""
     c = case(9, 250, padding=6, device=DEVICE)
     hidden, weight = c.hidden.clone().requires_grad_(True), c.weight.clone().requires_grad_(True)
@@ -85,7 +85,7 @@ def test_fused_with_the_projection(columns):
         temperature=1.2,
         entropy_grad=True,
         kernel="triton",
-        columns=columns,
+        tile=tile,
     )
     for mine, true in zip(got, exact(c.hidden.double() @ c.weight.double().t(), c.targets, 250, 1.2), strict=True):
         close(mine, true)

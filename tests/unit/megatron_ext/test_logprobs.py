@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from megatron_ext.logprobs import linear_log_probs_and_entropy, log_probs_and_entropy
 from tests.logprobs_cases import case, exact, exact_gradients, loss
-from tests.peak_memory import peak_bytes
+from tools.peak_memory import peak_bytes
 
 MIB = 1 << 20
 SPACE = 2 * MIB  # what the torch kernel works in on CPU
@@ -32,13 +32,13 @@ def test_values_match_float64(temperature, seed, scale):
     st.integers(1, 40),
     st.integers(2, 300),
     st.integers(0, 9),
-    st.integers(1, 310),
+    st.tuples(st.integers(1, 45), st.integers(1, 310)),
     st.floats(0.5, 4.0),
     st.booleans(),
     st.integers(0, 10_000),
 )
-def test_projection_in_blocks_matches_float64(tokens, columns, padding, block, scale, entropy_grad, seed):
-    """Values and gradients of hidden states and weight, whatever the sizes, the padding and the width of a block."""
+def test_projection_in_blocks_matches_float64(tokens, columns, padding, tile, scale, entropy_grad, seed):
+    """Values and gradients of hidden states and weight, whatever the sizes, the padding and the size of a block."""
     c = case(tokens, columns, padding, seed=seed, scale=scale)
     hidden, weight = c.hidden.clone().requires_grad_(True), c.weight.clone().requires_grad_(True)
     temperature = c.temperature.clamp(min=0.5)
@@ -50,7 +50,7 @@ def test_projection_in_blocks_matches_float64(tokens, columns, padding, block, s
         group=None,
         temperature=temperature,
         entropy_grad=entropy_grad,
-        columns=block,
+        tile=tile,
     )
     product = c.hidden.double() @ c.weight.double().t()
     for mine, true in zip(got, exact(product, c.targets, columns, temperature), strict=True):
@@ -127,7 +127,7 @@ def test_a_block_of_minus_infinity_alone_counts_for_nothing():
     """Every token the same logits, some of them -inf, in blocks of two columns of which one has no finite logit."""
     row = torch.tensor([-math.inf, -math.inf, 0.5, -math.inf, 1.5, 0.0])
     got = linear_log_probs_and_entropy(
-        torch.ones(2, 1), row[:, None], torch.tensor([4, 2]), vocab_size=6, group=None, temperature=0.05, columns=2
+        torch.ones(2, 1), row[:, None], torch.tensor([4, 2]), vocab_size=6, group=None, temperature=0.05, tile=(1, 2)
     )
     for mine, true in zip(got, exact(row.expand(2, 6), torch.tensor([4, 2]), 6, 0.05), strict=True):
         close(mine, true)
@@ -162,7 +162,7 @@ def test_target_outside_the_vocabulary_gives_nan():
     targets = torch.tensor([45, -1, 3])
     log_probs = log_probs_and_entropy(c.logits, targets, vocab_size=45, group=None)[0]
     assert log_probs.isnan().tolist() == [True, True, False]
-    log_probs = linear_log_probs_and_entropy(c.hidden, c.weight, targets, vocab_size=45, group=None, columns=7)[0]
+    log_probs = linear_log_probs_and_entropy(c.hidden, c.weight, targets, vocab_size=45, group=None, tile=(2, 7))[0]
     assert log_probs.isnan().tolist() == [True, True, False]
 
 
@@ -199,7 +199,7 @@ def test_bfloat16():
 
     hidden, weight = c.hidden.clone().requires_grad_(True), c.weight.clone().requires_grad_(True)
     fused = linear_log_probs_and_entropy(
-        hidden, weight, c.targets, vocab_size=50, group=None, temperature=1.2, entropy_grad=True, columns=16
+        hidden, weight, c.targets, vocab_size=50, group=None, temperature=1.2, entropy_grad=True, tile=(5, 16)
     )
     for mine, other in zip(fused, whole, strict=True):
         close(mine, other, 1e-4)
@@ -259,11 +259,11 @@ def test_logits_are_the_only_large_tensor(dtype, entropy_grad):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_projection_never_holds_the_logits(dtype):
-    """A block, the kernel's space, the weight's gradient and hidden states in float32; logits would be 64 MiB (32 in bf16)."""
-    tokens, columns, width, size = 256, 1 << 16, 16, dtype.itemsize
+    """A block, the kernel's space, the two gradients; the logits would be 64 MiB (32 in bf16)."""
+    tokens, columns, width, size = 512, 1 << 15, 16, dtype.itemsize
     c = case(tokens, columns, hidden=width, dtype=dtype)
     hidden, weight = c.hidden.requires_grad_(True), c.weight.requires_grad_(True)
-    block = size * MIB  # 2^20 logits
+    block = size * MIB // 4  # 512 x 512 logits
     forward, results = peak_bytes(
         lambda: linear_log_probs_and_entropy(
             hidden, weight, c.targets, vocab_size=columns, group=None, temperature=1.2, entropy_grad=True

@@ -36,7 +36,7 @@ def test_compiles_for_hopper(kernel, option, logits, tmp_path, monkeypatch):
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     function = getattr(logprobs_triton, kernel)
-    types = {"logits": logits, "column": "*i64", "tokens": "i32", "width": "i32", "stride": "i32"}
+    types = {"logits": logits, "column": "*i64", "sum_stride": "i32", "width": "i32", "stride": "i32"}
     constants = {option: True, "BLOCK": logprobs_triton._MOST_COLUMNS}
     signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in function.arg_names}
     source = ASTSource(function, signature, constants)
