@@ -145,6 +145,11 @@ class EngineProcess:
         """Run one method of the engine, after every call queued before it."""
         return getattr(self.engine, method)(*args)
 
+    def update(self, phases: Sequence[str], *arguments: Any) -> None:
+        """Phases of a weight update in order, each with its one argument. Buckets are arguments of their own, as Ray resolves no others."""
+        for phase, argument in zip(phases, arguments, strict=True):
+            getattr(self.engine, phase)(argument)
+
     @ray.method(concurrency_group="control")
     def control(self, method: str) -> Any:
         """Run ``abort`` or ``health`` beside whatever runs."""
@@ -154,15 +159,17 @@ class EngineProcess:
 class RayEngine:
     """``RolloutEngine`` over one actor, made by ``spawn`` at every ``start``.
 
-    ``begin_update`` and ``load_bucket`` only queue; what goes wrong in them is raised by ``verify_update``. Each may take
-    ``timeout_s`` (``rollout.weight_sync_timeout_s``), the learner's export of a bucket included, and a little grace; a process
-    that does not answer by then is not alive.
+    ``begin_update`` and ``load_bucket`` only queue; what goes wrong in them is raised by ``verify_update``. A call is sent when the next
+    is known to follow, the first and the last bucket's with their neighbours: a model of one bucket takes two round trips, all of it
+    and then ``commit_update``. Each phase may take ``timeout_s`` (``rollout.weight_sync_timeout_s``), the learner's export of a bucket
+    included, and a little grace; a process that does not answer by then is not alive.
     """
 
     def __init__(self, spawn: Callable[[], Any], name: str, timeout_s: float) -> None:
         self.spawn, self.name, self.timeout_s = spawn, name, timeout_s
         self.process: Any = None
-        self.queued: list[tuple[str, Any]] = []  # phase, reply
+        self.waiting: list[tuple[str, Any]] = []  # phases that are yet to be sent, and their arguments
+        self.sent: list[tuple[list[str], Any]] = []  # phases of a call, reply
         self.buckets = 0  # of the update in progress
         self.stuck = ""
 
@@ -178,7 +185,7 @@ class RayEngine:
 
     def start(self, hf_path: Path) -> None:
         """See ``pipeline.rollout.engine.RolloutEngine``."""
-        self.process, self.queued, self.stuck = self.spawn(), [], ""
+        self.process, self.waiting, self.sent, self.stuck = self.spawn(), [], [], ""
         self._call("start", hf_path)
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[SampleGroup]:
@@ -187,42 +194,49 @@ class RayEngine:
 
     def begin_update(self, version: int) -> None:
         """Queue the beginning of an update."""
-        self.queued, self.buckets = [], 0
-        self._queue("begin_update", version)
+        self.waiting, self.sent, self.buckets = [("begin_update", version)], [], 0
 
     def load_bucket(self, bucket: Any) -> None:
         """Queue one bucket (an object-store handle); waits while more than ``BUCKETS_IN_FLIGHT`` are queued."""
+        if self.buckets:
+            self._send()
         self.buckets += 1
-        self._queue(f"load_bucket {self.buckets}", bucket)
-        if len(self.queued) > BUCKETS_IN_FLIGHT:
-            self._collect(len(self.queued) - BUCKETS_IN_FLIGHT)
+        self.waiting.append((f"load_bucket {self.buckets}", bucket))
+        self._collect(len(self.sent) + 1 - BUCKETS_IN_FLIGHT)
 
     def verify_update(self, version: int) -> None:
         """Wait for the update to be verified; the first failure of all its phases is raised."""
-        self._queue("verify_update", version)
-        self._collect(len(self.queued))
+        self._finish("verify_update", version)
 
     def commit_update(self, version: int) -> None:
         """See ``pipeline.rollout.engine.RolloutEngine``."""
-        self._queue("commit_update", version)
-        self._collect(len(self.queued))
+        self._finish("commit_update", version)
 
     def abort_update(self) -> None:
         """Queue the end of the update, behind whatever of it still runs."""
-        self.queued = []
+        self.waiting, self.sent = [], []
         if self.process is not None:
             self.process.call.remote("abort_update")
 
-    def _queue(self, phase: str, *args: Any) -> None:
-        self.queued.append((phase, self.actor.call.remote(phase.partition(" ")[0], *args)))
+    def _finish(self, phase: str, version: int) -> None:
+        """Send what waits, with one more phase, and wait for all."""
+        self.waiting.append((phase, version))
+        self._send()
+        self._collect(len(self.sent))
+
+    def _send(self) -> None:
+        phases, arguments = zip(*self.waiting, strict=True)
+        methods = [phase.partition(" ")[0] for phase in phases]
+        self.sent.append((list(phases), self.actor.update.remote(methods, *arguments)))
+        self.waiting = []
 
     def _collect(self, count: int) -> None:
-        """Wait for the first ``count`` queued calls."""
-        limit = self.timeout_s + min(self.timeout_s, GRACE_S)
-        done, self.queued = self.queued[:count], self.queued[count:]
-        for phase, reply in done:
+        """Wait for the first ``count`` calls that were sent."""
+        done, self.sent = self.sent[: max(0, count)], self.sent[max(0, count) :]
+        for phases, reply in done:
+            limit = len(phases) * (self.timeout_s + min(self.timeout_s, GRACE_S))
             try:
-                answer(reply, f"{self.name}: {phase}", limit)
+                answer(reply, f"{self.name}: {', '.join(phases)}", limit)
             except EngineTimeoutError as error:
                 self.stuck = f"{error}; if it is merely slow, raise rollout.weight_sync_timeout_s ({self.timeout_s:g})"
                 raise WeightUpdateError(self.stuck) from error

@@ -1,4 +1,4 @@
-"""What a :class:`Plan` costs, beside the least that any plan could and what whole tensors would: numbers and a picture."""
+"""What a :class:`Plan` costs, beside the least that any plan could, what whole tensors would and what a run does: numbers and a picture."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from megatron_ext.weights import buckets
+from megatron_ext.weights.layout import rows
 from megatron_ext.weights.pieces import FANOUT, INTER, LOCAL, NEAR
-from megatron_ext.weights.plan import Plan
+from megatron_ext.weights.plan import ITEM_SIZES, Plan
 
 GIB = 2**30
 
@@ -61,6 +63,34 @@ def summary(plan: Plan, inter_gbps: float, intra_gbps: float) -> dict[str, Any]:
         "inter_node_ingress_bytes_by_node": entered.tolist(),
         "inter_node_lower_bound_bytes_by_node": bounds.node_ingress.tolist(),
         "sent_bytes_by_process": sent.tolist(),
+    }
+
+
+def run_summary(plan: Plan, dtype: str) -> dict[str, Any]:
+    """What a training run's own sync moves at these layouts: learner ranks put whole tensors into Ray's object store, bucket by bucket, each
+    owner its own (:mod:`buckets`); every node with an engine fetches each bucket once; from there every rank of a server on GPUs copies
+    whole tensors. Keys begin with ``run_``; bytes are those of the busiest rank or node.
+    """
+    placement, nodes = plan.placement, np.array(plan.placement.nodes)
+    rounds = buckets.plan(
+        rows(plan.model, plan.learner), plan.learner, ITEM_SIZES[dtype], plan.bucket_bytes / 2**20, dtype == "fp8"
+    )
+    engines = {placement.nodes[placement.engine_process(n * plan.engines.tp)] for n in range(plan.engines.count)}
+    entered = np.zeros(len(plan.bounds.node_ingress), dtype=np.int64)
+    for bucket in (bucket for line in rounds for bucket in line):
+        home = nodes[bucket.owner]
+        entered[[node for node in engines if node != home]] += bucket.nbytes
+        entered[home] += bucket.nbytes * int((nodes[list(bucket.holders)] != home).sum()) // len(bucket.holders)
+    owned = np.array(buckets.owned(rounds, plan.learner.world_size))
+    return {
+        "run_per_rank_ingress_bytes": int(owned.sum()),
+        "run_inter_node_ingress_bytes": _most(entered),
+        "run_inter_node_ratio": _ratio(entered, plan.bounds.full_node_ingress),
+        "run_sent_max_over_mean": _most(owned) / owned.mean(),
+        "run_rounds": len(rounds),
+        "run_buckets": sum(len(line) for line in rounds),
+        "run_inter_node_ingress_bytes_by_node": entered.tolist(),
+        "run_sent_bytes_by_learner_rank": owned.tolist(),
     }
 
 

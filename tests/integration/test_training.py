@@ -189,3 +189,11 @@ def test_every_actuator_and_objective_trains(tmp_path, overrides):
     # With the band above the entropy, the command has left rest by the last step.
     rest = {"tok": 0.0, "clip_cov": 0.0, "entropy_bonus": 0.0}.get(done[-1]["actuator"], 1.0)
     assert done[-1]["command"] > rest
+
+
+def test_rollouts_in_fp8_show_as_a_small_mismatch(tmp_path):
+    """The learner's bits go out rounded to FP8, over TP 2 and Ray; the engine draws from what arrives."""
+    done = train(tmp_path / "run", "steps=3", "evaluation.at_start=false", "rollout.weight_dtype=fp8")
+    exact = train(tmp_path / "exact", "steps=3", "evaluation.at_start=false")
+    assert all(1e-3 < s["metrics"]["mismatch_mean"] < 0.1 for s in done)
+    assert all(s["metrics"]["mismatch_mean"] < 1e-5 for s in exact)
