@@ -81,7 +81,7 @@ def restore(
     for index, gpt in enumerate(chunks):
         gpt.load_state_dict(state["model"][f"model{index}"])
     configured = [dict(group) for group in optimizer.param_groups]
-    _lend_step(optimizer, state["optimizer"])
+    _lend(optimizer, state["optimizer"])
     optimizer.load_state_dict(state["optimizer"])
     for group, own in zip(optimizer.param_groups, configured, strict=True):
         # All but what training changes; the scheduler's own state then sets lr and weight_decay.
@@ -162,16 +162,23 @@ def _allocate(optimizer: MegatronOptimizer) -> None:
                         state[name] = torch.zeros_like(parameter)
 
 
-def _lend_step(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
-    """Let loading find ``step``: DistributedOptimizer keeps it elsewhere, the others do not save a step of 0 at all."""
+def _lend(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
+    """Let loading find what it looks for.
+
+    ``step``: DistributedOptimizer keeps it elsewhere, the others do not save a step of 0 at all. Groups of parameters: from 0.19 on
+    they are known by their learning rates too, which are this configuration's.
+    """
     parts = _parts(optimizer)
     for index, part in enumerate(parts):
         own = state[index] if len(parts) > 1 else state
+        # Beside float32 main parameters, and in DistributedOptimizer, Adam's state is one level down.
+        adam = own.get("optimizer", own)
+        for group in adam["param_groups"]:
+            group.update({key: part.param_groups[0][key] for key in ("max_lr", "min_lr") if part.param_groups})
         if isinstance(part, DistributedOptimizer):
             part._set_main_param_and_optimizer_states = partial(_set_states, part)
         elif part in _with_torch_adam(part):
-            # With float32 main parameters beside it, Adam's state is one level down.
-            own.get("optimizer", own)["state"].setdefault("common_step", torch.tensor(0.0))
+            adam["state"].setdefault("common_step", torch.tensor(0.0))
 
 
 def _set_states(part: DistributedOptimizer, parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
