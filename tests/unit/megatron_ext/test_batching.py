@@ -171,22 +171,3 @@ def test_mini_batches_need_rows_and_old_log_probs():
         batching.mini_batches(batch(5, auxiliary=3, old_log_probs=torch.zeros(5, 3)), 4)
     with pytest.raises(ValueError, match="old_log_probs"):
         batching.mini_batches(batch(4), 2)
-
-
-@given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 5), st.integers(1, 4))
-def test_micro_batches_in_groups(rows, size, dp, multiple):
-    """What the interleaved pipeline schedule asks: a multiple of the stages, each row still once."""
-    ranks = [batching.micro_batches(rows, size, rank, dp, multiple) for rank in range(dp)]
-    assert {len(micros) % multiple for micros in ranks} == {0}
-    dealt = torch.cat([torch.cat(micros) for micros in ranks])
-    assert sorted(dealt[dealt != batching.PADDING].tolist()) == list(range(rows))
-
-
-def test_padding_of_columns():
-    padded = batching.pad(batch(2, old_log_probs=torch.ones(2, 3)), 4)
-    assert padded.tokens.shape == (2, 5)
-    assert padded.loss_mask.tolist() == [[True, True, True, False]] * 2
-    assert padded.old_log_probs.tolist() == [[1, 1, 1, 0]] * 2
-    assert padded.weights.shape == (2,)
-    same = batch(2)
-    assert batching.pad(same, 3) is same
