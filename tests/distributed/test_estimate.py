@@ -5,7 +5,7 @@ import megatron_ranks as ranks
 import pytest
 import tiny_models
 
-from megatron_ext import architecture
+from megatron_ext import architecture, batching
 from megatron_ext.estimate import memory
 from megatron_ext.estimate.work import ITEM_SIZES, Work, grid_of
 from pipeline.config.schema import LearnerConfig, OptimizerConfig
@@ -55,7 +55,7 @@ CASES = {
     "latent attention": ("deepseek_v3", 1, 1, 1, {}),
 }
 ROWS, SEQ = 6, 49
-TOLERANCES = {"parameters": 1e-9, "gradients": 1e-9, "optimizer": 0.005, "saved": 0.02}
+TOLERANCES = {"parameters": 1e-9, "gradients": 1e-9, "optimizer": 0.005, "saved": 0.01}
 RECOMPUTE = ("recompute_granularity", "recompute_method", "recompute_num_layers")
 
 
@@ -98,7 +98,13 @@ def _work(folder, world, tp, pp, rows, config):
         itemsize=ITEM_SIZES[config.get("dtype", "fp32")],
         rows=each,
         length=SEQ - 1,
-        targets=int(rows.loss_mask.sum()) * each / ROWS,
+        targets=_most_targets(rows, dp, each),
         micro_batches=rows.rows // dp // each,
         step_rows=ROWS,
     )
+
+
+def _most_targets(rows, dp, each):
+    """Of the micro-batch that has most."""
+    parts = [part for rank in range(dp) for part in batching.micro_batches(rows.rows, each, rank, dp)]
+    return max(int(rows.loss_mask[part].sum()) for part in parts)
