@@ -151,25 +151,37 @@ def _attention(work: Work, index: int) -> _Attention:
     q, kv = (tokens * count * model.head_dim for count in (heads, groups))  # entries
     linear = _linear_size(work, index)
     inputs = work.norm_tokens * model.hidden * linear
-    statistics = tokens * (heads + groups) * _FLOAT if model.family.qk_norm else 0.0
-    if work.transformer_engine:
-        # Values are a view of the whole projection; the norm of queries keeps its reshaped input; queries and keys are rotated copies.
-        outside = (
-            inputs + (q + 2 * kv) * size + (q * size if model.family.qk_norm else 0.0) + statistics + (q + kv) * size
-        )
-        return _flash(work, outside, q, tokens * heads, linear)
-    repeated = heads > groups
-    whole = not repeated or (
-        model.family.qk_norm and size == _FLOAT
-    )  # values, or the keys' norm, keep a view of the projection
-    inputs += 4 * work.length / work.cp * model.head_dim * size  # cosines and sines, for queries and for keys
-    outside = inputs + statistics + (q + 2 * kv) * size * whole + q * size + (0.0 if repeated else q * size)
+    own_queries = groups > 1  # those of several groups are reshaped, those of one are a view of the projection
     if model.family.qk_norm:
-        outside += (q + kv) * _FLOAT  # normalised; and the norms' inputs, unless views
-        outside += (q + kv) * _FLOAT if size < _FLOAT else q * size * repeated
-    core = _matrix(work, heads) + 2 * q * work.cp * size * repeated
-    unrepeated = kv * size * repeated + (q + 2 * kv) * size * (not whole)
-    return _Attention(outside + q * size, core, unrepeated, core, q * size)
+        inputs += tokens * (heads + groups) * _FLOAT  # inverse deviations
+    if not work.transformer_engine:
+        return _local_attention(work, inputs, heads, groups, own_queries=own_queries)
+    if model.family.qk_norm and own_queries:
+        inputs += q * size
+    # Values are a view of the whole projection, queries and keys are rotated copies.
+    return _flash(work, inputs + (q + 2 * kv) * size + (q + kv) * size, q, tokens * heads, linear)
+
+
+def _local_attention(work: Work, inputs: float, heads: float, groups: float, *, own_queries: bool) -> _Attention:
+    """megatron-core's own attention, which repeats keys and values for every head; under CP ours, which gathers them."""
+    model, size, tokens = work.model, work.itemsize, work.tokens
+    q, kv = (tokens * count * model.head_dim for count in (heads, groups))
+    repeated, gathered = heads > groups, work.cp > 1
+    # A view of the projection is kept by the norm of keys, if that needs no float32 copy, or by attention for its values.
+    whole = (model.family.qk_norm and size == _FLOAT) or not (repeated or gathered)
+    inputs += 4 * work.length / work.cp * model.head_dim * size  # cosines and sines, for queries and for keys
+    outside = inputs + (q + 2 * kv) * size * whole + q * size  # and the rotated queries
+    if model.family.qk_norm:
+        outside += (q + kv) * _FLOAT  # normalised; and the norms' inputs, unless they are views
+        outside += (q + kv) * _FLOAT if size < _FLOAT else q * size * own_queries
+    if gathered:
+        core = 2 * kv * work.cp * size + tokens * heads * _FLOAT + work.length**2 / work.cp * size  # and a mask
+        again = core + q * size
+    else:
+        core = again = _matrix(work, heads) + 2 * q * size * repeated
+        outside += 0.0 if repeated else q * size  # rotated keys
+    unrepeated = kv * size * (repeated or gathered) + (q + 2 * kv) * size * (not whole)
+    return _Attention(outside + q * size, core, unrepeated, again, q * size)
 
 
 def _flash(work: Work, outside: float, output: float, sums: float, linear: float) -> _Attention:
@@ -192,11 +204,12 @@ def _latent_attention(work: Work, mla: Mla) -> _Attention:
     """Multi-head latent attention."""
     size, tokens, heads = work.itemsize, work.tokens, work.model.heads / work.tp
     q, v = tokens * heads * (mla.nope_dim + mla.rope_dim), tokens * heads * mla.v_dim
-    inputs = work.norm_tokens * work.model.hidden * size + 4 * work.length / work.cp * mla.rope_dim * size
-    inputs += _norm(work, mla.kv_lora, tokens) + tokens * (mla.kv_lora + mla.q_lora) * size
-    inputs += tokens * mla.rope_dim * size  # the keys' norm keeps a view of the whole down-projection
+    own = work.norm_tokens  # the down-projections are whole on every rank, and see this rank's tokens
+    inputs = own * work.model.hidden * size + 4 * work.length / work.cp * mla.rope_dim * size
+    inputs += _norm(work, mla.kv_lora, own) + own * (mla.kv_lora + mla.q_lora) * size
+    inputs += own * mla.rope_dim * size  # the keys' norm keeps a view of the whole down-projection
     if mla.q_lora:
-        inputs += _norm(work, mla.q_lora, tokens)
+        inputs += _norm(work, mla.q_lora, own)
     outside = inputs + (2 * q + v) * size
     if work.transformer_engine:
         return _flash(work, outside, v, tokens * heads, size)

@@ -118,10 +118,9 @@ def logits(work: Work) -> tuple[float, float]:
     saved = targets * hidden * size + work.targets * _LOSS
     temporary = work.tokens * hidden * size  # gradient of the decoder's output
     if work.kernel == "fused":
-        block = max(targets * _FEWEST_COLUMNS, min(entries, _BLOCK_LOGITS))
-        return saved, temporary + block * size + targets * hidden * (
-            _FLOAT + size
-        )  # and that of the targets' hidden states
+        block = max(targets * _FEWEST_COLUMNS, min(entries, _BLOCK_LOGITS)) * size
+        chosen = targets * hidden * (_FLOAT + size)  # gradient of the targets' hidden states
+        return saved, temporary + block + chosen
     if work.kernel == "torch":
         temporary += 3 * _FLOAT * min(entries, _CHUNK_LOGITS)
     return saved + entries * size, temporary

@@ -58,20 +58,9 @@ def _optimizers(optimizer):
     return [each.optimizer for each in chained if each.optimizer is not None]
 
 
-def _recompute(made, granularity, method, layers):
-    """Set on the built model what ``learner.recompute_*`` asks for."""
-    config = made._gpt.config
-    config.recompute_granularity, config.recompute_method, config.recompute_num_layers = granularity, method, layers
-    for layer in made._gpt.decoder.layers:
-        layer.self_attention.checkpoint_core_attention = granularity == "selective"
-
-
 def counted(rank, world, address, folder, tp, pp, rows, config):
     """Bytes of this rank after one update, and autograd's peak within it."""
-    recompute = config.pop("recompute", None)
     made = ranks.learner(rank, world, address, Path(folder), tp, pp, **config)
-    if recompute:
-        _recompute(made, *recompute)
     made.update(rows, 0)  # Adam's moments exist from the first step on
     parameters = list(made._parameters.values())
     gc.collect()
@@ -83,7 +72,7 @@ def counted(rank, world, address, folder, tp, pp, rows, config):
     ]
     main = [p for o in _optimizers(made._optimizer) for group in o.param_groups for p in group["params"]]
     main = [p for p in main if p.untyped_storage().data_ptr() not in own]
-    buffers = made._model.buffers + made._model.expert_parallel_buffers
+    buffers = [buffer for model in made._models for buffer in model.buffers + model.expert_parallel_buffers]
     result = {
         "parameters": _storages(parameters),
         "gradients": _storages([buffer.grad_data for buffer in buffers]),

@@ -5,7 +5,7 @@ import megatron_ranks as ranks
 import pytest
 import tiny_models
 
-from megatron_ext import architecture
+from megatron_ext import architecture, batching
 from megatron_ext.estimate import memory
 from megatron_ext.estimate.work import ITEM_SIZES, Work, grid_of
 from pipeline.config.schema import LearnerConfig, OptimizerConfig
@@ -28,35 +28,48 @@ CASES = {
     "qwen3, DP2, distributed optimizer": ("qwen3", 2, 1, 1, {"optimizer": SHARED}),
     "llama, bf16, DP2, distributed optimizer": ("llama", 2, 1, 1, {"dtype": "bf16", "optimizer": SHARED}),
     "experts": ("qwen3_moe", 1, 1, 1, {}),
-    "experts, EP2, distributed optimizer": ("qwen3_moe", 2, 1, 1, {"ep": 2, "optimizer": SHARED}),
-    "llama, full recomputation": ("llama", 1, 1, 1, {"recompute": ("full", "uniform", 1)}),
+    "experts, EP2, distributed optimizer": ("qwen3_moe", 2, 1, 1, {"sizes": {"ep": 2}, "optimizer": SHARED}),
+    "llama, full recomputation": ("llama", 1, 1, 1, {"recompute_granularity": "full"}),
     "qwen3, bf16, full recomputation by twos": (
         "qwen3",
         1,
         1,
         1,
-        {"dtype": "bf16", "recompute": ("full", "uniform", 2)},
+        {"dtype": "bf16", "recompute_granularity": "full", "recompute_num_layers": 2},
     ),
     "qwen3, PP2, one layer of two recomputed": (
         "qwen3",
         2,
         1,
         2,
-        {"micro_batch_size": 2, "recompute": ("full", "block", 1)},
+        {"micro_batch_size": 2, "recompute_granularity": "full", "recompute_method": "block"},
     ),
     "llama, bf16, selective recomputation": (
         "llama",
         1,
         1,
         1,
-        {"dtype": "bf16", "recompute": ("selective", "uniform", 1)},
+        {"dtype": "bf16", "recompute_granularity": "selective"},
     ),
-    "qwen3, selective recomputation": ("qwen3", 1, 1, 1, {"recompute": ("selective", "uniform", 1)}),
+    "qwen3, selective recomputation": ("qwen3", 1, 1, 1, {"recompute_granularity": "selective"}),
+    "llama, TP2, sequence parallel": ("llama", 2, 2, 1, {"sequence_parallel": True}),
+    "qwen3, TP2, sequence parallel, full recomputation": (
+        "qwen3",
+        2,
+        2,
+        1,
+        {"sequence_parallel": True, "recompute_granularity": "full"},
+    ),
+    "llama, PP2, VPP2": ("llama", 2, 1, 2, {"sizes": {"vpp": 2}, "micro_batch_size": 1}),
+    "llama, PP2, one and three layers": ("llama", 2, 1, 2, {"sizes": {"first": 1}, "micro_batch_size": 2}),
+    "llama, CP2": ("llama", 2, 1, 1, {"cp": 2}),
+    "qwen3, bf16, CP2": ("qwen3", 2, 1, 1, {"cp": 2, "dtype": "bf16"}),
+    "experts, TP2, EP2, ETP1": ("qwen3_moe", 2, 2, 1, {"sequence_parallel": True, "sizes": {"ep": 2, "etp": 1}}),
+    "latent attention, TP2": ("deepseek_v3", 2, 2, 1, {"sequence_parallel": True}),
     "latent attention": ("deepseek_v3", 1, 1, 1, {}),
 }
 ROWS, SEQ = 6, 49
-TOLERANCES = {"parameters": 1e-9, "gradients": 1e-9, "optimizer": 0.005, "saved": 0.02}
-RECOMPUTE = ("recompute_granularity", "recompute_method", "recompute_num_layers")
+TOLERANCES = {"parameters": 1e-9, "gradients": 1e-9, "optimizer": 0.005, "saved": 0.01}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -79,16 +92,16 @@ def test_estimate_equals_counted_bytes(gang, tmp_path, case):
 
 
 def _work(folder, world, tp, pp, rows, config):
-    dp = world // (tp * pp)
+    cp, sizes = config.get("cp", 1), {"tp": tp, "pp": pp, **config.get("sizes", {})}
+    dp = world // (tp * pp * cp)
+    given = {key: value for key, value in config.items() if key in LearnerConfig.__dataclass_fields__}
     learner = LearnerConfig(
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
         data_parallel_size=dp,
-        expert_model_parallel_size=config.get("ep", 1),
+        context_parallel_size=cp,
         transformer_impl="local",
         log_prob_kernel="torch",
-        **dict(zip(RECOMPUTE, config.get("recompute", ()), strict=False)),
-        optimizer=OptimizerConfig(**config["optimizer"]),
+        **{ranks.SIZES[name]: size for name, size in sizes.items()},
+        **given | {"optimizer": OptimizerConfig(**config["optimizer"])},
     )
     each = min(config["micro_batch_size"], rows.rows // dp)
     return Work(
@@ -98,7 +111,13 @@ def _work(folder, world, tp, pp, rows, config):
         itemsize=ITEM_SIZES[config.get("dtype", "fp32")],
         rows=each,
         length=SEQ - 1,
-        targets=int(rows.loss_mask.sum()) * each / ROWS,
+        targets=_most_targets(rows, dp, each),
         micro_batches=rows.rows // dp // each,
         step_rows=ROWS,
     )
+
+
+def _most_targets(rows, dp, each):
+    """Of the micro-batch that has most."""
+    parts = [part for rank in range(dp) for part in batching.micro_batches(rows.rows, each, rank, dp)]
+    return max(int(rows.loss_mask[part].sum()) for part in parts)
