@@ -7,6 +7,7 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 MCORE19 := .venv-mcore19
+MCORE19_TESTS ?= tests/distributed
 
 .PHONY: quickstart test test-integration test-mcore19 lint bench clean
 
@@ -21,7 +22,7 @@ test-integration: $(VENV)/.ready-sglang
 
 # The newest megatron-core that the learner serves, on its distributed tests; `make test` has the oldest.
 test-mcore19: $(MCORE19)/.ready
-	$(MCORE19)/bin/python -m pytest tests/distributed
+	$(MCORE19)/bin/python -m pytest $(MCORE19_TESTS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
