@@ -8,6 +8,8 @@ ROLLOUT ?= native
 export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
+MCORE19_TESTS ?= tests/distributed
+
 .PHONY: quickstart test test-integration test-mcore19 lint bench bridge-env clean
 
 quickstart: $(VENV)/.ready $(if $(filter sglang,$(ROLLOUT)),$(VENV)/.ready-sglang)
@@ -21,7 +23,7 @@ test-integration: $(VENV)/.ready-sglang
 
 # The newest megatron-core that the learner serves, on its distributed tests; `make test` has the oldest.
 test-mcore19: $(MCORE19)/.ready
-	$(MCORE19)/bin/python -m pytest tests/distributed
+	$(MCORE19)/bin/python -m pytest $(MCORE19_TESTS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .

@@ -44,7 +44,8 @@ class OptimizerConfig:
     distributed: bool = key(False, "shard optimizer state over data-parallel ranks (Megatron's distributed optimizer)")
     overlap_grad_reduce: bool = key(False, "reduce gradients over DP while the backward pass goes on")
     overlap_param_gather: bool = key(
-        False, "gather parameters over DP while the forward pass goes on (distributed, with overlap_grad_reduce)"
+        False,
+        "gather parameters over DP while the forward pass of the next mini-batch goes on (distributed, with overlap_grad_reduce)",
     )
 
 
@@ -76,12 +77,14 @@ class LearnerConfig:
     tensor_model_parallel_size: int = key(1, "TP: ranks that share each layer's matrices")
     pipeline_model_parallel_size: int = key(1, "PP: stages of layers")
     data_parallel_size: int = key(1, "DP: replicas; learner processes = TP x CP x PP x DP")
-    context_parallel_size: int = key(1, "CP: ranks that share each sequence")
-    expert_model_parallel_size: int = key(1, "EP: groups of ranks that the experts are dealt to")
+    context_parallel_size: int = key(1, "CP: ranks that share each sequence, two chunks of it each")
+    expert_model_parallel_size: int = key(
+        1, "EP: groups of ranks that the experts are dealt to; EP x ETP divides TP x CP x DP"
+    )
     expert_tensor_parallel_size: int = key(0, "ETP: ranks that share each expert's matrices; 0: as TP")
     sequence_parallel: bool = key(
         False,
-        "divide norms and residuals over the TP ranks along the sequence (needs TP > 1; always with experts under TP)",
+        "divide norms and residuals over the TP ranks along the sequence (needs TP > 1; models with experts need it there)",
     )
     virtual_pipeline_model_parallel_size: int = key(
         1, "VPP: model chunks per stage, interleaved for a smaller pipeline bubble (needs PP > 1)"
