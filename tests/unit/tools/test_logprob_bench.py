@@ -18,5 +18,5 @@ def test_a_contender_that_differs_is_caught(monkeypatch):
     from tools.bench import logprob_peers
 
     monkeypatch.setattr(logprob_peers, "slime", lambda logits, *_: (logits.sum(-1), logits.sum(-1)))
-    with pytest.raises(SystemExit, match="slime differs from ours by .*: not the same mathematics"):
+    with pytest.raises(SystemExit, match=r"slime differs from ours by .*: not the same mathematics"):
         measure(Case("tiny", tokens=4, columns=50), 0, None, "cpu", rounds=1)
