@@ -141,9 +141,10 @@ def build_learner_rank(config: RunConfig, rank: int, address: tuple[str, int]) -
     """The learner of one rank, in this process."""
     from megatron_ext import topology
     from megatron_ext.learner import MegatronLearner
+    from megatron_ext.weights.grid import grid_of
 
     layout = config.learner
-    placed = topology.initialize(rank, address, topology.grid_of(layout), config.seed)
+    placed = topology.initialize(rank, address, grid_of(layout), config.seed)
     model = replace(config.model, hf_path=str(_hf_path(config)))
     return MegatronLearner(
         layout,

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from megatron_ext.weights.grid import Grid, Place
-from pipeline.config.schema import LearnerConfig
 
 
 @dataclass(frozen=True)
@@ -53,21 +52,6 @@ class Topology:
     def last_stage(self) -> bool:
         """Whether this rank holds the output layer, hence the logits."""
         return self.pp_rank == self.pp_size - 1
-
-
-def grid_of(layout: LearnerConfig) -> Grid:
-    """The sizes that a configuration asks for. Raises ``ValueError`` where they do not fit together."""
-    return Grid(
-        tp=layout.tensor_model_parallel_size,
-        pp=layout.pipeline_model_parallel_size,
-        dp=layout.context_parallel_size * layout.data_parallel_size,
-        vpp=layout.virtual_pipeline_model_parallel_size,
-        ep=layout.expert_model_parallel_size,
-        etp=layout.expert_tensor_parallel_size or None,
-        first_stage_layers=layout.num_layers_in_first_pipeline_stage or None,
-        last_stage_layers=layout.num_layers_in_last_pipeline_stage or None,
-        cp=layout.context_parallel_size,
-    )
 
 
 def initialize(rank: int, address: tuple[str, int], grid: Grid, seed: int) -> Topology:

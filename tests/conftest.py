@@ -1,4 +1,6 @@
+"""For all tests."""
+
 from hypothesis import settings
 
-settings.register_profile("no clock", deadline=None)  # a busy machine is not a wrong result
-settings.load_profile("no clock")
+settings.register_profile("isentrope", deadline=None)  # a busy machine is no failure
+settings.load_profile("isentrope")

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from megatron_ext.architecture import Architecture
-from megatron_ext.weights.grid import Grid
+from megatron_ext.weights.grid import Grid, grid_of
 from megatron_ext.weights.layout import Row, rows
 from pipeline.config.schema import LearnerConfig, RunConfig
 
@@ -131,20 +131,6 @@ def from_config(model: Architecture, config: RunConfig, mean_response: int = 0, 
         mean_length=mean_length,
         mean_targets=response,
         imbalance=imbalance if model.moe and grid.ep > 1 else 1.0,
-    )
-
-
-def grid_of(learner: LearnerConfig) -> Grid:
-    """The sizes that a configuration asks for. Raises ``ValueError`` where they do not fit together."""
-    return Grid(
-        tp=learner.tensor_model_parallel_size,
-        pp=learner.pipeline_model_parallel_size,
-        dp=learner.context_parallel_size * learner.data_parallel_size,
-        vpp=learner.virtual_pipeline_model_parallel_size,
-        ep=learner.expert_model_parallel_size,
-        etp=learner.expert_tensor_parallel_size or None,
-        first_stage_layers=learner.num_layers_in_first_pipeline_stage or None,
-        last_stage_layers=learner.num_layers_in_last_pipeline_stage or None,
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.config.schema import LearnerConfig
+
 
 @dataclass(frozen=True)
 class Place:
@@ -119,3 +121,18 @@ class Grid:
         """Pipeline stage of every layer."""
         found = {layer: stage for stage, chunks in enumerate(self.chunks(layers)) for span in chunks for layer in span}
         return tuple(found[layer] for layer in range(layers))
+
+
+def grid_of(layout: LearnerConfig) -> Grid:
+    """The sizes that a configuration asks for. Raises ``ValueError`` where they do not fit together."""
+    return Grid(
+        tp=layout.tensor_model_parallel_size,
+        pp=layout.pipeline_model_parallel_size,
+        dp=layout.context_parallel_size * layout.data_parallel_size,
+        vpp=layout.virtual_pipeline_model_parallel_size,
+        ep=layout.expert_model_parallel_size,
+        etp=layout.expert_tensor_parallel_size or None,
+        first_stage_layers=layout.num_layers_in_first_pipeline_stage or None,
+        last_stage_layers=layout.num_layers_in_last_pipeline_stage or None,
+        cp=layout.context_parallel_size,
+    )

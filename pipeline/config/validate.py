@@ -500,20 +500,13 @@ def _dual_clip(config: RunConfig) -> Iterator[Problem]:
 
 
 def _correction(config: RunConfig) -> Iterator[Problem]:
-    correction, ranks = config.objective.correction, config.learner.context_parallel_size
+    correction = config.objective.correction
     if correction.kind == "tis" and correction.low > 0:
         yield Problem(
             "objective.correction.low",
             correction.low,
             "has no effect with objective.correction.kind=tis, which truncates large weights only",
             "set it to 0, or objective.correction.kind=mis",
-        )
-    if correction.kind != "none" and correction.level == "sequence" and ranks > 1:
-        yield Problem(
-            "objective.correction.level",
-            correction.level,
-            f"a response's tokens lie on {ranks} ranks (learner.context_parallel_size), none of which sees its whole weight",
-            "use token, or learner.context_parallel_size=1",
         )
 
 

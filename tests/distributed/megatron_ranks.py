@@ -53,6 +53,7 @@ def learner(
     """A loaded learner. ``sizes`` are further entries of ``SIZES``; DP takes what is left of ``world``."""
     from megatron_ext import topology
     from megatron_ext.learner import MegatronLearner
+    from megatron_ext.weights.grid import grid_of
 
     optimizer = OptimizerConfig(**({"lr": 1e-2, "weight_decay": 0.1} | config.pop("optimizer", {})))
     named = {SIZES[name]: size for name, size in {"tp": tp, "pp": pp, "cp": cp, **(sizes or {})}.items()}
@@ -67,7 +68,7 @@ def learner(
         objective or ObjectiveConfig(),
         total_steps=total_steps,
         seed=0,
-        topology=topology.initialize(rank, address, topology.grid_of(layout), seed=0),
+        topology=topology.initialize(rank, address, grid_of(layout), seed=0),
     )
     made.load(Path(folder))
     return made

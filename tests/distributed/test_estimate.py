@@ -7,7 +7,8 @@ import tiny_models
 
 from megatron_ext import architecture, batching
 from megatron_ext.estimate import memory
-from megatron_ext.estimate.work import ITEM_SIZES, Work, grid_of
+from megatron_ext.estimate.work import ITEM_SIZES, Work
+from megatron_ext.weights.grid import grid_of
 from pipeline.config.schema import LearnerConfig, OptimizerConfig
 
 WIDE = {

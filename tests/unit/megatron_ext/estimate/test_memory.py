@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ext.estimate import activations, memory
-from megatron_ext.estimate.work import grid_of
+from megatron_ext.weights.grid import grid_of
 
 GIB = 2**30
 TP = "learner.tensor_model_parallel_size"

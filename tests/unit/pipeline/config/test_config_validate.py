@@ -158,11 +158,6 @@ BROKEN = {
         "objective.correction.low",
         "large weights only",
     ),
-    "sequence over ranks": (
-        ["objective.correction.kind=mis", "objective.correction.level=sequence", "learner.context_parallel_size=2"],
-        "objective.correction.level",
-        "on 2 ranks",
-    ),
     "dual clip": (["objective.dual_clip=0.5"], "objective.dual_clip", "clip every"),
     "band": (["entropy.band.low=0.4"], "entropy.band.low", "not below entropy.band.high (0.33)"),
     "band end": (["entropy.band.schedule=linear"], "entropy.band.end_low", "linear schedule ends"),
