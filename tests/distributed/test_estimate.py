@@ -4,8 +4,9 @@ import estimate_ranks
 import megatron_ranks as ranks
 import pytest
 import tiny_models
+import torch
 
-from megatron_ext import architecture, batching
+from megatron_ext import architecture
 from megatron_ext.estimate import memory
 from megatron_ext.estimate.work import ITEM_SIZES, Work
 from megatron_ext.weights.grid import grid_of
@@ -68,6 +69,8 @@ CASES = {
     "experts, TP2, EP2, ETP1": ("qwen3_moe", 2, 2, 1, {"sequence_parallel": True, "sizes": {"ep": 2, "etp": 1}}),
     "latent attention, TP2": ("deepseek_v3", 2, 2, 1, {"sequence_parallel": True}),
     "latent attention": ("deepseek_v3", 1, 1, 1, {}),
+    "llama, TP2, logits never whole": ("llama", 2, 2, 1, {"log_prob_kernel": "fused"}),
+    "qwen3, bf16, logits never whole": ("qwen3", 1, 1, 1, {"log_prob_kernel": "fused", "dtype": "bf16"}),
 }
 ROWS, SEQ = 6, 49
 TOLERANCES = {"parameters": 1e-9, "gradients": 1e-9, "optimizer": 0.005, "saved": 0.01}
@@ -78,8 +81,9 @@ def test_estimate_equals_counted_bytes(gang, tmp_path, case):
     name, world, tp, pp, config = CASES[case]
     model = tiny_models.config(name, **WIDE)
     folder = tiny_models.write(tmp_path / "model", model)
-    rows = ranks.batch(rows=ROWS, auxiliary=0, vocab=402, seq=SEQ)
-    config = {"micro_batch_size": ROWS, "optimizer": ADAM} | config
+    whole = {"lengths": torch.full((ROWS,), SEQ), "loss_mask": (torch.arange(1, SEQ) >= 4).expand(ROWS, -1).clone()}
+    rows = ranks.batch(rows=ROWS, auxiliary=0, vocab=402, seq=SEQ, **whole)  # what is planned for: rows of full length
+    config = {"micro_batch_size": ROWS, "optimizer": ADAM, "log_prob_kernel": "torch"} | config
     found = gang.run(estimate_ranks.counted, world, str(folder), tp, pp, rows, config)
     work = _work(folder, world, tp, pp, rows, config)
     for stage in memory.stages(work):
@@ -100,7 +104,6 @@ def _work(folder, world, tp, pp, rows, config):
         data_parallel_size=dp,
         context_parallel_size=cp,
         transformer_impl="local",
-        log_prob_kernel="torch",
         **{ranks.SIZES[name]: size for name, size in sizes.items()},
         **given | {"optimizer": OptimizerConfig(**config["optimizer"])},
     )
@@ -112,13 +115,7 @@ def _work(folder, world, tp, pp, rows, config):
         itemsize=ITEM_SIZES[config.get("dtype", "fp32")],
         rows=each,
         length=SEQ - 1,
-        targets=_most_targets(rows, dp, each),
+        targets=each * int(rows.loss_mask[0].sum()),
         micro_batches=rows.rows // dp // each,
         step_rows=ROWS,
     )
-
-
-def _most_targets(rows, dp, each):
-    """Of the micro-batch that has most."""
-    parts = [part for rank in range(dp) for part in batching.micro_batches(rows.rows, each, rank, dp)]
-    return max(int(rows.loss_mask[part].sum()) for part in parts)
