@@ -1,0 +1,158 @@
+"""What runs on every node of a job: Ray, and on the first node the training run itself.
+
+``python -m launchers.slurm.node RUN_DIR ATTEMPT_DIR HEAD:PORT``, in the folder of the shipped code. The first node leaves its verdict in
+``ATTEMPT_DIR/verdict``: a word and a reason, from which the job script decides about another attempt.
+
+- ``completed``, ``cancelled``: there is nothing left to do;
+- ``saved``: stopped in time, with a checkpoint: go on from there;
+- ``again``: broke off; another attempt may do better;
+- ``failed``: another attempt would break off just the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from launchers import environment
+from launchers.slurm.attempts import LAUNCH, AttemptLog, gives_up, progress
+from pipeline.config.load import load_config
+from pipeline.monitoring.events import FILE_NAME
+
+SHIPPED = Path(".launch")  # beside the shipped code: config.yaml, cluster.yaml, code.json, code.patch, launch.json
+VERDICT = "verdict"
+USAGE_ERROR = 2
+HEAD_TIMEOUT_S = 300.0  # nodes of a large job start minutes apart
+STOP_TIMEOUT_S = 20.0
+
+
+def main(run_dir: Path, attempt_dir: Path, address: str) -> int:
+    """This node's part, start to end; the exit code of its task."""
+    if environment.node_index() == 0:
+        verdict, reason = first_node(run_dir, attempt_dir, address)
+        written = attempt_dir / f".{VERDICT}"
+        written.write_text(f"{verdict} {' '.join(reason.split())}\n")
+        written.replace(attempt_dir / VERDICT)
+        return 1 if verdict in ("again", "failed") else 0
+    return other_node(attempt_dir, address)
+
+
+def first_node(run_dir: Path, attempt_dir: Path, address: str) -> tuple[str, str]:
+    """Decide, start Ray's head, train; verdict and reason."""
+    settings = json.loads((SHIPPED / "launch.json").read_text())
+    goal = load_config(SHIPPED / "config.yaml", check=False).steps
+    before, log = progress(run_dir), AttemptLog(run_dir)
+    if before.status == "completed" and before.step >= goal:
+        return "completed", f"all {goal} steps were done already"
+    reason = gives_up(log.read(), before.step, settings["attempts_without_progress"])
+    if reason:
+        return "failed", reason
+    _record(run_dir)
+    job = environment.slurm_job()
+    attempt = log.start(job.id, job.restart, job.nodes, before.step)
+    host, _, port = address.rpartition(":")
+    options = ["--head", f"--node-ip-address={host}", f"--port={port}", "--include-dashboard=false"]
+    with ray(options, attempt_dir / "ray-0.log", settings) as head:
+        verdict, reason = train(run_dir, attempt_dir, address, head)
+    log.end(attempt, verdict, progress(run_dir).step, reason)
+    return verdict, reason
+
+
+def train(run_dir: Path, attempt_dir: Path, address: str, head: subprocess.Popen[bytes]) -> tuple[str, str]:
+    """Run ``isentrope train`` to its end, or until Ray's head dies."""
+    begun = (run_dir / FILE_NAME).exists() and (run_dir / "config.yaml").exists()
+    source = ["--resume", str(run_dir)] if begun else ["--config", str(SHIPPED / "config.yaml")]
+    steps = load_config(SHIPPED / "config.yaml", check=False).steps
+    overrides = [f"steps={steps}"] if begun else [f"run_dir={json.dumps(str(run_dir))}"]
+    command = [sys.executable, "-m", "launchers.cli.main", "train", *source, *overrides]
+    driver = subprocess.Popen(command, env=environment.child(RAY_ADDRESS=address))
+    (attempt_dir / "driver.pid").write_text(str(driver.pid))
+    while driver.poll() is None:
+        if head.poll() is not None:
+            driver.kill()
+            driver.wait()
+            return "again", f"Ray's head ended by itself (exit code {head.returncode}); see {attempt_dir / 'ray-0.log'}"
+        time.sleep(0.2)
+    after = progress(run_dir)
+    if driver.returncode == USAGE_ERROR:
+        return "failed", "the configuration was refused; the message is in the job's log"
+    if driver.returncode != 0:
+        return "again", after.error or f"the training process ended with {_exit(driver.returncode)}"
+    if after.status == "completed":
+        return "completed", f"{after.step} steps"
+    if (attempt_dir / "cancel").exists():
+        return "cancelled", f"checkpoint after {after.step} steps"
+    return "saved", f"checkpoint after {after.step} of {steps} steps"
+
+
+def other_node(attempt_dir: Path, address: str) -> int:
+    """Join the head until the verdict is there."""
+    settings = json.loads((SHIPPED / "launch.json").read_text())
+    host, _, port = address.rpartition(":")
+    if not _answers(host, int(port), attempt_dir):
+        return 0 if (attempt_dir / VERDICT).exists() else 1
+    own = environment.own_address(host)
+    log = attempt_dir / f"ray-{environment.node_index()}.log"
+    with ray([f"--address={address}", f"--node-ip-address={own}"], log, settings) as worker:
+        while worker.poll() is None and not (attempt_dir / VERDICT).exists():
+            time.sleep(0.5)
+    return 0 if (attempt_dir / VERDICT).exists() else 1
+
+
+@contextmanager
+def ray(options: list[str], log: Path, settings: dict[str, float]) -> Iterator[subprocess.Popen[bytes]]:
+    """Ray's processes of this node; none is left afterwards."""
+    folder = Path("/tmp") / f"isentrope-{environment.slurm_job().id}"  # short: it holds sockets
+    common = ["--block", "--disable-usage-stats", f"--num-cpus={environment.cpus()}"]
+    if "--head" in options:
+        common.append(f"--temp-dir={folder}")
+    if settings["object_store_gib"]:
+        common.append(f"--object-store-memory={int(settings['object_store_gib'] * 2**30)}")
+    with log.open("ab") as output:
+        command = [sys.executable, "-m", "ray.scripts.scripts", "start", *options, *common]
+        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+    try:
+        yield process
+    finally:
+        process.terminate()  # it ends the processes that it started
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        if "--head" in options:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _answers(host: str, port: int, attempt_dir: Path) -> bool:
+    """Wait until the head listens; False when there is a verdict already, or no head in time."""
+    deadline = time.monotonic() + HEAD_TIMEOUT_S
+    while time.monotonic() < deadline and not (attempt_dir / VERDICT).exists():
+        with suppress(OSError), socket.create_connection((host, port), timeout=2):
+            return True
+        time.sleep(0.5)
+    return False
+
+
+def _record(run_dir: Path) -> None:
+    """Leave what was launched in the run's folder."""
+    (run_dir / LAUNCH).mkdir(parents=True, exist_ok=True)
+    for path in SHIPPED.iterdir():
+        shutil.copy(path, run_dir / LAUNCH / path.name)
+
+
+def _exit(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]))
