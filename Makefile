@@ -14,7 +14,7 @@ quickstart: $(VENV)/.ready $(if $(filter sglang,$(ROLLOUT)),$(VENV)/.ready-sglan
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest
 
-test-integration: $(VENV)/.ready-sglang
+test-integration: $(VENV)/.ready-launch
 	$(BIN)/python -m pytest tests/integration
 
 lint: $(VENV)/.ready
@@ -38,4 +38,8 @@ $(VENV)/.ready: pyproject.toml requirements/torch.txt requirements/cpu.txt
 $(VENV)/.ready-sglang: $(VENV)/.ready requirements/sglang-cpu.txt requirements/sglang-cpu-no-deps.txt
 	$(BIN)/python -m pip install -q -r requirements/sglang-cpu.txt
 	$(BIN)/python -m pip install -q --no-deps -r requirements/sglang-cpu-no-deps.txt
+	touch $@
+
+$(VENV)/.ready-launch: $(VENV)/.ready-sglang requirements/launch.txt
+	$(BIN)/python -m pip install -q --no-deps -r requirements/launch.txt
 	touch $@

@@ -109,6 +109,8 @@ def _words(cluster: ClusterConfig) -> Iterator[Problem]:
         value = getattr(cluster, name)
         if not value or re.search(r"\s", value):
             yield Problem(name, value, "not a name", f"ask `sinfo` and `sacctmgr show assoc` for your {name}s")
+    if "python" not in cluster.python:  # nemo-run looks for the word
+        yield Problem("python", cluster.python, "not a Python", "give the interpreter, e.g. /opt/venv/bin/python")
     if not PurePosixPath(cluster.scratch).is_absolute():
         yield Problem("scratch", cluster.scratch, "not an absolute path", "name a folder that every node shares")
     try:

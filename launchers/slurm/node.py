@@ -24,15 +24,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from launchers import environment
-from launchers.slurm.attempts import LAUNCH, AttemptLog, gives_up, progress
+from launchers.slurm.attempts import LAUNCH, AttemptLog, Progress, gives_up, progress
 from pipeline.config.load import load_config
 from pipeline.monitoring.events import FILE_NAME
 
 SHIPPED = Path(".launch")  # beside the shipped code: config.yaml, cluster.yaml, code.json, code.patch, launch.json
 VERDICT = "verdict"
+DRIVER = "driver.pid"
 USAGE_ERROR = 2
 HEAD_TIMEOUT_S = 300.0  # nodes of a large job start minutes apart
-STOP_TIMEOUT_S = 20.0
+STOP_TIMEOUT_S = 3.0
 
 
 def main(run_dir: Path, attempt_dir: Path, address: str) -> int:
@@ -62,36 +63,44 @@ def first_node(run_dir: Path, attempt_dir: Path, address: str) -> tuple[str, str
     host, _, port = address.rpartition(":")
     options = ["--head", f"--node-ip-address={host}", f"--port={port}", "--include-dashboard=false"]
     with ray(options, attempt_dir / "ray-0.log", settings) as head:
-        verdict, reason = train(run_dir, attempt_dir, address, head)
+        verdict, reason = train(run_dir, attempt_dir, SHIPPED / "config.yaml", head, address)
     log.end(attempt, verdict, progress(run_dir).step, reason)
     return verdict, reason
 
 
-def train(run_dir: Path, attempt_dir: Path, address: str, head: subprocess.Popen[bytes]) -> tuple[str, str]:
-    """Run ``isentrope train`` to its end, or until Ray's head dies."""
+def train(
+    run_dir: Path, attempt_dir: Path, config: Path, head: subprocess.Popen[bytes] | None = None, address: str = ""
+) -> tuple[str, str]:
+    """Run ``isentrope train`` to its end, or until Ray's ``head`` dies; verdict and reason.
+
+    ``config`` is used for a run that has not begun, and says how many steps it has. ``attempt_dir`` gets ``driver.pid``.
+    """
+    steps = load_config(config, check=False).steps
     begun = (run_dir / FILE_NAME).exists() and (run_dir / "config.yaml").exists()
-    source = ["--resume", str(run_dir)] if begun else ["--config", str(SHIPPED / "config.yaml")]
-    steps = load_config(SHIPPED / "config.yaml", check=False).steps
-    overrides = [f"steps={steps}"] if begun else [f"run_dir={json.dumps(str(run_dir))}"]
-    command = [sys.executable, "-m", "launchers.cli.main", "train", *source, *overrides]
-    driver = subprocess.Popen(command, env=environment.child(RAY_ADDRESS=address))
-    (attempt_dir / "driver.pid").write_text(str(driver.pid))
+    source = ["--resume", str(run_dir), f"steps={steps}"] if begun else ["--config", str(config)]
+    where = [] if begun else [f"run_dir={json.dumps(str(run_dir))}"]
+    command = [sys.executable, "-m", "launchers.cli.main", "train", *source, *where]
+    driver = subprocess.Popen(command, env=environment.child(**({"RAY_ADDRESS": address} if address else {})))
+    (attempt_dir / DRIVER).write_text(str(driver.pid))
     while driver.poll() is None:
-        if head.poll() is not None:
+        if head is not None and head.poll() is not None:
             driver.kill()
             driver.wait()
-            return "again", f"Ray's head ended by itself (exit code {head.returncode}); see {attempt_dir / 'ray-0.log'}"
+            return "again", f"Ray's head ended by itself (exit code {head.returncode}); see ray-0.log"
         time.sleep(0.2)
-    after = progress(run_dir)
-    if driver.returncode == USAGE_ERROR:
-        return "failed", "the configuration was refused; the message is in the job's log"
-    if driver.returncode != 0:
-        return "again", after.error or f"the training process ended with {_exit(driver.returncode)}"
+    return _verdict(driver.returncode, progress(run_dir), steps, (attempt_dir / "cancel").exists())
+
+
+def _verdict(code: int, after: Progress, steps: int, cancelled: bool) -> tuple[str, str]:
+    """What the exit code of `isentrope train` and its last event mean."""
+    if code == USAGE_ERROR:
+        return "failed", "the configuration was refused; the message is in the log"
+    if code != 0:
+        ending = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        return "again", after.error or f"the training process ended with {ending}"
     if after.status == "completed":
         return "completed", f"{after.step} steps"
-    if (attempt_dir / "cancel").exists():
-        return "cancelled", f"checkpoint after {after.step} steps"
-    return "saved", f"checkpoint after {after.step} of {steps} steps"
+    return "cancelled" if cancelled else "saved", f"checkpoint after {after.step} of {steps} steps"
 
 
 def other_node(attempt_dir: Path, address: str) -> int:
@@ -123,12 +132,11 @@ def ray(options: list[str], log: Path, settings: dict[str, float]) -> Iterator[s
     try:
         yield process
     finally:
-        process.terminate()  # it ends the processes that it started
-        try:
-            process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
+        for number in (signal.SIGTERM, signal.SIGKILL):  # Ray would drain its nodes for half a minute first
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+                os.killpg(process.pid, number)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_TIMEOUT_S)
         if "--head" in options:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -148,10 +156,6 @@ def _record(run_dir: Path) -> None:
     (run_dir / LAUNCH).mkdir(parents=True, exist_ok=True)
     for path in SHIPPED.iterdir():
         shutil.copy(path, run_dir / LAUNCH / path.name)
-
-
-def _exit(code: int) -> str:
-    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def _experiment(launch: Launch) -> Iterator[Any]:
                 node = nemo_run.Script(
                     path="launchers.slurm.node",
                     m=True,
-                    entrypoint=launch.cluster.python,
+                    entrypoint=_quote(launch.cluster.python),
                     args=['"$run"', '"$attempt"', '"$address"'],  # the template's variables
                     metadata={"use_with_ray_cluster": True},  # selects SlurmExecutor.ray_template
                 )
@@ -181,7 +181,7 @@ def _prologue(launch: Launch, code: Path) -> Iterator[str]:
     yield f"run={_quote(run_dir)}"
     yield f"requeue={'yes' if cluster.requeue else 'no'}"
     yield f"save_before={cluster.save_before_s}"
-    yield f"export PYTHONPATH={_quote(code)} PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0"
+    yield f"export PYTHONPATH={_quote(code)}${{PYTHONPATH:+:$PYTHONPATH}} PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0"
     for name, value in cluster.env.items():
         yield f"export {name}={_quote(value)}"
     if cluster.secrets:
