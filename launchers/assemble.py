@@ -133,7 +133,8 @@ def start_learner(config: RunConfig, stack: ExitStack) -> Learner:
         nodes, placement = _placed(config)
         options = {"num_cpus": 0, "num_gpus": int(torch.cuda.is_available())}
         ranks = [
-            LearnerRank.options(**options, scheduling_strategy=nodes[node].affinity()).remote() for node in placement.ranks
+            LearnerRank.options(**options, scheduling_strategy=nodes[node].affinity()).remote()
+            for node in placement.ranks
         ]
         learner = RayLearner(config, ranks)
     stack.callback(learner.close)

@@ -129,7 +129,9 @@ def _disk(folder: Path) -> Iterator[Finding]:
 
 def _slurm() -> Iterator[Finding]:
     found = [name for name in ("sbatch", "srun", "scontrol", "sacct", "apptainer", "enroot") if shutil.which(name)]
-    yield Finding(OK, "cluster tools", ", ".join(found) or "none (jobs can be submitted over SSH: `ssh` in the cluster file)")
+    yield Finding(
+        OK, "cluster tools", ", ".join(found) or "none (jobs can be submitted over SSH: `ssh` in the cluster file)"
+    )
 
 
 def _cuda() -> bool:

@@ -18,9 +18,7 @@ class Placement:
     engines: tuple[int, ...]  # of each engine
 
 
-def place(
-    world_size: int, tensor_parallel: int, engines: int, engine_gpus: int, node_gpus: Sequence[int]
-) -> Placement:
+def place(world_size: int, tensor_parallel: int, engines: int, engine_gpus: int, node_gpus: Sequence[int]) -> Placement:
     """Place ``world_size`` learner ranks and ``engines`` engines on ``len(node_gpus)`` nodes.
 
     With GPUs (``node_gpus``, per node) ranks fill the nodes in order, one GPU each, then come the engines, on GPUs of their own. A
@@ -39,7 +37,9 @@ def place(
     placed: list[int] = []
     for group in range(groups):
         placed += _group(free, tensor_parallel, max(node_gpus), f"tensor-parallel group {group} of the learner")
-    hosts = [_group(free, engine_gpus, max(node_gpus), f"engine {i}")[:1] if engine_gpus else [0] for i in range(engines)]
+    hosts = [
+        _group(free, engine_gpus, max(node_gpus), f"engine {i}")[:1] if engine_gpus else [0] for i in range(engines)
+    ]
     return Placement(tuple(placed), tuple(host[0] for host in hosts))
 
 

@@ -118,7 +118,9 @@ def _machines(setting: Setting) -> Iterator[str | Problem]:
     except PlacementError as error:
         needed = world + rollout.engines * engine
         what = f"the run needs {needed} GPUs and would get {_count(setting.nodes, 'node')} of {gpus[0]}: {error}"
-        yield Problem("cluster.nodes", setting.nodes, what, "use more nodes (--nodes), a smaller layout or fewer engines")
+        yield Problem(
+            "cluster.nodes", setting.nodes, what, "use more nodes (--nodes), a smaller layout or fewer engines"
+        )
         return
     ranks, engines = Counter(placed.ranks), Counter(placed.engines)
     for node in range(setting.nodes):

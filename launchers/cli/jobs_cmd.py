@@ -25,7 +25,7 @@ POLL_S = 2.0
 @app.command("list", epilog="Example: isentrope jobs list")
 def list_jobs(as_json: bool = JSON) -> None:
     """Every job launched from here and its state."""
-    known = [(job, jobs.state(job, jobs.shell(job))["state"]) for job in jobs.known()]
+    known = [(job, jobs.state(job, jobs.shell(job.ssh))["state"]) for job in jobs.known()]
     if as_json:
         typer.echo(json.dumps([{**asdict(job), "state": state} for job, state in known]))
         return
@@ -39,7 +39,7 @@ def list_jobs(as_json: bool = JSON) -> None:
 def status(job: str | None = JOB, as_json: bool = JSON) -> None:
     """State of a job, its attempts so far, and the steps done."""
     found = jobs.find(job)
-    result = jobs.details(found, jobs.shell(found))
+    result = jobs.details(found, jobs.shell(found.ssh))
     if as_json:
         typer.echo(json.dumps(result))
         return
@@ -54,14 +54,16 @@ def status(job: str | None = JOB, as_json: bool = JSON) -> None:
 
 
 @app.command(epilog="Example: isentrope jobs logs 4711 --follow")
-def logs(job: str | None = JOB, keep_on: bool = typer.Option(False, "--follow", "-f", help="Print on as it grows.")) -> None:
+def logs(
+    job: str | None = JOB, keep_on: bool = typer.Option(False, "--follow", "-f", help="Print on as it grows.")
+) -> None:
     """The log of a job: every attempt of it, one behind the other."""
     found = jobs.find(job)
     if keep_on:
         follow(found)
         return
     try:
-        typer.echo(jobs.shell(found)(f"cat {shlex.quote(found.log)}"), nl=False)
+        typer.echo(jobs.shell(found.ssh)(f"cat {shlex.quote(found.log)}"), nl=False)
     except jobs.CommandError as error:
         raise ConfigError("job", found.job_id, f"no log yet: {error}", "wait until the job has started") from error
 
@@ -73,14 +75,16 @@ def cancel(
 ) -> None:
     """Stop a job: the step in progress is finished and a checkpoint saved. It is not requeued."""
     found = jobs.find(job)
-    jobs.cancel(found, jobs.shell(found), now=now)
+    jobs.cancel(found, jobs.shell(found.ssh), now=now)
     how = "cancelled" if now else "asked to save and stop"
-    typer.echo(f"job {found.job_id}: {how}; go on with: isentrope launch slurm --resume {shlex.quote(found.run_dir)} --cluster ...")
+    typer.echo(
+        f"job {found.job_id}: {how}; go on with: isentrope launch slurm --resume {shlex.quote(found.run_dir)} --cluster ..."
+    )
 
 
 def follow(job: jobs.Job) -> None:
     """Print a job's log and state until it is over. Ctrl-C leaves the job alone. Exits with 1 unless it completed."""
-    run, shown, before = jobs.shell(job), 0, ""
+    run, shown, before = jobs.shell(job.ssh), 0, ""
     while True:
         state = jobs.state(job, run)
         words = f"{state['state']}{' (' + state['reason'] + ')' if state.get('reason') else ''}"

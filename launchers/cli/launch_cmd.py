@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import time
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +18,9 @@ from pipeline.config.schema import RunConfig
 app = typer.Typer(help="Start a training run: on a Slurm cluster, or here with supervision.", no_args_is_help=True)
 
 RESUME = typer.Option(None, "--resume", metavar="RUN", help="Run folder to continue, with its own config.")
-DRY_RUN = typer.Option(False, "--dry-run", help="Print the plan, the resolved config and the job script; start nothing.")
+DRY_RUN = typer.Option(
+    False, "--dry-run", help="Print the plan, the resolved config and the job script; start nothing."
+)
 
 
 @app.command()
@@ -30,7 +31,9 @@ def slurm(
     nodes: int | None = typer.Option(None, "--nodes", min=1, help="Nodes; default: what the cluster file says."),
     resume: Path | None = RESUME,
     dry_run: bool = DRY_RUN,
-    detach: bool = typer.Option(False, "--detach", help="Return when the job is in the queue, instead of following it."),
+    detach: bool = typer.Option(
+        False, "--detach", help="Return when the job is in the queue, instead of following it."
+    ),
 ) -> None:
     """Submit a run as a Slurm job through nemo-run. It saves before its time is up, requeues itself and goes on until done.
 
@@ -53,15 +56,15 @@ def slurm(
     report = preflight.check(preflight.Setting(resolved, described, count, run_dir, resume is not None))
     typer.echo("\n".join(report.lines))
     report.raise_problems()
-    from launchers.slurm.submit import Launch, script, submit  # nemo-run: only once there is something to submit
+    from launchers.slurm import jobs
+    from launchers.slurm.submit import Launch, check_partition, script, submit
 
     launch = Launch(resolved, described, count, run_dir, collect())
     typer.echo(f"code: {launch.code.described}")
     if dry_run:
         typer.echo(f"\n--- config.yaml\n{to_yaml(resolved)}\n--- job script\n{script(launch)}")
         return
-    from launchers.slurm import jobs
-
+    check_partition(launch, jobs.shell(described.ssh))
     submitted = submit(launch)
     remembered = jobs.remember(submitted.job_ids, launch.job_name, run_dir, submitted.experiment, described.ssh)
     first = remembered[0]
@@ -77,7 +80,9 @@ def local(
     overrides: list[str] = OVERRIDES,
     resume: Path | None = RESUME,
     dry_run: bool = DRY_RUN,
-    attempts: int = typer.Option(3, min=1, help="Attempts in a row that complete no further step, after which it stops."),
+    attempts: int = typer.Option(
+        3, min=1, help="Attempts in a row that complete no further step, after which it stops."
+    ),
 ) -> None:
     """Train on this machine; a run that breaks off is resumed from its newest checkpoint.
 
@@ -103,9 +108,7 @@ def local(
         raise typer.Exit(1)
 
 
-def _resolved(
-    config: Path | None, overrides: list[str], resume: Path | None, runs: Path
-) -> tuple[RunConfig, Path]:
+def _resolved(config: Path | None, overrides: list[str], resume: Path | None, runs: Path) -> tuple[RunConfig, Path]:
     """The configuration as it can be started from any folder, and the run's folder."""
     if (config is None) == (resume is None):
         raise typer.BadParameter("give either --config FILE or --resume RUN")
@@ -113,7 +116,9 @@ def _resolved(
 
     loaded = load_config(resume / "config.yaml" if resume else config, overrides)
     if loaded.runtime != "ray":
-        raise ConfigError("runtime", loaded.runtime, "a launched run needs Ray", "set runtime=ray, or use `isentrope train`")
+        raise ConfigError(
+            "runtime", loaded.runtime, "a launched run needs Ray", "set runtime=ray, or use `isentrope train`"
+        )
     named = Path(loaded.run_dir or runs / f"{loaded.name}-{datetime.now():%Y%m%d-%H%M%S}")
     run_dir = (resume or named).resolve()
     resolved = replace(with_absolute_paths(loaded), run_dir=str(run_dir))

@@ -88,7 +88,9 @@ def weights(
 
 @app.command("run")
 def run_plan(
-    config: Path = typer.Option(..., "--config", "-c", help="YAML file; looked up here, then among the packaged configs."),
+    config: Path = typer.Option(
+        ..., "--config", "-c", help="YAML file; looked up here, then among the packaged configs."
+    ),
     overrides: list[str] = OVERRIDES,
     cluster: Path | None = typer.Option(None, "--cluster", help="Cluster file; without it, this machine."),
     nodes: int | None = typer.Option(None, "--nodes", min=1, help="Nodes; default: what the cluster file says."),

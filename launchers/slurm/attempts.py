@@ -101,5 +101,7 @@ def gives_up(attempts: Sequence[Attempt], step: int, limit: int) -> str:
         reached = attempt.first_step
     if len(row) < limit:
         return ""
-    causes = {attempt.reason or attempt.end or "lost without a word (node failure, kill or time limit)" for attempt in row}
+    causes = {
+        attempt.reason or attempt.end or "lost without a word (node failure, kill or time limit)" for attempt in row
+    }
     return f"{len(row)} attempts in a row did not get beyond step {step}: {'; '.join(sorted(causes))}"

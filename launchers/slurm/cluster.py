@@ -57,7 +57,8 @@ class ClusterConfig:
     python: str = key("python3", "Python (inside the container, if any) with Isentrope's requirements installed")
     env: dict[str, Any] = key({}, "environment variables of the run; never secrets")
     secrets: list[str] = key(
-        [], "names of environment variables to take from yours, e.g. [WANDB_API_KEY, HF_TOKEN]; travel in a file of mode 600"
+        [],
+        "names of environment variables to take from yours, e.g. [WANDB_API_KEY, HF_TOKEN]; travel in a file of mode 600",
     )
     setup: list[str] = key([], "shell lines to run on the first node before anything else, e.g. module load cuda")
     save_before_s: int = key(300, "seconds before the time limit at which the run saves and is requeued")
@@ -99,7 +100,9 @@ def problems_of(cluster: ClusterConfig) -> Iterator[Problem]:
     yield from _container(cluster.container)
     yield from _environment(cluster)
     if cluster.ssh.host and not (cluster.ssh.user and PurePosixPath(cluster.ssh.job_dir).is_absolute()):
-        yield Problem("ssh", cluster.ssh.host, "a login node without user or absolute job_dir", "give ssh.user and ssh.job_dir")
+        yield Problem(
+            "ssh", cluster.ssh.host, "a login node without user or absolute job_dir", "give ssh.user and ssh.job_dir"
+        )
     if cluster.ssh.job_dir and re.search(r"\s", cluster.ssh.job_dir):
         yield Problem("ssh.job_dir", cluster.ssh.job_dir, "nemo-run does not quote this path", "use one without spaces")
 
@@ -131,7 +134,9 @@ def _numbers(cluster: ClusterConfig) -> Iterator[Problem]:
     if not 0 <= cluster.object_store_gib < 2**20:
         yield Problem("object_store_gib", cluster.object_store_gib, "out of range", "give GiB, or 0 for Ray's default")
     if cluster.chain > 1 and cluster.requeue:
-        yield Problem("chain", cluster.chain, "one job that requeues itself needs no chain", "set requeue: false, or chain: 1")
+        yield Problem(
+            "chain", cluster.chain, "one job that requeues itself needs no chain", "set requeue: false, or chain: 1"
+        )
     if not cluster.exclusive and not cluster.cpus_per_node:
         yield Problem("cpus_per_node", 0, "a shared node is not yours as a whole", "give a number, or exclusive: true")
 
@@ -145,7 +150,9 @@ def _container(container: ContainerConfig) -> Iterator[Problem]:
         yield Problem("container.image", container.image, f"does not fit container.runtime={container.runtime}", remedy)
     for mount in container.mounts:
         if not re.fullmatch(r"/[^:,]*(:/[^:,]*){0,1}(:[a-z]+)?", mount):
-            yield Problem("container.mounts", mount, "not a mount", "write /source:/target, absolute, without ',' or ':'")
+            yield Problem(
+                "container.mounts", mount, "not a mount", "write /source:/target, absolute, without ',' or ':'"
+            )
 
 
 def _environment(cluster: ClusterConfig) -> Iterator[Problem]:

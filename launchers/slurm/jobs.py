@@ -38,7 +38,7 @@ class Job:
     run_dir: str
     experiment: str  # nemo-run's
     submitted: float  # Unix seconds
-    ssh: dict[str, str]
+    ssh: SshConfig
 
     @property
     def log(self) -> str:
@@ -48,7 +48,7 @@ class Job:
 
 def remember(job_ids: tuple[str, ...], job_name: str, run_dir: Path, experiment: str, ssh: SshConfig) -> list[Job]:
     """Add jobs to the list."""
-    jobs = [Job(job_id, job_name, str(run_dir), experiment, time.time(), asdict(ssh)) for job_id in job_ids]
+    jobs = [Job(job_id, job_name, str(run_dir), experiment, time.time(), ssh) for job_id in job_ids]
     with _file().open("a") as file:
         file.writelines(json.dumps(asdict(job)) + "\n" for job in jobs)
     return jobs
@@ -57,7 +57,8 @@ def remember(job_ids: tuple[str, ...], job_name: str, run_dir: Path, experiment:
 def known() -> list[Job]:
     """Every job launched from here, oldest first."""
     lines = _file().read_text().splitlines() if _file().exists() else []
-    return [Job(**json.loads(line)) for line in lines]
+    entries = [json.loads(line) for line in lines]
+    return [Job(**{**entry, "ssh": SshConfig(**entry["ssh"])}) for entry in entries]
 
 
 def find(name: str | None) -> Job:
@@ -70,19 +71,18 @@ def find(name: str | None) -> Job:
     return fits[-1]
 
 
-def shell(job: Job) -> Shell:
-    """Where the job's cluster is reached: this machine, or its login node."""
-    if not job.ssh["host"]:
+def shell(ssh: SshConfig) -> Shell:
+    """Where the cluster is reached: this machine, or its login node."""
+    if not ssh.host:
         return _local
     from nemo_run import SSHTunnel
 
-    ssh = job.ssh
-    tunnel = SSHTunnel(host=ssh["host"], user=ssh["user"], identity=ssh["identity"] or None, job_dir=ssh["job_dir"])
+    tunnel = SSHTunnel(host=ssh.host, user=ssh.user, identity=ssh.identity or None, job_dir=ssh.job_dir)
 
     def run(command: str) -> str:
         done = tunnel.run(command, warn=True)
         if not done.ok:
-            raise CommandError(done.stderr.strip())
+            raise CommandError((done.stderr or done.stdout).strip())
         return done.stdout
 
     return run
@@ -110,7 +110,7 @@ def state(job: Job, run: Shell) -> dict[str, str]:
 def details(job: Job, run: Shell) -> dict[str, Any]:
     """``state`` with the run's attempts and how many steps are done."""
     attempts = _attempts(job, run)
-    steps = _output(run, f"grep -c '\"kind\":\"step\"' {_quoted(job, 'events.jsonl')}").strip()
+    steps = _output(run, f'grep -c \'"kind":"step"\' {_quoted(job, "events.jsonl")}').strip()
     return {
         "job": job.job_id,
         "run_dir": job.run_dir,
@@ -164,7 +164,7 @@ def _quoted(job: Job, *parts: str) -> str:
 def _local(command: str) -> str:
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise CommandError(done.stderr.strip())
+        raise CommandError((done.stderr or done.stdout).strip())  # scontrol complains on both
     return done.stdout
 
 

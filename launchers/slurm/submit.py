@@ -23,10 +23,11 @@ import yaml
 
 from launchers import environment
 from launchers.slurm.attempts import LAUNCH
-from launchers.slurm.cluster import ClusterConfig
+from launchers.slurm.cluster import ClusterConfig, seconds
+from launchers.slurm.jobs import CommandError, Shell
 from launchers.slurm.node import SHIPPED
 from launchers.slurm.worktree import Code
-from pipeline.config.errors import ConfigError
+from pipeline.config.errors import ConfigError, Problem
 from pipeline.config.load import to_yaml
 from pipeline.config.schema import RunConfig
 
@@ -79,6 +80,29 @@ def script(launch: Launch) -> str:
         found = sorted(Path(experiment._exp_dir).glob("*_sbatch.sh"))[0].read_text()
         shutil.rmtree(experiment._exp_dir)
     return found
+
+
+def check_partition(launch: Launch, run: Shell) -> None:
+    """Ask Slurm whether the partition can ever hold the job: sbatch would queue it for ever. Raises ``ConfigError``."""
+    cluster = launch.cluster
+    try:
+        words = run(f"scontrol -o show partition {_quote(cluster.partition)}").split()
+    except CommandError as error:
+        remedy = "`sinfo` lists the partitions; to submit from another machine give `ssh` in the cluster file"
+        raise ConfigError("cluster.partition", cluster.partition, f"Slurm says: {error}", remedy) from error
+    said = dict(word.split("=", 1) for word in words if "=" in word)
+    problems = []
+    if launch.nodes > int(said.get("TotalNodes", launch.nodes)):
+        what = f"partition {cluster.partition} has {said['TotalNodes']} nodes"
+        problems.append(Problem("cluster.nodes", launch.nodes, what, "use fewer nodes (--nodes) or another partition"))
+    longest = said.get("MaxTime", "UNLIMITED")
+    if longest not in ("UNLIMITED", "INFINITE") and seconds(cluster.walltime) > seconds(longest):
+        what = f"partition {cluster.partition} ends jobs after {longest}"
+        problems.append(
+            Problem("cluster.walltime", cluster.walltime, what, "lower it: the run is requeued until it is done")
+        )
+    if problems:
+        raise ConfigError.of(problems)
 
 
 def submit(launch: Launch) -> Submitted:
@@ -251,7 +275,12 @@ def _refusal(cluster: ClusterConfig, said: str) -> ConfigError:
     key = next((key for pattern, key in REFUSALS.items() if re.search(pattern, said)), "sbatch")
     value = getattr(cluster, key)
     words = "; ".join(line.removeprefix("sbatch: error: ") for line in said.splitlines())
-    return ConfigError(f"cluster.{key}", value, f"sbatch refused the job: {words}", "correct the cluster file; `sinfo` and `sacctmgr show assoc` list what is allowed")
+    return ConfigError(
+        f"cluster.{key}",
+        value,
+        f"sbatch refused the job: {words}",
+        "correct the cluster file; `sinfo` and `sacctmgr show assoc` list what is allowed",
+    )
 
 
 def _quote(value: object) -> str:

@@ -46,7 +46,9 @@ class Code:
 
     def record(self) -> str:
         """The JSON that goes with the code."""
-        return json.dumps({"commit": self.commit, "changed": bool(self.patch), "files": len(self.files)}, indent=1) + "\n"
+        return (
+            json.dumps({"commit": self.commit, "changed": bool(self.patch), "files": len(self.files)}, indent=1) + "\n"
+        )
 
 
 def collect(root: Path = ROOT) -> Code:

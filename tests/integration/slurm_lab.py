@@ -144,7 +144,9 @@ class SlurmLab:
     def stop(self) -> None:
         """Cancel what runs, end the daemons, remove the namespaces."""
         if "slurmctld" in self.daemons:
-            self.run(["scancel", "--full", *self.run(["squeue", "-h", "-o", "%A"], check=False).stdout.split()], check=False)
+            self.run(
+                ["scancel", "--full", *self.run(["squeue", "-h", "-o", "%A"], check=False).stdout.split()], check=False
+            )
             deadline = time.monotonic() + 30
             while self.run(["squeue", "-h"], check=False).stdout and time.monotonic() < deadline:
                 time.sleep(0.5)
@@ -209,7 +211,9 @@ class SlurmLab:
         while not done():
             dead = [name for name, process in self.daemons.items() if process.poll() is not None]
             if dead or time.monotonic() > deadline:
-                logs = "\n".join(f"--- {name}\n{(self.root / f'{name}.log').read_text()[-2000:]}" for name in self.daemons)
+                logs = "\n".join(
+                    f"--- {name}\n{(self.root / f'{name}.log').read_text()[-2000:]}" for name in self.daemons
+                )
                 raise RuntimeError(f"{what}: {f'{dead} died' if dead else f'not within {timeout:g} s'}\n{logs}")
             time.sleep(0.2)
 

@@ -173,13 +173,18 @@ def test_secrets_are_in_one_private_file_and_nowhere_else(user, whole):
 
 def test_a_run_cut_by_its_time_limit_ends_in_the_same_bits(user, whole):
     _, uncut = whole
-    # 16 samples of 0.5 s: a step takes 8 s, so that the limit strikes before the twelfth.
-    job, run_dir = user.launch("cut", 'cluster.walltime="00:02:00"', 'cluster.env={OMP_NUM_THREADS: 1, LAB_SLEEP: "0.5"}')
+    # 16 samples of 0.7 s: a step takes 11 s, so that the limit, once lowered, strikes before the twelfth.
+    job, run_dir = user.launch("cut", 'cluster.env={OMP_NUM_THREADS: 1, LAB_SLEEP: "0.7"}')
+    user.wait_for_steps(run_dir, 2)
+    minutes, _ = map(int, user.lab.job(job)["RunTime"].split(":")[1:])
+    user.lab.run(["scontrol", "update", f"JobId={job}", f"TimeLimit={minutes + 2}"])
+    user.lab.wait(job, "PENDING", timeout=400)
+    user.lab.run(["scontrol", "update", f"JobId={job}", "TimeLimit=60"])
     user.end(job, "COMPLETED", run_dir=run_dir)
-    ends = [(attempt["end"], attempt["last_step"]) for attempt in attempts(run_dir)]
-    assert ends[-1] == ("completed", STEPS), user.log(run_dir)
-    assert "saved" in [end for end, _ in ends], user.log(run_dir)
-    assert int(user.lab.job(job)["Restarts"]) == len(ends) - 1 > 0
+    first, second = attempts(run_dir)
+    assert (first["end"], second["end"], second["last_step"]) == ("saved", "completed", STEPS), user.log(run_dir)
+    assert first["last_step"] == second["first_step"] < STEPS
+    assert user.lab.job(job)["Restarts"] == "1"
     assert steps(run_dir) == steps(uncut)
     assert state(run_dir) == state(uncut)
 
@@ -214,7 +219,9 @@ def test_a_crash_loop_stops_with_its_reason(user):
     job, run_dir = user.launch("crash", "cluster.attempts_without_progress=2")
     user.end(job, "FAILED", run_dir=run_dir)
     assert [attempt["end"] for attempt in attempts(run_dir)] == ["again", "again"]
-    assert "2 attempts in a row did not get beyond step 0: the training process ended with exit code 1" in user.log(run_dir)
+    assert "2 attempts in a row did not get beyond step 0: the training process ended with exit code 1" in user.log(
+        run_dir
+    )
     assert user.lab.job(job)["Restarts"] == "2"
 
 
@@ -232,10 +239,14 @@ def test_cancel_now_is_scancel(user):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["cluster.partition=nope"], ["cluster.partition: 'nope'", "invalid partition", "remedy:"]),
-        (["cluster.account="], ["account: ''", "remedy:"]),
+        (["cluster.partition=nope"], ["cluster.partition: 'nope'", "nope not found", "remedy:"]),
+        (["cluster.sbatch={qos: 5, begin: never}"], ["cluster.sbatch", "sbatch refused the job:", "remedy:"]),
+        (["cluster.account=two words"], ["account: 'two words'", "remedy:"]),
         (["cluster.acount=x"], ["acount", "did you mean account?"]),
-        (["cluster.nodes=9", "learner.data_parallel_size=9", "rollout.engines=1"], ["cluster.nodes", "remedy:"]),
+        (
+            ["cluster.nodes=9", "learner.data_parallel_size=9", "rollout.engines=1"],
+            ["cluster.nodes: 9", "has 2 nodes", "remedy:"],
+        ),
         (["cluster.secrets=[LAB_ABSENT]"], ["secrets", "LAB_ABSENT", "export LAB_ABSENT=..."]),
         (["cluster.env={HF_TOKEN: abc}"], ["move HF_TOKEN to `secrets`"]),
         (["rollout.prompts_per_step=x"], ["rollout.prompts_per_step", "remedy:"]),
@@ -261,7 +272,12 @@ def test_a_cluster_file_without_an_account_is_refused(user):
 
 def test_a_dry_run_prints_everything_and_submits_nothing(user):
     words = ["launch", "slurm", "--config", "quickstart.yaml", "--cluster", "cluster/pyxis.yaml", "--dry-run"]
-    more = ["cluster.nodes=1", "cluster.gpus_per_node=2", "run_dir=/lustre/me/isentrope/runs/dry", "cluster.scratch=/lustre/me/isentrope"]
+    more = [
+        "cluster.nodes=1",
+        "cluster.gpus_per_node=2",
+        "run_dir=/lustre/me/isentrope/runs/dry",
+        "cluster.scratch=/lustre/me/isentrope",
+    ]
     out = user.isentrope(*words, *more).stdout
     shown = re.sub(r"isentrope_\d{10,}", "isentrope_TIME", out.replace(str(user.home), "HOME"))
     shown = re.sub(r"code: .*", "code: CODE", re.sub(r"[\d.,]+ GiB free", "FREE", shown))
@@ -273,7 +289,9 @@ def test_a_dry_run_prints_everything_and_submits_nothing(user):
     assert shown == GOLDEN.read_text()
     assert "prompts_per_step: 16" in out
     assert user.lab.run(["squeue", "-h"]).stdout == ""
-    assert subprocess.run(["bash", "-n"], input=shown.partition("job script\n")[2], text=True, check=False).returncode == 0
+    assert (
+        subprocess.run(["bash", "-n"], input=shown.partition("job script\n")[2], text=True, check=False).returncode == 0
+    )
 
 
 def processes(title: str) -> list[int]:
