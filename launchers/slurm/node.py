@@ -120,7 +120,7 @@ def other_node(attempt_dir: Path, address: str) -> int:
 @contextmanager
 def ray(options: list[str], log: Path, settings: dict[str, float]) -> Iterator[subprocess.Popen[bytes]]:
     """Ray's processes of this node; none is left afterwards."""
-    folder = Path("/tmp") / f"isentrope-{environment.slurm_job().id}"  # short: it holds sockets
+    folder = Path("/tmp") / f"isentrope-{environment.slurm_job().id}-{os.getpid()}"  # short: it holds sockets
     common = ["--block", "--disable-usage-stats", f"--num-cpus={environment.cpus()}"]
     if "--head" in options:
         common.append(f"--temp-dir={folder}")

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 PACKAGES = ("slurm-wlm", "munge", "iproute2", "rsync")
@@ -141,15 +142,18 @@ class SlurmLab:
         self._wait(lambda: self.job(job_id)["JobState"] in states, f"job {job_id}: {'/'.join(states)}", timeout)
         return self.job(job_id)
 
+    def cancel_all(self) -> None:
+        """Cancel every job and wait until nothing of it runs."""
+        queued = self.run(["squeue", "-h", "-o", "%A"], check=False).stdout.split()
+        if queued:
+            self.run(["scancel", "--full", *queued], check=False)
+            self._wait(lambda: not self.run(["squeue", "-h"], check=False).stdout, "scancel")
+
     def stop(self) -> None:
         """Cancel what runs, end the daemons, remove the namespaces."""
         if "slurmctld" in self.daemons:
-            self.run(
-                ["scancel", "--full", *self.run(["squeue", "-h", "-o", "%A"], check=False).stdout.split()], check=False
-            )
-            deadline = time.monotonic() + 30
-            while self.run(["squeue", "-h"], check=False).stdout and time.monotonic() < deadline:
-                time.sleep(0.5)
+            with suppress(RuntimeError):
+                self.cancel_all()
         for process in reversed(self.daemons.values()):
             process.terminate()
             try:
