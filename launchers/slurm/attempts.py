@@ -1,7 +1,7 @@
 """The attempts of one run: how each went, and whether there should be another.
 
-``attempts.jsonl`` in the run's ``launch/`` folder has one line when an attempt starts and one when it ends; a start without an end is an
-attempt that was lost (node failure, kill, time limit).
+``attempts.jsonl`` in the run's ``launch/`` folder has one line when an attempt starts and one when it ends. An attempt that is lost (node
+failure, kill, time limit) writes no end; the next one writes it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ FILE = "attempts.jsonl"
 
 @dataclass(frozen=True)
 class Attempt:
-    """One attempt; ``end`` is "" while it runs, and for ever if it was lost."""
+    """One attempt; ``end`` is "" while it runs."""
 
     number: int
     job_id: str
@@ -29,7 +29,7 @@ class Attempt:
     nodes: tuple[str, ...]
     first_step: int  # updates done when it started
     started: float  # Unix seconds
-    end: str = ""  # completed | saved | cancelled | failed
+    end: str = ""  # completed | saved | cancelled | again | failed | lost
     last_step: int | None = None  # updates done when it ended
     ended: float | None = None
     reason: str = ""
@@ -101,7 +101,5 @@ def gives_up(attempts: Sequence[Attempt], step: int, limit: int) -> str:
         reached = attempt.first_step
     if len(row) < limit:
         return ""
-    causes = {
-        attempt.reason or attempt.end or "lost without a word (node failure, kill or time limit)" for attempt in row
-    }
+    causes = {attempt.reason or "lost without a word: node failure, kill or time limit" for attempt in row}
     return f"{len(row)} attempts in a row did not get beyond step {step}: {'; '.join(sorted(causes))}"

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -34,17 +35,18 @@ DRIVER = "driver.pid"
 USAGE_ERROR = 2
 HEAD_TIMEOUT_S = 300.0  # nodes of a large job start minutes apart
 STOP_TIMEOUT_S = 3.0
+VERDICT_GRACE_S = 15.0
+RAY_STARTS = 3
+RAY_RUNS = b"Ray runtime started."
 
 
 def main(run_dir: Path, attempt_dir: Path, address: str) -> int:
     """This node's part, start to end; the exit code of its task."""
-    if environment.node_index() == 0:
-        verdict, reason = first_node(run_dir, attempt_dir, address)
-        written = attempt_dir / f".{VERDICT}"
-        written.write_text(f"{verdict} {' '.join(reason.split())}\n")
-        written.replace(attempt_dir / VERDICT)
-        return 1 if verdict in ("again", "failed") else 0
-    return other_node(attempt_dir, address)
+    if environment.node_index() != 0:
+        return other_node(attempt_dir, address)
+    verdict, reason = first_node(run_dir, attempt_dir, address)
+    _leave(attempt_dir, verdict, reason)
+    return 1 if verdict in ("again", "failed") else 0
 
 
 def first_node(run_dir: Path, attempt_dir: Path, address: str) -> tuple[str, str]:
@@ -54,6 +56,7 @@ def first_node(run_dir: Path, attempt_dir: Path, address: str) -> tuple[str, str
     before, log = progress(run_dir), AttemptLog(run_dir)
     if before.status == "completed" and before.step >= goal:
         return "completed", f"all {goal} steps were done already"
+    _close_lost(log, run_dir, before.step)
     reason = gives_up(log.read(), before.step, settings["attempts_without_progress"])
     if reason:
         return "failed", reason
@@ -114,7 +117,13 @@ def other_node(attempt_dir: Path, address: str) -> int:
     with ray([f"--address={address}", f"--node-ip-address={own}"], log, settings) as worker:
         while worker.poll() is None and not (attempt_dir / VERDICT).exists():
             time.sleep(0.5)
-    return 0 if (attempt_dir / VERDICT).exists() else 1
+    deadline = time.monotonic() + VERDICT_GRACE_S  # Ray may have ended because the first node has just finished
+    while time.monotonic() < deadline:
+        if (attempt_dir / VERDICT).exists():
+            return 0
+        time.sleep(0.5)
+    _leave(attempt_dir, "again", f"Ray ended by itself on {socket.gethostname()}; see {log}")
+    return 1
 
 
 @contextmanager
@@ -126,9 +135,8 @@ def ray(options: list[str], log: Path, settings: dict[str, float]) -> Iterator[s
         common.append(f"--temp-dir={folder}")
     if settings["object_store_gib"]:
         common.append(f"--object-store-memory={int(settings['object_store_gib'] * 2**30)}")
-    with log.open("ab") as output:
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", *options, *common]
-        process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", *options, *common]
+    process = _start(command, log)
     try:
         yield process
     finally:
@@ -141,6 +149,20 @@ def ray(options: list[str], log: Path, settings: dict[str, float]) -> Iterator[s
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def _start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """Start Ray and wait until it runs. It allows itself half a minute, which a busy node may not meet at once: three tries."""
+    for trial in range(1, RAY_STARTS + 1):
+        begin = log.stat().st_size if log.exists() else 0
+        with log.open("ab") as output:
+            process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True)
+        while process.poll() is None:
+            if RAY_RUNS in log.read_bytes()[begin:]:
+                return process
+            time.sleep(0.2)
+        logging.warning("Ray did not start (try %d of %d); see %s", trial, RAY_STARTS, log)
+    return process
+
+
 def _answers(host: str, port: int, attempt_dir: Path) -> bool:
     """Wait until the head listens; False when there is a verdict already, or no head in time."""
     deadline = time.monotonic() + HEAD_TIMEOUT_S
@@ -149,6 +171,22 @@ def _answers(host: str, port: int, attempt_dir: Path) -> bool:
             return True
         time.sleep(0.5)
     return False
+
+
+def _leave(attempt_dir: Path, verdict: str, reason: str) -> None:
+    """Write the verdict, whole or not at all: other nodes and the job script wait for it."""
+    written = attempt_dir / f".{VERDICT}-{environment.node_index()}"
+    written.write_text(f"{verdict} {' '.join(reason.split())}\n")
+    written.replace(attempt_dir / VERDICT)
+
+
+def _close_lost(log: AttemptLog, run_dir: Path, step: int) -> None:
+    """Give the attempt before this one an end, if it found none itself, with what its other nodes may have left."""
+    for attempt in log.read()[-1:]:
+        if not attempt.end:
+            left = run_dir / LAUNCH / f"job-{attempt.job_id}-{attempt.restart}" / VERDICT
+            reason = left.read_text().partition(" ")[2].strip() if left.exists() else ""
+            log.end(attempt, "lost", step, reason or "without a word: node failure, kill or time limit")
 
 
 def _record(run_dir: Path) -> None:

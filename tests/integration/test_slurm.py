@@ -80,15 +80,14 @@ class User:
             'walltime: "01:00:00"\nsecrets: [LAB_TOKEN]\nenv: {OMP_NUM_THREADS: 1}\n'
         )
 
+    @property
+    def environment(self) -> dict[str, str]:
+        own = {"NEMORUN_HOME": str(self.home), "PYTHONPATH": f"{ROOT}:{self.here}", "LAB_TOKEN": SECRET}
+        return self.lab.environment | own | {"PYTHONWARNINGS": "ignore"}
+
     def isentrope(self, *words: str, code: int = 0, **environment: str) -> subprocess.CompletedProcess:
-        environment = {
-            "NEMORUN_HOME": str(self.home),
-            "PYTHONPATH": f"{ROOT}:{self.here}",
-            "PYTHONWARNINGS": "ignore",
-            "LAB_TOKEN": SECRET,
-        } | environment
         command = [sys.executable, "-m", "launchers.cli.main", *words]
-        done = self.lab.run(command, check=False, cwd=self.here, env=environment)
+        done = self.lab.run(command, check=False, cwd=self.here, env=self.environment | environment)
         assert done.returncode == code, done.stdout + done.stderr
         return done
 
@@ -202,7 +201,7 @@ def test_a_killed_rank_is_survived_and_a_cancelled_run_saves_and_is_resumed(user
     os.kill(rank, signal.SIGKILL)
     before = len(attempts(run_dir))
     user.lab.wait(job, "PENDING")
-    user.wait_for_steps(run_dir, attempts(run_dir)[-1]["last_step"] + 2)
+    user.wait_for_steps(run_dir, attempts(run_dir)[before - 1]["last_step"] + 2)
     killed, second = attempts(run_dir)[before - 1 : before + 1]
     assert killed["end"] == "again"
     assert "learner: its process died" in killed["reason"]
@@ -216,6 +215,43 @@ def test_a_killed_rank_is_survived_and_a_cancelled_run_saves_and_is_resumed(user
     words = ["launch", "slurm", "--resume", str(run_dir), "--cluster", "cluster.yaml", f"steps={goal}"]
     assert "COMPLETED" in user.isentrope(*words).stderr, "it is followed to its end"
     assert [step["step"] for step in steps(run_dir)] == list(range(goal))
+
+
+def test_a_node_that_goes_down_costs_the_unfinished_steps_only(user, whole):
+    _, undisturbed = whole
+    job, run_dir = user.launch("node", "checkpoint.every=2", 'cluster.env={OMP_NUM_THREADS: 1, LAB_SLEEP: "0.3"}')
+    user.wait_for_steps(run_dir, 3)
+    user.lab.kill_node("n2")
+    user.lab.wait(job, "PENDING", timeout=300)
+    user.lab.start_node("n2")
+    user.end(job, "COMPLETED", run_dir=run_dir)
+    assert len(attempts(run_dir)) > 1
+    assert steps(run_dir) == steps(undisturbed)
+    assert state(run_dir) == state(undisturbed)
+
+
+def test_where_requeueing_is_forbidden_jobs_wait_in_a_chain(user):
+    job, run_dir = user.launch("chain", "cluster.requeue=false", "cluster.chain=2")
+    first, second = (entry["job_id"] for entry in json.loads(user.isentrope("jobs", "list", "--json").stdout)[-2:])
+    assert job == first
+    for each in (first, second):
+        user.end(each, "COMPLETED", run_dir=run_dir)
+    assert len(attempts(run_dir)) == 1, "the second had nothing left to do"
+    assert f"all {STEPS} steps were done already" in user.log(run_dir)
+
+
+def test_a_local_launch_survives_a_killed_rank(user):
+    run_dir = user.scratch / "runs" / "here"
+    words = ["launch", "local", "--config", "quickstart.yaml", *RUN, f"run_dir='{run_dir}'", "checkpoint.every=1"]
+    environment = user.environment | {"LAB_SLEEP": "0.1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launchers.cli.main", *words], cwd=user.here, env=environment, start_new_session=True
+    )
+    user.wait_for_steps(run_dir, 3)
+    os.kill(processes("ray::LearnerRank")[0], signal.SIGKILL)
+    assert process.wait(timeout=600) == 0
+    assert [attempt["end"] for attempt in attempts(run_dir)] == ["again", "completed"]
+    assert [step["step"] for step in steps(run_dir)] == list(range(STEPS))
 
 
 def test_a_crash_loop_stops_with_its_reason(user):

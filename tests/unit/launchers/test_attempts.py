@@ -32,14 +32,14 @@ def test_three_attempts_without_progress_are_enough(past, step, stops):
 def test_the_reason_names_every_cause():
     past = [attempt(4, "again", "out of memory"), attempt(4), attempt(4, "again", "out of memory")]
     assert gives_up(past, 4, 3) == (
-        "3 attempts in a row did not get beyond step 4: lost without a word (node failure, kill or time limit); out of memory"
+        "3 attempts in a row did not get beyond step 4: lost without a word: node failure, kill or time limit; out of memory"
     )
 
 
 def test_the_log_pairs_starts_with_ends_and_survives_a_torn_line(tmp_path):
     log = AttemptLog(tmp_path)
     assert log.read() == []
-    log.start("7", 0, ["n1", "n2"], 0)  # lost
+    log.start("7", 0, ["n1", "n2"], 0)
     second = log.start("7", 1, ["n1", "n2"], 10)
     log.end(second, "completed", 20)
     with log.path.open("a") as file:
