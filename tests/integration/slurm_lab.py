@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Sequence
@@ -109,8 +110,18 @@ class SlurmLab:
     def kill_node(self, node: str) -> None:
         """SIGKILL the node's slurmd and every process in the node's namespace: the power is off."""
         self.daemons.pop(node).kill()
+        for pid in self.processes(node):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def processes(self, node: str, title: str = "") -> list[int]:
+        """Processes in the node's namespace whose command line begins with ``title``."""
+        found = []
         for pid in _run(["ip", "netns", "pids", self._namespace(node)]).stdout.split():
-            subprocess.run(["kill", "-KILL", pid], check=False, capture_output=True)
+            with suppress(OSError):
+                if Path(f"/proc/{pid}/cmdline").read_text().startswith(title):
+                    found.append(int(pid))
+        return found
 
     def command(self, words: Sequence[str], host: str = "login") -> list[str]:
         """``words`` as they run on ``host``: in its network, under its name, with its /etc/hosts."""

@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -197,7 +198,7 @@ def test_a_run_cut_by_its_time_limit_ends_in_the_same_bits(user, whole):
 def test_a_killed_rank_is_survived_and_a_cancelled_run_saves_and_is_resumed(user):
     job, run_dir = user.launch("killed", "steps=500", "checkpoint.every=2")
     user.wait_for_steps(run_dir, 5)
-    (rank, *_) = processes("ray::LearnerRank")
+    (rank, *_) = user.lab.processes("n2", "ray::LearnerRank")
     os.kill(rank, signal.SIGKILL)
     before = len(attempts(run_dir))
     user.lab.wait(job, "PENDING")
@@ -248,7 +249,7 @@ def test_a_local_launch_survives_a_killed_rank(user):
         [sys.executable, "-m", "launchers.cli.main", *words], cwd=user.here, env=environment, start_new_session=True
     )
     user.wait_for_steps(run_dir, 3)
-    os.kill(processes("ray::LearnerRank")[0], signal.SIGKILL)
+    os.kill(descendants(process.pid, "ray::LearnerRank")[0], signal.SIGKILL)
     assert process.wait(timeout=600) == 0
     assert [attempt["end"] for attempt in attempts(run_dir)] == ["again", "completed"]
     assert [step["step"] for step in steps(run_dir)] == list(range(STEPS))
@@ -271,7 +272,7 @@ def test_cancel_now_is_scancel(user):
     user.isentrope("jobs", "cancel", job, "--now")
     user.end(job, "CANCELLED", run_dir=run_dir)
     deadline = time.monotonic() + 60
-    while processes("ray::"):
+    while any(user.lab.processes(node, "ray::") for node in user.lab.nodes):
         assert time.monotonic() < deadline, "nothing of the job remains"
         time.sleep(0.5)
 
@@ -334,13 +335,27 @@ def test_a_dry_run_prints_everything_and_submits_nothing(user):
     )
 
 
-def processes(title: str) -> list[int]:
-    """Processes of this machine whose command line begins with ``title``."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if path.read_text().startswith(title):
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
+def test_the_script_for_apptainer_and_a_chain(user):
+    words = ["launch", "slurm", "--config", "quickstart.yaml", "--cluster", "cluster/apptainer.yaml", "--dry-run"]
+    out = user.isentrope(*words, "--nodes", "1").stdout
+    assert re.search(
+        r"inside=\(apptainer exec --nv --bind /project/me/isentrope:\S+ --pwd \S+/code /project/\S+\.sif\)", out
+    )
+    assert "#SBATCH --dependency=singleton" in out
+    assert "requeue=no" in out
+
+
+def descendants(pid: int, title: str) -> list[int]:
+    """Processes below ``pid`` whose command line begins with ``title``."""
+    found, parents = [], {pid}
+    while parents:
+        children = []
+        for path in (path for parent in parents for path in Path(f"/proc/{parent}/task").glob("*/children")):
+            with suppress(OSError):
+                children += [int(child) for child in path.read_text().split()]
+        for child in children:
+            with suppress(OSError):
+                if Path(f"/proc/{child}/cmdline").read_text().startswith(title):
+                    found.append(child)
+        parents = set(children)
     return found
