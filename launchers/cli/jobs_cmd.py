@@ -44,8 +44,9 @@ def status(job: str | None = JOB, as_json: bool = JSON) -> None:
         typer.echo(json.dumps(result))
         return
     for name, value in result.items():
-        if name != "attempts" and value not in ("", None):
-            typer.echo(f"{name}: {value}")
+        if name != "attempts" and value not in ("", None, {}):
+            shown = ", ".join(f"{key} {entry}" for key, entry in value.items()) if isinstance(value, dict) else value
+            typer.echo(f"{name}: {shown}")
     for attempt in result["attempts"]:
         began = f"{datetime.fromtimestamp(attempt['started']):%Y-%m-%d %H:%M:%S}"
         ending = attempt.get("end") or "running, or lost"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -65,8 +66,9 @@ def slurm(
         typer.echo(f"\n--- config.yaml\n{to_yaml(resolved)}\n--- job script\n{script(launch)}")
         return
     check_partition(launch, jobs.shell(described.ssh))
+    began = time.time()
     submitted = submit(launch)
-    remembered = jobs.remember(submitted.job_ids, launch.job_name, run_dir, submitted.experiment, described.ssh)
+    remembered = jobs.remember(submitted.job_ids, launch.job_name, run_dir, submitted.experiment, described.ssh, began)
     first = remembered[0]
     typer.echo(f"submitted: job {', '.join(submitted.job_ids)}, log {first.log}")
     typer.echo(f"watch it with: isentrope jobs status {first.job_id}; isentrope jobs logs {first.job_id} --follow")

@@ -37,7 +37,8 @@ class Job:
     job_name: str
     run_dir: str
     experiment: str  # nemo-run's
-    submitted: float  # Unix seconds
+    launched: float  # Unix seconds: the launch began to ship the code
+    submitted: float  # sbatch had returned
     ssh: SshConfig
 
     @property
@@ -46,9 +47,11 @@ class Job:
         return f"{self.run_dir}/{LAUNCH}/sbatch_{self.job_name}_{self.job_id}.out"
 
 
-def remember(job_ids: tuple[str, ...], job_name: str, run_dir: Path, experiment: str, ssh: SshConfig) -> list[Job]:
+def remember(
+    job_ids: tuple[str, ...], job_name: str, run_dir: Path, experiment: str, ssh: SshConfig, launched: float
+) -> list[Job]:
     """Add jobs to the list."""
-    jobs = [Job(job_id, job_name, str(run_dir), experiment, time.time(), ssh) for job_id in job_ids]
+    jobs = [Job(job_id, job_name, str(run_dir), experiment, launched, time.time(), ssh) for job_id in job_ids]
     with _file().open("a") as file:
         file.writelines(json.dumps(asdict(job)) + "\n" for job in jobs)
     return jobs
@@ -116,6 +119,7 @@ def details(job: Job, run: Shell) -> dict[str, Any]:
         "run_dir": job.run_dir,
         **state(job, run),
         "step_events": int(steps or 0),
+        "seconds_to_first_step": _seconds_to_first_step(job, run, attempts),
         "attempts": attempts,
     }
 
@@ -130,6 +134,19 @@ def cancel(job: Job, run: Shell, *, now: bool) -> None:
             run(f"scancel --batch --signal=TERM {other.job_id}")  # to the job script, which tells the run
         elif there not in (*OVER, "UNKNOWN"):
             run(f"scancel {other.job_id}")
+
+
+def _seconds_to_first_step(job: Job, run: Shell, attempts: list[dict[str, Any]]) -> dict[str, float]:
+    """Where the time from the launch to the end of the first step went; empty before that, and where the job resumed a run."""
+    events = _quoted(job, "events.jsonl")
+    marks = [_output(run, f'grep -m1 \'"kind":"{kind}"\' {events}') for kind in ("run_start", "step")]
+    mine = [attempt["started"] for attempt in attempts if attempt["job_id"] == job.job_id]
+    if not (all(marks) and mine and mine[0] == attempts[0]["started"]):
+        return {}
+    times = [job.launched, job.submitted, mine[0], *(json.loads(mark)["time"] for mark in marks)]
+    parts = ("ship", "queue", "start", "step")  # start: Ray, the learner, the engines
+    split = {name: round(b - a, 1) for name, a, b in zip(parts, times, times[1:], strict=False)}
+    return split | {"total": round(times[-1] - times[0], 1)}
 
 
 def _attempts(job: Job, run: Shell) -> list[dict[str, Any]]:

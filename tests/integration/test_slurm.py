@@ -156,6 +156,9 @@ def test_a_run_over_two_nodes_completes(user, whole):
     assert max(step["metrics"]["mismatch_max"] for step in steps(run_dir)) < 1e-3
     status = json.loads(user.isentrope("jobs", "status", job, "--json").stdout)
     assert (status["state"], status["restarts"], status["step_events"]) == ("COMPLETED", "0", STEPS)
+    *parts, total = status["seconds_to_first_step"].values()
+    assert min(parts) > 0
+    assert total == pytest.approx(sum(parts), abs=0.3)
     assert job in user.isentrope("jobs", "list").stdout
 
 
