@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -40,7 +41,8 @@ def join() -> list[Node]:
     """
     if not ray.is_initialized():
         environment.default("RAY_USAGE_STATS_ENABLED", "0")
-        address, quiet = environment.ray_address(), {"log_to_driver": False, "logging_level": logging.ERROR}
+        address = environment.ray_address()
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if address:
             ray.init(address=address, _node_ip_address=environment.own_address(address.partition(":")[0]), **quiet)
         else:

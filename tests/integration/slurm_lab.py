@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-PACKAGES = ("slurm-wlm", "munge", "iproute2", "rsync")
+PACKAGES = ("slurm-wlm", "munge", "iproute2")
 PROGRAMS = ("slurmctld", "slurmd", "munged", "ip", "nsenter", "unshare")
 NETWORK = "10.77.0"
 CONF = """
