@@ -18,7 +18,7 @@ quickstart: $(VENV)/.ready $(if $(filter sglang,$(ROLLOUT)),$(VENV)/.ready-sglan
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest
 
-test-integration: $(VENV)/.ready-sglang
+test-integration: $(VENV)/.ready-launch
 	$(BIN)/python -m pytest tests/integration
 
 # The newest megatron-core that the learner serves, on its distributed tests; `make test` has the oldest.
@@ -67,4 +67,8 @@ $(BRIDGE)/.ready: $(VENV)/.ready-sglang requirements/bridge.txt
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $(BRIDGE)/full.pth
 	mv $(BRIDGE)/full.pth "$$($(BRIDGE)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")"
 	$(BRIDGE)/bin/python -m pip install -q --no-deps --ignore-requires-python -r requirements/bridge.txt
+	touch $@
+
+$(VENV)/.ready-launch: $(VENV)/.ready-sglang requirements/launch.txt
+	$(BIN)/python -m pip install -q --no-deps -r requirements/launch.txt
 	touch $@

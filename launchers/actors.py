@@ -15,10 +15,13 @@ from typing import Any
 import ray
 import torch
 
+from launchers.ray_cluster import most_on_one_node, use_interface_of
 from pipeline.config.schema import RunConfig
+from pipeline.ports import free_port
 from pipeline.rollout.engine import EngineError, EngineTimeoutError, RolloutEngine, WeightUpdateError
 from pipeline.types import EngineHealth, GenerateRequest, SampleGroup, StepStats, TrainBatch, WeightBucket
 
+LOCALHOST = "127.0.0.1"
 BUCKETS_IN_FLIGHT = 2  # how many buckets the object store may hold while engines catch up
 HEALTH_TIMEOUT_S = 30.0  # an engine's own health check takes at most 10
 CLOSE_TIMEOUT_S = 60.0
@@ -52,8 +55,18 @@ class LearnerRank:
         from launchers.assemble import build_learner_rank
 
         torch.set_num_threads(threads)
+        if address[0] != LOCALHOST:
+            use_interface_of(ray.util.get_node_ip_address())
         self.learner = build_learner_rank(config, rank, address)
         self.export: Iterator[WeightBucket | None] = iter(())
+
+    def host(self) -> str:
+        """IPv4 address of this rank's node."""
+        return ray.util.get_node_ip_address()
+
+    def free_port(self, host: str) -> int:
+        """A port of this node that rank 0 can listen on."""
+        return free_port(host)
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Run one method of the learner on this rank."""
@@ -77,11 +90,15 @@ class LearnerRank:
 class RayLearner:
     """``Learner`` over one actor per rank; every rank makes every call, rank 0 answers."""
 
-    def __init__(self, config: RunConfig, ranks: Sequence[Any], address: tuple[str, int]) -> None:
+    def __init__(self, config: RunConfig, ranks: Sequence[Any]) -> None:
         self.ranks = list(ranks)
         self.owners: list[list[int]] = []  # of buckets, by round
         self.ahead: dict[int, list[Any]] = {}  # version -> its first round, already asked for
-        threads = max(1, (os.cpu_count() or 1) // len(self.ranks))
+        hosts = self._answer([rank.host.remote() for rank in self.ranks])
+        # Ranks meet at rank 0's node; on one machine without its outside address, which a container may not reach.
+        host = hosts[0] if len(set(hosts)) > 1 else LOCALHOST
+        address = (host, self._answer(self.ranks[0].free_port.remote(host)))
+        threads = max(1, (os.cpu_count() or 1) // most_on_one_node(hosts))
         self._answer([rank.build.remote(config, i, address, threads) for i, rank in enumerate(self.ranks)])
 
     def _everywhere(self, method: str, *args: Any, **kwargs: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -13,10 +12,11 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from launchers.placement import Placement, PlacementError, place
 from pipeline.checkpoints import Checkpoint, CheckpointError, CheckpointStore
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import resolve_path
@@ -36,6 +36,9 @@ from pipeline.rollout.pool import EnginePool
 from pipeline.rollout.rollouts import Rollouts
 from pipeline.rollout.weight_sync import push_weights
 from pipeline.types import ControlDecision
+
+if TYPE_CHECKING:
+    from launchers.ray_cluster import Node
 
 log = logging.getLogger(__name__)
 
@@ -123,16 +126,18 @@ def restore(loop: TrainingLoop, checkpoint: Checkpoint) -> None:
 
 def start_learner(config: RunConfig, stack: ExitStack) -> Learner:
     """The learner's processes, not yet loaded."""
-    address = ("127.0.0.1", free_port())
     if config.runtime == "inline":
-        learner: Learner = build_learner_rank(config, 0, address)
+        learner: Learner = build_learner_rank(config, 0, ("127.0.0.1", free_port()))
     else:
         from launchers.actors import LearnerRank, RayLearner
 
-        _start_ray(config)
+        nodes, placement = _placed(config)
         options = {"num_cpus": 0, "num_gpus": int(torch.cuda.is_available())}
-        ranks = [LearnerRank.options(**options).remote() for _ in range(world_size(config))]
-        learner = RayLearner(config, ranks, address)
+        ranks = [
+            LearnerRank.options(**options, scheduling_strategy=nodes[node].affinity()).remote()
+            for node in placement.ranks
+        ]
+        learner = RayLearner(config, ranks)
     stack.callback(learner.close)
     return learner
 
@@ -165,12 +170,15 @@ def start_engines(config: RunConfig, log_dir: Path, stack: ExitStack) -> EngineP
     else:
         from launchers.actors import EngineProcess, RayEngine
 
-        _start_ray(config)
+        nodes, placement = _placed(config)
         options = {"num_cpus": 0, "num_gpus": engine_gpus(config)}
         timeout_s = config.rollout.weight_sync_timeout_s
+        homes = [
+            EngineProcess.options(**options, scheduling_strategy=nodes[node].affinity()) for node in placement.engines
+        ]
         engines = [
-            RayEngine(partial(EngineProcess.options(**options).remote, build), f"engine {i}", timeout_s)
-            for i, build in enumerate(builders)
+            RayEngine(partial(home.remote, build), f"engine {i}", timeout_s)
+            for i, (home, build) in enumerate(zip(homes, builders, strict=True))
         ]
     pool = EnginePool(engines)
     stack.callback(pool.close)
@@ -202,20 +210,19 @@ def engine_gpus(config: RunConfig) -> int:
     return config.rollout.tensor_parallel_size if uses_gpus else 0
 
 
-def _start_ray(config: RunConfig) -> None:
-    """A local Ray cluster, unless one is already joined. Raises ``ConfigError`` when it lacks GPUs: actors would wait for ever."""
-    import ray
+def _placed(config: RunConfig) -> tuple[list[Node], Placement]:
+    """The nodes of the Ray cluster and who goes where. Raises ``ConfigError`` when GPUs are short: actors would wait for ever."""
+    from launchers import ray_cluster
 
-    if ray.is_initialized():
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    found = int(ray.cluster_resources().get("GPU", 0))
-    needed = (world_size(config) if torch.cuda.is_available() else 0) + config.rollout.engines * engine_gpus(config)
-    if needed > found:
-        remedy = f"lower it, rollout.engines or rollout.tensor_parallel_size to fit {found} GPUs"
-        layout = "learner.tensor_model_parallel_size"
-        raise ConfigError(layout, config.learner.tensor_model_parallel_size, f"the run needs {needed} GPUs", remedy)
+    nodes = ray_cluster.join()
+    gpus = [node.gpus if torch.cuda.is_available() else 0 for node in nodes]
+    layout, rollout = config.learner, config.rollout
+    tensor_parallel, engine = layout.tensor_model_parallel_size, engine_gpus(config)
+    try:
+        return nodes, place(world_size(config), tensor_parallel, rollout.engines, engine, gpus)
+    except PlacementError as error:
+        remedy = "use more nodes, a smaller layout, or fewer rollout.engines or rollout.tensor_parallel_size"
+        raise ConfigError("learner.tensor_model_parallel_size", tensor_parallel, str(error), remedy) from error
 
 
 def _hf_path(config: RunConfig) -> Path:

@@ -11,7 +11,17 @@ from types import TracebackType
 import typer
 import typer.main
 
-from launchers.cli import config_cmd, convert_cmd, evaluate_cmd, plan_cmd, report_cmd, train_cmd
+from launchers.cli import (
+    config_cmd,
+    convert_cmd,
+    doctor_cmd,
+    evaluate_cmd,
+    jobs_cmd,
+    launch_cmd,
+    plan_cmd,
+    report_cmd,
+    train_cmd,
+)
 from pipeline.config.errors import ConfigError
 from pipeline.data import DataError
 
@@ -29,9 +39,12 @@ app = typer.Typer(
 app.command("train")(train_cmd.train)
 app.command("evaluate")(evaluate_cmd.evaluate)
 app.command("report")(report_cmd.report)
+app.add_typer(launch_cmd.app, name="launch")
+app.add_typer(jobs_cmd.app, name="jobs")
 app.add_typer(config_cmd.app, name="config")
 app.add_typer(plan_cmd.app, name="plan")
 app.add_typer(convert_cmd.app, name="convert")
+app.command("doctor")(doctor_cmd.doctor)
 
 
 def _show_version(asked: bool) -> None:

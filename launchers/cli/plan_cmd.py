@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launchers.cli import plan_learner_cmd
-from launchers.cli.arguments import JSON
+from launchers.cli.arguments import JSON, OVERRIDES
 
 app = typer.Typer(help="What something will cost, before it runs.", no_args_is_help=True)
 app.command("learner")(plan_learner_cmd.learner)
@@ -87,6 +87,36 @@ def weights(
         typer.echo(json.dumps(result))
     else:
         _show(result)
+
+
+@app.command("run")
+def run_plan(
+    config: Path = typer.Option(
+        ..., "--config", "-c", help="YAML file; looked up here, then among the packaged configs."
+    ),
+    overrides: list[str] = OVERRIDES,
+    cluster: Path | None = typer.Option(None, "--cluster", help="Cluster file; without it, this machine."),
+    nodes: int | None = typer.Option(None, "--nodes", min=1, help="Nodes; default: what the cluster file says."),
+) -> None:
+    """Say in words what a run will do, step by step and node by node, and check that it can. Exits with 2 if it cannot.
+
+    Example:
+
+      isentrope plan run --config configs/quickstart.yaml rollout.prompts_per_step=64
+    """
+    from launchers import preflight
+    from launchers.slurm.cluster import load_cluster, split_overrides
+    from pipeline.config.load import load_config
+
+    of_run, of_cluster = split_overrides(overrides)
+    described = load_cluster(cluster, of_cluster) if cluster else None
+    resolved = preflight.with_absolute_paths(load_config(config, of_run))
+    runs = Path(described.scratch) / "runs" if described else Path("runs").resolve()
+    run_dir = Path(resolved.run_dir or runs / resolved.name)
+    count = nodes or (described.nodes if described else 1)
+    report = preflight.check(preflight.Setting(resolved, described, count, run_dir))
+    typer.echo("\n".join(report.lines))
+    report.raise_problems()
 
 
 def _architecture(model: str) -> Any:

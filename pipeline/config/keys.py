@@ -44,15 +44,15 @@ def _type_name(of: Any, plural: bool = False) -> str:
     return "true or false" if of is bool else _SCALARS[of][plural]
 
 
-@lru_cache(maxsize=1)
-def schema_keys() -> dict[str, Key]:
-    """Every section and leaf key by dotted name, in the order of the schema."""
-    return {key.name: key for key in _walk(RunConfig, "")}
+@lru_cache
+def schema_keys(schema: type = RunConfig) -> dict[str, Key]:
+    """Every section and leaf key by dotted name, in the order of the schema (a dataclass of ``schema.key`` fields)."""
+    return {key.name: key for key in _walk(schema, "")}
 
 
-def leaf_keys() -> dict[str, Key]:
+def leaf_keys(schema: type = RunConfig) -> dict[str, Key]:
     """Every key that takes a value, by dotted name."""
-    return {name: key for name, key in schema_keys().items() if not key.is_section}
+    return {name: key for name, key in schema_keys(schema).items() if not key.is_section}
 
 
 def _walk(section: Any, prefix: str) -> Iterator[Key]:
@@ -67,7 +67,7 @@ def _walk(section: Any, prefix: str) -> Iterator[Key]:
         yield Key(name, hint, default, field.metadata["help"], False)
 
 
-def nearest_keys(name: str) -> list[str]:
+def nearest_keys(name: str, schema: type = RunConfig) -> list[str]:
     """The valid key(s) that ``name`` most likely meant, at most three; empty when nothing is close.
 
     The distance is the number of typing slips in the whole dotted name; a right last component in the wrong section
@@ -76,7 +76,7 @@ def nearest_keys(name: str) -> list[str]:
     best = max(2.0, len(name) / 4)
     nearest: list[str] = []
     section = name.rpartition(".")[0]
-    for candidate in sorted(schema_keys(), key=lambda key: key.rpartition(".")[0] != section):
+    for candidate in sorted(schema_keys(schema), key=lambda key: key.rpartition(".")[0] != section):
         distance = _distance(name, candidate, best)
         if distance <= best:
             nearest = [*nearest, candidate] if distance == best else [candidate]

@@ -8,10 +8,10 @@ or a wrong type is reported with the place that gave it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -23,6 +23,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.config.validate import problems_of
 
 PACKAGED = Path(__file__).resolve().parents[2] / "configs"  # the same in a checkout and in an installed wheel
+Schema = TypeVar("Schema")
 UNHASHED = ("name", "run_dir")  # labels: they do not change what a run computes
 
 
@@ -42,11 +43,22 @@ def load_config(path: Path | None, overrides: Sequence[str] = (), *, check: bool
     ``dotted.key=value`` with YAML values. ``check=False`` skips the rules of ``validate`` but never keys and types.
     Raises ``ConfigError`` with every problem found.
     """
-    assignments = [] if path is None else _read_file(resolve_path(path), ())
+
+    def rules(config: RunConfig) -> list[Problem]:
+        return problems_of(config, resolve_path(config.model.hf_path)) if check else []
+
+    return load(RunConfig, path, overrides, rules)
+
+
+def load(
+    schema: type[Schema], path: Path | None, overrides: Sequence[str], rules: Callable[[Schema], Sequence[Problem]]
+) -> Schema:
+    """``load_config`` for any dataclass of ``schema.key`` fields and its own ``rules``."""
+    assignments = [] if path is None else _read_file(resolve_path(path), (), schema)
     for text in overrides:
-        assignments += _parse_override(text)
-    config = _build(assignments)
-    problems = problems_of(config, resolve_path(config.model.hf_path)) if check else []
+        assignments += _parse_override(text, schema)
+    config: Schema = _build(assignments, schema)
+    problems = rules(config)
     if problems:
         raise ConfigError.of([replace(problem, source=_source(problem.key, assignments)) for problem in problems])
     return config
@@ -93,7 +105,7 @@ def _document_section(section: Any, prefix: str, keys: Mapping[str, Key]) -> Ite
             yield f"{indent}{text}  # {comment}"
 
 
-def _read_file(path: Path, parents: tuple[Path, ...]) -> list[Assignment]:
+def _read_file(path: Path, parents: tuple[Path, ...], schema: type) -> list[Assignment]:
     """The assignments of a file after those of its ``defaults``."""
     path = path.resolve()
     if path in parents:
@@ -105,8 +117,8 @@ def _read_file(path: Path, parents: tuple[Path, ...]) -> list[Assignment]:
         raise ConfigError("defaults", defaults, "not a list of file names", "write defaults: [base.yaml]", str(path))
     assignments: list[Assignment] = []
     for entry in defaults:
-        assignments += _read_file(_find_default(entry, path), (*parents, path))
-    return assignments + list(_flatten(content, "", str(path)))
+        assignments += _read_file(_find_default(entry, path), (*parents, path), schema)
+    return assignments + list(_flatten(content, "", str(path), schema))
 
 
 def _parse_file(path: Path) -> dict[str, Any]:
@@ -132,9 +144,9 @@ def _find_default(entry: str, including: Path) -> Path:
     raise ConfigError("defaults", entry, "no such file", remedy, str(including))
 
 
-def _flatten(values: Mapping[str, Any], prefix: str, source: str) -> Iterator[Assignment]:
+def _flatten(values: Mapping[str, Any], prefix: str, source: str, schema: type) -> Iterator[Assignment]:
     """Dotted assignments; a mapping is entered where the schema has a section or free-form entries."""
-    keys = schema_keys()
+    keys = schema_keys(schema)
     for name, value in values.items():
         key = f"{prefix}{name}"
         known = keys.get(key)
@@ -144,12 +156,12 @@ def _flatten(values: Mapping[str, Any], prefix: str, source: str) -> Iterator[As
             and isinstance(value, dict)
             and value
         ):
-            yield from _flatten(value, key + ".", source)
+            yield from _flatten(value, key + ".", source, schema)
         else:
             yield Assignment(key, value, source)
 
 
-def _parse_override(text: str) -> Iterator[Assignment]:
+def _parse_override(text: str, schema: type) -> Iterator[Assignment]:
     """``dotted.key=value``; a mapping is several assignments, as in a file."""
     name, equals, value = text.partition("=")
     if not equals or not name:
@@ -163,13 +175,13 @@ def _parse_override(text: str) -> Iterator[Assignment]:
         raise ConfigError(
             name, value, f"not a YAML value: {reason}", "quote it, e.g. 'key=\"text\"'", "command line"
         ) from error
-    yield from _flatten({name.strip(): parsed["value"]}, "", "command line")  # type: ignore[index, call-overload]
+    yield from _flatten({name.strip(): parsed["value"]}, "", "command line", schema)  # type: ignore[index, call-overload]
 
 
-def _build(assignments: Sequence[Assignment]) -> RunConfig:
+def _build(assignments: Sequence[Assignment], schema: type) -> Any:
     """Apply the assignments in order to the schema's defaults."""
-    tree = OmegaConf.structured(RunConfig)
-    problems = [problem for assignment in assignments if (problem := _apply(tree, assignment)) is not None]
+    tree = OmegaConf.structured(schema)
+    problems = [problem for assignment in assignments if (problem := _apply(tree, assignment, schema)) is not None]
     if problems:
         raise ConfigError.of(problems)
     try:
@@ -179,21 +191,21 @@ def _build(assignments: Sequence[Assignment]) -> RunConfig:
         remedy = "mend the ${...} reference"
         raise ConfigError(error.full_key or "", None, str(error).splitlines()[0], remedy) from error
     if missing:
-        keys = schema_keys()
+        keys = schema_keys(schema)
         raise ConfigError.of(
             [Problem(key, None, "a value is required", f"set {key}: {keys[key].help}") for key in missing]
         )
-    assert isinstance(config, RunConfig)
+    assert isinstance(config, schema)
     return config
 
 
-def _apply(tree: DictConfig, assignment: Assignment) -> Problem | None:
+def _apply(tree: DictConfig, assignment: Assignment, schema: type) -> Problem | None:
     """Set one value; the problem, if it has one."""
     key, value, source = assignment.key, assignment.value, assignment.source
-    free_form = _inside_free_form(key)
-    known = schema_keys().get(key)
+    free_form = _inside_free_form(key, schema)
+    known = schema_keys(schema).get(key)
     if known is None and not free_form:
-        return _unknown(assignment)
+        return _unknown(assignment, schema)
     wrong_type = Problem(key, value, "wrong type", f"give {known.type_name}" if known else "give a plain value", source)
     if known is not None and not _plausible(known, value):
         return wrong_type
@@ -231,14 +243,14 @@ def _whole(expected: Any, value: Any) -> Any:
     return int(value) if expected is int and isinstance(value, float) and value.is_integer() else value
 
 
-def _unknown(assignment: Assignment) -> Problem:
-    nearest = nearest_keys(assignment.key)
+def _unknown(assignment: Assignment, schema: type) -> Problem:
+    nearest = nearest_keys(assignment.key, schema)
     remedy = f"did you mean {' or '.join(nearest)}?" if nearest else "see `isentrope config show` for every key"
     return Problem(assignment.key, assignment.value, "unknown key", remedy, assignment.source)
 
 
-def _inside_free_form(key: str) -> bool:
-    return any(leaf.type == dict[str, Any] and key.startswith(f"{name}.") for name, leaf in leaf_keys().items())
+def _inside_free_form(key: str, schema: type) -> bool:
+    return any(leaf.type == dict[str, Any] and key.startswith(f"{name}.") for name, leaf in leaf_keys(schema).items())
 
 
 def _source(key: str, assignments: Sequence[Assignment]) -> str:

@@ -1,0 +1,127 @@
+"""``isentrope launch``: start a run elsewhere, or here with supervision."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+import typer
+
+from launchers.cli.arguments import CONFIG, OVERRIDES
+from launchers.cli.jobs_cmd import follow
+from pipeline.config.errors import ConfigError
+from pipeline.config.load import load_config, to_yaml
+from pipeline.config.schema import RunConfig
+
+app = typer.Typer(help="Start a training run: on a Slurm cluster, or here with supervision.", no_args_is_help=True)
+
+RESUME = typer.Option(None, "--resume", metavar="RUN", help="Run folder to continue, with its own config.")
+DRY_RUN = typer.Option(
+    False, "--dry-run", help="Print the plan, the resolved config and the job script; start nothing."
+)
+
+
+@app.command()
+def slurm(
+    config: Path | None = CONFIG,
+    overrides: list[str] = OVERRIDES,
+    cluster: Path = typer.Option(..., "--cluster", help="Cluster file, e.g. a copy of configs/cluster/plain.yaml."),
+    nodes: int | None = typer.Option(None, "--nodes", min=1, help="Nodes; default: what the cluster file says."),
+    resume: Path | None = RESUME,
+    dry_run: bool = DRY_RUN,
+    detach: bool = typer.Option(
+        False, "--detach", help="Return when the job is in the queue, instead of following it."
+    ),
+) -> None:
+    """Submit a run as a Slurm job through nemo-run. It saves before its time is up, requeues itself and goes on until done.
+
+    Overrides that begin with `cluster.` mean the cluster file.
+
+    Examples:
+
+      isentrope launch slurm --config my.yaml --cluster my_cluster.yaml --nodes 8 --dry-run
+
+      isentrope launch slurm --config my.yaml --cluster my_cluster.yaml steps=500 cluster.walltime=02:00:00 --detach
+    """
+    from launchers import preflight
+    from launchers.slurm.cluster import load_cluster, split_overrides
+    from launchers.slurm.worktree import collect
+
+    of_run, of_cluster = split_overrides(overrides)
+    described = load_cluster(cluster, of_cluster)
+    count = nodes or described.nodes
+    resolved, run_dir = _resolved(config, of_run, resume, Path(described.scratch) / "runs")
+    report = preflight.check(preflight.Setting(resolved, described, count, run_dir, resume is not None))
+    typer.echo("\n".join(report.lines))
+    report.raise_problems()
+    from launchers.slurm import jobs
+    from launchers.slurm.submit import Launch, check_partition, script, submit
+
+    launch = Launch(resolved, described, count, run_dir, collect())
+    typer.echo(f"code: {launch.code.described}")
+    if dry_run:
+        typer.echo(f"\n--- config.yaml\n{to_yaml(resolved)}\n--- job script\n{script(launch)}")
+        return
+    check_partition(launch, jobs.shell(described.ssh))
+    began = time.time()
+    submitted = submit(launch)
+    remembered = jobs.remember(submitted.job_ids, launch.job_name, run_dir, submitted.experiment, described.ssh, began)
+    first = remembered[0]
+    typer.echo(f"submitted: job {', '.join(submitted.job_ids)}, log {first.log}")
+    typer.echo(f"watch it with: isentrope jobs status {first.job_id}; isentrope jobs logs {first.job_id} --follow")
+    if not detach:
+        follow(remembered[-1])
+
+
+@app.command()
+def local(
+    config: Path | None = CONFIG,
+    overrides: list[str] = OVERRIDES,
+    resume: Path | None = RESUME,
+    dry_run: bool = DRY_RUN,
+    attempts: int = typer.Option(
+        3, min=1, help="Attempts in a row that complete no further step, after which it stops."
+    ),
+) -> None:
+    """Train on this machine; a run that breaks off is resumed from its newest checkpoint.
+
+    Examples:
+
+      isentrope launch local --config configs/quickstart.yaml steps=50
+    """
+    from launchers import preflight
+    from launchers.local import supervise
+
+    resolved, run_dir = _resolved(config, overrides, resume, Path("runs").resolve())
+    report = preflight.check(preflight.Setting(resolved, None, 1, run_dir, resume is not None))
+    typer.echo("\n".join(report.lines))
+    report.raise_problems()
+    if dry_run:
+        typer.echo(f"\n--- config.yaml\n{to_yaml(resolved)}")
+        return
+    verdict, reason = supervise(resolved, run_dir, attempts)
+    typer.echo(f"{verdict}: {reason}", err=True)
+    if verdict == "saved":
+        typer.echo(f"go on with: isentrope launch local --resume {shlex.quote(str(run_dir))}", err=True)
+    if verdict == "failed":
+        raise typer.Exit(1)
+
+
+def _resolved(config: Path | None, overrides: list[str], resume: Path | None, runs: Path) -> tuple[RunConfig, Path]:
+    """The configuration as it can be started from any folder, and the run's folder."""
+    if (config is None) == (resume is None):
+        raise typer.BadParameter("give either --config FILE or --resume RUN")
+    from launchers.preflight import with_absolute_paths
+
+    loaded = load_config(resume / "config.yaml" if resume else config, overrides)
+    if loaded.runtime != "ray":
+        raise ConfigError(
+            "runtime", loaded.runtime, "a launched run needs Ray", "set runtime=ray, or use `isentrope train`"
+        )
+    named = Path(loaded.run_dir or runs / f"{loaded.name}-{datetime.now():%Y%m%d-%H%M%S}")
+    run_dir = (resume or named).resolve()
+    resolved = replace(with_absolute_paths(loaded), run_dir=str(run_dir))
+    return resolved, run_dir

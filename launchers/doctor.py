@@ -1,0 +1,160 @@
+"""Whether this machine can train: versions that fit together, devices, shared memory, ports, disk. Needs no configuration."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+OK, NOTE, BAD = "ok", "note", "bad"
+PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "ray", "sglang", "nemo-run")
+FITTED = (("isentrope", "sglang"), ("isentrope", "megatron-core"), ("sglang", "torch"), ("sglang", "transformers"))
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at; ``remedy`` is empty when it is well."""
+
+    level: str  # ok | note | bad
+    subject: str
+    words: str
+    remedy: str = ""
+
+    def render(self) -> str:
+        """One line, and one for the remedy."""
+        line = f"{self.level:4} {self.subject}: {self.words}"
+        return f"{line}\n     remedy: {self.remedy}" if self.remedy else line
+
+
+def examine(folder: Path) -> list[Finding]:
+    """Everything, in order; ``folder`` is where runs would be written."""
+    looks: Sequence[Callable[[], Iterator[Finding]]] = (
+        _python,
+        _versions,
+        _gpus,
+        _memory,
+        _ports,
+        lambda: _disk(folder),
+        _slurm,
+    )
+    return [finding for look in looks for finding in look()]
+
+
+def _python() -> Iterator[Finding]:
+    version = platform.python_version()
+    if Version(version) < Version("3.11"):
+        yield Finding(BAD, "python", version, "use Python 3.11 or newer")
+    else:
+        yield Finding(OK, "python", f"{version} on {socket.gethostname()}")
+
+
+def _versions() -> Iterator[Finding]:
+    found = {name: version for name in PACKAGES if (version := _version(name))}
+    missing = {"torch", "megatron-core", "ray"} - found.keys()
+    for name in sorted(missing):
+        yield Finding(BAD, name, "not installed", f"pip install {name}")
+    yield Finding(OK, "versions", ", ".join(f"{name} {version}" for name, version in found.items()))
+    for owner, name in FITTED:
+        wanted = _wanted(owner, name)
+        if wanted and name in found and Version(found[name]).public not in wanted.specifier:
+            level = NOTE if owner == "sglang" and not _cuda() else BAD  # its CPU paths are less particular
+            words = f"{found[name]} is installed, {owner} {_version(owner)} wants {wanted.specifier}"
+            yield Finding(level, name, words, f"install {name}{wanted.specifier}, or another {owner}")
+    if "transformer-engine" not in found and _cuda():
+        yield Finding(NOTE, "transformer-engine", "not installed", "install it for FP8 and fused layers")
+
+
+def _gpus() -> Iterator[Finding]:
+    import torch
+
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        words = f"none visible (torch {torch.__version__}, {f'built for CUDA {built}' if built else 'built for CPUs'})"
+        remedy = "check nvidia-smi and CUDA_VISIBLE_DEVICES" if built else ""
+        yield Finding(NOTE if built else OK, "GPUs", words, remedy)
+        return
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        name = torch.cuda.get_device_name(index)
+        words = f"{name}, {free / GIB:.0f} of {total / GIB:.0f} GiB free"
+        busy = free < 0.9 * total
+        yield Finding(NOTE if busy else OK, f"GPU {index}", words, "another process uses it" if busy else "")
+
+
+def _memory() -> Iterator[Finding]:
+    shared = shutil.disk_usage("/dev/shm")
+    words = f"{shared.free / GIB:.1f} of {shared.total / GIB:.1f} GiB free in /dev/shm"
+    if shared.total < GIB:
+        remedy = "start the container with more (docker --shm-size, --ipc=host): weights and batches travel through it"
+        yield Finding(BAD, "shared memory", words, remedy)
+    else:
+        yield Finding(OK, "shared memory", words)
+
+
+def _ports() -> Iterator[Finding]:
+    """Ray's head listens between 20000 and 31999 (launchers/slurm/job.sh.j2), ranks on ephemeral ports."""
+    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    words = f"ephemeral ports {low} to {high}"
+    if low < 32000:
+        remedy = "a job whose Ray port is taken is tried again; raise net.ipv4.ip_local_port_range above 32000"
+        yield Finding(NOTE, "ports", f"{words} overlap with those of Ray's heads (20000 to 31999)", remedy)
+    else:
+        yield Finding(OK, "ports", words)
+    try:
+        socket.getaddrinfo(socket.gethostname(), None)
+        yield Finding(OK, "host name", socket.gethostname())
+    except OSError:
+        remedy = "add it to /etc/hosts; runs on one node do without"
+        yield Finding(NOTE, "host name", f"{socket.gethostname()} does not resolve", remedy)
+
+
+def _disk(folder: Path) -> Iterator[Finding]:
+    above = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(above).free
+    words = f"{free / GIB:.1f} GiB free in {above}"
+    if free < GIB:
+        yield Finding(BAD, "disk", words, "make room, or choose another run_dir")
+    else:
+        yield Finding(OK, "disk", words)
+
+
+def _slurm() -> Iterator[Finding]:
+    found = [name for name in ("sbatch", "srun", "scontrol", "sacct", "apptainer", "enroot") if shutil.which(name)]
+    yield Finding(
+        OK, "cluster tools", ", ".join(found) or "none (jobs can be submitted over SSH: `ssh` in the cluster file)"
+    )
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _version(name: str) -> str:
+    for candidate in (name, name.replace("-", "_"), f"{name}-cu12", f"{name}-cu13"):
+        try:
+            return importlib.metadata.version(candidate)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
+def _wanted(owner: str, name: str) -> Requirement | None:
+    """What an installed ``owner`` declares about ``name``."""
+    if not _version(owner):
+        return None
+    for text in importlib.metadata.requires(owner) or []:
+        requirement = Requirement(re.sub(r";\s*extra == .*", "", text))
+        if requirement.name.lower().replace("_", "-") == name:
+            return requirement
+    return None

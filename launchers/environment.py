@@ -1,0 +1,71 @@
+"""Environment variables of the launchers: the one place that reads or sets them."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """The Slurm job around this process."""
+
+    id: str
+    restart: int  # how often it was requeued
+    nodes: tuple[str, ...]  # as Slurm abbreviates them: n[1-2]
+
+
+def slurm_job() -> SlurmJob:
+    """The job around this process. Raises ``KeyError`` outside one."""
+    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return SlurmJob(os.environ["SLURM_JOB_ID"], restart, (os.environ["SLURM_JOB_NODELIST"],))
+
+
+def own_address(peer: str) -> str:
+    """The IPv4 address of this machine from which ``peer`` is reached; nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((peer, 9))
+        return probe.getsockname()[0]
+
+
+def ray_address() -> str | None:
+    """Address (host:port) of the Ray cluster to join, from ``RAY_ADDRESS``; None: start one on this machine."""
+    return os.environ.get("RAY_ADDRESS") or None
+
+
+def nodes() -> int:
+    """Nodes of the Slurm job around this process; 1 outside a job."""
+    return int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+
+
+def node_index() -> int:
+    """This node's number in the Slurm step around this process, from 0."""
+    return int(os.environ.get("SLURM_NODEID", "0"))
+
+
+def cpus() -> int:
+    """CPUs of this node that the Slurm job may use, or of the machine."""
+    return int(os.environ.get("SLURM_CPUS_ON_NODE", os.cpu_count() or 1))
+
+
+def default(name: str, value: str) -> None:
+    """Set ``name`` for this process and its children, unless the user did."""
+    os.environ.setdefault(name, value)
+
+
+def child(**changes: str) -> dict[str, str]:
+    """This process's environment with ``changes``, for a child process."""
+    return {**os.environ, **changes}
+
+
+def values(names: Sequence[str]) -> dict[str, str]:
+    """The variables of ``names`` that are set and not empty."""
+    return {name: os.environ[name] for name in names if os.environ.get(name)}
+
+
+def nemo_run_home() -> Path:
+    """Where nemo-run keeps its records (its own rule)."""
+    return Path(os.environ.get("NEMORUN_HOME", "~/.nemo_run")).expanduser()

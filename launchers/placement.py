@@ -1,0 +1,61 @@
+"""Which node each learner rank and each engine runs on: a pure function of the layout and the nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class PlacementError(ValueError):
+    """The processes do not fit; the message says what is short."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Node numbers, 0 being the driver's node."""
+
+    ranks: tuple[int, ...]  # of each learner rank
+    engines: tuple[int, ...]  # of each engine
+
+
+def place(world_size: int, tensor_parallel: int, engines: int, engine_gpus: int, node_gpus: Sequence[int]) -> Placement:
+    """Place ``world_size`` learner ranks and ``engines`` engines on ``len(node_gpus)`` nodes.
+
+    With GPUs (``node_gpus``, per node) ranks fill the nodes in order, one GPU each, then come the engines, on GPUs of their own. A
+    tensor-parallel group stays inside a node unless it is larger than one; an engine always does. Without GPUs tensor-parallel groups are
+    dealt evenly from the first node on, engines from the last. Raises ``PlacementError``.
+    """
+    groups = world_size // tensor_parallel
+    if not any(node_gpus):
+        nodes = len(node_gpus)
+        ranks = [group * nodes // groups if groups >= nodes else group for group in range(groups)]
+        return Placement(
+            tuple(node for node in ranks for _ in range(tensor_parallel)),
+            tuple(nodes - 1 - engine % nodes for engine in range(engines)),
+        )
+    free = list(node_gpus)
+    placed: list[int] = []
+    for group in range(groups):
+        placed += _group(free, tensor_parallel, max(node_gpus), f"tensor-parallel group {group} of the learner")
+    hosts = [
+        _group(free, engine_gpus, max(node_gpus), f"engine {i}")[:1] if engine_gpus else [0] for i in range(engines)
+    ]
+    return Placement(tuple(placed), tuple(host[0] for host in hosts))
+
+
+def _group(free: list[int], gpus: int, largest: int, who: str) -> list[int]:
+    """Take ``gpus`` GPUs for processes that belong together; the node of each."""
+    if gpus > largest:
+        if gpus % largest:
+            raise PlacementError(f"{who} needs {gpus} GPUs, which nodes of {largest} cannot divide evenly")
+        whole = [node for node, count in enumerate(free) if count == largest][: gpus // largest]
+        if len(whole) * largest < gpus:
+            raise PlacementError(f"{who} needs {gpus // largest} whole nodes of {largest} GPUs, {len(whole)} are free")
+        for node in whole:
+            free[node] = 0
+        return [node for node in whole for _ in range(largest)]
+    for node, count in enumerate(free):
+        if count >= gpus:
+            free[node] -= gpus
+            return [node] * gpus
+    raise PlacementError(f"{who} needs {gpus} GPUs of one node; free are {', '.join(map(str, free))}")

@@ -1,0 +1,88 @@
+"""The Ray cluster of a run: the Slurm job's, or one made on this machine; and where the run's processes go in it."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import socket
+import struct
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from launchers import environment
+
+NODES_TIMEOUT_S = 300.0
+_SIOCGIFADDR = 0x8915
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of the cluster."""
+
+    id: str
+    address: str  # IPv4
+    gpus: int
+
+    def affinity(self) -> NodeAffinitySchedulingStrategy:
+        """Keeps an actor on this node; it fails, rather than moves, when the node is gone."""
+        return NodeAffinitySchedulingStrategy(self.id, soft=False)
+
+
+def join() -> list[Node]:
+    """Connect to the cluster and wait for all of its nodes; this process's comes first, then by address. Idempotent.
+
+    Raises ``RuntimeError`` when nodes are missing after ``NODES_TIMEOUT_S``.
+    """
+    if not ray.is_initialized():
+        environment.default("RAY_USAGE_STATS_ENABLED", "0")
+        address = environment.ray_address()
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if address:
+            ray.init(address=address, _node_ip_address=environment.own_address(address.partition(":")[0]), **quiet)
+        else:
+            ray.init(include_dashboard=False, **quiet)
+    expected = environment.nodes() if environment.ray_address() else 1
+    deadline = time.monotonic() + NODES_TIMEOUT_S
+    while len(found := _alive()) < expected:
+        if time.monotonic() > deadline:
+            here = ", ".join(node.address for node in found)
+            raise RuntimeError(
+                f"{len(found)} of {expected} nodes joined Ray within {NODES_TIMEOUT_S:g} s ({here}); "
+                "the others' logs are launch/job-*/ray-*.log in the run folder"
+            )
+        time.sleep(0.2)
+    own = ray.get_runtime_context().get_node_id()
+    return sorted(found, key=lambda node: (node.id != own, [int(part) for part in node.address.split(".")]))
+
+
+def use_interface_of(address: str) -> None:
+    """Make gloo, in this process, use the network interface that has ``address``; by itself it trusts the host's name."""
+    for _, name in socket.if_nameindex():
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            request = struct.pack("256s", name[:15].encode())
+            try:
+                own = socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24])
+            except OSError:  # an interface without an IPv4 address
+                continue
+        if own == address:
+            environment.default("GLOO_SOCKET_IFNAME", name)
+            return
+
+
+def most_on_one_node(hosts: Sequence[str]) -> int:
+    """The largest number of processes that share a node, from the node of each."""
+    return max(Counter(hosts).values())
+
+
+def _alive() -> list[Node]:
+    return [
+        Node(node["NodeID"], node["NodeManagerAddress"], int(node["Resources"].get("GPU", 0)))
+        for node in ray.nodes()
+        if node["Alive"]
+    ]

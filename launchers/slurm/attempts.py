@@ -1,0 +1,105 @@
+"""The attempts of one run: how each went, and whether there should be another.
+
+``attempts.jsonl`` in the run's ``launch/`` folder has one line when an attempt starts and one when it ends. An attempt that is lost (node
+failure, kill, time limit) writes no end; the next one writes it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.monitoring.events import FILE_NAME, read_events
+
+LAUNCH = "launch"  # folder in a run's
+FILE = "attempts.jsonl"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One attempt; ``end`` is "" while it runs."""
+
+    number: int
+    job_id: str
+    restart: int  # Slurm's count of this job's requeues
+    nodes: tuple[str, ...]
+    first_step: int  # updates done when it started
+    started: float  # Unix seconds
+    end: str = ""  # completed | saved | cancelled | again | failed | lost
+    last_step: int | None = None  # updates done when it ended
+    ended: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come, as its event log tells."""
+
+    step: int  # updates done
+    status: str  # completed | stopped | failed, of the newest run_end; "" if it has none
+    error: str = ""
+
+
+def progress(run_dir: Path) -> Progress:
+    """What the event log of ``run_dir`` says; step 0 where there is none yet."""
+    if not (run_dir / FILE_NAME).exists():
+        return Progress(0, "")
+    events = read_events(run_dir / FILE_NAME)
+    done = max((event["step"] + 1 for event in events if event["kind"] == "step"), default=0)
+    last = events[-1] if events and events[-1]["kind"] == "run_end" else {}
+    return Progress(done, last.get("status", ""), last.get("error", ""))
+
+
+class AttemptLog:
+    """The attempts of the run in ``run_dir``."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / LAUNCH / FILE
+
+    def read(self) -> list[Attempt]:
+        """Every attempt, oldest first; of a torn last line nothing remains."""
+        found: dict[int, dict[str, Any]] = {}
+        for line in self.path.read_text().split("\n")[:-1] if self.path.exists() else []:
+            entry = json.loads(line)
+            found.setdefault(entry["number"], {}).update(entry)
+        return [Attempt(**{**entry, "nodes": tuple(entry["nodes"])}) for entry in found.values()]
+
+    def start(self, job_id: str, restart: int, nodes: Sequence[str], first_step: int) -> Attempt:
+        """Record that an attempt begins."""
+        attempt = Attempt(len(self.read()), job_id, restart, tuple(nodes), first_step, time.time())
+        entry = asdict(attempt)
+        self._append({name: entry[name] for name in ("number", "job_id", "restart", "nodes", "first_step", "started")})
+        return attempt
+
+    def end(self, attempt: Attempt, end: str, last_step: int, reason: str = "") -> None:
+        """Record how it ended."""
+        ending = {"end": end, "last_step": last_step, "ended": time.time(), "reason": reason}
+        self._append({"number": attempt.number, **ending})
+
+    def _append(self, entry: dict[str, Any]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def gives_up(attempts: Sequence[Attempt], step: int, limit: int) -> str:
+    """Why there should be no further attempt, "" if there should: the last ``limit`` have not gone beyond what the run had.
+
+    ``step`` is how many updates are done now, ``attempts`` are those before. A cancelled attempt breaks the row; one that had to save
+    before it completed a step does not: its walltime is too short.
+    """
+    row: list[Attempt] = []
+    reached = step
+    for attempt in reversed(attempts):
+        if attempt.end in ("cancelled", "completed") or reached > attempt.first_step:
+            break
+        row.append(attempt)
+        reached = attempt.first_step
+    if len(row) < limit:
+        return ""
+    causes = {attempt.reason or "lost without a word: node failure, kill or time limit" for attempt in row}
+    return f"{len(row)} attempts in a row did not get beyond step {step}: {'; '.join(sorted(causes))}"

@@ -1,0 +1,166 @@
+"""What a launcher must know of a Slurm cluster: one YAML file, as strict as a run's configuration."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from omegaconf import MISSING
+
+from pipeline.config.errors import Problem
+from pipeline.config.load import load
+from pipeline.config.schema import key
+
+RUNTIMES = ("none", "pyxis", "apptainer")
+OVERRIDE = "cluster."  # prefix of an override that means the cluster, not the run
+
+
+@dataclass
+class SshConfig:
+    """The login node, where the cluster is not this machine's."""
+
+    host: str = key("", "login node to submit from over SSH; empty: this machine submits")
+    user: str = key("", "user there")
+    identity: str = key("", "private key file; empty: the SSH agent, then a password")
+    job_dir: str = key("", "folder there, on a file system that the nodes share, for code and job scripts")
+
+
+@dataclass
+class ContainerConfig:
+    """The container that every process of the run lives in."""
+
+    runtime: str = key("none", "none (plain hosts) | pyxis (enroot, srun --container-image) | apptainer")
+    image: str = key("", "image: a registry name or .sqsh file (pyxis), a .sif file (apptainer)")
+    mounts: list[str] = key([], "further bind mounts, source:target; scratch and the code are mounted by themselves")
+
+
+@dataclass
+class ClusterConfig:
+    """A Slurm cluster, as one user may use it."""
+
+    account: str = key(MISSING, "account that is charged (sbatch --account)")
+    partition: str = key(MISSING, "partition (sbatch --partition)")
+    scratch: str = key(MISSING, "absolute folder that every node shares; runs go to <scratch>/runs/<name>-<date>")
+    nodes: int = key(1, "nodes of a job; --nodes wins over it")
+    gpus_per_node: int = key(8, "GPUs of a node that a job takes; 0: a cluster without GPUs")
+    cpus_per_node: int = key(0, "CPUs of a node that a job takes; 0: all of an exclusive node")
+    memory_per_node: str = key("0", "memory of a node that a job takes, e.g. 200G; 0: all of it")
+    exclusive: bool = key(True, "no other jobs on the nodes")
+    walltime: str = key("04:00:00", "time limit of one attempt, [days-]hours:minutes:seconds")
+    qos: str = key("", "quality of service (sbatch --qos)")
+    constraint: str = key("", "node features (sbatch --constraint)")
+    sbatch: dict[str, Any] = key({}, "further sbatch options, e.g. {reservation: week7}")
+    container: ContainerConfig = key(ContainerConfig(), "container")
+    python: str = key("python3", "Python (inside the container, if any) with Isentrope's requirements installed")
+    env: dict[str, Any] = key({}, "environment variables of the run; never secrets")
+    secrets: list[str] = key(
+        [],
+        "names of environment variables to take from yours, e.g. [WANDB_API_KEY, HF_TOKEN]; travel in a file of mode 600",
+    )
+    setup: list[str] = key([], "shell lines to run on the first node before anything else, e.g. module load cuda")
+    save_before_s: int = key(300, "seconds before the time limit at which the run saves and is requeued")
+    requeue: bool = key(True, "put the job back into the queue when its time is up or it is lost")
+    chain: int = key(1, "jobs submitted one behind the other, for clusters that forbid requeueing (requeue: false)")
+    attempts_without_progress: int = key(3, "attempts in a row that complete no further step, after which it stops")
+    object_store_gib: float = key(0.0, "Ray's object store on each node, GiB; 0: Ray's default")
+    ssh: SshConfig = key(SshConfig(), "login node")
+
+
+def load_cluster(path: Path, overrides: Sequence[str] = ()) -> ClusterConfig:
+    """The cluster of a YAML file, checked. ``overrides`` are ``key=value``, without the prefix.
+
+    A name such as ``cluster/plain.yaml`` is also looked up among the packaged configurations.
+    Raises ``ConfigError`` with every problem found.
+    """
+    return load(ClusterConfig, path, overrides, lambda cluster: list(problems_of(cluster)))
+
+
+def split_overrides(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides of the run, and of the cluster (without their prefix)."""
+    mine = [text.removeprefix(OVERRIDE) for text in overrides if text.startswith(OVERRIDE)]
+    return [text for text in overrides if not text.startswith(OVERRIDE)], mine
+
+
+def seconds(walltime: str) -> int:
+    """``[days-]hours:minutes:seconds`` in seconds. Raises ``ValueError``."""
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", walltime)
+    if not match:
+        raise ValueError(walltime)
+    days, hours, minutes, rest = (int(part or 0) for part in match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + rest
+
+
+def problems_of(cluster: ClusterConfig) -> Iterator[Problem]:
+    """Every rule that ``cluster`` breaks."""
+    yield from _words(cluster)
+    yield from _numbers(cluster)
+    yield from _container(cluster.container)
+    yield from _environment(cluster)
+    if cluster.ssh.host and not (cluster.ssh.user and PurePosixPath(cluster.ssh.job_dir).is_absolute()):
+        yield Problem(
+            "ssh", cluster.ssh.host, "a login node without user or absolute job_dir", "give ssh.user and ssh.job_dir"
+        )
+    if cluster.ssh.job_dir and re.search(r"\s", cluster.ssh.job_dir):
+        yield Problem("ssh.job_dir", cluster.ssh.job_dir, "nemo-run does not quote this path", "use one without spaces")
+
+
+def _words(cluster: ClusterConfig) -> Iterator[Problem]:
+    for name in ("account", "partition"):
+        value = getattr(cluster, name)
+        if not value or re.search(r"\s", value):
+            yield Problem(name, value, "not a name", f"ask `sinfo` and `sacctmgr show assoc` for your {name}s")
+    if "python" not in cluster.python:  # nemo-run looks for the word
+        yield Problem("python", cluster.python, "not a Python", "give the interpreter, e.g. /opt/venv/bin/python")
+    if not PurePosixPath(cluster.scratch).is_absolute():
+        yield Problem("scratch", cluster.scratch, "not an absolute path", "name a folder that every node shares")
+    try:
+        limit = seconds(cluster.walltime)
+    except ValueError:
+        yield Problem("walltime", cluster.walltime, "not a time", "write hours:minutes:seconds, e.g. 04:00:00")
+        return
+    if not 30 <= cluster.save_before_s < limit:
+        remedy = "the step in progress and a checkpoint must fit into it, and it into walltime; 30 at least"
+        yield Problem("save_before_s", cluster.save_before_s, f"not between 30 and walltime ({limit} s)", remedy)
+
+
+def _numbers(cluster: ClusterConfig) -> Iterator[Problem]:
+    least = {"nodes": 1, "gpus_per_node": 0, "cpus_per_node": 0, "chain": 1, "attempts_without_progress": 1}
+    for name, low in least.items():
+        if getattr(cluster, name) < low:
+            yield Problem(name, getattr(cluster, name), "out of range", f"give a number of at least {low}")
+    if not 0 <= cluster.object_store_gib < 2**20:
+        yield Problem("object_store_gib", cluster.object_store_gib, "out of range", "give GiB, or 0 for Ray's default")
+    if cluster.chain > 1 and cluster.requeue:
+        yield Problem(
+            "chain", cluster.chain, "one job that requeues itself needs no chain", "set requeue: false, or chain: 1"
+        )
+    if not cluster.exclusive and not cluster.cpus_per_node:
+        yield Problem("cpus_per_node", 0, "a shared node is not yours as a whole", "give a number, or exclusive: true")
+
+
+def _container(container: ContainerConfig) -> Iterator[Problem]:
+    if container.runtime not in RUNTIMES:
+        choices = ", ".join(RUNTIMES)
+        yield Problem("container.runtime", container.runtime, f"not one of {choices}", f"choose one of {choices}")
+    elif (container.runtime == "none") != (not container.image):
+        remedy = "give both runtime (pyxis or apptainer) and image, or neither"
+        yield Problem("container.image", container.image, f"does not fit container.runtime={container.runtime}", remedy)
+    for mount in container.mounts:
+        if not re.fullmatch(r"/[^:,]*(:/[^:,]*){0,1}(:[a-z]+)?", mount):
+            yield Problem(
+                "container.mounts", mount, "not a mount", "write /source:/target, absolute, without ',' or ':'"
+            )
+
+
+def _environment(cluster: ClusterConfig) -> Iterator[Problem]:
+    for section in ("env", "secrets"):
+        for name in getattr(cluster, section):
+            if not re.fullmatch(r"[A-Za-z_]\w*", name):
+                yield Problem(section, name, "not the name of an environment variable", "use letters, digits and '_'")
+    for name in cluster.env:
+        if re.search(r"KEY|TOKEN|SECRET|PASSWORD", name.upper()):
+            remedy = f"move {name} to `secrets`, which names it and takes its value from your environment"
+            yield Problem("env", name, "looks like a secret, and env is written into scripts and logs", remedy)

@@ -1,0 +1,189 @@
+"""Jobs that were launched from here: a list of them, what Slurm and the run folder say of each, and how to stop one.
+
+The list is ``isentrope_jobs.jsonl`` in nemo-run's home. Slurm is asked with ``scontrol``, which knows jobs that are waiting, running or
+just over, then with ``sacct``, where accounting is kept; nemo-run itself asks only the latter.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from launchers import environment
+from launchers.slurm.attempts import FILE, LAUNCH
+from launchers.slurm.cluster import SshConfig
+from pipeline.config.errors import ConfigError
+
+OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
+
+Shell = Callable[[str], str]  # a command line -> its standard output; raises CommandError
+
+
+class CommandError(RuntimeError):
+    """A command on the cluster failed; the message is what it said."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One submitted job."""
+
+    job_id: str
+    job_name: str
+    run_dir: str
+    experiment: str  # nemo-run's
+    launched: float  # Unix seconds: the launch began to ship the code
+    submitted: float  # sbatch had returned
+    ssh: SshConfig
+
+    @property
+    def log(self) -> str:
+        """Path of its log, on the cluster."""
+        return f"{self.run_dir}/{LAUNCH}/sbatch_{self.job_name}_{self.job_id}.out"
+
+
+def remember(
+    job_ids: tuple[str, ...], job_name: str, run_dir: Path, experiment: str, ssh: SshConfig, launched: float
+) -> list[Job]:
+    """Add jobs to the list."""
+    jobs = [Job(job_id, job_name, str(run_dir), experiment, launched, time.time(), ssh) for job_id in job_ids]
+    with _file().open("a") as file:
+        file.writelines(json.dumps(asdict(job)) + "\n" for job in jobs)
+    return jobs
+
+
+def known() -> list[Job]:
+    """Every job launched from here, oldest first."""
+    lines = _file().read_text().splitlines() if _file().exists() else []
+    entries = [json.loads(line) for line in lines]
+    return [Job(**{**entry, "ssh": SshConfig(**entry["ssh"])}) for entry in entries]
+
+
+def find(name: str | None) -> Job:
+    """The newest job with this id, or whose run folder has this name or path; None: the newest of all. Raises ``ConfigError``."""
+    jobs = known()
+    fits = [job for job in jobs if name is None or name in (job.job_id, job.run_dir, Path(job.run_dir).name)]
+    if not fits:
+        remedy = "`isentrope jobs list` shows the jobs launched from here"
+        raise ConfigError("job", name, "no such job", remedy)
+    return fits[-1]
+
+
+def shell(ssh: SshConfig) -> Shell:
+    """Where the cluster is reached: this machine, or its login node."""
+    if not ssh.host:
+        return _local
+    from nemo_run import SSHTunnel
+
+    tunnel = SSHTunnel(host=ssh.host, user=ssh.user, identity=ssh.identity or None, job_dir=ssh.job_dir)
+
+    def run(command: str) -> str:
+        done = tunnel.run(command, warn=True)
+        if not done.ok:
+            raise CommandError((done.stderr or done.stdout).strip())
+        return done.stdout
+
+    return run
+
+
+def state(job: Job, run: Shell) -> dict[str, str]:
+    """``state``, ``reason``, ``nodes``, ``elapsed``, ``limit``, ``restarts``; state UNKNOWN where Slurm has forgotten the job."""
+    try:
+        words = run(f"scontrol -o show job {job.job_id}").split()
+    except CommandError:
+        return _from_accounting(job, run)
+    found = dict(word.split("=", 1) for word in words if "=" in word)
+    names = {
+        "state": "JobState",
+        "reason": "Reason",
+        "nodes": "NodeList",
+        "elapsed": "RunTime",
+        "limit": "TimeLimit",
+        "restarts": "Restarts",
+    }
+    shown = {name: found.get(field, "") for name, field in names.items()}
+    return {name: "" if value in ("None", "(null)") else value for name, value in shown.items()}
+
+
+def details(job: Job, run: Shell) -> dict[str, Any]:
+    """``state`` with the run's attempts and how many steps are done."""
+    attempts = _attempts(job, run)
+    steps = _output(run, f'grep -c \'"kind":"step"\' {_quoted(job, "events.jsonl")}').strip()
+    return {
+        "job": job.job_id,
+        "run_dir": job.run_dir,
+        **state(job, run),
+        "step_events": int(steps or 0),
+        "seconds_to_first_step": _seconds_to_first_step(job, run, attempts),
+        "attempts": attempts,
+    }
+
+
+def cancel(job: Job, run: Shell, *, now: bool) -> None:
+    """Stop the job, after a checkpoint unless ``now``; jobs of the same run that wait behind it are cancelled too."""
+    for other in known():
+        if other.run_dir != job.run_dir:
+            continue
+        there = state(other, run)["state"]
+        if there == "RUNNING" and not now:
+            run(f"scancel --batch --signal=TERM {other.job_id}")  # to the job script, which tells the run
+        elif there not in (*OVER, "UNKNOWN"):
+            run(f"scancel {other.job_id}")
+
+
+def _seconds_to_first_step(job: Job, run: Shell, attempts: list[dict[str, Any]]) -> dict[str, float]:
+    """Where the time from the launch to the end of the first step went; empty before that, and where the job resumed a run."""
+    events = _quoted(job, "events.jsonl")
+    marks = [_output(run, f'grep -m1 \'"kind":"{kind}"\' {events}') for kind in ("run_start", "step")]
+    mine = [attempt["started"] for attempt in attempts if attempt["job_id"] == job.job_id]
+    if not (all(marks) and mine and mine[0] == attempts[0]["started"]):
+        return {}
+    times = [job.launched, job.submitted, mine[0], *(json.loads(mark)["time"] for mark in marks)]
+    parts = ("ship", "queue", "start", "step")  # start: Ray, the learner, the engines
+    split = {name: round(b - a, 1) for name, a, b in zip(parts, times, times[1:], strict=False)}
+    return split | {"total": round(times[-1] - times[0], 1)}
+
+
+def _attempts(job: Job, run: Shell) -> list[dict[str, Any]]:
+    merged: dict[int, dict[str, Any]] = {}
+    for line in _output(run, f"cat {_quoted(job, LAUNCH, FILE)}").splitlines():
+        entry = json.loads(line)
+        merged.setdefault(entry["number"], {}).update(entry)
+    return list(merged.values())
+
+
+def _from_accounting(job: Job, run: Shell) -> dict[str, str]:
+    fields = "State,Reason,NodeList,Elapsed,Timelimit"
+    line = _output(run, f"sacct -n -X -P -j {job.job_id} -o {fields}").strip().splitlines()
+    if not line:
+        return {"state": "UNKNOWN", "reason": "Slurm no longer knows this job"}
+    values = line[-1].split("|")
+    return dict(zip(("state", "reason", "nodes", "elapsed", "limit"), values, strict=True))
+
+
+def _output(run: Shell, command: str) -> str:
+    """What a command says, nothing if it fails: a file that is not there yet, a cluster without accounting."""
+    try:
+        return run(command)
+    except CommandError:
+        return ""
+
+
+def _quoted(job: Job, *parts: str) -> str:
+    return shlex.quote("/".join((job.run_dir, *parts)))
+
+
+def _local(command: str) -> str:
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CommandError((done.stderr or done.stdout).strip())  # scontrol complains on both
+    return done.stdout
+
+
+def _file() -> Path:
+    return environment.nemo_run_home() / "isentrope_jobs.jsonl"

@@ -1,0 +1,364 @@
+"""Runs submitted through nemo-run to a real two-node Slurm: completion, time limits, crashes, cancelling, refusals.
+
+Nodes are network namespaces of this machine; the code is shipped as it is in the working tree.
+"""
+
+import json
+import os
+import re
+import secrets
+import signal
+import stat
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.integration.slurm_lab import PACKAGES, SlurmLab, missing
+
+ROOT = Path(__file__).resolve().parents[2]
+GOLDEN = Path(__file__).parent / "golden" / "dry_run.txt"
+SECRET = secrets.token_hex(16)  # not a literal: the code travels with the job
+STEPS = 12
+RUN = [
+    "learner.tensor_model_parallel_size=1",
+    "learner.data_parallel_size=2",
+    "rollout.engines=2",
+    "rollout.prompts_per_step=4",
+    "rollout.samples_per_prompt=4",
+    "evaluation.at_start=false",
+    "evaluation.at_end=false",
+    "evaluation.every=0",
+    "monitoring.progress=false",
+    "data.verifier=lab_verifier:score",
+    f"steps={STEPS}",
+]
+VERIFIER = """
+import os, time
+def score(prompt, response):
+    time.sleep(float(os.environ.get("LAB_SLEEP", "0")))
+    return float(len(response) % 3 == 0)
+"""
+
+pytestmark = [
+    pytest.mark.skipif(bool(missing()), reason=f"needs {missing()}; Debian packages: {', '.join(PACKAGES)}"),
+    pytest.mark.timeout(900),
+]
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    with SlurmLab(tmp_path_factory.mktemp("slurm") / "lab") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def user(lab, tmp_path_factory):
+    """Somebody who launches from a folder with a space in its name, to scratch space with one."""
+    return User(lab, tmp_path_factory.mktemp("user"))
+
+
+@pytest.fixture(autouse=True)
+def _no_job_is_left(lab):
+    yield
+    lab.cancel_all()
+
+
+class User:
+    def __init__(self, lab: SlurmLab, root: Path) -> None:
+        self.lab, self.root = lab, root
+        self.home, self.scratch, self.here = root / "home", root / "my scratch", root / "some where"
+        for folder in (self.home, self.scratch, self.here):
+            folder.mkdir()
+        (self.here / "lab_verifier.py").write_text(VERIFIER)
+        self.cluster = self.here / "cluster.yaml"
+        self.cluster.write_text(
+            "account: acct\npartition: batch\nnodes: 2\ngpus_per_node: 0\ncpus_per_node: 2\nexclusive: false\n"
+            f"scratch: {self.scratch}\npython: {sys.executable}\nobject_store_gib: 0.1\nsave_before_s: 60\n"
+            'walltime: "01:00:00"\nsecrets: [LAB_TOKEN]\nenv: {OMP_NUM_THREADS: 1}\n'
+        )
+
+    @property
+    def environment(self) -> dict[str, str]:
+        own = {"NEMORUN_HOME": str(self.home), "PYTHONPATH": f"{ROOT}:{self.here}", "LAB_TOKEN": SECRET}
+        return self.lab.environment | own | {"PYTHONWARNINGS": "ignore"}
+
+    def isentrope(self, *words: str, code: int = 0, **environment: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "launchers.cli.main", *words]
+        done = self.lab.run(command, check=False, cwd=self.here, env=self.environment | environment)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+    def launch(self, name: str, *more: str, code: int = 0, **environment: str) -> tuple[str, Path]:
+        """Submit; job id and run folder."""
+        run_dir = self.scratch / "runs" / name
+        words = ["launch", "slurm", "--config", "quickstart.yaml", "--cluster", "cluster.yaml", "--detach"]
+        done = self.isentrope(*words, *RUN, f"run_dir='{run_dir}'", *more, code=code, **environment)
+        return re.search(r"submitted: job (\d+)", done.stdout)[1], run_dir
+
+    def wait_for_steps(self, run_dir: Path, count: int, timeout: float = 400) -> None:
+        deadline = time.monotonic() + timeout
+        while len(steps(run_dir)) < count:
+            assert time.monotonic() < deadline, self.log(run_dir)
+            time.sleep(0.2)
+
+    def end(self, job: str, *states: str, run_dir: Path, timeout: float = 800) -> None:
+        """Wait for the job to end in one of ``states``."""
+        over = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
+        assert self.lab.wait(job, *over, timeout=timeout)["JobState"] in states, self.log(run_dir)
+
+    def log(self, run_dir: Path) -> str:
+        return "\n".join(path.read_text() for path in (run_dir / "launch").glob("*.out"))
+
+
+def steps(run_dir: Path) -> list[dict]:
+    """Step events in force, without clocks."""
+    path = run_dir / "events.jsonl"
+    events = [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+    found = {event["step"]: event for event in events if event["kind"] == "step"}
+    return [{k: v for k, v in found[i].items() if k not in ("time", "seconds")} for i in sorted(found)]
+
+
+def attempts(run_dir: Path) -> list[dict]:
+    merged: dict[int, dict] = {}
+    for line in (run_dir / "launch/attempts.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        merged.setdefault(entry["number"], {}).update(entry)
+    return list(merged.values())
+
+
+def state(run_dir: Path) -> bytes:
+    """The learner's final weights and optimizer state, every byte."""
+    (last,) = (run_dir / "checkpoints").glob(f"step-{STEPS:08d}")
+    return b"".join(path.read_bytes() for path in sorted((last / "learner").glob("*.distcp")))
+
+
+@pytest.fixture(scope="module")
+def whole(user):
+    """A run that nobody interrupts: DP 2 over two nodes."""
+    job, run_dir = user.launch("whole")
+    user.end(job, "COMPLETED", run_dir=run_dir)
+    return job, run_dir
+
+
+def test_a_run_over_two_nodes_completes(user, whole):
+    job, run_dir = whole
+    assert [step["step"] for step in steps(run_dir)] == list(range(STEPS))
+    (only,) = attempts(run_dir)
+    assert (only["end"], only["first_step"], only["last_step"], only["nodes"]) == ("completed", 0, STEPS, ["n[1-2]"])
+    log = user.isentrope("jobs", "logs", job).stdout
+    assert "nodes n1 n2" in log
+    assert f"completed: {STEPS} steps" in log
+    # Ranks and engines were on both nodes.
+    assert max(step["metrics"]["mismatch_max"] for step in steps(run_dir)) < 1e-3
+    status = json.loads(user.isentrope("jobs", "status", job, "--json").stdout)
+    assert (status["state"], status["restarts"], status["step_events"]) == ("COMPLETED", "0", STEPS)
+    *parts, total = status["seconds_to_first_step"].values()
+    assert min(parts) > 0
+    assert total == pytest.approx(sum(parts), abs=0.3)
+    assert job in user.isentrope("jobs", "list").stdout
+
+
+def test_the_code_is_recorded_as_commit_and_patch(whole):
+    _, run_dir = whole
+    record = json.loads((run_dir / "launch/code.json").read_text())
+    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    assert record["commit"] == commit.stdout.strip()
+    assert record["changed"] == bool((run_dir / "launch/code.patch").read_text())
+
+
+def test_secrets_are_in_one_private_file_and_nowhere_else(user, whole):
+    _, run_dir = whole
+    private = run_dir / "launch/secrets.env"
+    assert stat.S_IMODE(private.stat().st_mode) == 0o600
+    assert SECRET in private.read_text()
+    everything = [path for folder in (user.home, user.scratch) for path in folder.rglob("*") if path.is_file()]
+    assert [path for path in everything if SECRET.encode() in path.read_bytes()] == [private]
+    assert not list(run_dir.rglob("ray-token")), "the job's Ray token went with the job"
+
+
+def test_a_run_cut_by_its_time_limit_ends_in_the_same_bits(user, whole):
+    _, uncut = whole
+    # 16 samples of 0.7 s: a step takes 11 s, so that the limit, once lowered, strikes before the twelfth.
+    job, run_dir = user.launch("cut", 'cluster.env={OMP_NUM_THREADS: 1, LAB_SLEEP: "0.7"}')
+    user.wait_for_steps(run_dir, 2)
+    minutes, _ = map(int, user.lab.job(job)["RunTime"].split(":")[1:])
+    user.lab.run(["scontrol", "update", f"JobId={job}", f"TimeLimit={minutes + 2}"])
+    user.lab.wait(job, "PENDING", timeout=400)
+    user.lab.run(["scontrol", "update", f"JobId={job}", "TimeLimit=60"])
+    user.end(job, "COMPLETED", run_dir=run_dir)
+    first, second = attempts(run_dir)
+    assert (first["end"], second["end"], second["last_step"]) == ("saved", "completed", STEPS), user.log(run_dir)
+    assert first["last_step"] == second["first_step"] < STEPS
+    assert user.lab.job(job)["Restarts"] == "1"
+    assert steps(run_dir) == steps(uncut)
+    assert state(run_dir) == state(uncut)
+
+
+def test_a_killed_rank_is_survived_and_a_cancelled_run_saves_and_is_resumed(user):
+    job, run_dir = user.launch("killed", "steps=500", "checkpoint.every=2")
+    user.wait_for_steps(run_dir, 5)
+    (rank, *_) = user.lab.processes("n2", "ray::LearnerRank")
+    os.kill(rank, signal.SIGKILL)
+    before = len(attempts(run_dir))
+    user.lab.wait(job, "PENDING")
+    user.wait_for_steps(run_dir, attempts(run_dir)[before - 1]["last_step"] + 2)
+    killed, second = attempts(run_dir)[before - 1 : before + 1]
+    assert killed["end"] == "again"
+    assert "learner: its process died" in killed["reason"]
+    assert (second["restart"], second["job_id"]) == (killed["restart"] + 1, job)
+    assert "asked to save" in user.isentrope("jobs", "cancel", job).stdout
+    user.end(job, "COMPLETED", run_dir=run_dir)
+    last = attempts(run_dir)[-1]
+    assert last["end"] == "cancelled"
+    assert (run_dir / f"checkpoints/step-{last['last_step']:08d}/manifest.json").is_file()
+    goal = last["last_step"] + 2
+    words = ["launch", "slurm", "--resume", str(run_dir), "--cluster", "cluster.yaml", f"steps={goal}"]
+    assert "COMPLETED" in user.isentrope(*words).stderr, "it is followed to its end"
+    assert [step["step"] for step in steps(run_dir)] == list(range(goal))
+
+
+def test_a_node_that_goes_down_costs_the_unfinished_steps_only(user, whole):
+    _, undisturbed = whole
+    job, run_dir = user.launch("node", "checkpoint.every=2", 'cluster.env={OMP_NUM_THREADS: 1, LAB_SLEEP: "0.3"}')
+    user.wait_for_steps(run_dir, 3)
+    user.lab.kill_node("n2")
+    user.lab.wait(job, "PENDING", timeout=300)
+    user.lab.start_node("n2")
+    user.end(job, "COMPLETED", run_dir=run_dir)
+    assert len(attempts(run_dir)) > 1
+    assert steps(run_dir) == steps(undisturbed)
+    assert state(run_dir) == state(undisturbed)
+
+
+def test_where_requeueing_is_forbidden_jobs_wait_in_a_chain(user):
+    job, run_dir = user.launch("chain", "cluster.requeue=false", "cluster.chain=2")
+    first, second = (entry["job_id"] for entry in json.loads(user.isentrope("jobs", "list", "--json").stdout)[-2:])
+    assert job == first
+    for each in (first, second):
+        user.end(each, "COMPLETED", run_dir=run_dir)
+    assert len(attempts(run_dir)) == 1, "the second had nothing left to do"
+    assert f"all {STEPS} steps were done already" in user.log(run_dir)
+
+
+def test_a_local_launch_survives_a_killed_rank(user):
+    run_dir = user.scratch / "runs" / "here"
+    words = ["launch", "local", "--config", "quickstart.yaml", *RUN, f"run_dir='{run_dir}'", "checkpoint.every=1"]
+    environment = user.environment | {"LAB_SLEEP": "0.1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "launchers.cli.main", *words], cwd=user.here, env=environment, start_new_session=True
+    )
+    user.wait_for_steps(run_dir, 3)
+    os.kill(descendants(process.pid, "ray::LearnerRank")[0], signal.SIGKILL)
+    assert process.wait(timeout=600) == 0
+    assert [attempt["end"] for attempt in attempts(run_dir)] == ["again", "completed"]
+    assert [step["step"] for step in steps(run_dir)] == list(range(STEPS))
+
+
+def test_a_crash_loop_stops_with_its_reason(user):
+    (user.scratch / "runs/crash").mkdir(parents=True)
+    (user.scratch / "runs/crash/samples").write_text("a file where the run needs a folder")
+    job, run_dir = user.launch("crash", "cluster.attempts_without_progress=2")
+    user.end(job, "FAILED", run_dir=run_dir)
+    assert [attempt["end"] for attempt in attempts(run_dir)] == ["again", "again"]
+    assert "2 attempts in a row did not get beyond step 0:" in user.log(run_dir)
+    assert "the training process ended with exit code 1" in user.log(run_dir)
+    assert user.lab.job(job)["Restarts"] == "2"
+
+
+def test_cancel_now_is_scancel(user):
+    job, run_dir = user.launch("now", "steps=500")
+    user.lab.wait(job, "RUNNING")
+    user.isentrope("jobs", "cancel", job, "--now")
+    user.end(job, "CANCELLED", run_dir=run_dir)
+    deadline = time.monotonic() + 60
+    while any(user.lab.processes(node, "ray::") for node in user.lab.nodes):
+        assert time.monotonic() < deadline, "nothing of the job remains"
+        time.sleep(0.5)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["cluster.partition=nope"], ["cluster.partition: 'nope'", "nope not found", "remedy:"]),
+        (["cluster.sbatch={qos: 5, begin: never}"], ["cluster.sbatch", "sbatch refused the job:", "remedy:"]),
+        (["cluster.account=two words"], ["account: 'two words'", "remedy:"]),
+        (["cluster.acount=x"], ["acount", "did you mean account?"]),
+        (
+            ["cluster.nodes=9", "learner.data_parallel_size=9", "rollout.engines=1"],
+            ["cluster.nodes: 9", "has 2 nodes", "remedy:"],
+        ),
+        (["cluster.secrets=[LAB_ABSENT]"], ["secrets", "LAB_ABSENT", "export LAB_ABSENT=..."]),
+        (["cluster.env={HF_TOKEN: abc}"], ["move HF_TOKEN to `secrets`"]),
+        (["rollout.prompts_per_step=x"], ["rollout.prompts_per_step", "remedy:"]),
+    ],
+    ids=lambda value: value[0] if value[0].startswith(("cluster", "rollout")) else "",
+)
+def test_what_cannot_run_is_refused_before_it_is_queued(user, more, said):
+    words = ["launch", "slurm", "--config", "quickstart.yaml", "--cluster", "cluster.yaml", "--detach", *RUN, *more]
+    error = user.isentrope(*words, code=2).stderr
+    assert all(word in error for word in said), error
+    assert "Traceback" not in error
+    assert user.lab.run(["squeue", "-h"]).stdout == ""
+
+
+def test_a_cluster_file_without_an_account_is_refused(user):
+    lines = user.cluster.read_text().splitlines()
+    (user.here / "poor.yaml").write_text("\n".join(line for line in lines if not line.startswith("account")))
+    words = ["launch", "slurm", "--config", "quickstart.yaml", "--cluster", "poor.yaml", *RUN]
+    error = user.isentrope(*words, code=2).stderr
+    assert "account: None" in error
+    assert "a value is required" in error
+
+
+def test_a_dry_run_prints_everything_and_submits_nothing(user):
+    words = ["launch", "slurm", "--config", "quickstart.yaml", "--cluster", "cluster/pyxis.yaml", "--dry-run"]
+    more = [
+        "cluster.nodes=1",
+        "cluster.gpus_per_node=2",
+        "run_dir=/lustre/me/isentrope/runs/dry",
+        "cluster.scratch=/lustre/me/isentrope",
+    ]
+    out = user.isentrope(*words, *more).stdout
+    shown = re.sub(r"isentrope_\d{10,}", "isentrope_TIME", out.replace(str(user.home), "HOME"))
+    shown = re.sub(r"code: .*", "code: CODE", re.sub(r"[\d.,]+ GiB free", "FREE", shown))
+    shown = re.sub(r"--- config.yaml\n.*?\n\n---", "--- config.yaml\nCONFIG\n\n---", shown, flags=re.DOTALL)
+    if not GOLDEN.exists():  # delete the file to write it anew
+        GOLDEN.parent.mkdir(exist_ok=True)
+        GOLDEN.write_text(shown)
+        pytest.fail(f"{GOLDEN} was written: look at it, then keep it")
+    assert shown == GOLDEN.read_text()
+    assert "prompts_per_step: 16" in out
+    assert user.lab.run(["squeue", "-h"]).stdout == ""
+    assert (
+        subprocess.run(["bash", "-n"], input=shown.partition("job script\n")[2], text=True, check=False).returncode == 0
+    )
+
+
+def test_the_script_for_apptainer_and_a_chain(user):
+    words = ["launch", "slurm", "--config", "quickstart.yaml", "--cluster", "cluster/apptainer.yaml", "--dry-run"]
+    out = user.isentrope(*words, "--nodes", "1").stdout
+    assert re.search(
+        r"inside=\(apptainer exec --nv --bind /project/me/isentrope:\S+ --pwd \S+/code /project/\S+\.sif\)", out
+    )
+    assert "#SBATCH --dependency=singleton" in out
+    assert "requeue=no" in out
+
+
+def descendants(pid: int, title: str) -> list[int]:
+    """Processes below ``pid`` whose command line begins with ``title``."""
+    found, parents = [], {pid}
+    while parents:
+        children = []
+        for path in (path for parent in parents for path in Path(f"/proc/{parent}/task").glob("*/children")):
+            with suppress(OSError):
+                children += [int(child) for child in path.read_text().split()]
+        for child in children:
+            with suppress(OSError):
+                if Path(f"/proc/{child}/cmdline").read_text().startswith(title):
+                    found.append(child)
+        parents = set(children)
+    return found

@@ -1,0 +1,66 @@
+"""Cluster files: the shipped examples load; what is wrong is said with key, value and remedy."""
+
+from pathlib import Path
+
+import pytest
+
+from launchers.slurm.cluster import ClusterConfig, load_cluster, seconds, split_overrides
+from pipeline.config.errors import ConfigError
+from pipeline.config.load import PACKAGED
+
+EXAMPLES = sorted((PACKAGED / "cluster").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_load(path):
+    assert isinstance(load_cluster(path), ClusterConfig)
+
+
+def test_there_is_an_example_of_every_runtime():
+    assert {load_cluster(path).container.runtime for path in EXAMPLES} == {"none", "pyxis", "apptainer"}
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "said"),
+    [
+        ("acount=x", "acount", "did you mean account?"),
+        ("account=a b", "account", "not a name"),
+        ("nodes=0", "nodes", "at least 1"),
+        ("nodes=two", "nodes", "give an integer"),
+        ("scratch=runs", "scratch", "not an absolute path"),
+        ("walltime='4 hours'", "walltime", "hours:minutes:seconds"),
+        ("walltime='00:05:00'", "save_before_s", "not between 30 and walltime"),
+        ("save_before_s=10", "save_before_s", "not between 30"),
+        ("container.runtime=docker", "container.runtime", "none, pyxis, apptainer"),
+        ("container.runtime=pyxis", "container.image", "give both"),
+        ("container.mounts=[data:/data]", "container.mounts", "absolute"),
+        ("env={WANDB_API_KEY: x}", "env", "move WANDB_API_KEY to `secrets`"),
+        ("secrets=['A B']", "secrets", "not the name"),
+        ("chain=3", "chain", "set requeue: false"),
+        ("exclusive=false", "cpus_per_node", "shared node"),
+        ("python=/opt/bin/run", "python", "interpreter"),
+        ("ssh={host: login, user: me}", "ssh", "absolute job_dir"),
+        ("ssh={host: login, user: me, job_dir: /home/a b}", "ssh.job_dir", "without spaces"),
+    ],
+)
+def test_problems_name_key_and_remedy(override, key, said):
+    with pytest.raises(ConfigError) as error:
+        load_cluster(Path("cluster/plain.yaml"), [override])
+    problem = next(problem for problem in error.value.problems if problem.key == key)
+    assert said in problem.render()
+
+
+def test_required_keys_are_asked_for(tmp_path):
+    (tmp_path / "empty.yaml").write_text("nodes: 1\n")
+    with pytest.raises(ConfigError) as error:
+        load_cluster(tmp_path / "empty.yaml")
+    assert {problem.key for problem in error.value.problems} == {"account", "partition", "scratch"}
+
+
+@pytest.mark.parametrize(("text", "value"), [("00:01:00", 60), ("100:00:01", 360001), ("2-03:04:05", 183845)])
+def test_seconds(text, value):
+    assert seconds(text) == value
+
+
+def test_overrides_are_told_apart():
+    assert split_overrides(["steps=3", "cluster.nodes=2"]) == (["steps=3"], ["nodes=2"])
