@@ -1,7 +1,7 @@
 """What a run will do and whether it can, in words, before anything starts: ``isentrope plan run``, and first in every launch.
 
 The configuration itself has been checked when it was loaded; here are the checks that relate it to machines. A check is a function in
-``CHECKS`` from a ``Setting`` to lines and problems; an estimate of memory or step time joins by one more.
+``CHECKS`` from a ``Setting`` to lines and problems.
 """
 
 from __future__ import annotations
@@ -133,6 +133,26 @@ def _machines(setting: Setting) -> Iterator[str | Problem]:
             return
 
 
+def _memory(setting: Setting) -> Iterator[str | Problem]:
+    """What ``isentrope plan learner`` says, in two lines."""
+    cluster = setting.cluster
+    if cluster is None or not cluster.gpus_per_node or not setting.local_files:
+        return
+    from megatron_ext import architecture  # torch: only where there is something to estimate
+    from megatron_ext.estimate.report import GIB, summary
+    from megatron_ext.estimate.speed import Machine
+
+    model = architecture.read(resolve_path(setting.config.model.hf_path))
+    plan = summary(model, setting.config, Machine(), cluster.gpu_gib * GIB)
+    peak, step = plan["peak_bytes"] / GIB, plan["step"]["seconds"]
+    yield f"memory: {peak:,.1f} of {cluster.gpu_gib:g} GiB on the fullest learner GPU (predicted; isentrope plan learner has the parts)"
+    yield f"train phase: about {step:,.1f} s a step on H100s, without rollouts (predicted)"
+    if not plan["fits"]:
+        remedies = [f"{remedy['key']}={remedy['value']}" for remedy in plan["remedies"][:3]]
+        what = f"a learner GPU would need {peak:,.1f} GiB"
+        yield Problem("cluster.gpu_gib", cluster.gpu_gib, what, f"try {' or '.join(remedies) or 'a larger layout'}")
+
+
 def _time(setting: Setting) -> Iterator[str | Problem]:
     cluster, every = setting.cluster, setting.config.checkpoint.every
     if cluster is None:
@@ -170,7 +190,7 @@ def _files(setting: Setting) -> Iterator[str | Problem]:
         yield Problem("checkpoint.keep_last", keep - 1, what, "keep fewer, make room, or choose another run_dir")
 
 
-CHECKS: Sequence[Callable[[Setting], Iterator[str | Problem]]] = (_batch, _machines, _time, _files)
+CHECKS: Sequence[Callable[[Setting], Iterator[str | Problem]]] = (_batch, _machines, _memory, _time, _files)
 
 
 def _size(count: float) -> str:

@@ -46,6 +46,7 @@ class ClusterConfig:
     scratch: str = key(MISSING, "absolute folder that every node shares; runs go to <scratch>/runs/<name>-<date>")
     nodes: int = key(1, "nodes of a job; --nodes wins over it")
     gpus_per_node: int = key(8, "GPUs of a node that a job takes; 0: a cluster without GPUs")
+    gpu_gib: float = key(80.0, "memory of one GPU, GiB; the plan compares with it")
     cpus_per_node: int = key(0, "CPUs of a node that a job takes; 0: all of an exclusive node")
     memory_per_node: str = key("0", "memory of a node that a job takes, e.g. 200G; 0: all of it")
     exclusive: bool = key(True, "no other jobs on the nodes")
@@ -127,7 +128,7 @@ def _words(cluster: ClusterConfig) -> Iterator[Problem]:
 
 
 def _numbers(cluster: ClusterConfig) -> Iterator[Problem]:
-    least = {"nodes": 1, "gpus_per_node": 0, "cpus_per_node": 0, "chain": 1, "attempts_without_progress": 1}
+    least = {"nodes": 1, "gpus_per_node": 0, "gpu_gib": 1, "cpus_per_node": 0, "chain": 1, "attempts_without_progress": 1}
     for name, low in least.items():
         if getattr(cluster, name) < low:
             yield Problem(name, getattr(cluster, name), "out of range", f"give a number of at least {low}")

@@ -166,7 +166,10 @@ def train(folder, **config):
     config = {"optimizer": {"lr": 1e-3}, "dtype": "bf16", "micro_batch_size": 16, **config}
     made = ranks.learner(0, 1, ("127.0.0.1", free_port()), folder, 1, 1, **config)
     statistics = [made.update(batch, step) for step, batch in enumerate(batches)]
-    weights, quantised = ranks.exported(made), sum(is_quantised(p) for chunk in made._chunks for p in chunk.parameters())
+    weights, quantised = (
+        ranks.exported(made),
+        sum(is_quantised(p) for chunk in made._chunks for p in chunk.parameters()),
+    )
     made.close()
     return statistics, weights, quantised
 

@@ -80,7 +80,9 @@ class Reader:
     def __init__(self, folder: Path, placed: topology.Topology, dtype: str, precision: PrecisionConfig) -> None:
         model = architecture.read(folder)
         self._vocab = model.vocab
-        self._gpt = models.build(model, placed, dtype, options=LearnerConfig(transformer_impl="local", precision=precision))
+        self._gpt = models.build(
+            model, placed, dtype, options=LearnerConfig(transformer_impl="local", precision=precision)
+        )
         parameters = models.global_parameters(self._gpt)
         hf.load(parameters, layout.rows(model, placed.grid), model, folder, placed)
         self._linear = [p for name, p in parameters.items() if ".linear_" in name and p.ndim == 2]

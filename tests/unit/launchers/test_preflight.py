@@ -75,3 +75,11 @@ def test_paths_become_independent_of_the_working_directory(tmp_path, monkeypatch
     packaged = with_absolute_paths(load_config(Path("quickstart.yaml")))
     assert packaged.model.hf_path == "model/pm4-100k"  # found again below configs/ of the shipped code
     assert (resolve_path(packaged.model.hf_path) / "config.json").is_file()
+
+
+def test_memory_of_the_learner_s_gpus(tmp_path):
+    report = check(setting(tmp_path))
+    assert any(line.startswith("memory: 3.0 of 80 GiB on the fullest learner GPU") for line in report.lines)
+    (problem,) = check(setting(tmp_path, cluster=["gpu_gib=2"])).problems
+    assert (problem.key, problem.value) == ("cluster.gpu_gib", 2.0)
+    assert "would need 3.0 GiB" in problem.problem
