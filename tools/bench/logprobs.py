@@ -51,8 +51,8 @@ class Case:
 CPU_CASES = (
     Case("from logits, one process, 2048 tokens x 32768", 2048, 32768),
     Case("from logits, TP 2, 2048 tokens x 19008 a rank", 2048, 19008, ranks=2),
-    Case("with the projection from 512, one process, 1024 tokens x 32768", 1024, 32768, hidden=512),
-    Case("with the projection from 1024, TP 2, 1024 tokens x 19008 a rank", 1024, 19008, hidden=1024, ranks=2),
+    Case("with the projection from 512, one process, 1024 tokens x 16384", 1024, 16384, hidden=512),
+    Case("with the projection from 1024, TP 2, 512 tokens x 19008 a rank", 512, 19008, hidden=1024, ranks=2),
 )
 CUDA_CASES = tuple(
     Case(f"{'with the projection from 5120' if hidden else 'from logits'}, 8192 tokens x 19008, {name}", 8192, 19008, hidden, 1, dtype)

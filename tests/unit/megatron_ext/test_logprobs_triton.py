@@ -26,6 +26,7 @@ def test_arithmetic_in_the_interpreter():
     assert "19 passed" in run.stdout, run.stdout[-400:]  # none skipped but those for a GPU
 
 
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("logits", ["*fp32", "*bf16"])
 @pytest.mark.parametrize(("kernel", "option"), [("_accumulate", "TEMPERED"), ("_gradient", "ENTROPY")])
 def test_compiles_for_hopper(kernel, option, logits, tmp_path, monkeypatch):
