@@ -128,7 +128,14 @@ def _words(cluster: ClusterConfig) -> Iterator[Problem]:
 
 
 def _numbers(cluster: ClusterConfig) -> Iterator[Problem]:
-    least = {"nodes": 1, "gpus_per_node": 0, "gpu_gib": 1, "cpus_per_node": 0, "chain": 1, "attempts_without_progress": 1}
+    least = {
+        "nodes": 1,
+        "gpus_per_node": 0,
+        "gpu_gib": 1,
+        "cpus_per_node": 0,
+        "chain": 1,
+        "attempts_without_progress": 1,
+    }
     for name, low in least.items():
         if getattr(cluster, name) < low:
             yield Problem(name, getattr(cluster, name), "out of range", f"give a number of at least {low}")

@@ -14,9 +14,9 @@ GIB = 2**30
 # A stated constant, not a computed one: CUDA context and libraries, cuBLAS and cuDNN workspaces, NCCL's channels of five to seven groups,
 # and what the caching allocator cannot use again.
 CONTEXT_BYTES = 3 * GIB
-# Logits that the log-prob kernels work on at a time on a GPU (megatron_ext.logprobs): ``torch`` in three float32 temporaries, ``fused``
-# in the model's type, but at least so many columns.
-_CHUNK_LOGITS, _BLOCK_LOGITS, _FEWEST_COLUMNS = 1 << 24, 1 << 26, 128
+# What the log-prob kernels work on at a time on a GPU (megatron_ext.logprobs): ``torch`` on so many logits in three float32 temporaries,
+# ``fused`` on a tile of tokens and columns, with the tile's hidden states in float32 and their gradient.
+_CHUNK_LOGITS, _TILE = 1 << 24, (4096, 8192)
 _FLOAT = 4
 _LOSS = 13 * _FLOAT  # per target: what the policy loss keeps (pipeline.objectives.loss)
 
@@ -64,7 +64,7 @@ def _stage(work: Work, stage: int) -> Stage:
         layers=sum(len(span) for span in work.grid.chunks(work.model.layers)[stage]),
         under_way=max(instant.under_way for instant in instants) / work.grid.vpp,
         parts=steady | dict(worst.parts) | {"working": worst.parts["working"] + held.largest * work.itemsize},
-        sync=_sync(work) if stage == 0 else 0.0,
+        sync=_sync(work, stage),
     )
 
 
@@ -118,9 +118,8 @@ def logits(work: Work) -> tuple[float, float]:
     saved = targets * hidden * size + work.targets * _LOSS
     temporary = work.tokens * hidden * size  # gradient of the decoder's output
     if work.kernel == "fused":
-        block = max(targets * _FEWEST_COLUMNS, min(entries, _BLOCK_LOGITS)) * size
-        chosen = targets * hidden * (_FLOAT + size)  # gradient of the targets' hidden states
-        return saved, temporary + block + chosen
+        tile = min(entries, _TILE[0] * _TILE[1]) * size + min(targets, _TILE[0]) * hidden * (_FLOAT + size)
+        return saved, temporary + tile + targets * hidden * size  # the last: gradient of the targets' hidden states
     if work.kernel == "torch":
         temporary += 3 * _FLOAT * min(entries, _CHUNK_LOGITS)
     return saved + entries * size, temporary
@@ -134,12 +133,11 @@ def _dispatch(work: Work, span: range) -> float:
     return (1 + work.imbalance) * work.norm_tokens * moe.top_k * work.model.hidden * work.itemsize
 
 
-def _sync(work: Work) -> float:
-    """Rank 0 receives a bucket's shards and puts the full tensors together (``weights.hf.export``)."""
+def _sync(work: Work, stage: int) -> float:
+    """A bucket's owner receives its shards and puts the full tensors of its stage together (``weights.hf.export``)."""
     tensors = [
         math.prod(source.shape) * (_FLOAT if row.float32 else work.itemsize)
-        for stage in table(work.model, work.grid)
-        for row in stage
+        for row in table(work.model, work.grid)[stage]
         for source in row.sources
     ]
     return 2.0 * min(sum(tensors), max(work.learner.bucket_mib << 20, *tensors))
