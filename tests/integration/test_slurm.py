@@ -45,7 +45,7 @@ def score(prompt, response):
 
 pytestmark = [
     pytest.mark.skipif(bool(missing()), reason=f"needs {missing()}; Debian packages: {', '.join(PACKAGES)}"),
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
 ]
 
 
@@ -99,7 +99,7 @@ class User:
         done = self.isentrope(*words, *RUN, f"run_dir='{run_dir}'", *more, code=code, **environment)
         return re.search(r"submitted: job (\d+)", done.stdout)[1], run_dir
 
-    def wait_for_steps(self, run_dir: Path, count: int, timeout: float = 400) -> None:
+    def wait_for_steps(self, run_dir: Path, count: int, timeout: float = 800) -> None:
         deadline = time.monotonic() + timeout
         while len(steps(run_dir)) < count:
             assert time.monotonic() < deadline, self.log(run_dir)
