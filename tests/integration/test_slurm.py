@@ -271,13 +271,14 @@ def test_a_crash_loop_stops_with_its_reason(user):
 
 def test_cancel_now_is_scancel(user):
     job, run_dir = user.launch("now", "steps=500")
-    user.lab.wait(job, "RUNNING")
+    user.wait_for_steps(run_dir, 1)
     user.isentrope("jobs", "cancel", job, "--now")
     user.end(job, "CANCELLED", run_dir=run_dir)
     deadline = time.monotonic() + 60
     while any(user.lab.processes(node, "ray::") for node in user.lab.nodes):
         assert time.monotonic() < deadline, "nothing of the job remains"
         time.sleep(0.5)
+    assert not list(Path("/tmp").glob(f"isentrope-{job}-*")), "nor Ray's folder"
 
 
 @pytest.mark.parametrize(
