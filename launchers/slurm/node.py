@@ -197,4 +197,5 @@ def _record(run_dir: Path) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # tidy up when Slurm ends the step
     sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]))

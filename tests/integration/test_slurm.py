@@ -45,7 +45,7 @@ def score(prompt, response):
 
 pytestmark = [
     pytest.mark.skipif(bool(missing()), reason=f"needs {missing()}; Debian packages: {', '.join(PACKAGES)}"),
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),
 ]
 
 
@@ -99,7 +99,7 @@ class User:
         done = self.isentrope(*words, *RUN, f"run_dir='{run_dir}'", *more, code=code, **environment)
         return re.search(r"submitted: job (\d+)", done.stdout)[1], run_dir
 
-    def wait_for_steps(self, run_dir: Path, count: int, timeout: float = 400) -> None:
+    def wait_for_steps(self, run_dir: Path, count: int, timeout: float = 800) -> None:
         deadline = time.monotonic() + timeout
         while len(steps(run_dir)) < count:
             assert time.monotonic() < deadline, self.log(run_dir)
@@ -271,13 +271,14 @@ def test_a_crash_loop_stops_with_its_reason(user):
 
 def test_cancel_now_is_scancel(user):
     job, run_dir = user.launch("now", "steps=500")
-    user.lab.wait(job, "RUNNING")
+    user.wait_for_steps(run_dir, 1)
     user.isentrope("jobs", "cancel", job, "--now")
     user.end(job, "CANCELLED", run_dir=run_dir)
     deadline = time.monotonic() + 60
     while any(user.lab.processes(node, "ray::") for node in user.lab.nodes):
         assert time.monotonic() < deadline, "nothing of the job remains"
         time.sleep(0.5)
+    assert not list(Path("/tmp").glob(f"isentrope-{job}-*")), "nor Ray's folder"
 
 
 @pytest.mark.parametrize(
