@@ -32,6 +32,7 @@ lint: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m tools.bench.logprobs --json runs/bench/logprobs.json
+	$(BIN)/python tools/bench/batching.py
 	$(BIN)/python tools/bench/step_time.py
 
 # megatron-bridge, in an environment of its own that sees the packages of $(VENV): for tests/integration/test_bridge_oracle.py and
