@@ -11,15 +11,12 @@ and receives within the learner; "out" is what leaves the busiest rank for the e
 
 from __future__ import annotations
 
-import argparse
-import json
-import multiprocessing as mp
-import socket
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
+import layouts
 import torch
 import torch.distributed as dist
 from weight_sync import DENSE, LAYERS, MOE, _parameters, _timed
@@ -124,11 +121,11 @@ def balanced(parameters: Mapping[str, torch.Tensor], rounds: buckets.Rounds, top
         yield moved
 
 
-def measure(rank: int, case: tuple[Architecture, Grid], port: int, out: Any) -> None:
+def measure(rank: int, case: tuple[Architecture, Grid], world: int, port: int, out: Any) -> None:
     """Both ways in turn; rank 0 reports."""
     torch.set_num_threads(1)
     model, grid = case
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=grid.world_size)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     everything, parameters = rows(model, grid), _parameters(model, grid, rank)
     rounds = buckets.plan(everything, grid, 2, BUCKET_MIB)
     topology = SimpleNamespace(rank=rank, grid=grid, device=torch.device("cpu"), backend="gloo")
@@ -161,37 +158,8 @@ def measure(rank: int, case: tuple[Architecture, Grid], port: int, out: Any) -> 
 
 def bench(name: str) -> dict[str, Any]:
     """One layout."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
-    out = context.SimpleQueue()
-    world = CASES[name][1].world_size
-    processes = [context.Process(target=measure, args=(rank, CASES[name], port, out)) for rank in range(world)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    if any(process.exitcode for process in processes):
-        raise SystemExit(f"{name}: a process failed")
-    return out.get()
-
-
-def main() -> None:
-    """Every case, then print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--only", help="cases whose name contains this")
-    arguments = parser.parse_args()
-    table = {name: bench(name) for name in CASES if not arguments.only or arguments.only in name}
-    if arguments.json:
-        print(json.dumps(table, indent=1))
-        return
-    columns = list(next(iter(table.values())))
-    print("| layout | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
-    for name, row in table.items():
-        print(f"| {name} | " + " | ".join(str(row[column]) for column in columns) + " |")
+    return layouts.run(name, CASES[name][1].world_size, measure, CASES[name])
 
 
 if __name__ == "__main__":
-    main()
+    layouts.main(__doc__, CASES, bench)

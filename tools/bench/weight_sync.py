@@ -12,15 +12,12 @@ are medians over repeats, of the slowest process; "bytes" is what the busiest en
 
 from __future__ import annotations
 
-import argparse
-import json
-import multiprocessing as mp
-import socket
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
+import layouts
 import torch
 import torch.distributed as dist
 
@@ -243,37 +240,8 @@ def _timed(work: Callable[[], object]) -> float:
 def bench(name: str) -> dict[str, Any]:
     """One layout."""
     _, learner, engines, colocated = CASES[name]
-    world = learner.world_size + (0 if colocated else engines.world_size)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = mp.get_context("spawn")
-    out = context.SimpleQueue()
-    processes = [context.Process(target=measure, args=(rank, CASES[name], world, port, out)) for rank in range(world)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    if any(process.exitcode for process in processes):
-        raise SystemExit(f"{name}: a process failed")
-    return out.get()
-
-
-def main() -> None:
-    """Every case, then print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--only", help="cases whose name contains this")
-    arguments = parser.parse_args()
-    table = {name: bench(name) for name in CASES if not arguments.only or arguments.only in name}
-    if arguments.json:
-        print(json.dumps(table, indent=1))
-        return
-    columns = list(next(iter(table.values())))
-    print("| layout | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
-    for name, row in table.items():
-        print(f"| {name} | " + " | ".join(str(row[column]) for column in columns) + " |")
+    return layouts.run(name, learner.world_size + (0 if colocated else engines.world_size), measure, CASES[name])
 
 
 if __name__ == "__main__":
-    main()
+    layouts.main(__doc__, CASES, bench)
