@@ -16,6 +16,18 @@ ARCHITECTURES = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
 }
+LLAMA = {  # a config.json that the configuration's rules accept
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "vocab_size": 100,
+    "rms_norm_eps": 1e-6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "num_hidden_layers": 6,
+    "intermediate_size": 176,
+    "max_position_embeddings": 4096,
+}
 EXTRA = {
     "mistral": {"sliding_window": None},
     "qwen3_moe": {

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from megatron_ext.architecture import Mla, Moe
 from megatron_ext.estimate.work import Work
+from megatron_ext.fp8.transformer_engine import in_bf16
 
 _FLOAT, _INDEX = 4, 8  # bytes of float32, int64
 TOKEN_ID = _INDEX
@@ -119,8 +120,7 @@ def _remaining(kept: list[float], changes: list[tuple[float, float, float]]) -> 
 def _linear_size(work: Work, index: int) -> float:
     """Bytes of an entry of a linear layer's input: Transformer Engine keeps it in FP8, without a copy in bf16."""
     precision = work.learner.precision
-    first, last = precision.num_layers_at_start_in_bf16, work.model.layers - precision.num_layers_at_end_in_bf16
-    inside = not precision.first_last_layers_bf16 or first <= index < last
+    inside = not in_bf16(precision, index, work.model.layers)
     scales = {"blockwise": 4 / 128, "mxfp8": 1 / 32}.get(precision.fp8_recipe, 0.0)  # per entry, 1 x 128 and 1 x 32
     return 1 + scales if work.fp8 and inside else work.itemsize
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_ext.estimate.work import Work, table
+from megatron_ext.fp8.transformer_engine import in_bf16
 from megatron_ext.weights.fp8 import quantised
 from megatron_ext.weights.layout import Row
 
@@ -63,11 +64,9 @@ def entries(work: Work, row: Row) -> int:
 
 def stored_in_fp8(work: Work, row: Row) -> bool:
     """Whether a parameter takes part in FP8 products."""
-    precision, layer = work.learner.precision, row.layer
-    if not work.fp8 or layer is None or not quantised(row):
+    if not work.fp8 or row.layer is None or not quantised(row):
         return False
-    ends = precision.num_layers_at_start_in_bf16, work.model.layers - precision.num_layers_at_end_in_bf16
-    return not precision.first_last_layers_bf16 or ends[0] <= layer < ends[1]
+    return not in_bf16(work.learner.precision, row.layer, work.model.layers)
 
 
 def _parameter_bytes(work: Work, row: Row) -> float:

@@ -32,6 +32,7 @@ from megatron.core.tensor_parallel import (
 
 from megatron_ext.fp8 import quantise
 from megatron_ext.fp8.quantise import E4M3, E5M2, MX_SIDE, SIDE, Delayed, Quantised
+from megatron_ext.fp8.transformer_engine import in_bf16
 from pipeline.config.schema import PrecisionConfig
 
 
@@ -71,12 +72,6 @@ def install(gpt: GPTModel, precision: PrecisionConfig) -> None:
 def convert(module: ColumnParallelLinear | RowParallelLinear, precision: PrecisionConfig) -> None:
     """Let one linear layer compute in FP8."""
     module._forward_impl = _forward(operands(precision, module))
-
-
-def in_bf16(precision: PrecisionConfig, layer: int, layers: int) -> bool:
-    """Whether layer ``layer`` of ``layers`` (numbers of the whole model) is left out of FP8."""
-    start, end = precision.num_layers_at_start_in_bf16, precision.num_layers_at_end_in_bf16
-    return precision.first_last_layers_bf16 and not start <= layer < layers - end
 
 
 def operands(precision: PrecisionConfig, module: torch.nn.Module) -> Operands:

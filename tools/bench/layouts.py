@@ -5,16 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing as mp
-import socket
 from collections.abc import Callable, Iterable
 from typing import Any
+
+from pipeline.ports import free_port
 
 
 def run(name: str, world: int, measure: Callable[..., None], case: Any) -> dict[str, Any]:
     """``measure(rank, case, world, port, out)`` in ``world`` processes; what one of them puts into ``out``."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     context = mp.get_context("spawn")
     out = context.SimpleQueue()
     processes = [context.Process(target=measure, args=(rank, case, world, port, out)) for rank in range(world)]

@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import json
 import os
-import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ import torch.multiprocessing as mp
 from torch.nn.functional import linear
 
 from megatron_ext.logprobs import linear_log_probs_and_entropy, log_probs_and_entropy
+from pipeline.ports import free_port
 from tools.bench import logprob_peers as peers
 from tools.peak_memory import peak_bytes
 
@@ -243,9 +243,7 @@ def run(case: Case, device: str, rounds: int) -> dict[str, dict[str, Any]]:
     """The table of one case."""
     if case.ranks == 1:
         return measure(case, 0, None, device, rounds)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     out = Path(f"/tmp/isentrope-logprobs-{os.getpid()}.json")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     mp.spawn(_worker, args=(case, port, rounds, str(out)), nprocs=case.ranks)

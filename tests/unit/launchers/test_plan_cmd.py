@@ -4,26 +4,18 @@ import json
 
 import pytest
 
-from launchers.cli.main import run
+from tests import command_line
 
 GIB = 2**30
 LAYOUTS = ("--learner", "tp=8,pp=4", "--engines", "tp=8,count=4")
 
 
 def call(capsys, *words):
-    code = 0
-    try:
-        run(("plan", "weights", *words))
-    except SystemExit as ended:
-        code = ended.code
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+    return command_line.call(capsys, "plan", "weights", *words)
 
 
 def plan(capsys, *words):
-    code, out, err = call(capsys, *words, "--json")
-    assert (code, err) == (0, "")
-    return json.loads(out)
+    return command_line.answer(capsys, "plan", "weights", *words)
 
 
 def test_help_has_an_example(capsys):

@@ -4,27 +4,19 @@ import json
 
 import pytest
 
-from launchers.cli.main import run
 from pipeline.config.load import load_config
+from tests import command_line
 
 GIB = 2**30
 RECIPES = {"qwen3-32b": 32, "qwen2.5-32b": 32, "qwen3-30b-a3b": 16, "qwen3-235b-a22b": 128}
 
 
 def call(capsys, *words):
-    code = 0
-    try:
-        run(("plan", "learner", *words))
-    except SystemExit as ended:
-        code = ended.code
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+    return command_line.call(capsys, "plan", "learner", *words)
 
 
 def plan(capsys, *words):
-    code, out, err = call(capsys, *words, "--json")
-    assert (code, err) == (0, "")
-    return json.loads(out)
+    return command_line.answer(capsys, "plan", "learner", *words)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

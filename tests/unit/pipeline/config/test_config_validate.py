@@ -9,20 +9,7 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.keys import leaf_keys
 from pipeline.config.load import load_config
 from pipeline.config.validate import CHOICES, RANGES, Range
-from tests.tiny_folder import hf_config
-
-LLAMA = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 64,
-    "vocab_size": 100,
-    "rms_norm_eps": 1e-6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "num_hidden_layers": 6,
-    "intermediate_size": 176,
-    "max_position_embeddings": 4096,
-}
+from tests.tiny_folder import LLAMA, hf_config
 
 
 @pytest.fixture

@@ -6,19 +6,8 @@ import pytest
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import load_config
+from tests.tiny_folder import LLAMA
 
-MODEL = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 64,
-    "vocab_size": 100,
-    "rms_norm_eps": 1e-6,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "num_hidden_layers": 6,
-    "intermediate_size": 176,
-    "max_position_embeddings": 4096,
-}
 P = "learner.precision."
 ON = [P + "fp8=hybrid", "model.dtype=bf16"]
 EMULATED = [P + "fp8=e4m3", P + "emulate=true"]
@@ -72,7 +61,7 @@ BROKEN = {
 @pytest.fixture
 def problems(tmp_path):
     def found(*overrides, **dimensions):
-        (tmp_path / "config.json").write_text(json.dumps(MODEL | dimensions))
+        (tmp_path / "config.json").write_text(json.dumps(LLAMA | dimensions))
         try:
             load_config(None, [f"model.hf_path={tmp_path}", *overrides])
         except ConfigError as error:
