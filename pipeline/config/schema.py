@@ -300,11 +300,70 @@ class CheckpointConfig:
 
 
 @dataclass
+class WandbConfig:
+    """Weights & Biases."""
+
+    project: str = key("isentrope", "project")
+    entity: str = key("", "user or team; empty: your default one")
+    group: str = key("", "group; empty: none")
+    mode: str = key("online", "online | offline (files below the run folder, for `wandb sync` later)")
+
+
+@dataclass
+class MlflowConfig:
+    """MLflow."""
+
+    tracking_uri: str = key("", "tracking server or file:// folder; empty: <run_dir>/mlruns")
+    experiment: str = key("isentrope", "experiment")
+
+
+@dataclass
+class PrometheusConfig:
+    """The endpoint that Prometheus scrapes, on the driver's node."""
+
+    host: str = key("127.0.0.1", "address to listen on; 0.0.0.0 for a Prometheus on another machine")
+    port: int = key(9108, "port of /metrics")
+
+
+@dataclass
+class AlertsConfig:
+    """Which alerts are raised, and who is told."""
+
+    rules: str = key(
+        "", "folder with further rules, or the shipped ones changed (a file of the same name); empty: the shipped ones"
+    )
+    off: list[str] = key([], "names of rules that are not wanted, e.g. [reward_drop]")
+    webhook_file: str = key(
+        "", "file that holds the URL (a secret) to which alerts are posted, in the form that Slack takes; empty: none"
+    )
+    mail: str = key("", "address that alerts are mailed to with the node's sendmail; empty: none")
+    slurm_comment: bool = key(False, "put the newest alert into the Slurm job's comment")
+
+
+@dataclass
+class StallConfig:
+    """When a run that stands still is helped."""
+
+    factor: float = key(20.0, "times the median step time without an event before a run counts as stalled; 0: never")
+    min_seconds: float = key(600.0, "but at least this many seconds")
+    action: str = key(
+        "restart",
+        "report (stacks of every process and an event) | restart (that, then exit with 1; a launched run resumes from its checkpoint)",
+    )
+
+
+@dataclass
 class MonitoringConfig:
-    """What a run writes while it runs."""
+    """What a run writes while it runs, and who watches it."""
 
     samples_per_step: int = key(4, "rollouts written to samples/ each step")
     progress: bool = key(True, "live progress in the terminal")
+    sinks: list[str] = key([], "where metrics go as well: tensorboard | wandb | mlflow | prometheus, any of them")
+    wandb: WandbConfig = key(WandbConfig(), "sink wandb")
+    mlflow: MlflowConfig = key(MlflowConfig(), "sink mlflow")
+    prometheus: PrometheusConfig = key(PrometheusConfig(), "sink prometheus")
+    alerts: AlertsConfig = key(AlertsConfig(), "alerts")
+    stall: StallConfig = key(StallConfig(), "stall detection")
 
 
 @dataclass

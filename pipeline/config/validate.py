@@ -47,6 +47,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "entropy.actuator": (*TEMPERATURE_ACTUATORS, "tok", "entropy_bonus", "clip_cov"),
     "entropy.positive_mean": ("positives", "samples"),
     "entropy.band.schedule": ("constant", "linear", "cosine", "piecewise"),
+    "monitoring.wandb.mode": ("online", "offline"),
+    "monitoring.stall.action": ("report", "restart"),
 }
 
 
@@ -152,6 +154,9 @@ RANGES: dict[str, Range] = {
     "checkpoint.every": _NOT_NEGATIVE,
     "checkpoint.keep_last": _COUNT,
     "monitoring.samples_per_step": _NOT_NEGATIVE,
+    "monitoring.prometheus.port": Range(1, 65535),
+    "monitoring.stall.factor": _NOT_NEGATIVE,
+    "monitoring.stall.min_seconds": _POSITIVE,
 }
 
 

@@ -57,6 +57,9 @@ class StepRecord:
         default_factory=dict
     )  # sample, verify, batch, train (of it inside: learner), sync, other, total
     tokens: Mapping[str, int] = field(default_factory=dict)  # response tokens drawn: main, auxiliary
+    sync: Mapping[str, float] = field(default_factory=dict)  # of the weight sync: bytes, buckets
+    memory: Mapping[str, float] = field(default_factory=dict)  # GiB: driver, learner (largest rank), gpu (largest rank)
+    engines: Mapping[str, int] = field(default_factory=dict)  # alive, total
 
     @property
     def entropy(self) -> float:
@@ -124,7 +127,7 @@ def read_all_events(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise EventLogError(f"{path} does not exist: give the folder of a run that was started")
     lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is nothing, or torn
-    return [_parse(line, number, path) for number, line in enumerate(lines, start=1)]
+    return [parse_event(line, number, path) for number, line in enumerate(lines, start=1)]
 
 
 def in_force(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -151,7 +154,8 @@ def _lost(event: dict[str, Any], resumed: int) -> bool:
     return event["kind"] == "run_end"
 
 
-def _parse(line: bytes, number: int, path: Path) -> dict[str, Any]:
+def parse_event(line: bytes, number: int, path: Path) -> dict[str, Any]:
+    """One line of a log. Raises ``EventLogError`` for a line that is no event, or of a newer schema."""
     try:
         event = json.loads(line)
         schema = event["schema"]

@@ -1,0 +1,70 @@
+"""The names under which figures appear wherever people look: one table, used by every sink, chart and alert rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+# Fields of a step event and their names; mappings of a step event keep their keys below a prefix.
+STEP_FIELDS = {
+    "entropy": "entropy/mean",
+    "entropy_filtered": "entropy/filtered",
+    "band_low": "entropy/band_low",
+    "band_high": "entropy/band_high",
+    "target": "entropy/target",
+    "temperature": "control/temperature",
+    "command": "control/command",
+    "positives": "control/positives",
+    "reward": "reward/mean",
+    "all_equal_groups": "reward/all_equal_groups",
+    "verifier_errors": "reward/verifier_errors",
+    "response_length": "response/length",
+    "truncated": "response/truncated",
+    "stale_samples": "response/stale",
+    "loss": "train/loss",
+    "grad_norm": "train/grad_norm",
+    "learning_rate": "train/learning_rate",
+}
+STEP_MAPPINGS = {
+    "metrics": "train/",
+    "seconds": "time/",
+    "tokens": "tokens/",
+    "sync": "sync/",
+    "memory": "memory/",
+    "engines": "engines/",
+}
+# Metrics of the learner that have a group of their own.
+GROUPS = ("mismatch", "correction", "entropy")
+
+
+def scalars(event: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a ``step`` or ``evaluation`` event by name; null (not finite) and other kinds of events give nothing."""
+    make = _OF_KIND.get(event["kind"])
+    found = make(event) if make else {}
+    return {name: float(value) for name, value in found.items() if value is not None}
+
+
+def _step(event: Mapping[str, Any]) -> dict[str, Any]:
+    found = {name: event.get(field) for field, name in STEP_FIELDS.items()}
+    for field, prefix in STEP_MAPPINGS.items():
+        found |= {_named(prefix, key): value for key, value in event.get(field, {}).items()}
+    low, entropy, high = event["band_low"], event["entropy"], event["band_high"]
+    found["control/in_band"] = None if None in (low, entropy, high) else float(low <= entropy <= high)
+    return found
+
+
+def _named(prefix: str, key: str) -> str:
+    """``mismatch_mean`` of the learner is ``mismatch/mean``."""
+    group, _, rest = key.partition("_")
+    return f"{group}/{rest}" if prefix == "train/" and group in GROUPS and rest else prefix + key
+
+
+def _evaluation(event: Mapping[str, Any]) -> dict[str, Any]:
+    found = {f"evaluation/pass_at_{k}": estimate["value"] for k, estimate in event["pass_at_k"].items()}
+    found |= {f"evaluation/maj_at_{k}": value for k, value in event.get("maj_at_k", {}).items()}
+    for name in ("avg", "distinct_correct", "mean_reward", "mean_length", "verifier_errors", "seconds"):
+        found[f"evaluation/{name}"] = event.get(name)
+    return found
+
+
+_OF_KIND: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {"step": _step, "evaluation": _evaluation}
