@@ -1,0 +1,177 @@
+"""What a matrix found: one row per method, each figure with its mean and interval over seeds.
+
+All methods get the budget of the baseline of the same seed, in generated response tokens: pass@k and distinct answers are those of the
+last evaluation up to which a run had generated no more than that, and the reward is compared over that many tokens. Methods
+that draw further samples thus stop earlier, not later.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import accumulate
+from statistics import mean, stdev
+from typing import Any
+
+from pipeline.monitoring.summary import FINAL_STEPS, RunHistory, pass_at
+from pipeline.monitoring.tracking import track
+
+# 97.5 % quantiles of Student's t for 1 to 9 degrees of freedom (any table); more seeds than ten use the last.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One column."""
+
+    title: str
+    better: int = 0  # 1: higher is better, -1: lower, 0: neither
+    percent: bool = False
+
+
+FIGURES = {
+    "pass_at_1": Figure("pass@1", 1),
+    "pass_at_4": Figure("pass@4", 1),
+    "pass_at_16": Figure("pass@16", 1),
+    "distinct_correct": Figure("distinct answers", 1),
+    "final_entropy": Figure("H at the end"),
+    "time_in_band": Figure("time in band", 1, percent=True),
+    "rms_error": Figure("RMS error", -1, percent=True),
+    "reward_cost": Figure("reward cost", -1, percent=True),
+    "extra_tokens": Figure("extra tokens", -1, percent=True),
+    "seconds": Figure("wall time, s", -1),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method."""
+
+    method: str
+    seeds: int
+    values: Mapping[str, Mapping[int, float]]  # figure -> seed -> number, where it exists
+    best: frozenset[str] = field(default_factory=frozenset)  # figures in which it beats every other method
+
+    def estimate(self, figure: str) -> tuple[float, float]:
+        """Mean and half-width of its 95 % interval over seeds; NaN where there is nothing, or nothing to tell a spread from."""
+        values = list(self.values[figure].values())
+        return (mean(values) if values else math.nan), half_width(values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return asdict(self) | {"best": sorted(self.best)}
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Half of the 95 % interval of the mean, by Student's t; NaN below two values."""
+    if len(values) < 2:
+        return math.nan
+    return _T[min(len(values) - 1, len(_T)) - 1] * stdev(values) / math.sqrt(len(values))
+
+
+def rows_of(runs: Mapping[str, Sequence[RunHistory]], baseline: str, stopped_at: Sequence[int] = ()) -> list[Row]:
+    """The table, methods in the order of ``runs`` (seed by seed, complete runs only), after the baseline as if it had stopped early.
+
+    A method is *best* in a figure where the 95 % interval of the difference to every other, over the seeds that both have, excludes 0.
+    """
+    budgets = {run.config.seed: run for run in runs[baseline]}
+    table = []
+    for method, histories in runs.items():
+        if method == baseline:
+            for steps in stopped_at:
+                early = {run.config.seed: measure(run, run, steps) for run in histories}
+                table.append(_row(f"{baseline}, {steps} steps", early))
+        found = {run.config.seed: measure(run, budgets.get(run.config.seed)) for run in histories}
+        table.append(_row(method, found))
+    return _with_best(table)
+
+
+def measure(run: RunHistory, baseline: RunHistory | None, steps: int | None = None) -> dict[str, float]:
+    """The figures of one run; NaN where one does not exist. ``steps``: as if it had been stopped after so many."""
+    last = len(run.steps) if steps is None else min(steps, len(run.steps))
+    generated = list(accumulate(sum(event["tokens"].values()) for event in run.steps))
+    budget = sum(sum(event["tokens"].values()) for event in baseline.steps) if baseline else math.inf
+    fits = [e for e in run.evaluations if e["step"] <= last and (e["step"] == 0 or generated[e["step"] - 1] <= budget)]
+    evaluation = fits[-1] if fits else {}
+    main = sum(event["tokens"]["main"] for event in run.steps[:last])
+    entropies = [value for value in run.column("entropy")[max(0, last - FINAL_STEPS) : last] if math.isfinite(value)]
+    tracking = track(*(run.column(name)[:last] for name in ("entropy", "band_low", "band_high")))
+    steered = not run.is_baseline
+    return {
+        **{f"pass_at_{k}": pass_at(evaluation, k)[0] for k in (1, 4, 16)},
+        "distinct_correct": evaluation.get("distinct_correct", math.nan),
+        "final_entropy": mean(entropies) if entropies else math.nan,
+        "time_in_band": tracking.time_in_band if steered else math.nan,
+        "rms_error": tracking.rms_error if steered else math.nan,
+        "reward_cost": _reward_cost(run, baseline) if baseline not in (None, run) else math.nan,
+        "extra_tokens": generated[last - 1] / main - 1 if main else math.nan,
+        "seconds": sum(event["seconds"]["total"] for event in run.steps[:last]),
+    }
+
+
+def _reward_cost(run: RunHistory, baseline: RunHistory) -> float:
+    """(AUC of the baseline's reward - AUC of the run's) / AUC of the baseline's, over the tokens that both have generated."""
+    budget = min(sum(sum(e["tokens"].values()) for e in each.steps) for each in (run, baseline))
+    ours, theirs = _reward_area(run, budget), _reward_area(baseline, budget)
+    return (theirs - ours) / theirs if theirs else math.nan
+
+
+def _reward_area(run: RunHistory, budget: float) -> float:
+    """Reward, summed over generated tokens up to ``budget``; the step that exceeds it counts in part."""
+    area = done = 0.0
+    for event in run.steps:
+        tokens = min(sum(event["tokens"].values()), budget - done)
+        area += tokens * (event["reward"] or 0.0)
+        done += tokens
+    return area
+
+
+def _row(method: str, found: Mapping[int, Mapping[str, float]]) -> Row:
+    values = {name: {seed: each[name] for seed, each in found.items() if math.isfinite(each[name])} for name in FIGURES}
+    return Row(method, len(found), values)
+
+
+def _with_best(table: Sequence[Row]) -> list[Row]:
+    return [
+        Row(row.method, row.seeds, row.values, frozenset(name for name in FIGURES if _beats_all(row, table, name)))
+        for row in table
+    ]
+
+
+def _beats_all(row: Row, table: Sequence[Row], name: str) -> bool:
+    others = [other for other in table if other is not row and other.values[name]]
+    better = FIGURES[name].better
+    return bool(better and others and row.values[name]) and all(
+        _difference_excludes_zero(row.values[name], other.values[name], better) for other in others
+    )
+
+
+def _difference_excludes_zero(ours: Mapping[int, float], theirs: Mapping[int, float], better: int) -> bool:
+    """Paired by seed."""
+    differences = [better * (ours[seed] - theirs[seed]) for seed in ours.keys() & theirs.keys()]
+    width = half_width(differences)
+    return math.isfinite(width) and mean(differences) > width
+
+
+def cell_text(name: str, value: float, width: float) -> str:
+    """One cell: mean and half-width, in the figure's own unit."""
+    if not math.isfinite(value):
+        return "-"
+    figure = FIGURES[name]
+    digits, factor, unit = (1, 100, " %") if figure.percent else (1 if name == "seconds" else 3, 1, "")
+    spread = f" ± {width * factor:.{digits}f}" if math.isfinite(width) else ""
+    return f"{value * factor:.{digits}f}{spread}{unit}"
+
+
+def markdown(table: Sequence[Row]) -> str:
+    """The table for a page."""
+    lines = [
+        "| method | seeds | " + " | ".join(figure.title for figure in FIGURES.values()) + " |",
+        "|---|---|" + "---|" * len(FIGURES),
+    ]
+    for row in table:
+        texts = [(name, cell_text(name, *row.estimate(name))) for name in FIGURES]
+        cells = [f"**{text}**" if name in row.best else text for name, text in texts]
+        lines.append(f"| {row.method} | {row.seeds} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

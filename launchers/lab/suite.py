@@ -1,0 +1,86 @@
+"""A suite: one task and budget, and the methods that are compared on it. Kept in ``configs/lab/``, as strict as a run's configuration."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from omegaconf import MISSING
+
+from pipeline.config.errors import ConfigError, Problem
+from pipeline.config.load import PACKAGED, config_hash, load, load_config
+from pipeline.config.schema import RunConfig, key
+
+
+@dataclass
+class SuiteConfig:
+    """One comparison."""
+
+    title: str = key("", "heading of the report")
+    base: str = key(MISSING, "recipe that every run starts from")
+    overrides: list[str] = key([], "key=value of every run; a method's own come after them")
+    methods: list[str] = key([], "names of methods, see `isentrope lab methods`")
+    baseline: str = key("grpo", "the method that the others are measured against: its tokens are the budget")
+    stopped_at: list[int] = key([], "steps after which the baseline is shown as if it had been stopped there")
+    seeds: int = key(3, "runs of each method, with seeds 0, 1, ...")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the matrix."""
+
+    method: str
+    seed: int
+    config: RunConfig
+
+
+def load_suite(name: str, known: Mapping[str, Sequence[str]]) -> SuiteConfig:
+    """The suite of a YAML file, or the packaged one called ``name``. ``known``: overrides of every method that can be run.
+
+    Raises ``ConfigError``.
+    """
+    packaged = PACKAGED / "lab" / f"{name}.yaml"
+    return load(SuiteConfig, packaged if packaged.is_file() else Path(name), [], lambda s: list(_problems(s, known)))
+
+
+def chosen(
+    suite: SuiteConfig, methods: Sequence[str], seeds: int | None, known: Mapping[str, Sequence[str]]
+) -> SuiteConfig:
+    """The suite with other methods (the baseline always among them) or another number of seeds. Raises ``ConfigError``."""
+    wanted = replace(suite, methods=list(methods or suite.methods), seeds=suite.seeds if seeds is None else seeds)
+    if suite.baseline not in wanted.methods:
+        wanted.methods.insert(0, suite.baseline)
+    problems = list(_problems(wanted, known))
+    if problems:
+        raise ConfigError.of(problems)
+    return wanted
+
+
+def cells(suite: SuiteConfig, known: Mapping[str, Sequence[str]], out: Path) -> list[Cell]:
+    """Every run of the suite, seeds outermost, so that a matrix broken off early compares all methods on few seeds.
+
+    A run's folder carries the hash of its configuration: what has been computed once is never computed again, and what has changed
+    never taken for it. Raises ``ConfigError`` where a method does not go with the task.
+    """
+    return [_cell(suite, method, seed, known, out) for seed in range(suite.seeds) for method in suite.methods]
+
+
+def _cell(suite: SuiteConfig, method: str, seed: int, known: Mapping[str, Sequence[str]], out: Path) -> Cell:
+    overrides = [*suite.overrides, *known[method], f"seed={seed}", f"name={method}"]
+    config = load_config(Path(suite.base), overrides)
+    folder = out / f"{method}-s{seed}-{config_hash(config)[:10]}"
+    return Cell(method, seed, replace(config, run_dir=str(folder.resolve())))
+
+
+def _problems(suite: SuiteConfig, known: Mapping[str, Sequence[str]]) -> Iterator[Problem]:
+    for name in [*suite.methods, suite.baseline]:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            remedy = f"did you mean {near!r}? `isentrope lab methods` lists those that can be run"
+            yield Problem("methods", name, "is not a method that can be run", remedy)
+    if suite.seeds < 1:
+        yield Problem("seeds", suite.seeds, "there must be at least one run of each method", "use 3 or more")
+    if not suite.methods:
+        yield Problem("methods", [], "there is nothing to compare", "name some, e.g. [grpo, isentrope_reweight]")

@@ -1,0 +1,150 @@
+"""The laboratory: suites, the table's arithmetic, and a real matrix of two tiny runs."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from launchers.lab.figures import half_width, markdown, measure, rows_of
+from launchers.lab.matrix import is_complete, run_matrix
+from launchers.lab.report import write_report
+from launchers.lab.suite import SuiteConfig, cells, chosen, load_suite
+from pipeline.config.errors import ConfigError
+from pipeline.config.load import load_config
+from pipeline.monitoring.summary import RunHistory
+
+KNOWN = {"grpo": ["entropy.controller=none"], "pi": [], "twice": ["entropy.actuator=resample"]}
+
+
+def history(method="pi", seed=0, rewards=(0.2, 0.4), tokens=(100, 0), pass_at_16=(0.9, 0.8), entropy=0.3):
+    """A run of len(rewards) steps that was evaluated after each."""
+    overrides = [*KNOWN[method], f"seed={seed}", f"name={method}"]
+    config = load_config(Path("recipe/pm4.yaml"), overrides, check=False)
+    events = []
+    for step, (reward, share) in enumerate(zip(rewards, pass_at_16, strict=True)):
+        events.append(
+            {
+                "kind": "step",
+                "step": step,
+                "entropy": entropy,
+                "band_low": 0.27,
+                "band_high": 0.33,
+                "reward": reward,
+                "tokens": dict(zip(("main", "auxiliary"), tokens, strict=True)),
+                "seconds": {"total": 2.0},
+            }
+        )
+        estimate = {"value": share, "low": share, "high": share}
+        events.append({"kind": "evaluation", "step": step + 1, "pass_at_k": {"16": estimate}, "distinct_correct": 3.0})
+    return RunHistory(Path("nowhere"), config, events, [])
+
+
+def test_figures_of_one_run_by_hand():
+    baseline = history("grpo", rewards=(0.5, 0.5))
+    found = measure(history("twice", rewards=(0.2, 0.4), tokens=(100, 50)), baseline)
+    assert found["pass_at_16"] == 0.9  # after step 1: 150 tokens; after step 2 it has 300, the baseline 200
+    assert found["extra_tokens"] == pytest.approx(0.5)
+    # Over 200 tokens: 150 at 0.2 and 50 at 0.4, against 200 at 0.5.
+    assert found["reward_cost"] == pytest.approx((100 - (150 * 0.2 + 50 * 0.4)) / 100)
+    assert found["time_in_band"] == 1.0
+    assert found["seconds"] == 4.0
+    assert math.isnan(found["pass_at_1"])
+    assert math.isnan(measure(baseline, baseline)["time_in_band"])
+    assert math.isnan(measure(baseline, baseline)["reward_cost"])
+
+
+def test_the_interval_is_students():
+    assert math.isnan(half_width([1.0]))
+    assert half_width([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3))
+
+
+def test_rows_show_the_baseline_stopped_early_too():
+    rows = rows_of({"grpo": [history("grpo", seed=s) for s in range(3)]}, "grpo", [1])
+    assert [row.method for row in rows] == ["grpo, 1 steps", "grpo"]
+    assert rows[0].estimate("pass_at_16")[0] == pytest.approx(0.9)
+    assert rows[1].estimate("pass_at_16")[0] == pytest.approx(0.8)
+
+
+def compared(ours, theirs):
+    runs = {
+        "grpo": [history("grpo", seed, pass_at_16=(0.1, value)) for seed, value in enumerate(theirs)],
+        "pi": [history("pi", seed, pass_at_16=(0.1, value)) for seed, value in enumerate(ours)],
+    }
+    return {row.method: row for row in rows_of(runs, "grpo")}
+
+
+def test_bold_only_where_the_interval_says_so():
+    clear = compared([0.91, 0.92, 0.93], [0.81, 0.82, 0.83])
+    assert "pass_at_16" in clear["pi"].best
+    assert "pass_at_16" not in clear["grpo"].best
+    assert "**0.920 ± 0.025**" in markdown(list(clear.values()))
+    noise = compared([0.9, 0.7, 0.95], [0.8, 0.85, 0.8])
+    assert not any("pass_at_16" in row.best for row in noise.values())
+    assert not any("pass_at_16" in row.best for row in compared([0.9], [0.1]).values())  # one seed proves nothing
+
+
+def test_seeds_are_paired_by_their_number():
+    runs = {
+        "grpo": [history("grpo", seed, pass_at_16=(0, value)) for seed, value in enumerate([0.5, 0.6, 0.9])],
+        "pi": [history("pi", seed, pass_at_16=(0, value)) for seed, value in ((1, 0.61), (2, 0.91), (0, 0.51))],
+    }
+    assert "pass_at_16" in {row.method: row for row in rows_of(runs, "grpo")}["pi"].best
+
+
+def test_cells_are_named_by_what_they_compute(tmp_path):
+    suite = SuiteConfig(base="recipe/pm4.yaml", methods=["grpo", "pi"], seeds=2)
+    matrix = cells(suite, KNOWN, tmp_path)
+    assert [(cell.method, cell.seed) for cell in matrix] == [("grpo", 0), ("pi", 0), ("grpo", 1), ("pi", 1)]
+    longer = cells(SuiteConfig(base="recipe/pm4.yaml", methods=["pi"], overrides=["steps=7"]), KNOWN, tmp_path)[0]
+    assert len({cell.config.run_dir for cell in [*matrix, longer]}) == 5
+    assert longer.config.steps == 7
+
+
+@pytest.mark.parametrize(
+    ("methods", "seeds", "said"),
+    [(["grpp"], None, "did you mean 'grpo'"), ([], 0, "at least one run"), (["pi"], 1, "")],
+)
+def test_a_choice_is_checked_and_keeps_the_baseline(methods, seeds, said):
+    suite = SuiteConfig(base="recipe/pm4.yaml", methods=["grpo"])
+    if said:
+        with pytest.raises(ConfigError, match=said):
+            chosen(suite, methods, seeds, KNOWN)
+    else:
+        assert chosen(suite, methods, seeds, KNOWN).methods == ["grpo", "pi"]
+
+
+def test_a_suite_is_strict(tmp_path):
+    path = tmp_path / "s.yaml"
+    path.write_text("base: recipe/pm4.yaml\nmethod: [grpo]\n")
+    with pytest.raises(ConfigError, match="did you mean methods"):
+        load_suite(str(path), KNOWN)
+
+
+def test_a_matrix_runs_once_and_reports(tmp_path):
+    common = [
+        "steps=2",
+        "runtime=inline",
+        "learner.tensor_model_parallel_size=1",
+        "monitoring.progress=false",
+        "evaluation.at_start=false",
+        "evaluation.prompts=4",
+        "evaluation.samples=16",
+    ]
+    suite = SuiteConfig(base="recipe/pm4.yaml", overrides=common, methods=["grpo", "pi"], seeds=1)
+    known = {"grpo": KNOWN["grpo"], "pi": ["data.verifier=tests_nowhere:no"]}
+    matrix = cells(suite, known, tmp_path)
+    outcomes = run_matrix(matrix, 1, lambda outcome: None)
+    assert {o.cell.method: o.computed and not o.error for o in outcomes} == {"grpo": True, "pi": False}
+    assert "tests_nowhere" in next(o.error for o in outcomes if o.error)
+    assert [is_complete(Path(cell.config.run_dir)) for cell in matrix] == [True, False]
+    again = run_matrix(matrix[:1], 1, lambda outcome: None)
+    assert [o.computed for o in again] == [False]
+    result = write_report(suite, matrix, outcomes, tmp_path)
+    assert [row["method"] for row in result["rows"]] == ["grpo"]
+    assert [f["method"] for f in result["failed"]] == ["pi"]
+    assert json.loads((tmp_path / "lab.json").read_text()) == json.loads(json.dumps(result))
+    page = (tmp_path / "lab.html").read_text()
+    assert "tests_nowhere" in page
+    assert "<svg" in page
+    assert (tmp_path / "lab.png").read_bytes()[:4] == b"\x89PNG"
