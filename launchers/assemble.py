@@ -68,24 +68,31 @@ def train(config: RunConfig, resume: Path | None = None) -> dict[str, Any]:
 
 def evaluate(config: RunConfig, run: Path | None = None) -> dict[str, Any]:
     """pass@k and friends of the Hugging Face model, or of the newest checkpoint of ``run``, at the model's own precision."""
-    config = replace(config, rollout=replace(config.rollout, weight_dtype="auto"))
-    checkpoint = _checkpoints(run.resolve(), config).latest() if run else None
-    if run and not checkpoint:
-        raise CheckpointError(f"{run} holds no complete checkpoint; evaluate its model with --config instead")
     with ExitStack() as stack:
         tokenizer = load_tokenizer(_hf_path(config))
         prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
         verifier = VerifierStage(config.data, tokenizer)
         stack.callback(verifier.close)
-        engine = start_engines(config, Path(stack.enter_context(TemporaryDirectory())), stack)
-        step = 0
-        if checkpoint:
-            learner = start_learner(config, stack)
-            learner.restore(checkpoint.learner)
-            step = checkpoint.step
-            push_weights(learner, engine, step)
+        engine, step = serve(config, run, stack)
         result = evaluate_engine(engine.generate, verifier, prompts.held_out, config, step)
         return {"model": config.model.hf_path, "run": str(run) if run else None, "step": step, **result.to_dict()}
+
+
+def serve(config: RunConfig, run: Path | None, stack: ExitStack) -> tuple[EnginePool, int]:
+    """Engines with the weights of the Hugging Face model, or of the newest checkpoint of ``run``, and the updates behind these.
+
+    Weights are served at the model's own precision. Raises ``CheckpointError`` when ``run`` has no complete checkpoint.
+    """
+    config = replace(config, rollout=replace(config.rollout, weight_dtype="auto"))
+    checkpoint = _checkpoints(run.resolve(), config).latest() if run else None
+    if run and not checkpoint:
+        raise CheckpointError(f"{run} holds no complete checkpoint; evaluate its model with --config instead")
+    engine = start_engines(config, Path(stack.enter_context(TemporaryDirectory())), stack)
+    if checkpoint:
+        learner = start_learner(config, stack)
+        learner.restore(checkpoint.learner)
+        push_weights(learner, engine, checkpoint.step)
+    return engine, checkpoint.step if checkpoint else 0
 
 
 def build_loop(config: RunConfig, recorder: Recorder, stack: ExitStack) -> TrainingLoop:

@@ -48,6 +48,7 @@ class GenerateRequest:
     temperature: float
     max_new_tokens: int
     role: Role = Role.MAIN
+    top_p: float = 1.0  # only the likeliest tokens that make up this share; below 1 for benchmarks alone: what is trained on is not truncated
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import typer
 import typer.main
 
 from launchers.cli import (
+    benchmark_cmd,
     config_cmd,
     convert_cmd,
     doctor_cmd,
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 app.command("train")(train_cmd.train)
 app.command("evaluate")(evaluate_cmd.evaluate)
+app.add_typer(benchmark_cmd.app, name="benchmark")
 app.command("report")(report_cmd.report)
 app.add_typer(launch_cmd.app, name="launch")
 app.add_typer(jobs_cmd.app, name="jobs")

@@ -188,7 +188,7 @@ class DataConfig:
         [], "[[question, answer], ...] put before every prompt as earlier turns (few-shot); needs chat_template"
     )
     verifier: str = key(
-        "auto", "auto: the source's own | exact | math | reasoning_gym | countdown | module:function, your own"
+        "auto", "auto: the source's own | exact | math | choice | reasoning_gym | countdown | module:function, your own"
     )
     verifier_timeout_s: float = key(
         5.0, "seconds one verification may take; then the sample is marked and gets reward 0"

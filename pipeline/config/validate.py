@@ -38,7 +38,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rollout.weight_dtype": ("auto", "fp8"),
     "rollout.sglang.dtype": ("auto", "float32", "bfloat16"),
     "data.source.kind": ("countdown", "reasoning_gym", "jsonl"),
-    "data.verifier": ("auto", "exact", "math", "reasoning_gym", "countdown"),
+    "data.verifier": ("auto", "exact", "math", "reasoning_gym", "countdown", "choice"),
     "objective.advantage": ("grpo", "dr_grpo"),
     "objective.correction.kind": ("none", "tis", "mis"),
     "objective.correction.level": ("token", "sequence"),

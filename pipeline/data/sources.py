@@ -40,7 +40,7 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer, *, max_prompt_tokens:
     held_out: list[Prompt] = []
     dropped = 0
     for question in _questions(config):
-        prompt = _prompt(question, config, tokenizer)
+        prompt = to_prompt(question, config, tokenizer)
         if len(prompt.token_ids) > max_prompt_tokens:
             dropped += 1
             continue
@@ -102,7 +102,7 @@ def _countdown_questions(name: str, share: float) -> list[Question]:
     ]
 
 
-def _prompt(question: Question, config: DataConfig, tokenizer: Tokenizer) -> Prompt:
+def to_prompt(question: Question, config: DataConfig, tokenizer: Tokenizer) -> Prompt:
     """Tokenize: plain text as it is, a conversation (or any text with ``chat_template``) through the chat template."""
     if question.messages or config.chat_template:
         messages = question.messages or ({"role": "user", "content": question.text},)

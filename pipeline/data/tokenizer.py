@@ -30,7 +30,7 @@ class Tokenizer:
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a plain text, with the special tokens (e.g. a BOS) that the model expects around it."""
-        return tuple(self._backend.encode(text).ids)
+        return self._ids(text, special=True)
 
     def decode_batch(self, sequences: Sequence[np.ndarray]) -> list[str]:
         """Text of each int array [n], without special tokens."""
@@ -60,7 +60,13 @@ class Tokenizer:
 
     def encode_rendered(self, text: str) -> tuple[int, ...]:
         """Token ids of a text that already holds its special tokens (the output of ``render_chat``)."""
-        return tuple(self._backend.encode(text, add_special_tokens=False).ids)
+        return self._ids(text, special=False)
+
+    def _ids(self, text: str, *, special: bool) -> tuple[int, ...]:
+        try:
+            return tuple(self._backend.encode(text, add_special_tokens=special).ids)
+        except Exception as error:  # the library knows no narrower one
+            raise DataError(f"the tokenizer of {self.folder} cannot encode {text[:60]!r}: {error}") from error
 
     @cached_property
     def _chat(self) -> Any:

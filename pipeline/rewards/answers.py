@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_SAID = re.compile(r"answer\s+is:?\s*(\S+)", re.IGNORECASE)
+_LETTER = re.compile(r"(?:^|[^A-Za-z])([A-T])(?:$|[^A-Za-z])")
 _LATEX_NOISE = re.compile(r"\s+|\$|\\left|\\right|\\[!,;]")
 
 
@@ -15,6 +17,8 @@ def canonical_answer(verifier: str, text: str) -> str:
     """What the response ``text`` answers, as ``verifier`` would read it."""
     if verifier == "math":
         return _math_answer(text)
+    if verifier == "choice":
+        return _chosen_letter(text)
     if verifier == "reasoning_gym":
         return tagged_answer(text)
     return " ".join(text.split())
@@ -38,6 +42,14 @@ def boxed_answer(text: str) -> str | None:
         if depth == 0:
             return text[start + len(r"\boxed{") : position]
     return None
+
+
+def _chosen_letter(text: str) -> str:
+    """The capital letter in the last box, else after the last "answer is"; "" where there is none."""
+    boxed = boxed_answer(text)
+    said = [boxed] if boxed is not None else [match[1] for match in _SAID.finditer(text)][-1:]
+    found = _LETTER.search(said[0]) if said else None
+    return found[1] if found else ""
 
 
 def _math_answer(text: str) -> str:

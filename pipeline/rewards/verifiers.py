@@ -77,13 +77,23 @@ class MathVerifier:
 
     def score(self, prompt: Prompt, text: str) -> float:
         """Raises ``ValueError`` when the reference answer is not mathematics. Time is bounded by the caller only."""
-        gold = self._parse(str(prompt.answer)) or self._parse(f"${prompt.answer}$")
+        # Undelimited LaTeX would be read in part: 3\sqrt{2} as 3.
+        answer = str(prompt.answer)
+        gold = (self._parse(f"${answer}$") if "$" not in answer else []) or self._parse(answer)
         if not gold:
             raise ValueError(f"answer {prompt.answer!r} is no mathematical expression")
         return float(self._library.verify(gold, self._parse(text), timeout_seconds=None))
 
     def _parse(self, text: str) -> list[Any]:
         return self._library.parse(text, parsing_timeout=None)
+
+
+class ChoiceVerifier:
+    r"""1 when the letter that the response ends on is ``answer``: the last ``\boxed{}``, else what follows the last "answer is"."""
+
+    def score(self, prompt: Prompt, text: str) -> float:
+        """Linear in the text."""
+        return float(canonical_answer("choice", text) == str(prompt.answer).strip().upper())
 
 
 class ReasoningGymVerifier:
@@ -119,11 +129,12 @@ class FunctionVerifier:
 _VERIFIERS: dict[str, Callable[[], Verifier]] = {
     "exact": ExactVerifier,
     "math": MathVerifier,
+    "choice": ChoiceVerifier,
     "reasoning_gym": ReasoningGymVerifier,
     "countdown": CountdownVerifier,
 }
 # Time linear in the text and no foreign code: these need no process of their own to be safe.
-INLINE = frozenset({"exact", "countdown"})
+INLINE = frozenset({"exact", "countdown", "choice"})
 _LIBRARIES = {"math": "math_verify", "reasoning_gym": "reasoning_gym"}
 
 

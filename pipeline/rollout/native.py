@@ -15,7 +15,7 @@ from pipeline.data.special_tokens import eos_token_ids
 from pipeline.rollout import hf_folder
 from pipeline.rollout.decoder import Decoder, DecoderConfig, KeyValues
 from pipeline.rollout.engine import EngineError, WeightUpdateError
-from pipeline.rollout.sampling import draw, uniforms
+from pipeline.rollout.sampling import draw, nucleus, uniforms
 from pipeline.rollout.update_session import UpdateSession
 from pipeline.types import EngineHealth, GenerateRequest, Sample, SampleGroup, WeightBucket, WeightSpan
 
@@ -77,7 +77,7 @@ class NativeEngine:
                 raise EngineError(f"native engine: {self._refusal()}")
             self._abort.clear()
             rows = [
-                _Row(request.prompt.token_ids, seed, request.temperature, request.max_new_tokens)
+                _Row(request.prompt.token_ids, seed, request.temperature, request.max_new_tokens, request.top_p)
                 for request in requests
                 for seed in request.seeds
             ]
@@ -165,6 +165,7 @@ class _Row:
     seed: int
     temperature: float
     limit: int  # new tokens, at most
+    top_p: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -202,6 +203,7 @@ def _decode(decoder: Decoder, rows: Sequence[_Row], eos: tuple[int, ...], abort:
     limits = torch.tensor([row.limit for row in rows])
     longest = int(limits.max())
     temperatures = torch.tensor([row.temperature for row in rows], dtype=torch.float32)[:, None]
+    shares = torch.tensor([row.top_p for row in rows], dtype=torch.float32)[:, None]
     numbers = uniforms(torch.tensor([row.seed for row in rows], dtype=torch.int64), longest)
     stop_tokens = torch.tensor(eos, dtype=torch.int64)
     batch = _prefill(decoder, [row.prompt for row in rows], longest)
@@ -212,7 +214,7 @@ def _decode(decoder: Decoder, rows: Sequence[_Row], eos: tuple[int, ...], abort:
     running = torch.ones(len(rows), dtype=torch.bool)  # per line of the batch
     for t in range(longest):
         scaled = (batch.logits / temperatures).log_softmax(-1)
-        token = draw(scaled, numbers[:, t])
+        token = draw(nucleus(scaled, shares), numbers[:, t])
         tokens[live, t] = token
         log_probs[live, t] = scaled.gather(1, token[:, None]).squeeze(1)
         lengths[live] += running
@@ -224,7 +226,7 @@ def _decode(decoder: Decoder, rows: Sequence[_Row], eos: tuple[int, ...], abort:
         if 2 * remaining <= len(live):
             keep = running.nonzero().squeeze(1)
             live, running, token, limits = live[keep], running[keep], token[keep], limits[keep]
-            temperatures, numbers = temperatures[keep], numbers[keep]
+            temperatures, numbers, shares = temperatures[keep], numbers[keep], shares[keep]
             batch.keep(keep)
         batch.advance(decoder, token, t)
     return _cut(rows, tokens, log_probs, lengths, stopped)

@@ -40,3 +40,16 @@ def draw(log_probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     threshold = uniform * cumulative[:, -1]
     tokens = torch.searchsorted(cumulative, threshold[:, None], right=True).squeeze(1)
     return tokens.clamp_(max=log_probs.shape[1] - 1)
+
+
+def nucleus(log_probs: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    """Leave of ``[rows, vocab]`` only the likeliest tokens that make up each row's share ``[rows, 1]`` (Holtzman et al., 1904.09751, 3.1).
+
+    The token that crosses the share is kept, the others become ``-inf``; not normalised again. Shares of 1 change nothing.
+    """
+    if bool((shares >= 1).all()):
+        return log_probs
+    ordered, order = log_probs.sort(-1, descending=True)
+    before = ordered.exp().cumsum(-1) - ordered.exp()
+    dropped = torch.zeros_like(log_probs, dtype=torch.bool).scatter(-1, order, (before > shares) & (shares < 1))
+    return log_probs.masked_fill(dropped, -torch.inf)

@@ -246,6 +246,7 @@ class SglangEngine:
     def _sampling_params(self, request: GenerateRequest, seed: int) -> dict[str, Any]:
         return {
             "temperature": request.temperature,
+            "top_p": request.top_p,
             "max_new_tokens": request.max_new_tokens,
             "stop_token_ids": list(self._eos),
             "sampling_seed": seed,

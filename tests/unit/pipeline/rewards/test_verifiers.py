@@ -78,6 +78,8 @@ def test_countdown_never_raises_on_any_text(text):
         ("0.5", r"So it is \boxed{\frac{1}{2}}.", 1),
         (r"$\frac{1}{2}$", "0.5", 1),
         (r"\frac{1}{2}", "The answer is 1/2", 1),
+        (r"3\sqrt{2}", r"\boxed{3\sqrt{2}}", 1),
+        (r"3\sqrt{2}", r"\boxed{3}", 0),
         (3, r"\boxed{4}", 0),
         ("3", "no idea", 0),
     ],

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.rollout.sampling import draw, uniforms
+from pipeline.rollout.sampling import draw, nucleus, uniforms
 
 MASK = 2**64 - 1
 
@@ -47,3 +47,11 @@ def test_draw_never_takes_an_impossible_token(uniform):
     log_probs = torch.tensor([[-torch.inf, 0.4, 0.6, -torch.inf]])
     log_probs[0, 1:3] = log_probs[0, 1:3].log()
     assert int(draw(log_probs, torch.tensor([uniform], dtype=torch.float64))) in (1, 2)
+
+
+def test_nucleus_keeps_the_likeliest_tokens_that_make_up_the_share():
+    log_probs = torch.tensor([[0.5, 0.1, 0.3, 0.1]] * 3, dtype=torch.float64).log()
+    kept = nucleus(log_probs, torch.tensor([[0.5], [0.75], [1.0]])).exp()
+    assert (kept > 0).tolist() == [[True, False, True, False], [True, False, True, False], [True] * 4]
+    assert (nucleus(log_probs, torch.tensor([[0.4]] * 3)) > -torch.inf).tolist() == [[True, False, False, False]] * 3
+    assert nucleus(log_probs, torch.ones(3, 1)) is log_probs

@@ -1,0 +1,189 @@
+"""``isentrope benchmark``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from launchers.cli.arguments import CONFIG, JSON
+from pipeline.config.load import load_config
+
+app = typer.Typer(help="Public benchmarks: AIME, MATH-500, GPQA, MMLU-Pro and others.", no_args_is_help=True)
+NAMES = typer.Argument(..., metavar="NAME...", help="Benchmarks, see `isentrope benchmark list`.")
+OUT = typer.Option(Path("runs/benchmark"), "--out", "-o", help="Folder of answers and figures.")
+
+
+@app.command("list")
+def list_benchmarks(as_json: bool = JSON) -> None:
+    """Show every benchmark: questions, source, licence, grader.
+
+    Example:
+
+      isentrope benchmark list
+    """
+    from pipeline.evaluation.benchmarks import BENCHMARKS
+
+    rows = [
+        {
+            "name": name,
+            "title": found.title,
+            "questions": found.size,
+            "source": f"{found.dataset or 'shipped'} {found.subset}".strip(),
+            "licence": found.licence,
+            "grader": found.verifier,
+        }
+        for name, found in BENCHMARKS.items()
+    ]
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    table = Table(*rows[0], box=None, header_style="bold")
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    Console().print(table)
+    typer.echo("Licences as known to us; read the source's own page before you use or pass data on.")
+
+
+@app.command("fetch")
+def fetch(names: list[str] = NAMES, data: Path = typer.Option(..., "--data", help="Folder to write to.")) -> None:
+    """Save benchmarks as local files, for machines without a network (through the datasets library).
+
+    Example:
+
+      isentrope benchmark fetch aime24 aime25 math500 --data benchmarks
+    """
+    from pipeline.evaluation import benchmarks
+
+    for name in names:
+        typer.echo(f"wrote {benchmarks.fetch(name, data)}")
+
+
+@app.command("run")
+def run(
+    names: list[str] = NAMES,
+    config: Path | None = CONFIG,
+    overrides: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Overrides of the configuration."),
+    of_run: Path | None = typer.Option(None, "--run", metavar="RUN", help="Run folder: its newest checkpoint."),
+    data: Path | None = typer.Option(None, "--data", help="Folder with <name>.jsonl; default: the datasets library."),
+    offline: bool = typer.Option(
+        False, "--offline", help="Only the small shipped samples, no network: sample_math, sample_choice."
+    ),
+    out: Path = OUT,
+    decoding: str = typer.Option(
+        "avg", "--decoding", help="avg (T 0.6, top_p 0.95, 32 samples) | pass (T 1, untruncated, 64)."
+    ),
+    samples: int | None = typer.Option(None, "--samples", min=1, help="Samples per question; default: the decoding's."),
+    shard: str = typer.Option(
+        "0/1", "--shard", metavar="I/N", help="Part I (from 0) of N of every benchmark's questions."
+    ),
+    as_json: bool = JSON,
+) -> None:
+    """Answer benchmarks and print avg@n, pass@k and maj@k with 95 % intervals, beside what papers report.
+
+    May be stopped and started again: answered questions are kept. Shards may run on different machines with one --out.
+
+    Examples:
+
+      isentrope benchmark run aime24 math500 --config recipe/qwen3-32b.yaml --data benchmarks
+
+      isentrope benchmark run gpqa_diamond --run runs/pi --decoding pass --samples 128 --shard 0/4
+
+      isentrope benchmark run sample_math sample_choice --offline --config recipe/smollm2_135m_cpu.yaml --samples 4
+    """
+    from pipeline.evaluation.benchmark_run import DECODINGS
+    from pipeline.evaluation.benchmarks import benchmark
+
+    if (config is None) == (of_run is None):
+        raise typer.BadParameter("give either --config FILE or --run RUN")
+    if decoding not in DECODINGS:
+        raise typer.BadParameter(f"--decoding {decoding}: use {' or '.join(DECODINGS)}")
+    for name in names:
+        if benchmark(name).dataset and offline:
+            raise typer.BadParameter(
+                f"{name} is not shipped: with --offline use sample_math or sample_choice, or give --data without --offline"
+            )
+    resolved = load_config(of_run / "config.yaml" if of_run else config, overrides)
+    from launchers.benchmark import Shard, answer_benchmarks, results  # torch, Ray
+
+    try:
+        part = Shard.parse(shard)
+    except ValueError:
+        raise typer.BadParameter(f"--shard {shard}: must read I/N with 0 <= I < N, e.g. 0/4") from None
+    with _Progress() as progress:
+        answer_benchmarks(names, resolved, of_run, data, out, decoding, samples, part, progress.show)
+    _print([entry for entry in results(out) if entry["benchmark"] in names], as_json)
+
+
+@app.command("report")
+def report(out: Path = OUT, as_json: bool = JSON) -> None:
+    """Print the figures of everything answered under a folder, all shards together.
+
+    Example:
+
+      isentrope benchmark report --out runs/benchmark --json
+    """
+    from launchers.benchmark import results
+
+    _print(results(out), as_json)
+
+
+class _Progress:
+    """One bar per benchmark, on stderr."""
+
+    def __init__(self) -> None:
+        from rich.progress import Progress
+
+        self._bars = Progress(console=Console(stderr=True))
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> _Progress:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bars.stop()
+
+    def show(self, name: str, done: int, count: int) -> None:
+        """``done`` of ``count`` questions of ``name`` are answered."""
+        if name not in self._tasks:
+            self._tasks[name] = self._bars.add_task(name, total=count)
+        self._bars.update(self._tasks[name], completed=done)
+
+
+def _print(entries: list[dict[str, Any]], as_json: bool) -> None:
+    from launchers.benchmark import published
+
+    if as_json:
+        typer.echo(json.dumps([{**entry, "published": published(entry["benchmark"])} for entry in entries]))
+        return
+    table = Table("benchmark", "questions", "avg@n", "pass@k", "maj@k", "length", box=None, header_style="bold")
+    for entry in entries:
+        top = max(entry["pass_at_k"], key=int)
+        table.add_row(
+            entry["benchmark"],
+            str(entry["questions"]),
+            f"@{entry['samples']} {_percent(entry['avg'])}",
+            f"@{top} {_percent(entry['pass_at_k'][top])}",
+            f"@{top} {100 * entry['maj_at_k'][top]:.1f}",
+            f"{entry['mean_length']:.0f}",
+        )
+    Console().print(table)
+    typer.echo("percent, [95 % interval over questions and samples]")
+    for entry in entries:
+        _print_published(published(entry["benchmark"]), entry["benchmark"])
+    _print_published(published(""), "averages")
+
+
+def _print_published(entries: list[dict[str, Any]], title: str) -> None:
+    for entry in entries:
+        figures = ", ".join(f"{method} {value:g}" for method, value in entry["results"].items())
+        typer.echo(f"published, {title}, {entry['model']}: {figures} ({entry['paper']}; {entry['measure']})")
+
+
+def _percent(estimate: dict[str, float]) -> str:
+    return f"{100 * estimate['value']:.1f} [{100 * estimate['low']:.1f}, {100 * estimate['high']:.1f}]"

@@ -1,0 +1,176 @@
+"""Answering a benchmark, question by question, so that it can be broken off, gone on with, and divided over machines.
+
+``<out>/<name>/responses-<i>-of-<n>.jsonl`` holds the settings in its first line, then one line per question with all its samples.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.data import DataError
+from pipeline.evaluation.metrics import distinct_correct, maj_at_k, pass_at_k, pass_interval
+from pipeline.rewards.answers import canonical_answer
+from pipeline.rewards.stage import VerifierStage
+from pipeline.seeds import sample_seed
+from pipeline.types import GenerateRequest, Prompt, Role, SampleGroup
+
+SAMPLES_PER_CALL = 4096  # what an engine is given at once; a run that is broken off loses at most these
+INTERVAL_SEED = 0
+
+# How papers decode (docs/benchmarking.md): avg@32 at T=0.6 and top_p=0.95; pass@k from the untruncated policy at T=1.
+DECODINGS = {"avg": (0.6, 0.95, 32), "pass": (1.0, 1.0, 64)}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the answers beside the questions."""
+
+    model: str
+    step: int  # updates behind the weights; 0: the model as it is
+    temperature: float
+    top_p: float
+    samples: int  # per question
+    max_new_tokens: int
+    seed: int
+
+
+Generate = Callable[[Sequence[GenerateRequest]], Sequence[SampleGroup]]
+
+
+def answer(
+    prompts: Sequence[Prompt],
+    settings: Settings,
+    file: Path,
+    generate: Generate,
+    verifier: VerifierStage,
+    done: Callable[[int], None],
+) -> None:
+    """Answer those of ``prompts`` that ``file`` does not hold yet; ``done`` is told how many questions it holds.
+
+    Raises ``DataError`` when the file was written with other settings.
+    """
+    held = {line["id"] for line in _open(file, settings)}
+    left = [prompt for prompt in prompts if prompt.id not in held]
+    done(len(prompts) - len(left))
+    size = max(1, SAMPLES_PER_CALL // settings.samples)
+    for start in range(0, len(left), size):
+        part = left[start : start + size]
+        groups = verifier.verify(generate([_request(prompt, settings) for prompt in part]))
+        with file.open("a", encoding="utf-8") as out:
+            out.writelines(json.dumps(_line(group), ensure_ascii=False) + "\n" for group in groups)
+            out.flush()
+            os.fsync(out.fileno())
+        done(len(prompts) - len(left) + start + len(part))
+
+
+def read_answers(folder: Path) -> tuple[Settings, list[dict[str, Any]]]:
+    """Settings and answers of all shards in a benchmark's folder, by question. Raises ``DataError``."""
+    files = sorted(folder.glob("responses-*.jsonl"))
+    if not files:
+        raise DataError(f"{folder} holds no responses: run `isentrope benchmark run` first")
+    heads, lines = zip(*(_read(file) for file in files), strict=True)
+    for file, head in zip(files, heads, strict=True):
+        if head != heads[0]:
+            raise DataError(
+                f"{file} was drawn with {head}, {files[0]} with {heads[0]}: they cannot be one result; remove one"
+            )
+    by_id = {line["id"]: line for part in lines for line in part}
+    return Settings(**heads[0]), sorted(by_id.values(), key=lambda line: int(line["id"].rpartition("/")[2]))
+
+
+def figures(lines: Sequence[Mapping[str, Any]], ks: Sequence[int]) -> dict[str, Any]:
+    """avg@n, pass@k and maj@k with 95 % intervals over questions and samples; ``lines`` as ``read_answers`` gives them."""
+    samples = [line["samples"] for line in lines]
+    n = len(samples[0])
+    correct = np.array([[sample["correct"] for sample in row] for row in samples])
+    answers = [[canonical_answer(line["verifier"], sample["text"]) for sample in line["samples"]] for line in lines]
+    counts = correct.sum(axis=1)
+
+    def estimate(k: int) -> dict[str, float]:
+        low, high = pass_interval(counts, n, k, seed=INTERVAL_SEED)
+        return {"value": pass_at_k(counts, n, k), "low": low, "high": high}
+
+    return {
+        "questions": len(lines),
+        "samples": n,
+        "avg": estimate(1),  # pass@1 is the share of correct samples
+        "pass_at_k": {str(k): estimate(k) for k in ks if k <= n},
+        "maj_at_k": {str(k): maj_at_k(answers, correct, k) for k in ks if k <= n},
+        "distinct_correct": distinct_correct(answers, correct),
+        "mean_length": float(np.mean([sample["tokens"] for row in samples for sample in row])),
+        "truncated": float(np.mean([sample["finish_reason"] == "length" for row in samples for sample in row])),
+        "verifier_errors": sum(bool(sample["verifier_error"]) for row in samples for sample in row),
+    }
+
+
+def _request(prompt: Prompt, settings: Settings) -> GenerateRequest:
+    seeds = tuple(
+        sample_seed(settings.seed, settings.step, prompt.id, index, Role.EVALUATION)
+        for index in range(settings.samples)
+    )
+    return GenerateRequest(
+        prompt, seeds, settings.temperature, settings.max_new_tokens, Role.EVALUATION, top_p=settings.top_p
+    )
+
+
+def _line(group: SampleGroup) -> dict[str, Any]:
+    return {
+        "id": group.prompt.id,
+        "verifier": group.prompt.verifier,
+        "answer": group.prompt.answer,
+        "samples": [
+            {
+                "text": sample.text,
+                "correct": sample.correct,
+                "tokens": len(sample.token_ids),
+                "finish_reason": sample.finish_reason,
+                "verifier_error": sample.verifier_error,
+            }
+            for sample in group.samples
+        ],
+    }
+
+
+def _open(file: Path, settings: Settings) -> list[dict[str, Any]]:
+    """What the file holds already, its torn last line cut off; a new file gets its first line."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(asdict(settings)) + "\n")
+        return []
+    content = file.read_bytes()
+    if not content.endswith(b"\n"):
+        os.truncate(file, content.rfind(b"\n") + 1)
+        if not file.stat().st_size:
+            file.unlink()
+            return _open(file, settings)
+    head, lines = _read(file)
+    if head != asdict(settings):
+        changed = ", ".join(
+            f"{name} {head.get(name)!r}, now {value!r}"
+            for name, value in asdict(settings).items()
+            if head.get(name) != value
+        )
+        raise DataError(f"{file} was begun with other settings ({changed}): choose another --out, or remove the file")
+    return lines
+
+
+def _read(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    head, *lines = _parsed(file)
+    return head, lines
+
+
+def _parsed(file: Path) -> Iterator[dict[str, Any]]:
+    for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], start=1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise DataError(
+                f"{file}:{number}: not JSON: {error}; remove the line, its question is answered again"
+            ) from error
