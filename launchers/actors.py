@@ -16,7 +16,7 @@ import ray
 import torch
 
 from launchers.ray_cluster import most_on_one_node, use_interface_of
-from launchers.roll_call import ROLL_CALL, Answering
+from launchers.roll_call import ROLL_CALL, Whereabouts, whereabouts
 from pipeline.config.schema import RunConfig
 from pipeline.ports import free_port
 from pipeline.rollout.engine import EngineError, EngineTimeoutError, RolloutEngine, WeightUpdateError
@@ -46,9 +46,13 @@ def answer(replies: Any, who: str, timeout_s: float | None = None) -> Any:
         ) from error
 
 
-@ray.remote(concurrency_groups={"control": 1})
-class LearnerRank(Answering):
-    """One process of the Megatron learner; ``control`` answers while it computes or waits for the other ranks."""
+@ray.remote
+class LearnerRank:
+    """One process of the Megatron learner."""
+
+    def whereabouts(self) -> Whereabouts:
+        """See ``launchers.roll_call``."""
+        return whereabouts()
 
     def build(self, config: RunConfig, rank: int, address: tuple[str, int], threads: int) -> None:
         """Join the other ranks. Not in ``__init__``, where Ray would hide what went wrong."""
@@ -156,11 +160,15 @@ class RayLearner:
 
 
 @ray.remote(concurrency_groups={"control": 1})
-class EngineProcess(Answering):
+class EngineProcess:
     """One rollout engine in its own process; ``control`` answers while a generation runs."""
 
     def __init__(self, build: Callable[[], RolloutEngine]) -> None:
         self.engine = build()
+
+    def whereabouts(self) -> Whereabouts:
+        """See ``launchers.roll_call``."""
+        return whereabouts()
 
     def call(self, method: str, *args: Any) -> Any:
         """Run one method of the engine, after every call queued before it."""

@@ -7,6 +7,7 @@ with, after ``factor * min_seconds``.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 import math
@@ -21,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from launchers.stacks import dump, seen_from_outside
+from launchers.stacks import children, seen_from_outside
 from pipeline.config.schema import RunConfig
 
 if TYPE_CHECKING:
@@ -107,13 +108,15 @@ class Watchdog:
         limit = stall_limit(self._stall.factor, self._least, activity.typical())
         if waited > limit and number != self._reported:
             self._reported = number
-            self._help(number, waited)
+            # In a thread of its own, so that heartbeats go on.
+            threading.Thread(target=self._help, args=(number, waited), name="help", daemon=True).start()
         self._recorder.tick(time.time())
 
     def _help(self, number: int, waited: float) -> None:
         """Stacks, an event, and the end of the process if that is wanted and nothing has moved in between."""
         recorder, at = self._recorder, self._recorder.heartbeat()
         folder = recorder.run_dir / STACKS / f"{datetime.now():%Y%m%d-%H%M%S}"
+        folder.mkdir(parents=True, exist_ok=True)
         silent = self._collect(folder)
         action = self._stall.action if recorder.activity.number == number else "report"
         doing = f"{at['activity']}{at['phase'] and ': ' + at['phase']}"
@@ -130,9 +133,11 @@ class Watchdog:
 
     def _collect(self, folder: Path) -> list[str]:
         """Stacks of all; names of those that did not answer."""
-        dump(folder / "driver.txt", children=self._others is None)
-        silent: list[str] = []
-        others = self._others
+        others, silent = self._others, list[str]()
+        with (folder / "driver.txt").open("w") as file:
+            faulthandler.dump_traceback(file)
+            if others is None:
+                file.writelines(f"\n{seen_from_outside(child)}" for child in children(os.getpid()))
         if others is not None and not within(STACKS_TIMEOUT_S, lambda: silent.extend(others.collect(folder))):
             return ["Ray"]
         return silent
