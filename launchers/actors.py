@@ -16,6 +16,7 @@ import ray
 import torch
 
 from launchers.ray_cluster import most_on_one_node, use_interface_of
+from launchers.roll_call import ROLL_CALL, Whereabouts, whereabouts
 from pipeline.config.schema import RunConfig
 from pipeline.ports import free_port
 from pipeline.rollout.engine import EngineError, EngineTimeoutError, RolloutEngine, WeightUpdateError
@@ -48,6 +49,10 @@ def answer(replies: Any, who: str, timeout_s: float | None = None) -> Any:
 @ray.remote
 class LearnerRank:
     """One process of the Megatron learner."""
+
+    def whereabouts(self) -> Whereabouts:
+        """See ``launchers.roll_call``."""
+        return whereabouts()
 
     def build(self, config: RunConfig, rank: int, address: tuple[str, int], threads: int) -> None:
         """Join the other ranks. Not in ``__init__``, where Ray would hide what went wrong."""
@@ -94,6 +99,8 @@ class RayLearner:
         self.ranks = list(ranks)
         self.owners: list[list[int]] = []  # of buckets, by round
         self.ahead: dict[int, list[Any]] = {}  # version -> its first round, already asked for
+        for i, rank in enumerate(self.ranks):
+            ROLL_CALL.add(f"learner-{i}", rank)
         hosts = self._answer([rank.host.remote() for rank in self.ranks])
         # Ranks meet at rank 0's node; on one machine without its outside address, which a container may not reach.
         host = hosts[0] if len(set(hosts)) > 1 else LOCALHOST
@@ -146,7 +153,8 @@ class RayLearner:
 
     def close(self) -> None:
         """End the rank processes."""
-        for rank in self.ranks:
+        for i, rank in enumerate(self.ranks):
+            ROLL_CALL.remove(f"learner-{i}")
             ray.kill(rank)
         self.ranks = []
 
@@ -157,6 +165,10 @@ class EngineProcess:
 
     def __init__(self, build: Callable[[], RolloutEngine]) -> None:
         self.engine = build()
+
+    def whereabouts(self) -> Whereabouts:
+        """See ``launchers.roll_call``."""
+        return whereabouts()
 
     def call(self, method: str, *args: Any) -> Any:
         """Run one method of the engine, after every call queued before it."""
@@ -203,6 +215,7 @@ class RayEngine:
     def start(self, hf_path: Path) -> None:
         """See ``pipeline.rollout.engine.RolloutEngine``."""
         self.process, self.waiting, self.sent, self.stuck = self.spawn(), [], [], ""
+        ROLL_CALL.add(self.name.replace(" ", "-"), self.process)
         self._call("start", hf_path)
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[SampleGroup]:
@@ -276,6 +289,7 @@ class RayEngine:
         if self.process is None:
             return
         actor, self.process = self.process, None
+        ROLL_CALL.remove(self.name.replace(" ", "-"))
         if not self.stuck:
             # Already dead, or stuck without anyone having noticed: the kill below ends it.
             with suppress(ray.exceptions.RayError, ray.exceptions.GetTimeoutError):

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import logging
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
@@ -17,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from launchers.placement import Placement, PlacementError, place
+from launchers.watchdog import Others, Watchdog
 from pipeline.checkpoints import Checkpoint, CheckpointError, CheckpointStore
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import resolve_path
@@ -40,19 +38,18 @@ from pipeline.types import ControlDecision
 if TYPE_CHECKING:
     from launchers.ray_cluster import Node
 
-log = logging.getLogger(__name__)
 
+def train(config: RunConfig, resume: Path | None, stop_requested: Callable[[], bool]) -> dict[str, Any]:
+    """Run training to its end, or on from ``resume`` (a run directory); returns the run's summary.
 
-def train(config: RunConfig, resume: Path | None = None) -> dict[str, Any]:
-    """Run training to its end, to a signal, or on from ``resume`` (a run directory); returns the run's summary.
-
-    SIGTERM, SIGUSR1 and ctrl-C end the step in progress, then a checkpoint is written. A run killed before its first
-    checkpoint resumes at step 0, which repeats the same steps.
+    Once ``stop_requested``, what is in progress is ended (the start, too), then a checkpoint is written. A run killed before its
+    first checkpoint resumes at step 0, which repeats the same steps.
     """
     named = Path(config.run_dir or f"runs/{config.name}-{datetime.now():%Y%m%d-%H%M%S}")
     run_dir = (resume or named).resolve()  # actors may live in another working directory
     with ExitStack() as stack:
         recorder = stack.enter_context(Recorder(run_dir, config, resumed=resume is not None))
+        stack.enter_context(Watchdog(recorder, config, _others(config)))
         checkpoint = _checkpoints(run_dir, config).latest() if resume else None
         loop = build_loop(config, recorder, stack)
         if checkpoint:
@@ -60,8 +57,6 @@ def train(config: RunConfig, resume: Path | None = None) -> dict[str, Any]:
         else:
             loop.learner.load(_hf_path(config))
         recorder.start(loop.step)
-        # Only now: Ray puts a SIGTERM handler of its own in place when it starts.
-        stop_requested = stack.enter_context(_signals())
         loop.run(stop_requested)
         return recorder.finish(completed=loop.step >= config.steps)
 
@@ -232,30 +227,18 @@ def _placed(config: RunConfig) -> tuple[list[Node], Placement]:
         raise ConfigError("learner.tensor_model_parallel_size", tensor_parallel, str(error), remedy) from error
 
 
+def _others(config: RunConfig) -> Others | None:
+    """Who else there is to ask where they stand; None: nobody."""
+    if config.runtime == "inline":
+        return None
+    from launchers.roll_call import ROLL_CALL
+
+    return ROLL_CALL
+
+
 def _hf_path(config: RunConfig) -> Path:
     return resolve_path(config.model.hf_path).resolve()
 
 
 def _checkpoints(run_dir: Path, config: RunConfig) -> CheckpointStore:
     return CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep_last)
-
-
-@contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
-    """Turn the first SIGTERM, SIGUSR1 or ctrl-C into a flag; a second one acts as usual."""
-    asked = threading.Event()
-
-    def ask(number: int, frame: object) -> None:
-        log.warning(
-            "%s: finishing this step, then saving a checkpoint (once more to stop at once)", signal.Signals(number).name
-        )
-        asked.set()
-        signal.signal(number, previous[number])
-
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    previous = {number: signal.signal(number, ask) for number in numbers}
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import signal
 import socket
 import struct
+import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -41,12 +43,14 @@ def join() -> list[Node]:
     """
     if not ray.is_initialized():
         environment.default("RAY_USAGE_STATS_ENABLED", "0")
-        address = environment.ray_address()
+        address, handler = environment.ray_address(), signal.getsignal(signal.SIGTERM)
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if address:
             ray.init(address=address, _node_ip_address=environment.own_address(address.partition(":")[0]), **quiet)
         else:
             ray.init(include_dashboard=False, **quiet)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)  # Ray puts one of its own in place, which ends the process
     expected = environment.nodes() if environment.ray_address() else 1
     deadline = time.monotonic() + NODES_TIMEOUT_S
     while len(found := _alive()) < expected:

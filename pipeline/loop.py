@@ -11,7 +11,7 @@ from pipeline.data.cursor import DataCursor
 from pipeline.entropy.controller import EntropyController
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.learner import Learner
-from pipeline.monitoring.recorder import Recorder, StepClock
+from pipeline.monitoring.recorder import Recorder
 from pipeline.objectives.batch import build_batch, needs_log_probs, positives_consumed, with_clip_cov
 from pipeline.rewards.stage import VerifierStage
 from pipeline.rollout.requests import only_fresh, step_requests
@@ -55,7 +55,7 @@ class TrainingLoop:
 
     def train_step(self) -> None:
         """Sample, verify, learn, hand the weights over, decide the next temperature."""
-        clock, decision = StepClock(), self.decision
+        clock, decision = self.recorder.clock(), self.decision
         with clock("sample"):
             prompts = self.cursor.take(self.config.rollout.prompts_per_step)
             groups = self.rollouts.generate(step_requests(prompts, decision, self.config, self.step))
@@ -86,11 +86,13 @@ class TrainingLoop:
 
     def evaluate(self) -> None:
         """pass@k on the held-out prompts with the current weights."""
+        self.recorder.begin("evaluation")
         result = evaluate(self.rollouts.generate, self.verifier, self.held_out, self.config, self.step)
         self.recorder.evaluation(self.step, result.to_dict())
 
     def save(self) -> None:
         """Checkpoint learner, controller, data cursor and the pending decision under one manifest."""
+        self.recorder.begin("checkpoint")
         state = {"step": self.step, "cursor": self.cursor.state_dict(), "controller": self.controller.state_dict()}
         self.recorder.checkpoint(
             self.checkpoints.save(self.step, state | {"decision": vars(self.decision)}, self.learner.save)

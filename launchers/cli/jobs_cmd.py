@@ -37,7 +37,7 @@ def list_jobs(as_json: bool = JSON) -> None:
 
 @app.command(epilog="Example: isentrope jobs status 4711")
 def status(job: str | None = JOB, as_json: bool = JSON) -> None:
-    """State of a job, its attempts so far, and the steps done."""
+    """State of a job, what it is at and for how long it gave no heartbeat, its attempts so far, its newest stall."""
     found = jobs.find(job)
     result = jobs.details(found, jobs.shell(found.ssh))
     if as_json:

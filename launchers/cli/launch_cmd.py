@@ -104,9 +104,9 @@ def local(
         return
     verdict, reason = supervise(resolved, run_dir, attempts)
     typer.echo(f"{verdict}: {reason}", err=True)
-    if verdict == "saved":
+    if verdict in ("saved", "cancelled"):
         typer.echo(f"go on with: isentrope launch local --resume {shlex.quote(str(run_dir))}", err=True)
-    if verdict == "failed":
+    if verdict in ("failed", "cancelled"):
         raise typer.Exit(1)
 
 

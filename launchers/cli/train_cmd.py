@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 
 from launchers.cli.arguments import CONFIG, JSON, OVERRIDES, print_result
+from launchers.signals import stop_requested
 from pipeline.config.load import load_config
 
 
@@ -29,9 +30,10 @@ def train(
     if (config is None) == (resume is None):
         raise typer.BadParameter("give either --config FILE or --resume RUN")
     resolved = load_config(resume / "config.yaml" if resume else config, overrides)
-    from launchers import assemble  # torch, Ray: only once the configuration is known to be good
+    with stop_requested() as asked:
+        from launchers import assemble  # torch, Ray: only once the configuration is known to be good
 
-    result = assemble.train(resolved, resume)
+        result = assemble.train(resolved, resume, asked)
     print_result(result, as_json)
     if result["status"] != "completed":
         done = f"stopped after {result['steps']} of {resolved.steps} steps, checkpoint saved"

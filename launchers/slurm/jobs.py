@@ -18,6 +18,7 @@ from typing import Any
 from launchers import environment
 from launchers.slurm.attempts import FILE, LAUNCH
 from launchers.slurm.cluster import SshConfig
+from launchers.watchdog import HEARTBEAT
 from pipeline.config.errors import ConfigError
 
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
@@ -111,13 +112,15 @@ def state(job: Job, run: Shell) -> dict[str, str]:
 
 
 def details(job: Job, run: Shell) -> dict[str, Any]:
-    """``state`` with the run's attempts and how many steps are done."""
+    """``state`` with the run's attempts, how many steps are done, what it is at, and its newest stall."""
     attempts = _attempts(job, run)
     steps = _output(run, f'grep -c \'"kind":"step"\' {_quoted(job, "events.jsonl")}').strip()
     return {
         "job": job.job_id,
         "run_dir": job.run_dir,
-        **state(job, run),
+        **(found := state(job, run)),
+        "heartbeat": _heartbeat(job, run) if found["state"] == "RUNNING" else {},
+        "stall": _newest_stall(job, run),
         "step_events": int(steps or 0),
         "seconds_to_first_step": _seconds_to_first_step(job, run, attempts),
         "attempts": attempts,
@@ -134,6 +137,22 @@ def cancel(job: Job, run: Shell, *, now: bool) -> None:
             run(f"scancel --batch --signal=TERM {other.job_id}")  # to the job script, which tells the run
         elif there not in (*OVER, "UNKNOWN"):
             run(f"scancel {other.job_id}")
+
+
+def _heartbeat(job: Job, run: Shell) -> dict[str, Any]:
+    """How old the newest heartbeat is, by the cluster's clock, and what it says; empty before the first."""
+    *beats, now = _output(run, f"cat {_quoted(job, HEARTBEAT)}; date +%s.%N").splitlines()
+    if not beats:
+        return {}
+    beat = json.loads(beats[0])
+    return {"seconds_ago": round(float(now) - beat.pop("time"), 1), **beat}
+
+
+def _newest_stall(job: Job, run: Shell) -> dict[str, Any]:
+    """What the event of the newest stall says; empty if there was none."""
+    line = _output(run, f'grep \'"kind":"stall"\' {_quoted(job, "events.jsonl")} | tail -n 1')
+    wanted = ("time", "step", "activity", "phase", "seconds", "silent", "action")
+    return {name: value for name, value in json.loads(line or "{}").items() if name in wanted}
 
 
 def _seconds_to_first_step(job: Job, run: Shell, attempts: list[dict[str, Any]]) -> dict[str, float]:

@@ -20,12 +20,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from launchers import environment
 from launchers.slurm.attempts import LAUNCH, AttemptLog, Progress, gives_up, progress
+from launchers.watchdog import Supervision
 from pipeline.config.load import load_config
 from pipeline.monitoring.events import FILE_NAME
 
@@ -72,24 +73,38 @@ def first_node(run_dir: Path, attempt_dir: Path, address: str) -> tuple[str, str
 
 
 def train(
-    run_dir: Path, attempt_dir: Path, config: Path, head: subprocess.Popen[bytes] | None = None, address: str = ""
+    run_dir: Path,
+    attempt_dir: Path,
+    config: Path,
+    head: subprocess.Popen[bytes] | None = None,
+    address: str = "",
+    signals: Sequence[int] = (),
 ) -> tuple[str, str]:
-    """Run ``isentrope train`` to its end, or until Ray's ``head`` dies; verdict and reason.
+    """Run ``isentrope train`` to its end, until it hangs or Ray's ``head`` dies; verdict and reason.
 
     ``config`` is used for a run that has not begun, and says how many steps it has. ``attempt_dir`` gets ``driver.pid``.
+    ``signals`` may grow: they are handed on to the training process.
     """
-    steps = load_config(config, check=False).steps
+    wanted = load_config(config, check=False)
+    steps = wanted.steps
     begun = (run_dir / FILE_NAME).exists() and (run_dir / "config.yaml").exists()
     source = ["--resume", str(run_dir), f"steps={steps}"] if begun else ["--config", str(config)]
     where = [] if begun else [f"run_dir={json.dumps(str(run_dir))}"]
     command = [sys.executable, "-m", "launchers.cli.main", "train", *source, *where]
     driver = subprocess.Popen(command, env=environment.child(**({"RAY_ADDRESS": address} if address else {})))
     (attempt_dir / DRIVER).write_text(str(driver.pid))
+    supervision, handed_on = Supervision(run_dir, driver.pid, wanted), 0
     while driver.poll() is None:
+        reason = supervision.complaint()
         if head is not None and head.poll() is not None:
+            reason = f"Ray's head ended by itself (exit code {head.returncode}); see ray-0.log"
+        if reason:
             driver.kill()
             driver.wait()
-            return "again", f"Ray's head ended by itself (exit code {head.returncode}); see ray-0.log"
+            return "again", reason
+        for number in signals[handed_on:]:
+            driver.send_signal(number)
+            handed_on += 1
         time.sleep(0.2)
     return _verdict(driver.returncode, progress(run_dir), steps, (attempt_dir / "cancel").exists())
 
@@ -100,6 +115,8 @@ def _verdict(code: int, after: Progress, steps: int, cancelled: bool) -> tuple[s
         return "failed", "the configuration was refused; the message is in the log"
     if code != 0:
         ending = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        if cancelled:
+            return "cancelled", f"before it could save: the training process ended with {ending}"
         return "again", after.error or f"the training process ended with {ending}"
     if after.status == "completed":
         return "completed", f"{after.step} steps"

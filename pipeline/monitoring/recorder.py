@@ -7,6 +7,7 @@ import importlib.metadata
 import logging
 import math
 import platform
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from pipeline.config.load import config_hash, to_yaml
 from pipeline.config.schema import RunConfig
 from pipeline.data.sources import PromptSet
 from pipeline.entropy.band import Band
+from pipeline.monitoring.activity import Activity
 from pipeline.monitoring.events import FILE_NAME, EventLog, StepRecord, to_json
 from pipeline.monitoring.progress import Progress
 from pipeline.types import ControlDecision, SampleGroup, StepStats
@@ -38,14 +40,16 @@ class StepClock:
     def __init__(self) -> None:
         self._started = time.perf_counter()
         self._phases: dict[str, float] = {}
+        self.phase = ""  # the one in progress
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Add the time of the block to ``phase``."""
-        started = time.perf_counter()
+        started, self.phase = time.perf_counter(), phase
         try:
             yield
         finally:
+            self.phase = ""
             self._phases[phase] = self._phases.get(phase, 0.0) + time.perf_counter() - started
 
     def seconds(self, outside: float = 0.0) -> dict[str, float]:
@@ -57,7 +61,8 @@ class StepClock:
 class Recorder:
     """The sink of one run; a context manager that closes the log whatever happens.
 
-    Raises ``ConfigError`` when ``run_dir`` already holds a run that is not being resumed.
+    One thread records; a watchdog may call ``tick``, ``stall`` and ``heartbeat`` from its own. Raises ``ConfigError``
+    when ``run_dir`` already holds a run that is not being resumed.
     """
 
     def __init__(self, run_dir: Path, config: RunConfig, *, resumed: bool = False) -> None:
@@ -65,6 +70,10 @@ class Recorder:
             remedy = f"continue it with --resume {run_dir}, or choose another run_dir"
             raise ConfigError("run_dir", str(run_dir), "this folder already holds a run", remedy)
         self.run_dir = run_dir
+        self.activity = Activity()
+        self._clock = StepClock()
+        self._done = 0  # updates
+        self._writing = threading.RLock()  # held over every change of the log
         self._config = config
         self._resumed = resumed
         self._band = Band(config.entropy.band, config.steps)
@@ -91,13 +100,34 @@ class Recorder:
         sizes = {"train": len(prompts.train), "held_out": len(prompts.held_out)}
         self._prompts = {**sizes, "dropped_too_long": prompts.dropped_too_long}
 
+    def begin(self, activity: str) -> None:
+        """``evaluation``, ``checkpoint`` or ``finish`` begins; what went on before is over."""
+        self.activity.begin(activity)
+
+    def clock(self) -> StepClock:
+        """The clock of a step that begins."""
+        self._clock = StepClock()
+        self.begin("step")
+        return self._clock
+
+    def heartbeat(self) -> dict[str, Any]:
+        """What the run is at: ``step`` (updates done), ``activity`` and ``phase`` (of a step, as in ``StepRecord.seconds``)."""
+        phase = self._clock.phase if self.activity.kind == "step" else ""
+        return {"step": self._done, "activity": self.activity.kind, "phase": phase}
+
+    def tick(self, now: float) -> None:
+        """Time passes (``now``: Unix seconds), told every few seconds by a watchdog: what depends on time alone is judged here."""
+        with self._writing:
+            if self._log is None:
+                return
+
     def start(self, step: int) -> None:
         """Open the log with ``run_start``, or with ``resume`` at ``step`` updates done. From here on config.yaml is this run's."""
         header = f"# Resolved configuration. Hash (without name and run_dir): {config_hash(self._config)}\n"
         written = self.run_dir / ".config.yaml"
         written.write_text(header + to_yaml(self._config))
         written.replace(self.run_dir / "config.yaml")
-        self._log = EventLog(self.run_dir / FILE_NAME)
+        self._log, self._done = EventLog(self.run_dir / FILE_NAME), step
         self.event(
             "resume" if self._resumed else "run_start",
             step=step,
@@ -113,9 +143,10 @@ class Recorder:
 
     def event(self, kind: str, **values: Any) -> None:
         """Append any event; the time is added. Raises ``RuntimeError`` before ``start``."""
-        if self._log is None:
-            raise RuntimeError("Recorder.start must come before events")
-        self._log.append(kind, {"time": time.time(), **values})
+        with self._writing:
+            if self._log is None:
+                raise RuntimeError("Recorder.start must come before events")
+            self._log.append(kind, {"time": time.time(), **values})
 
     def step(
         self,
@@ -163,6 +194,7 @@ class Recorder:
             **rollout_figures(main, auxiliary),
         )
         self.event("step", **record.to_dict())
+        self._done = step + 1
         self._alert(step, following)
         self._write_samples(step, main, auxiliary)
         if self._progress is not None:
@@ -186,18 +218,28 @@ class Recorder:
 
     def finish(self, *, completed: bool) -> dict[str, Any]:
         """End the log, write report.html, and return the run's summary."""
+        self.begin("finish")
         self._end("completed" if completed else "stopped", "")
         from pipeline.monitoring.report import build_report  # loads matplotlib, which training has no use for
 
         return build_report([self.run_dir], self.run_dir / "report.html")["runs"][0]
 
+    def stall(self, values: Mapping[str, Any], ended: str) -> None:
+        """Record that the run stands still; with ``values["action"]`` restart, end the log with ``ended`` as the reason."""
+        with self._writing:
+            if self._log is not None:  # at the very beginning and end there is no log, but there may be a stall
+                self.event("stall", **values)
+                if values["action"] == "restart":
+                    self._end("failed", ended)
+
     def _end(self, status: str, error: str) -> None:
-        self.event("run_end", status=status, error=error)
-        if self._progress is not None:
-            self._progress.close()
-        if self._log is not None:
-            self._log.close()
-            self._log = None
+        with self._writing:
+            self.event("run_end", status=status, error=error)
+            if self._progress is not None:
+                self._progress.close()
+            if self._log is not None:
+                self._log.close()
+                self._log = None
 
     def _alert(self, step: int, decision: ControlDecision) -> None:
         """One event when an alarming condition begins, not one per step of it."""

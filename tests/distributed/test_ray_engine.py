@@ -9,8 +9,9 @@ import pytest
 import ray
 
 from launchers.actors import EngineProcess, RayEngine
+from launchers.roll_call import ROLL_CALL
 from pipeline.checksum import checksum
-from pipeline.rollout.engine import WeightUpdateError
+from pipeline.rollout.engine import EngineError, WeightUpdateError
 from pipeline.rollout.native import NativeEngine
 from pipeline.rollout.pool import EnginePool
 from pipeline.rollout.rollouts import Rollouts
@@ -88,3 +89,19 @@ def test_a_process_that_stands_still_is_named_and_started_again(pool, tmp_path):
     assert pool.health().weight_version == 3
     groups = rollouts.generate([REQUEST])
     assert all(sample.drawn_with(3) for sample in groups[0].samples)
+
+
+def test_a_roll_call_finds_the_one_that_stands_still(pool, tmp_path):
+    pids = [engine._call("pid") for engine in pool._engines]
+    os.kill(pids[1], signal.SIGSTOP)
+    assert ROLL_CALL.collect(tmp_path) == ["engine-1"]
+    well, still = ((tmp_path / f"engine-{i}.txt").read_text() for i in range(2))
+    assert well.startswith(f"pid {pids[0]} on ")
+    assert "in main_loop" in well
+    assert re.search(rf"pid {pids[1]} on .*: ray::EngineProcess.*\nState:\tT \(stopped\)", still)
+    ROLL_CALL.end_silent()
+    with pytest.raises(EngineError, match="engine 1: its process died"):
+        pool._engines[1]._call("pid")
+    assert pool._engines[0]._call("pid") == pids[0]
+    assert pool.revive(tmp_path / "model") == [1]
+    assert ROLL_CALL.collect(tmp_path) == [], "the new one answers to the name"

@@ -48,6 +48,7 @@ SlurmdParameters=config_overrides
 InactiveLimit=0
 KillWait=5
 MinJobAge=3600
+FirstJobId={first_job}
 SlurmdTimeout=30
 JobRequeue=1
 {nodes}
@@ -188,7 +189,10 @@ class SlurmLab:
             "ThreadsPerCore=1 RealMemory=8000 State=UNKNOWN"
             for i, node in enumerate(self.nodes, start=1)
         ]
-        conf = CONF.format(network=NETWORK, root=self.root, nodes="\n".join(described), count=self.count)
+        # Of its own: what jobs keep in /tmp is named by their ids, and another lab may run beside this one.
+        first = os.getpid() % 10**5 * 100 + 1
+        lines = "\n".join(described)
+        conf = CONF.format(network=NETWORK, root=self.root, nodes=lines, count=self.count, first_job=first)
         (self.root / "slurm.conf").write_text(conf)
 
     def _network(self) -> None:

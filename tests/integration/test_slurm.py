@@ -122,6 +122,11 @@ def steps(run_dir: Path) -> list[dict]:
     return [{k: v for k, v in found[i].items() if k not in ("time", "seconds")} for i in sorted(found)]
 
 
+def events(run_dir: Path, kind: str) -> list[dict]:
+    lines = (run_dir / "events.jsonl").read_text().split("\n")[:-1]
+    return [event for event in map(json.loads, lines) if event["kind"] == kind]
+
+
 def attempts(run_dir: Path) -> list[dict]:
     merged: dict[int, dict] = {}
     for line in (run_dir / "launch/attempts.jsonl").read_text().splitlines():
@@ -232,6 +237,63 @@ def test_a_node_that_goes_down_costs_the_unfinished_steps_only(user, whole):
     assert len(attempts(run_dir)) > 1
     assert steps(run_dir) == steps(undisturbed)
     assert state(run_dir) == state(undisturbed)
+
+
+def test_one_fault_after_the_other_costs_the_unfinished_steps_only(user, whole):
+    """kill -9 of the driver, of an engine, of a raylet; a rank that stands still: one run, an attempt each but for the engine."""
+    _, undisturbed = whole
+    lab = user.lab
+    stall = ["monitoring.stall.min_seconds=20", "monitoring.stall.factor=20"]
+    slowly = 'cluster.env={OMP_NUM_THREADS: 1, LAB_SLEEP: "0.05"}'
+    job, run_dir = user.launch("faults", "checkpoint.every=1", slowly, *stall)
+
+    def after_two_steps(attempt: int) -> None:
+        deadline = time.monotonic() + 400
+        while len(attempts(run_dir)) <= attempt if (run_dir / "launch/attempts.jsonl").exists() else True:
+            assert time.monotonic() < deadline, user.log(run_dir)
+            time.sleep(0.2)
+        user.wait_for_steps(run_dir, attempts(run_dir)[attempt]["first_step"] + 2)
+
+    after_two_steps(0)
+    status = json.loads(user.isentrope("jobs", "status", job, "--json").stdout)
+    assert status["heartbeat"]["host"] == "n1"
+    assert 0 <= status["heartbeat"]["seconds_ago"] < 60
+    driver = int((run_dir / f"launch/job-{job}-0/driver.pid").read_text())
+    assert driver == status["heartbeat"]["pid"]
+    os.kill(driver, signal.SIGKILL)
+    after_two_steps(1)
+    os.kill(lab.processes("n2", "ray::EngineProcess")[0], signal.SIGKILL)
+    user.wait_for_steps(run_dir, len(steps(run_dir)) + 1)
+    (raylet,) = [pid for pid in lab.processes("n2") if "/raylet/raylet" in title(pid)]
+    os.kill(raylet, signal.SIGKILL)
+    after_two_steps(2)
+    (rank,) = lab.processes("n2", "ray::LearnerRank")
+    os.kill(rank, signal.SIGSTOP)
+    user.end(job, "COMPLETED", run_dir=run_dir)
+
+    killed, unplugged, stalled, last = attempts(run_dir)
+    assert [attempt["end"] for attempt in (killed, stalled, last)] == ["again", "again", "completed"]
+    assert "SIGKILL" in killed["reason"]
+    assert unplugged["reason"], "whoever noticed first that Ray was gone"
+    assert re.match(r"stalled: \d+ s in (step|checkpoint)\b.*; no answer from learner-1;", stalled["reason"])
+    assert "was started again" in events(run_dir, "fault")[0]["description"]
+    (event,) = events(run_dir, "stall")
+    assert (event["action"], event["silent"], event["factor"]) == ("restart", ["learner-1"], 20)
+    names = ["driver", "engine-0", "engine-1", "learner-0", "learner-1"]
+    stacks = {Path(path).stem: (run_dir / path).read_text() for path in event["stacks"]}
+    assert sorted(stacks) == names
+    assert "pipeline/loop.py" in stacks["driver"]
+    assert "on n1" in stacks["learner-0"]
+    assert "LearnerRank" in stacks["learner-1"]
+    assert "T (stopped)" in stacks["learner-1"]
+    assert json.loads(user.isentrope("jobs", "status", job, "--json").stdout)["stall"]["silent"] == ["learner-1"]
+    # One step, the unfinished one, was lost each time.
+    assert all(
+        b["first_step"] >= a["last_step"] - 1 for a, b in zip(attempts(run_dir), attempts(run_dir)[1:], strict=False)
+    )
+    assert steps(run_dir) == steps(undisturbed)
+    assert state(run_dir) == state(undisturbed)
+    assert not lab.processes("n2", "ray::"), "the one that stood still neither"
 
 
 def test_where_requeueing_is_forbidden_jobs_wait_in_a_chain(user):
@@ -347,6 +409,13 @@ def test_the_script_for_apptainer_and_a_chain(user):
     )
     assert "#SBATCH --dependency=singleton" in out
     assert "requeue=no" in out
+
+
+def title(pid: int) -> str:
+    """Command line of a process; empty when it is gone."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    return ""
 
 
 def descendants(pid: int, title: str) -> list[int]:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -39,12 +40,11 @@ def train(run_dir: Path, *overrides: str) -> list[dict]:
     return steps(run_dir)
 
 
-def launch(run_dir: Path, *overrides: str) -> subprocess.Popen:
+def launch(run_dir: Path, *overrides: str, by: Sequence[str] = ("train",), **options) -> subprocess.Popen:
     """The same in the background; its output is one pipe."""
-    arguments = ["train", "--config", str(ROOT / "configs/quickstart.yaml"), f"run_dir={run_dir}", *SMALL, *overrides]
-    return subprocess.Popen(
-        command(*arguments), cwd=run_dir.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    arguments = [*by, "--config", str(ROOT / "configs/quickstart.yaml"), f"run_dir={run_dir}", *SMALL, *overrides]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command(*arguments), cwd=run_dir.parent, **pipe, **options)
 
 
 def wait_for_steps(process: subprocess.Popen, run_dir: Path, count: int) -> None:
@@ -123,16 +123,19 @@ def test_killed_between_steps_then_resumed_continues_bit_for_bit(tmp_path, actua
     assert samples(run_dir) == samples(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("runtime", [INLINE, []], ids=["inline", "ray, TP 2"])
-def test_sigterm_ends_in_a_checkpoint_and_resume_finishes(tmp_path, runtime):
+@pytest.mark.parametrize(
+    ("runtime", "number"), [(INLINE, signal.SIGUSR1), ([], signal.SIGTERM)], ids=["inline", "ray, TP 2"]
+)
+def test_a_signal_ends_in_a_checkpoint_and_resume_finishes(tmp_path, runtime, number):
     run_dir = tmp_path / "run"
     process = launch(run_dir, *runtime, "steps=2000")
     wait_for_steps(process, run_dir, 2)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     done = len(steps(run_dir))
     assert process.returncode == 0, output[-2000:]
-    assert "--resume" in output, "the last lines say how to go on"
+    last = f"stopped after {done} of 2000 steps, checkpoint saved; go on with: isentrope train --resume {run_dir}"
+    assert output.splitlines()[-1] == last
     assert (run_dir / "checkpoints" / f"step-{done:08d}" / "manifest.json").is_file()
     finish = command("train", "--resume", str(run_dir), f"steps={done + 2}")
     assert subprocess.run(finish, cwd=tmp_path, check=False, capture_output=True, timeout=120).returncode == 0
@@ -142,6 +145,58 @@ def test_sigterm_ends_in_a_checkpoint_and_resume_finishes(tmp_path, runtime):
     assert max(s["metrics"]["mismatch_max"] for s in steps(run_dir)) < 1e-3
     kinds = {event["kind"] for event in events(run_dir)}
     assert kinds >= {"run_start", "step", "evaluation", "checkpoint", "resume", "run_end"}
+
+
+def test_ctrl_c_while_the_run_starts_ends_in_its_first_checkpoint(tmp_path):
+    run_dir = tmp_path / "run"
+    process = launch(
+        run_dir, "steps=2000", start_new_session=True
+    )  # a process group of its own, as a terminal's job has
+    while not (run_dir / "heartbeat.json").exists():
+        assert process.poll() is None, process.communicate()[0][-2000:]
+        time.sleep(0.05)
+    assert not (run_dir / "events.jsonl").exists()
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output[-2000:]
+    assert output.splitlines()[-1].startswith("stopped after 0 of 2000 steps, checkpoint saved; go on with: ")
+    assert (run_dir / "checkpoints/step-00000000/manifest.json").is_file()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "ctrl-C"])
+def test_a_signal_ends_a_local_launch_in_a_checkpoint(tmp_path, number):
+    """SIGTERM goes to the command alone, ctrl-C to every process of the terminal's job. Neither is answered by a new attempt."""
+    run_dir = tmp_path / "run"
+    process = launch(run_dir, "steps=2000", by=("launch", "local"), start_new_session=True)
+    wait_for_steps(process, run_dir, 2)
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    output, _ = process.communicate(timeout=120)
+    done = len(steps(run_dir))
+    assert process.returncode == 0, output[-2000:]
+    *_, verdict, how = output.splitlines()
+    assert verdict == f"saved: checkpoint after {done} of 2000 steps"
+    assert how == f"go on with: isentrope launch local --resume {run_dir}"
+    assert (run_dir / f"checkpoints/step-{done:08d}/manifest.json").is_file()
+    attempts = [json.loads(line) for line in (run_dir / "launch/attempts.jsonl").read_text().splitlines()]
+    assert [attempt.get("end") for attempt in attempts] == [None, "saved"]
+
+
+def test_a_second_signal_ends_a_local_launch_at_once(tmp_path):
+    run_dir = tmp_path / "run"
+    process = launch(run_dir, "steps=2000", by=("launch", "local"), start_new_session=True)
+    while not (run_dir / "heartbeat.json").exists():
+        assert process.poll() is None, process.communicate()[0][-2000:]
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    while "SIGTERM: finishing" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, output[-2000:]
+    *_, verdict, how = output.splitlines()
+    assert verdict == "cancelled: the training process ended with SIGTERM"
+    assert how == f"go on with: isentrope launch local --resume {run_dir}"
+    assert len((run_dir / "launch/attempts.jsonl").read_text().splitlines()) == 2, "one attempt, its start and its end"
 
 
 def test_an_engine_killed_during_the_run_is_started_again_and_changes_nothing(tmp_path):
