@@ -59,7 +59,7 @@ class StepRecord:
     tokens: Mapping[str, int] = field(default_factory=dict)  # response tokens drawn: main, auxiliary
     sync: Mapping[str, float] = field(default_factory=dict)  # of the weight sync: bytes, buckets
     memory: Mapping[str, float] = field(default_factory=dict)  # GiB: driver, learner (largest rank), gpu (largest rank)
-    engines: Mapping[str, int] = field(default_factory=dict)  # alive, total
+    engines: Mapping[str, float] = field(default_factory=dict)  # alive, total
 
     @property
     def entropy(self) -> float:

@@ -21,7 +21,9 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.sources import PromptSet
 from pipeline.entropy.band import Band
 from pipeline.monitoring.events import FILE_NAME, EventLog, StepRecord, to_json
+from pipeline.monitoring.memory import resident_gib
 from pipeline.monitoring.progress import Progress
+from pipeline.monitoring.series import Series
 from pipeline.types import ControlDecision, SampleGroup, StepStats
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,9 @@ PACKAGES = ("isentrope", "torch", "megatron-core", "transformers", "sglang", "ra
 # What in a decision's state or reason raises an alert when it begins, and the alert's condition. Saturated on the way to the
 # target is no alarm.
 ALARMING = {"exploding": "exploding", "not reachable": "not_reachable", "wrong sign": "wrong_sign"}
+
+
+INDEX_EVERY = 256  # steps
 
 
 class StepClock:
@@ -72,6 +77,8 @@ class Recorder:
         self._progress: Progress | None = None
         self._prompts: dict[str, int] = {}
         self._alarms: frozenset[str] = frozenset()
+        self._done = 0  # updates
+        self._series: Series | None = None  # None: the index beside the log is not kept
         self._own_seconds = 0.0  # what recording the step before took; counted as "other" of the next
         (run_dir / "samples").mkdir(parents=True, exist_ok=True)
         self._lock = _lock(run_dir)
@@ -108,6 +115,7 @@ class Recorder:
             prompts=self._prompts,
             versions=versions(),
         )
+        self._done, self._series = step, Series(self.run_dir)
         if self._config.monitoring.progress:
             self._progress = Progress(self._config.name, self._config.steps, first=step)
 
@@ -128,11 +136,12 @@ class Recorder:
         stale: int,
         positives: int,
         clock: StepClock,
+        rollouts: Mapping[str, Mapping[str, float]],
     ) -> None:
         """Record one step: its event, alerts that begin, some samples, the progress line.
 
         ``decision`` governed the step just done, ``following`` was made from its entropy reading. ``stale``: samples dropped for
-        their weight version; ``positives``: correct rows that the actuator consumed.
+        their weight version; ``positives``: correct rows that the actuator consumed; ``rollouts``: figures of weight sync and engines.
         """
         seconds = clock.seconds(self._own_seconds)
         started = time.perf_counter()
@@ -160,9 +169,14 @@ class Recorder:
             weight_version=step,
             metrics=stats.metrics,
             seconds={**seconds, "learner": stats.seconds},
+            memory={"driver": resident_gib(), **stats.memory},
+            sync=rollouts["sync"],
+            engines=rollouts["engines"],
             **rollout_figures(main, auxiliary),
         )
         self.event("step", **record.to_dict())
+        self._done = step + 1
+        self._index_log()
         self._alert(step, following)
         self._write_samples(step, main, auxiliary)
         if self._progress is not None:
@@ -176,7 +190,7 @@ class Recorder:
     def fault(self, description: str) -> None:
         """Record something that broke and was mended, e.g. an engine started again."""
         log.warning(description)
-        self.event("fault", description=description)
+        self.event("fault", step=self._done, description=description)
 
     def checkpoint(self, checkpoint: Checkpoint) -> None:
         """Record a published checkpoint, and flush the log to the disk with it."""
@@ -198,6 +212,16 @@ class Recorder:
         if self._log is not None:
             self._log.close()
             self._log = None
+
+    def _index_log(self) -> None:
+        """Every so often add to the index what was logged, so that nobody ever has to read all of a long log."""
+        if self._series is None or self._done % INDEX_EVERY:
+            return
+        try:
+            self._series.update()
+        except OSError as error:  # a disk that is full for the index must not end the run
+            log.warning("%s: the index is no longer kept: %s", self.run_dir, error)
+            self._series = None
 
     def _alert(self, step: int, decision: ControlDecision) -> None:
         """One event when an alarming condition begins, not one per step of it."""
