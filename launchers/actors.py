@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from launchers.ray_cluster import most_on_one_node, use_interface_of
 from launchers.roll_call import ROLL_CALL, Whereabouts, whereabouts
 from pipeline.config.schema import RunConfig
+from pipeline.monitoring.memory import GIB, resident_gib
 from pipeline.ports import free_port
 from pipeline.rollout.engine import EngineError, EngineTimeoutError, RolloutEngine, WeightUpdateError
 from pipeline.types import EngineHealth, GenerateRequest, SampleGroup, StepStats, TrainBatch, WeightBucket
@@ -78,8 +80,12 @@ class LearnerRank:
         return getattr(self.learner, method)(*args, **kwargs)
 
     def update(self, batch: TrainBatch, step: int) -> StepStats:
-        """``Learner.update``; a method of its own so that Ray hands it the batch by shared memory."""
-        return self.learner.update(batch, step)
+        """``Learner.update``, with this rank's memory; a method of its own so that Ray hands it the batch by shared memory."""
+        stats = self.learner.update(batch, step)
+        memory = {"learner": resident_gib()}
+        if torch.cuda.is_available():
+            memory["gpu"] = torch.cuda.max_memory_allocated() / GIB
+        return replace(stats, memory=memory)
 
     def bucket_owners(self) -> list[list[int]]:
         """Ranks whose export yields a bucket, by round."""
@@ -127,7 +133,13 @@ class RayLearner:
         shared = ray.put(batch)
         stats = [rank.update.remote(shared, step) for rank in self.ranks]
         self.ahead = {step + 1: self._round(step + 1, 0)}
-        return self._answer(stats)[0]
+        answers = self._answer(stats)
+        memory = {name: max(answer.memory[name] for answer in answers) for name in answers[0].memory}
+        return replace(answers[0], memory=memory)
+
+    def export_size(self) -> tuple[int, int]:
+        """See ``pipeline.learner.Learner``."""
+        return self._answer(self.ranks[0].call.remote("export_size"))
 
     def export_shards(self, version: int) -> Iterator[Any]:
         """Handles of the buckets of ``version``, each from its owner. While the engines load one round, the next is put together."""

@@ -154,6 +154,11 @@ class MegatronLearner:
         """Global ranks whose export yields a bucket, by round, in the buckets' order; the same for every version."""
         return [[bucket.owner for bucket in line] for line in self._rounds]
 
+    def export_size(self) -> tuple[int, int]:
+        """Bytes that leave the owners, and buckets; see ``pipeline.learner.Learner.export_size``."""
+        buckets = [bucket for line in self._rounds for bucket in line]
+        return sum(bucket.nbytes for bucket in buckets), len(buckets)
+
     def export_shards(self, version: int) -> Iterator[WeightBucket | None]:
         """One item a round on every rank: the bucket that the rank owns, or ``None``. Exhaust it on all ranks."""
         parameters = transformer_engine.Dequantised(self._parameters)

@@ -34,6 +34,9 @@ class Learner(Protocol):
         ``None``, and the buckets of all ranks make up the version. Over Ray the yielded objects are opaque handles that an engine's ``load_bucket`` accepts; the driver never holds the bytes.
         """
 
+    def export_size(self) -> tuple[int, int]:
+        """Bytes and buckets of one version; the same for every version."""
+
     def save(self, directory: Path) -> None:
         """Write parameters, optimizer, schedule and RNG state into an empty directory (dist_checkpointing)."""
 

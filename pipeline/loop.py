@@ -72,7 +72,8 @@ class TrainingLoop:
             self.rollouts.push(self.step + 1)
         positives = positives_consumed(batch)
         self.decision = self.controller.update(stats.entropy, positives)
-        self.recorder.step(self.step, main, auxiliary, stats, decision, self.decision, stale, positives, clock)
+        control, figures = (decision, self.decision), self.rollouts.figures()
+        self.recorder.step(self.step, main, auxiliary, stats, *control, stale, positives, clock, figures)
         self.step += 1
 
     def prepare(self, batch: TrainBatch) -> TrainBatch:

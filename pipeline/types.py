@@ -178,6 +178,7 @@ class StepStats:
     learning_rate: float
     metrics: Mapping[str, float]  # e.g. policy_loss, positive_term, kl, clip_fraction, mismatch_mean, mismatch_p99
     seconds: float  # time inside the learner: forward, backward, optimizer
+    memory: Mapping[str, float] = field(default_factory=dict)  # GiB of the largest rank: learner (resident), gpu (peak)
 
 
 @dataclass(frozen=True)

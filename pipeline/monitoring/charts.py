@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import io
-import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pipeline.monitoring.summary import RunHistory, pass_at, total_by_key
+from pipeline.monitoring.summary import RunHistory, pass_at, totals
 from pipeline.monitoring.tracking import filtered
 
 INK, MUTED, GRID, BAND = "#1f2328", "#6e7781", "#dde1e6", "#2f9e63"
@@ -68,23 +68,23 @@ def colour_of(run: RunHistory, runs: Sequence[RunHistory]) -> str:
 
 def entropy_chart(axes: Axes, runs: Sequence[RunHistory]) -> None:
     """Entropy of every run against the band: thin as measured, bold filtered."""
-    longest = max(runs, key=lambda run: len(run.steps))
-    steps = longest.column("step")
+    longest = max(runs, key=lambda run: run.steps)
+    band = longest.series.read(["entropy/band_low", "entropy/band_high"])
     axes.fill_between(
-        steps,
-        longest.column("band_low"),
-        longest.column("band_high"),
+        band["step"],
+        band["entropy/band_low"]["mean"],
+        band["entropy/band_high"]["mean"],
         color=BAND,
         alpha=0.2,
         linewidth=0,
         label="target band",
     )
     for run in runs:
-        entropy = run.column("entropy")
-        axes.plot(run.column("step"), entropy, color=colour_of(run, runs), linewidth=0.7, alpha=0.35)
-        axes.plot(
-            run.column("step"), filtered(entropy), color=colour_of(run, runs), linewidth=2, label=_label(run, runs)
-        )
+        chart, colour = run.series.read(["entropy/mean"]), colour_of(run, runs)
+        raw = chart["entropy/mean"]
+        axes.plot(chart["step"], raw["mean"], color=colour, linewidth=0.7, alpha=0.35)
+        axes.fill_between(chart["step"], raw["low"], raw["high"], color=colour, alpha=0.1, linewidth=0)
+        axes.plot(*_filtered(run, "entropy/mean"), color=colour, linewidth=2, label=_label(run, runs))
     axes.set(title="Policy entropy", ylabel="nats per token, T=1", xlabel="step")
     _bottom_at_zero(axes)
     _legend(axes)
@@ -94,11 +94,11 @@ def command_chart(axes: Axes, runs: Sequence[RunHistory]) -> None:
     """What the controllers did: T+, or the coefficient of actuators that are no temperature. Saturated steps are dotted."""
     controlled = [run for run in runs if not run.is_baseline]
     for run in controlled:
-        colour, steps, command = colour_of(run, runs), run.column("step"), run.column("command")
+        colour, chart = colour_of(run, runs), run.series.read(["control/command"])
+        steps, command = chart["step"], chart["control/command"]["mean"]
         unit = "T+" if run.config.entropy.actuator in ("resample", "reweight", "fc") else run.config.entropy.actuator
         axes.plot(steps, command, color=colour, linewidth=1.4, label=f"{_label(run, runs) or run.label} ({unit})")
-        limit = [c if e["state"] == "saturated" else math.nan for c, e in zip(command, run.steps, strict=True)]
-        axes.plot(steps, limit, ".", color=colour, markersize=5)
+        axes.plot(steps, np.where(run.saturated()[steps], command, np.nan), ".", color=colour, markersize=5)
     axes.set(title="Command of the controller", ylabel="T+ or coefficient", xlabel="step")
     if controlled:
         _legend(axes)
@@ -109,8 +109,8 @@ def command_chart(axes: Axes, runs: Sequence[RunHistory]) -> None:
 def reward_chart(axes: Axes, runs: Sequence[RunHistory]) -> None:
     """Mean training reward, filtered like the entropy."""
     for run in runs:
-        reward = filtered(run.column("reward"))
-        axes.plot(run.column("step"), reward, color=colour_of(run, runs), linewidth=1.6, label=_label(run, runs))
+        curve = _filtered(run, "reward/mean")
+        axes.plot(*curve, color=colour_of(run, runs), linewidth=1.6, label=_label(run, runs))
     axes.set(title="Training reward (EMA 0.8)", ylabel="mean reward", xlabel="step")
     _legend(axes)
 
@@ -136,9 +136,9 @@ def pass_chart(axes: Axes, runs: Sequence[RunHistory]) -> None:
 def time_chart(axes: Axes, runs: Sequence[RunHistory]) -> None:
     """Where a step's time goes: mean seconds per step by phase, one bar per run."""
     for row, run in enumerate(runs):
-        totals, left = total_by_key(run, "seconds"), 0.0
+        spent, left = totals(run, "time/"), 0.0
         for phase, colour in PHASES.items():
-            seconds = totals.get(phase, 0.0) / max(1, len(run.steps))
+            seconds = spent.get(phase, 0.0) / max(1, run.steps)
             axes.barh(row, seconds, left=left, color=colour, height=0.6, label=phase if row == 0 else None)
             left += seconds
         axes.text(left, row, f" {left:.3g} s", va="center", color=INK)
@@ -185,6 +185,12 @@ def svg(name: str, runs: Sequence[RunHistory]) -> str:
     for colour, variable in theme_variables().items():
         text = text.replace(colour, f"var({variable})")
     return text
+
+
+def _filtered(run: RunHistory, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps of a chart and the filtered figure at them: the filter sees every step, the chart a part of them."""
+    steps = run.series.read([name])["step"]
+    return steps, filtered(run.column(name))[steps]
 
 
 def _label(run: RunHistory, runs: Sequence[RunHistory]) -> str | None:

@@ -59,7 +59,7 @@ class StepRecord:
     tokens: Mapping[str, int] = field(default_factory=dict)  # response tokens drawn: main, auxiliary
     sync: Mapping[str, float] = field(default_factory=dict)  # of the weight sync: bytes, buckets
     memory: Mapping[str, float] = field(default_factory=dict)  # GiB: driver, learner (largest rank), gpu (largest rank)
-    engines: Mapping[str, int] = field(default_factory=dict)  # alive, total
+    engines: Mapping[str, float] = field(default_factory=dict)  # alive, total
 
     @property
     def entropy(self) -> float:
@@ -134,12 +134,19 @@ def in_force(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Drop what later events supersede.
 
     ``resume`` at step k (k updates done) supersedes earlier steps and alerts from step k on, evaluations and checkpoints after k updates,
-    and an earlier ``run_end``. A repeated evaluation or checkpoint of one step supersedes the earlier one.
+    and an earlier ``run_end``. A step that is not beyond all before it supersedes those from its number on; a repeated evaluation
+    or checkpoint of one step supersedes the earlier one.
     """
     kept: dict[tuple[str, int], dict[str, Any]] = {}
+    last = -1
     for index, event in enumerate(events):
         if event["kind"] == "resume":
             kept = {key: old for key, old in kept.items() if not _lost(old, event["step"])}
+            last = min(last, event["step"] - 1)
+        if event["kind"] == "step":
+            for step in range(event["step"], last + 1):
+                kept.pop(("step", step), None)
+            last = event["step"]
         key = (event["kind"], event["step"] if event["kind"] in ("step", "evaluation", "checkpoint") else index)
         kept.pop(key, None)
         kept[key] = event

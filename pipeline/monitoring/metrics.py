@@ -53,8 +53,12 @@ def _step(event: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def learner_metric(key: str) -> str:
+    """The name of what the learner reported as ``key``: ``mismatch_mean`` is ``mismatch/mean``."""
+    return _named("train/", key)
+
+
 def _named(prefix: str, key: str) -> str:
-    """``mismatch_mean`` of the learner is ``mismatch/mean``."""
     group, _, rest = key.partition("_")
     return f"{group}/{rest}" if prefix == "train/" and group in GROUPS and rest else prefix + key
 

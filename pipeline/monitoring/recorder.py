@@ -23,7 +23,9 @@ from pipeline.data.sources import PromptSet
 from pipeline.entropy.band import Band
 from pipeline.monitoring.activity import Activity
 from pipeline.monitoring.events import FILE_NAME, EventLog, StepRecord, to_json
+from pipeline.monitoring.memory import resident_gib
 from pipeline.monitoring.progress import Progress
+from pipeline.monitoring.series import Series
 from pipeline.types import ControlDecision, SampleGroup, StepStats
 
 log = logging.getLogger(__name__)
@@ -32,6 +34,9 @@ PACKAGES = ("isentrope", "torch", "megatron-core", "transformers", "sglang", "ra
 # What in a decision's state or reason raises an alert when it begins, and the alert's condition. Saturated on the way to the
 # target is no alarm.
 ALARMING = {"exploding": "exploding", "not reachable": "not_reachable", "wrong sign": "wrong_sign"}
+
+
+INDEX_EVERY = 256  # steps
 
 
 class StepClock:
@@ -81,6 +86,7 @@ class Recorder:
         self._progress: Progress | None = None
         self._prompts: dict[str, int] = {}
         self._alarms: frozenset[str] = frozenset()
+        self._series: Series | None = None  # None: the index beside the log is not kept
         self._own_seconds = 0.0  # what recording the step before took; counted as "other" of the next
         (run_dir / "samples").mkdir(parents=True, exist_ok=True)
         self._lock = _lock(run_dir)
@@ -127,7 +133,7 @@ class Recorder:
         written = self.run_dir / ".config.yaml"
         written.write_text(header + to_yaml(self._config))
         written.replace(self.run_dir / "config.yaml")
-        self._log, self._done = EventLog(self.run_dir / FILE_NAME), step
+        self._log, self._done, self._series = EventLog(self.run_dir / FILE_NAME), step, Series(self.run_dir)
         self.event(
             "resume" if self._resumed else "run_start",
             step=step,
@@ -159,11 +165,12 @@ class Recorder:
         stale: int,
         positives: int,
         clock: StepClock,
+        rollouts: Mapping[str, Mapping[str, float]],
     ) -> None:
         """Record one step: its event, alerts that begin, some samples, the progress line.
 
         ``decision`` governed the step just done, ``following`` was made from its entropy reading. ``stale``: samples dropped for
-        their weight version; ``positives``: correct rows that the actuator consumed.
+        their weight version; ``positives``: correct rows that the actuator consumed; ``rollouts``: figures of weight sync and engines.
         """
         seconds = clock.seconds(self._own_seconds)
         started = time.perf_counter()
@@ -191,10 +198,14 @@ class Recorder:
             weight_version=step,
             metrics=stats.metrics,
             seconds={**seconds, "learner": stats.seconds},
+            memory={"driver": resident_gib(), **stats.memory},
+            sync=rollouts["sync"],
+            engines=rollouts["engines"],
             **rollout_figures(main, auxiliary),
         )
         self.event("step", **record.to_dict())
         self._done = step + 1
+        self._index_log()
         self._alert(step, following)
         self._write_samples(step, main, auxiliary)
         if self._progress is not None:
@@ -208,7 +219,7 @@ class Recorder:
     def fault(self, description: str) -> None:
         """Record something that broke and was mended, e.g. an engine started again."""
         log.warning(description)
-        self.event("fault", description=description)
+        self.event("fault", step=self._done, description=description)
 
     def checkpoint(self, checkpoint: Checkpoint) -> None:
         """Record a published checkpoint, and flush the log to the disk with it."""
@@ -240,6 +251,16 @@ class Recorder:
             if self._log is not None:
                 self._log.close()
                 self._log = None
+
+    def _index_log(self) -> None:
+        """Every so often add to the index what was logged, so that nobody ever has to read all of a long log."""
+        if self._series is None or self._done % INDEX_EVERY:
+            return
+        try:
+            self._series.update()
+        except OSError as error:  # a disk that is full for the index must not end the run
+            log.warning("%s: the index is no longer kept: %s", self.run_dir, error)
+            self._series = None
 
     def _alert(self, step: int, decision: ControlDecision) -> None:
         """One event when an alarming condition begins, not one per step of it."""

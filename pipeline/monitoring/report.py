@@ -9,6 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pipeline.config.load import to_yaml
 from pipeline.monitoring.charts import CHARTS, svg, theme_variables, write_png
 from pipeline.monitoring.summary import COMPARED, RunHistory, by_method, cost_sentences, read_run, summarize_run
@@ -145,11 +147,10 @@ def _verdict(run: RunHistory, summary: Mapping[str, Any]) -> str:
 def _saturation(run: RunHistory, summary: Mapping[str, Any]) -> str:
     if summary["saturation"] == 0:
         return ""
-    last = next(event for event in reversed(run.steps) if event["state"] == "saturated")
+    step = int(np.flatnonzero(run.saturated())[-1])
+    event = run.series.event(step) or {"reason": ""}
     share = f"{summary['saturation']:.0%}"
-    return (
-        f" The command was at its limit in {share} of the steps, last at step {last['step']}: {escape(last['reason'])}."
-    )
+    return f" The command was at its limit in {share} of the steps, last at step {step}: {escape(event['reason'])}."
 
 
 def _figures(result: Mapping[str, Any]) -> str:

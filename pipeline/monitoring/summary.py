@@ -5,38 +5,39 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
+
 from pipeline.config.load import config_hash, load_config
 from pipeline.config.schema import RunConfig
-from pipeline.monitoring.events import FILE_NAME, in_force, read_all_events
-from pipeline.monitoring.tracking import track
+from pipeline.monitoring.metrics import learner_metric
+from pipeline.monitoring.series import STATE, Series
+from pipeline.monitoring.tracking import Tracking, track
 
 FINAL_STEPS = 20  # steps that final_entropy averages
 # Metrics of engine against learner, and of its correction: what a run's figure is made of its steps' by.
-MISMATCH: dict[str, Callable[[Sequence[float]], float]] = {
-    "mismatch_mean": mean,
-    "mismatch_p99": mean,
-    "mismatch_max": max,
-    "mismatch_kl": mean,
-    "correction_weight": mean,
-    "correction_outside": mean,
-    "correction_ess": mean,
+MISMATCH: dict[str, Callable[[np.ndarray], Any]] = {
+    "mismatch_mean": np.mean,
+    "mismatch_p99": np.mean,
+    "mismatch_max": np.max,
+    "mismatch_kl": np.mean,
+    "correction_weight": np.mean,
+    "correction_outside": np.mean,
+    "correction_ess": np.mean,
 }
 COMPARED = ("final_entropy", "time_in_band", "rms_error", "pass_at_1", "pass_at_16", "distinct_correct")
 
 
 @dataclass(frozen=True)
 class RunHistory:
-    """Configuration and events in force of one run, finished or still running."""
+    """Configuration and figures of one run, finished or still running. Figures by the names of ``metrics.py``."""
 
     run_dir: Path
     config: RunConfig
-    events: list[dict[str, Any]]
-    restarts: list[dict[str, Any]]  # every resume event, superseded or not
+    series: Series
 
     @property
     def label(self) -> str:
@@ -48,23 +49,34 @@ class RunHistory:
         """Whether it ran without entropy control: what the others' cost is measured against."""
         return self.config.entropy.controller == "none"
 
-    @cached_property
-    def steps(self) -> list[dict[str, Any]]:
-        """The step events, in order."""
-        return self.of_kind("step")
+    @property
+    def steps(self) -> int:
+        """Steps in force."""
+        return self.series.steps
 
-    @cached_property
+    @property
     def evaluations(self) -> list[dict[str, Any]]:
-        """The evaluation events, in order."""
+        """The evaluation events in force, in order."""
         return self.of_kind("evaluation")
 
-    def of_kind(self, kind: str) -> list[dict[str, Any]]:
-        """Events of one kind, in order."""
-        return [event for event in self.events if event["kind"] == kind]
+    @property
+    def restarts(self) -> list[dict[str, Any]]:
+        """Every resume event."""
+        return self.of_kind("resume")
 
-    def column(self, name: str) -> list[float]:
-        """One number per step; null reads as NaN."""
-        return [math.nan if event[name] is None else event[name] for event in self.steps]
+    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+        """Events in force of one kind that is not ``step``, in order."""
+        return [event for event in self.series.events if event["kind"] == kind]
+
+    def column(self, name: str, first: int = 0) -> np.ndarray:
+        """One number per step from ``first`` on; NaN where there is none."""
+        return self.series.column(name, first)
+
+    def saturated(self) -> np.ndarray:
+        """bool [steps]: the command was at its limit."""
+        states = np.array([*self.series.states(), ""])
+        codes = np.nan_to_num(self.column(STATE), nan=-1).astype(int)
+        return states[codes] == "saturated"
 
     @property
     def status(self) -> str:
@@ -75,9 +87,8 @@ class RunHistory:
 
 def read_run(run_dir: Path) -> RunHistory:
     """Read a run folder. Raises ``EventLogError`` (no or damaged events) and ``ConfigError`` (no or bad config.yaml)."""
-    everything = read_all_events(run_dir / FILE_NAME)
-    config = load_config(run_dir / "config.yaml", check=False)
-    return RunHistory(run_dir, config, in_force(everything), [e for e in everything if e["kind"] == "resume"])
+    series = Series(run_dir)
+    return RunHistory(run_dir, load_config(run_dir / "config.yaml", check=False), series)
 
 
 def summarize(run_dir: Path) -> dict[str, Any]:
@@ -92,32 +103,24 @@ def summarize_run(run: RunHistory) -> dict[str, Any]:
     ``distinct_correct`` come from the last evaluation, made after ``evaluation_step`` updates; ``seconds`` are totals by phase;
     ``mismatch`` has means over steps (of ``mismatch_max`` the maximum).
     """
-    tracking = track(
-        run.column("entropy"),
-        run.column("band_low"),
-        run.column("band_high"),
-        run.column("temperature"),
-        [event["state"] for event in run.steps],
-    )
-    entropies = [value for value in run.column("entropy")[-FINAL_STEPS:] if math.isfinite(value)]
     last = run.evaluations[-1] if run.evaluations else {}
     figures = {
         "method": run.label,
         "seed": run.config.seed,
-        "steps": len(run.steps),
+        "steps": run.steps,
         "status": run.status,
-        "final_entropy": mean(entropies) if entropies else math.nan,
-        **asdict(tracking),
+        "final_entropy": _final(run, "entropy/mean"),
+        **asdict(tracking_of(run)),
         "pass_at_1": pass_at(last, 1)[0],
         "pass_at_16": pass_at(last, 16)[0],
         "pass_at_1_interval": pass_at(last, 1)[1:],
         "pass_at_16_interval": pass_at(last, 16)[1:],
         "distinct_correct": last.get("distinct_correct", math.nan),
         "evaluation_step": last.get("step"),
-        "reward": mean(run.column("reward")[-FINAL_STEPS:]) if run.steps else math.nan,
+        "reward": _final(run, "reward/mean"),
         "mismatch": {name: _over_steps(run, name) for name in MISMATCH},
-        "seconds": total_by_key(run, "seconds") | {"evaluation": sum(e.get("seconds", 0.0) for e in run.evaluations)},
-        "tokens": total_by_key(run, "tokens"),
+        "seconds": totals(run, "time/") | {"evaluation": sum(e.get("seconds", 0.0) for e in run.evaluations)},
+        "tokens": {key: int(total) for key, total in totals(run, "tokens/").items()},
         "alerts": [f"step {e['step']}: {e['reason']}" for e in run.of_kind("alert")],
         "restarts": [event["step"] for event in run.restarts],
         "controller": run.config.entropy.controller,
@@ -134,13 +137,16 @@ def pass_at(evaluation: dict[str, Any], k: int) -> tuple[float, float, float]:
     return (estimate["value"], estimate["low"], estimate["high"]) if estimate else (math.nan, math.nan, math.nan)
 
 
-def total_by_key(run: RunHistory, name: str) -> dict[str, float]:
-    """Sum over steps of a mapping such as ``seconds`` or ``tokens``, key by key."""
-    totals: dict[str, float] = {}
-    for event in run.steps:
-        for key, value in event[name].items():
-            totals[key] = totals.get(key, 0) + value
-    return totals
+def tracking_of(run: RunHistory) -> Tracking:
+    """How well a run held its band."""
+    names = ("entropy/mean", "entropy/band_low", "entropy/band_high", "control/temperature")
+    return track(*map(run.column, names), saturated=run.saturated())
+
+
+def totals(run: RunHistory, prefix: str) -> dict[str, float]:
+    """Sum over steps of the figures whose names begin with ``prefix`` (``time/``, ``tokens/``), by the rest of their names."""
+    names = [name for name in run.series.names() if name.startswith(prefix)]
+    return {name.removeprefix(prefix): float(np.nansum(run.column(name))) for name in names}
 
 
 def by_method(summaries: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -169,10 +175,17 @@ def cost_sentences(runs: Sequence[RunHistory], summaries: Sequence[dict[str, Any
     ]
 
 
+def _final(run: RunHistory, name: str) -> float:
+    """Mean of a figure over the last steps; NaN without one."""
+    values = run.column(name, max(0, run.steps - FINAL_STEPS))
+    return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
+
+
 def _over_steps(run: RunHistory, metric: str) -> float | None:
     """A learner's metric over all steps that have it; None if none does."""
-    values = [value for event in run.steps if (value := event["metrics"].get(metric)) is not None]
-    return MISMATCH[metric](values) if values else None
+    values = run.column(learner_metric(metric))
+    values = values[np.isfinite(values)]
+    return float(MISMATCH[metric](values)) if len(values) else None
 
 
 def _cost(method: str, baseline: str, summaries: Sequence[dict[str, Any]], methods: dict[str, dict[str, Any]]) -> str:

@@ -11,9 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
+Floats = Sequence[float] | np.ndarray
 EMA = 0.8  # weight of the past
 STAY = 20  # steps in the band that count as settled
 
@@ -36,28 +38,25 @@ class Tracking:
     saturation: float  # share of all steps in the controller state "saturated"
 
 
-def filtered(values: Sequence[float], weight: float = EMA) -> np.ndarray:
+def filtered(values: Floats, weight: float = EMA) -> np.ndarray:
     """Exponential moving average, float64 [n]; starts at the first finite value; one that is not finite repeats the last."""
-    result = np.empty(len(values))
-    for i, value in enumerate(values):
-        last = result[i - 1] if i else math.nan
-        if math.isfinite(last) and math.isfinite(value):
-            result[i] = weight * last + (1 - weight) * value
-        else:
-            result[i] = value if math.isfinite(value) else last
-    return result
+    raw = np.asarray(values, dtype=float)
+    finite = np.isfinite(raw)
+    smooth = accumulate(raw[finite].tolist(), lambda last, value: weight * last + (1 - weight) * value)
+    known = np.array([math.nan, *smooth])  # a long run has a million of them: no NumPy in the loop
+    return known[np.cumsum(finite)]
 
 
 def track(
-    entropies: Sequence[float],
-    low: Sequence[float],
-    high: Sequence[float],
-    temperatures: Sequence[float] = (),
-    states: Sequence[str] = (),
+    entropies: Floats,
+    low: Floats,
+    high: Floats,
+    temperatures: Floats = (),
+    saturated: Sequence[bool] | np.ndarray = (),
 ) -> Tracking:
-    """The figures of one run: entropy, band edges, T+ and controller state of each step, in order."""
+    """The figures of one run: entropy, band edges, T+ and whether the command was at its limit, of each step in order."""
     raw, lower, upper = (np.asarray(values, dtype=float) for values in (entropies, low, high))
-    smooth = filtered(list(raw))
+    smooth = filtered(raw)
     inside = (smooth >= lower) & (smooth <= upper)
     entry = int(np.argmax(inside)) if inside.any() else -1
     target = np.sqrt(lower * upper)
@@ -76,18 +75,15 @@ def track(
         overshoot=max(0.0, float((-side * after).max())) if len(after) else math.nan,
         oscillation=_sign_changes_per_100(after),
         temperature_variation=_mean_step(np.log(np.asarray(temperatures, dtype=float))) if len(temperatures) else 0.0,
-        saturation=sum(state == "saturated" for state in states) / len(states) if states else 0.0,
+        saturation=float(np.mean(saturated)) if len(saturated) else 0.0,
     )
 
 
 def _first_stay(inside: np.ndarray) -> int:
     """First index that starts ``STAY`` true entries in a row; -1 if there is none."""
-    run = 0
-    for i, within in enumerate(inside):
-        run = run + 1 if within else 0
-        if run == STAY:
-            return i - STAY + 1
-    return -1
+    passed = np.concatenate([[0], np.cumsum(inside)])
+    stays = passed[STAY:] - passed[:-STAY] == STAY
+    return int(np.argmax(stays)) if stays.any() else -1
 
 
 def _rms(values: np.ndarray) -> float:

@@ -31,6 +31,10 @@ class EnginePool:
         self._updating: int | None = None  # version of the update in progress
         self._verified = False  # by every engine
 
+    def __len__(self) -> int:
+        """Engines."""
+        return len(self._engines)
+
     def start(self, hf_path: Path) -> None:
         """Start every engine with the same folder, at the same time; if one fails, all are closed."""
         with ExitStack() as on_failure:

@@ -29,6 +29,8 @@ class Rollouts:
     ) -> None:
         self._pool, self._learner, self._hf_path, self._on_fault = pool, learner, hf_path, on_fault
         self._version = 0
+        self._size: tuple[int, int] | None = None  # of a weight sync
+        self._revived: set[int] = set()  # engines, since figures were last asked for
 
     def push(self, version: int) -> None:
         """Hand the learner's weights over as ``version``. Raises ``WeightUpdateError`` when a second try fails too."""
@@ -48,8 +50,16 @@ class Rollouts:
             push_weights(self._learner, self._pool, self._version)
             return self._pool.generate(requests)
 
+    def figures(self) -> dict[str, dict[str, float]]:
+        """What a step's record says of weight sync and engines; ``alive`` are those that none had to start again since the last call."""
+        self._size = self._size or self._learner.export_size()
+        engines: dict[str, float] = {"alive": len(self._pool) - len(self._revived), "total": len(self._pool)}
+        self._revived = set()
+        return {"sync": dict(zip(("bytes", "buckets"), self._size, strict=True)), "engines": engines}
+
     def _revive(self, error: EngineError) -> None:
         revived = self._pool.revive(self._hf_path)
         if not revived:
             raise error
+        self._revived.update(revived)
         self._on_fault(f"engine {', '.join(map(str, revived))} was started again: {error}")

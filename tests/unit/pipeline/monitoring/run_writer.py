@@ -11,6 +11,7 @@ from pipeline.data.sources import PromptSet
 from pipeline.monitoring.recorder import Recorder, StepClock
 from pipeline.types import ControlDecision, EntropyReading, Prompt, Role, Sample, SampleGroup, StepStats, WeightSpan
 
+ROLLOUTS = {"sync": {"bytes": 2**20, "buckets": 2}, "engines": {"alive": 1, "total": 1}}
 PROMPT = Prompt("q1", (1, 2), "1234>10=", "1234>10", "countdown")
 
 
@@ -50,7 +51,7 @@ def record_step(recorder, step, entropy=0.3, state="tracking", reason="H in band
     stats = StepStats(
         -0.1, EntropyReading(entropy * 100, 100.0, step), 1.0, 1e-3, metrics or {"policy_loss": -0.1}, 0.05
     )
-    recorder.step(step, main, [], stats, decision(), decision(state, reason=reason), 0, 1, clock)
+    recorder.step(step, main, [], stats, decision(), decision(state, reason=reason), 0, 1, clock, ROLLOUTS)
 
 
 def evaluation(pass_at_1, pass_at_16):

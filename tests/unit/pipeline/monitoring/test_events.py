@@ -100,6 +100,11 @@ def test_a_resume_supersedes_what_it_repeats():
     assert [event["n"] for event in in_force(events)] == [0, 1, 2, 3, 4, 11, 12, 13]
 
 
+def test_a_repeated_step_supersedes_it_and_what_came_after():
+    events = events_of(("step", 0), ("step", 1), ("step", 2), ("step", 1), ("alert", 1))
+    assert [event["n"] for event in in_force(events)] == [0, 3, 4]
+
+
 def test_two_resumes():
     events = events_of(("step", 0), ("step", 1), ("resume", 1), ("step", 1), ("step", 2), ("resume", 0), ("step", 0))
     assert [event["n"] for event in in_force(events) if event["kind"] == "step"] == [6]

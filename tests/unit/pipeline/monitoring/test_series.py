@@ -1,0 +1,158 @@
+"""The index beside a log: always what the raw events say."""
+
+import json
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.monitoring import segment as segments
+from pipeline.monitoring import series as module
+from pipeline.monitoring.events import SCHEMA, in_force, read_all_events
+from pipeline.monitoring.metrics import scalars
+from pipeline.monitoring.series import FOLDER, Series
+
+NAMES = ("entropy/mean", "control/temperature", "mismatch/kl", "evaluation/pass_at_1")
+
+
+def step_event(step, value):
+    """A small step; every fifth value is missing, a metric of the learner comes and goes."""
+    return {
+        "kind": "step",
+        "time": 100.0 + value,
+        "step": step,
+        "entropy": None if value % 5 == 0 else value / 7,
+        "band_low": 0.2,
+        "band_high": 0.4,
+        "temperature": 1 + value / 100,
+        "state": ("tracking", "saturated", "holding")[value % 3],
+        "reason": f"value {value}",
+        "metrics": {"mismatch_kl": value / 1000} if value % 4 else {},
+    }
+
+
+def other(kind, step, value):
+    event = {"kind": kind, "time": 100.0 + value, "step": step, "reason": f"value {value}", "condition": "x"}
+    if kind == "evaluation":
+        event["pass_at_k"] = {"1": {"value": value / 9, "low": 0.0, "high": 1.0}}
+    if kind == "fault":
+        event["description"] = "engine 0"
+        del event["step"]
+    return event
+
+
+def line(event):
+    return json.dumps({"schema": SCHEMA, **event}).encode() + b"\n"
+
+
+@st.composite
+def logs(draw):
+    """Chunks of a log in the order written; after each somebody may look. Steps, resumes, torn lines, other events."""
+    chunks, step, value = [], 0, 0
+    for _ in range(draw(st.integers(1, 12))):
+        value += 1
+        act = draw(
+            st.sampled_from(["steps", "steps", "steps", "resume", "alert", "evaluation", "fault", "repeat", "gap"])
+        )
+        if act == "steps":
+            count = draw(st.integers(1, 30))
+            chunks.append(b"".join(line(step_event(step + i, value + i)) for i in range(count)))
+            step, value = step + count, value + count
+        elif act == "resume":
+            torn = draw(st.booleans())
+            step = draw(st.integers(0, step))
+            chunks.append((torn, line({"kind": "resume", "time": 1.0, "step": step})))
+        elif act in ("repeat", "gap"):
+            step = max(0, step - 3) if act == "repeat" else step + 40
+            chunks.append(line(step_event(step, value)))
+            step += 1
+        else:
+            chunks.append(line(other(act, step, value)))
+    return chunks
+
+
+def by_hand(events, name):
+    """{step: number} of the events in force."""
+    kinds = ("evaluation",) if name.startswith("evaluation/") else ("step",)
+    return {e["step"]: found[name] for e in events if e["kind"] in kinds and name in (found := scalars(e))}
+
+
+def check(series, path, points):
+    events = in_force(read_all_events(path))
+    taken = [e["step"] for e in events if e["kind"] == "step"]
+    assert series.steps == max([*taken, -1]) + 1 or not taken
+    chart = series.read(NAMES, points=points)
+    steps = chart["step"].tolist()
+    assert len(steps) <= points
+    width = 1
+    while (series.steps // width) + 1 > points:
+        width *= 2
+    for name in NAMES:
+        # An evaluation after more updates than there are steps in force (a step was repeated without a resume) is not shown.
+        truth = {step: value for step, value in by_hand(events, name).items() if step <= series.steps}
+        buckets = {}
+        for step, number in truth.items():
+            buckets.setdefault(step // width, []).append(number)
+        got = {step // width: i for i, step in enumerate(steps)}
+        assert set(buckets) <= set(got)
+        for bucket, i in got.items():
+            numbers = buckets.get(bucket)
+            curve = {key: float(values[i]) for key, values in chart[name].items()}
+            if numbers is None:
+                assert all(map(math.isnan, curve.values()))
+            else:
+                assert (curve["low"], curve["high"]) == (min(numbers), max(numbers))
+                assert curve["mean"] == pytest.approx(sum(numbers) / len(numbers), rel=1e-12)
+        if not name.startswith("evaluation/"):
+            column = series.column(name)
+            assert {s: v for s, v in enumerate(column.tolist()) if not math.isnan(v)} == truth
+    plain = [e for e in events if e["kind"] != "step"]
+    assert [{**mine, **true} for mine, true in zip(series.events, plain, strict=True)] == series.events
+    for step in {*taken[:2], *taken[-2:]}:
+        assert series.event(step) == next(e for e in events if e["kind"] == "step" and e["step"] == step)
+
+
+@settings(max_examples=60)
+@given(logs(), st.data())
+def test_the_index_says_what_the_events_say(tmp_path_factory, chunks, data):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "LINES", data.draw(st.sampled_from([3, 7, 16])))
+        patch.setattr(segments, "BUCKET", 4)
+        patch.setattr(module, "BUCKET", 4)
+        run = tmp_path_factory.mktemp("run")
+        path = run / "events.jsonl"
+        path.touch()
+        readers = [Series(run)]
+        for chunk in chunks:
+            torn, chunk = chunk if isinstance(chunk, tuple) else (False, chunk)
+            if torn:  # a crash in the middle of a line, seen by a reader, then cut off
+                with path.open("ab") as file:
+                    file.write(b'{"schema":1,"kind":"st')
+                readers[0].update()
+                path.write_bytes(path.read_bytes()[: -len(b'{"schema":1,"kind":"st')])
+            with path.open("ab") as file:
+                file.write(chunk)
+            match data.draw(st.integers(0, 5)):
+                case 0:
+                    readers[0].update()
+                case 1:
+                    readers.append(Series(run))
+                case 2:
+                    for found in list((run / FOLDER).glob("*"))[:1]:
+                        damage(found, data.draw(st.integers(0, 3)))
+        for reader in (*readers, Series(run)):
+            reader.update()
+            check(reader, path, data.draw(st.sampled_from([4, 10, 500])))
+
+
+def damage(path, how):
+    content = path.read_bytes()
+    if how == 0:
+        path.unlink()
+    elif how == 1:
+        path.write_bytes(content[: len(content) // 2])
+    elif how == 2:
+        path.write_bytes(bytes(len(content)))
+    else:
+        path.write_bytes(content[:-8] + bytes(8) if content[-8:] != bytes(8) else content[:-8] + b"12345678")
