@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from launchers.placement import Placement, PlacementError, place
+from launchers.sidecar import Sidecar
 from pipeline.checkpoints import Checkpoint, CheckpointError, CheckpointStore
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import resolve_path
@@ -52,6 +53,7 @@ def train(config: RunConfig, resume: Path | None = None) -> dict[str, Any]:
     named = Path(config.run_dir or f"runs/{config.name}-{datetime.now():%Y%m%d-%H%M%S}")
     run_dir = (resume or named).resolve()  # actors may live in another working directory
     with ExitStack() as stack:
+        sidecar = stack.enter_context(Sidecar(config, run_dir))
         recorder = stack.enter_context(Recorder(run_dir, config, resumed=resume is not None))
         checkpoint = _checkpoints(run_dir, config).latest() if resume else None
         loop = build_loop(config, recorder, stack)
@@ -60,6 +62,7 @@ def train(config: RunConfig, resume: Path | None = None) -> dict[str, Any]:
         else:
             loop.learner.load(_hf_path(config))
         recorder.start(loop.step)
+        sidecar.start()
         # Only now: Ray puts a SIGTERM handler of its own in place when it starts.
         stop_requested = stack.enter_context(_signals())
         loop.run(stop_requested)

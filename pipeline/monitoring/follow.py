@@ -14,10 +14,14 @@ class EventReader:
     Holds no file open between polls. Memory and time of a poll go with what is new.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, position: tuple[int, int] = (0, 0)) -> None:
         self.path = path
-        self._offset = 0  # bytes read, always the start of a line
-        self._lines = 0
+        self._offset, self._lines = position  # the offset is always the start of a line
+
+    @property
+    def position(self) -> tuple[int, int]:
+        """Bytes and lines read: give it to another reader, which goes on from here."""
+        return self._offset, self._lines
 
     def poll(self, limit_bytes: int = 1 << 26) -> list[dict[str, Any]]:
         """Events appended since the last poll; at most ``limit_bytes`` of them are read, so poll until nothing comes.
