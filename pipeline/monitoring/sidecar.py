@@ -49,8 +49,7 @@ class Follower(threading.Thread):
         self._over = over
         self._saved = run_dir / FOLDER / f"{name}.json"
         self._reader = EventReader(run_dir / FILE_NAME, read_position(self._saved))
-        self._causes: set[str] = set()
-        self._failures = 0
+        self._causes: set[str] = set()  # of what was left out, said once
 
     def run(self) -> None:
         """Deliver event by event until the run is over, then close the sink."""
@@ -77,35 +76,29 @@ class Follower(threading.Thread):
 
     def _attempt(self, action: Callable[[], Result]) -> Result | None:
         """Do it, again and again while ``OSError`` says "not now"; None when another error says "never"."""
-        wait = FIRST_WAIT_S
+        wait, outage = FIRST_WAIT_S, set[str]()
         while True:
             try:
                 result = action()
             except OSError as error:
-                self._report(error, "trying again until it works")
+                self._report(error, "trying again until it works", outage)
             except Exception as error:  # noqa: BLE001 - whatever a library raises must not end the other sinks' process
-                self._report(error, "going on without this event")
+                self._report(error, "going on without this", self._causes)
                 return None
             else:
-                self._recovered()
+                if outage:
+                    log.warning("%s: works again", self.name)
                 return result
             time.sleep(wait)
             wait = min(2 * wait, LONGEST_WAIT_S)
 
-    def _report(self, error: Exception, consequence: str) -> None:
+    def _report(self, error: Exception, consequence: str, known: set[str]) -> None:
         """Log an error once per cause: the same words but for numbers and addresses."""
-        self._failures += 1
-        cause = f"{type(error).__name__}: {error}"
-        kind = re.sub(r"0x[0-9a-f]+|[0-9a-f]{16,}|\d+", "#", cause)
-        if kind not in self._causes:
-            self._causes.add(kind)
-            log.error("%s: %s; %s", self.name, cause, consequence)
-
-    def _recovered(self) -> None:
-        if self._failures:
-            log.warning("%s: works again after %d failed tries", self.name, self._failures)
-            self._causes.clear()
-            self._failures = 0
+        said = f"{type(error).__name__}: {error}"
+        cause = re.sub(r"0x[0-9a-f]+|[0-9a-f]{16,}|\d+", "#", said)
+        if cause not in known:
+            known.add(cause)
+            log.error("%s: %s; %s", self.name, said, consequence)
 
     def _save(self) -> None:
         size, lines = self._reader.position
@@ -114,7 +107,7 @@ class Follower(threading.Thread):
             written.write_text(json.dumps({"bytes": size, "lines": lines}))
             written.replace(self._saved)
         except OSError as error:  # a full disk: the event is delivered all the same
-            self._report(error, "a restart may deliver events twice")
+            self._report(error, "a restart may deliver events twice", self._causes)
 
 
 def read_position(path: Path) -> tuple[int, int]:
