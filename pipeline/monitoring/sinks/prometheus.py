@@ -1,7 +1,7 @@
 """Prometheus: an endpoint on the driver's node with the newest figures; Prometheus itself keeps their history.
 
-Every name of ``metrics`` is a gauge ``isentrope_<name>`` with ``/`` as ``_``. ``<run_dir>/prometheus_target.json`` says where the
-endpoint is, in the form that Prometheus's file_sd_configs reads: on a cluster nobody knows the node beforehand.
+Every name of ``metrics`` is a gauge ``isentrope_<name>`` with ``/`` as ``_``. On a cluster nobody knows the
+driver's node beforehand: a file in ``monitoring.prometheus.targets`` names the endpoint, in the form that Prometheus's file_sd_configs reads.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Info, start_htt
 
 from pipeline.config.schema import RunConfig
 from pipeline.monitoring.metrics import scalars
-from pipeline.monitoring.sinks.common import Alert
+from pipeline.monitoring.sinks.common import Alert, run_id
 
-TARGET = "prometheus_target.json"
 LABELS = ("run", "seed")
 
 
@@ -52,9 +51,8 @@ class PrometheusSink:
         self._facts["actuator"] = config.entropy.actuator
         self._when_asked(run_dir)
         self._server, self._thread = start_http_server(port, host, self._registry)
-        self._target = run_dir / TARGET
-        reached = socket.gethostname() if host in ("0.0.0.0", "::") else host
-        self._target.write_text(json.dumps([{"targets": [f"{reached}:{port}"], "labels": {"job": "isentrope"}}]))
+        self._target = _announce(config, run_dir)
+        self._ended_well = False
 
     def event(self, event: dict[str, Any]) -> None:
         """Bring the figures up to date."""
@@ -76,13 +74,16 @@ class PrometheusSink:
                 self._faults.inc()
             case "alert":
                 self._alert(Alert.of(event))
+            case "run_end":
+                self._ended_well = event["status"] != "failed"
 
     def close(self) -> None:
-        """Stop listening."""
+        """Stop listening. The address of a run that broke off stays known, so that Prometheus misses it."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
-        self._target.unlink(missing_ok=True)
+        if self._target and self._ended_well:
+            self._target.unlink(missing_ok=True)
 
     def _start(self, event: dict[str, Any]) -> None:
         self._last_checkpoint = event["step"]
@@ -120,3 +121,16 @@ class PrometheusSink:
 
     def _counter(self, name: str, help: str, *labels: str) -> Counter:
         return Counter(exported(name), help, (*LABELS, *labels), registry=self._registry)
+
+
+def _announce(config: RunConfig, run_dir: Path) -> Path | None:
+    """Write the file that tells Prometheus where to look, if one is wanted."""
+    chosen = config.monitoring.prometheus
+    if not chosen.targets:
+        return None
+    reached = socket.gethostname() if chosen.host in ("0.0.0.0", "::") else chosen.host
+    folder = Path(chosen.targets)
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"{run_id(run_dir)}.json"
+    target.write_text(json.dumps([{"targets": [f"{reached}:{chosen.port}"]}]))
+    return target

@@ -7,8 +7,9 @@ import pytest
 
 from pipeline.config.load import PACKAGED, load_config
 
-CLUSTERS = PACKAGED / "cluster"  # of another schema: tests/unit/launchers/test_cluster.py
-FILES = sorted(str(path.relative_to(PACKAGED)) for path in PACKAGED.rglob("*.yaml") if path.parent != CLUSTERS)
+# Of another schema: tests/unit/launchers/test_cluster.py, tests/integration/test_prometheus.py.
+OTHERS = [PACKAGED / "cluster", PACKAGED / "monitoring"]
+FILES = sorted(str(path.relative_to(PACKAGED)) for path in PACKAGED.rglob("*.yaml") if path.parent not in OTHERS)
 NEEDS_A_CONVERTED_MODEL = "recipe/smollm2_135m_cpu.yaml"
 
 

@@ -156,11 +156,13 @@ def scrape(port):
 
 def test_prometheus_shows_the_newest(tmp_path):
     port = free_port()
-    build = sink("prometheus", tmp_path, f"monitoring.prometheus.port={port}", "checkpoint.every=2")
+    targets = tmp_path / "targets"
+    where = [f"monitoring.prometheus.port={port}", f"monitoring.prometheus.targets={targets}"]
+    build = sink("prometheus", tmp_path, *where, "checkpoint.every=2")
     resumed_run.first_attempt(tmp_path)
     endpoint = build()
-    target = json.loads((tmp_path / "prometheus_target.json").read_text())
-    assert target == [{"targets": [f"127.0.0.1:{port}"], "labels": {"job": "isentrope"}}]
+    (target,) = targets.iterdir()
+    assert json.loads(target.read_text()) == [{"targets": [f"127.0.0.1:{port}"]}]
     events = read_all_events(tmp_path / "events.jsonl")
     for event in events:
         endpoint.event(event)
@@ -192,9 +194,21 @@ def test_prometheus_shows_the_newest(tmp_path):
     assert resumed[("isentrope_entropy_mean",)] == 0.75
     assert ("isentrope_alert_active", "exploding", "critical") not in resumed
     endpoint.close()
+    endpoint.close()
     with pytest.raises(OSError, match="refused"):
         scrape(port)
-    assert not (tmp_path / "prometheus_target.json").exists()
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(("status", "remains"), [("failed", True), ("stopped", False), (None, True)])
+def test_prometheus_is_to_miss_a_run_that_broke_off(tmp_path, status, remains):
+    where = [f"monitoring.prometheus.port={free_port()}", f"monitoring.prometheus.targets={tmp_path}/targets"]
+    resumed_run.first_attempt(tmp_path)
+    endpoint = sink("prometheus", tmp_path, *where)()
+    if status:
+        endpoint.event({"kind": "run_end", "time": 0.0, "status": status})
+    endpoint.close()
+    assert bool(list((tmp_path / "targets").iterdir())) == remains
 
 
 def test_the_run_and_its_seed_are_labels(tmp_path):
