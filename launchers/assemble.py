@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from launchers.placement import Placement, PlacementError, place
+from launchers.sidecar import Sidecar
 from launchers.watchdog import Others, Watchdog
 from pipeline.checkpoints import Checkpoint, CheckpointError, CheckpointStore
 from pipeline.config.errors import ConfigError
@@ -48,6 +49,7 @@ def train(config: RunConfig, resume: Path | None, stop_requested: Callable[[], b
     named = Path(config.run_dir or f"runs/{config.name}-{datetime.now():%Y%m%d-%H%M%S}")
     run_dir = (resume or named).resolve()  # actors may live in another working directory
     with ExitStack() as stack:
+        sidecar = stack.enter_context(Sidecar(config, run_dir))
         recorder = stack.enter_context(Recorder(run_dir, config, resumed=resume is not None))
         stack.enter_context(Watchdog(recorder, config, _others(config)))
         checkpoint = _checkpoints(run_dir, config).latest() if resume else None
@@ -57,6 +59,7 @@ def train(config: RunConfig, resume: Path | None, stop_requested: Callable[[], b
         else:
             loop.learner.load(_hf_path(config))
         recorder.start(loop.step)
+        sidecar.start()
         loop.run(stop_requested)
         return recorder.finish(completed=loop.step >= config.steps)
 

@@ -323,6 +323,9 @@ class PrometheusConfig:
 
     host: str = key("127.0.0.1", "address to listen on; 0.0.0.0 for a Prometheus on another machine")
     port: int = key(9108, "port of /metrics")
+    targets: str = key(
+        "", "folder where a file names this endpoint while it runs, for Prometheus's file_sd_configs; empty: none"
+    )
 
 
 @dataclass

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from pipeline.config.errors import Problem
 from pipeline.config.keys import leaf_keys
@@ -21,6 +22,7 @@ from pipeline.config.precision_rules import precision_problems
 from pipeline.config.schema import LearnerConfig, RunConfig
 
 TEMPERATURE_ACTUATORS = ("resample", "reweight", "fc")
+SINKS = ("tensorboard", "wandb", "mlflow", "prometheus")
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "runtime": ("ray", "inline"),
@@ -605,6 +607,19 @@ def _controller(config: RunConfig) -> Iterator[Problem]:
         )
 
 
+def _sinks(config: RunConfig) -> Iterator[Problem]:
+    chosen, uri = config.monitoring.sinks, config.monitoring.mlflow.tracking_uri
+    unknown = [name for name in chosen if name not in SINKS]
+    if unknown:
+        yield Problem("monitoring.sinks", chosen, f"unknown: {', '.join(unknown)}", f"choose among {', '.join(SINKS)}")
+    elif len(set(chosen)) < len(chosen):
+        yield Problem("monitoring.sinks", chosen, "a sink is named twice", "name each once")
+    if urlsplit(uri).password:
+        what = "holds a password, which the run folder and every sink would show"
+        remedy = "remove it and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        yield Problem("monitoring.mlflow.tracking_uri", re.sub(r"//.*@", "//...@", uri), what, remedy)
+
+
 def _auxiliary(config: RunConfig) -> Iterator[Problem]:
     entropy, prompts = config.entropy, config.rollout.prompts_per_step
     if entropy.actuator != "resample":
@@ -649,5 +664,6 @@ RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _limits,
     _controller,
     _auxiliary,
+    _sinks,
     precision_problems,
 )

@@ -9,7 +9,7 @@ class Sink(Protocol):
     """Something that is told every event of a run, in order; after ``resume`` at step k, steps from k on come again."""
 
     def event(self, event: dict[str, Any]) -> None:
-        """Take one event. May raise: the caller logs it and goes on with the next event."""
+        """Take one event. ``OSError``: not now, the caller tries this event again later. Any other error: the caller logs it and goes on."""
 
     def close(self) -> None:
         """Flush and end. Idempotent."""

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline.config.load import PACKAGED, load_config
 
-OTHER_SCHEMAS = ("cluster", "lab", "benchmark")  # tests/unit/launchers
+OTHER_SCHEMAS = ("cluster", "monitoring", "lab", "benchmark")  # tests/unit/launchers, tests/integration/test_prometheus.py
 SHARED = "recipe/papers/scope_rl.yaml"  # what the recipes beside it include: no model of its own
 FILES = sorted(
     str(path.relative_to(PACKAGED))

@@ -1,0 +1,46 @@
+"""What several sinks need to know of a run."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.schema import RunConfig
+from pipeline.monitoring.events import FILE_NAME
+
+
+@dataclass(frozen=True)
+class Alert:
+    """An ``alert`` event, also one of an old log."""
+
+    rule: str
+    severity: str  # info | warning | critical
+    reason: str
+    begins: bool
+
+    @classmethod
+    def of(cls, event: Mapping[str, Any]) -> Alert:
+        """Read it from its event."""
+        rule = event.get("rule", event["condition"])
+        return cls(rule, event.get("severity", "warning"), event["reason"], event.get("state", "begin") == "begin")
+
+
+def run_id(run_dir: Path) -> str:
+    """16 hex digits made from the first event of the log: the same after every resume and wherever the folder goes, of no other run."""
+    with (run_dir / FILE_NAME).open("rb") as log:
+        return hashlib.sha256(log.readline()).hexdigest()[:16]
+
+
+def flat(config: RunConfig) -> dict[str, Any]:
+    """The configuration by dotted keys; lists and free-form entries stay whole."""
+    return dict(_leaves(asdict(config), ""))
+
+
+def _leaves(values: Mapping[str, Any], prefix: str) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        found += _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) and value else [(prefix + name, value)]
+    return found

@@ -1,0 +1,73 @@
+"""Which sinks a configuration asks for: whether they can work here, and how each is built."""
+
+from __future__ import annotations
+
+import errno
+import socket
+import time
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+from pipeline.config.errors import Problem
+from pipeline.config.schema import PrometheusConfig, RunConfig
+from pipeline.monitoring.sinks import Sink
+
+# Name in monitoring.sinks: the library, and the class in the module of that name.
+SINKS = {
+    "tensorboard": ("tensorboard", "TensorboardSink"),
+    "wandb": ("wandb", "WandbSink"),
+    "mlflow": ("mlflow", "MlflowSink"),
+    "prometheus": ("prometheus_client", "PrometheusSink"),
+}
+PORT_WAIT_S = 5.0  # an attempt that was killed lets go of its port within a second
+
+
+def build_sinks(config: RunConfig, run_dir: Path) -> dict[str, Callable[[], Sink]]:
+    """By name, what makes each sink: imports its library and connects, so call it where that may take long or fail."""
+
+    def builder(name: str) -> Callable[[], Sink]:
+        def build() -> Sink:
+            sink: Sink = getattr(import_module(f"pipeline.monitoring.sinks.{name}"), SINKS[name][1])(config, run_dir)
+            return sink
+
+        return build
+
+    return {name: builder(name) for name in config.monitoring.sinks}
+
+
+def problems(config: RunConfig) -> list[Problem]:
+    """Why the configured sinks could not work on this machine; reaches no server."""
+    chosen = config.monitoring.sinks
+    missing = [name for name in chosen if not _installed(SINKS[name][0])]
+    if missing:
+        what = f"not installed: {', '.join(SINKS[name][0] for name in missing)}"
+        return [Problem("monitoring.sinks", chosen, what, "pip install 'isentrope[monitor]', or remove the sink")]
+    found = _port_problems(config.monitoring.prometheus) if "prometheus" in chosen else []
+    if "wandb" in chosen and config.monitoring.wandb.mode == "online":
+        found += import_module("pipeline.monitoring.sinks.wandb").problems(config)
+    return found
+
+
+def _installed(library: str) -> bool:
+    """A folder of that name in the working directory, such as W&B's own, is no library."""
+    spec = find_spec(library)
+    return spec is not None and spec.origin is not None
+
+
+def _port_problems(chosen: PrometheusConfig) -> list[Problem]:
+    """Try the endpoint's address as the endpoint will."""
+    deadline = time.monotonic() + PORT_WAIT_S
+    while True:
+        try:
+            with socket.create_server((chosen.host, chosen.port)):
+                return []
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                remedy = "use an address of this machine, 127.0.0.1 or 0.0.0.0"
+                return [Problem("monitoring.prometheus.host", chosen.host, f"cannot listen there: {error}", remedy)]
+            if time.monotonic() > deadline:
+                remedy = "choose another port (every run on a machine needs its own), or stop what listens there"
+                return [Problem("monitoring.prometheus.port", chosen.port, f"in use on {chosen.host}", remedy)]
+        time.sleep(0.2)
