@@ -7,6 +7,7 @@ import importlib.metadata
 import logging
 import math
 import platform
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from pipeline.config.load import config_hash, to_yaml
 from pipeline.config.schema import RunConfig
 from pipeline.data.sources import PromptSet
 from pipeline.entropy.band import Band
+from pipeline.monitoring.alerts.engine import Alert, AlertEngine, replayed
+from pipeline.monitoring.alerts.rules import constants_of, rules_of
 from pipeline.monitoring.events import FILE_NAME, EventLog, StepRecord, to_json
 from pipeline.monitoring.progress import Progress
 from pipeline.types import ControlDecision, SampleGroup, StepStats
@@ -27,9 +30,7 @@ from pipeline.types import ControlDecision, SampleGroup, StepStats
 log = logging.getLogger(__name__)
 
 PACKAGES = ("isentrope", "torch", "megatron-core", "transformers", "sglang", "ray")
-# What in a decision's state or reason raises an alert when it begins, and the alert's condition. Saturated on the way to the
-# target is no alarm.
-ALARMING = {"exploding": "exploding", "not reachable": "not_reachable", "wrong sign": "wrong_sign"}
+LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "critical": logging.ERROR}
 
 
 class StepClock:
@@ -71,7 +72,7 @@ class Recorder:
         self._log: EventLog | None = None
         self._progress: Progress | None = None
         self._prompts: dict[str, int] = {}
-        self._alarms: frozenset[str] = frozenset()
+        self._alerts = AlertEngine(rules_of(config), constants_of(config))
         self._own_seconds = 0.0  # what recording the step before took; counted as "other" of the next
         (run_dir / "samples").mkdir(parents=True, exist_ok=True)
         self._lock = _lock(run_dir)
@@ -97,6 +98,8 @@ class Recorder:
         written = self.run_dir / ".config.yaml"
         written.write_text(header + to_yaml(self._config))
         written.replace(self.run_dir / "config.yaml")
+        if self._resumed:
+            self._alerts = replayed(self._alerts, self.run_dir / FILE_NAME)
         self._log = EventLog(self.run_dir / FILE_NAME)
         self.event(
             "resume" if self._resumed else "run_start",
@@ -112,10 +115,17 @@ class Recorder:
             self._progress = Progress(self._config.name, self._config.steps, first=step)
 
     def event(self, kind: str, **values: Any) -> None:
-        """Append any event; the time is added. Raises ``RuntimeError`` before ``start``."""
+        """Append any event, and the alerts that it raises; the time is added. Raises ``RuntimeError`` before ``start``."""
         if self._log is None:
             raise RuntimeError("Recorder.start must come before events")
-        self._log.append(kind, {"time": time.time(), **values})
+        event = {"time": time.time(), **values}
+        self._log.append(kind, event)
+        self._raise(self._alerts.observe({"kind": kind, **event}))
+
+    def tick(self, now: float) -> None:
+        """Time has passed (``now``: Unix seconds): raise what goes by time, such as a disk that fills."""
+        if self._log is not None:
+            self._raise(self._alerts.tick(now, shutil.disk_usage(self.run_dir).free))
 
     def step(
         self,
@@ -129,7 +139,7 @@ class Recorder:
         positives: int,
         clock: StepClock,
     ) -> None:
-        """Record one step: its event, alerts that begin, some samples, the progress line.
+        """Record one step: its event, some samples, the progress line.
 
         ``decision`` governed the step just done, ``following`` was made from its entropy reading. ``stale``: samples dropped for
         their weight version; ``positives``: correct rows that the actuator consumed.
@@ -163,7 +173,6 @@ class Recorder:
             **rollout_figures(main, auxiliary),
         )
         self.event("step", **record.to_dict())
-        self._alert(step, following)
         self._write_samples(step, main, auxiliary)
         if self._progress is not None:
             self._progress.step(record)
@@ -199,13 +208,14 @@ class Recorder:
             self._log.close()
             self._log = None
 
-    def _alert(self, step: int, decision: ControlDecision) -> None:
-        """One event when an alarming condition begins, not one per step of it."""
-        said = f"{decision.state}: {decision.reason}"
-        conditions = {condition for sign, condition in ALARMING.items() if sign in said}
-        for condition in sorted(conditions - self._alarms):
-            self.event("alert", step=step, condition=condition, reason=decision.reason)
-        self._alarms = frozenset(conditions)
+    def _raise(self, alerts: Sequence[Alert]) -> None:
+        """Each alert that begins or ends as an event and a line in the log; who else is told follows the events."""
+        for alert in alerts:
+            log.log(
+                LEVELS[alert.severity], "alert %s, step %d: %s: %s", alert.state, alert.step, alert.rule, alert.reason
+            )
+            if self._log is not None:
+                self._log.append("alert", alert.to_dict())
 
     def _write_samples(self, step: int, main: Sequence[SampleGroup], auxiliary: Sequence[SampleGroup]) -> None:
         groups = [group for group in (*main, *auxiliary) if group.samples]
