@@ -24,10 +24,10 @@ from pipeline.monitoring.alerts.schema import ConditionConfig
 from pipeline.monitoring.events import EventLogError
 from pipeline.monitoring.follow import EventReader
 from pipeline.monitoring.metrics import scalars
-from pipeline.monitoring.tracking import EMA
 
 log = logging.getLogger(__name__)
 
+EMA = 0.8  # weight of the past where the entropy is said to have entered its band, as in ``tracking``
 SNAPSHOTS = 8  # checkpoints whose state is kept: a run resumes from one of the newest
 
 
