@@ -17,8 +17,10 @@ from launchers.placement import PlacementError, place
 from launchers.slurm.cluster import ClusterConfig, seconds
 from pipeline.config.errors import ConfigError, Problem
 from pipeline.config.load import PACKAGED, resolve_path
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import MonitoringConfig, RunConfig
+from pipeline.monitoring.alerts.rules import rules_of
 from pipeline.monitoring.events import FILE_NAME
+from pipeline.monitoring.sinks.alert_delivery import webhook_problems
 
 BYTES_PER_PARAMETER = 12  # of a checkpoint: float32 weights and Adam's two moments
 
@@ -66,7 +68,15 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     source = config.data.source
     path = str(Path(source.path).resolve()) if source.path else ""
     data = replace(config.data, source=replace(source, path=path))
-    return replace(config, model=replace(config.model, hf_path=_anywhere(config.model.hf_path)), data=data)
+    model = replace(config.model, hf_path=_anywhere(config.model.hf_path))
+    return replace(config, model=model, data=data, monitoring=_monitoring_anywhere(config.monitoring))
+
+
+def _monitoring_anywhere(monitoring: MonitoringConfig) -> MonitoringConfig:
+    alerts = monitoring.alerts
+    rules = _anywhere(alerts.rules) if alerts.rules else ""
+    webhook_file = str(Path(alerts.webhook_file).expanduser().resolve()) if alerts.webhook_file else ""
+    return replace(monitoring, alerts=replace(alerts, rules=rules, webhook_file=webhook_file))
 
 
 def _anywhere(path: str) -> str:
@@ -190,7 +200,20 @@ def _files(setting: Setting) -> Iterator[str | Problem]:
         yield Problem("checkpoint.keep_last", keep - 1, what, "keep fewer, make room, or choose another run_dir")
 
 
-CHECKS: Sequence[Callable[[Setting], Iterator[str | Problem]]] = (_batch, _machines, _memory, _time, _files)
+def _alerts(setting: Setting) -> Iterator[str | Problem]:
+    """The rules and the webhook's file; what only the node of the run has is looked at there."""
+    if not setting.local_files:
+        return
+    try:
+        rules = rules_of(setting.config)
+    except ConfigError as error:
+        yield from error.problems
+    else:
+        yield f"alerts: {_count(len(rules), 'rule')}"
+    yield from webhook_problems(setting.config)
+
+
+CHECKS: Sequence[Callable[[Setting], Iterator[str | Problem]]] = (_batch, _machines, _memory, _time, _files, _alerts)
 
 
 def _size(count: float) -> str:

@@ -10,6 +10,7 @@ import typer
 
 from launchers.cli.arguments import CONFIG, JSON, OVERRIDES
 from pipeline.config.load import config_hash, document, load_config
+from pipeline.monitoring.alerts.rules import rules_of
 
 app = typer.Typer(help="Show or validate a configuration.", no_args_is_help=True)
 
@@ -25,6 +26,7 @@ def show(config: Path | None = CONFIG, overrides: list[str] = OVERRIDES, as_json
 def validate(config: Path | None = CONFIG, overrides: list[str] = OVERRIDES, as_json: bool = JSON) -> None:
     """Check keys, types, values and combinations; exit with 2 and the list of problems if there are any."""
     resolved = load_config(config, overrides)
+    rules_of(resolved)
     if as_json:
         typer.echo(json.dumps({"valid": True, "name": resolved.name, "config_hash": config_hash(resolved)}))
     else:

@@ -12,6 +12,7 @@ import typer
 import typer.main
 
 from launchers.cli import (
+    alerts_cmd,
     benchmark_cmd,
     config_cmd,
     convert_cmd,
@@ -41,6 +42,7 @@ app.command("train")(train_cmd.train)
 app.command("evaluate")(evaluate_cmd.evaluate)
 app.add_typer(benchmark_cmd.app, name="benchmark")
 app.command("report")(report_cmd.report)
+app.add_typer(alerts_cmd.app, name="alerts")
 app.add_typer(launch_cmd.app, name="launch")
 app.add_typer(jobs_cmd.app, name="jobs")
 app.add_typer(config_cmd.app, name="config")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -41,7 +42,7 @@ def scalars(event: Mapping[str, Any]) -> dict[str, float]:
     """The figures of a ``step`` or ``evaluation`` event by name; null (not finite) and other kinds of events give nothing."""
     make = _OF_KIND.get(event["kind"])
     found = make(event) if make else {}
-    return {name: float(value) for name, value in found.items() if value is not None}
+    return {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
 
 
 def _step(event: Mapping[str, Any]) -> dict[str, Any]:
@@ -49,13 +50,19 @@ def _step(event: Mapping[str, Any]) -> dict[str, Any]:
     for field, prefix in STEP_MAPPINGS.items():
         found |= {_named(prefix, key): value for key, value in event.get(field, {}).items()}
     low, entropy, high = event["band_low"], event["entropy"], event["band_high"]
-    found["control/in_band"] = None if None in (low, entropy, high) else float(low <= entropy <= high)
+    found["control/in_band"] = float(low <= entropy <= high) if _finite(low, entropy, high) else None
+    found["train/not_finite"] = sum(not _finite(event.get(name, 0.0)) for name in ("entropy", "loss", "grad_norm"))
     return found
 
 
 def learner_metric(key: str) -> str:
     """The name of what the learner reported as ``key``: ``mismatch_mean`` is ``mismatch/mean``."""
     return _named("train/", key)
+
+
+def _finite(*values: float | None) -> bool:
+    """Whether every value is a number; those that are not are null in the log, NaN before they are written."""
+    return all(value is not None and math.isfinite(value) for value in values)
 
 
 def _named(prefix: str, key: str) -> str:

@@ -7,6 +7,7 @@ import importlib.metadata
 import logging
 import math
 import platform
+import shutil
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.sources import PromptSet
 from pipeline.entropy.band import Band
 from pipeline.monitoring.activity import Activity
+from pipeline.monitoring.alerts.engine import Alert, AlertEngine, replayed
+from pipeline.monitoring.alerts.rules import constants_of, rules_of
 from pipeline.monitoring.events import FILE_NAME, EventLog, StepRecord, to_json
 from pipeline.monitoring.memory import resident_gib
 from pipeline.monitoring.progress import Progress
@@ -31,9 +34,7 @@ from pipeline.types import ControlDecision, SampleGroup, StepStats
 log = logging.getLogger(__name__)
 
 PACKAGES = ("isentrope", "torch", "megatron-core", "transformers", "sglang", "ray")
-# What in a decision's state or reason raises an alert when it begins, and the alert's condition. Saturated on the way to the
-# target is no alarm.
-ALARMING = {"exploding": "exploding", "not reachable": "not_reachable", "wrong sign": "wrong_sign"}
+LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "critical": logging.ERROR}
 
 
 INDEX_EVERY = 256  # steps
@@ -85,7 +86,7 @@ class Recorder:
         self._log: EventLog | None = None
         self._progress: Progress | None = None
         self._prompts: dict[str, int] = {}
-        self._alarms: frozenset[str] = frozenset()
+        self._alerts = AlertEngine(rules_of(config), constants_of(config))
         self._series: Series | None = None  # None: the index beside the log is not kept
         self._own_seconds = 0.0  # what recording the step before took; counted as "other" of the next
         (run_dir / "samples").mkdir(parents=True, exist_ok=True)
@@ -124,8 +125,8 @@ class Recorder:
     def tick(self, now: float) -> None:
         """Time passes (``now``: Unix seconds), told every few seconds by a watchdog: what depends on time alone is judged here."""
         with self._writing:
-            if self._log is None:
-                return
+            if self._log is not None:
+                self._raise(self._alerts.tick(now, shutil.disk_usage(self.run_dir).free))
 
     def start(self, step: int) -> None:
         """Open the log with ``run_start``, or with ``resume`` at ``step`` updates done. From here on config.yaml is this run's."""
@@ -133,6 +134,8 @@ class Recorder:
         written = self.run_dir / ".config.yaml"
         written.write_text(header + to_yaml(self._config))
         written.replace(self.run_dir / "config.yaml")
+        if self._resumed:
+            self._alerts = replayed(self._alerts, self.run_dir / FILE_NAME)
         self._log, self._done, self._series = EventLog(self.run_dir / FILE_NAME), step, Series(self.run_dir)
         self.event(
             "resume" if self._resumed else "run_start",
@@ -148,11 +151,13 @@ class Recorder:
             self._progress = Progress(self._config.name, self._config.steps, first=step)
 
     def event(self, kind: str, **values: Any) -> None:
-        """Append any event; the time is added. Raises ``RuntimeError`` before ``start``."""
+        """Append any event, and the alerts that it raises; the time is added. Raises ``RuntimeError`` before ``start``."""
+        event = {"time": time.time(), **values}
         with self._writing:
             if self._log is None:
                 raise RuntimeError("Recorder.start must come before events")
-            self._log.append(kind, {"time": time.time(), **values})
+            self._log.append(kind, event)
+            self._raise(self._alerts.observe({"kind": kind, **event}))
 
     def step(
         self,
@@ -167,7 +172,7 @@ class Recorder:
         clock: StepClock,
         rollouts: Mapping[str, Mapping[str, float]],
     ) -> None:
-        """Record one step: its event, alerts that begin, some samples, the progress line.
+        """Record one step: its event, some samples, the progress line.
 
         ``decision`` governed the step just done, ``following`` was made from its entropy reading. ``stale``: samples dropped for
         their weight version; ``positives``: correct rows that the actuator consumed; ``rollouts``: figures of weight sync and engines.
@@ -206,7 +211,6 @@ class Recorder:
         self.event("step", **record.to_dict())
         self._done = step + 1
         self._index_log()
-        self._alert(step, following)
         self._write_samples(step, main, auxiliary)
         if self._progress is not None:
             self._progress.step(record)
@@ -262,13 +266,14 @@ class Recorder:
             log.warning("%s: the index is no longer kept: %s", self.run_dir, error)
             self._series = None
 
-    def _alert(self, step: int, decision: ControlDecision) -> None:
-        """One event when an alarming condition begins, not one per step of it."""
-        said = f"{decision.state}: {decision.reason}"
-        conditions = {condition for sign, condition in ALARMING.items() if sign in said}
-        for condition in sorted(conditions - self._alarms):
-            self.event("alert", step=step, condition=condition, reason=decision.reason)
-        self._alarms = frozenset(conditions)
+    def _raise(self, alerts: Sequence[Alert]) -> None:
+        """Each alert that begins or ends as an event and a line in the log; who else is told follows the events."""
+        for alert in alerts:
+            log.log(
+                LEVELS[alert.severity], "alert %s, step %d: %s: %s", alert.state, alert.step, alert.rule, alert.reason
+            )
+            if self._log is not None:
+                self._log.append("alert", alert.to_dict())
 
     def _write_samples(self, step: int, main: Sequence[SampleGroup], auxiliary: Sequence[SampleGroup]) -> None:
         groups = [group for group in (*main, *auxiliary) if group.samples]

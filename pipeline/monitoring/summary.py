@@ -121,7 +121,7 @@ def summarize_run(run: RunHistory) -> dict[str, Any]:
         "mismatch": {name: _over_steps(run, name) for name in MISMATCH},
         "seconds": totals(run, "time/") | {"evaluation": sum(e.get("seconds", 0.0) for e in run.evaluations)},
         "tokens": {key: int(total) for key, total in totals(run, "tokens/").items()},
-        "alerts": [f"step {e['step']}: {e['reason']}" for e in run.of_kind("alert")],
+        "alerts": [f"step {e['step']}: {e['reason']}" for e in run.of_kind("alert") if e.get("state") != "end"],
         "restarts": [event["step"] for event in run.restarts],
         "controller": run.config.entropy.controller,
         "actuator": "none" if run.is_baseline else run.config.entropy.actuator,

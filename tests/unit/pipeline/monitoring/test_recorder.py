@@ -66,20 +66,63 @@ def test_a_failure_is_the_last_event(tmp_path):
     assert (last["kind"], last["status"], last["error"]) == ("run_end", "failed", "ZeroDivisionError: boom")
 
 
-def test_alerts_begin_once(tmp_path):
+def alerts_of(run_dir):
+    events = [event for event in read_events(run_dir / "events.jsonl") if event["kind"] == "alert"]
+    return [(event["step"], event["condition"], event["state"]) for event in events]
+
+
+def test_alerts_begin_and_end_once(tmp_path, caplog):
     recorder = runs.open_run(tmp_path)
-    for step, state in enumerate(["tracking", "saturated", "saturated", "tracking", "saturated", "exploding"]):
-        reason = f"target not reachable: step {step}" if state == "saturated" else f"because {step}"
-        runs.record_step(recorder, step, state=state, reason=reason)
-    runs.record_step(recorder, 6, reason="H above; H moved away: acts with the wrong sign")
-    alerts = [event for event in read_events(tmp_path / "events.jsonl") if event["kind"] == "alert"]
-    assert [(a["step"], a["condition"]) for a in alerts] == [
-        (1, "not_reachable"),
-        (4, "not_reachable"),
-        (5, "exploding"),
-        (6, "wrong_sign"),
+    for step in range(40):
+        if step < 12:
+            runs.record_step(recorder, step, state="saturated", reason=f"target not reachable: step {step}")
+        else:
+            runs.record_step(recorder, step, state="exploding" if step == 12 else "tracking")
+    assert alerts_of(tmp_path) == [
+        (9, "not_reachable", "begin"),  # 10 steps in a row
+        (12, "exploding", "begin"),
+        (22, "exploding", "end"),  # 10 steps without
+        (31, "not_reachable", "end"),  # 20 steps without
     ]
-    assert alerts[0]["reason"] == "target not reachable: step 1"
+    first = next(event for event in read_events(tmp_path / "events.jsonl") if event["kind"] == "alert")
+    assert first["rule"] == first["condition"]
+    assert first["severity"] == "critical"
+    assert first["reason"].startswith("target not reachable: step 9. Remedy: the actuator is too weak")
+    assert [record.levelname for record in caplog.records] == ["ERROR"] * 4
+    assert "alert begin, step 9: not_reachable: target not reachable" in caplog.text
+
+
+def test_an_alert_outlives_the_process_that_raised_it(tmp_path):
+    runs.write_run(tmp_path, steps=12, state="exploding", finish=False)  # checkpoint 12: the alert is in force
+    recorder = runs.open_run(tmp_path, resumed=True, step=12)
+    for step in range(12, 30):
+        runs.record_step(recorder, step)
+    assert alerts_of(tmp_path) == [(0, "exploding", "begin"), (21, "exploding", "end")]
+
+
+def test_a_log_that_cannot_be_read_stops_no_run(tmp_path, caplog):
+    runs.write_run(tmp_path, steps=2, finish=False)
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write("no event\n")
+    runs.record_step(runs.open_run(tmp_path, resumed=True, step=2), 2, state="exploding")
+    assert "alerts start afresh" in caplog.text
+    assert "exploding" in (tmp_path / "events.jsonl").read_text().splitlines()[-1]
+
+
+def test_time_alone_raises_an_alert(tmp_path):
+    recorder = runs.open_run(tmp_path)
+    runs.record_step(recorder, 0)
+    recorder.tick(time.time() + 60)
+    assert alerts_of(tmp_path) == []
+    recorder.tick(time.time() + 600)
+    runs.record_step(recorder, 1)
+    assert alerts_of(tmp_path) == [(1, "slow_step", "begin"), (1, "slow_step", "end")]
+
+
+def test_a_rule_that_does_not_exist_is_refused_before_anything_starts(tmp_path):
+    with pytest.raises(ConfigError, match="did you mean reward_drop"):
+        runs.open_run(tmp_path, "monitoring.alerts.off=[reward_dorp]")
+    assert not (tmp_path / "events.jsonl").exists()
 
 
 def test_rollout_figures_by_hand():

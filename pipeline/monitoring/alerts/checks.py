@@ -1,0 +1,98 @@
+"""What makes a rule impossible beyond keys and types."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import string
+from collections.abc import Iterator, Sequence
+
+from pipeline.config.errors import Problem
+from pipeline.monitoring.alerts.bounds import parse_bound
+from pipeline.monitoring.alerts.schema import AFTER, CLOCK, SEVERITIES, TAKES, ConditionConfig, RuleConfig
+
+
+def problems_of(rule: RuleConfig) -> Iterator[Problem]:
+    """What is wrong with a rule beyond keys and types."""
+    yield from _choice("severity", rule.severity, SEVERITIES)
+    yield from _choice("after", rule.after, AFTER)
+    for name, least in (("steps", 1), ("settle", 0)):
+        yield from _at_least(name, getattr(rule, name), least)
+    yield from _at_least("clear.steps", rule.clear.steps, 1)
+    yield from _message_problems(rule.message)
+    yield from _condition_problems("when", rule.when)
+    if rule.guard != ConditionConfig():
+        yield from _condition_problems("guard", rule.guard)
+    if rule.guard.event:
+        yield Problem("guard.event", rule.guard.event, "an event is a condition of its own", "give it in `when`")
+    for name in ("above", "below"):
+        yield from _bound_problems(f"clear.{name}", getattr(rule.clear, name))
+    if (rule.clear.above or rule.clear.below) and not rule.when.metric:
+        yield Problem("clear.above", rule.clear.above or rule.clear.below, "when.metric is not given", "remove it")
+    if rule.when.metric.startswith(CLOCK) and rule.steps > 1:
+        yield Problem(
+            "steps", rule.steps, f"{rule.when.metric} goes by time, not by steps", "set steps to 1, raise above"
+        )
+
+
+def _choice(name: str, value: str, choices: Sequence[str]) -> Iterator[Problem]:
+    if value not in choices:
+        nearest = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
+        remedy = f"did you mean {nearest[0]}?" if nearest else f"choose one of {', '.join(choices)}"
+        yield Problem(name, value, f"not one of {', '.join(choices)}", remedy)
+
+
+def _at_least(name: str, value: int, least: int) -> Iterator[Problem]:
+    if value < least:
+        yield Problem(name, value, "out of range", f"give a number of at least {least}")
+
+
+def _bound_problems(name: str, text: str) -> Iterator[Problem]:
+    try:
+        parse_bound(text)
+    except ValueError as error:
+        yield Problem(name, text, f"not a bound: {error}", "write a number, a metric, or e.g. 1.1 * entropy/band_high")
+
+
+def _condition_problems(name: str, condition: ConditionConfig) -> Iterator[Problem]:
+    """Exactly one thing to look at, and only keys that have an effect on it."""
+    controller = bool(condition.state or condition.reason or condition.without)
+    looked_at = [word for word, given in (("metric", condition.metric), ("event", condition.event)) if given]
+    looked_at += ["state"] if controller else []
+    if len(looked_at) != 1:
+        what = "looks at nothing" if not looked_at else f"looks at {' and '.join(looked_at)}"
+        yield Problem(name, ", ".join(looked_at), what, "give one of metric, event, or state with reason")
+        return
+    yield from _choice(f"{name}.take", condition.take, TAKES)
+    yield from _at_least(f"{name}.window", condition.window, 2 if condition.take == "rate" else 1)
+    yield from _at_least(f"{name}.swings", condition.swings, 0)
+    if not 0 <= condition.smooth < 1:
+        yield Problem(f"{name}.smooth", condition.smooth, "out of range", "give a number from 0 to less than 1")
+    for edge in ("above", "below"):
+        yield from _bound_problems(f"{name}.{edge}", getattr(condition, edge))
+    edges = bool(condition.above) + bool(condition.below)
+    if condition.metric and not edges:
+        yield Problem(name, condition.metric, "a metric without a bound", "give above, below, or both")
+    if condition.swings and edges < 2:
+        yield Problem(f"{name}.swings", condition.swings, "swings between what?", "give above and below")
+    if not condition.metric:
+        yield from _without_effect(name, condition)
+
+
+def _without_effect(name: str, condition: ConditionConfig) -> Iterator[Problem]:
+    for other in ("smooth", "take", "above", "below", "swings"):
+        value = getattr(condition, other)
+        if value != getattr(ConditionConfig(), other):
+            yield Problem(f"{name}.{other}", value, "has an effect on a metric only", "remove it")
+    if condition.window != 1 and not condition.event:
+        yield Problem(f"{name}.window", condition.window, "has no effect on a state", "remove it")
+
+
+def _message_problems(message: str) -> Iterator[Problem]:
+    try:
+        fields = [name for _, name, _, _ in string.Formatter().parse(message) if name is not None]
+        strange = [name for name in fields if not re.fullmatch(r"[\w./-]+", name)]
+    except ValueError as error:
+        fields, strange = [], [str(error)]
+    if strange:
+        yield Problem("message", message, f"not a template: {strange[0]!r}", "write e.g. H={entropy/mean:.3g}")
