@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import accumulate
 from statistics import mean, stdev
 from typing import Any
+
+import numpy as np
 
 from pipeline.monitoring.summary import FINAL_STEPS, RunHistory, pass_at
 from pipeline.monitoring.tracking import track
@@ -89,42 +90,45 @@ def rows_of(runs: Mapping[str, Sequence[RunHistory]], baseline: str, stopped_at:
 
 def measure(run: RunHistory, baseline: RunHistory | None, steps: int | None = None) -> dict[str, float]:
     """The figures of one run; NaN where one does not exist. ``steps``: as if it had been stopped after so many."""
-    last = len(run.steps) if steps is None else min(steps, len(run.steps))
-    generated = list(accumulate(sum(event["tokens"].values()) for event in run.steps))
-    budget = sum(sum(event["tokens"].values()) for event in baseline.steps) if baseline else math.inf
-    fits = [e for e in run.evaluations if e["step"] <= last and (e["step"] == 0 or generated[e["step"] - 1] <= budget)]
+    last = run.steps if steps is None else min(steps, run.steps)
+    generated = _generated(run)
+    budget = _generated(baseline)[-1] if baseline else math.inf
+    fits = [e for e in run.evaluations if e["step"] <= last and generated[e["step"]] <= budget]
     evaluation = fits[-1] if fits else {}
-    main = sum(event["tokens"]["main"] for event in run.steps[:last])
-    entropies = [value for value in run.column("entropy")[max(0, last - FINAL_STEPS) : last] if math.isfinite(value)]
-    tracking = track(*(run.column(name)[:last] for name in ("entropy", "band_low", "band_high")))
+    main = float(np.nansum(run.column("tokens/main")[:last]))
+    entropies = run.column("entropy/mean")[max(0, last - FINAL_STEPS) : last]
+    bands = (run.column(name)[:last] for name in ("entropy/mean", "entropy/band_low", "entropy/band_high"))
+    tracking = track(*bands)
     steered = not run.is_baseline
     return {
         **{f"pass_at_{k}": pass_at(evaluation, k)[0] for k in (1, 4, 16)},
         "distinct_correct": evaluation.get("distinct_correct", math.nan),
-        "final_entropy": mean(entropies) if entropies else math.nan,
+        "final_entropy": float(np.nanmean(entropies)) if np.isfinite(entropies).any() else math.nan,
         "time_in_band": tracking.time_in_band if steered else math.nan,
         "rms_error": tracking.rms_error if steered else math.nan,
-        "reward_cost": _reward_cost(run, baseline) if baseline not in (None, run) else math.nan,
-        "extra_tokens": generated[last - 1] / main - 1 if main else math.nan,
-        "seconds": sum(event["seconds"]["total"] for event in run.steps[:last]),
+        "reward_cost": _reward_cost(run, baseline) if baseline is not None and baseline is not run else math.nan,
+        "extra_tokens": float(generated[last]) / main - 1 if main else math.nan,
+        "seconds": float(np.nansum(run.column("time/total")[:last])),
     }
+
+
+def _generated(run: RunHistory) -> np.ndarray:
+    """Response tokens generated before each step, and after the last: ``[steps + 1]``."""
+    tokens = np.nan_to_num(run.column("tokens/main")) + np.nan_to_num(run.column("tokens/auxiliary"))
+    return np.concatenate([[0.0], np.cumsum(tokens)])
 
 
 def _reward_cost(run: RunHistory, baseline: RunHistory) -> float:
     """(AUC of the baseline's reward - AUC of the run's) / AUC of the baseline's, over the tokens that both have generated."""
-    budget = min(sum(sum(e["tokens"].values()) for e in each.steps) for each in (run, baseline))
+    budget = min(_generated(run)[-1], _generated(baseline)[-1])
     ours, theirs = _reward_area(run, budget), _reward_area(baseline, budget)
     return (theirs - ours) / theirs if theirs else math.nan
 
 
 def _reward_area(run: RunHistory, budget: float) -> float:
     """Reward, summed over generated tokens up to ``budget``; the step that exceeds it counts in part."""
-    area = done = 0.0
-    for event in run.steps:
-        tokens = min(sum(event["tokens"].values()), budget - done)
-        area += tokens * (event["reward"] or 0.0)
-        done += tokens
-    return area
+    tokens = np.diff(np.minimum(_generated(run), budget))
+    return float(tokens @ np.nan_to_num(run.column("reward/mean")))
 
 
 def _row(method: str, found: Mapping[int, Mapping[str, float]]) -> Row:

@@ -25,7 +25,7 @@ from pipeline.entropy.band import Band
 from pipeline.monitoring.activity import Activity
 from pipeline.monitoring.alerts.engine import Alert, AlertEngine, replayed
 from pipeline.monitoring.alerts.rules import constants_of, rules_of
-from pipeline.monitoring.events import FILE_NAME, EventLog, StepRecord, to_json
+from pipeline.monitoring.events import FILE_NAME, EventLog, EventLogError, StepRecord, to_json
 from pipeline.monitoring.memory import resident_gib
 from pipeline.monitoring.progress import Progress
 from pipeline.monitoring.series import Series
@@ -136,7 +136,8 @@ class Recorder:
         written.replace(self.run_dir / "config.yaml")
         if self._resumed:
             self._alerts = replayed(self._alerts, self.run_dir / FILE_NAME)
-        self._log, self._done, self._series = EventLog(self.run_dir / FILE_NAME), step, Series(self.run_dir)
+        self._log, self._done = EventLog(self.run_dir / FILE_NAME), step
+        self._series = self._open_index()
         self.event(
             "resume" if self._resumed else "run_start",
             step=step,
@@ -255,6 +256,16 @@ class Recorder:
             if self._log is not None:
                 self._log.close()
                 self._log = None
+
+    def _open_index(self) -> Series | None:
+        try:
+            return Series(self.run_dir)
+        except (
+            EventLogError,
+            OSError,
+        ) as error:  # a log with a damaged line must not stop the run that goes on with it
+            log.warning("%s: no index of the log is kept: %s", self.run_dir, error)
+            return None
 
     def _index_log(self) -> None:
         """Every so often add to the index what was logged, so that nobody ever has to read all of a long log."""

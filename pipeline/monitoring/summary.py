@@ -139,8 +139,8 @@ def pass_at(evaluation: dict[str, Any], k: int) -> tuple[float, float, float]:
 
 def tracking_of(run: RunHistory) -> Tracking:
     """How well a run held its band."""
-    names = ("entropy/mean", "entropy/band_low", "entropy/band_high", "control/temperature")
-    return track(*map(run.column, names), saturated=run.saturated())
+    entropies, low, high = map(run.column, ("entropy/mean", "entropy/band_low", "entropy/band_high"))
+    return track(entropies, low, high, run.column("control/temperature"), run.saturated())
 
 
 def totals(run: RunHistory, prefix: str) -> dict[str, float]:

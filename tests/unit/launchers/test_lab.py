@@ -1,5 +1,6 @@
 """The laboratory: suites, the table's arithmetic, and a real matrix of two tiny runs."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -11,36 +12,37 @@ from launchers.lab.matrix import is_complete, run_matrix
 from launchers.lab.report import write_report
 from launchers.lab.suite import SuiteConfig, cells, chosen, load_suite
 from pipeline.config.errors import ConfigError
-from pipeline.config.load import load_config
-from pipeline.monitoring.summary import RunHistory
+from pipeline.config.load import load_config, to_yaml
+from pipeline.monitoring.events import EventLog
+from pipeline.monitoring.summary import read_run
 
 KNOWN = {"grpo": ["entropy.controller=none"], "pi": [], "twice": ["entropy.actuator=resample"]}
 
 
-def history(method="pi", seed=0, rewards=(0.2, 0.4), tokens=(100, 0), pass_at_16=(0.9, 0.8), entropy=0.3):
-    """A run of len(rewards) steps that was evaluated after each."""
-    overrides = [*KNOWN[method], f"seed={seed}", f"name={method}"]
-    config = load_config(Path("recipe/pm4.yaml"), overrides, check=False)
-    events = []
-    for step, (reward, share) in enumerate(zip(rewards, pass_at_16, strict=True)):
-        events.append(
-            {
-                "kind": "step",
-                "step": step,
-                "entropy": entropy,
-                "band_low": 0.27,
-                "band_high": 0.33,
-                "reward": reward,
-                "tokens": dict(zip(("main", "auxiliary"), tokens, strict=True)),
-                "seconds": {"total": 2.0},
-            }
-        )
-        estimate = {"value": share, "low": share, "high": share}
-        events.append({"kind": "evaluation", "step": step + 1, "pass_at_k": {"16": estimate}, "distinct_correct": 3.0})
-    return RunHistory(Path("nowhere"), config, events, [])
+@pytest.fixture
+def history(tmp_path):
+    """Makes a run of len(rewards) steps that was evaluated after each."""
+    count = itertools.count()
+
+    def make(method="pi", seed=0, rewards=(0.2, 0.4), tokens=(100, 0), pass_at_16=(0.9, 0.8)):
+        run_dir = tmp_path / f"history-{next(count)}"
+        run_dir.mkdir()
+        overrides = [*KNOWN[method], f"seed={seed}", f"name={method}"]
+        (run_dir / "config.yaml").write_text(to_yaml(load_config(Path("recipe/pm4.yaml"), overrides)))
+        with EventLog(run_dir / "events.jsonl") as log:
+            for step, (reward, share) in enumerate(zip(rewards, pass_at_16, strict=True)):
+                figures = {"entropy": 0.3, "band_low": 0.27, "band_high": 0.33, "reward": reward, "state": "tracking"}
+                drawn = dict(zip(("main", "auxiliary"), tokens, strict=True))
+                log.append("step", {"step": step, **figures, "tokens": drawn, "seconds": {"total": 2.0}})
+                estimate = {"value": share, "low": share, "high": share}
+                found = {"pass_at_k": {"16": estimate}, "distinct_correct": 3.0}
+                log.append("evaluation", {"step": step + 1, **found})
+        return read_run(run_dir)
+
+    return make
 
 
-def test_figures_of_one_run_by_hand():
+def test_figures_of_one_run_by_hand(history):
     baseline = history("grpo", rewards=(0.5, 0.5))
     found = measure(history("twice", rewards=(0.2, 0.4), tokens=(100, 50)), baseline)
     assert found["pass_at_16"] == 0.9  # after step 1: 150 tokens; after step 2 it has 300, the baseline 200
@@ -59,14 +61,14 @@ def test_the_interval_is_students():
     assert half_width([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3))
 
 
-def test_rows_show_the_baseline_stopped_early_too():
+def test_rows_show_the_baseline_stopped_early_too(history):
     rows = rows_of({"grpo": [history("grpo", seed=s) for s in range(3)]}, "grpo", [1])
     assert [row.method for row in rows] == ["grpo, 1 steps", "grpo"]
     assert rows[0].estimate("pass_at_16")[0] == pytest.approx(0.9)
     assert rows[1].estimate("pass_at_16")[0] == pytest.approx(0.8)
 
 
-def compared(ours, theirs):
+def compared(history, ours, theirs):
     runs = {
         "grpo": [history("grpo", seed, pass_at_16=(0.1, value)) for seed, value in enumerate(theirs)],
         "pi": [history("pi", seed, pass_at_16=(0.1, value)) for seed, value in enumerate(ours)],
@@ -74,17 +76,19 @@ def compared(ours, theirs):
     return {row.method: row for row in rows_of(runs, "grpo")}
 
 
-def test_bold_only_where_the_interval_says_so():
-    clear = compared([0.91, 0.92, 0.93], [0.81, 0.82, 0.83])
+def test_bold_only_where_the_interval_says_so(history):
+    clear = compared(history, [0.91, 0.92, 0.93], [0.81, 0.82, 0.83])
     assert "pass_at_16" in clear["pi"].best
     assert "pass_at_16" not in clear["grpo"].best
     assert "**0.920 ± 0.025**" in markdown(list(clear.values()))
-    noise = compared([0.9, 0.7, 0.95], [0.8, 0.85, 0.8])
+    noise = compared(history, [0.9, 0.7, 0.95], [0.8, 0.85, 0.8])
     assert not any("pass_at_16" in row.best for row in noise.values())
-    assert not any("pass_at_16" in row.best for row in compared([0.9], [0.1]).values())  # one seed proves nothing
+    assert not any(
+        "pass_at_16" in row.best for row in compared(history, [0.9], [0.1]).values()
+    )  # one seed proves nothing
 
 
-def test_seeds_are_paired_by_their_number():
+def test_seeds_are_paired_by_their_number(history):
     runs = {
         "grpo": [history("grpo", seed, pass_at_16=(0, value)) for seed, value in enumerate([0.5, 0.6, 0.9])],
         "pi": [history("pi", seed, pass_at_16=(0, value)) for seed, value in ((1, 0.61), (2, 0.91), (0, 0.51))],
