@@ -42,15 +42,7 @@ def join() -> list[Node]:
     Raises ``RuntimeError`` when nodes are missing after ``NODES_TIMEOUT_S``.
     """
     if not ray.is_initialized():
-        environment.default("RAY_USAGE_STATS_ENABLED", "0")
-        address, handler = environment.ray_address(), signal.getsignal(signal.SIGTERM)
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if address:
-            ray.init(address=address, _node_ip_address=environment.own_address(address.partition(":")[0]), **quiet)
-        else:
-            ray.init(include_dashboard=False, **quiet)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, handler)  # Ray puts one of its own in place, which ends the process
+        _connect()
     expected = environment.nodes() if environment.ray_address() else 1
     deadline = time.monotonic() + NODES_TIMEOUT_S
     while len(found := _alive()) < expected:
@@ -63,6 +55,22 @@ def join() -> list[Node]:
         time.sleep(0.2)
     own = ray.get_runtime_context().get_node_id()
     return sorted(found, key=lambda node: (node.id != own, [int(part) for part in node.address.split(".")]))
+
+
+def _connect() -> None:
+    """``ray.init``, and the handler of SIGTERM as it was: Ray replaces it, at the beginning already, by one that ends the process."""
+    environment.default("RAY_USAGE_STATS_ENABLED", "0")
+    address, handler = environment.ray_address(), signal.getsignal(signal.SIGTERM)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if address:
+            ray.init(address=address, _node_ip_address=environment.own_address(address.partition(":")[0]), **quiet)
+        else:
+            ray.init(include_dashboard=False, **quiet)
+    except SystemExit as error:
+        raise SystemExit("stopped by SIGTERM while Ray was starting; the run had not begun, nothing is lost") from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
 
 
 def use_interface_of(address: str) -> None:

@@ -43,6 +43,8 @@ def status(job: str | None = JOB, as_json: bool = JSON) -> None:
     if as_json:
         typer.echo(json.dumps(result))
         return
+    if result["stall"]:
+        result["stall"]["time"] = f"{datetime.fromtimestamp(result['stall']['time']):%Y-%m-%d %H:%M:%S}"
     for name, value in result.items():
         if name != "attempts" and value not in ("", None, {}):
             shown = ", ".join(f"{key} {entry}" for key, entry in value.items()) if isinstance(value, dict) else value

@@ -33,6 +33,7 @@ from pipeline.monitoring.events import FILE_NAME
 SHIPPED = Path(".launch")  # beside the shipped code: config.yaml, cluster.yaml, code.json, code.patch, launch.json
 VERDICT = "verdict"
 DRIVER = "driver.pid"
+CANCEL = "cancel"  # the job script was asked to stop
 USAGE_ERROR = 2
 HEAD_TIMEOUT_S = 300.0  # nodes of a large job start minutes apart
 STOP_TIMEOUT_S = 3.0
@@ -85,6 +86,8 @@ def train(
     ``config`` is used for a run that has not begun, and says how many steps it has. ``attempt_dir`` gets ``driver.pid``.
     ``signals`` may grow: they are handed on to the training process.
     """
+    if (attempt_dir / CANCEL).exists():
+        return "cancelled", "before the run was started"
     wanted = load_config(config, check=False)
     steps = wanted.steps
     begun = (run_dir / FILE_NAME).exists() and (run_dir / "config.yaml").exists()
@@ -106,7 +109,7 @@ def train(
             driver.send_signal(number)
             handed_on += 1
         time.sleep(0.2)
-    return _verdict(driver.returncode, progress(run_dir), steps, (attempt_dir / "cancel").exists())
+    return _verdict(driver.returncode, progress(run_dir), steps, (attempt_dir / CANCEL).exists())
 
 
 def _verdict(code: int, after: Progress, steps: int, cancelled: bool) -> tuple[str, str]:

@@ -347,11 +347,17 @@ class AlertsConfig:
 class StallConfig:
     """When a run that stands still is helped."""
 
-    factor: float = key(20.0, "times the median step time without an event before a run counts as stalled; 0: never")
-    min_seconds: float = key(600.0, "but at least this many seconds")
+    factor: float = key(
+        20.0,
+        "a step, an evaluation or a checkpoint counts as stalled after this many times its kind's median in this process; 0: never",
+    )
+    min_seconds: float = key(
+        600.0,
+        "but at least after this many seconds; the first of its kind, the start too, after `factor` times as many",
+    )
     action: str = key(
         "restart",
-        "report (stacks of every process and an event) | restart (that, then exit with 1; a launched run resumes from its checkpoint)",
+        "report (the stacks of every process, and an event) | restart (that, then exit with 1: a launched run goes on from its checkpoint)",
     )
 
 

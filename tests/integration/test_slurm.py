@@ -12,12 +12,12 @@ import stat
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.integration.slurm_lab import PACKAGES, SlurmLab, missing
+from tests.processes import descendants, title
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden" / "dry_run.txt"
@@ -104,6 +104,14 @@ class User:
         while len(steps(run_dir)) < count:
             assert time.monotonic() < deadline, self.log(run_dir)
             time.sleep(0.2)
+
+    def wait_for_steps_of(self, run_dir: Path, attempt: int, count: int, timeout: float = 400) -> None:
+        """Until an attempt has begun, and has completed ``count`` steps."""
+        log, deadline = run_dir / "launch/attempts.jsonl", time.monotonic() + timeout
+        while not (log.exists() and len(attempts(run_dir)) > attempt):
+            assert time.monotonic() < deadline, self.log(run_dir)
+            time.sleep(0.2)
+        self.wait_for_steps(run_dir, attempts(run_dir)[attempt]["first_step"] + count)
 
     def end(self, job: str, *states: str, run_dir: Path, timeout: float = 800) -> None:
         """Wait for the job to end in one of ``states``."""
@@ -247,26 +255,19 @@ def test_one_fault_after_the_other_costs_the_unfinished_steps_only(user, whole):
     slowly = 'cluster.env={OMP_NUM_THREADS: 1, LAB_SLEEP: "0.05"}'
     job, run_dir = user.launch("faults", "checkpoint.every=1", slowly, *stall)
 
-    def after_two_steps(attempt: int) -> None:
-        deadline = time.monotonic() + 400
-        while len(attempts(run_dir)) <= attempt if (run_dir / "launch/attempts.jsonl").exists() else True:
-            assert time.monotonic() < deadline, user.log(run_dir)
-            time.sleep(0.2)
-        user.wait_for_steps(run_dir, attempts(run_dir)[attempt]["first_step"] + 2)
-
-    after_two_steps(0)
+    user.wait_for_steps_of(run_dir, 0, 2)
     status = json.loads(user.isentrope("jobs", "status", job, "--json").stdout)
     assert status["heartbeat"]["host"] == "n1"
     assert 0 <= status["heartbeat"]["seconds_ago"] < 60
     driver = int((run_dir / f"launch/job-{job}-0/driver.pid").read_text())
     assert driver == status["heartbeat"]["pid"]
     os.kill(driver, signal.SIGKILL)
-    after_two_steps(1)
+    user.wait_for_steps_of(run_dir, 1, 2)
     os.kill(lab.processes("n2", "ray::EngineProcess")[0], signal.SIGKILL)
     user.wait_for_steps(run_dir, len(steps(run_dir)) + 1)
     (raylet,) = [pid for pid in lab.processes("n2") if "/raylet/raylet" in title(pid)]
     os.kill(raylet, signal.SIGKILL)
-    after_two_steps(2)
+    user.wait_for_steps_of(run_dir, 2, 2)
     (rank,) = lab.processes("n2", "ray::LearnerRank")
     os.kill(rank, signal.SIGSTOP)
     user.end(job, "COMPLETED", run_dir=run_dir)
@@ -306,17 +307,26 @@ def test_where_requeueing_is_forbidden_jobs_wait_in_a_chain(user):
     assert f"all {STEPS} steps were done already" in user.log(run_dir)
 
 
-def test_a_local_launch_survives_a_killed_rank(user):
+def test_a_local_launch_survives_a_driver_that_hangs_and_a_killed_rank(user):
     run_dir = user.scratch / "runs" / "here"
     words = ["launch", "local", "--config", "quickstart.yaml", *RUN, f"run_dir='{run_dir}'", "checkpoint.every=1"]
     environment = user.environment | {"LAB_SLEEP": "0.1"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "launchers.cli.main", *words], cwd=user.here, env=environment, start_new_session=True
+        [sys.executable, "-m", "launchers.cli.main", *words, "monitoring.stall.min_seconds=20"],
+        cwd=user.here,
+        env=environment,
+        start_new_session=True,
     )
-    user.wait_for_steps(run_dir, 3)
+    user.wait_for_steps_of(run_dir, 0, 2)
+    os.kill(int((run_dir / "launch/driver.pid").read_text()), signal.SIGSTOP)
+    user.wait_for_steps_of(run_dir, 1, 2)
     os.kill(descendants(process.pid, "ray::LearnerRank")[0], signal.SIGKILL)
     assert process.wait(timeout=600) == 0
-    assert [attempt["end"] for attempt in attempts(run_dir)] == ["again", "completed"]
+    hung, killed, last = attempts(run_dir)
+    assert [attempt["end"] for attempt in (hung, killed, last)] == ["again", "again", "completed"]
+    stack = re.fullmatch(r"stalled: .* gave no sign of life for \d+ s; its stack: (.*)", hung["reason"])[1]
+    assert "State:\tT (stopped)" in Path(stack).read_text()
+    assert "its process died" in killed["reason"]
     assert [step["step"] for step in steps(run_dir)] == list(range(STEPS))
 
 
@@ -409,26 +419,3 @@ def test_the_script_for_apptainer_and_a_chain(user):
     )
     assert "#SBATCH --dependency=singleton" in out
     assert "requeue=no" in out
-
-
-def title(pid: int) -> str:
-    """Command line of a process; empty when it is gone."""
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_text()
-    return ""
-
-
-def descendants(pid: int, title: str) -> list[int]:
-    """Processes below ``pid`` whose command line begins with ``title``."""
-    found, parents = [], {pid}
-    while parents:
-        children = []
-        for path in (path for parent in parents for path in Path(f"/proc/{parent}/task").glob("*/children")):
-            with suppress(OSError):
-                children += [int(child) for child in path.read_text().split()]
-        for child in children:
-            with suppress(OSError):
-                if Path(f"/proc/{child}/cmdline").read_text().startswith(title):
-                    found.append(child)
-        parents = set(children)
-    return found

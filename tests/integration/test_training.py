@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import descendants
+
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "rollout.prompts_per_step=4",
@@ -53,21 +55,6 @@ def wait_for_steps(process: subprocess.Popen, run_dir: Path, count: int) -> None
         assert process.poll() is None, process.communicate()[0][-2000:]
         assert time.monotonic() < deadline
         time.sleep(0.005)
-
-
-def descendants(pid: int, title: str) -> list[int]:
-    """Processes below ``pid`` whose command line begins with ``title``."""
-    found, parents = [], {pid}
-    while parents:
-        children = [
-            int(child)
-            for parent in parents
-            for path in Path(f"/proc/{parent}/task").glob("*/children")
-            for child in path.read_text().split()
-        ]
-        found += [child for child in children if Path(f"/proc/{child}/cmdline").read_text().startswith(title)]
-        parents = set(children)
-    return found
 
 
 def events(run_dir: Path) -> list[dict]:
@@ -184,12 +171,12 @@ def test_a_signal_ends_a_local_launch_in_a_checkpoint(tmp_path, number):
 def test_a_second_signal_ends_a_local_launch_at_once(tmp_path):
     run_dir = tmp_path / "run"
     process = launch(run_dir, "steps=2000", by=("launch", "local"), start_new_session=True)
-    while not (run_dir / "heartbeat.json").exists():
+    while not descendants(process.pid, "ray::LearnerRank"):
         assert process.poll() is None, process.communicate()[0][-2000:]
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    while "SIGTERM: finishing" not in process.stdout.readline():
-        assert process.poll() is None
+    while "SIGTERM: finishing" not in (line := process.stdout.readline()):
+        assert line, "it ended before it had said so"
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 1, output[-2000:]

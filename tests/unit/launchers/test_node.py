@@ -4,7 +4,7 @@ import pytest
 
 from launchers import environment, ray_cluster
 from launchers.slurm.attempts import AttemptLog, Progress
-from launchers.slurm.node import _close_lost, _leave, _verdict
+from launchers.slurm.node import _close_lost, _leave, _verdict, train
 
 
 @pytest.mark.parametrize(
@@ -18,12 +18,19 @@ from launchers.slurm.node import _close_lost, _leave, _verdict
         (1, "failed", "EngineError: gone", False, "again", "EngineError: gone"),
         (1, "", "", False, "again", "exit code 1"),
         (-9, "", "", False, "again", "SIGKILL"),
+        (1, "failed", "stalled: 700 s in step", False, "again", "stalled: 700 s in step"),
+        (-10, "", "", True, "cancelled", "before it could save: the training process ended with SIGUSR1"),
     ],
 )
 def test_verdicts(code, status, error, cancelled, verdict, said):
     found, reason = _verdict(code, Progress(7, status, error), 9, cancelled)
     assert found == verdict
     assert said in reason
+
+
+def test_a_job_cancelled_while_ray_starts_starts_no_run(tmp_path):
+    (tmp_path / "cancel").touch()
+    assert train(tmp_path, tmp_path, tmp_path / "absent.yaml") == ("cancelled", "before the run was started")
 
 
 def test_a_lost_attempt_is_closed_with_what_its_nodes_left(tmp_path):
