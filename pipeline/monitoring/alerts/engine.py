@@ -38,7 +38,9 @@ class Alert:
     rule: str
     severity: str  # info | warning | critical
     state: str  # begin | end
-    step: int  # of the step event that began or ended it; of the step in progress where time did
+    step: (
+        int  # last one done; the one in progress where time, a fault or a stall began it: a resume there supersedes it
+    )
     time: float  # Unix seconds
     reason: str  # at the beginning what is wrong and the remedy, at the end for how long it was so
 
@@ -67,7 +69,8 @@ class Watch:
             return kind in (when.event, "step")
         if self.rule.is_clock:
             return True
-        return kind == ("evaluation" if when.metric.startswith("evaluation/") else "step")
+        group = when.metric.partition("/")[0]
+        return kind == ("evaluation" if group == "evaluation" else "step") or kind == group == "checkpoint"
 
     def look(self, moment: Moment, step: int, time: float, silent: bool) -> Alert | None:
         """Judge a moment; the alert that begins or ends with it. While ``silent`` none begins."""
@@ -80,8 +83,13 @@ class Watch:
         elif (over := self._is_over(found, moment)) is not None:
             self._over = self._over + 1 if over else 0
             if self._over >= self.rule.config.clear.steps:
-                return self._end(self.begun, step, time)
+                return self._end(self.begun, max(self.begun.step, moment.steps - 1), time)
         return None
+
+    def forget_from(self, step: int) -> None:
+        """Forget an alert that a resume at ``step`` has superseded."""
+        if self.begun is not None and self.begun.step >= step:
+            self.begun, self._over = None, 0
 
     def _end(self, begun: Alert, step: int, time: float) -> Alert:
         lasted = timedelta(seconds=max(0, round(time - begun.time)))
@@ -163,11 +171,12 @@ class AlertEngine:
             memory.step = event["step"] + 1
             memory.figures = found
             self._enter(found)
+        elif kind == "checkpoint":
+            memory.saved = event["step"]
         moment = self._moment(time, event, found if kind == "evaluation" else {})
-        step = event["step"] if kind == "step" else memory.step
+        step = max(0, memory.step - 1) if kind in ("step", "evaluation", "checkpoint") else memory.step
         alerts = self._look([watch for watch in self._watches() if watch.hears(kind)], moment, step, time)
         if kind == "checkpoint":
-            memory.saved = event["step"]
             self._snapshots[event["step"]] = copy.deepcopy(memory)
             self._snapshots = dict(list(self._snapshots.items())[-SNAPSHOTS:])
         return alerts
@@ -219,6 +228,8 @@ class AlertEngine:
         if self._memory.step != step:
             self._memory = copy.deepcopy(self._snapshots[step]) if step in self._snapshots else self._fresh()
             self._memory.step = self._memory.saved = step
+        for watch in self._memory.watches.values():
+            watch.forget_from(step)
         self._snapshots = {at: memory for at, memory in self._snapshots.items() if at <= step}
         self._clock_watches = {name: Watch(watch.rule) for name, watch in self._clock_watches.items()}
         self._clock = Clock()

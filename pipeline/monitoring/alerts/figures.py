@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from itertools import combinations
@@ -17,7 +18,7 @@ KINDS = ("step", "checkpoint", "evaluation")
 class Clock:
     """``since/<kind>`` and ``since/event`` in seconds, ``since/steps`` in median steps, ``disk/free`` in GiB, ``disk/hours_left``.
 
-    ``hours_left`` is at the rate of the last hour, and only there while the disk fills. The rate is the median slope between two samples
+    ``hours_left`` is at the rate of the last hour, infinite while it does not fill. The rate is the median slope between two samples
     (Theil-Sen), which one checkpoint that comes or goes does not move.
     """
 
@@ -45,8 +46,8 @@ class Clock:
         self._disk = {"disk/free": free / GIB}
         if len(self._free) >= FEWEST:
             slopes = [(y1 - y0) / (x1 - x0) for (x0, y0), (x1, y1) in combinations(self._free, 2)]
-            if (rate := -3600 * median(slopes)) > 0:
-                self._disk["disk/hours_left"] = free / GIB / rate
+            rate = -3600 * median(slopes)
+            self._disk["disk/hours_left"] = free / GIB / rate if rate > 0 else math.inf
 
     def figures(self, now: float) -> dict[str, float]:
         """Everything known at ``now``, Unix seconds."""

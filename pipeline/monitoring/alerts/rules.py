@@ -76,7 +76,7 @@ def load_rules(config: AlertsConfig) -> tuple[Rule, ...]:
         try:
             rules[name] = Rule(name, load(RuleConfig, path, (), lambda rule: list(problems_of(rule))), path)
         except ConfigError as error:
-            problems += [replace(problem, source=problem.source or str(path)) for problem in error.problems]
+            problems += [_from_file(problem, path) for problem in error.problems]
     problems += [_unknown_name("monitoring.alerts.off", name, paths, "") for name in config.off if name not in paths]
     for rule in rules.values():
         unknown = [name for name in rule.config.unless if name not in paths]
@@ -111,6 +111,11 @@ def _in_order(rules: dict[str, Rule]) -> tuple[Rule, ...]:
             raise ConfigError("unless", circle, "these rules silence each other in a circle", "remove one", source)
         ordered |= {rule.name: rule for rule in ready}
     return tuple(ordered.values())
+
+
+def _from_file(problem: Problem, path: Path) -> Problem:
+    """The problem of a key that the file gives, or should."""
+    return replace(problem, source=str(path)) if problem.source in ("", "default") else problem
 
 
 def _unknown_name(where: str, name: str, names: Mapping[str, Any], source: str) -> Problem:

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 TIMEOUT = 15.0  # seconds of one attempt
 STALE = 3600.0  # seconds: alerts that were older when the sink started are no news
 COMMENT = 250  # characters
+SENDMAIL_FOLDERS = "/usr/sbin:/usr/lib"  # where it is, but on few users' PATH
 
 
 class DeliveryError(RuntimeError):
@@ -180,7 +181,7 @@ def webhook_problems(config: RunConfig) -> Iterator[Problem]:
 
 def sendmail() -> str | None:
     """The node's sendmail; None if it has none."""
-    return shutil.which("sendmail") or shutil.which("sendmail", path="/usr/sbin:/usr/lib")
+    return shutil.which("sendmail") or shutil.which("sendmail", path=SENDMAIL_FOLDERS)
 
 
 def _mail_problems(config: RunConfig) -> Iterator[Problem]:

@@ -39,6 +39,9 @@ def _restore_hook(monkeypatch):
         ["launch"],
         ["launch", "slurm"],
         ["launch", "local"],
+        ["alerts"],
+        ["alerts", "list"],
+        ["alerts", "test"],
         ["jobs"],
         ["jobs", "list"],
         ["jobs", "status"],
@@ -50,7 +53,7 @@ def test_every_command_has_help_with_an_example(capsys, words):
     code, out, _ = call(capsys, *words, "--help")
     assert code == 0
     assert "Usage: isentrope" in out
-    if words and words not in (["config"], ["launch"], ["jobs"]):
+    if words and words not in (["config"], ["launch"], ["jobs"], ["alerts"]):
         assert "Example" in out
 
 
