@@ -68,9 +68,7 @@ def test_a_run_without_steps():
 
 
 def test_command_figures_by_hand():
-    result = figures(
-        [1.0] * 4, temperatures=[1.0, math.e, 1.0, 1.0], saturated=[False, True, True, False]
-    )
+    result = figures([1.0] * 4, temperatures=[1.0, math.e, 1.0, 1.0], saturated=[False, True, True, False])
     assert result.temperature_variation == pytest.approx(2 / 3)
     assert result.saturation == 0.5
 
