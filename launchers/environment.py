@@ -66,6 +66,11 @@ def values(names: Sequence[str]) -> dict[str, str]:
     return {name: os.environ[name] for name in names if os.environ.get(name)}
 
 
+def cache_home() -> Path:
+    """Where copies may be kept that can be made again (XDG base directories)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+
+
 def nemo_run_home() -> Path:
     """Where nemo-run keeps its records (its own rule)."""
     return Path(os.environ.get("NEMORUN_HOME", "~/.nemo_run")).expanduser()

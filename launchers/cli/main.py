@@ -20,12 +20,14 @@ from launchers.cli import (
     evaluate_cmd,
     jobs_cmd,
     launch_cmd,
+    monitor_cmd,
     plan_cmd,
     report_cmd,
     train_cmd,
 )
 from pipeline.config.errors import ConfigError
 from pipeline.data import DataError
+from pipeline.monitoring.events import EventLogError
 
 USAGE_ERROR = 2  # wrong command line or configuration; anything else that fails exits with 1
 
@@ -41,6 +43,7 @@ app = typer.Typer(
 app.command("train")(train_cmd.train)
 app.command("evaluate")(evaluate_cmd.evaluate)
 app.add_typer(benchmark_cmd.app, name="benchmark")
+app.command("monitor")(monitor_cmd.monitor)
 app.command("report")(report_cmd.report)
 app.add_typer(alerts_cmd.app, name="alerts")
 app.add_typer(launch_cmd.app, name="launch")
@@ -74,7 +77,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     command = typer.main.get_command(app)  # not ``app`` itself: that would install an exception hook of its own
     try:
         command(args=[word for word in words if word != "--debug"], prog_name="isentrope")
-    except (ConfigError, DataError) as error:
+    except (ConfigError, DataError, EventLogError) as error:
         if debug:
             raise
         typer.echo(str(error), err=True)

@@ -98,7 +98,9 @@ def command_chart(axes: Axes, runs: Sequence[RunHistory]) -> None:
         steps, command = chart["step"], chart["control/command"]["mean"]
         unit = "T+" if run.config.entropy.actuator in ("resample", "reweight", "fc") else run.config.entropy.actuator
         axes.plot(steps, command, color=colour, linewidth=1.4, label=f"{_label(run, runs) or run.label} ({unit})")
-        axes.plot(steps, np.where(run.saturated()[steps], command, np.nan), ".", color=colour, markersize=5)
+        axes.plot(
+            steps, np.where(run.series.in_state("saturated")[steps], command, np.nan), ".", color=colour, markersize=5
+        )
     axes.set(title="Command of the controller", ylabel="T+ or coefficient", xlabel="step")
     if controlled:
         _legend(axes)

@@ -147,7 +147,7 @@ def _verdict(run: RunHistory, summary: Mapping[str, Any]) -> str:
 def _saturation(run: RunHistory, summary: Mapping[str, Any]) -> str:
     if summary["saturation"] == 0:
         return ""
-    step = int(np.flatnonzero(run.saturated())[-1])
+    step = int(np.flatnonzero(run.series.in_state("saturated"))[-1])
     event = run.series.event(step) or {"reason": ""}
     share = f"{summary['saturation']:.0%}"
     return f" The command was at its limit in {share} of the steps, last at step {step}: {escape(event['reason'])}."

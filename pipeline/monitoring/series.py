@@ -104,9 +104,9 @@ class Series:
 
         return self._trusted(gather)
 
-    def states(self) -> list[str]:
-        """The controller's states by the number that stands for them in the column ``state``."""
-        return list(self._states)
+    def in_state(self, state: str) -> np.ndarray:
+        """Whether the controller was in a state, of every step: bool [steps]."""
+        return self.column(STATE) == (self._states.index(state) if state in self._states else -1)
 
     def names(self) -> list[str]:
         """Every name that has a figure, in the order of their appearance."""
@@ -216,10 +216,18 @@ class Series:
         """Forget steps from ``step`` on; says whether segments of the index were among them."""
         if step >= self._next:
             return False
-        self._next = step
-        if step >= self._tail.first or not (self._chain and self._chain[-1].stop > step):
+        in_tail = step >= self._tail.first or not (self._chain and self._chain[-1].stop > step)
+        if in_tail:
             self._tail.cut(max(0, step - self._tail.first))
-            return False
+        else:
+            self._reopen(step)
+        before = self._chain[-1].stop if self._chain else 0
+        self._next = self._tail.stop if self._tail.rows else before
+        self._tail.first = self._next - self._tail.rows
+        return not in_tail
+
+    def _reopen(self, step: int) -> None:
+        """Make one tail of what is left of the segments that hold ``step`` and later ones."""
         gone = []
         while self._chain and self._chain[-1].stop > step:
             gone.append(self._chain.pop())
@@ -227,10 +235,9 @@ class Series:
         kept = max(0, step - earliest.first)
         columns = {name: earliest.column(name)[:kept] for name in earliest.names}
         lines = self._chain[-1].lines if self._chain else 0
-        self._tail = _Tail(min(step, earliest.first), earliest.start, lines, columns, kept)
+        self._tail = _Tail(earliest.first, earliest.start, lines, columns, kept)
         replaced: list[Segment | _Tail] = [*reversed(gone), tail]
         self._tail.events = [event for piece in replaced for event in piece.events]
-        return True
 
     def _close(self, end: int, lines: int) -> None:
         """Turn the tail into a segment that ends at byte ``end`` of the log."""

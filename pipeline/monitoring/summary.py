@@ -14,8 +14,8 @@ import numpy as np
 from pipeline.config.load import config_hash, load_config
 from pipeline.config.schema import RunConfig
 from pipeline.monitoring.metrics import learner_metric
-from pipeline.monitoring.series import STATE, Series
-from pipeline.monitoring.tracking import Tracking, track
+from pipeline.monitoring.series import Series
+from pipeline.monitoring.tracking import of_series
 
 FINAL_STEPS = 20  # steps that final_entropy averages
 # Metrics of engine against learner, and of its correction: what a run's figure is made of its steps' by.
@@ -72,12 +72,6 @@ class RunHistory:
         """One number per step from ``first`` on; NaN where there is none."""
         return self.series.column(name, first)
 
-    def saturated(self) -> np.ndarray:
-        """bool [steps]: the command was at its limit."""
-        states = np.array([*self.series.states(), ""])
-        codes = np.nan_to_num(self.column(STATE), nan=-1).astype(int)
-        return states[codes] == "saturated"
-
     @property
     def status(self) -> str:
         """``completed``, ``stopped``, ``failed`` or ``unfinished`` (running, or killed)."""
@@ -110,7 +104,7 @@ def summarize_run(run: RunHistory) -> dict[str, Any]:
         "steps": run.steps,
         "status": run.status,
         "final_entropy": _final(run, "entropy/mean"),
-        **asdict(tracking_of(run)),
+        **asdict(of_series(run.series)),
         "pass_at_1": pass_at(last, 1)[0],
         "pass_at_16": pass_at(last, 16)[0],
         "pass_at_1_interval": pass_at(last, 1)[1:],
@@ -135,12 +129,6 @@ def pass_at(evaluation: dict[str, Any], k: int) -> tuple[float, float, float]:
     """pass@k of an evaluation event with its interval; NaN where it was not measured."""
     estimate = evaluation.get("pass_at_k", {}).get(str(k))
     return (estimate["value"], estimate["low"], estimate["high"]) if estimate else (math.nan, math.nan, math.nan)
-
-
-def tracking_of(run: RunHistory) -> Tracking:
-    """How well a run held its band."""
-    entropies, low, high = map(run.column, ("entropy/mean", "entropy/band_low", "entropy/band_high"))
-    return track(entropies, low, high, run.column("control/temperature"), run.saturated())
 
 
 def totals(run: RunHistory, prefix: str) -> dict[str, float]:

@@ -15,6 +15,8 @@ from itertools import accumulate
 
 import numpy as np
 
+from pipeline.monitoring.series import Series
+
 Floats = Sequence[float] | np.ndarray
 EMA = 0.8  # weight of the past
 STAY = 20  # steps in the band that count as settled
@@ -77,6 +79,13 @@ def track(
         temperature_variation=_mean_step(np.log(np.asarray(temperatures, dtype=float))) if len(temperatures) else 0.0,
         saturation=float(np.mean(saturated)) if len(saturated) else 0.0,
     )
+
+
+def of_series(series: Series) -> Tracking:
+    """The figures of all steps in force."""
+    names = ("entropy/mean", "entropy/band_low", "entropy/band_high", "control/temperature")
+    entropy, low, high, temperature = (series.column(name) for name in names)
+    return track(entropy, low, high, temperature, series.in_state("saturated"))
 
 
 def _first_stay(inside: np.ndarray) -> int:

@@ -1,0 +1,71 @@
+"""``isentrope monitor``."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+
+import typer
+from rich.console import Console
+from rich.live import Live
+
+from launchers.remote_run import local_folders
+from pipeline.monitoring.series import Series
+
+IDLE = 4  # times the seconds that a look at very long runs takes: what is waited at least until the next
+JSON = typer.Option(False, "--json", help="Print one JSON document, a list with one object per run, and end.")
+
+
+def monitor(
+    runs: list[str] = typer.Argument(
+        ..., metavar="RUN...", help="Run folders, finished or still running; host:/path over SSH."
+    ),
+    once: bool = typer.Option(False, "--once", help="Print the state once and end; so it is without a terminal."),
+    as_json: bool = JSON,
+    every: float = typer.Option(1.0, "--every", min=0.1, help="Seconds between two looks."),
+) -> None:
+    """Watch runs: entropy against its band, the controller, reward, times, alerts. Ctrl-C ends it; the runs do not notice.
+
+    Examples:
+
+      isentrope monitor runs/quickstart/grpo runs/quickstart/pi
+
+      isentrope monitor login.cluster:/scratch/me/runs/long
+
+      isentrope monitor runs/pi --json | jq '.[0].time_in_band'
+    """
+    console = Console()
+    live = not (once or as_json) and console.is_terminal
+    with local_folders(runs, follow=live) as folders:
+        series = [Series(folder) for folder in folders]
+        if as_json:
+            from pipeline.monitoring.status import status_of
+
+            found = [{**status_of(one), "run": run} for one, run in zip(series, runs, strict=True)]
+            typer.echo(json.dumps(found, allow_nan=False))
+        elif live:
+            _watch(series, console, every)
+        else:
+            from pipeline.monitoring.terminal import view
+
+            console.print(view(series, console))
+
+
+def _watch(runs: Sequence[Series], console: Console, every: float) -> None:
+    """Redraw until ctrl-C."""
+    from pipeline.monitoring.terminal import view
+
+    spent = 0.0
+    with Live(view(runs, console), console=console, screen=True, auto_refresh=False) as shown:
+        try:
+            while True:
+                time.sleep(max(every, IDLE * spent))
+                started = time.perf_counter()
+                for run in runs:
+                    run.update()
+                shown.update(view(runs, console), refresh=True)
+                spent = time.perf_counter() - started
+        except KeyboardInterrupt:
+            pass
+    console.print(view(runs, console))
