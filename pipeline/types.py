@@ -105,8 +105,8 @@ class SampleGroup:
 class Actuation:
     """What the controller's command does to the loss of one step.
 
-    ``kind`` is an actuator name (``none``, ``resample``, ``reweight``, ``fc``, ``tok``, ``entropy_bonus``, ``clip_cov``);
-    ``command`` is in that actuator's unit: a temperature for ``resample``, ``reweight`` and ``fc``, a coefficient for
+    ``kind`` is an actuator name (``none``, ``resample``, ``reweight``, ``fc``, ``dcpo``, ``tok``, ``entropy_bonus``, ``clip_cov``);
+    ``command`` is in that actuator's unit: a temperature for ``resample``, ``reweight``, ``fc`` and ``dcpo``, a coefficient for
     ``tok`` and ``entropy_bonus``, a fraction of tokens for ``clip_cov``. ``alpha`` scales the positive term.
     """
 
@@ -136,7 +136,10 @@ class TrainBatch:
     actuation: Actuation = Actuation()
     old_log_probs: torch.Tensor | None = None  # float32 [rows, seq - 1] at T=1; None: on-policy, ratio is exactly 1
     reference_log_probs: torch.Tensor | None = None  # float32 [rows, seq - 1] at T=1, for the KL penalty
+    groups: torch.Tensor | None = None  # int64 [rows], equal for all samples of a request; below 0 on auxiliary rows
+    token_advantages: torch.Tensor | None = None  # float32 [rows, seq - 1], in place of ``advantages``
     token_weights: torch.Tensor | None = None  # float32 [rows, seq - 1], e.g. 0 on tokens that Clip-Cov detaches
+    marks: torch.Tensor | None = None  # uint8 [rows, seq - 1], tokens that the loss treats in a way of their own
     positive_weights: torch.Tensor | None = (
         None  # float32 [rows], ``reweight``: as ``weights``, of a main row's positive term
     )
