@@ -8,51 +8,70 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.load import load_config
 from tests.tiny_folder import LLAMA
 
-O = "objective."
 TWO = "learner.updates_per_step=2"
-GSPO = [TWO, O + "loss=gspo", O + "aggregation=sequence_mean"]
+GSPO = [TWO, "objective.loss=gspo", "objective.aggregation=sequence_mean"]
 BROKEN = {
-    "gspo on-policy": (GSPO[1:], O + "loss", "every ratio is exactly 1"),
-    "cispo on-policy": ([O + "loss=cispo"], O + "loss", "every ratio is exactly 1"),
-    "ce_gppo on-policy": ([O + "loss=ce_gppo"], O + "loss", "every ratio is exactly 1"),
-    "kl_cov on-policy": ([O + "loss=kl_cov"], O + "loss", "every ratio is exactly 1"),
-    "kl_cov dual clip": ([TWO, O + "loss=kl_cov", O + "dual_clip=10"], O + "dual_clip", "bounds of its own"),
-    "gspo token mean": (GSPO[:2], O + "aggregation", "mean of sequences"),
-    "gspo clip_cov": ([*GSPO, O + "token_shaping=[clip_cov]"], O + "token_shaping", "clips whole sequences"),
-    "opefo off-policy": ([TWO, O + "token_shaping=[opefo]"], "learner.updates_per_step", "strictly on-policy"),
-    "opefo first": ([O + "token_shaping=[opefo,stare]"], O + "token_shaping", "upsets the balance"),
-    "twice": ([O + "token_shaping=[stare,stare]"], O + "token_shaping", "stare is named twice"),
+    "gspo on-policy": (GSPO[1:], "objective.loss", "every ratio is exactly 1"),
+    "cispo on-policy": (["objective.loss=cispo"], "objective.loss", "every ratio is exactly 1"),
+    "ce_gppo on-policy": (["objective.loss=ce_gppo"], "objective.loss", "every ratio is exactly 1"),
+    "kl_cov on-policy": (["objective.loss=kl_cov"], "objective.loss", "every ratio is exactly 1"),
+    "kl_cov dual clip": (
+        [TWO, "objective.loss=kl_cov", "objective.dual_clip=10"],
+        "objective.dual_clip",
+        "bounds of its own",
+    ),
+    "gspo token mean": (GSPO[:2], "objective.aggregation", "mean of sequences"),
+    "gspo clip_cov": (
+        [*GSPO, "objective.token_shaping=[clip_cov]"],
+        "objective.token_shaping",
+        "clips whole sequences",
+    ),
+    "opefo off-policy": ([TWO, "objective.token_shaping=[opefo]"], "learner.updates_per_step", "strictly on-policy"),
+    "opefo first": (["objective.token_shaping=[opefo,stare]"], "objective.token_shaping", "upsets the balance"),
+    "twice": (["objective.token_shaping=[stare,stare]"], "objective.token_shaping", "stare is named twice"),
     "two Clip-Covs": (
-        [O + "token_shaping=[clip_cov]", "entropy.actuator=clip_cov"],
+        ["objective.token_shaping=[clip_cov]", "entropy.actuator=clip_cov"],
         "entropy.actuator",
         "detaches tokens by covariance",
     ),
-    "clip_cov limits": ([O + "token_shaping=[clip_cov]", O + "clip_cov.low=5"], O + "clip_cov.low", "not below"),
-    "idle kl_cov": ([O + "kl_cov.coef=2"], O + "kl_cov.coef", "no effect without objective.loss=kl_cov"),
-    "idle pass_at_k": ([O + "pass_at_k.share=1"], O + "pass_at_k.share", "without objective.advantage=pass_at_k"),
-    "idle stare": ([O + "stare.target=1"], O + "stare.target", "no effect without objective.token_shaping=[stare]"),
+    "clip_cov limits": (
+        ["objective.token_shaping=[clip_cov]", "objective.clip_cov.low=5"],
+        "objective.clip_cov.low",
+        "not below",
+    ),
+    "idle kl_cov": (["objective.kl_cov.coef=2"], "objective.kl_cov.coef", "no effect without objective.loss=kl_cov"),
+    "idle pass_at_k": (
+        ["objective.pass_at_k.share=1"],
+        "objective.pass_at_k.share",
+        "without objective.advantage=pass_at_k",
+    ),
+    "idle stare": (
+        ["objective.stare.target=1"],
+        "objective.stare.target",
+        "no effect without objective.token_shaping=[stare]",
+    ),
     "pass@k of all": (
-        [O + "advantage=pass_at_k", O + "pass_at_k.samples=16"],
-        O + "pass_at_k.samples",
+        ["objective.advantage=pass_at_k", "objective.pass_at_k.samples=16"],
+        "objective.pass_at_k.samples",
         "needs fewer than all",
     ),
     "rlrt budget": (
-        [O + "token_shaping=[rlrt]", "learner.max_tokens_per_micro_batch=2048"],
+        ["objective.token_shaping=[rlrt]", "learner.max_tokens_per_micro_batch=2048"],
         "learner.max_tokens_per_micro_batch",
         "up to 4096 tokens",
     ),
-    "overlong": ([O + "overlong.buffer=1025"], O + "overlong.buffer", "longer than a response"),
-    "idle penalty": ([O + "overlong.penalty=2"], O + "overlong.penalty", "no effect while"),
+    "overlong": (["objective.overlong.buffer=1025"], "objective.overlong.buffer", "longer than a response"),
+    "idle penalty": (["objective.overlong.penalty=2"], "objective.overlong.penalty", "no effect while"),
     "replaces": (["entropy.auxiliary_replaces=true"], "entropy.auxiliary_replaces", "draws no auxiliary rows"),
 }
 ALLOWED = [
     GSPO,
-    [*GSPO, O + "token_shaping=[entrocraft]"],
-    [TWO, O + "loss=kl_cov", O + "kl_cov.fraction=2e-4", O + "advantage=rloo"],
-    [O + "loss=htpo", O + "dual_clip=10", O + "token_shaping=[entropy_adv,stare,opefo]"],
-    [O + "token_shaping=[clip_cov]", "entropy.actuator=entropy_bonus"],
-    [O + "token_shaping=[rlrt]", "learner.max_tokens_per_micro_batch=4096"],
-    [O + "advantage=pass_at_k", O + "pass_at_k.samples=15"],
+    [*GSPO, "objective.token_shaping=[entrocraft]"],
+    [TWO, "objective.loss=kl_cov", "objective.kl_cov.fraction=2e-4", "objective.advantage=rloo"],
+    ["objective.loss=htpo", "objective.dual_clip=10", "objective.token_shaping=[entropy_adv,stare,opefo]"],
+    ["objective.token_shaping=[clip_cov]", "entropy.actuator=entropy_bonus"],
+    ["objective.token_shaping=[rlrt]", "learner.max_tokens_per_micro_batch=4096"],
+    ["objective.advantage=pass_at_k", "objective.pass_at_k.samples=15"],
     ["entropy.actuator=resample", "entropy.auxiliary_replaces=true", "entropy.positive_mean=main"],
 ]
 
