@@ -15,9 +15,9 @@ from pipeline.monitoring.recorder import Recorder, StepClock
 from pipeline.objectives.batch import build_batch, positives_consumed
 from pipeline.objectives.prepare import prepare
 from pipeline.rewards.stage import VerifierStage
-from pipeline.rollout.requests import only_fresh, step_requests
 from pipeline.rollout.rollouts import Rollouts
-from pipeline.types import ControlDecision, Prompt, Role
+from pipeline.rollout.step import draw_step
+from pipeline.types import ControlDecision, Prompt
 
 
 @dataclass
@@ -57,16 +57,9 @@ class TrainingLoop:
     def train_step(self) -> None:
         """Sample, verify, learn, hand the weights over, decide the next temperature."""
         clock, decision = StepClock(), self.decision
-        with clock("sample"):
-            prompts = self.cursor.take(self.config.rollout.prompts_per_step)
-            groups = self.rollouts.generate(step_requests(prompts, decision, self.config, self.step))
-            groups, stale = only_fresh(groups, self.step)
-        with clock("verify"):
-            groups = self.verifier.verify(groups)
-            main = [group for group in groups if group.role is Role.MAIN]
-            auxiliary = [group for group in groups if group.role is Role.AUXILIARY]
+        drawn = draw_step(self.cursor, self.rollouts, self.verifier, decision, self.config, self.step, clock)
         with clock("batch"):
-            batch = build_batch(main, auxiliary, decision, self.config, self.pad_token_id)
+            batch = build_batch(drawn.trained, drawn.auxiliary, decision, self.config, self.pad_token_id)
         with clock("train"):
             batch = prepare(batch, self.learner, self.config, self.step)
             stats = self.learner.update(batch, self.step)
@@ -74,7 +67,9 @@ class TrainingLoop:
             self.rollouts.push(self.step + 1)
         positives = positives_consumed(batch)
         self.decision = self.controller.update(stats.entropy, positives)
-        self.recorder.step(self.step, main, auxiliary, stats, decision, self.decision, stale, positives, clock)
+        self.recorder.step(
+            self.step, drawn.main, drawn.auxiliary, stats, decision, self.decision, drawn.stale, positives, clock
+        )
         self.step += 1
 
     def evaluate(self) -> None:

@@ -40,6 +40,20 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Cuts:
+    """CUTS (arXiv 2604.18493): draw a token uniformly among the ``top`` likeliest of probability at least ``floor``.
+
+    So the last ``samples`` responses of a request are drawn, after their first ``warmup_tokens`` tokens. Where no token reaches the
+    floor, the token is drawn as usual.
+    """
+
+    samples: int
+    top: int
+    floor: float
+    warmup_tokens: int
+
+
+@dataclass(frozen=True)
 class GenerateRequest:
     """Draw ``len(seeds)`` responses to one prompt at one temperature."""
 
@@ -48,6 +62,7 @@ class GenerateRequest:
     temperature: float
     max_new_tokens: int
     role: Role = Role.MAIN
+    cuts: Cuts | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +79,7 @@ class Sample:
     """One response.
 
     ``log_probs`` are those of the behaviour policy at ``temperature`` (the temperature the tokens were drawn with),
-    never at another one. The end-of-sequence token, when drawn, is the last entry of ``token_ids``.
+    never at another one; of a response drawn by CUTS they are the policy's own. The end-of-sequence token, when drawn, is the last entry of ``token_ids``.
     """
 
     token_ids: np.ndarray  # int64 [n]

@@ -1,11 +1,12 @@
-"""What of ``objective`` goes together: losses, advantages and token shapings with their parameters and with the rest of the run."""
+"""What of ``objective`` goes together: losses, advantages, token shapings and sampling rules, with their parameters and with the
+rest of the run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from pipeline.config.errors import Problem
-from pipeline.config.schema import ObjectiveConfig, RunConfig
+from pipeline.config.schema import CutsConfig, ObjectiveConfig, RunConfig
 
 ADVANTAGES = ("grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "pass_at_k")
 LOSSES = ("ppo", "gspo", "cispo", "ce_gppo", "kl_cov", "htpo")
@@ -31,6 +32,7 @@ def objective_problems(config: RunConfig) -> Iterator[Problem]:
     yield from _shaping(config)
     yield from _rlrt(config)
     yield from _lengths(config)
+    yield from _cuts(config)
 
 
 def _idle_parameters(objective: ObjectiveConfig) -> Iterator[Problem]:
@@ -161,3 +163,29 @@ def _lengths(config: RunConfig) -> Iterator[Problem]:
             "has no effect while objective.overlong.buffer is 0",
             "remove it, or set objective.overlong.buffer",
         )
+
+
+def _cuts(config: RunConfig) -> Iterator[Problem]:
+    cuts, samples = config.rollout.cuts, config.rollout.samples_per_prompt
+    if cuts.share > 0 and config.rollout.engine != "native":
+        yield Problem(
+            "rollout.cuts.share",
+            cuts.share,
+            f"engine {config.rollout.engine} has no such sampling rule",
+            "set it to 0, or rollout.engine=native",
+        )
+    if cuts.share > 0 and round(cuts.share * samples) == 0:
+        yield Problem(
+            "rollout.cuts.share",
+            cuts.share,
+            f"is none of the {samples} samples of a prompt (rollout.samples_per_prompt)",
+            "raise it",
+        )
+    for name, value in vars(cuts).items():
+        if cuts.share == 0 and value != getattr(CutsConfig(), name):
+            yield Problem(
+                f"rollout.cuts.{name}",
+                value,
+                "has no effect while rollout.cuts.share is 0",
+                "remove it, or set the share",
+            )

@@ -138,6 +138,16 @@ class SglangConfig:
 
 
 @dataclass
+class CutsConfig:
+    """Main samples drawn uniformly among the likeliest tokens (CUTS; native engine)."""
+
+    share: float = key(0.0, "of each group that is drawn so, its last samples; 0: none, 0.5 is Mixed-CUTS")
+    top: int = key(5, "likeliest tokens among which is drawn")
+    floor: float = key(0.03, "least probability of such a token")
+    warmup_tokens: int = key(5, "first tokens of a response that are drawn as usual")
+
+
+@dataclass
 class RolloutConfig:
     """How responses are drawn. Main rows are always drawn at T=1 from the untruncated policy."""
 
@@ -146,6 +156,11 @@ class RolloutConfig:
     tensor_parallel_size: int = key(1, "TP of each SGLang engine")
     prompts_per_step: int = key(16, "distinct prompts per step")
     samples_per_prompt: int = key(16, "main samples per prompt (the group of GRPO)")
+    sampling_rounds: int = key(
+        1,
+        "dynamic sampling (DAPO): draw further prompts, in at most so many rounds, until prompts_per_step groups hold different rewards; 1: take the first",
+    )
+    cuts: CutsConfig = key(CutsConfig(), "samples drawn uniformly among the likeliest tokens")
     max_prompt_tokens: int = key(1024, "prompts longer than this are dropped when the data is read, and counted")
     max_new_tokens: int = key(1024, "response length limit, tokens")
     weight_transport: str = key(

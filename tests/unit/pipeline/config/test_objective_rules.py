@@ -62,6 +62,13 @@ BROKEN = {
     ),
     "overlong": (["objective.overlong.buffer=1025"], "objective.overlong.buffer", "longer than a response"),
     "idle penalty": (["objective.overlong.penalty=2"], "objective.overlong.penalty", "no effect while"),
+    "cuts on SGLang": (
+        ["rollout.cuts.share=0.5", "rollout.engine=sglang"],
+        "rollout.cuts.share",
+        "engine sglang has no such sampling rule",
+    ),
+    "idle cuts": (["rollout.cuts.top=3"], "rollout.cuts.top", "no effect while rollout.cuts.share is 0"),
+    "no cuts": (["rollout.cuts.share=0.01"], "rollout.cuts.share", "is none of the 16 samples"),
     "replaces": (["entropy.auxiliary_replaces=true"], "entropy.auxiliary_replaces", "draws no auxiliary rows"),
 }
 ALLOWED = [
@@ -72,6 +79,7 @@ ALLOWED = [
     ["objective.token_shaping=[clip_cov]", "entropy.actuator=entropy_bonus"],
     ["objective.token_shaping=[rlrt]", "learner.max_tokens_per_micro_batch=4096"],
     ["objective.advantage=pass_at_k", "objective.pass_at_k.samples=15"],
+    ["rollout.cuts.share=0.5", "rollout.cuts.top=3", "rollout.sampling_rounds=3"],
     ["entropy.actuator=resample", "entropy.auxiliary_replaces=true", "entropy.positive_mean=main"],
 ]
 
