@@ -384,7 +384,9 @@ class PiConfig:
 class EntropyConfig:
     """Entropy control: which law, acting through what, toward which band."""
 
-    controller: str = key("pi", "pi | scope (SCOPE-RL v7) | bang_bang (AEPO) | none (plain GRPO)")
+    controller: str = key(
+        "pi", "pi | scope (SCOPE-RL v7) | bang_bang (AEPO) | constant (entropy.command) | none (plain GRPO)"
+    )
     actuator: str = key(
         "reweight",
         "resample (the paper's second rollout) | reweight | fc | dcpo | tok | entropy_bonus | clip_cov; METHODS in docs/methods.md",
@@ -395,6 +397,7 @@ class EntropyConfig:
         "positives",
         "what the positive term is averaged over: positives (tokens of correct rows) | samples (all rows drawn, the paper's G') | main (alpha times what a main row weighs)",
     )
+    command: float = key(0.0, "controller=constant: the actuator's command, in its own unit")
     command_min: float = key(0.0, "lower limit of the command; 0 with command_max 0: default of the actuator")
     command_max: float = key(0.0, "upper limit of the command")
     auxiliary_prompts: int = key(4, "resample: prompts drawn again at T+ each step")

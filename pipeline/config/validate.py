@@ -46,7 +46,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "objective.correction.kind": ("none", "tis", "mis"),
     "objective.correction.level": ("token", "sequence"),
     "objective.aggregation": ("token_mean", "sequence_mean", "dr_grpo"),
-    "entropy.controller": ("pi", "scope", "bang_bang", "none"),
+    "entropy.controller": ("pi", "scope", "bang_bang", "constant", "none"),
     "entropy.actuator": (*TEMPERATURE_ACTUATORS, "tok", "entropy_bonus", "clip_cov"),
     "entropy.positive_mean": ("positives", "samples", "main"),
     "entropy.band.schedule": ("constant", "linear", "cosine", "piecewise"),
@@ -168,6 +168,7 @@ RANGES: dict[str, Range] = {
     "entropy.band.end_low": _NOT_NEGATIVE,
     "entropy.band.end_high": _NOT_NEGATIVE,
     "entropy.band.schedule_steps": _NOT_NEGATIVE,
+    "entropy.command": _NOT_NEGATIVE,
     "entropy.command_min": _NOT_NEGATIVE,
     "entropy.command_max": _NOT_NEGATIVE,
     "entropy.auxiliary_prompts": _COUNT,
@@ -640,6 +641,28 @@ def _controller(config: RunConfig) -> Iterator[Problem]:
         )
 
 
+def _constant(config: RunConfig) -> Iterator[Problem]:
+    entropy = config.entropy
+    if entropy.controller != "constant":
+        if entropy.command:
+            yield Problem(
+                "entropy.command",
+                entropy.command,
+                f"controller {entropy.controller} sets the command itself",
+                "remove it, or set entropy.controller=constant",
+            )
+        return
+    if not entropy.command:
+        yield Problem(
+            "entropy.command",
+            entropy.command,
+            f"at rest or impossible: {entropy.actuator} would do nothing",
+            "give a command above 0, or set entropy.controller=none",
+        )
+    if entropy.actuator == "clip_cov" and entropy.command > 1:
+        yield Problem("entropy.command", entropy.command, "clip_cov's command is a share of tokens", "use at most 1")
+
+
 def _auxiliary(config: RunConfig) -> Iterator[Problem]:
     entropy, prompts = config.entropy, config.rollout.prompts_per_step
     if entropy.actuator != "resample":
@@ -690,6 +713,7 @@ RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _band,
     _limits,
     _controller,
+    _constant,
     _auxiliary,
     objective_problems,
     precision_problems,
