@@ -7,7 +7,7 @@ there, one copy a node. Calls to one actor run in order, so a whole update is se
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -127,6 +127,10 @@ class RayLearner:
     def log_probs(self, batch: TrainBatch, *, reference: bool = False) -> torch.Tensor:
         """See ``pipeline.learner.Learner``."""
         return self._everywhere("log_probs", ray.put(batch), reference=reference)
+
+    def statistics(self, batch: TrainBatch) -> Mapping[str, torch.Tensor]:
+        """See ``pipeline.learner.Learner``."""
+        return self._everywhere("statistics", ray.put(batch))
 
     def update(self, batch: TrainBatch, step: int) -> StepStats:
         """See ``pipeline.learner.Learner``. The first round of version ``step + 1`` is asked for in the same breath."""

@@ -70,14 +70,21 @@ class Head:
             del layer.forward
 
     def __call__(
-        self, hidden: torch.Tensor, targets: torch.Tensor, *, temperature: float | None, entropy_grad: bool
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor,
+        *,
+        temperature: float | None,
+        entropy_grad: bool,
+        moment: bool = False,
     ) -> Outputs:
-        """Log-probs, entropy and tempered log-probs of ``targets`` ``[n]`` from what the model returned; see ``logprobs``."""
+        """What ``logprobs`` says of ``targets`` ``[n]``, from what the model returned."""
         options: dict[str, Any] = {
             "vocab_size": self._vocab_size,
             "group": self._group,
             "temperature": temperature,
             "entropy_grad": entropy_grad,
+            "moment": moment,
             "kernel": self._kernel,
         }
         if self._fused:

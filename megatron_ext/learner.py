@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -97,22 +97,13 @@ class MegatronLearner:
     @torch.no_grad()
     def log_probs(self, batch: TrainBatch, *, reference: bool = False) -> torch.Tensor:
         """T=1 log-probabilities of the targets, on every rank; see ``pipeline.learner.Learner.log_probs``."""
-        topology = self._topology
-        grid = torch.zeros(batch.loss_mask.shape, device=topology.device)
-        indices = self._micro_batches(batch)
         with self._reference_policy() if reference else nullcontext():
-            outputs = self._run(batch, indices, forward_only=True)
-        for rows, log_probs in zip(indices, outputs, strict=False):  # no outputs but on the last stage
-            real = rows[rows != batching.PADDING].to(topology.device)
-            mask = batch.loss_mask.to(topology.device)[real]
-            # In-place assignment through two masks does not write; fill the rows, then put them back.
-            filled = torch.zeros(mask.shape, device=topology.device)
-            filled[mask] = log_probs[: int(mask.sum())]
-            grid[real] = filled
-        for group, size in ((topology.dp_group, topology.dp_size), (topology.pp_group, topology.pp_size)):
-            if size > 1:
-                dist.all_reduce(grid, group=group)
-        return grid.cpu()
+            return self._grids(batch, ("log_probs",))["log_probs"]
+
+    @torch.no_grad()
+    def statistics(self, batch: TrainBatch) -> dict[str, torch.Tensor]:
+        """Log-probs, entropy and moment of the targets, on every rank; see ``pipeline.learner.Learner.statistics``."""
+        return self._grids(batch, ("log_probs", "entropy", "moment"))
 
     def update(self, batch: TrainBatch, step: int) -> StepStats:
         """``updates_per_step`` optimizer steps on ``batch`` at one learning rate; see ``pipeline.learner.Learner.update``.
@@ -187,6 +178,24 @@ class MegatronLearner:
         """Leave the process groups."""
         shutdown()
 
+    def _grids(self, batch: TrainBatch, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Fields of ``PolicyOutputs`` as float32 grids ``[rows, seq - 1]`` on the CPU, 0 outside the mask, on every rank."""
+        topology = self._topology
+        grids = torch.zeros(*batch.loss_mask.shape, len(names), device=topology.device)
+        indices = self._micro_batches(batch)
+        outputs = self._run(batch, indices, forward_only=True, names=names)
+        for rows, values in zip(indices, outputs, strict=False):  # no outputs but on the last stage
+            real = rows[rows != batching.PADDING].to(topology.device)
+            mask = batch.loss_mask.to(topology.device)[real]
+            # In-place assignment through two masks does not write; fill the rows, then put them back.
+            filled = torch.zeros(*mask.shape, len(names), device=topology.device)
+            filled[mask] = values[: int(mask.sum())]
+            grids[real] = filled
+        for group, size in ((topology.dp_group, topology.dp_size), (topology.pp_group, topology.pp_size)):
+            if size > 1:
+                dist.all_reduce(grids, group=group)
+        return dict(zip(names, grids.cpu().unbind(-1), strict=True))
+
     def _accumulate(self, batch: TrainBatch) -> dict[str, float]:
         """Gradients of one mini-batch into the main gradients; its metric sums, the same on every rank."""
         for model in self._models:
@@ -201,11 +210,13 @@ class MegatronLearner:
         ranks = batching.micro_batches((batch.lengths - 1).tolist(), topology.dp_size, self._cut)
         return [torch.tensor(rows or [batching.PADDING]) for rows in ranks[topology.dp_rank]]
 
-    def _run(self, batch: TrainBatch, indices: list[torch.Tensor], *, forward_only: bool) -> list[Any]:
-        """Megatron's schedule over the micro-batches: per micro-batch its log-probs or metric sums; last stage only."""
+    def _run(
+        self, batch: TrainBatch, indices: list[torch.Tensor], *, forward_only: bool, names: Sequence[str] = ()
+    ) -> list[Any]:
+        """Megatron's schedule over the micro-batches: per micro-batch what was asked for by ``names``, or metric sums; last stage only."""
         # What Megatron divides the loss by, and the mini-batch rule of ``batching.mini_batches``.
         scale = len(indices) * self._topology.dp_size * self._config.updates_per_step
-        finish = self._log_probs if forward_only else partial(self._loss, scale=scale)
+        finish = partial(self._named, names=names) if forward_only else partial(self._loss, scale=scale)
 
         def forward(data: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[torch.Tensor, Any]:
             rows, given = next(data)
@@ -234,24 +245,36 @@ class MegatronLearner:
         given = inputs.build(rows, packing=self._cut.packed, align=self._cut.align)
         return batching.on_device(rows, device), given.to(device)
 
-    def _outputs(self, micro: TrainBatch, given: inputs.ModelInputs, hidden: torch.Tensor) -> PolicyOutputs:
+    def _outputs(
+        self, micro: TrainBatch, given: inputs.ModelInputs, hidden: torch.Tensor, *, moment: bool
+    ) -> PolicyOutputs:
         """Per-token quantities of all targets from the ``hidden`` states ``[1, n, hidden size]`` of this rank's."""
         own = context_parallel.own_targets(given.targets, self._topology)
         act, targets = micro.actuation, context_parallel.shard(given.labels, self._topology)[own]
-        outputs = PolicyOutputs(
-            *self._head(hidden, targets, temperature=tempered_at(act), entropy_grad=entropy_needs_grad(act))
+        said = self._head(
+            hidden, targets, temperature=tempered_at(act), entropy_grad=entropy_needs_grad(act), moment=moment
         )
-        return context_parallel.gather(outputs, given.targets, self._topology)
+        return context_parallel.gather(PolicyOutputs(*said), given.targets, self._topology)
 
-    def _log_probs(
-        self, micro: TrainBatch, given: inputs.ModelInputs, hidden: torch.Tensor, non_loss_data: bool
+    def _named(
+        self,
+        micro: TrainBatch,
+        given: inputs.ModelInputs,
+        hidden: torch.Tensor,
+        non_loss_data: bool,
+        *,
+        names: Sequence[str],
     ) -> torch.Tensor:
-        return self._outputs(micro, given, hidden).log_probs
+        """Fields of ``PolicyOutputs``, ``[n, names]``."""
+        outputs = self._outputs(micro, given, hidden, moment="moment" in names)
+        return torch.stack([getattr(outputs, name) for name in names], dim=-1)
 
     def _loss(
         self, micro: TrainBatch, given: inputs.ModelInputs, hidden: torch.Tensor, *, scale: int
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        loss, sums = policy_loss(self._outputs(micro, given, hidden), TokenRows.of(micro), self._objective)
+        loss, sums = policy_loss(
+            self._outputs(micro, given, hidden, moment=False), TokenRows.of(micro), self._objective
+        )
         counted = {"micro_batches": 1, "positions": given.tokens.numel(), "real_positions": given.real}
         counts = {name: sums["main_tokens"].new_tensor(number) for name, number in counted.items()}
         return loss * scale, {**sums, **counts, "loss": loss.detach().double()}

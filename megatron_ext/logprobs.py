@@ -2,7 +2,8 @@
 
 Two entries with one arithmetic: :func:`log_probs_and_entropy` from logits, :func:`linear_log_probs_and_entropy` from the
 hidden states and the output weight, where logits exist one block of columns at a time. Each gives, per token, the
-log-probability of the target at T=1, the entropy at T=1 and, if asked, the log-probability at another temperature. Two
+log-probability of the target at T=1, the entropy at T=1 and, if asked, the log-probability at another temperature and the moment
+that the entropy's response to an update depends on. Two
 collectives in all (one MAX, one packed SUM) whatever the blocks; none without tensor parallelism. The backward pass
 recomputes and communicates nothing.
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,14 @@ from megatron_ext import logprobs_torch
 _TILE_CPU = (2048, 512)
 _TILE = (4096, 8192)
 
-Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+class Outputs(NamedTuple):
+    """Float32 ``[n]`` in nats, equal on all ranks of the group."""
+
+    log_probs: torch.Tensor  # of the targets at T=1
+    entropy: torch.Tensor  # at T=1
+    tempered: torch.Tensor | None  # log-probs at the temperature asked for
+    moment: torch.Tensor | None  # sum_k pi_k^2 (log pi_k + H), at T=1
 
 
 def log_probs_and_entropy(
@@ -38,6 +46,7 @@ def log_probs_and_entropy(
     group: dist.ProcessGroup | None,
     temperature: float | torch.Tensor | None = None,
     entropy_grad: bool = False,
+    moment: bool = False,
     kernel: str = "auto",
 ) -> Outputs:
     """Per-token log-probability and exact entropy at T=1, and log-probability at ``temperature``.
@@ -54,15 +63,16 @@ def log_probs_and_entropy(
         temperature: T > 0 of the third result, one for all or float32 ``[n]`` (where that is not above 0: NaN); ``None``:
             there is none.
         entropy_grad: whether the entropy takes part in autograd (entropy bonus).
+        moment: whether the fourth result is wanted.
         kernel: ``torch``, ``triton`` (CUDA), or ``auto``: triton on CUDA, else torch. Changes speed, never results.
 
     Returns:
-        ``(log_probs, entropy, tempered)``, each float32 ``[n]`` in nats, equal on all ranks of the group. ``log_probs`` is
-        differentiable, ``entropy`` only if ``entropy_grad``, ``tempered`` never (and ``None`` without ``temperature``).
+        ``log_probs`` is differentiable, ``entropy`` only if ``entropy_grad``, ``tempered`` and ``moment`` never; what was not
+        asked for is ``None``.
     """
     if logits.is_leaf and logits.requires_grad:
         raise ValueError("logits is a leaf: its buffer is overwritten by backward; pass the output of an operation")
-    job = _Job.of(targets, logits.shape[1], vocab_size, group, temperature, entropy_grad, kernel)
+    job = _Job.of(targets, logits.shape[1], vocab_size, group, temperature, entropy_grad, moment, kernel)
     return job.outputs(_FromLogits.apply(logits, job))
 
 
@@ -75,6 +85,7 @@ def linear_log_probs_and_entropy(
     group: dist.ProcessGroup | None,
     temperature: float | torch.Tensor | None = None,
     entropy_grad: bool = False,
+    moment: bool = False,
     kernel: str = "auto",
     tile: tuple[int, int] | None = None,
 ) -> Outputs:
@@ -90,9 +101,9 @@ def linear_log_probs_and_entropy(
         weight: ``[v_local, h]``, this rank's contiguous rows of the output weight, in the type of ``hidden``.
         tile: tokens and columns of a block; by default what suits the device. Changes memory and speed, results by rounding only
             (in bf16 the weight's gradient is rounded once per ``tile[0]`` tokens).
-        targets, vocab_size, group, temperature, entropy_grad, kernel: as there.
+        targets, vocab_size, group, temperature, entropy_grad, moment, kernel: as there.
     """
-    job = _Job.of(targets, weight.shape[0], vocab_size, group, temperature, entropy_grad, kernel)
+    job = _Job.of(targets, weight.shape[0], vocab_size, group, temperature, entropy_grad, moment, kernel)
     return job.outputs(_FromHidden.apply(hidden, weight, job, tile))
 
 
@@ -107,6 +118,7 @@ class _Job:
     group: dist.ProcessGroup | None
     inverse_temperature: torch.Tensor | None  # float32 [n]
     entropy_grad: bool
+    moment: bool
 
     @classmethod
     def of(
@@ -117,6 +129,7 @@ class _Job:
         group: dist.ProcessGroup | None,
         temperature: float | torch.Tensor | None,
         entropy_grad: bool,
+        moment: bool,
         kernel: str,
     ) -> _Job:
         first = 0 if group is None else dist.get_rank(group) * local_columns
@@ -128,29 +141,46 @@ class _Job:
             group=group,
             inverse_temperature=None if temperature is None else _inverse(temperature, targets),
             entropy_grad=entropy_grad,
+            moment=moment,
         )
 
-    def outputs(self, results: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> Outputs:
-        """Without the stand-in for a third result that was not asked for."""
-        log_probs, entropy, tempered = results
-        return log_probs, entropy, tempered if self.inverse_temperature is not None else None
+    def outputs(self, results: tuple[torch.Tensor, ...]) -> Outputs:
+        """Without the stand-ins for results that were not asked for."""
+        log_probs, entropy, tempered, moment = results
+        return Outputs(
+            log_probs,
+            entropy,
+            tempered if self.inverse_temperature is not None else None,
+            moment if self.moment else None,
+        )
+
+    def start(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Maximum ``[n]`` and sums of no logits, see ``logprobs_torch.accumulate``."""
+        maximum = torch.full_like(self.column, logprobs_torch.FLOOR, dtype=torch.float32)
+        return maximum, maximum.new_zeros(6 if self.moment else 4, len(self.column))
 
     def finish(self, maximum: torch.Tensor, sums: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """From this rank's maxima and sums: the results, and what backward needs: global maximum and log of the sum."""
         maximum = _reduce(maximum, sums, self.group, self.inverse_temperature)
-        total, weighted, tempered_total, target_logit = sums
+        total, weighted, tempered_total, target_logit = sums[:4]
         log_total = total.log()
         target = torch.where(self.known, target_logit - maximum, torch.nan)
         tempered = target.new_empty(0)
         if self.inverse_temperature is not None:
             tempered = target * self.inverse_temperature - tempered_total.log()
-        return target - log_total, log_total - weighted / total, tempered, maximum, log_total
+        moment = target.new_empty(0)
+        if (
+            self.moment
+        ):  # log pi + H = x - (sum x e^x) / S: no difference of large numbers where one token has nearly all
+            squares, weighted_squares = sums[4:]
+            moment = (weighted_squares - weighted / total * squares) / total.square()
+        return target - log_total, log_total - weighted / total, tempered, moment, maximum, log_total
 
-    def mark(self, ctx: Any, entropy: torch.Tensor, tempered: torch.Tensor) -> None:
+    def mark(self, ctx: Any, entropy: torch.Tensor, *constant: torch.Tensor) -> None:
         """Tell autograd which results have no gradient, and not to make zeros for those that got none."""
         ctx.job = self
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*([tempered] if self.entropy_grad else [tempered, entropy]))
+        ctx.mark_non_differentiable(*(constant if self.entropy_grad else (*constant, entropy)))
 
 
 class _FromLogits(torch.autograd.Function):
@@ -161,19 +191,19 @@ class _FromLogits(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, job: _Job) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        maximum, sums = _start(job.column)
+    def forward(ctx: Any, logits: torch.Tensor, job: _Job) -> tuple[torch.Tensor, ...]:
+        maximum, sums = job.start()
         if job.width:
             block = logits[:, : job.width]
             job.kernel.accumulate(block, job.column, maximum, sums, job.inverse_temperature)
-        log_probs, entropy, tempered, maximum, log_total = job.finish(maximum, sums)
+        log_probs, entropy, tempered, moment, maximum, log_total = job.finish(maximum, sums)
         ctx.save_for_backward(logits, maximum, log_total, entropy)
-        job.mark(ctx, entropy, tempered)
-        return log_probs, entropy, tempered
+        job.mark(ctx, entropy, tempered, moment)
+        return log_probs, entropy, tempered, moment
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_log_probs: Any, grad_entropy: Any, _: None) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, grad_log_probs: Any, grad_entropy: Any, *_: None) -> tuple[torch.Tensor, None]:
         logits, maximum, log_total, entropy = ctx.saved_tensors
         job: _Job = ctx.job
         out = logits.detach()  # the donated buffer
@@ -190,24 +220,24 @@ class _FromHidden(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, job: _Job, tile: tuple[int, int] | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, ...]:
         tiles = _Tiles(hidden, job.width, tile)
-        maximum, sums = _start(job.column)
+        maximum, sums = job.start()
         for rows in tiles.rows:
             inverse = None if job.inverse_temperature is None else job.inverse_temperature[rows]
             for columns in tiles.columns:
                 logits = tiles.logits(hidden[rows], weight[columns])
                 column = job.column[rows] - columns.start
                 job.kernel.accumulate(logits, column, maximum[rows], sums[:, rows], inverse)
-        log_probs, entropy, tempered, maximum, log_total = job.finish(maximum, sums)
+        log_probs, entropy, tempered, moment, maximum, log_total = job.finish(maximum, sums)
         ctx.save_for_backward(hidden, weight, maximum, log_total, entropy)
         ctx.tile = tile
-        job.mark(ctx, entropy, tempered)
-        return log_probs, entropy, tempered
+        job.mark(ctx, entropy, tempered, moment)
+        return log_probs, entropy, tempered, moment
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_log_probs: Any, grad_entropy: Any, _: None) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_log_probs: Any, grad_entropy: Any, *_: None) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, *per_token = ctx.saved_tensors
         job: _Job = ctx.job
         tiles = _Tiles(hidden, job.width, ctx.tile)
@@ -265,12 +295,6 @@ def _inverse(temperature: float | torch.Tensor, targets: torch.Tensor) -> torch.
     if not temperature > 0:
         raise ValueError(f"temperature={temperature}: must be above 0")
     return torch.full_like(targets, 1 / temperature, dtype=torch.float32)
-
-
-def _start(column: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Maximum ``[n]`` and sums ``[4, n]`` of no logits: e^x, x e^x, e^(x/T), with x relative to the maximum; target logit."""
-    maximum = torch.full_like(column, logprobs_torch.FLOOR, dtype=torch.float32)
-    return maximum, maximum.new_zeros(4, len(column))
 
 
 def _reduce(

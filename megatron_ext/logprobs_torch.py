@@ -34,6 +34,7 @@ def accumulate(
         column: int64 ``[n]``, the target's column in this block; outside ``[0, b)`` where it is not in it.
         maximum: float32 ``[n]``, of the logits so far; at least ``FLOOR``, which stands for no finite logit.
         sums: float32 ``[4, n]``: e^x, x e^x and e^(x/T) over the logits so far, x relative to ``maximum``; the target's logit.
+            With ``[6, n]`` also e^2x and x e^2x.
         inverse_temperature: float32 ``[n]``, 1/T; ``None``: the third sum is left alone.
     """
     index, here = _place(column, logits)
@@ -44,10 +45,14 @@ def accumulate(
         highest = torch.amax(block, -1, out=own_maximum[rows]).clamp_(min=FLOOR)
         torch.sub(block, highest[:, None], out=y).clamp_(min=FLOOR).mul_(LOG2_E)  # x in units of ln 2
         torch.sum(torch.exp2(y, out=exp), -1, out=own[0, rows])
+        if len(sums) > 4:
+            squares = exp.square()
+            torch.sum(squares, -1, out=own[4, rows])
+            torch.sum(squares.mul_(y), -1, out=own[5, rows])
         torch.sum(exp.mul_(y), -1, out=own[1, rows])
         if inverse_temperature is not None:
             torch.sum(y.mul_(inverse_temperature[rows, None]).exp2_(), -1, out=own[2, rows])
-    own[1] *= LN_2
+    own[1::4] *= LN_2
     both = torch.maximum(maximum, own_maximum)
     rescale_(sums, maximum - both, inverse_temperature)
     rescale_(own, own_maximum - both, inverse_temperature)
@@ -97,12 +102,15 @@ def gradient_(
 
 
 def rescale_(sums: torch.Tensor, shift: torch.Tensor, inverse_temperature: torch.Tensor | None) -> None:
-    """Take ``sums`` ``[4, n]`` from one maximum to another that lies ``-shift`` higher (finite, at most 0), in place."""
+    """Take ``sums`` ``[4 or 6, n]`` from one maximum to another that lies ``-shift`` higher (finite, at most 0), in place."""
     scale = shift.exp()
     sums[1] = scale * (sums[1] + shift * sums[0])
     sums[0] *= scale
     if inverse_temperature is not None:
         sums[2] *= (shift * inverse_temperature).exp()
+    if len(sums) > 4:
+        sums[5] = scale.square() * (sums[5] + shift * sums[4])
+        sums[4] *= scale.square()
 
 
 def _chunks(logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:

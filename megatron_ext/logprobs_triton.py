@@ -28,7 +28,7 @@ def accumulate(
     tokens, width = _check(logits)
     if not tokens:
         return
-    tempered = inverse_temperature is not None
+    tempered, moment = inverse_temperature is not None, len(sums) > 4
     with torch.cuda.device_of(logits):
         _accumulate[(tokens,)](
             logits,
@@ -40,6 +40,7 @@ def accumulate(
             width,
             logits.stride(0),
             TEMPERED=tempered,
+            MOMENT=moment,
             BLOCK=min(_MOST_COLUMNS, triton.next_power_of_2(width)),
             num_warps=_WARPS,
         )
@@ -96,6 +97,7 @@ def _accumulate(
     width,
     stride,
     TEMPERED: tl.constexpr,  # noqa: N803
+    MOMENT: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
 ):
     """One program per token. Every lane keeps sums of its own, relative to the running maximum of the row."""
@@ -107,6 +109,8 @@ def _accumulate(
     total = tl.zeros([BLOCK], tl.float32)
     weighted = tl.zeros([BLOCK], tl.float32)  # y 2^y, with y = x / ln 2
     tempered = tl.zeros([BLOCK], tl.float32)
+    squares = tl.zeros([BLOCK], tl.float32)  # 4^y
+    weighted_squares = tl.zeros([BLOCK], tl.float32)  # y 4^y
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
         z = tl.load(z_row + at, mask=at < width, other=-float("inf")).to(tl.float32)
@@ -117,6 +121,9 @@ def _accumulate(
             total *= tl.exp2(shift)
             if TEMPERED:
                 tempered *= tl.exp2(shift * inverse)
+            if MOMENT:
+                weighted_squares = (weighted_squares + shift * squares) * tl.exp2(2 * shift)
+                squares *= tl.exp2(2 * shift)
             high = higher
         y = tl.maximum((z - high) * _LOG2_E, _FLOOR, propagate_nan=tl.PropagateNan.ALL)
         e = tl.exp2(y)
@@ -124,6 +131,9 @@ def _accumulate(
         total += e
         if TEMPERED:
             tempered += tl.exp2(y * inverse)
+        if MOMENT:
+            squares += e * e
+            weighted_squares += e * e * y
     shift = before - high
     scale = tl.exp2(shift * _LOG2_E)
     old = tl.load(sums + row)
@@ -135,6 +145,13 @@ def _accumulate(
         old_tempered = tl.load(sums + 2 * sum_stride + row)
         scale = tl.exp2(shift * _LOG2_E * inverse)
         tl.store(sums + 2 * sum_stride + row, scale * old_tempered + tl.sum(tempered, 0))
+    if MOMENT:
+        scale = tl.exp2(shift * _LOG2_E)
+        old = tl.load(sums + 4 * sum_stride + row)
+        old_weighted = tl.load(sums + 5 * sum_stride + row)
+        tl.store(sums + 4 * sum_stride + row, scale * scale * old + tl.sum(squares, 0))
+        moved = scale * scale * (old_weighted + shift * old)
+        tl.store(sums + 5 * sum_stride + row, moved + _LN_2 * tl.sum(weighted_squares, 0))
     target = tl.load(column + row)
     here = (target >= 0) & (target < width)
     found = tl.load(z_row + target, mask=here, other=0.0).to(tl.float32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -14,7 +14,7 @@ from pipeline.types import StepStats, TrainBatch, WeightBucket
 class Learner(Protocol):
     """A trainable policy, possibly sharded over ranks.
 
-    Lifecycle: ``load`` or ``restore`` first; then any of ``log_probs``, ``update``, ``export_shards``, ``save``; ``close`` last.
+    Lifecycle: ``load`` or ``restore`` first; then any of ``log_probs``, ``statistics``, ``update``, ``export_shards``, ``save``; ``close`` last.
     Every rank of a sharded learner must make the same calls in the same order.
     """
 
@@ -23,6 +23,11 @@ class Learner(Protocol):
 
     def log_probs(self, batch: TrainBatch, *, reference: bool = False) -> torch.Tensor:
         """T=1 log-probabilities of the targets, float32 ``[rows, seq - 1]`` on CPU, 0 outside ``loss_mask``. No gradient."""
+
+    def statistics(self, batch: TrainBatch) -> Mapping[str, torch.Tensor]:
+        """Of the targets at T=1, float32 ``[rows, seq - 1]`` on CPU, 0 outside ``loss_mask``, no gradient: ``log_probs``, exact
+        ``entropy``, and ``moment``, sum_k pi_k^2 (log pi_k + H) over the vocabulary; nats.
+        """
 
     def update(self, batch: TrainBatch, step: int) -> StepStats:
         """One optimizer step on ``batch``; ``step`` labels the entropy reading."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from pipeline.checkpoints import CheckpointStore
 from pipeline.config.schema import RunConfig
@@ -12,11 +12,12 @@ from pipeline.entropy.controller import EntropyController
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.learner import Learner
 from pipeline.monitoring.recorder import Recorder
-from pipeline.objectives.batch import build_batch, needs_log_probs, positives_consumed, with_clip_cov
+from pipeline.objectives.batch import build_batch, positives_consumed
+from pipeline.objectives.prepare import prepare
 from pipeline.rewards.stage import VerifierStage
-from pipeline.rollout.requests import only_fresh, step_requests
 from pipeline.rollout.rollouts import Rollouts
-from pipeline.types import ControlDecision, Prompt, Role, TrainBatch
+from pipeline.rollout.step import draw_step
+from pipeline.types import ControlDecision, Prompt
 
 
 @dataclass
@@ -56,34 +57,21 @@ class TrainingLoop:
     def train_step(self) -> None:
         """Sample, verify, learn, hand the weights over, decide the next temperature."""
         clock, decision = self.recorder.clock(), self.decision
-        with clock("sample"):
-            prompts = self.cursor.take(self.config.rollout.prompts_per_step)
-            groups = self.rollouts.generate(step_requests(prompts, decision, self.config, self.step))
-            groups, stale = only_fresh(groups, self.step)
-        with clock("verify"):
-            groups = self.verifier.verify(groups)
-            main = [group for group in groups if group.role is Role.MAIN]
-            auxiliary = [group for group in groups if group.role is Role.AUXILIARY]
+        drawn = draw_step(self.cursor, self.rollouts, self.verifier, decision, self.config, self.step, clock)
         with clock("batch"):
-            batch = build_batch(main, auxiliary, decision, self.config, self.pad_token_id)
+            batch = build_batch(drawn.trained, drawn.auxiliary, decision, self.config, self.pad_token_id)
         with clock("train"):
-            stats = self.learner.update(self.prepare(batch), self.step)
+            batch = prepare(batch, self.learner, self.config, self.step)
+            stats = self.learner.update(batch, self.step)
         with clock("sync"):
             self.rollouts.push(self.step + 1)
         positives = positives_consumed(batch)
         self.decision = self.controller.update(stats.entropy, positives)
         control, figures = (decision, self.decision), self.rollouts.figures()
-        self.recorder.step(self.step, main, auxiliary, stats, *control, stale, positives, clock, figures)
+        self.recorder.step(
+            self.step, drawn.main, drawn.auxiliary, stats, *control, drawn.stale, positives, clock, figures
+        )
         self.step += 1
-
-    def prepare(self, batch: TrainBatch) -> TrainBatch:
-        """Add what needs a forward pass of its own: old and reference log-probs, Clip-Cov's tokens."""
-        if self.config.objective.kl_coef > 0:
-            batch = replace(batch, reference_log_probs=self.learner.log_probs(batch, reference=True))
-        if needs_log_probs(self.config, batch):
-            log_probs = self.learner.log_probs(batch)
-            batch = with_clip_cov(replace(batch, old_log_probs=log_probs), log_probs)
-        return batch
 
     def evaluate(self) -> None:
         """pass@k on the held-out prompts with the current weights."""

@@ -40,6 +40,20 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Cuts:
+    """CUTS (arXiv 2604.18493): draw a token uniformly among the ``top`` likeliest of probability at least ``floor``.
+
+    So the last ``samples`` responses of a request are drawn, after their first ``warmup_tokens`` tokens. Where no token reaches the
+    floor, the token is drawn as usual.
+    """
+
+    samples: int
+    top: int
+    floor: float
+    warmup_tokens: int
+
+
+@dataclass(frozen=True)
 class GenerateRequest:
     """Draw ``len(seeds)`` responses to one prompt at one temperature."""
 
@@ -49,6 +63,7 @@ class GenerateRequest:
     max_new_tokens: int
     role: Role = Role.MAIN
     top_p: float = 1.0  # only the likeliest tokens that make up this share; below 1 for benchmarks alone: what is trained on is not truncated
+    cuts: Cuts | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +80,7 @@ class Sample:
     """One response.
 
     ``log_probs`` are those of the behaviour policy at ``temperature`` (the temperature the tokens were drawn with),
-    never at another one. The end-of-sequence token, when drawn, is the last entry of ``token_ids``.
+    never at another one; of a response drawn by CUTS they are the policy's own. The end-of-sequence token, when drawn, is the last entry of ``token_ids``.
     """
 
     token_ids: np.ndarray  # int64 [n]
@@ -106,8 +121,8 @@ class SampleGroup:
 class Actuation:
     """What the controller's command does to the loss of one step.
 
-    ``kind`` is an actuator name (``none``, ``resample``, ``reweight``, ``fc``, ``tok``, ``entropy_bonus``, ``clip_cov``);
-    ``command`` is in that actuator's unit: a temperature for ``resample``, ``reweight`` and ``fc``, a coefficient for
+    ``kind`` is an actuator name (``none``, ``resample``, ``reweight``, ``fc``, ``dcpo``, ``tok``, ``entropy_bonus``, ``clip_cov``);
+    ``command`` is in that actuator's unit: a temperature for ``resample``, ``reweight``, ``fc`` and ``dcpo``, a coefficient for
     ``tok`` and ``entropy_bonus``, a fraction of tokens for ``clip_cov``. ``alpha`` scales the positive term.
     """
 
@@ -137,7 +152,10 @@ class TrainBatch:
     actuation: Actuation = Actuation()
     old_log_probs: torch.Tensor | None = None  # float32 [rows, seq - 1] at T=1; None: on-policy, ratio is exactly 1
     reference_log_probs: torch.Tensor | None = None  # float32 [rows, seq - 1] at T=1, for the KL penalty
+    groups: torch.Tensor | None = None  # int64 [rows], equal for all samples of a request; below 0 on auxiliary rows
+    token_advantages: torch.Tensor | None = None  # float32 [rows, seq - 1], in place of ``advantages``
     token_weights: torch.Tensor | None = None  # float32 [rows, seq - 1], e.g. 0 on tokens that Clip-Cov detaches
+    marks: torch.Tensor | None = None  # uint8 [rows, seq - 1], tokens that the loss treats in a way of their own
     positive_weights: torch.Tensor | None = (
         None  # float32 [rows], ``reweight``: as ``weights``, of a main row's positive term
     )

@@ -31,15 +31,17 @@ def case(tokens=16, columns=50, padding=0, hidden=8, seed=0, scale=3.0, dtype=to
 
 
 def exact(logits, targets, vocab_size, temperature):
-    """Log-prob, entropy, tempered log-prob in float64 by plain torch, padding cut off first."""
+    """Log-prob, entropy, tempered log-prob and moment in float64 by plain torch, padding cut off first."""
     z = logits.double()[:, :vocab_size]
     log_p = z.log_softmax(-1)
     p = log_p.exp()
     entropy = -torch.where(p > 0, p * log_p, 0.0).sum(-1)
     temperature = torch.as_tensor(temperature, device=z.device).double().expand(len(z))
     tempered = (z / temperature[:, None]).log_softmax(-1)
+    moment = torch.where(p > 0, p.square() * (log_p + entropy[:, None]), 0.0).sum(-1)
     return tuple(
-        each.gather(1, targets[:, None])[:, 0] if each.dim() == 2 else each for each in (log_p, entropy, tempered)
+        each.gather(1, targets[:, None])[:, 0] if each.dim() == 2 else each
+        for each in (log_p, entropy, tempered, moment)
     )
 
 
@@ -55,6 +57,6 @@ def exact_gradients(c: Case, entropy_grad: bool) -> tuple[torch.Tensor, torch.Te
     hidden, weight = c.hidden.double().requires_grad_(True), c.weight.double().requires_grad_(True)
     results = []
     for z, inputs in ((logits, (logits,)), (hidden @ weight.t(), (hidden, weight))):
-        log_probs, entropy, _ = exact(z, c.targets, c.vocab_size, 1.0)
+        log_probs, entropy, *_ = exact(z, c.targets, c.vocab_size, 1.0)
         results += torch.autograd.grad(loss(log_probs, entropy, c.upstream.double(), entropy_grad), inputs)
     return tuple(results)

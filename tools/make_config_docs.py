@@ -55,7 +55,8 @@ def _row(key: Key) -> str:
 
 def _type(key: Key) -> str:
     if key.name in CHOICES:
-        return "one of " + ", ".join(f"`{choice}`" for choice in CHOICES[key.name])
+        choices = ", ".join(f"`{choice}`" for choice in CHOICES[key.name])
+        return f"list of {choices}" if isinstance(key.default, list) else f"one of {choices}"
     permitted = RANGES.get(key.name)
     return f"{key.type_name}, {permitted}" if permitted else key.type_name
 

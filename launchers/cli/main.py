@@ -19,6 +19,7 @@ from launchers.cli import (
     doctor_cmd,
     evaluate_cmd,
     jobs_cmd,
+    lab_cmd,
     launch_cmd,
     monitor_cmd,
     plan_cmd,
@@ -51,6 +52,7 @@ app.add_typer(jobs_cmd.app, name="jobs")
 app.add_typer(config_cmd.app, name="config")
 app.add_typer(plan_cmd.app, name="plan")
 app.add_typer(convert_cmd.app, name="convert")
+app.add_typer(lab_cmd.app, name="lab")
 app.command("doctor")(doctor_cmd.doctor)
 
 

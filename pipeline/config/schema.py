@@ -138,6 +138,16 @@ class SglangConfig:
 
 
 @dataclass
+class CutsConfig:
+    """Main samples drawn uniformly among the likeliest tokens (CUTS; native engine)."""
+
+    share: float = key(0.0, "of each group that is drawn so, its last samples; 0: none, 0.5 is Mixed-CUTS")
+    top: int = key(5, "likeliest tokens among which is drawn")
+    floor: float = key(0.03, "least probability of such a token")
+    warmup_tokens: int = key(5, "first tokens of a response that are drawn as usual")
+
+
+@dataclass
 class RolloutConfig:
     """How responses are drawn. Main rows are always drawn at T=1 from the untruncated policy."""
 
@@ -146,6 +156,11 @@ class RolloutConfig:
     tensor_parallel_size: int = key(1, "TP of each SGLang engine")
     prompts_per_step: int = key(16, "distinct prompts per step")
     samples_per_prompt: int = key(16, "main samples per prompt (the group of GRPO)")
+    sampling_rounds: int = key(
+        1,
+        "dynamic sampling (DAPO): draw further prompts, in at most so many rounds, until prompts_per_step groups hold different rewards; 1: take the first",
+    )
+    cuts: CutsConfig = key(CutsConfig(), "samples drawn uniformly among the likeliest tokens")
     max_prompt_tokens: int = key(1024, "prompts longer than this are dropped when the data is read, and counted")
     max_new_tokens: int = key(1024, "response length limit, tokens")
     weight_transport: str = key(
@@ -209,13 +224,113 @@ class CorrectionConfig:
 
 
 @dataclass
+class OverlongConfig:
+    """Responses near or at the length limit (DAPO)."""
+
+    filter: bool = key(False, "responses cut off at max_new_tokens carry no loss and count in no denominator")
+    buffer: int = key(0, "last tokens before max_new_tokens over which the reward falls; 0: no punishment")
+    penalty: float = key(1.0, "what the reward has lost at max_new_tokens")
+
+
+@dataclass
+class PassAtKConfig:
+    """advantage=pass_at_k."""
+
+    samples: int = key(4, "k: samples of which one must be right")
+    share: float = key(0.5, "of the pass@k advantage in the sum with GRPO's; 1: pass@k alone")
+
+
+@dataclass
+class CeGppoConfig:
+    """loss=ce_gppo: gradient that a clipped token keeps, as a multiple of the one at the bound."""
+
+    beta_low: float = key(0.5, "of tokens below the range with a negative advantage")
+    beta_high: float = key(1.0, "of tokens above the range with a positive advantage")
+
+
+@dataclass
+class KlCovConfig:
+    """loss=kl_cov."""
+
+    fraction: float = key(2e-3, "share of tokens, those of highest covariance, that are penalised")
+    coef: float = key(1.0, "weight of |log pi - log pi_old| on them")
+
+
+@dataclass
+class HtpoConfig:
+    """loss=htpo."""
+
+    difficulty: float = key(0.6, "accuracy below which a prompt is hard")
+    high_entropy: float = key(0.2, "share of a response's tokens that are its high-entropy ones")
+    skip_low: float = key(
+        0.006, "hard prompt, correct: share of the low-entropy tokens, the lowest, that carry no loss"
+    )
+    skip_high: float = key(
+        0.02, "easy prompt, correct: share of the high-entropy tokens, the highest, that carry no loss"
+    )
+
+
+@dataclass
+class ClipCovConfig:
+    """token_shaping clip_cov."""
+
+    fraction: float = key(2e-4, "share of tokens that carry no loss")
+    low: float = key(1.0, "covariance above which a token may be drawn")
+    high: float = key(5.0, "covariance below which a token may be drawn")
+
+
+@dataclass
+class EntropyAdvConfig:
+    """token_shaping entropy_adv."""
+
+    scale: float = key(0.4, "advantage per nat of the token's entropy")
+    divisor: float = key(2.0, "the addition is at most |A| / divisor")
+
+
+@dataclass
+class HighEntropyConfig:
+    """token_shaping high_entropy."""
+
+    fraction: float = key(0.2, "share of tokens, those of highest entropy, that carry the loss")
+
+
+@dataclass
+class StareConfig:
+    """token_shaping stare."""
+
+    target: float = key(0.3, "mean entropy below which it acts, nats per token")
+    fraction: float = key(0.1, "share of the tokens of either sign of the advantage, the most surprising")
+    positive: float = key(1.1, "weight of those with a positive advantage")
+    negative: float = key(1.0, "weight of those with a negative one; the paper's variant C2 has 0.9")
+
+
+@dataclass
+class RlrtConfig:
+    """token_shaping rlrt."""
+
+    mix: float = key(0.5, "share of the advantage that the teacher modulates")
+    clip: float = key(0.2, "furthest that the modulation goes from 1")
+
+
+@dataclass
 class ObjectiveConfig:
     """The policy loss on the main rows."""
 
-    advantage: str = key("grpo", "grpo (mean and standard deviation of the group) | dr_grpo (mean only)")
+    advantage: str = key(
+        "grpo",
+        "grpo (mean and standard deviation of the group) | dr_grpo (mean only) | rloo (mean of the others) | reinforce_pp (mean and standard deviation of the step) | reinforce_pp_baseline (mean of the group, standard deviation of the step) | pass_at_k",
+    )
     aggregation: str = key(
         "token_mean",
         "token_mean | sequence_mean (mean over tokens, then over sequences) | dr_grpo (sum / max_new_tokens)",
+    )
+    loss: str = key(
+        "ppo",
+        "ppo (clipped) | gspo (ratio of the sequence) | cispo (truncated weight) | ce_gppo (clipped tokens keep a gradient) | kl_cov | htpo; docs/methods.md",
+    )
+    token_shaping: list[str] = key(
+        [],
+        "what changes single tokens' advantages and weights, in this order: clip_cov | gaussian_cov | entropy_adv | high_entropy | stare | rlrt | entrocraft | opefo; docs/methods.md",
     )
     clip_low: float = key(0.2, "lower clip range of the ratio")
     clip_high: float = key(0.2, "upper clip range; 0.28 is DAPO's clip-higher")
@@ -224,6 +339,16 @@ class ObjectiveConfig:
         0.0, "weight of KL(policy || reference), k3 estimator, main rows only; reference = the starting weights"
     )
     correction: CorrectionConfig = key(CorrectionConfig(), "correction of the train-inference mismatch")
+    overlong: OverlongConfig = key(OverlongConfig(), "responses near or at the length limit")
+    pass_at_k: PassAtKConfig = key(PassAtKConfig(), "advantage=pass_at_k")
+    ce_gppo: CeGppoConfig = key(CeGppoConfig(), "loss=ce_gppo")
+    kl_cov: KlCovConfig = key(KlCovConfig(), "loss=kl_cov")
+    htpo: HtpoConfig = key(HtpoConfig(), "loss=htpo")
+    clip_cov: ClipCovConfig = key(ClipCovConfig(), "token_shaping clip_cov")
+    entropy_adv: EntropyAdvConfig = key(EntropyAdvConfig(), "token_shaping entropy_adv")
+    high_entropy: HighEntropyConfig = key(HighEntropyConfig(), "token_shaping high_entropy")
+    stare: StareConfig = key(StareConfig(), "token_shaping stare")
+    rlrt: RlrtConfig = key(RlrtConfig(), "token_shaping rlrt")
 
 
 @dataclass
@@ -259,21 +384,27 @@ class PiConfig:
 class EntropyConfig:
     """Entropy control: which law, acting through what, toward which band."""
 
-    controller: str = key("pi", "pi | scope (SCOPE-RL v7) | bang_bang (AEPO) | none (plain GRPO)")
+    controller: str = key(
+        "pi", "pi | scope (SCOPE-RL v7) | bang_bang (AEPO) | constant (entropy.command) | none (plain GRPO)"
+    )
     actuator: str = key(
         "reweight",
-        "resample (the paper's second rollout) | reweight | fc | tok | entropy_bonus | clip_cov; METHODS in docs/methods.md",
+        "resample (the paper's second rollout) | reweight | fc | dcpo | tok | entropy_bonus | clip_cov; METHODS in docs/methods.md",
     )
     band: BandConfig = key(BandConfig(), "target band")
-    alpha: float = key(1.0, "weight of the positive term (resample, reweight, fc); 0 reproduces GRPO bit for bit")
+    alpha: float = key(1.0, "weight of the positive term (resample, reweight, fc, dcpo); 0 reproduces GRPO bit for bit")
     positive_mean: str = key(
         "positives",
-        "what the positive term is averaged over: positives (tokens of correct rows) | samples (all rows drawn, the paper's G')",
+        "what the positive term is averaged over: positives (tokens of correct rows) | samples (all rows drawn, the paper's G') | main (alpha times what a main row weighs)",
     )
+    command: float = key(0.0, "controller=constant: the actuator's command, in its own unit")
     command_min: float = key(0.0, "lower limit of the command; 0 with command_max 0: default of the actuator")
     command_max: float = key(0.0, "upper limit of the command")
     auxiliary_prompts: int = key(4, "resample: prompts drawn again at T+ each step")
     auxiliary_samples: int = key(16, "resample: samples per auxiliary prompt")
+    auxiliary_replaces: bool = key(
+        False, "resample: as many main rows as there are positives carry no loss, evenly spread (AEPO)"
+    )
     auxiliary_max_prompts: int = key(0, "resample with split_range: most auxiliary prompts; 0: all prompts of the step")
     pi: PiConfig = key(PiConfig(), "gains of controller=pi")
 

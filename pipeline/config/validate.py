@@ -18,10 +18,11 @@ from urllib.parse import urlsplit
 from pipeline.config.errors import Problem
 from pipeline.config.keys import leaf_keys
 from pipeline.config.model_rules import model_problems
+from pipeline.config.objective_rules import ADVANTAGES, LOSSES, SHAPINGS, objective_problems
 from pipeline.config.precision_rules import precision_problems
 from pipeline.config.schema import LearnerConfig, RunConfig
 
-TEMPERATURE_ACTUATORS = ("resample", "reweight", "fc")
+TEMPERATURE_ACTUATORS = ("resample", "reweight", "fc", "dcpo")
 SINKS = ("tensorboard", "wandb", "mlflow", "prometheus")
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -41,13 +42,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "rollout.sglang.dtype": ("auto", "float32", "bfloat16"),
     "data.source.kind": ("countdown", "reasoning_gym", "jsonl"),
     "data.verifier": ("auto", "exact", "math", "reasoning_gym", "countdown", "choice"),
-    "objective.advantage": ("grpo", "dr_grpo"),
+    "objective.advantage": ADVANTAGES,
+    "objective.loss": LOSSES,
+    "objective.token_shaping": SHAPINGS,
     "objective.correction.kind": ("none", "tis", "mis"),
     "objective.correction.level": ("token", "sequence"),
     "objective.aggregation": ("token_mean", "sequence_mean", "dr_grpo"),
-    "entropy.controller": ("pi", "scope", "bang_bang", "none"),
+    "entropy.controller": ("pi", "scope", "bang_bang", "constant", "none"),
     "entropy.actuator": (*TEMPERATURE_ACTUATORS, "tok", "entropy_bonus", "clip_cov"),
-    "entropy.positive_mean": ("positives", "samples"),
+    "entropy.positive_mean": ("positives", "samples", "main"),
     "entropy.band.schedule": ("constant", "linear", "cosine", "piecewise"),
     "monitoring.wandb.mode": ("online", "offline"),
     "monitoring.stall.action": ("report", "restart"),
@@ -80,6 +83,7 @@ _POSITIVE = Range(0, open_low=True)
 _NOT_NEGATIVE = Range(0)
 _COUNT = Range(1)
 _SHARE = Range(0, 1, open_high=True)
+_FRACTION = Range(0, 1, open_low=True)
 _SEED = Range(0, 2**63 - 1)
 
 RANGES: dict[str, Range] = {
@@ -113,6 +117,11 @@ RANGES: dict[str, Range] = {
     "rollout.tensor_parallel_size": _COUNT,
     "rollout.prompts_per_step": _COUNT,
     "rollout.samples_per_prompt": Range(2),
+    "rollout.sampling_rounds": _COUNT,
+    "rollout.cuts.share": Range(0, 1),
+    "rollout.cuts.top": _COUNT,
+    "rollout.cuts.floor": Range(0, 1, open_high=True),
+    "rollout.cuts.warmup_tokens": _NOT_NEGATIVE,
     "rollout.max_prompt_tokens": _COUNT,
     "rollout.max_new_tokens": _COUNT,
     "rollout.weight_sync_timeout_s": _POSITIVE,
@@ -131,12 +140,37 @@ RANGES: dict[str, Range] = {
     "objective.kl_coef": _NOT_NEGATIVE,
     "objective.correction.high": Range(1),
     "objective.correction.low": Range(0, 1),
+    "objective.overlong.buffer": _NOT_NEGATIVE,
+    "objective.overlong.penalty": _POSITIVE,
+    "objective.pass_at_k.samples": _COUNT,
+    "objective.pass_at_k.share": _FRACTION,
+    "objective.ce_gppo.beta_low": _NOT_NEGATIVE,
+    "objective.ce_gppo.beta_high": _NOT_NEGATIVE,
+    "objective.kl_cov.fraction": _FRACTION,
+    "objective.kl_cov.coef": _POSITIVE,
+    "objective.htpo.difficulty": Range(0, 1),
+    "objective.htpo.high_entropy": _FRACTION,
+    "objective.htpo.skip_low": _FRACTION,
+    "objective.htpo.skip_high": _FRACTION,
+    "objective.clip_cov.fraction": _FRACTION,
+    "objective.clip_cov.low": _NOT_NEGATIVE,
+    "objective.clip_cov.high": _POSITIVE,
+    "objective.entropy_adv.scale": _POSITIVE,
+    "objective.entropy_adv.divisor": Range(1, open_low=True),
+    "objective.high_entropy.fraction": _FRACTION,
+    "objective.stare.target": _POSITIVE,
+    "objective.stare.fraction": _FRACTION,
+    "objective.stare.positive": Range(1),
+    "objective.stare.negative": Range(0, 1),
+    "objective.rlrt.mix": _FRACTION,
+    "objective.rlrt.clip": _FRACTION,
     "entropy.alpha": _NOT_NEGATIVE,
     "entropy.band.low": _POSITIVE,
     "entropy.band.high": _POSITIVE,
     "entropy.band.end_low": _NOT_NEGATIVE,
     "entropy.band.end_high": _NOT_NEGATIVE,
     "entropy.band.schedule_steps": _NOT_NEGATIVE,
+    "entropy.command": _NOT_NEGATIVE,
     "entropy.command_min": _NOT_NEGATIVE,
     "entropy.command_max": _NOT_NEGATIVE,
     "entropy.auxiliary_prompts": _COUNT,
@@ -182,8 +216,10 @@ def _value(config: RunConfig, key: str) -> Any:
 
 def _words(config: RunConfig) -> Iterator[Problem]:
     for key, choices in CHOICES.items():
-        value = _value(config, key)
-        if value not in choices and not (key == "data.verifier" and ":" in value):  # _verifier judges its form
+        given = _value(config, key)
+        for value in given if isinstance(given, list) else [given]:
+            if value in choices or (key == "data.verifier" and ":" in value):  # _verifier judges its form
+                continue
             nearest = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
             remedy = f"did you mean {nearest[0]!r}?" if nearest else f"choose one of {', '.join(choices)}"
             yield Problem(key, value, f"not one of {', '.join(choices)}", remedy)
@@ -620,9 +656,38 @@ def _sinks(config: RunConfig) -> Iterator[Problem]:
         yield Problem("monitoring.mlflow.tracking_uri", re.sub(r"//.*@", "//...@", uri), what, remedy)
 
 
+def _constant(config: RunConfig) -> Iterator[Problem]:
+    entropy = config.entropy
+    if entropy.controller != "constant":
+        if entropy.command:
+            yield Problem(
+                "entropy.command",
+                entropy.command,
+                f"controller {entropy.controller} sets the command itself",
+                "remove it, or set entropy.controller=constant",
+            )
+        return
+    if not entropy.command:
+        yield Problem(
+            "entropy.command",
+            entropy.command,
+            f"at rest or impossible: {entropy.actuator} would do nothing",
+            "give a command above 0, or set entropy.controller=none",
+        )
+    if entropy.actuator == "clip_cov" and entropy.command > 1:
+        yield Problem("entropy.command", entropy.command, "clip_cov's command is a share of tokens", "use at most 1")
+
+
 def _auxiliary(config: RunConfig) -> Iterator[Problem]:
     entropy, prompts = config.entropy, config.rollout.prompts_per_step
     if entropy.actuator != "resample":
+        if entropy.auxiliary_replaces:
+            yield Problem(
+                "entropy.auxiliary_replaces",
+                True,
+                f"actuator {entropy.actuator} draws no auxiliary rows that could replace others",
+                "set it to false, or entropy.actuator=resample",
+            )
         return
     if entropy.auxiliary_prompts > prompts:
         yield Problem(
@@ -663,7 +728,9 @@ RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _band,
     _limits,
     _controller,
+    _constant,
     _auxiliary,
     _sinks,
+    objective_problems,
     precision_problems,
 )

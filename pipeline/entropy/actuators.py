@@ -50,6 +50,7 @@ ACTUATORS = {
         _temperature("resample", 0.6, 1.6, 4.0, 0.05, second_rollout=True),
         _temperature("reweight", 1.0, 6.0, 4.0, 0.08),
         _temperature("fc", 1.0, 6.0, 4.0, 0.08),
+        _temperature("dcpo", 0.8, 6.0, 4.0, 0.08),  # gains and upper limit taken over from reweight, not measured
         Actuator("tok", 0.0, 3.0, 0.0, 3.0, 0.06),
         Actuator("entropy_bonus", 0.0, 0.4, 0.0, 0.8, 0.02),
         Actuator("clip_cov", 0.0, 0.2, 0.0, 0.15, 0.003),

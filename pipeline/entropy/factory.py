@@ -13,6 +13,7 @@ from pipeline.entropy.actuators import Actuator, acting, command_limits
 from pipeline.entropy.band import Band, SetPoint
 from pipeline.entropy.bang_bang import BangBangLaw
 from pipeline.entropy.closed_loop import ClosedLoop
+from pipeline.entropy.constant import ConstantCommand
 from pipeline.entropy.controller import EntropyController
 from pipeline.entropy.law import Law
 from pipeline.entropy.none import NoControl
@@ -33,15 +34,17 @@ def build_controller(config: EntropyConfig, total_steps: int, prompts_per_step: 
     Raises:
         ValueError: a controller, actuator, band or limit that is unknown or does not go with the rest.
     """
-    if config.controller not in ("pi", "scope", "bang_bang", "none"):
-        raise ValueError(f"entropy.controller={config.controller!r}: use pi, scope, bang_bang or none")
+    if config.controller not in ("pi", "scope", "bang_bang", "constant", "none"):
+        raise ValueError(f"entropy.controller={config.controller!r}: use pi, scope, bang_bang, constant or none")
     actuator = acting(config)
     if actuator is None:
         off = config.controller == "none"
         reason = "no entropy control" if off else f"entropy.alpha is 0, so {config.actuator} does nothing: plain GRPO"
         return Fingerprinted(NoControl(reason), _fingerprint(asdict(config)))
-    band = Band(config.band, total_steps)
     prompts = _prompts(config, actuator, prompts_per_step)
+    if config.controller == "constant":
+        return Fingerprinted(ConstantCommand(actuator, config.command, prompts[0]), _fingerprint(asdict(config)))
+    band = Band(config.band, total_steps)
     limits = _limits(config, actuator)
     pi = config.controller == "pi"
     loop = ClosedLoop(

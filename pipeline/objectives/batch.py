@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from pipeline.config.schema import ObjectiveConfig, RunConfig
+from pipeline.config.schema import RunConfig
 from pipeline.entropy.actuators import acting
 from pipeline.objectives.advantages import group_advantages
 from pipeline.objectives.temperature import check_temperatures
 from pipeline.types import Actuation, ControlDecision, Prompt, Sample, SampleGroup, TrainBatch
+
+DCPO_MAX_GAP = 0.1  # nats, of |H0 - H|
 
 
 def build_batch(
@@ -28,31 +30,39 @@ def build_batch(
     nothing is known of them. Incorrect auxiliary samples give no row; ``entropy.positive_mean`` decides whether they count:
 
     - ``positives``: alpha / (tokens of all correct rows), so the push does not depend on the success rate;
-    - ``samples``: alpha / G' / |o_i| with G' all auxiliary samples, SCOPE-RL's own (arXiv 2510.08141).
+    - ``samples``: alpha / G' / |o_i| with G' all auxiliary samples, SCOPE-RL's own (arXiv 2510.08141);
+    - ``main``: alpha times what a main row of that length weighs (AEPO: positives are rows like others, of advantage 1).
 
-    ``reweight`` averages its positive term over the correct main rows (over all main rows) in the same two ways.
+    ``reweight`` averages its positive term over the correct main rows in the same ways (``samples``: over all main rows).
+
+    ``objective.overlong`` punishes or leaves out responses that came near the length limit or to it (DAPO, arXiv 2503.14476,
+    sections 3.4 and equation 13). Rows left out have weight 0 and count in no denominator; they are still measured.
 
     Raises:
         ValueError: no main sample can be trained on; a main sample not at T=1; a prompt without tokens.
     """
     check_temperatures([*main, *auxiliary])
-    actuation = _actuation(decision, config)
-    rows = _main_rows(main, config.objective)
+    rows = _main_rows(main, config)
     if not rows:
         raise ValueError("no main sample has a finished, non-empty response: nothing to train on (engine aborted?)")
     main_lengths = np.array([len(row.sample.token_ids) for row in rows])
     main_correct = np.array([row.sample.correct for row in rows])
-    weights = _main_weights(main_lengths, config)
-    mean = config.entropy.positive_mean
+    kept = np.array([not (config.objective.overlong.filter and r.sample.finish_reason == "length") for r in rows])
+    weights = np.where(kept, _mean_weights(main_lengths, main_lengths[kept], config), 0.0)
+    actuation = _actuation(decision, config, float(main_correct.mean()))
     positive_weights = None
     if actuation.kind == "reweight" and main_correct.any():
-        positive_weights = torch.from_numpy(_positive_weights(main_lengths, main_correct, actuation.alpha, mean))
+        each = _positive_weights(main_lengths, main_correct, main_lengths[kept], actuation.alpha, config)
+        positive_weights = torch.from_numpy(each)
     if actuation.kind == "resample":
-        drawn = [(group.prompt, s) for group in auxiliary for s in group.samples if _usable(s)]
-        lengths = np.array([len(sample.token_ids) for _, sample in drawn], np.int64)
-        correct = np.array([sample.correct for _, sample in drawn], bool)
-        weights = np.concatenate([weights, _positive_weights(lengths, correct, actuation.alpha, mean)[correct]])
-        rows = rows + [_Row(prompt, sample, 0.0, True) for prompt, sample in drawn if sample.correct]
+        drawn = [(g, group.prompt, s) for g, group in enumerate(auxiliary) for s in group.samples if _usable(s)]
+        lengths = np.array([len(sample.token_ids) for *_, sample in drawn], np.int64)
+        correct = np.array([sample.correct for *_, sample in drawn], bool)
+        if config.entropy.auxiliary_replaces:
+            weights = _replaced(weights, int(correct.sum()))
+        added = _positive_weights(lengths, correct, main_lengths[kept], actuation.alpha, config)[correct]
+        weights = np.concatenate([weights, added])
+        rows = rows + [_Row(prompt, s, 0.0, True, -1 - g) for g, prompt, s in drawn if s.correct]
     return _assemble(rows, weights, pad_token_id, actuation, positive_weights)
 
 
@@ -64,44 +74,9 @@ def positives_consumed(batch: TrainBatch) -> int:
     kind = batch.actuation.kind
     if kind == "resample":
         return int(batch.auxiliary.sum())
-    if kind in ("reweight", "fc", "tok"):
+    if kind in ("reweight", "fc", "dcpo", "tok"):
         return int((batch.correct & ~batch.auxiliary).sum())
     return 1
-
-
-def needs_log_probs(config: RunConfig, batch: TrainBatch) -> bool:
-    """Whether ``batch`` needs the policy's log-probs before its first update: for the ratio, or for the covariance."""
-    return config.learner.updates_per_step > 1 or _detaches(batch.actuation)
-
-
-def with_clip_cov(batch: TrainBatch, log_probs: torch.Tensor) -> TrainBatch:
-    """Detach the main tokens of highest covariance: ``token_weights`` 0 on the top fraction ``actuation.command``.
-
-    Cov_i = (log pi_i - mean)(A_i - mean), means and ranking over the whole batch (arXiv 2505.22617, section 4). Unlike the
-    paper's Clip-Cov, which draws at random among tokens of covariance 1 to 5, this takes the top ones, as its KL-Cov
-    does: the fraction is then the only knob.
-
-    Args:
-        batch: of the whole step, before it is cut into mini-batches or spread over ranks.
-        log_probs: float32 ``[rows, seq - 1]`` of the current policy at T=1.
-    """
-    if not _detaches(batch.actuation):
-        return batch
-    main = batch.loss_mask & ~batch.auxiliary[:, None]
-    current = log_probs[main].double()
-    advantages = batch.advantages[:, None].expand_as(main)[main].double()
-    covariance = (current - current.mean()) * (advantages - advantages.mean())
-    count = max(1, int(batch.actuation.command * covariance.numel()))
-    kept = torch.ones_like(current, dtype=torch.float32)
-    kept[covariance.topk(count).indices] = 0.0
-    token_weights = torch.ones_like(main, dtype=torch.float32)
-    token_weights[main] = kept
-    return replace(batch, token_weights=token_weights)
-
-
-def _detaches(actuation: Actuation) -> bool:
-    """Whether Clip-Cov is asked to detach any token."""
-    return actuation.kind == "clip_cov" and actuation.command > 0
 
 
 @dataclass(frozen=True)
@@ -110,45 +85,91 @@ class _Row:
     sample: Sample
     advantage: float
     auxiliary: bool
+    group: int
 
 
 def _usable(sample: Sample) -> bool:
     return sample.finish_reason != "abort" and len(sample.token_ids) > 0
 
 
-def _actuation(decision: ControlDecision, config: RunConfig) -> Actuation:
+def _actuation(decision: ControlDecision, config: RunConfig, accuracy: float) -> Actuation:
     actuator = acting(config.entropy)
-    return Actuation() if actuator is None else Actuation(actuator.name, decision.command, config.entropy.alpha)
+    if actuator is None:
+        return Actuation()
+    alpha = config.entropy.alpha
+    if actuator.name == "dcpo":
+        alpha = _dcpo_share(abs(decision.target - decision.filtered_entropy), alpha, accuracy)
+    return Actuation(actuator.name, decision.command, alpha)
 
 
-def _main_rows(main: Sequence[SampleGroup], objective: ObjectiveConfig) -> list[_Row]:
-    rows = []
-    for group in main:
-        samples = [sample for sample in group.samples if _usable(sample)]
-        advantages = group_advantages(np.array([s.reward for s in samples]), objective.advantage)
-        rows += [_Row(group.prompt, s, a, False) for s, a in zip(samples, advantages.tolist(), strict=True)]
-    return rows
+def _dcpo_share(gap: float, alpha: float, accuracy: float) -> float:
+    """DCPO's mixing share (arXiv 2601.12730; public code read): a = alpha min(|H0 - H|, 0.1) / accuracy, then a / (1 + a).
+
+    0 without a reading, and where no sample is correct (there the published code divides by zero).
+    """
+    if not (gap >= 0 and accuracy > 0):
+        return 0.0
+    share = alpha * min(gap, DCPO_MAX_GAP) / accuracy
+    return share / (1 + share)
 
 
-def _main_weights(lengths: np.ndarray, config: RunConfig) -> np.ndarray:
-    """Float64 ``[rows]``, so that the sum of weight * term over tokens is the configured mean."""
+def _main_rows(main: Sequence[SampleGroup], config: RunConfig) -> list[_Row]:
+    usable = [[sample for sample in group.samples if _usable(sample)] for group in main]
+    rewards = [np.array([sample.reward - _overlong_penalty(sample, config) for sample in group]) for group in usable]
+    advantages = group_advantages(rewards, config.objective)
+    return [
+        _Row(group.prompt, sample, advantage, False, number)
+        for number, (group, samples, own) in enumerate(zip(main, usable, advantages, strict=True))
+        for sample, advantage in zip(samples, own.tolist(), strict=True)
+    ]
+
+
+def _overlong_penalty(sample: Sample, config: RunConfig) -> float:
+    """Grows from 0 to ``overlong.penalty`` over the last ``overlong.buffer`` tokens before the limit."""
+    overlong = config.objective.overlong
+    if not overlong.buffer:
+        return 0.0
+    beyond = len(sample.token_ids) - (config.rollout.max_new_tokens - overlong.buffer)
+    return overlong.penalty * max(0, beyond) / overlong.buffer
+
+
+def _mean_weights(lengths: np.ndarray, over: np.ndarray, config: RunConfig) -> np.ndarray:
+    """What rows of these lengths weigh in the configured mean over rows of lengths ``over``; float64, 0 where those are none."""
+    if not len(over):
+        return np.zeros(len(lengths))
     match config.objective.aggregation:
         case "token_mean":
-            return np.full(len(lengths), 1 / lengths.sum())
+            return np.full(len(lengths), 1 / over.sum())
         case "sequence_mean":
-            return 1 / (len(lengths) * lengths)
+            return 1 / (len(over) * lengths)
         case "dr_grpo":
-            return np.full(len(lengths), 1 / (len(lengths) * config.rollout.max_new_tokens))
+            return np.full(len(lengths), 1 / (len(over) * config.rollout.max_new_tokens))
         case other:
             raise ValueError(f"objective.aggregation={other!r}: use token_mean, sequence_mean or dr_grpo")
 
 
-def _positive_weights(lengths: np.ndarray, correct: np.ndarray, alpha: float, mean: str) -> np.ndarray:
-    """Float32 ``[rows]``, 0 on incorrect ones."""
-    if mean not in ("positives", "samples"):
-        raise ValueError(f"entropy.positive_mean={mean!r}: use positives or samples")
-    each = 1 / max(1, lengths[correct].sum()) if mean == "positives" else 1 / (len(lengths) * lengths)
+def _positive_weights(
+    lengths: np.ndarray, correct: np.ndarray, main: np.ndarray, alpha: float, config: RunConfig
+) -> np.ndarray:
+    """Float32 ``[rows]``, 0 on incorrect ones. ``main``: lengths of the main rows that count."""
+    match config.entropy.positive_mean:
+        case "positives":
+            each = np.full(len(lengths), 1 / max(1, lengths[correct].sum()))
+        case "samples":
+            each = 1 / (len(lengths) * lengths)
+        case "main":
+            each = _mean_weights(lengths, main, config)
+        case other:
+            raise ValueError(f"entropy.positive_mean={other!r}: use positives, samples or main")
     return np.where(correct, alpha * each, 0.0).astype(np.float32)
+
+
+def _replaced(weights: np.ndarray, count: int) -> np.ndarray:
+    """``weights`` with 0 on ``count`` rows, spread evenly: dealt to mini-batches, each loses its share."""
+    count = min(count, len(weights))
+    weights = weights.copy()
+    weights[np.arange(count) * len(weights) // max(1, count)] = 0.0
+    return weights
 
 
 def _assemble(
@@ -184,5 +205,6 @@ def _assemble(
         temperatures=torch.tensor([row.sample.temperature for row in rows], dtype=torch.float32),
         behavior_log_probs=torch.from_numpy(behavior),
         actuation=actuation,
+        groups=torch.tensor([row.group for row in rows]),
         positive_weights=positive_weights,
     )

@@ -5,8 +5,8 @@ whatever the micro-batch size, the order of rows or the number of ranks.
 
 The terms, each times the token's weight (``r`` = pi / pi_old, both at T=1; A the advantage):
 
-- main rows: PPO's clipped surrogate (arXiv 1707.06347), with DAPO's separate upper range and dual clip (2503.14476);
-  k3 KL to a reference (Schulman); what the actuator adds (below). ``correction`` may multiply the surrogate, and the
+- main rows: the surrogate that ``objective.loss`` names (``losses``; by default PPO's, clipped), times the token's weight of
+  ``shaping``; k3 KL to a reference (Schulman); what the actuator adds (below). ``correction`` may multiply the surrogate, and the
   positive term of ``reweight``, by a detached weight against the mismatch of engine and learner; KL and entropy bonus
   are left alone, and so are all denominators: a masked token counts in them and adds 0.
 - auxiliary rows: SCOPE-RL's positive term (2510.08141 v7), ``min(r, clip(r, 1 - eps_low, 1 + eps_high))`` with the constant
@@ -20,6 +20,7 @@ Actuators, with ``u`` the command, ``c`` in {0, 1} the row's correctness, ``pi_T
 - ``fc``: A += alpha c (min(pi_T / pi, 8) - 1), the same centred: exactly 0 at T=1.
 - ``tok``: A += u c clip(-(log pi + H), -3, 3), with H the token's exact entropy.
 - ``entropy_bonus``: loss -= u H.
+- ``dcpo``: A <- (1 - alpha) A + alpha c pi_T / pi (2601.12730), with alpha set by the distance to the target (``batch``).
 - ``clip_cov``: ``token_weights`` takes the tokens of highest covariance out of the surrogate (2505.22617).
 """
 
@@ -32,6 +33,8 @@ import torch
 
 from pipeline.config.schema import ObjectiveConfig
 from pipeline.objectives import correction, mismatch
+from pipeline.objectives.losses import surrogate
+from pipeline.objectives.losses.inputs import Inputs
 from pipeline.types import Actuation, TrainBatch
 
 FC_MAX_RATIO = 8.0  # as measured; keeps one rare token from outweighing the rest
@@ -64,6 +67,7 @@ class TokenRows:
     reference_log_probs: torch.Tensor | None = None  # float32, T=1
     token_weights: torch.Tensor | None = None  # float32
     positive_weights: torch.Tensor | None = None  # float32
+    marks: torch.Tensor | None = None  # uint8, see ``losses``
 
     @classmethod
     def of(cls, batch: TrainBatch) -> TokenRows:
@@ -77,7 +81,7 @@ class TokenRows:
         return cls(
             row=row,
             weights=batch.weights[row],
-            advantages=batch.advantages[row],
+            advantages=batch.advantages[row] if batch.token_advantages is None else batch.token_advantages[mask],
             auxiliary=batch.auxiliary[row],
             correct=batch.correct[row],
             behavior_log_probs=batch.behavior_log_probs[mask],
@@ -86,6 +90,7 @@ class TokenRows:
             reference_log_probs=at_mask(batch.reference_log_probs),
             token_weights=at_mask(batch.token_weights),
             positive_weights=None if batch.positive_weights is None else batch.positive_weights[row],
+            marks=at_mask(batch.marks),
         )
 
 
@@ -96,11 +101,12 @@ class PolicyOutputs:
     log_probs: torch.Tensor  # T=1, differentiable
     entropy: torch.Tensor  # exact, T=1; differentiable where ``entropy_needs_grad``
     tempered: torch.Tensor | None = None  # log-probs at ``tempered_at``, no gradient
+    moment: torch.Tensor | None = None  # sum_k pi_k^2 (log pi_k + H), no gradient
 
 
 def tempered_at(actuation: Actuation) -> float | None:
     """The temperature at which the loss needs a second log-probability of every target, if any."""
-    return actuation.command if actuation.kind in ("reweight", "fc") and actuation.alpha > 0 else None
+    return actuation.command if actuation.kind in ("reweight", "fc", "dcpo") and actuation.alpha > 0 else None
 
 
 def entropy_needs_grad(actuation: Actuation) -> bool:
@@ -124,13 +130,14 @@ def policy_loss(
     clipped = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
     positive = torch.minimum(ratio, clipped)
     advantages = _advantages(outputs, rows)
-    surrogate = _surrogate(ratio, clipped, advantages, objective.dual_clip)
+    inputs = Inputs(log_probs, old, ratio, advantages, rows.row, rows.marks)
+    losses, bounded = surrogate(inputs, objective)
     if rows.token_weights is not None:
-        surrogate = surrogate * rows.token_weights
+        losses = losses * rows.token_weights
     main = ~rows.auxiliary
     log_ratio = torch.where(main, old - rows.behavior_log_probs, 0.0)
     importance, corrected = correction.importance_weights(log_ratio, rows.row, main, objective.correction)
-    policy = rows.weights * importance * surrogate
+    policy = rows.weights * importance * losses
     term = torch.where(rows.auxiliary, -rows.weights * positive, policy)
     reward = torch.where(rows.auxiliary, rows.weights * positive, 0.0)  # the positive term, for the metric
     if rows.positive_weights is not None:
@@ -146,7 +153,7 @@ def policy_loss(
         gap = torch.where(rows.auxiliary, 0.0, rows.reference_log_probs - log_probs)
         kl = torch.exp(gap) - gap - 1
         term = term + objective.kl_coef * rows.weights * kl
-    sums = _main_sums(outputs, rows, ratio, advantages, kl, objective)
+    sums = _main_sums(outputs, rows, ratio, bounded, kl)
     sums |= mismatch.mismatch_sums(log_ratio, main) | corrected
     sums["policy_loss"] = _total(policy, main)
     sums["positive_term"] = _total(reward)
@@ -176,18 +183,13 @@ def _advantages(outputs: PolicyOutputs, rows: TokenRows) -> torch.Tensor:
     act = rows.actuation
     if act.kind == "fc" and act.alpha > 0:
         return rows.advantages + act.alpha * rows.correct * (_tempered_ratio(outputs, FC_MAX_RATIO) - 1)
+    if act.kind == "dcpo" and act.alpha > 0:
+        mixed = act.alpha * rows.correct * _tempered_ratio(outputs, REWEIGHT_MAX_RATIO)
+        return (1 - act.alpha) * rows.advantages + mixed
     if act.kind == "tok" and act.command != 0:
         surprise = -(outputs.log_probs + outputs.entropy).detach()
         return rows.advantages + act.command * rows.correct * surprise.clamp(-TOK_MAX_SURPRISE, TOK_MAX_SURPRISE)
     return rows.advantages
-
-
-def _surrogate(ratio: torch.Tensor, clipped: torch.Tensor, advantages: torch.Tensor, dual_clip: float) -> torch.Tensor:
-    """PPO's pessimistic surrogate as a loss; with dual clip, at most ``dual_clip * -A`` where A < 0."""
-    loss = torch.maximum(-advantages * ratio, -advantages * clipped)
-    if dual_clip > 0:
-        loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
-    return loss
 
 
 def _total(values: torch.Tensor, where: torch.Tensor | None = None) -> torch.Tensor:
@@ -201,18 +203,15 @@ def _main_sums(
     outputs: PolicyOutputs,
     rows: TokenRows,
     ratio: torch.Tensor,
-    advantages: torch.Tensor,
+    bounded: torch.Tensor,
     kl: torch.Tensor,
-    objective: ObjectiveConfig,
 ) -> dict[str, torch.Tensor]:
     """Counts and sums over the main tokens."""
     main = ~rows.auxiliary
-    high = (ratio > 1 + objective.clip_high) & (advantages > 0)
-    low = (ratio < 1 - objective.clip_low) & (advantages < 0)
     return {
         "main_tokens": _total(main),
         "entropy_sum": _total(outputs.entropy, main),
         "kl_sum": _total(kl, main),
         "ratio_sum": _total(ratio, main),
-        "clip_sum": _total(high | low, main),
+        "clip_sum": _total(bounded, main),
     }

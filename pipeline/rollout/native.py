@@ -15,9 +15,9 @@ from pipeline.data.special_tokens import eos_token_ids
 from pipeline.rollout import hf_folder
 from pipeline.rollout.decoder import Decoder, DecoderConfig, KeyValues
 from pipeline.rollout.engine import EngineError, WeightUpdateError
-from pipeline.rollout.sampling import draw, nucleus, uniforms
+from pipeline.rollout.sampling import draw, nucleus, uniform_top, uniforms
 from pipeline.rollout.update_session import UpdateSession
-from pipeline.types import EngineHealth, GenerateRequest, Sample, SampleGroup, WeightBucket, WeightSpan
+from pipeline.types import Cuts, EngineHealth, GenerateRequest, Sample, SampleGroup, WeightBucket, WeightSpan
 
 _CACHE_BYTES = 2 << 30  # key-value cache of one batch, at most
 _PREFILL_TOKENS = 16384  # prompt tokens of one forward pass, at most
@@ -76,11 +76,7 @@ class NativeEngine:
             if decoder is None:
                 raise EngineError(f"native engine: {self._refusal()}")
             self._abort.clear()
-            rows = [
-                _Row(request.prompt.token_ids, seed, request.temperature, request.max_new_tokens, request.top_p)
-                for request in requests
-                for seed in request.seeds
-            ]
+            rows = [row for request in requests for row in _rows(request)]
             drawn: list[_Drawn] = []
             size = self._batch_rows(decoder.config, rows)
             for first in range(0, len(rows), size):
@@ -166,6 +162,7 @@ class _Row:
     temperature: float
     limit: int  # new tokens, at most
     top_p: float = 1.0
+    cuts: Cuts | None = None
 
 
 @dataclass(frozen=True)
@@ -173,6 +170,15 @@ class _Drawn:
     token_ids: np.ndarray
     log_probs: np.ndarray
     finish_reason: str
+
+
+def _rows(request: GenerateRequest) -> list[_Row]:
+    given = request.prompt.token_ids, request.temperature, request.max_new_tokens, request.top_p
+    usual = len(request.seeds) - (request.cuts.samples if request.cuts else 0)
+    return [
+        _Row(given[0], seed, *given[1:], None if index < usual else request.cuts)
+        for index, seed in enumerate(request.seeds)
+    ]
 
 
 def _check_requests(requests: Sequence[GenerateRequest]) -> None:
@@ -204,6 +210,7 @@ def _decode(decoder: Decoder, rows: Sequence[_Row], eos: tuple[int, ...], abort:
     longest = int(limits.max())
     temperatures = torch.tensor([row.temperature for row in rows], dtype=torch.float32)[:, None]
     shares = torch.tensor([row.top_p for row in rows], dtype=torch.float32)[:, None]
+    cuts = [row.cuts for row in rows]
     numbers = uniforms(torch.tensor([row.seed for row in rows], dtype=torch.int64), longest)
     stop_tokens = torch.tensor(eos, dtype=torch.int64)
     batch = _prefill(decoder, [row.prompt for row in rows], longest)
@@ -214,7 +221,7 @@ def _decode(decoder: Decoder, rows: Sequence[_Row], eos: tuple[int, ...], abort:
     running = torch.ones(len(rows), dtype=torch.bool)  # per line of the batch
     for t in range(longest):
         scaled = (batch.logits / temperatures).log_softmax(-1)
-        token = draw(nucleus(scaled, shares), numbers[:, t])
+        token = draw(nucleus(_by_rule(scaled, cuts, t), shares), numbers[:, t])
         tokens[live, t] = token
         log_probs[live, t] = scaled.gather(1, token[:, None]).squeeze(1)
         lengths[live] += running
@@ -227,9 +234,18 @@ def _decode(decoder: Decoder, rows: Sequence[_Row], eos: tuple[int, ...], abort:
             keep = running.nonzero().squeeze(1)
             live, running, token, limits = live[keep], running[keep], token[keep], limits[keep]
             temperatures, numbers, shares = temperatures[keep], numbers[keep], shares[keep]
+            cuts = [cuts[i] for i in keep.tolist()]
             batch.keep(keep)
         batch.advance(decoder, token, t)
     return _cut(rows, tokens, log_probs, lengths, stopped)
+
+
+def _by_rule(log_probs: torch.Tensor, cuts: Sequence[Cuts | None], t: int) -> torch.Tensor:
+    """What response token ``t`` of every line is drawn from, ``[rows, vocab]``."""
+    for rule in {each for each in cuts if each is not None and t >= each.warmup_tokens}:
+        lines = torch.tensor([each == rule for each in cuts])[:, None]
+        log_probs = torch.where(lines, uniform_top(log_probs, rule.top, rule.floor), log_probs)
+    return log_probs
 
 
 def _cut(

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from pipeline.config.schema import RunConfig
 from pipeline.seeds import sample_seed
-from pipeline.types import ControlDecision, GenerateRequest, Prompt, Role, SampleGroup
+from pipeline.types import ControlDecision, Cuts, GenerateRequest, Prompt, Role, SampleGroup
 
 
 def step_requests(
@@ -15,14 +15,24 @@ def step_requests(
 ) -> list[GenerateRequest]:
     """Main requests for every prompt at T=1, then auxiliary ones at T+ for the first ``decision.auxiliary_prompts``."""
 
+    cuts = _cuts(config)
+
     def request(prompt: Prompt, role: Role, count: int, temperature: float) -> GenerateRequest:
         seeds = tuple(sample_seed(config.seed, step, prompt.id, index, role) for index in range(count))
-        return GenerateRequest(prompt, seeds, temperature, config.rollout.max_new_tokens, role)
+        rule = cuts if role is Role.MAIN else None
+        return GenerateRequest(prompt, seeds, temperature, config.rollout.max_new_tokens, role, rule)
 
     main = [request(p, Role.MAIN, config.rollout.samples_per_prompt, 1.0) for p in prompts]
     resampled = prompts[: decision.auxiliary_prompts]
     auxiliary = [request(p, Role.AUXILIARY, config.entropy.auxiliary_samples, decision.temperature) for p in resampled]
     return main + auxiliary
+
+
+def _cuts(config: RunConfig) -> Cuts | None:
+    """The rule for the second part of each group, if there is one."""
+    cuts = config.rollout.cuts
+    samples = round(cuts.share * config.rollout.samples_per_prompt)
+    return Cuts(samples, cuts.top, cuts.floor, cuts.warmup_tokens) if samples else None
 
 
 def only_fresh(groups: Sequence[SampleGroup], version: int) -> tuple[list[SampleGroup], int]:

@@ -31,6 +31,18 @@ def uniforms(seeds: torch.Tensor, count: int) -> torch.Tensor:
     return (bits.to(torch.float64) + 0.5) * 2.0**-52
 
 
+def uniform_top(log_probs: torch.Tensor, top: int, floor: float) -> torch.Tensor:
+    """Log-probabilities ``[rows, vocab]`` of CUTS: uniform over the ``top`` likeliest tokens of probability at least ``floor``.
+
+    Rows in which none reaches the floor are left as they are (arXiv 2604.18493, read in a summary).
+    """
+    likeliest = log_probs.topk(min(top, log_probs.shape[1]), dim=-1)
+    allowed = torch.zeros_like(log_probs, dtype=torch.bool)
+    allowed.scatter_(1, likeliest.indices, likeliest.values.exp() >= floor)
+    uniform = torch.where(allowed, 0.0, -torch.inf) - allowed.sum(-1, keepdim=True).log()
+    return torch.where(allowed.any(-1, keepdim=True), uniform, log_probs)
+
+
 def draw(log_probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Inverse-CDF draw: int64 ``[rows]`` from log-probabilities ``[rows, vocab]`` and uniforms ``[rows]``.
 

@@ -112,6 +112,10 @@ class SglangEngine:
         """
         if self._version is None:
             raise EngineError(f"{self._name}: {self._refusal()}")
+        if any(request.cuts for request in requests):
+            raise EngineError(
+                f"{self._name}: SGLang has no sampling rule like CUTS: set rollout.cuts.share=0, or rollout.engine=native"
+            )
         rows = [(request, seed) for request in requests for seed in request.seeds]
         if not rows:
             return [SampleGroup(request.prompt, (), request.role) for request in requests]

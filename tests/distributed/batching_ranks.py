@@ -17,6 +17,14 @@ def train(rank, world, address, folder, tp, pp, batches, config):
     return log_probs, grads, stats, weights
 
 
+def shaped(rank, world, address, folder, tp, pp, rows, config):
+    """Statistics of the rows, and full gradients of their loss."""
+    made = learner(rank, world, address, folder, tp, pp, **config)
+    found = made.statistics(rows), gradients(made, rows)
+    made.close()
+    return found
+
+
 def log_probs(rank, world, address, folder, batches, config):
     made = learner(rank, world, address, folder, 1, 1, **config)
     found = [made.log_probs(rows) for rows in batches]

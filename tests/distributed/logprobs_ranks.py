@@ -28,13 +28,13 @@ def factors():
 
 
 def from_logits(inputs, vocab_size, group):
-    """The three outputs ``[3, n]`` and the gradient of a loss through both differentiable ones."""
+    """The four outputs ``[4, n]`` and the gradient of a loss through both differentiable ones."""
     from megatron_ext.logprobs import log_probs_and_entropy
 
     logits, targets, temperature, weights = inputs
     leaf = logits.clone().requires_grad_(True)
     values = log_probs_and_entropy(
-        leaf * 1, targets, vocab_size=vocab_size, group=group, temperature=temperature, entropy_grad=True
+        leaf * 1, targets, vocab_size=vocab_size, group=group, temperature=temperature, entropy_grad=True, moment=True
     )
     (torch.stack(values[:2]) * weights).sum().backward()
     return torch.stack(values).detach(), leaf.grad
@@ -59,6 +59,7 @@ def from_hidden(inputs, vocab_size, group, tile=None):
         group=group,
         temperature=temperature,
         entropy_grad=True,
+        moment=True,
         tile=tile,
     )
     (torch.stack(values[:2]) * weights).sum().backward()
@@ -136,4 +137,4 @@ def run_head(rank, world, address, kernel, sequence_parallel):
         values = head(chosen, targets.view(3, 4)[mask], temperature=1.3, entropy_grad=True)
         (torch.stack(values[:2]) * upstream.view(2, 3, 4)[:, mask]).sum().backward()
         grads = states.grad.numpy(), decoder.output_layer.weight.grad.numpy()
-        return torch.stack(values).detach().numpy(), *grads, calls, forward
+        return torch.stack(values[:3]).detach().numpy(), *grads, calls, forward

@@ -98,6 +98,44 @@ def test_how_rows_are_cut_changes_nothing(gang, folders, reference, case):
     assert relative(flat(got_weights), flat(weights)) <= 1e-6
 
 
+def shaped_batch(log_probs):
+    """Single tokens with advantages, weights and marks of their own, off-policy."""
+    rows, g = ranks.batch(), seeded(5)
+    grid = rows.loss_mask.shape
+    return replace(
+        rows,
+        old_log_probs=log_probs + 0.2 * torch.randn(grid, generator=g),
+        token_advantages=torch.randn(grid, generator=g),
+        token_weights=2 * torch.rand(grid, generator=g),
+        marks=torch.randint(0, 3, grid, generator=g, dtype=torch.uint8),
+    )
+
+
+@pytest.mark.parametrize(
+    ("loss", "world", "tp", "pp", "config"),
+    [
+        ("htpo", 1, 1, 1, {"micro_batch_size": 1}),
+        ("kl_cov", 2, 2, 1, TOKENS),
+        ("gspo", 2, 1, 1, PACKED),
+        ("htpo", 2, 1, 2, TOKENS),
+        ("gspo", 2, 1, 1, {"cp": 2, "micro_batch_size": 4}),
+        ("cispo", 2, 2, 1, {"log_prob_kernel": "torch", "micro_batch_size": 3}),
+    ],
+)
+def test_statistics_and_shaped_tokens_are_the_same_in_every_layout(gang, folders, loss, world, tp, pp, config):
+    folder = folders["qwen3"]
+    log_probs = gang.run(batching_ranks.log_probs, 1, folder, [ranks.batch()], WHOLE)[0][0]
+    rows, objective = shaped_batch(log_probs), {"objective": ObjectiveConfig(loss=loss)}
+    ((whole, gradients),) = gang.run(batching_ranks.shaped, 1, folder, 1, 1, rows, WHOLE | objective)
+    assert list(whole) == ["log_probs", "entropy", "moment"]
+    assert relative(whole["log_probs"], log_probs) <= 1e-6
+    for statistics, got in gang.run(batching_ranks.shaped, world, folder, tp, pp, rows, config | objective):
+        for name, grid in whole.items():
+            assert relative(statistics[name], grid) <= 1e-5
+            assert not statistics[name][~rows.loss_mask].any()
+        assert relative(flat(got), flat(gradients)) <= 1e-5
+
+
 def relative(got, expected):
     """Length of the difference, as a part of the length."""
     return ((got - expected).norm() / expected.norm()).item()

@@ -47,6 +47,7 @@ def test_from_logits(blocks, columns, padding, entropy_grad):
         vocab_size=columns,
         group=None,
         temperature=c.temperature,
+        moment=True,
         entropy_grad=entropy_grad,
         kernel="triton",
     )
@@ -62,7 +63,14 @@ def test_bfloat16_logits(blocks):
     c = case(9, 250, scale=6.0, dtype=torch.bfloat16, device=DEVICE)
     leaf = c.logits.clone().requires_grad_(True)
     got = log_probs_and_entropy(
-        leaf * 1, c.targets, vocab_size=250, group=None, temperature=0.05, entropy_grad=True, kernel="triton"
+        leaf * 1,
+        c.targets,
+        vocab_size=250,
+        group=None,
+        temperature=0.05,
+        moment=True,
+        entropy_grad=True,
+        kernel="triton",
     )
     for mine, true in zip(got, exact(c.logits, c.targets, 250, 0.05), strict=True):
         close(mine, true)
@@ -83,6 +91,7 @@ def test_fused_with_the_projection(tile):
         vocab_size=250,
         group=None,
         temperature=1.2,
+        moment=True,
         entropy_grad=True,
         kernel="triton",
         tile=tile,
@@ -104,7 +113,7 @@ def test_minus_infinity_and_nan(blocks):
     logits[2, 7] = math.nan
     targets = torch.tensor([3 * BLOCK - 1, 3 * BLOCK - 1, 0, 0], device=DEVICE)
     leaf = logits.clone().requires_grad_(True)
-    options = {"vocab_size": 3 * BLOCK, "group": None, "temperature": 0.05, "entropy_grad": True}
+    options = {"vocab_size": 3 * BLOCK, "group": None, "temperature": 0.05, "moment": True, "entropy_grad": True}
     got = log_probs_and_entropy(leaf * 1, targets, **options, kernel="triton")
     other = log_probs_and_entropy(logits.clone(), targets, **options, kernel="torch")
     for mine, theirs in zip(got, other, strict=True):
@@ -119,7 +128,13 @@ def test_minus_infinity_and_nan(blocks):
 def test_no_tokens():
     c = case(0, 8, device=DEVICE)
     got = log_probs_and_entropy(
-        c.logits.requires_grad_(True) * 1, c.targets, vocab_size=8, group=None, temperature=1.5, kernel="triton"
+        c.logits.requires_grad_(True) * 1,
+        c.targets,
+        vocab_size=8,
+        group=None,
+        temperature=1.5,
+        moment=True,
+        kernel="triton",
     )
     got[0].sum().backward()
     assert got[2].shape == (0,)
@@ -136,7 +151,14 @@ def test_at_size(dtype):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         got = log_probs_and_entropy(
-            buffer, c.targets, vocab_size=19000, group=None, temperature=1.2, entropy_grad=True, kernel=kernel
+            buffer,
+            c.targets,
+            vocab_size=19000,
+            group=None,
+            temperature=1.2,
+            moment=True,
+            entropy_grad=True,
+            kernel=kernel,
         )
         (gradient,) = torch.autograd.grad(loss(*got[:2], c.upstream, True), buffer)
         assert kernel == "torch" or torch.cuda.max_memory_allocated() - before < 4 << 20

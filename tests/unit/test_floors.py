@@ -15,6 +15,7 @@ FLOORS = {
     "pipeline.fp8": 1,
     "pipeline.ports": 1,
     "pipeline.config": 1,
+    "pipeline.methods": 1,
     "pipeline.entropy": 2,
     "pipeline.objectives": 2,
     "pipeline.data": 2,

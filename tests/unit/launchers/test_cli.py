@@ -47,13 +47,15 @@ def _restore_hook(monkeypatch):
         ["jobs", "status"],
         ["jobs", "logs"],
         ["jobs", "cancel"],
+        ["lab"],
+        ["lab", "methods"],
     ],
 )
 def test_every_command_has_help_with_an_example(capsys, words):
     code, out, _ = call(capsys, *words, "--help")
     assert code == 0
     assert "Usage: isentrope" in out
-    if words and words not in (["config"], ["launch"], ["jobs"], ["alerts"]):
+    if words and words not in (["config"], ["launch"], ["jobs"], ["alerts"], ["lab"]):
         assert "Example" in out
 
 

@@ -28,8 +28,8 @@ def test_arithmetic_in_the_interpreter():
 
 @pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 @pytest.mark.parametrize("logits", ["*fp32", "*bf16"])
-@pytest.mark.parametrize(("kernel", "option"), [("_accumulate", "TEMPERED"), ("_gradient", "ENTROPY")])
-def test_compiles_for_hopper(kernel, option, logits, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("kernel", "options"), [("_accumulate", ("TEMPERED", "MOMENT")), ("_gradient", ("ENTROPY",))])
+def test_compiles_for_hopper(kernel, options, logits, tmp_path, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -38,7 +38,7 @@ def test_compiles_for_hopper(kernel, option, logits, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     function = getattr(logprobs_triton, kernel)
     types = {"logits": logits, "column": "*i64", "sum_stride": "i32", "width": "i32", "stride": "i32"}
-    constants = {option: True, "BLOCK": logprobs_triton._MOST_COLUMNS}
+    constants = {**dict.fromkeys(options, True), "BLOCK": logprobs_triton._MOST_COLUMNS}
     signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in function.arg_names}
     source = ASTSource(function, signature, constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": logprobs_triton._WARPS})

@@ -253,7 +253,8 @@ def test_seeds_have_63_bits(model, seed):
 def test_a_mistyped_word_is_corrected(model, key):
     for word in CHOICES[key]:
         slip = word[:-1] + "~"
-        (problem,) = problems(model, f"{key}={slip}")
+        a_list = isinstance(leaf_keys()[key].default, list)
+        (problem,) = problems(model, f"{key}=[{slip}]" if a_list else f"{key}={slip}")
         assert (problem.key, problem.value) == (key, slip)
         assert word in problem.problem
 

@@ -1,43 +1,111 @@
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.objectives.advantages import group_advantages
+from pipeline.config.objective_rules import ADVANTAGES as NAMES
+from pipeline.config.schema import ObjectiveConfig, PassAtKConfig
+from pipeline.objectives.advantages import ADVANTAGES, group_advantages
 
 REWARDS = st.lists(st.sampled_from([0.0, 0.1, 0.5, 1.0]), min_size=2, max_size=20).map(np.array)
+FIRST, SECOND = np.array([1.0, 0.0, 0.0, 0.0]), np.array([1.0, 1.0, 0.0, 0.0])
+
+
+def advantages(kind, *groups, **changes):
+    return group_advantages(groups, ObjectiveConfig(advantage=kind, **changes))
+
+
+def test_the_configuration_knows_every_kind():
+    assert set(NAMES) == set(ADVANTAGES)
 
 
 def test_hand_computed():
     # mean 1/4; unbiased variance (3 * 1/16 + 9/16) / 3 = 1/4, so std 1/2
-    rewards = np.array([1.0, 0.0, 0.0, 0.0])
-    np.testing.assert_allclose(group_advantages(rewards, "dr_grpo"), [0.75, -0.25, -0.25, -0.25])
-    np.testing.assert_allclose(group_advantages(rewards, "grpo"), np.array([0.75, -0.25, -0.25, -0.25]) / 0.5001)
+    np.testing.assert_allclose(advantages("dr_grpo", FIRST)[0], [0.75, -0.25, -0.25, -0.25])
+    np.testing.assert_allclose(advantages("grpo", FIRST)[0], np.array([0.75, -0.25, -0.25, -0.25]) / 0.5001)
+    # against the mean of the other three: 0, then 1/3
+    np.testing.assert_allclose(advantages("rloo", FIRST)[0], [1, -1 / 3, -1 / 3, -1 / 3], rtol=1e-6)
+
+
+def test_reinforce_pp_is_normalised_over_the_step():
+    # 3 of 8 correct: mean 3/8, unbiased variance (3 * 25 + 5 * 9) / 64 / 7 = 15/56
+    std = (15 / 56) ** 0.5 + 1e-4
+    first, second = advantages("reinforce_pp", FIRST, SECOND)
+    np.testing.assert_allclose(first, np.array([5, -3, -3, -3]) / 8 / std, rtol=1e-6)
+    np.testing.assert_allclose(second, np.array([5, 5, -3, -3]) / 8 / std, rtol=1e-6)
+    # centred in each group: .75, -.25 x 3 and +-.5; mean 0, sum of squares 12/16 + 1
+    std = (1.75 / 7) ** 0.5 + 1e-4
+    first, second = advantages("reinforce_pp_baseline", FIRST, SECOND)
+    np.testing.assert_allclose(first, np.array([0.75, -0.25, -0.25, -0.25]) / std, rtol=1e-6)
+    np.testing.assert_allclose(second, np.array([0.5, 0.5, -0.5, -0.5]) / std, rtol=1e-6)
+
+
+@given(REWARDS, st.integers(1, 5))
+def test_pass_at_k_compares_subsets(rewards, k):
+    """The mean of the standardised pass@k reward over all subsets that a sample belongs to, by enumeration."""
+    rewards = rewards[:8]
+    (found,) = advantages("pass_at_k", rewards, pass_at_k=PassAtKConfig(samples=k, share=1.0))
+    subsets = list(combinations(range(len(rewards)), k))
+    passed = np.array([any(rewards[i] == 1 for i in subset) for subset in subsets], float)
+    if not subsets or passed.min() == passed.max():
+        assert not found.any()
+        return
+    scaled = (passed - passed.mean()) / (passed.std() + 1e-4)
+    expected = [scaled[[i in subset for subset in subsets]].mean() for i in range(len(rewards))]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_pass_at_k_is_mixed_with_grpo():
+    half = PassAtKConfig(samples=2, share=0.5)
+    alone = advantages("pass_at_k", FIRST, pass_at_k=PassAtKConfig(samples=2, share=1.0))[0]
+    mixed = advantages("pass_at_k", FIRST, pass_at_k=half)[0]
+    np.testing.assert_allclose(mixed, (alone + advantages("grpo", FIRST)[0]) / 2, rtol=1e-6)
 
 
 @given(REWARDS)
 def test_grpo_equals_torch_unbiased_std(rewards):
     r = torch.tensor(rewards)
+    expected = ((r - r.mean()) / (r.std() + 1e-4)).float()
+    np.testing.assert_allclose(advantages("grpo", rewards)[0], expected, atol=1e-5)
+
+
+@given(REWARDS, REWARDS, st.sampled_from(NAMES))
+def test_zero_mean_order_preserving(first, second, kind):
+    found = advantages(kind, first, second)
+    assert abs(np.concatenate(found).sum()) < 1e-4
+    for rewards, own in zip((first, second), found, strict=True):
+        assert own.dtype == np.float32
+        order = np.argsort(rewards, kind="stable")
+        assert (np.diff(own[order]) >= -1e-6).all()
+
+
+@given(REWARDS, REWARDS, st.sampled_from([name for name in NAMES if name != "pass_at_k"]))
+def test_shift_invariant(first, second, kind):
     np.testing.assert_allclose(
-        group_advantages(rewards, "grpo"), ((r - r.mean()) / (r.std() + 1e-4)).float(), atol=1e-5
+        np.concatenate(advantages(kind, first + 3, second + 3)),
+        np.concatenate(advantages(kind, first, second)),
+        atol=1e-5,
     )
 
 
-@given(REWARDS, st.sampled_from(["grpo", "dr_grpo"]))
-def test_zero_mean_order_preserving_shift_invariant(rewards, kind):
-    advantages = group_advantages(rewards, kind)
-    assert abs(advantages.sum()) < 1e-4
-    order = np.argsort(rewards, kind="stable")
-    assert (np.diff(advantages[order]) >= 0).all()
-    np.testing.assert_allclose(group_advantages(rewards + 3, kind), advantages, atol=1e-5)
+@given(st.permutations(range(3)), st.sampled_from(NAMES))
+def test_order_of_groups_is_free(order, kind):
+    groups = [FIRST, SECOND, np.array([0.5, 1.0])]
+    found = advantages(kind, *groups)
+    moved = advantages(kind, *(groups[i] for i in order))
+    for i, own in zip(order, moved, strict=True):
+        np.testing.assert_allclose(own, found[i], atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", NAMES)
 @pytest.mark.parametrize("rewards", [[0.1] * 7, [1.0], []])
-def test_nothing_to_learn_is_exactly_zero(rewards):
-    assert group_advantages(np.array(rewards), "grpo").tolist() == [0.0] * len(rewards)
+def test_nothing_to_learn_is_exactly_zero(rewards, kind):
+    assert advantages(kind, np.array(rewards))[0].tolist() == [0.0] * len(rewards)
 
 
 def test_unknown_kind():
     with pytest.raises(ValueError, match="'median'"):
-        group_advantages(np.array([0.0, 1.0]), "median")
+        advantages("median", np.array([0.0, 1.0]))

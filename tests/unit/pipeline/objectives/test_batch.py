@@ -7,13 +7,30 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.schema import RunConfig
-from pipeline.objectives.batch import build_batch, needs_log_probs, positives_consumed, with_clip_cov
+from pipeline.config.schema import OverlongConfig, RunConfig
+from pipeline.objectives.batch import build_batch, positives_consumed
 from pipeline.objectives.loss import PolicyOutputs, TokenRows, policy_loss
+from pipeline.objectives.prepare import prepare
 from pipeline.types import Actuation, ControlDecision, Prompt, Role, Sample, SampleGroup
 
 PAD = 99
 DECISION = ControlDecision(1.3, 1.3, 4, "tracking", "")
+
+
+class Policy:
+    """A learner that knows the log-probs of its one batch, entropy 1 and moment 0, and remembers what it was asked."""
+
+    def __init__(self, log_probs):
+        self._log_probs, self.calls = log_probs, []
+
+    def log_probs(self, batch, *, reference=False):
+        self.calls.append("reference" if reference else "log_probs")
+        return self._log_probs
+
+    def statistics(self, batch):
+        self.calls.append("statistics")
+        one = torch.ones_like(self._log_probs)
+        return {"log_probs": self._log_probs, "entropy": one, "moment": 0 * one}
 
 
 def sample(tokens, reward=0.0, role=Role.MAIN, temperature=1.0, finish_reason="stop"):
@@ -148,6 +165,7 @@ def train(batch):
         ("resample", {"alpha": 0.0}, 1.4),
         ("reweight", {"alpha": 0.0}, 1.4),
         ("fc", {"alpha": 0.0}, 1.4),
+        ("dcpo", {"alpha": 0.0}, 1.4),
         ("tok", {}, 0.0),
         ("entropy_bonus", {}, 0.0),
         ("clip_cov", {}, 0.0),
@@ -157,7 +175,7 @@ def test_alpha_zero_or_command_zero_is_grpo_bit_for_bit(actuator, changes, comma
     grpo = train(build_batch(MAIN, [], DECISION, config(controller="none"), PAD))
     drawn = auxiliary(sample([12, 13], 1.0)) if actuator == "resample" else []
     batch = build_batch(MAIN, drawn, replace(DECISION, command=command), config(actuator, **changes), PAD)
-    batch = with_clip_cov(batch, torch.zeros_like(batch.behavior_log_probs))
+    batch = prepare(batch, Policy(torch.zeros_like(batch.behavior_log_probs)), config(actuator, **changes), 0)
     other = train(batch)
     assert torch.equal(bits(grpo[0]), bits(other[0]))
     assert torch.equal(bits(grpo[1]), bits(other[1]))
@@ -252,23 +270,33 @@ def test_temperature_rule_main_rows_are_drawn_at_one(temperature):
             build_batch(MAIN, hot, DECISION, config(), PAD)
 
 
-@pytest.mark.parametrize(("actuator", "expected"), [("fc", 1), ("tok", 1), ("entropy_bonus", 1), ("clip_cov", 1)])
+@pytest.mark.parametrize(
+    ("actuator", "expected"), [("fc", 1), ("dcpo", 1), ("tok", 1), ("entropy_bonus", 1), ("clip_cov", 1)]
+)
 def test_positives_consumed_by_the_other_actuators(actuator, expected):
     assert positives_consumed(build_batch(MAIN, [], DECISION, config(actuator), PAD)) == expected
     wrong = build_batch([MAIN[1]], [], DECISION, config(actuator), PAD)
-    assert positives_consumed(wrong) == (0 if actuator in ("fc", "tok") else 1)
+    assert positives_consumed(wrong) == (0 if actuator in ("fc", "dcpo", "tok") else 1)
 
 
-def test_needs_log_probs():
-    def needed(settings, command=0.1):
-        return needs_log_probs(settings, build_batch(MAIN, [], replace(DECISION, command=command), settings, PAD))
+def test_what_a_batch_needs_of_the_policy_before_its_update():
+    def asked(settings, command=0.1):
+        batch = build_batch(MAIN, [], replace(DECISION, command=command), settings, PAD)
+        policy = Policy(-torch.ones(batch.loss_mask.shape))
+        prepared = prepare(batch, policy, settings, 0)
+        assert (prepared.old_log_probs is not None) == (settings.learner.updates_per_step > 1)
+        return policy.calls
 
-    assert not needed(config("reweight"))
-    assert needed(config("reweight", updates_per_step=2))
-    assert needed(config("clip_cov"))
-    assert not needed(config("clip_cov"), command=0.0)
-    assert needed(config("clip_cov", updates_per_step=2), command=0.0)
-    assert not needed(config("clip_cov", controller="none"))
+    assert asked(config("reweight")) == []
+    assert asked(config("reweight", kl_coef=0.1)) == ["reference"]
+    assert asked(config("reweight", updates_per_step=2)) == ["log_probs"]
+    assert asked(config("clip_cov")) == ["statistics"]
+    assert asked(config("clip_cov"), command=0.0) == []
+    assert asked(config("clip_cov", updates_per_step=2), command=0.0) == ["log_probs"]
+    assert asked(config("clip_cov", controller="none")) == []
+    assert asked(config(controller="none", token_shaping=["opefo"])) == ["statistics"]
+    assert asked(config(controller="none", loss="htpo")) == ["statistics"]
+    assert asked(config(controller="none", loss="gspo", updates_per_step=2)) == ["log_probs"]
 
 
 def test_clip_cov_detaches_the_top_covariance_of_the_whole_batch():
@@ -276,10 +304,61 @@ def test_clip_cov_detaches_the_top_covariance_of_the_whole_batch():
     main = [group([1], [sample([2, 3], 1.0), sample([4, 5], 0.0)])]
     batch = build_batch(main, [], replace(DECISION, command=0.5), config("clip_cov"), PAD)
     batch = replace(batch, advantages=torch.tensor([1.0, -1.0]))
-    log_probs = torch.tensor([[-1.0, -3.0], [-5.0, -7.0]])
-    assert with_clip_cov(batch, log_probs).token_weights.tolist() == [[0, 1], [1, 0]]
-    least = with_clip_cov(replace(batch, actuation=Actuation("clip_cov", 1e-6)), log_probs)
-    assert (least.token_weights == 0).sum() == 1
+    policy = Policy(torch.tensor([[-1.0, -3.0], [-5.0, -7.0]]))
+    assert prepare(batch, policy, config("clip_cov"), 0).token_weights.tolist() == [[0, 1], [1, 0]]
+    batch = replace(batch, actuation=Actuation("clip_cov", 1e-6))
+    assert (prepare(batch, policy, config("clip_cov"), 0).token_weights == 0).sum() == 1
+
+
+def test_dcpo_share_follows_the_distance_to_the_target():
+    # accuracy 1/4, gap 0.05: a = 0.2, share 0.2 / 1.2; a gap beyond 0.1 counts as 0.1: a = 0.4
+    def alpha(target, measured, main=MAIN, **changes):
+        decision = replace(DECISION, target=target, filtered_entropy=measured)
+        return build_batch(main, [], decision, config("dcpo", **changes), PAD).actuation.alpha
+
+    assert alpha(0.3, 0.25) == pytest.approx(0.2 / 1.2)
+    assert alpha(0.25, 0.3) == pytest.approx(0.2 / 1.2)
+    assert alpha(0.9, 0.25) == pytest.approx(0.4 / 1.4)
+    assert alpha(0.3, 0.25, alpha=2.0) == pytest.approx(0.4 / 1.4)
+    assert alpha(0.3, float("nan")) == 0
+    assert alpha(0.3, 0.25, [MAIN[1]]) == 0  # none correct
+
+
+def test_overlong_rewards_fall_over_the_buffer():
+    # limit 6, buffer 4: lengths 2, 4, 6 lose 0, 1/2, 1; dr_grpo centres what is left of 1, 1, 0
+    main = [group([1], [sample([1] * 2, 1.0), sample([1] * 4, 1.0), sample([1] * 6, 0.0)])]
+    settings = config(controller="none", advantage="dr_grpo", max_new_tokens=6, overlong=OverlongConfig(buffer=4))
+    batch = build_batch(main, [], DECISION, settings, PAD)
+    left = torch.tensor([1.0, 0.5, -1.0])
+    torch.testing.assert_close(batch.advantages, left - left.mean())
+    assert batch.correct.tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "weights"),
+    [("token_mean", [1 / 3, 0, 1 / 3]), ("sequence_mean", [1 / 4, 0, 1 / 2]), ("dr_grpo", [1 / 12, 0, 1 / 12])],
+)
+def test_overlong_filter_leaves_truncated_rows_out_of_loss_and_denominators(aggregation, weights):
+    cut = sample([1] * 6, 0.0, finish_reason="length")
+    main = [group([1], [sample([1] * 2, 1.0), cut, sample([1], 0.0)])]
+    settings = config(
+        controller="none", aggregation=aggregation, max_new_tokens=6, overlong=OverlongConfig(filter=True)
+    )
+    batch = build_batch(main, [], DECISION, settings, PAD)
+    assert batch.weights.tolist() == pytest.approx(weights)
+    assert batch.loss_mask.sum(1).tolist() == [2, 6, 1]  # still measured
+    alone = build_batch([group([1], [cut, cut])], [], DECISION, settings, PAD)
+    assert alone.weights.tolist() == [0, 0]
+
+
+def test_auxiliary_rows_replace_as_many_main_rows():
+    drawn = auxiliary(sample([1, 2], 1.0), sample([3], 1.0), sample([1], 0.0))
+    settings = config(positive_mean="main", auxiliary_replaces=True, alpha=0.5)
+    batch = build_batch(MAIN, drawn, DECISION, settings, PAD)
+    assert batch.weights.tolist() == pytest.approx([0, 1 / 8, 0, 1 / 8, 0.5 / 8, 0.5 / 8])
+    settings = config(positive_mean="main", auxiliary_replaces=True, aggregation="sequence_mean")
+    batch = build_batch(MAIN, drawn, DECISION, settings, PAD)
+    assert batch.weights.tolist() == pytest.approx([0, 1 / 4, 0, 1 / 8, 1 / 8, 1 / 4])
 
 
 def test_a_quickstart_batch_takes_milliseconds():

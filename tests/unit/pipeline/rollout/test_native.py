@@ -1,6 +1,7 @@
 import json
 import math
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from pipeline.rollout.decoder import Decoder, DecoderConfig, token_log_probs
 from pipeline.rollout.engine import EngineError, WeightUpdateError
 from pipeline.rollout.native import NativeEngine
 from pipeline.rollout.update_session import UpdateSession
-from pipeline.types import GenerateRequest, Prompt, Role, WeightBucket, WeightSpan
+from pipeline.types import Cuts, GenerateRequest, Prompt, Role, WeightBucket, WeightSpan
 from tests.tiny_folder import hf_config, random_tensors, write_folder
 
 EOS = 3
@@ -117,6 +118,34 @@ def test_tokens_follow_the_tempered_distribution(engine, temperature):
     chi_square = ((observed - expected) ** 2 / np.maximum(expected, 1.0)).sum()
     degrees = len(expected) - 1
     assert chi_square < degrees + 4 * math.sqrt(2 * degrees)
+
+
+def test_cuts_tokens_are_uniform_and_keep_the_policys_log_probs(engine):
+    """After the warm-up; rows that leave the batch early do not shift the rule to others."""
+    prompt, draws = (9, 4, 20), 4000
+    decoder = Decoder(DecoderConfig.from_hf(hf_config("qwen3")), random_tensors(hf_config("qwen3"), 0))
+    hidden, _ = decoder.prefill(torch.tensor([prompt]))
+    log_p = decoder.logits(hidden[0, -1]).log_softmax(-1)
+    allowed = [i for i in log_p.topk(4).indices.tolist() if log_p[i].exp() >= 0.05]
+    assert len(allowed) > 1
+    asked = replace(request(prompt, range(draws), new=1), cuts=Cuts(draws - 10, 4, 0.05, 0))
+    (group,) = engine.generate([asked])
+    counts = np.bincount([s.token_ids[0] for s in group.samples[10:]], minlength=48)
+    assert set(counts.nonzero()[0]) == set(allowed)
+    share = 1 / len(allowed)
+    assert (abs(counts[allowed] / (draws - 10) - share) < 5 * math.sqrt(share / draws)).all()
+    for sample in group.samples[:20]:
+        assert sample.log_probs[0] == pytest.approx(log_p[sample.token_ids[0]].item(), abs=1e-5)
+    late = replace(request(prompt, range(40), new=12), cuts=Cuts(20, 1, 0.0, 3))
+    (usual,), (greedy,) = engine.generate([request(prompt, range(40), new=12)]), engine.generate([late])
+    for i, (a, b) in enumerate(zip(usual.samples, greedy.samples, strict=True)):
+        assert a.token_ids[:3].tolist() == b.token_ids[:3].tolist()
+        if i < 20:
+            assert a.token_ids.tolist() == b.token_ids.tolist()
+            continue
+        tokens = torch.tensor([[*prompt, *b.token_ids]])
+        best = decoder.logits(decoder.prefill(tokens)[0][0]).argmax(-1)[2:-1]  # top 1 of every next token
+        assert b.token_ids[3:].tolist() == best[3:].tolist()
 
 
 def test_finish_reasons(engine):

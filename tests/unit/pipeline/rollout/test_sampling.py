@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.rollout.sampling import draw, nucleus, uniforms
+from pipeline.rollout.sampling import draw, nucleus, uniform_top, uniforms
 
 MASK = 2**64 - 1
 
@@ -55,3 +55,15 @@ def test_nucleus_keeps_the_likeliest_tokens_that_make_up_the_share():
     assert (kept > 0).tolist() == [[True, False, True, False], [True, False, True, False], [True] * 4]
     assert (nucleus(log_probs, torch.tensor([[0.4]] * 3)) > -torch.inf).tolist() == [[True, False, False, False]] * 3
     assert nucleus(log_probs, torch.ones(3, 1)) is log_probs
+
+
+def test_uniform_top_keeps_likely_tokens_alike():
+    p = torch.tensor([[0.5, 0.3, 0.15, 0.04, 0.01], [0.2, 0.2, 0.2, 0.2, 0.2], [0.9, 0.025, 0.025, 0.025, 0.025]])
+    got = uniform_top(p.log(), 3, 0.03).exp()
+    assert got[0].tolist() == pytest.approx(
+        [1 / 3, 1 / 3, 1 / 3, 0, 0]
+    )  # the fourth is likely enough, but not among three
+    assert sorted(got[1].tolist()) == pytest.approx([0, 0, 1 / 3, 1 / 3, 1 / 3])
+    assert got[2].tolist() == [1, 0, 0, 0, 0]
+    assert uniform_top(p.log(), 9, 0.5).exp()[0].tolist() == [1, 0, 0, 0, 0]
+    torch.testing.assert_close(uniform_top(p.log(), 3, 0.95), p.log())  # none reaches the floor

@@ -1,0 +1,15 @@
+"""Dr. GRPO: rewards centred within their group, without the division that favours easy and hard prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pipeline.config.schema import ObjectiveConfig
+from pipeline.objectives.advantages.grpo import uniform
+
+
+def advantages(groups: Sequence[np.ndarray], objective: ObjectiveConfig) -> list[np.ndarray]:
+    """A_i = r_i - mean of the group (arXiv 2503.20783, section 3.2; public code read). Groups of equal rewards give exactly 0."""
+    return [np.zeros(len(group)) if uniform(group) else group - group.mean() for group in groups]

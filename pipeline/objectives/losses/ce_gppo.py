@@ -1,0 +1,23 @@
+"""CE-GPPO: tokens that PPO would clip keep a bounded gradient."""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.config.schema import ObjectiveConfig
+from pipeline.objectives.losses.inputs import Inputs
+
+
+def surrogate(inputs: Inputs, objective: ObjectiveConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """-A r, times beta_low (1 - clip_low) / sg(r) where r < 1 - clip_low and A < 0, times beta_high (1 + clip_high) / sg(r) where
+    r > 1 + clip_high and A > 0 (arXiv 2509.20712; public code read).
+
+    So the gradient of a clipped token has a fixed size instead of 0. Defaults: beta_low 0.5 (0.5 to 0.75 published), beta_high 1.
+    """
+    ratio, advantages, betas = inputs.ratio, inputs.advantages, objective.ce_gppo
+    low = (ratio < 1 - objective.clip_low) & (advantages < 0)
+    high = (ratio > 1 + objective.clip_high) & (advantages > 0)
+    loss = -advantages * ratio
+    loss = torch.where(low, -advantages * betas.beta_low * (1 - objective.clip_low) * inputs.identity, loss)
+    loss = torch.where(high, -advantages * betas.beta_high * (1 + objective.clip_high) * inputs.identity, loss)
+    return loss, low | high

@@ -1,0 +1,38 @@
+"""What a batch needs that takes a forward pass of its own, before the step's first update."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from pipeline.config.schema import RunConfig
+from pipeline.learner import Learner
+from pipeline.objectives.shaping import rlrt, shape_tokens, shapes_tokens
+from pipeline.types import TrainBatch
+
+
+def prepare(batch: TrainBatch, learner: Learner, config: RunConfig, step: int) -> TrainBatch:
+    """Add reference log-probs, old log-probs, and what ``shaping`` makes of single tokens; each only where something reads it."""
+    if config.objective.kl_coef > 0:
+        batch = replace(batch, reference_log_probs=learner.log_probs(batch, reference=True))
+    off_policy = config.learner.updates_per_step > 1
+    if not shapes_tokens(config, batch):
+        return replace(batch, old_log_probs=learner.log_probs(batch)) if off_policy else batch
+    grids = learner.statistics(batch)
+    if "rlrt" in config.objective.token_shaping:
+        grids = {**grids, "teacher": _teacher(batch, grids["log_probs"], learner)}
+    shaped = shape_tokens(batch, grids, config, step)
+    return replace(shaped, old_log_probs=grids["log_probs"]) if off_policy else shaped
+
+
+def _teacher(batch: TrainBatch, student: torch.Tensor, learner: Learner) -> torch.Tensor:
+    """Log-probs of every token as the teacher of ``rlrt`` sees it; the student's own where it has none. ``[rows, seq - 1]``."""
+    shown = rlrt.teacher_batch(batch)
+    if shown is None:
+        return student
+    rows, of = shown
+    grid, taught = student.clone(), learner.log_probs(rows)
+    mask = batch.loss_mask & torch.zeros(batch.rows, dtype=torch.bool).index_fill(0, of, True)[:, None]
+    grid[mask] = taught[rows.loss_mask]
+    return grid

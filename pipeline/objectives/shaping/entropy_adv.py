@@ -1,0 +1,20 @@
+"""EntropyAdv: uncertain tokens get a larger advantage."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from pipeline.config.schema import RunConfig
+from pipeline.objectives.shaping.tokens import Tokens
+
+
+def shape(tokens: Tokens, config: RunConfig, step: int) -> Tokens:
+    """A <- A + min(scale H, |A| / divisor), H without gradient (arXiv 2506.14758, equation 5; third-party code read).
+
+    The bound keeps the sign of A. Defaults: scale 0.4, divisor 2.
+    """
+    parameters = config.objective.entropy_adv
+    bonus = torch.minimum(parameters.scale * tokens.entropy, tokens.advantages.abs() / parameters.divisor)
+    return replace(tokens, advantages=tokens.advantages + bonus)

@@ -1,0 +1,78 @@
+"""RLRT: in correct responses, tokens that a policy who has seen another correct response would take less readily count more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from pipeline.config.schema import RunConfig
+from pipeline.objectives.shaping.tokens import Tokens
+from pipeline.types import TrainBatch
+
+
+def shape(tokens: Tokens, config: RunConfig, step: int) -> Tokens:
+    """A <- A [(1 - mix) + mix clip(exp(sign(A) D), 1 - clip, 1 + clip)] in correct responses, D = log pi - log pi_teacher.
+
+    arXiv 2605.10781 (third-party code read). The teacher is the same policy, shown a correct response to the same prompt first
+    (``teacher_batch``). mix and clip are not given in what we read: 0.5 and 0.2, ours. Where there is no such peer, D = 0.
+    """
+    assert tokens.teacher is not None
+    parameters = config.objective.rlrt
+    gap = torch.where(tokens.correct, tokens.log_probs - tokens.teacher, 0.0)
+    ratio = torch.exp(tokens.advantages.sign() * gap).clamp(1 - parameters.clip, 1 + parameters.clip)
+    return replace(tokens, advantages=tokens.advantages * ((1 - parameters.mix) + parameters.mix * ratio))
+
+
+def teacher_batch(batch: TrainBatch) -> tuple[TrainBatch, torch.Tensor] | None:
+    """The correct main rows that have a peer, each behind its prompt and the peer's response, and which rows those are.
+
+    The sequence is prompt, peer's response, prompt, response: a worked example first, in tokens, since what the paper's own
+    prompt says is not public. The peer is the next correct response, cyclically, of the same prompt that differs. ``None``: nobody has one.
+    """
+    pairs = sorted(pair for group in _correct_rows(batch) for pair in _peers(batch, group))
+    if not pairs:
+        return None
+    starts = batch.loss_mask.int().argmax(1) + 1  # length of the prompt
+    sequences, masks = [], []
+    for row, peer in pairs:
+        prompt = batch.tokens[row, : starts[row]]
+        response = batch.tokens[row, starts[row] : batch.lengths[row]]
+        example = batch.tokens[peer, starts[peer] : batch.lengths[peer]]
+        sequences.append(torch.cat([prompt, example, prompt, response]))
+        masks.append(torch.arange(1, len(sequences[-1])) >= len(sequences[-1]) - len(response))
+    rows = torch.tensor([row for row, _ in pairs])
+    mask = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True)
+    shown = TrainBatch(
+        tokens=torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True),
+        lengths=torch.tensor([len(sequence) for sequence in sequences]),
+        loss_mask=mask,
+        weights=batch.weights[rows],
+        advantages=batch.advantages[rows],
+        auxiliary=batch.auxiliary[rows],
+        correct=batch.correct[rows],
+        temperatures=batch.temperatures[rows],
+        behavior_log_probs=torch.zeros(mask.shape),
+    )
+    return shown, rows
+
+
+def _correct_rows(batch: TrainBatch) -> Sequence[list[int]]:
+    """Rows of correct main responses, by prompt."""
+    assert batch.groups is not None
+    found: dict[int, list[int]] = {}
+    for row in (batch.correct & ~batch.auxiliary).nonzero()[:, 0].tolist():
+        found.setdefault(int(batch.groups[row]), []).append(row)
+    return list(found.values())
+
+
+def _peers(batch: TrainBatch, rows: list[int]) -> list[tuple[int, int]]:
+    """Each row with the next one that differs from it."""
+    pairs = []
+    for i, row in enumerate(rows):
+        others = rows[i + 1 :] + rows[:i]
+        peer = next((other for other in others if not torch.equal(batch.tokens[other], batch.tokens[row])), None)
+        if peer is not None:
+            pairs.append((row, peer))
+    return pairs

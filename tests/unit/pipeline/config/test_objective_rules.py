@@ -1,0 +1,106 @@
+"""Losses, advantages and token shapings: what does not go together, refused with key, value and remedy."""
+
+import json
+
+import pytest
+
+from pipeline.config.errors import ConfigError
+from pipeline.config.load import load_config
+from tests.tiny_folder import LLAMA
+
+TWO = "learner.updates_per_step=2"
+GSPO = [TWO, "objective.loss=gspo", "objective.aggregation=sequence_mean"]
+BROKEN = {
+    "gspo on-policy": (GSPO[1:], "objective.loss", "every ratio is exactly 1"),
+    "cispo on-policy": (["objective.loss=cispo"], "objective.loss", "every ratio is exactly 1"),
+    "ce_gppo on-policy": (["objective.loss=ce_gppo"], "objective.loss", "every ratio is exactly 1"),
+    "kl_cov on-policy": (["objective.loss=kl_cov"], "objective.loss", "every ratio is exactly 1"),
+    "kl_cov dual clip": (
+        [TWO, "objective.loss=kl_cov", "objective.dual_clip=10"],
+        "objective.dual_clip",
+        "bounds of its own",
+    ),
+    "gspo token mean": (GSPO[:2], "objective.aggregation", "mean of sequences"),
+    "gspo clip_cov": (
+        [*GSPO, "objective.token_shaping=[clip_cov]"],
+        "objective.token_shaping",
+        "clips whole sequences",
+    ),
+    "opefo off-policy": ([TWO, "objective.token_shaping=[opefo]"], "learner.updates_per_step", "strictly on-policy"),
+    "opefo first": (["objective.token_shaping=[opefo,stare]"], "objective.token_shaping", "upsets the balance"),
+    "twice": (["objective.token_shaping=[stare,stare]"], "objective.token_shaping", "stare is named twice"),
+    "two Clip-Covs": (
+        ["objective.token_shaping=[clip_cov]", "entropy.actuator=clip_cov"],
+        "entropy.actuator",
+        "detaches tokens by covariance",
+    ),
+    "clip_cov limits": (
+        ["objective.token_shaping=[clip_cov]", "objective.clip_cov.low=5"],
+        "objective.clip_cov.low",
+        "not below",
+    ),
+    "idle kl_cov": (["objective.kl_cov.coef=2"], "objective.kl_cov.coef", "no effect without objective.loss=kl_cov"),
+    "idle pass_at_k": (
+        ["objective.pass_at_k.share=1"],
+        "objective.pass_at_k.share",
+        "without objective.advantage=pass_at_k",
+    ),
+    "idle stare": (
+        ["objective.stare.target=1"],
+        "objective.stare.target",
+        "no effect without objective.token_shaping=[stare]",
+    ),
+    "pass@k of all": (
+        ["objective.advantage=pass_at_k", "objective.pass_at_k.samples=16"],
+        "objective.pass_at_k.samples",
+        "needs fewer than all",
+    ),
+    "rlrt budget": (
+        ["objective.token_shaping=[rlrt]", "learner.max_tokens_per_micro_batch=2048"],
+        "learner.max_tokens_per_micro_batch",
+        "up to 4096 tokens",
+    ),
+    "overlong": (["objective.overlong.buffer=1025"], "objective.overlong.buffer", "longer than a response"),
+    "idle penalty": (["objective.overlong.penalty=2"], "objective.overlong.penalty", "no effect while"),
+    "cuts on SGLang": (
+        ["rollout.cuts.share=0.5", "rollout.engine=sglang"],
+        "rollout.cuts.share",
+        "engine sglang has no such sampling rule",
+    ),
+    "idle cuts": (["rollout.cuts.top=3"], "rollout.cuts.top", "no effect while rollout.cuts.share is 0"),
+    "no cuts": (["rollout.cuts.share=0.01"], "rollout.cuts.share", "is none of the 16 samples"),
+    "replaces": (["entropy.auxiliary_replaces=true"], "entropy.auxiliary_replaces", "draws no auxiliary rows"),
+}
+ALLOWED = [
+    GSPO,
+    [*GSPO, "objective.token_shaping=[entrocraft]"],
+    [TWO, "objective.loss=kl_cov", "objective.kl_cov.fraction=2e-4", "objective.advantage=rloo"],
+    ["objective.loss=htpo", "objective.dual_clip=10", "objective.token_shaping=[entropy_adv,stare,opefo]"],
+    ["objective.token_shaping=[clip_cov]", "entropy.actuator=entropy_bonus"],
+    ["objective.token_shaping=[rlrt]", "learner.max_tokens_per_micro_batch=4096"],
+    ["objective.advantage=pass_at_k", "objective.pass_at_k.samples=15"],
+    ["rollout.cuts.share=0.5", "rollout.cuts.top=3", "rollout.sampling_rounds=3"],
+    ["entropy.actuator=resample", "entropy.auxiliary_replaces=true", "entropy.positive_mean=main"],
+]
+
+
+@pytest.fixture
+def model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_nonsense_is_refused(model, name):
+    overrides, key, words = BROKEN[name]
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [f"model.hf_path={model}", *overrides])
+    (problem,) = caught.value.problems
+    assert problem.key == key
+    assert words in problem.problem
+    assert problem.remedy
+
+
+@pytest.mark.parametrize("overrides", ALLOWED)
+def test_what_composes_is_allowed(model, overrides):
+    load_config(None, [f"model.hf_path={model}", *overrides])

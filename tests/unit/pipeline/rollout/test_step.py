@@ -1,0 +1,97 @@
+"""What a step draws, with the shipped model in the native engine."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.config.load import load_config
+from pipeline.data.cursor import DataCursor
+from pipeline.data.sources import load_prompts
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.monitoring.recorder import StepClock
+from pipeline.rewards.stage import VerifierStage
+from pipeline.rollout.native import NativeEngine
+from pipeline.rollout.requests import step_requests
+from pipeline.rollout.step import draw_step
+from pipeline.types import ControlDecision, Cuts, Role
+
+ROOT = Path(__file__).resolve().parents[4]
+MODEL = ROOT / "configs/model/pm4-100k"
+DECISION = ControlDecision(1.3, 1.3, 2, "tracking", "")
+SMALL = ["runtime=inline", "learner.tensor_model_parallel_size=1", "rollout.prompts_per_step=4"]
+
+
+def configured(*overrides):
+    return load_config(ROOT / "configs/recipe/pm4.yaml", [*SMALL, *overrides])
+
+
+@pytest.fixture(scope="module")
+def parts():
+    config = configured()
+    tokenizer = load_tokenizer(MODEL)
+    engine = NativeEngine()
+    engine.start(MODEL)
+    prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
+    return engine, VerifierStage(config.data, tokenizer), prompts.train
+
+
+def draw(parts, *overrides, prompts=None):
+    engine, verifier, train = parts
+    cursor = DataCursor(train if prompts is None else prompts, seed=0)
+    clock = StepClock()
+    return draw_step(cursor, engine, verifier, DECISION, configured(*overrides), 0, clock), clock.seconds()
+
+
+def differs(group):
+    return len({sample.reward for sample in group.samples}) > 1
+
+
+def test_one_round_takes_what_comes(parts):
+    drawn, seconds = draw(parts, "rollout.samples_per_prompt=2")
+    assert drawn.trained is drawn.main
+    assert [len(group.samples) for group in drawn.main] == [2] * 4
+    assert [group.role for group in drawn.auxiliary] == [Role.AUXILIARY] * 2
+    assert drawn.stale == 0
+    assert {"sample", "verify"} <= seconds.keys()
+
+
+def test_dynamic_sampling_draws_until_enough_groups_differ(parts):
+    """Of two samples a group seldom differs: several rounds, each with new prompts, auxiliary samples in the first only."""
+    once, _ = draw(parts, "rollout.samples_per_prompt=2")
+    drawn, _ = draw(parts, "rollout.samples_per_prompt=2", "rollout.sampling_rounds=20")
+    assert sum(map(differs, once.main)) < 4
+    assert [differs(group) for group in drawn.trained] == [True] * 4
+    assert len(drawn.main) % 4 == 0
+    assert sum(map(differs, drawn.main[:-4])) < 4  # it stopped as soon as it could
+    assert drawn.trained == [group for group in drawn.main if differs(group)][:4]
+    assert len({group.prompt.id for group in drawn.main}) == len(drawn.main)
+    first = [[sample.text for sample in group.samples] for group in drawn.main[:4]]
+    assert first == [[sample.text for sample in group.samples] for group in once.main]
+    assert len(drawn.auxiliary) == 2
+
+
+def test_dynamic_sampling_makes_do_with_too_few(parts):
+    easy = [group.prompt for group in draw(parts, "rollout.samples_per_prompt=2")[0].main]
+    drawn, _ = draw(parts, "rollout.samples_per_prompt=2", "rollout.sampling_rounds=3", prompts=easy)
+    assert len(drawn.main) == 4  # none is drawn twice, however often the epoch begins again
+    kinds = [differs(group) for group in drawn.trained]
+    assert len(kinds) == 4
+    assert kinds == sorted(kinds, reverse=True)
+
+
+def test_cuts_draws_the_second_part_of_each_group(parts):
+    prompts = parts[2][1000:1002]
+    plain, cut = (
+        step_requests(prompts, DECISION, configured(*words), 0)
+        for words in ([], ["rollout.cuts.share=0.5", "rollout.cuts.warmup_tokens=2"])
+    )
+    assert [request.cuts for request in cut] == [Cuts(8, 5, 0.03, 2)] * 2 + [None] * 2  # not the auxiliary ones
+    assert [request.cuts for request in plain] == [None] * 4
+    assert [request.seeds for request in cut] == [request.seeds for request in plain]
+    for usual, other in zip(parts[0].generate(plain[:2]), parts[0].generate(cut[:2]), strict=True):
+        same = [np.array_equal(a.token_ids, b.token_ids) for a, b in zip(usual.samples, other.samples, strict=True)]
+        assert all(same[:8])
+        assert not all(same[8:])
+        for a, b in zip(usual.samples, other.samples, strict=True):
+            assert a.token_ids[:2].tolist() == b.token_ids[:2].tolist()
