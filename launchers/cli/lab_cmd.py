@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from launchers.cli.arguments import JSON
 from pipeline.methods import EVIDENCE, METHODS
 
+if TYPE_CHECKING:
+    from launchers.lab.matrix import Outcome
+
 app = typer.Typer(help="Compare entropy methods on the same loop.", no_args_is_help=True)
-
-
-@app.callback()
-def lab() -> None:
-    """Compare entropy methods on the same loop."""
 
 
 @app.command(
@@ -34,3 +37,63 @@ def methods(as_json: bool = JSON) -> None:
         typer.echo(f"    {method.rule}")
         typer.echo(f"    {' '.join(method.overrides) or f'not offered: {method.missing}'}")
     typer.echo("; ".join(f"{name}: {meaning}" for name, meaning in EVIDENCE.items()))
+
+
+@app.command("run")
+def run(
+    suite: str = typer.Option("small", "--suite", "-s", help="Packaged suite, or a YAML file."),
+    methods: list[str] = typer.Option([], "--methods", "-m", help="Only these (the baseline is always among them)."),
+    seeds: int | None = typer.Option(None, "--seeds", help="Runs of each method; default: the suite's."),
+    out: Path = typer.Option(Path("runs/lab"), "--out", "-o", help="Folder of the runs and the report."),
+    workers: int = typer.Option(os.cpu_count() or 1, "--workers", min=1, help="Runs at the same time."),
+    as_json: bool = JSON,
+) -> None:
+    """Run every method of a suite on every seed, then write one report (lab.html, lab.md, lab.png, lab.json).
+
+    May be stopped and started again: complete runs are kept, by the hash of their configuration, and broken ones resumed.
+
+    Examples:
+
+      isentrope lab run --suite small
+
+      isentrope lab run -m isentrope_reweight -m clip_cov --seeds 5 --out runs/two
+    """
+    from launchers.lab.matrix import run_matrix  # reads the runs' configurations
+    from launchers.lab.report import write_report  # loads matplotlib
+    from launchers.lab.suite import cells, chosen, load_suite
+
+    known = {name: method.overrides for name, method in METHODS.items() if not method.missing}
+    wanted = chosen(load_suite(suite, known), methods, seeds, known)
+    matrix = cells(wanted, known, out)
+    out.mkdir(parents=True, exist_ok=True)
+    with _Bar(len(matrix)) as bar:
+        outcomes = run_matrix(matrix, workers, bar.show)
+    result = write_report(wanted, matrix, outcomes, out)
+    typer.echo(json.dumps(result) if as_json else (out / "lab.md").read_text())
+    if result["failed"]:
+        typer.echo(f"{len(result['failed'])} of {len(matrix)} runs failed; start again to resume them", err=True)
+        raise typer.Exit(1)
+
+
+class _Bar:
+    """Runs done, on stderr; a line for each that failed."""
+
+    def __init__(self, count: int) -> None:
+        columns = TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+        self._bar = Progress(*columns, console=Console(stderr=True))
+        self._task = self._bar.add_task("runs", total=count)
+
+    def __enter__(self) -> _Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def show(self, outcome: Outcome) -> None:
+        """One more has ended."""
+        if outcome.error:
+            self._bar.console.print(
+                f"{outcome.cell.method}, seed {outcome.cell.seed}: {outcome.error}", markup=False, soft_wrap=True
+            )
+        self._bar.advance(self._task)

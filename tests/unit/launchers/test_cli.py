@@ -49,13 +49,19 @@ def _restore_hook(monkeypatch):
         ["jobs", "cancel"],
         ["lab"],
         ["lab", "methods"],
+        ["lab", "run"],
+        ["benchmark"],
+        ["benchmark", "list"],
+        ["benchmark", "fetch"],
+        ["benchmark", "run"],
+        ["benchmark", "report"],
     ],
 )
 def test_every_command_has_help_with_an_example(capsys, words):
     code, out, _ = call(capsys, *words, "--help")
     assert code == 0
     assert "Usage: isentrope" in out
-    if words and words not in (["config"], ["launch"], ["jobs"], ["alerts"], ["lab"]):
+    if words and words not in (["config"], ["launch"], ["jobs"], ["alerts"], ["lab"], ["benchmark"]):
         assert "Example" in out
 
 

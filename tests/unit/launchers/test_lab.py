@@ -31,7 +31,14 @@ def history(tmp_path):
         (run_dir / "config.yaml").write_text(to_yaml(load_config(Path("recipe/pm4.yaml"), overrides)))
         with EventLog(run_dir / "events.jsonl") as log:
             for step, (reward, share) in enumerate(zip(rewards, pass_at_16, strict=True)):
-                figures = {"time": 0.0, "entropy": 0.3, "band_low": 0.27, "band_high": 0.33, "reward": reward, "state": "tracking"}
+                figures = {
+                    "time": 0.0,
+                    "entropy": 0.3,
+                    "band_low": 0.27,
+                    "band_high": 0.33,
+                    "reward": reward,
+                    "state": "tracking",
+                }
                 drawn = dict(zip(("main", "auxiliary"), tokens, strict=True))
                 log.append("step", {"step": step, **figures, "tokens": drawn, "seconds": {"total": 2.0}})
                 estimate = {"value": share, "low": share, "high": share}
