@@ -77,7 +77,7 @@ def find(name: str | None) -> Job:
 def shell(ssh: SshConfig) -> Shell:
     """Where the cluster is reached: this machine, or its login node."""
     if not ssh.host:
-        return _local
+        return local
     from nemo_run import SSHTunnel
 
     tunnel = SSHTunnel(host=ssh.host, user=ssh.user, identity=ssh.identity or None, job_dir=ssh.job_dir)
@@ -178,7 +178,8 @@ def _quoted(job: Job, *parts: str) -> str:
     return shlex.quote("/".join((job.run_dir, *parts)))
 
 
-def _local(command: str) -> str:
+def local(command: str) -> str:
+    """Run a command line on this machine: the ``Shell`` of a cluster that this machine submits to."""
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     if done.returncode:
         raise CommandError((done.stderr or done.stdout).strip())  # scontrol complains on both
