@@ -24,6 +24,7 @@ class SshConfig:
 
     host: str = key("", "login node to submit from over SSH; empty: this machine submits")
     user: str = key("", "user there")
+    port: int = key(0, "port of its sshd; 0: what your ssh configuration says, or 22")
     identity: str = key("", "private key file; empty: the SSH agent, then a password")
     job_dir: str = key("", "folder there, on a file system that the nodes share, for code and job scripts")
 
@@ -114,6 +115,17 @@ def problems_of(cluster: ClusterConfig) -> Iterator[Problem]:
         )
     if cluster.ssh.job_dir and re.search(r"\s", cluster.ssh.job_dir):
         yield Problem("ssh.job_dir", cluster.ssh.job_dir, "nemo-run does not quote this path", "use one without spaces")
+    if not 0 <= cluster.ssh.port < 2**16:
+        yield Problem(
+            "ssh.port", cluster.ssh.port, "not a port", "give a number up to 65535, or 0 for ssh's own choice"
+        )
+    if cluster.ssh.identity and not Path(cluster.ssh.identity).expanduser().is_file():
+        yield Problem(
+            "ssh.identity",
+            cluster.ssh.identity,
+            "no such file",
+            "name your private key, or leave it empty for the agent",
+        )
 
 
 def _words(cluster: ClusterConfig) -> Iterator[Problem]:
