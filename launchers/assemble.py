@@ -24,6 +24,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.cursor import DataCursor
 from pipeline.data.sources import check_prompts, load_prompts
 from pipeline.data.tokenizer import load_tokenizer
+from pipeline.disk import reserved
 from pipeline.entropy.factory import build_controller
 from pipeline.evaluation.evaluate import evaluate as evaluate_engine
 from pipeline.learner import Learner
@@ -53,6 +54,7 @@ def train(config: RunConfig, resume: Path | None = None) -> dict[str, Any]:
     run_dir = (resume or named).resolve()  # actors may live in another working directory
     with ExitStack() as stack:
         recorder = stack.enter_context(Recorder(run_dir, config, resumed=resume is not None))
+        stack.enter_context(reserved(run_dir))  # given back before the recorder writes how the run ended
         checkpoint = _checkpoints(run_dir, config).latest() if resume else None
         loop = build_loop(config, recorder, stack)
         if checkpoint:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from megatron.core import dist_checkpointing, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import torch as torch_dist
@@ -33,11 +34,15 @@ class _SaveInProcess(torch_dist.TorchDistSaveShardedStrategy):
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> None:
         tensors, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        dcp.save(
-            torch_dist.mcore_to_pyt_state_dict(tensors, False),
-            storage_writer=dcp.FileSystemWriter(checkpoint_dir),
-            planner=torch_dist.MCoreSavePlanner(flatten_state_dict=False),
-        )
+        try:
+            dcp.save(
+                torch_dist.mcore_to_pyt_state_dict(tensors, False),
+                storage_writer=dcp.FileSystemWriter(checkpoint_dir),
+                planner=torch_dist.MCoreSavePlanner(flatten_state_dict=False),
+            )
+        except CheckpointException as error:  # a BaseException, which nobody expects
+            said = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
+            raise RuntimeError(f"{checkpoint_dir} could not be written: {said}") from error
 
 
 def save(

@@ -27,6 +27,7 @@ from pathlib import Path
 from launchers import environment
 from launchers.slurm.attempts import LAUNCH, AttemptLog, Progress, gives_up, progress
 from pipeline.config.load import load_config
+from pipeline.disk import DiskFullError
 from pipeline.monitoring.events import FILE_NAME
 
 SHIPPED = Path(".launch")  # beside the shipped code: config.yaml, cluster.yaml, code.json, code.patch, launch.json
@@ -100,7 +101,8 @@ def _verdict(code: int, after: Progress, steps: int, cancelled: bool) -> tuple[s
         return "failed", "the configuration was refused; the message is in the log"
     if code != 0:
         ending = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        return "again", after.error or f"the training process ended with {ending}"
+        verdict = "failed" if after.error.startswith(DiskFullError.__name__) else "again"
+        return verdict, after.error or f"the training process ended with {ending}"
     if after.status == "completed":
         return "completed", f"{after.step} steps"
     return "cancelled" if cancelled else "saved", f"checkpoint after {after.step} of {steps} steps"
