@@ -243,6 +243,10 @@ def _machines(setting: Setting) -> Iterator[str | Problem]:
     yield f"engines: {rollout.engines} {rollout.engine}{server}{shared}"
     if cluster is None:
         return
+    if shared and not cluster.gpus_per_node:
+        remedy = "set rollout.placement=disaggregated, or cluster.gpus_per_node"
+        yield Problem("rollout.placement", rollout.placement, "the cluster has no GPUs to share", remedy)
+        return
     try:
         placed = setting.placed()
     except PlacementError as error:

@@ -77,9 +77,7 @@ class CheckpointStore:
             shutil.rmtree(old.path)
         return Checkpoint(step, final)
 
-    def _write(
-        self, folder: Path, step: int, state: Mapping[str, Any], save_learner: Callable[[Path], None]
-    ) -> None:
+    def _write(self, folder: Path, step: int, state: Mapping[str, Any], save_learner: Callable[[Path], None]) -> None:
         """Everything, the manifest last."""
         (folder / "learner").mkdir(parents=True)
         save_learner(folder / "learner")

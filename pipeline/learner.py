@@ -34,6 +34,9 @@ class Learner(Protocol):
         ``None``, and the buckets of all ranks make up the version. Over Ray the yielded objects are opaque handles that an engine's ``load_bucket`` accepts; the driver never holds the bytes.
         """
 
+    def empty_cache(self) -> None:
+        """Give back GPU memory that is kept for reuse only: engines on the same GPUs need it."""
+
     def save(self, directory: Path) -> None:
         """Write parameters, optimizer, schedule and RNG state into an empty directory (dist_checkpointing)."""
 

@@ -67,6 +67,7 @@ class TrainingLoop:
         with clock("batch"):
             batch = build_batch(main, auxiliary, decision, self.config, self.pad_token_id)
         with clock("train"):
+            self.rollouts.make_room()
             stats = self.learner.update(self.prepare(batch), self.step)
         with clock("sync"):
             self.rollouts.push(self.step + 1)

@@ -22,17 +22,27 @@ class Rollouts:
         learner: where weights come from; it must still hold the version last pushed when ``generate`` is called.
         hf_path: what an engine is started with before it receives weights.
         on_fault: told of every engine brought back, in words.
+        colocated: engines and learner share GPUs, and take turns with their memory.
     """
 
     def __init__(
-        self, pool: EnginePool, learner: Learner, hf_path: Path, on_fault: Callable[[str], None] = log.warning
+        self,
+        pool: EnginePool,
+        learner: Learner,
+        hf_path: Path,
+        on_fault: Callable[[str], None] = log.warning,
+        *,
+        colocated: bool = False,
     ) -> None:
         self._pool, self._learner, self._hf_path, self._on_fault = pool, learner, hf_path, on_fault
+        self._colocated = colocated
         self._version = 0
 
     def push(self, version: int) -> None:
         """Hand the learner's weights over as ``version``. Raises ``WeightUpdateError`` when a second try fails too."""
         self._version = version
+        if self._colocated:
+            self._learner.empty_cache()
         try:
             push_weights(self._learner, self._pool, version)
         except EngineError as error:
@@ -47,6 +57,16 @@ class Rollouts:
             self._revive(error)
             push_weights(self._learner, self._pool, self._version)
             return self._pool.generate(requests)
+
+    def make_room(self) -> None:
+        """Before the learner trains: engines on its GPUs leave them, until the next ``push``."""
+        if not self._colocated:
+            return
+        try:
+            self._pool.release()
+        except EngineError as error:
+            self._revive(error)
+            self._pool.release()
 
     def _revive(self, error: EngineError) -> None:
         revived = self._pool.revive(self._hf_path)

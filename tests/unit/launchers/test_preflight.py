@@ -163,6 +163,12 @@ def test_engines_on_the_learner_s_gpus(tmp_path):
     assert "of 80 GiB" in problem.problem
 
 
+def test_there_must_be_gpus_to_share(tmp_path):
+    keys = ["rollout.placement=colocated", "rollout.engine=sglang"]
+    (problem,) = check(setting(tmp_path, *keys, cluster=["gpus_per_node=0"])).problems
+    assert (problem.key, problem.problem) == ("rollout.placement", "the cluster has no GPUs to share")
+
+
 def test_a_cluster_without_gpus_has_no_forecast(tmp_path):
     lines = check(setting(tmp_path, cluster=["gpus_per_node=0"])).lines
     assert not [line for line in lines if "predicted" in line]
