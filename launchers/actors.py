@@ -75,6 +75,10 @@ class LearnerRank:
         """A port of this node that rank 0 can listen on."""
         return free_port(host)
 
+    def gpu(self) -> str:
+        """What CUDA_VISIBLE_DEVICES calls this rank's GPU; "" without one."""
+        return ",".join(map(str, ray.get_runtime_context().get_accelerator_ids()["GPU"]))
+
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Run one method of the learner on this rank."""
         return getattr(self.learner, method)(*args, **kwargs)
@@ -119,6 +123,14 @@ class RayLearner:
 
     def _answer(self, replies: Any) -> Any:
         return answer(replies, "learner")
+
+    def gpus(self) -> list[str]:
+        """The GPU of every rank, as CUDA_VISIBLE_DEVICES calls it on its node."""
+        return self._answer([rank.gpu.remote() for rank in self.ranks])
+
+    def empty_cache(self) -> None:
+        """See ``pipeline.learner.Learner``."""
+        self._everywhere("empty_cache")
 
     def load(self, hf_path: Path) -> None:
         """See ``pipeline.learner.Learner``."""
@@ -237,6 +249,10 @@ class RayEngine:
     def generate(self, requests: Sequence[GenerateRequest]) -> list[SampleGroup]:
         """See ``pipeline.rollout.engine.RolloutEngine``."""
         return self._call("generate", requests)
+
+    def release(self) -> None:
+        """See ``pipeline.rollout.engine.RolloutEngine``."""
+        self._call("release")
 
     def begin_update(self, version: int) -> None:
         """Queue the beginning of an update."""

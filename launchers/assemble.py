@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import datetime
@@ -23,6 +23,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.cursor import DataCursor
 from pipeline.data.sources import check_prompts, load_prompts
 from pipeline.data.tokenizer import load_tokenizer
+from pipeline.disk import reserved
 from pipeline.entropy.factory import build_controller
 from pipeline.evaluation.evaluate import evaluate as evaluate_engine
 from pipeline.learner import Learner
@@ -54,6 +55,7 @@ def train(config: RunConfig, resume: Path | None, stop_requested: Callable[[], b
     with ExitStack() as stack:
         sidecar = stack.enter_context(Sidecar(config, run_dir))
         recorder = stack.enter_context(Recorder(run_dir, config, resumed=resume is not None))
+        stack.enter_context(reserved(run_dir))  # given back before the recorder writes how the run ended
         stack.enter_context(Watchdog(recorder, config, _others(config)))
         checkpoint = _checkpoints(run_dir, config).latest() if resume else None
         loop = build_loop(config, recorder, stack)
@@ -88,9 +90,9 @@ def serve(config: RunConfig, run: Path | None, stack: ExitStack) -> tuple[Engine
     checkpoint = _checkpoints(run.resolve(), config).latest() if run else None
     if run and not checkpoint:
         raise CheckpointError(f"{run} holds no complete checkpoint; evaluate its model with --config instead")
-    engine = start_engines(config, Path(stack.enter_context(TemporaryDirectory())), stack)
-    if checkpoint:
-        learner = start_learner(config, stack)
+    learner = start_learner(config, stack) if checkpoint else None
+    engine = start_engines(config, Path(stack.enter_context(TemporaryDirectory())), stack, learner)
+    if checkpoint and learner:
         learner.restore(checkpoint.learner)
         push_weights(learner, engine, checkpoint.step)
     return engine, checkpoint.step if checkpoint else 0
@@ -106,10 +108,12 @@ def build_loop(config: RunConfig, recorder: Recorder, stack: ExitStack) -> Train
     verifier = VerifierStage(config.data, tokenizer)
     stack.callback(verifier.close)
     learner = start_learner(config, stack)
-    engines = start_engines(config, recorder.run_dir / "logs", stack)
+    engines = start_engines(config, recorder.run_dir / "logs", stack, learner)
     return TrainingLoop(
         config=config,
-        rollouts=Rollouts(engines, learner, _hf_path(config), recorder.fault),
+        rollouts=Rollouts(
+            engines, learner, _hf_path(config), recorder.fault, colocated=config.rollout.placement == "colocated"
+        ),
         learner=learner,
         verifier=verifier,
         cursor=DataCursor(prompts.train, config.seed),
@@ -170,8 +174,15 @@ def build_learner_rank(config: RunConfig, rank: int, address: tuple[str, int]) -
     )
 
 
-def start_engines(config: RunConfig, log_dir: Path, stack: ExitStack) -> EnginePool:
-    """All engines behind one, started with the model's weights."""
+def start_engines(config: RunConfig, log_dir: Path, stack: ExitStack, learner: Learner | None = None) -> EnginePool:
+    """All engines behind one, started with the model's weights; colocated ones on the GPUs of ``learner``, if there is one.
+
+    Raises ``ConfigError`` where they are to share GPUs and there are none.
+    """
+    colocated = config.rollout.placement == "colocated"
+    if colocated and not torch.cuda.is_available():
+        remedy = "set rollout.placement=disaggregated"
+        raise ConfigError("rollout.placement", "colocated", "no CUDA device is visible here", remedy)
     builders = [partial(build_engine, config, index, log_dir) for index in range(config.rollout.engines)]
     if config.runtime == "inline":
         engines = [build() for build in builders]
@@ -179,10 +190,13 @@ def start_engines(config: RunConfig, log_dir: Path, stack: ExitStack) -> EngineP
         from launchers.actors import EngineProcess, RayEngine
 
         nodes, placement = _placed(config)
-        options = {"num_cpus": 0, "num_gpus": engine_gpus(config)}
+        options: list[dict[str, Any]] = [{"num_cpus": 0, "num_gpus": engine_gpus(config)}] * config.rollout.engines
+        if colocated and learner is not None:
+            options = shared_gpus(learner.gpus(), config.rollout.engines, config.rollout.tensor_parallel_size)
         timeout_s = config.rollout.weight_sync_timeout_s
         homes = [
-            EngineProcess.options(**options, scheduling_strategy=nodes[node].affinity()) for node in placement.engines
+            EngineProcess.options(**option, scheduling_strategy=nodes[node].affinity())
+            for option, node in zip(options, placement.engines, strict=True)
         ]
         engines = [
             RayEngine(partial(home.remote, build), f"engine {i}", timeout_s)
@@ -192,6 +206,24 @@ def start_engines(config: RunConfig, log_dir: Path, stack: ExitStack) -> EngineP
     stack.callback(pool.close)
     pool.start(_hf_path(config))
     return pool
+
+
+def shared_gpus(gpus: Sequence[str], engines: int, size: int) -> list[dict[str, Any]]:
+    """Ray's options for every engine: engine ``i`` sees the GPUs of learner ranks ``i * size`` and following, which Ray has given to them.
+
+    ``gpus``: of the ranks. Ray would otherwise hide every GPU from an actor that asks for none.
+    """
+    seen = [",".join(gpus[i * size : (i + 1) * size]) for i in range(engines)]
+    return [
+        {
+            "num_cpus": 0,
+            "num_gpus": 0,
+            "runtime_env": {
+                "env_vars": {"CUDA_VISIBLE_DEVICES": names, "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+            },
+        }
+        for names in seen
+    ]
 
 
 def build_engine(config: RunConfig, index: int, log_dir: Path) -> RolloutEngine:
@@ -227,7 +259,8 @@ def _placed(config: RunConfig) -> tuple[list[Node], Placement]:
     layout, rollout = config.learner, config.rollout
     tensor_parallel, engine = layout.tensor_model_parallel_size, engine_gpus(config)
     try:
-        return nodes, place(world_size(config), tensor_parallel, rollout.engines, engine, gpus)
+        together = rollout.placement == "colocated"
+        return nodes, place(world_size(config), tensor_parallel, rollout.engines, engine, gpus, colocated=together)
     except PlacementError as error:
         remedy = "use more nodes, a smaller layout, or fewer rollout.engines or rollout.tensor_parallel_size"
         raise ConfigError("learner.tensor_model_parallel_size", tensor_parallel, str(error), remedy) from error

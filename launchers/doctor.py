@@ -1,22 +1,37 @@
-"""Whether this machine can train: versions that fit together, devices, shared memory, ports, disk. Needs no configuration."""
+"""Whether this machine can train: versions that fit together, devices, shared memory, ports, disk. Needs no configuration.
+
+Imports nothing of Isentrope: a launch sends this file alone to the cluster's Python (``launchers.slurm.site``).
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import re
 import shutil
 import socket
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 OK, NOTE, BAD = "ok", "note", "bad"
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "ray", "sglang", "nemo-run")
-FITTED = (("isentrope", "sglang"), ("isentrope", "megatron-core"), ("sglang", "torch"), ("sglang", "transformers"))
+# As pyproject.toml has it, which does not travel with this file (a test compares them).
+SERVED = {
+    "torch": ">=2.11",
+    "megatron-core": ">=0.16.1,<0.20",
+    "transformer-engine": ">=2.20,<2.21",
+    "transformers": ">=5.0",
+    "ray": ">=2.50",
+    "sglang": ">=0.5.17,<0.6",
+}
+PINNED = (("sglang", "torch"), ("sglang", "transformers"))  # whose versions its owner declares
 GIB = 2**30
 
 
@@ -38,8 +53,7 @@ class Finding:
 def examine(folder: Path) -> list[Finding]:
     """Everything, in order; ``folder`` is where runs would be written."""
     looks: Sequence[Callable[[], Iterator[Finding]]] = (
-        _python,
-        _versions,
+        lambda: environment(_cuda()),
         _gpus,
         _memory,
         _ports,
@@ -47,6 +61,12 @@ def examine(folder: Path) -> list[Finding]:
         _slurm,
     )
     return [finding for look in looks for finding in look()]
+
+
+def environment(gpus: bool) -> Iterator[Finding]:
+    """Python and the packages; ``gpus``: whether they are to compute on GPUs."""
+    yield from _python()
+    yield from _versions(gpus)
 
 
 def _python() -> Iterator[Finding]:
@@ -57,19 +77,23 @@ def _python() -> Iterator[Finding]:
         yield Finding(OK, "python", f"{version} on {socket.gethostname()}")
 
 
-def _versions() -> Iterator[Finding]:
+def _versions(gpus: bool) -> Iterator[Finding]:
     found = {name: version for name in PACKAGES if (version := _version(name))}
     missing = {"torch", "megatron-core", "ray"} - found.keys()
     for name in sorted(missing):
         yield Finding(BAD, name, "not installed", f"pip install {name}")
     yield Finding(OK, "versions", ", ".join(f"{name} {version}" for name, version in found.items()))
-    for owner, name in FITTED:
-        wanted = _wanted(owner, name)
-        if wanted and name in found and Version(found[name]).public not in wanted.specifier:
-            level = NOTE if owner == "sglang" and not _cuda() else BAD  # its CPU paths are less particular
-            words = f"{found[name]} is installed, {owner} {_version(owner)} wants {wanted.specifier}"
-            yield Finding(level, name, words, f"install {name}{wanted.specifier}, or another {owner}")
-    if "transformer-engine" not in found and _cuda():
+    for name, wanted in SERVED.items():
+        if name in found and Version(found[name]).public not in SpecifierSet(wanted):
+            remedy = f"install {name}{wanted}, or another isentrope"
+            yield Finding(BAD, name, f"{found[name]} is installed, isentrope wants {wanted}", remedy)
+    for owner, name in PINNED:
+        pin = _wanted(owner, name)
+        if pin and name in found and Version(found[name]).public not in pin.specifier:
+            level = BAD if gpus else NOTE  # its CPU paths are less particular
+            words = f"{found[name]} is installed, {owner} {_version(owner)} wants {pin.specifier}"
+            yield Finding(level, name, words, f"install {name}{pin.specifier}, or another {owner}")
+    if "transformer-engine" not in found and gpus:
         yield Finding(NOTE, "transformer-engine", "not installed", "install it for FP8 and fused layers")
 
 
@@ -158,3 +182,7 @@ def _wanted(owner: str, name: str) -> Requirement | None:
         if requirement.name.lower().replace("_", "-") == name:
             return requirement
     return None
+
+
+if __name__ == "__main__":
+    sys.stdout.write(json.dumps([asdict(finding) for finding in environment("gpus" in sys.argv)]))

@@ -18,12 +18,21 @@ class Placement:
     engines: tuple[int, ...]  # of each engine
 
 
-def place(world_size: int, tensor_parallel: int, engines: int, engine_gpus: int, node_gpus: Sequence[int]) -> Placement:
+def place(
+    world_size: int,
+    tensor_parallel: int,
+    engines: int,
+    engine_gpus: int,
+    node_gpus: Sequence[int],
+    *,
+    colocated: bool = False,
+) -> Placement:
     """Place ``world_size`` learner ranks and ``engines`` engines on ``len(node_gpus)`` nodes.
 
-    With GPUs (``node_gpus``, per node) ranks fill the nodes in order, one GPU each, then come the engines, on GPUs of their own. A
-    tensor-parallel group stays inside a node unless it is larger than one; an engine always does. Without GPUs tensor-parallel groups are
-    dealt evenly from the first node on, engines from the last. Raises ``PlacementError``.
+    With GPUs (``node_gpus``, per node) ranks fill the nodes in order, one GPU each, then come the engines, on GPUs of their own or,
+    ``colocated``, engine ``i`` on those of ranks ``i * engine_gpus`` and following. A tensor-parallel group stays inside a node unless
+    it is larger than one; an engine always does. Without GPUs tensor-parallel groups are dealt evenly from the first node on,
+    engines from the last. Raises ``PlacementError``.
     """
     groups = world_size // tensor_parallel
     if not any(node_gpus):
@@ -37,10 +46,30 @@ def place(world_size: int, tensor_parallel: int, engines: int, engine_gpus: int,
     placed: list[int] = []
     for group in range(groups):
         placed += _group(free, tensor_parallel, max(node_gpus), f"tensor-parallel group {group} of the learner")
+    if engine_gpus > max(node_gpus):
+        raise PlacementError(
+            f"an engine needs {engine_gpus} GPUs, a node has {max(node_gpus)}: engines of several nodes are not supported"
+        )
+    if colocated and engine_gpus:
+        return Placement(tuple(placed), tuple(_shared(placed, engine_gpus, i) for i in range(engines)))
     hosts = [
         _group(free, engine_gpus, max(node_gpus), f"engine {i}")[:1] if engine_gpus else [0] for i in range(engines)
     ]
     return Placement(tuple(placed), tuple(host[0] for host in hosts))
+
+
+def _shared(ranks: Sequence[int], gpus: int, engine: int) -> int:
+    """The node of the learner ranks whose GPUs an engine shares, which must be one."""
+    homes = ranks[engine * gpus : (engine + 1) * gpus]
+    if len(homes) < gpus:
+        raise PlacementError(
+            f"engine {engine} needs the GPUs of {gpus} learner ranks, of {len(ranks)} are left {len(homes)}"
+        )
+    if len(set(homes)) > 1:
+        raise PlacementError(
+            f"engine {engine} would share GPUs of the nodes {sorted(set(homes))}; it must fit into one"
+        )
+    return homes[0]
 
 
 def _group(free: list[int], gpus: int, largest: int, who: str) -> list[int]:

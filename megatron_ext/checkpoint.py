@@ -17,6 +17,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ext.topology import Topology
 
@@ -33,11 +34,15 @@ class _SaveInProcess(torch_dist.TorchDistSaveShardedStrategy):
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> None:
         tensors, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        dcp.save(
-            torch_dist.mcore_to_pyt_state_dict(tensors, False),
-            storage_writer=dcp.FileSystemWriter(checkpoint_dir),
-            planner=torch_dist.MCoreSavePlanner(flatten_state_dict=False),
-        )
+        try:
+            dcp.save(
+                torch_dist.mcore_to_pyt_state_dict(tensors, False),
+                storage_writer=dcp.FileSystemWriter(checkpoint_dir),
+                planner=torch_dist.MCoreSavePlanner(flatten_state_dict=False),
+            )
+        except CheckpointException as error:  # a BaseException, which nobody expects
+            said = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
+            raise RuntimeError(f"{checkpoint_dir} could not be written: {said}") from error
 
 
 def save(

@@ -94,6 +94,11 @@ class MegatronLearner:
             for name, parameter in gpt.named_parameters():
                 reference[name].copy_(parameter.data)
 
+    def empty_cache(self) -> None:
+        """See ``pipeline.learner.Learner.empty_cache``."""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
     @torch.no_grad()
     def log_probs(self, batch: TrainBatch, *, reference: bool = False) -> torch.Tensor:
         """T=1 log-probabilities of the targets, on every rank; see ``pipeline.learner.Learner.log_probs``."""

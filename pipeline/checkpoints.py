@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.disk import require
+
 SCHEMA = 1
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"step-(\d{8})$")
@@ -53,23 +55,37 @@ class CheckpointStore:
         """Write everything under one manifest, publish it by a rename, then drop the oldest beyond ``keep_last``.
 
         ``save_learner`` gets an empty folder. A step that is already published is left as it is. If anything raises, earlier
-        checkpoints are untouched.
+        checkpoints are untouched, and what was written is removed. Raises ``DiskFullError`` before anything is written where there is no
+        room for as much as the newest checkpoint takes.
         """
         writing, final = self.root / f".writing-step-{step:08d}", self.root / f"step-{step:08d}"
         if final.exists():
             return Checkpoint(step, final)
-        if writing.exists():
-            shutil.rmtree(writing)
-        (writing / "learner").mkdir(parents=True)
-        save_learner(writing / "learner")
-        (writing / "state.json").write_text(json.dumps(state))
-        files = {str(p.relative_to(writing)): _fingerprint(p) for p in sorted(writing.rglob("*")) if p.is_file()}
-        _write_durably(writing / MANIFEST, json.dumps({"schema": SCHEMA, "step": step, "files": files}, indent=1))
+        for left in self.root.glob(".writing-*"):  # by a process that was killed
+            shutil.rmtree(left)
+        if newest := self.complete()[-1:]:
+            size = sum(path.stat().st_size for path in newest[0].path.rglob("*") if path.is_file())
+            require(self.root, size, f"a checkpoint after step {step}")
+        try:
+            self._write(writing, step, state, save_learner)
+        finally:
+            if not (writing / MANIFEST).exists():
+                shutil.rmtree(writing, ignore_errors=True)
         os.rename(writing, final)
         _sync_folder(self.root)
         for old in self.complete()[: -self.keep_last]:
             shutil.rmtree(old.path)
         return Checkpoint(step, final)
+
+    def _write(self, folder: Path, step: int, state: Mapping[str, Any], save_learner: Callable[[Path], None]) -> None:
+        """Everything, the manifest last."""
+        (folder / "learner").mkdir(parents=True)
+        save_learner(folder / "learner")
+        (folder / "state.json").write_text(json.dumps(state))
+        files = {str(p.relative_to(folder)): _fingerprint(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+        manifest = json.dumps({"schema": SCHEMA, "step": step, "files": files}, indent=1)
+        _write_durably(folder / f".{MANIFEST}", manifest)
+        os.rename(folder / f".{MANIFEST}", folder / MANIFEST)
 
     def complete(self) -> list[Checkpoint]:
         """Every published checkpoint, oldest first."""

@@ -42,6 +42,9 @@ class Learner(Protocol):
     def export_size(self) -> tuple[int, int]:
         """Bytes and buckets of one version; the same for every version."""
 
+    def empty_cache(self) -> None:
+        """Give back GPU memory that is kept for reuse only: engines on the same GPUs need it."""
+
     def save(self, directory: Path) -> None:
         """Write parameters, optimizer, schedule and RNG state into an empty directory (dist_checkpointing)."""
 

@@ -61,6 +61,7 @@ class TrainingLoop:
         with clock("batch"):
             batch = build_batch(drawn.trained, drawn.auxiliary, decision, self.config, self.pad_token_id)
         with clock("train"):
+            self.rollouts.make_room()
             batch = prepare(batch, self.learner, self.config, self.step)
             stats = self.learner.update(batch, self.step)
         with clock("sync"):

@@ -12,6 +12,9 @@ CONFIG = typer.Option(None, "--config", "-c", help="YAML file; looked up here, t
 OVERRIDES = typer.Argument(
     default_factory=list, show_default=False, metavar="KEY=VALUE", help="Overrides, e.g. learner.optimizer.lr=1e-4."
 )
+MEAN_RESPONSE = typer.Option(
+    0, "--mean-response", min=0, help="Expected response tokens, for the predicted times; 0: rollout.max_new_tokens."
+)
 JSON = typer.Option(False, "--json", help="Print one JSON document on stdout.")
 
 

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import shlex
 import time
-from dataclasses import replace
-from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
-from launchers.cli.arguments import CONFIG, OVERRIDES
+from launchers.cli.arguments import CONFIG, MEAN_RESPONSE, OVERRIDES
 from launchers.cli.jobs_cmd import follow
 from pipeline.config.errors import ConfigError
-from pipeline.config.load import load_config, to_yaml
-from pipeline.config.schema import RunConfig
+from pipeline.config.load import to_yaml
+
+if TYPE_CHECKING:
+    from launchers.preflight import Setting
 
 app = typer.Typer(help="Start a training run: on a Slurm cluster, or here with supervision.", no_args_is_help=True)
 
@@ -32,6 +33,7 @@ def slurm(
     nodes: int | None = typer.Option(None, "--nodes", min=1, help="Nodes; default: what the cluster file says."),
     resume: Path | None = RESUME,
     dry_run: bool = DRY_RUN,
+    mean_response: int = MEAN_RESPONSE,
     detach: bool = typer.Option(
         False, "--detach", help="Return when the job is in the queue, instead of following it."
     ),
@@ -46,28 +48,28 @@ def slurm(
 
       isentrope launch slurm --config my.yaml --cluster my_cluster.yaml steps=500 cluster.walltime=02:00:00 --detach
     """
-    from launchers import preflight
+    from launchers.preflight import prepared
     from launchers.slurm.cluster import load_cluster, split_overrides
     from launchers.slurm.worktree import collect
 
     of_run, of_cluster = split_overrides(overrides)
     described = load_cluster(cluster, of_cluster)
-    count = nodes or described.nodes
-    resolved, run_dir = _resolved(config, of_run, resume, Path(described.scratch) / "runs")
-    report = preflight.check(preflight.Setting(resolved, described, count, run_dir, resume is not None))
-    typer.echo("\n".join(report.lines))
-    report.raise_problems()
+    _one_of(config, resume)
+    stated = {"nodes": nodes, "resume": resume, "submits": not dry_run, "mean_response": mean_response}
+    with prepared(config, of_run, described, **stated) as setting:
+        _show(setting)
     from launchers.slurm import jobs
     from launchers.slurm.submit import Launch, check_partition, script, submit
 
-    launch = Launch(resolved, described, count, run_dir, collect())
+    launch = Launch(setting.config, described, setting.nodes, setting.run_dir, collect())
     typer.echo(f"code: {launch.code.described}")
     if dry_run:
-        typer.echo(f"\n--- config.yaml\n{to_yaml(resolved)}\n--- job script\n{script(launch)}")
+        typer.echo(f"\n--- config.yaml\n{to_yaml(setting.config)}\n--- job script\n{script(launch)}")
         return
-    check_partition(launch, jobs.shell(described.ssh))
+    check_partition(launch, setting.shell)
     began = time.time()
     submitted = submit(launch)
+    run_dir = setting.run_dir
     remembered = jobs.remember(submitted.job_ids, launch.job_name, run_dir, submitted.experiment, described.ssh, began)
     first = remembered[0]
     typer.echo(f"submitted: job {', '.join(submitted.job_ids)}, log {first.log}")
@@ -92,13 +94,13 @@ def local(
 
       isentrope launch local --config configs/quickstart.yaml steps=50
     """
-    from launchers import preflight
     from launchers.local import supervise
+    from launchers.preflight import prepared
 
-    resolved, run_dir = _resolved(config, overrides, resume, Path("runs").resolve())
-    report = preflight.check(preflight.Setting(resolved, None, 1, run_dir, resume is not None))
-    typer.echo("\n".join(report.lines))
-    report.raise_problems()
+    _one_of(config, resume)
+    with prepared(config, overrides, None, resume=resume, submits=not dry_run) as setting:
+        _show(setting)
+    resolved, run_dir = setting.config, setting.run_dir
     if dry_run:
         typer.echo(f"\n--- config.yaml\n{to_yaml(resolved)}")
         return
@@ -110,18 +112,18 @@ def local(
         raise typer.Exit(1)
 
 
-def _resolved(config: Path | None, overrides: list[str], resume: Path | None, runs: Path) -> tuple[RunConfig, Path]:
-    """The configuration as it can be started from any folder, and the run's folder."""
+def _one_of(config: Path | None, resume: Path | None) -> None:
     if (config is None) == (resume is None):
         raise typer.BadParameter("give either --config FILE or --resume RUN")
-    from launchers.preflight import with_absolute_paths
 
-    loaded = load_config(resume / "config.yaml" if resume else config, overrides)
-    if loaded.runtime != "ray":
-        raise ConfigError(
-            "runtime", loaded.runtime, "a launched run needs Ray", "set runtime=ray, or use `isentrope train`"
-        )
-    named = Path(loaded.run_dir or runs / f"{loaded.name}-{datetime.now():%Y%m%d-%H%M%S}")
-    run_dir = (resume or named).resolve()
-    resolved = replace(with_absolute_paths(loaded), run_dir=str(run_dir))
-    return resolved, run_dir
+
+def _show(setting: Setting) -> None:
+    """The plan. Raises ``ConfigError`` with everything that stops the launch."""
+    from launchers.preflight import check
+
+    if setting.config.runtime != "ray":
+        remedy = "set runtime=ray, or use `isentrope train`"
+        raise ConfigError("runtime", setting.config.runtime, "a launched run needs Ray", remedy)
+    report = check(setting)
+    typer.echo("\n".join(report.lines))
+    report.raise_problems()

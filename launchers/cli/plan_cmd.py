@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launchers.cli import plan_learner_cmd
-from launchers.cli.arguments import JSON, OVERRIDES
+from launchers.cli.arguments import JSON, MEAN_RESPONSE, OVERRIDES
 
 app = typer.Typer(help="What something will cost, before it runs.", no_args_is_help=True)
 app.command("learner")(plan_learner_cmd.learner)
@@ -97,6 +97,7 @@ def run_plan(
     overrides: list[str] = OVERRIDES,
     cluster: Path | None = typer.Option(None, "--cluster", help="Cluster file; without it, this machine."),
     nodes: int | None = typer.Option(None, "--nodes", min=1, help="Nodes; default: what the cluster file says."),
+    mean_response: int = MEAN_RESPONSE,
 ) -> None:
     """Say in words what a run will do, step by step and node by node, and check that it can. Exits with 2 if it cannot.
 
@@ -104,17 +105,13 @@ def run_plan(
 
       isentrope plan run --config configs/quickstart.yaml rollout.prompts_per_step=64
     """
-    from launchers import preflight
+    from launchers.preflight import check, prepared
     from launchers.slurm.cluster import load_cluster, split_overrides
-    from pipeline.config.load import load_config
 
     of_run, of_cluster = split_overrides(overrides)
     described = load_cluster(cluster, of_cluster) if cluster else None
-    resolved = preflight.with_absolute_paths(load_config(config, of_run))
-    runs = Path(described.scratch) / "runs" if described else Path("runs").resolve()
-    run_dir = Path(resolved.run_dir or runs / resolved.name)
-    count = nodes or (described.nodes if described else 1)
-    report = preflight.check(preflight.Setting(resolved, described, count, run_dir))
+    with prepared(config, of_run, described, nodes=nodes, mean_response=mean_response) as setting:
+        report = check(setting)
     typer.echo("\n".join(report.lines))
     report.raise_problems()
 

@@ -24,6 +24,7 @@ class SshConfig:
 
     host: str = key("", "login node to submit from over SSH; empty: this machine submits")
     user: str = key("", "user there")
+    port: int = key(0, "port of its sshd; 0: what your ssh configuration says, or 22")
     identity: str = key("", "private key file; empty: the SSH agent, then a password")
     job_dir: str = key("", "folder there, on a file system that the nodes share, for code and job scripts")
 
@@ -47,6 +48,14 @@ class ClusterConfig:
     nodes: int = key(1, "nodes of a job; --nodes wins over it")
     gpus_per_node: int = key(8, "GPUs of a node that a job takes; 0: a cluster without GPUs")
     gpu_gib: float = key(80.0, "memory of one GPU, GiB; the plan compares with it")
+    gpu_tflops: float = key(
+        989.0, "dense bf16 peak of one GPU, 10^12 operations a second (H100 SXM); for the plan's times"
+    )
+    gpu_memory_gb_s: float = key(3350.0, "memory bandwidth of one GPU, GB/s (H100 SXM); for the plan's times")
+    host_gb_s: float = key(25.0, "GB/s between a GPU and its node's memory; for the plan's weight sync")
+    network_gb_s: float = key(
+        5.0, "GB/s that Ray moves into a node over TCP, far below an InfiniBand figure; for the plan's weight sync"
+    )
     cpus_per_node: int = key(0, "CPUs of a node that a job takes; 0: all of an exclusive node")
     memory_per_node: str = key("0", "memory of a node that a job takes, e.g. 200G; 0: all of it")
     exclusive: bool = key(True, "no other jobs on the nodes")
@@ -106,6 +115,17 @@ def problems_of(cluster: ClusterConfig) -> Iterator[Problem]:
         )
     if cluster.ssh.job_dir and re.search(r"\s", cluster.ssh.job_dir):
         yield Problem("ssh.job_dir", cluster.ssh.job_dir, "nemo-run does not quote this path", "use one without spaces")
+    if not 0 <= cluster.ssh.port < 2**16:
+        yield Problem(
+            "ssh.port", cluster.ssh.port, "not a port", "give a number up to 65535, or 0 for ssh's own choice"
+        )
+    if cluster.ssh.identity and not Path(cluster.ssh.identity).expanduser().is_file():
+        yield Problem(
+            "ssh.identity",
+            cluster.ssh.identity,
+            "no such file",
+            "name your private key, or leave it empty for the agent",
+        )
 
 
 def _words(cluster: ClusterConfig) -> Iterator[Problem]:
@@ -128,17 +148,21 @@ def _words(cluster: ClusterConfig) -> Iterator[Problem]:
 
 
 def _numbers(cluster: ClusterConfig) -> Iterator[Problem]:
-    least = {
+    least: dict[str, float] = {
         "nodes": 1,
         "gpus_per_node": 0,
         "gpu_gib": 1,
+        "gpu_tflops": 1,
+        "gpu_memory_gb_s": 1,
+        "host_gb_s": 0.001,
+        "network_gb_s": 0.001,
         "cpus_per_node": 0,
         "chain": 1,
         "attempts_without_progress": 1,
     }
     for name, low in least.items():
         if getattr(cluster, name) < low:
-            yield Problem(name, getattr(cluster, name), "out of range", f"give a number of at least {low}")
+            yield Problem(name, getattr(cluster, name), "out of range", f"give a number of at least {low:g}")
     if not 0 <= cluster.object_store_gib < 2**20:
         yield Problem("object_store_gib", cluster.object_store_gib, "out of range", "give GiB, or 0 for Ray's default")
     if cluster.chain > 1 and cluster.requeue:

@@ -13,13 +13,18 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
 
 from launchers import environment
 from launchers.slurm.attempts import FILE, LAUNCH
 from launchers.slurm.cluster import SshConfig
 from launchers.watchdog import HEARTBEAT
 from pipeline.config.errors import ConfigError
+
+if TYPE_CHECKING:
+    from nemo_run import SSHTunnel
 
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
@@ -76,12 +81,17 @@ def find(name: str | None) -> Job:
 
 
 def shell(ssh: SshConfig) -> Shell:
-    """Where the cluster is reached: this machine, or its login node."""
+    """Where the cluster is reached: this machine, or its login node. Raises ``ConfigError`` where that does not let us in."""
     if not ssh.host:
-        return _local
-    from nemo_run import SSHTunnel
-
-    tunnel = SSHTunnel(host=ssh.host, user=ssh.user, identity=ssh.identity or None, job_dir=ssh.job_dir)
+        return local
+    tunnel = ssh_tunnel(ssh)
+    tunnel.console = Console(stderr=True)
+    try:
+        tunnel.connect()
+    except (OSError, SystemExit) as error:  # nemo-run exits where the login is refused
+        reason = "the login was refused" if isinstance(error, SystemExit) else str(error)
+        remedy = f"try `ssh {ssh.user}@{ssh.host}` and correct `ssh` in the cluster file"
+        raise ConfigError("cluster.ssh.host", f"{ssh.user}@{ssh.host}", reason, remedy) from error
 
     def run(command: str) -> str:
         done = tunnel.run(command, warn=True)
@@ -90,6 +100,14 @@ def shell(ssh: SshConfig) -> Shell:
         return done.stdout
 
     return run
+
+
+def ssh_tunnel(ssh: SshConfig) -> SSHTunnel:
+    """nemo-run's connection to the login node, not yet made."""
+    from nemo_run import SSHTunnel
+
+    identity = str(Path(ssh.identity).expanduser()) if ssh.identity else None
+    return SSHTunnel(host=ssh.host, user=ssh.user, port=ssh.port or None, identity=identity, job_dir=ssh.job_dir)
 
 
 def state(job: Job, run: Shell) -> dict[str, str]:
@@ -181,7 +199,8 @@ def _from_accounting(job: Job, run: Shell) -> dict[str, str]:
     line = _output(run, f"sacct -n -X -P -j {job.job_id} -o {fields}").strip().splitlines()
     if not line:
         return {"state": "UNKNOWN", "reason": "Slurm no longer knows this job"}
-    values = line[-1].split("|")
+    values = ["" if value == "None" else value for value in line[-1].split("|")]
+    values[0] = values[0].partition(" ")[0]  # CANCELLED by 1000
     return dict(zip(("state", "reason", "nodes", "elapsed", "limit"), values, strict=True))
 
 
@@ -197,7 +216,8 @@ def _quoted(job: Job, *parts: str) -> str:
     return shlex.quote("/".join((job.run_dir, *parts)))
 
 
-def _local(command: str) -> str:
+def local(command: str) -> str:
+    """Run a command line on this machine: the ``Shell`` of a cluster that this machine submits to."""
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     if done.returncode:
         raise CommandError((done.stderr or done.stdout).strip())  # scontrol complains on both

@@ -28,6 +28,7 @@ from launchers import environment
 from launchers.slurm.attempts import LAUNCH, AttemptLog, Progress, gives_up, progress
 from launchers.watchdog import Supervision
 from pipeline.config.load import load_config
+from pipeline.disk import DiskFullError
 from pipeline.monitoring.events import FILE_NAME
 
 SHIPPED = Path(".launch")  # beside the shipped code: config.yaml, cluster.yaml, code.json, code.patch, launch.json
@@ -120,7 +121,8 @@ def _verdict(code: int, after: Progress, steps: int, cancelled: bool) -> tuple[s
         ending = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         if cancelled:
             return "cancelled", f"before it could save: the training process ended with {ending}"
-        return "again", after.error or f"the training process ended with {ending}"
+        verdict = "failed" if after.error.startswith(DiskFullError.__name__) else "again"
+        return verdict, after.error or f"the training process ended with {ending}"
     if after.status == "completed":
         return "completed", f"{after.step} steps"
     return "cancelled" if cancelled else "saved", f"checkpoint after {after.step} of {steps} steps"

@@ -24,7 +24,7 @@ import yaml
 from launchers import environment
 from launchers.slurm.attempts import LAUNCH
 from launchers.slurm.cluster import ClusterConfig, seconds
-from launchers.slurm.jobs import CommandError, Shell
+from launchers.slurm.jobs import CommandError, Shell, ssh_tunnel
 from launchers.slurm.node import SHIPPED
 from launchers.slurm.worktree import Code
 from pipeline.config.errors import ConfigError, Problem
@@ -116,7 +116,7 @@ def submit(launch: Launch) -> Submitted:
         try:
             experiment.run(detach=True)
         except UnexpectedExit as error:
-            raise _refusal(launch.cluster, error.result.stderr.strip()) from error
+            raise _refusal(launch.cluster, error.result.command, error.result.stderr.strip()) from error
         job_ids = tuple(job.handle.partition("://")[2].split("/")[1] for job in experiment.jobs)
     return Submitted(experiment._id, job_ids)
 
@@ -191,12 +191,10 @@ def _executor(launch: Launch, archive: Path, code: Path) -> SlurmExecutor:
 
 
 def _tunnel(cluster: ClusterConfig) -> LocalTunnel | SSHTunnel:
-    from nemo_run import LocalTunnel, SSHTunnel
+    from nemo_run import LocalTunnel
 
-    ssh = cluster.ssh
-    if not ssh.host:
-        return LocalTunnel(job_dir="")  # any other value, and nemo-run copies nothing
-    return SSHTunnel(host=ssh.host, user=ssh.user, identity=ssh.identity or None, job_dir=ssh.job_dir)
+    # Any other job_dir, and nemo-run copies nothing.
+    return ssh_tunnel(cluster.ssh) if cluster.ssh.host else LocalTunnel(job_dir="")
 
 
 def _prologue(launch: Launch, code: Path) -> Iterator[str]:
@@ -270,8 +268,11 @@ def _prepare(tunnel: LocalTunnel | SSHTunnel, folder: Path, secrets: str) -> Non
         tunnel.put(str(source), str(target))
 
 
-def _refusal(cluster: ClusterConfig, said: str) -> ConfigError:
-    """sbatch's refusal, with the key that it is about."""
+def _refusal(cluster: ClusterConfig, command: str, said: str) -> ConfigError:
+    """The refusal of sbatch, with the key that it is about, or of rsync."""
+    if not command.startswith("sbatch"):
+        remedy = f"try `ssh {cluster.ssh.user}@{cluster.ssh.host}` once, so that its host key is known; rsync must be on both machines"
+        raise ConfigError("cluster.ssh.host", cluster.ssh.host, f"`{command.split()[0]}` failed: {said}", remedy)
     key = next((key for pattern, key in REFUSALS.items() if re.search(pattern, said)), "sbatch")
     value = getattr(cluster, key)
     words = "; ".join(line.removeprefix("sbatch: error: ") for line in said.splitlines())

@@ -36,16 +36,27 @@ class Assignment:
     source: str
 
 
-def load_config(path: Path | None, overrides: Sequence[str] = (), *, check: bool = True) -> RunConfig:
+def load_config(
+    path: Path | None,
+    overrides: Sequence[str] = (),
+    *,
+    check: bool = True,
+    model_elsewhere: Callable[[str], Path] | None = None,
+) -> RunConfig:
     """Compose, type and check a configuration.
 
     ``path`` is a YAML file (looked up as ``resolve_path`` does); None starts from the schema's defaults. ``overrides`` are
     ``dotted.key=value`` with YAML values. ``check=False`` skips the rules of ``validate`` but never keys and types.
+    ``model_elsewhere``: for a run that starts on another machine, whose files are not looked for here: from ``model.hf_path`` to a folder
+    here with a copy of its config.json.
     Raises ``ConfigError`` with every problem found.
     """
 
     def rules(config: RunConfig) -> list[Problem]:
-        return problems_of(config, resolve_path(config.model.hf_path)) if check else []
+        if not check:
+            return []
+        folder = (model_elsewhere or resolve_path)(config.model.hf_path)
+        return problems_of(config, folder, files_here=model_elsewhere is None)
 
     return load(RunConfig, path, overrides, rules)
 

@@ -154,6 +154,10 @@ class RolloutConfig:
     engine: str = key("native", "native (in process, torch) | sglang (real server over HTTP)")
     engines: int = key(1, "number of engines; seeds, hence samples, do not depend on it (native)")
     tensor_parallel_size: int = key(1, "TP of each SGLang engine")
+    placement: str = key(
+        "disaggregated",
+        "disaggregated (engines on GPUs of their own) | colocated (on the learner's, whose memory they leave while it trains; SGLang on CUDA)",
+    )
     prompts_per_step: int = key(16, "distinct prompts per step")
     samples_per_prompt: int = key(16, "main samples per prompt (the group of GRPO)")
     sampling_rounds: int = key(

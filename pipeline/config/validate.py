@@ -37,6 +37,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "learner.precision.fp8_amax_compute_algo": ("max", "most_recent"),
     "learner.optimizer.lr_schedule": ("constant", "linear", "cosine"),
     "rollout.engine": ("native", "sglang"),
+    "rollout.placement": ("disaggregated", "colocated"),
     "rollout.weight_transport": ("tensor", "distributed", "disk"),
     "rollout.weight_dtype": ("auto", "fp8"),
     "rollout.sglang.dtype": ("auto", "float32", "bfloat16"),
@@ -196,14 +197,15 @@ RANGES: dict[str, Range] = {
 }
 
 
-def problems_of(config: RunConfig, model_folder: Path) -> list[Problem]:
-    """Every rule that ``config`` breaks. ``model_folder`` is ``model.hf_path``, resolved.
+def problems_of(config: RunConfig, model_folder: Path, *, files_here: bool = True) -> list[Problem]:
+    """Every rule that ``config`` breaks. ``model_folder`` is ``model.hf_path``, resolved; ``files_here``: whether data are on this machine.
 
     Rules on combinations speak only when each value is possible by itself.
     """
     problems = [problem for rule in (_words, _numbers) for problem in rule(config)]
     if not problems:
         problems = [problem for rule in RULES for problem in rule(config)]
+        problems += _data_file(config) if files_here else ()
     return problems + list(model_problems(config, model_folder))
 
 
@@ -301,6 +303,33 @@ def _processes(config: RunConfig) -> Iterator[Problem]:
             config.rollout.weight_transport,
             "the native engine takes weights in memory, there is no server to carry them to",
             "remove it, or set rollout.engine=sglang",
+        )
+
+
+def _colocated(config: RunConfig) -> Iterator[Problem]:
+    rollout, learner = config.rollout, config.learner
+    if rollout.placement == "disaggregated":
+        return
+    if rollout.engine == "native":
+        yield Problem(
+            "rollout.placement",
+            rollout.placement,
+            "the native engine computes on the CPU and has no GPU memory to leave",
+            "remove it, or set rollout.engine=sglang",
+        )
+    needed = rollout.engines * rollout.tensor_parallel_size
+    ranks = (
+        learner.tensor_model_parallel_size
+        * learner.context_parallel_size
+        * learner.pipeline_model_parallel_size
+        * learner.data_parallel_size
+    )
+    if needed > ranks:
+        yield Problem(
+            "rollout.engines",
+            rollout.engines,
+            f"{rollout.engines} engines of TP {rollout.tensor_parallel_size} need {needed} GPUs, the learner they are colocated with has {ranks}",
+            "lower rollout.engines or rollout.tensor_parallel_size, or set rollout.placement=disaggregated",
         )
 
 
@@ -471,8 +500,6 @@ def _data(config: RunConfig) -> Iterator[Problem]:
             f"fewer than a step takes (rollout.prompts_per_step = {config.rollout.prompts_per_step})",
             "raise it: a step never holds a prompt twice",
         )
-    if source.kind == "jsonl" and not Path(source.path).is_file():
-        yield Problem("data.source.path", source.path, "no such file", "give the path of a JSONL file of prompts")
     if source.kind != "reasoning_gym" and source.params:
         yield Problem(
             "data.source.params",
@@ -487,6 +514,12 @@ def _data(config: RunConfig) -> Iterator[Problem]:
             "has no effect without the chat template",
             "set data.chat_template=true or remove it",
         )
+
+
+def _data_file(config: RunConfig) -> Iterator[Problem]:
+    source = config.data.source
+    if source.kind == "jsonl" and not Path(source.path).is_file():
+        yield Problem("data.source.path", source.path, "no such file", "give the path of a JSONL file of prompts")
 
 
 def _verifier(config: RunConfig) -> Iterator[Problem]:
@@ -710,6 +743,7 @@ RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _name,
     _batch,
     _processes,
+    _colocated,
     _token_budget,
     _sequence_parallel,
     _pipeline,

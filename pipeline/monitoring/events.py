@@ -7,6 +7,7 @@ steps stay in the file, and ``read_events`` leaves them out.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -81,10 +82,15 @@ class EventLog:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def append(self, kind: str, values: Mapping[str, Any]) -> None:
-        """Write one event in a single call; ``sync`` makes it survive a power cut. Raises ``OSError`` when the disk is full."""
+        """Write one event in a single call; ``sync`` makes it survive a power cut.
+
+        Raises ``OSError`` when the disk is full; the log then ends with the event before.
+        """
         line = to_json({"schema": SCHEMA, "kind": kind, **values}).encode() + b"\n"
-        if os.write(self._descriptor, line) != len(line):
-            raise OSError(f"{self.path}: an event was written in part; is the disk full?")
+        written = os.write(self._descriptor, line)
+        if written != len(line):
+            os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - written)
+            raise OSError(errno.ENOSPC, "an event was written in part", str(self.path))
 
     def sync(self) -> None:
         """Flush everything appended so far to the disk."""

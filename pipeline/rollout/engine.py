@@ -40,6 +40,11 @@ class RolloutEngine(Protocol):
     def generate(self, requests: Sequence[GenerateRequest]) -> list[SampleGroup]:
         """One group per request, in order; blocks until all are done."""
 
+    def release(self) -> None:
+        """Leave the memory of the GPUs that it shares with the learner, weights and all (``rollout.placement=colocated``), until the next
+        update, and serve nothing until that commits. Idle engines only; idempotent.
+        """
+
     def begin_update(self, version: int) -> None:
         """Pause, and mark the loaded weights as inconsistent."""
 

@@ -119,6 +119,9 @@ class NativeEngine:
         session.commit(version)
         self._decoder, self._version, self._verified = self._verified, version, None
 
+    def release(self) -> None:
+        """It has nothing on a GPU."""
+
     def abort_update(self) -> None:
         """Drop what has arrived."""
         self._decoder, self._session, self._arrived, self._verified = None, None, {}, None

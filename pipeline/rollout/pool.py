@@ -78,6 +78,11 @@ class EnginePool:
             groups.update(zip(share, results, strict=True))
         return [groups[i] for i in range(len(requests))]
 
+    def release(self) -> None:
+        """Have every engine leave its GPUs; the pool generates again after the next update."""
+        self._consistent = False
+        self._on_all(lambda engine: engine.release())
+
     def begin_update(self, version: int) -> None:
         """Pause every engine."""
         self._consistent, self._verified = False, False

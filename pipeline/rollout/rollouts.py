@@ -22,12 +22,20 @@ class Rollouts:
         learner: where weights come from; it must still hold the version last pushed when ``generate`` is called.
         hf_path: what an engine is started with before it receives weights.
         on_fault: told of every engine brought back, in words.
+        colocated: engines and learner share GPUs, and take turns with their memory.
     """
 
     def __init__(
-        self, pool: EnginePool, learner: Learner, hf_path: Path, on_fault: Callable[[str], None] = log.warning
+        self,
+        pool: EnginePool,
+        learner: Learner,
+        hf_path: Path,
+        on_fault: Callable[[str], None] = log.warning,
+        *,
+        colocated: bool = False,
     ) -> None:
         self._pool, self._learner, self._hf_path, self._on_fault = pool, learner, hf_path, on_fault
+        self._colocated = colocated
         self._version = 0
         self._size: tuple[int, int] | None = None  # of a weight sync
         self._revived: set[int] = set()  # engines, since figures were last asked for
@@ -35,6 +43,8 @@ class Rollouts:
     def push(self, version: int) -> None:
         """Hand the learner's weights over as ``version``. Raises ``WeightUpdateError`` when a second try fails too."""
         self._version = version
+        if self._colocated:
+            self._learner.empty_cache()
         try:
             push_weights(self._learner, self._pool, version)
         except EngineError as error:
@@ -56,6 +66,16 @@ class Rollouts:
         engines: dict[str, float] = {"alive": len(self._pool) - len(self._revived), "total": len(self._pool)}
         self._revived = set()
         return {"sync": dict(zip(("bytes", "buckets"), self._size, strict=True)), "engines": engines}
+
+    def make_room(self) -> None:
+        """Before the learner trains: engines on its GPUs leave them, until the next ``push``."""
+        if not self._colocated:
+            return
+        try:
+            self._pool.release()
+        except EngineError as error:
+            self._revive(error)
+            self._pool.release()
 
     def _revive(self, error: EngineError) -> None:
         revived = self._pool.revive(self._hf_path)

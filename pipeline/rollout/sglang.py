@@ -32,6 +32,7 @@ from pipeline.types import EngineHealth, GenerateRequest, Sample, SampleGroup, W
 
 _CALLS_IN_FLIGHT = 8  # each fills the KV cache if every response is as long as allowed; most are not
 _ABORT_TIMEOUT_S = 10.0  # the server only passes it on
+_MEMORY = ("weights", "kv_cache")  # as SGLang names what it can leave (sglang/srt/constants.py)
 
 _Row = tuple[GenerateRequest, int]  # one sample to draw, and its seed
 
@@ -63,6 +64,7 @@ class SglangEngine:
         self._kv_tokens = 0  # what the server's KV cache holds
         self._aborted = threading.Event()
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._released: list[str] = []  # kinds of GPU memory that the server has left
         self._version: int | None = None  # None: the server's weights are not consistent, or it is not up
         self._committed: set[int] = set()
         self._settled = threading.Event()  # no update is in progress
@@ -90,7 +92,7 @@ class SglangEngine:
                 log_path=self._log_path,
                 load_weights=not self._fp8,
             )
-            self._server, self._stuck = server, ""
+            self._server, self._stuck, self._released = server, "", []
             server.start()
             self._kv_tokens = int(server.get("/server_info")["max_total_num_tokens"])
             ranks = self._config.tensor_parallel_size
@@ -125,6 +127,15 @@ class SglangEngine:
         drawn = iter(samples)
         return [SampleGroup(r.prompt, tuple(islice(drawn, len(r.seeds))), r.role) for r in requests]
 
+    def release(self) -> None:
+        """Have the server leave its GPU memory (SGLang's memory saver). What its weights were is lost."""
+        if self._released:
+            return
+        self._version, self._session = None, None
+        with self._phase("release"):
+            self._up[0].post("/release_memory_occupation", tags=_MEMORY, timeout_s=self._deadline().remaining_s())
+            self._released = list(_MEMORY)
+
     def begin_update(self, version: int) -> None:
         """Pause the server. Running requests go back to its queue and continue, with spans, after the commit."""
         self._settled.clear()
@@ -133,6 +144,7 @@ class SglangEngine:
             server, transport, verifier = self._up
             verifier.reset()
             deadline = self._deadline()
+            self._resume("weights", deadline)
             server.post("/pause_generation", mode="retract", timeout_s=deadline.remaining_s())
             transport.begin(version, deadline)
         self._session = UpdateSession(self._name, version, self._shapes, codes=self._fp8)
@@ -155,6 +167,7 @@ class SglangEngine:
             _, transport, verifier = self._up
             deadline = self._deadline()
             transport.verify(deadline)
+            self._resume("kv_cache", deadline)
             verifier.check(version, deadline)
             verifier.reset()
         session.verified()
@@ -306,6 +319,12 @@ class SglangEngine:
         except (EngineError, OSError) as error:
             raise WeightUpdateError(f"{what}: {error}") from error
 
+    def _resume(self, kind: str, deadline: Deadline) -> None:
+        """Have the server take a kind of memory again, if it had left it; its content is lost."""
+        if kind in self._released:
+            self._running.post("/resume_memory_occupation", tags=[kind], timeout_s=deadline.remaining_s())
+            self._released.remove(kind)
+
     def _open_session(self, operation: str) -> UpdateSession:
         if self._session is None:
             raise WeightUpdateError(f"{self._name}: {operation} outside an update; call begin_update (again) first")
@@ -326,6 +345,8 @@ class SglangEngine:
     def _refusal(self) -> str:
         if self._server is None:
             return "not started (or closed)"
+        if self._released:
+            return "it has left its GPUs to the learner; push the weights first"
         if not self._committed:
             return "it has no weights yet; push them first"
         return "a weight update began and has not been committed; push the weights again"

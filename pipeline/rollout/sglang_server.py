@@ -143,6 +143,7 @@ class SglangServer:
             *(("--max-total-tokens", str(settings.max_total_tokens)) if settings.max_total_tokens else ()),
             *(("--attention-backend", backend) if backend else ()),
             *(sglang_cpu.ARGUMENTS if on_cpu else ()),
+            *(("--enable-memory-saver",) if config.placement == "colocated" and not on_cpu else ()),
             *settings.extra_args,
         ]
 

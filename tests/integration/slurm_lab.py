@@ -36,7 +36,7 @@ SlurmdSpoolDir={root}/spool.%n
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
+{accounting}
 MpiDefault=none
 SwitchType=switch/none
 ReturnToService=2
@@ -52,13 +52,52 @@ FirstJobId={first_job}
 SlurmdTimeout=30
 JobRequeue=1
 {nodes}
-PartitionName=batch Nodes=n[1-{count}] Default=YES MaxTime=INFINITE DefaultTime=60 State=UP
+PartitionName=batch Nodes=n[1-{count}] Default=YES MaxTime=INFINITE DefaultTime=60 State=UP {partition}
+{conf}
 """
+ACCOUNTING = """AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=127.0.0.1
+AccountingStoragePort=16819
+AccountingStoragePass={root}/munge.socket"""
+SLURMDBD = """
+AuthType=auth/munge
+AuthInfo=socket={root}/munge.socket
+DbdHost=login
+DbdAddr=127.0.0.1
+DbdPort=16819
+SlurmUser=root
+LogFile={root}/slurmdbd.file
+PidFile={root}/slurmdbd.pid
+StorageType=accounting_storage/mysql
+StorageHost=127.0.0.1
+StoragePort=13306
+StorageUser=slurm
+StoragePass=slurm
+StorageLoc=slurm_acct
+"""
+SSHD = """
+Port {port}
+ListenAddress 127.0.0.1
+HostKey {folder}/host
+AuthorizedKeysFile {folder}/authorized_keys
+PidFile {folder}/pid
+PasswordAuthentication no
+KbdInteractiveAuthentication no
+PermitRootLogin prohibit-password
+StrictModes no
+UsePAM no
+SetEnv SLURM_CONF={root}/slurm.conf PATH={path}
+Subsystem sftp internal-sftp
+"""
+GRANT = (
+    "create database slurm_acct; create user slurm@'127.0.0.1' identified by 'slurm'; "
+    "grant all on slurm_acct.* to slurm@'127.0.0.1'"
+)
 
 
-def missing() -> list[str]:
-    """What stands in the way of a lab on this machine; empty when nothing does."""
-    lacking = [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
+def missing(more: Sequence[str] = ()) -> list[str]:
+    """What stands in the way of a lab on this machine, and of programs that a test needs beside it; empty when nothing does."""
+    lacking = [program for program in (*PROGRAMS, *more) if shutil.which(program, path=PATH) is None]
     return lacking + ([] if os.geteuid() == 0 else ["root"])
 
 
@@ -68,8 +107,12 @@ PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 class SlurmLab:
     """``with SlurmLab(folder) as lab: lab.run(["sinfo"])``; ``run`` is what a user on the login node does."""
 
-    def __init__(self, root: Path, nodes: int = 2) -> None:
+    def __init__(
+        self, root: Path, nodes: int = 2, *, accounting: bool = False, partition: str = "", conf: str = ""
+    ) -> None:
+        """``accounting``: with slurmdbd on a MariaDB; ``partition``: options of the partition; ``conf``: further lines of slurm.conf."""
         self.root, self.count = root.resolve(), nodes
+        self.accounting, self.partition, self.conf = accounting, partition, conf
         self.tag = f"is{os.getpid() % 10**6}"  # also part of interface names: 15 letters at most
         self.daemons: dict[str, subprocess.Popen] = {}
 
@@ -84,7 +127,9 @@ class SlurmLab:
             options += [f"--pid-file={self.root}/munged.pid", f"--seed-file={self.root}/munged.seed"]
             self._daemon("munged", "login", ["munged", "--foreground", "--force", *options])
             self._wait(socket.exists, "munged")
-            self._daemon("slurmctld", "login", ["slurmctld", "-D"])
+            if self.accounting:
+                self._start_accounting()
+            self.start_controller()
             for node in self.nodes:
                 self.start_node(node)
             self._wait(lambda: self.idle() == self.count, "slurmctld and slurmd")
@@ -102,7 +147,45 @@ class SlurmLab:
 
     def idle(self) -> int:
         """Nodes that wait for work."""
-        return len(self.run(["sinfo", "-hN", "-t", "idle", "-o", "%N"], check=False).stdout.split())
+        return len(set(self.run(["sinfo", "-hN", "-t", "idle", "-o", "%N"], check=False).stdout.split()))
+
+    def start_controller(self, *options: str) -> None:
+        """Start slurmctld."""
+        self._daemon("slurmctld", "login", ["slurmctld", "-D", *options])
+
+    def forget_jobs(self) -> None:
+        """Restart slurmctld without what it knew; accounting remembers."""
+        self.daemons.pop("slurmctld").terminate()
+        self._wait(lambda: self.run(["sinfo"], check=False).returncode, "the end of slurmctld")
+        self.start_controller("-c")
+        self._wait(lambda: self.idle() == self.count, "slurmctld")
+
+    def start_daemon(self, name: str, words: Sequence[str], probe: Sequence[str]) -> None:
+        """Start any process on the login node, and wait until ``probe`` succeeds there; it ends with the lab."""
+        self._daemon(name, "login", words)
+        self._wait(lambda: self._succeeds(probe), name)
+
+    def _succeeds(self, words: Sequence[str]) -> bool:
+        try:
+            return not self.run(words, check=False, timeout=5).returncode
+        except subprocess.TimeoutExpired:
+            return False
+
+    def start_sshd(self) -> tuple[int, Path]:
+        """An sshd on the login node's 127.0.0.1, which lets one key in; its port, and the private key."""
+        port, folder = 2222, self.root / "ssh"
+        folder.mkdir()
+        for name in ("host", "user"):
+            _run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)])
+        (folder / "authorized_keys").write_text((folder / "user.pub").read_text())
+        known = (folder / "host.pub").read_text()
+        (folder / "known_hosts").write_text(f"[127.0.0.1]:{port} {known}")
+        (folder / "sshd_config").write_text(SSHD.format(folder=folder, port=port, root=self.root, path=PATH))
+        (self.root / "ssh_config").write_text(f"Host *\n  GlobalKnownHostsFile {folder}/known_hosts\n")
+        inside = 'mount -t tmpfs tmpfs /run && mkdir /run/sshd && exec "$@"'  # where sshd separates privileges
+        sshd = [shutil.which("sshd", path=PATH) or "", "-D", "-e", "-f", str(folder / "sshd_config")]
+        self.start_daemon("sshd", ["sh", "-c", inside, "sh", *sshd], ["bash", "-c", f"</dev/tcp/127.0.0.1/{port}"])
+        return port, folder / "user"
 
     def start_node(self, node: str) -> None:
         """Start the node's slurmd."""
@@ -127,6 +210,8 @@ class SlurmLab:
     def command(self, words: Sequence[str], host: str = "login") -> list[str]:
         """``words`` as they run on ``host``: in its network, under its name, with its /etc/hosts."""
         inside = f'hostname {host}; mount --bind "{self.root}/hosts" /etc/hosts; exec "$@"'
+        if (self.root / "ssh_config").exists():
+            inside = f'mount --bind "{self.root}/ssh_config" /etc/ssh/ssh_config; {inside}'
         if host != "login":
             inside = f"mount -t tmpfs -o size=1g,mode=1777 tmpfs /dev/shm; {inside}"
         namespace = f"--net=/var/run/netns/{self._namespace(host)}"
@@ -191,9 +276,40 @@ class SlurmLab:
         ]
         # Of its own: what jobs keep in /tmp is named by their ids, and another lab may run beside this one.
         first = os.getpid() % 10**5 * 100 + 1
-        lines = "\n".join(described)
-        conf = CONF.format(network=NETWORK, root=self.root, nodes=lines, count=self.count, first_job=first)
+        conf = CONF.format(
+            network=NETWORK,
+            root=self.root,
+            nodes="\n".join(described),
+            count=self.count,
+            first_job=first,
+            accounting=ACCOUNTING.format(root=self.root)
+            if self.accounting
+            else "AccountingStorageType=accounting_storage/none",
+            partition=self.partition,
+            conf=self.conf,
+        )
         (self.root / "slurm.conf").write_text(conf)
+
+    def _start_accounting(self) -> None:
+        """MariaDB and slurmdbd, both of the login node's own network."""
+        data, socket = self.root / "mysql", self.root / "mysql.socket"
+        quick = [
+            "--innodb-buffer-pool-size=32M",
+            "--innodb-log-file-size=16M",
+            "--performance-schema=OFF",
+            "--skip-log-bin",
+        ]
+        _run(["mariadb-install-db", "--no-defaults", "--user=root", f"--datadir={data}", "--skip-test-db"])
+        options = ["--no-defaults", "--user=root", f"--datadir={data}", f"--socket={socket}", f"--pid-file={data}/pid"]
+        listen = ["--bind-address=127.0.0.1", "--port=13306"]
+        client = ["mariadb", "--no-defaults", "-uroot", f"-S{socket}", "-e"]
+        self.start_daemon("mariadbd", ["mariadbd", *options, *listen, *quick], [*client, "select 1"])
+        self.run([*client, GRANT])
+        conf = self.root / "slurmdbd.conf"
+        conf.write_text(SLURMDBD.format(root=self.root))
+        conf.chmod(0o600)
+        self.start_daemon("slurmdbd", ["slurmdbd", "-D"], ["sacctmgr", "-n", "show", "cluster"])
+        self.run(["sacctmgr", "-i", "add", "cluster", "lab"])
 
     def _network(self) -> None:
         """A bridge in the login node's namespace, a pair of interfaces from it to each node."""

@@ -106,6 +106,21 @@ def test_updates_are_served_and_every_tensor_is_read_back_in_turn(engines, famil
     np.testing.assert_allclose(engine.probe_log_probs(tokens), ours.numpy(), atol=TOLERANCE)
 
 
+def test_an_engine_that_has_left_its_memory_serves_again_after_the_next_update(engines, family):
+    """On the CPU the server keeps its memory: what is shown is the order of calls that it takes, not that a GPU is freed."""
+    engine = engines[family]
+    push(engine, family, 9)
+    engine.release()
+    engine.release()
+    assert engine.health().alive
+    assert engine.health().weight_version is None
+    with pytest.raises(EngineError, match="left its GPUs to the learner; push the weights first"):
+        engine.generate(REQUESTS)
+    push(engine, family, 10)
+    assert engine.health().weight_version == 10
+    assert_agrees(engine.generate(REQUESTS), decoder_of(family, 10))
+
+
 def test_a_sample_that_lives_through_an_update_carries_spans(engines):
     engine = engines["llama"]
     push(engine, "llama", 20)

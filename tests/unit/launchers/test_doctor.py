@@ -1,9 +1,13 @@
 """What `isentrope doctor` says of this machine and of one where something is wrong."""
 
 import json
+import tomllib
+from pathlib import Path
+
+from packaging.requirements import Requirement
 
 from launchers import doctor
-from launchers.doctor import BAD, examine
+from launchers.doctor import BAD, NOTE, examine
 from tests.unit.launchers.test_cli import call
 
 
@@ -15,13 +19,27 @@ def test_this_machine_is_examined(capsys, tmp_path):
     assert all(finding["remedy"] for finding in findings if finding["level"] != "ok")
 
 
-def test_a_version_that_does_not_fit_is_named_with_what_is_wanted(monkeypatch, tmp_path):
+def test_a_version_that_isentrope_does_not_serve_is_named_with_what_is_wanted(monkeypatch, tmp_path):
     real = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda name: "0.4.0" if name == "sglang" else real(name))
-    monkeypatch.setattr(
-        doctor, "_wanted", lambda owner, name: doctor.Requirement("sglang>=0.5") if name == "sglang" else None
-    )
     found = [finding for finding in examine(tmp_path) if finding.subject == "sglang"]
     assert [finding.level for finding in found] == [BAD]
     assert "0.4.0 is installed" in found[0].words
-    assert ">=0.5" in found[0].remedy
+    assert ">=0.5.17" in found[0].remedy
+
+
+def test_a_pin_of_sglang_binds_on_gpus(monkeypatch):
+    monkeypatch.setattr(doctor, "_wanted", lambda owner, name: Requirement("torch==2.0") if name == "torch" else None)
+    for gpus, level in ((True, BAD), (False, NOTE)):
+        (found,) = [finding for finding in doctor.environment(gpus) if finding.subject == "torch"]
+        assert found.level == level
+        assert "install torch==2.0" in found.remedy
+
+
+def test_the_versions_served_are_those_of_the_project():
+    project = tomllib.loads((Path(doctor.__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    optional = project["optional-dependencies"]
+    wanted = [Requirement(text) for text in [*project["dependencies"], *optional["sglang"], *optional["gpu"]]]
+    assert {r.name: str(r.specifier) for r in wanted if r.name in doctor.SERVED} == {
+        name: str(doctor.SpecifierSet(text)) for name, text in doctor.SERVED.items()
+    }

@@ -33,6 +33,7 @@ def test_by_hand(world, tp, engines, engine_gpus, gpus, ranks, homes):
     [
         ((8, 4, 1, 4, [4, 4]), "engine 0 needs 4 GPUs of one node; free are 0, 0"),
         ((4, 4, 1, 1, [3, 3]), "needs 4 GPUs, which nodes of 3 cannot divide evenly"),
+        ((2, 2, 1, 8, [4, 4]), "an engine needs 8 GPUs, a node has 4: engines of several nodes are not supported"),
         ((8, 8, 0, 0, [4]), "needs 2 whole nodes of 4 GPUs, 1 are free"),
     ],
 )
@@ -60,3 +61,21 @@ def test_no_gpu_is_taken_twice_and_no_group_is_split(groups, tp, engines, engine
         taken[node] += engine_gpus
     assert max(taken.values()) <= 4
     assert all(len(set(placed.ranks[i : i + tp])) == 1 for i in range(0, groups * tp, tp))
+
+
+def test_colocated_engines_share_the_gpus_of_ranks_in_order():
+    placed = place(8, 2, 4, 2, [4, 4], colocated=True)
+    assert (placed.ranks, placed.engines) == ((0, 0, 0, 0, 1, 1, 1, 1), (0, 0, 1, 1))
+    assert place(4, 2, 1, 4, [4], colocated=True).engines == (0,)  # an engine over two tensor-parallel groups
+
+
+@pytest.mark.parametrize(
+    ("layout", "said"),
+    [
+        ((4, 2, 3, 2, [4]), "engine 2 needs the GPUs of 2 learner ranks, of 4 are left 0"),
+        ((6, 3, 1, 4, [4, 4]), "engine 0 would share GPUs of the nodes \\[0, 1\\]"),
+    ],
+)
+def test_colocated_engines_that_do_not_fit(layout, said):
+    with pytest.raises(PlacementError, match=said):
+        place(*layout, colocated=True)

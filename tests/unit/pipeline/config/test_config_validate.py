@@ -38,6 +38,16 @@ BROKEN = {
         "4 per",
     ),
     "idle engines": (["rollout.engines=17"], "rollout.engines", "more engines than prompts"),
+    "colocated on the CPU": (
+        ["rollout.placement=colocated"],
+        "rollout.placement",
+        "the native engine computes on the CPU",
+    ),
+    "colocated with too few": (
+        ["rollout.placement=colocated", "rollout.engine=sglang", "rollout.engines=2", "rollout.tensor_parallel_size=2"],
+        "rollout.engines",
+        "need 4 GPUs, the learner they are colocated with has 1",
+    ),
     "inline": (["runtime=inline", "learner.tensor_model_parallel_size=2"], "runtime", "TP 2 x CP 1 x PP 1 x DP 1 = 2"),
     "inline CP": (["runtime=inline", "learner.context_parallel_size=2"], "runtime", "CP 2"),
     "sequence parallel": (["learner.sequence_parallel=true"], "learner.sequence_parallel", "no tensor-parallel ranks"),

@@ -1,0 +1,61 @@
+"""A disk that fills up during a run: recognised, said, and survived with its last words."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+RESERVE = ".reserve"  # file in a run's folder
+RESERVE_BYTES = 1 << 20  # for the end of the event log, of the job's log and of the attempts
+_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+
+
+class DiskFullError(OSError):
+    """There is no room for what a run must write; the message names the folder, the bytes and the remedy."""
+
+
+@contextmanager
+def reserved(folder: Path) -> Iterator[None]:
+    """Keep ``RESERVE_BYTES`` of the disk while the block runs, so that whoever ends the run afterwards can still write why.
+
+    A failure for lack of space, in this process or reported by another, leaves the block as ``DiskFullError``.
+    """
+    path = folder / RESERVE
+    try:
+        with path.open("ab") as file:
+            os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
+        yield
+    except DiskFullError:
+        raise
+    except Exception as error:
+        if not is_full(error):
+            raise
+        raise full(folder, f"a write failed ({error})") from error
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def require(folder: Path, needed: int, what: str) -> None:
+    """Raise ``DiskFullError`` unless ``folder``, which exists, has room for ``needed`` bytes. Quotas are not seen, only disks."""
+    if shutil.disk_usage(folder).free < needed:
+        raise full(folder, f"{what} needs about {needed:,} bytes")
+
+
+def full(folder: Path, what: str) -> DiskFullError:
+    """What to raise when ``what`` went wrong for lack of space."""
+    free = shutil.disk_usage(folder).free
+    return DiskFullError(f"{folder}: no space left: {what}, {free:,} bytes are free; make room, then resume the run")
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether an exception, or what it came from, says that a disk or a quota is full."""
+    while error is not None:
+        said = str(error)
+        if getattr(error, "errno", None) in _ERRNOS or any(os.strerror(number) in said for number in _ERRNOS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

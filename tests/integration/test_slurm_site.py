@@ -1,0 +1,187 @@
+"""What a site may do to a run: reach it over SSH only, preempt it, keep accounts, run out of disk. The Slurm of ``test_slurm`` with more in it."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integration.slurm_lab import PACKAGES, SlurmLab, missing
+from tests.integration.test_slurm import ROOT, STEPS, User, attempts, steps
+
+MORE = ("sshd", "ssh-keygen", "rsync")
+DATABASE = ("slurmdbd", "mariadbd", "mariadb-install-db")
+SHORT = ["learner.data_parallel_size=1", "rollout.engines=1", "cluster.nodes=1", "steps=3"]
+PREEMPTION = """PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
+PartitionName=urgent Nodes=n[1-2] PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP"""
+
+SMALL = "24m"  # of the disk that fills up
+
+pytestmark = [
+    pytest.mark.skipif(bool(missing(MORE)), reason=f"needs {missing(MORE)}; Debian packages: {', '.join(PACKAGES)}"),
+    pytest.mark.timeout(1800),
+]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A small disk, mounted before the nodes start, which see what is mounted then."""
+    folder = tmp_path_factory.mktemp("small")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SMALL}", "tmpfs", str(folder)], check=True)
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.fixture(scope="module")
+def lab(small, tmp_path_factory):
+    more = {"partition": "PriorityTier=1 GraceTime=300", "conf": PREEMPTION, "accounting": not missing(DATABASE)}
+    with SlurmLab(tmp_path_factory.mktemp("site") / "lab", **more) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def user(lab, tmp_path_factory):
+    return User(lab, tmp_path_factory.mktemp("user"))
+
+
+@pytest.fixture(scope="module")
+def remote(lab, user, tmp_path_factory):
+    """The same user on a laptop that has no Slurm, with a cluster file that names the login node."""
+    return Remote(lab, user, tmp_path_factory.mktemp("remote"))
+
+
+@pytest.fixture(autouse=True)
+def _no_job_is_left(lab):
+    yield
+    lab.cancel_all()
+
+
+class Remote:
+    """A laptop: the cluster's folders and Slurm's configuration are not there."""
+
+    def __init__(self, lab: SlurmLab, user: User, root: Path) -> None:
+        self.lab, self.user = lab, user
+        self.home, self.site = root / "home", root / "site"
+        self.home.mkdir()
+        shutil.copytree(ROOT / "configs/model/pm4-100k", self.site / "a model")
+        port, key = lab.start_sshd()
+        lines = [line for line in user.cluster.read_text().splitlines() if not line.startswith(("env", "secrets"))]
+        lines.append("env: {OMP_NUM_THREADS: 1, PYTHONWARNINGS: ignore}")
+        login = {"host": "127.0.0.1", "port": port, "user": "root", "identity": str(key), "job_dir": str(root / "jobs")}
+        self.cluster = user.here / "remote.yaml"
+        self.cluster.write_text("\n".join([*lines, f"ssh: {json.dumps(login)}"]))
+
+    def isentrope(self, *words: str, code: int = 0) -> subprocess.CompletedProcess:
+        hide = f'mount -t tmpfs tmpfs "{self.site}"; mount -t tmpfs tmpfs "{self.user.scratch}"; exec "$@"'
+        command = ["unshare", "--mount", "sh", "-c", hide, "sh", sys.executable, "-m", "launchers.cli.main", *words]
+        environment = self.user.environment | {"NEMORUN_HOME": str(self.home), "SLURM_CONF": "/nowhere/slurm.conf"}
+        done = self.lab.run(command, check=False, cwd=self.user.here, env=environment)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+    def launch(self, run_dir: Path, *more: str, code: int = 0) -> subprocess.CompletedProcess:
+        words = ["launch", "slurm", "--config", "quickstart.yaml", "--cluster", "remote.yaml", "--detach", *SHORT]
+        own = [f"model.hf_path='{self.site}/a model'", "data.verifier=auto", f"run_dir='{run_dir}'"]
+        return self.isentrope(*words, *own, *more, code=code)
+
+
+def test_a_run_is_submitted_and_resumed_over_ssh(remote, user):
+    run_dir = user.scratch / "runs" / "over ssh"
+    said = remote.launch(run_dir).stdout
+    assert "versions: torch" in said
+    assert "code: commit" in said
+    job = re.search(r"submitted: job (\d+)", said)[1]
+    user.end(job, "COMPLETED", run_dir=run_dir)
+    status = json.loads(remote.isentrope("jobs", "status", job, "--json").stdout)
+    assert (status["state"], status["step_events"]) == ("COMPLETED", 3)
+    assert "completed: 3 steps" in remote.isentrope("jobs", "logs", job).stdout
+    words = ["launch", "slurm", "--resume", str(run_dir), "--cluster", "remote.yaml", "steps=5"]
+    assert "COMPLETED" in remote.isentrope(*words).stderr, "it is followed to its end"
+    assert [step["step"] for step in steps(run_dir)] == list(range(5))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["model.hf_path=/nowhere/model"], ["model.hf_path: '/nowhere/model'", "has no config.json", "remedy:"]),
+        (["model.hf_path=mine"], ["model.hf_path: 'mine'", "remedy:"]),
+        (
+            ["data.source.kind=jsonl", "data.source.path=/nowhere/a.jsonl"],
+            ["data.source.path: '/nowhere/a.jsonl'", "no such file on 127.0.0.1", "copy the data there"],
+        ),
+        (["cluster.scratch=/nowhere/scratch"], ["cluster.scratch", "no such folder on 127.0.0.1", "make it"]),
+        (["cluster.python=/nowhere/python"], ["cluster.python", "no such program on 127.0.0.1", "install it there"]),
+        (["cluster.python=/usr/bin/python3"], ["cluster.python", "not installed", "remedy:"]),
+        (["cluster.ssh.port=2"], ["cluster.ssh.host: 'root@127.0.0.1'", "remedy:"]),
+        (["cluster.ssh.user=nobody"], ["cluster.ssh.host: 'nobody@127.0.0.1'", "the login was refused", "try `ssh"]),
+        (["cluster.ssh.identity=/nowhere/key"], ["ssh.identity", "no such file", "private key"]),
+    ],
+    ids=lambda value: value[-1].split("=")[0] if "=" in value[-1] else "",
+)
+def test_what_is_not_there_is_said_before_anything_is_sent(remote, user, more, said):
+    error = remote.launch(user.scratch / "runs" / "refused", *more, code=2).stderr
+    assert all(word in error for word in said), error
+    assert "Traceback" not in error
+    assert not (user.scratch / "runs/refused").exists()
+    assert user.lab.run(["squeue", "-h"]).stdout == ""
+
+
+def test_a_preempted_run_saves_where_it_is_warned_and_goes_on_where_it_is_not(user):
+    job, run_dir = user.launch("preempted", "checkpoint.every=2", 'cluster.env={OMP_NUM_THREADS: 1, LAB_SLEEP: "0.3"}')
+    for grace, reached in ((300, 2), (0, 7)):
+        user.lab.run(["scontrol", "update", "PartitionName=batch", f"GraceTime={grace}"])
+        user.wait_for_steps(run_dir, reached)
+        words = ["--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
+        urgent = user.lab.run(["sbatch", "--parsable", *words]).stdout.strip()
+        user.lab.wait(urgent, "COMPLETED", timeout=600)
+    user.end(job, "COMPLETED", run_dir=run_dir)
+    saved, lost, last = attempts(run_dir)
+    assert (saved["end"], last["end"]) == ("saved", "completed"), user.log(run_dir)
+    assert lost["end"] in ("lost", "again")
+    assert lost["first_step"] == saved["last_step"] < STEPS, "nothing of the first is repeated"
+    assert user.lab.job(job)["Restarts"] == "2"
+    assert [step["step"] for step in steps(run_dir)] == list(range(STEPS))
+
+
+def test_a_disk_that_fills_up_loses_nothing(user, small):
+    more = ["cluster.nodes=1", *SHORT, "checkpoint.every=2", "steps=8", f"run_dir={small}/run"]
+    job, _ = user.launch("full", *more, 'cluster.env={OMP_NUM_THREADS: 1, LAB_SLEEP: "0.3"}')
+    run_dir = small / "run"
+    user.wait_for_steps(run_dir, 3)
+    free = os.statvfs(small).f_bavail * os.statvfs(small).f_frsize
+    (small / "ballast").write_bytes(bytes(free - 500_000))
+    user.end(job, "FAILED", run_dir=run_dir)
+    (only,) = attempts(run_dir)
+    words = rf"DiskFullError: {run_dir}/checkpoints: no space left: a checkpoint after step 4 needs about [\d,]+ bytes, [\d,]+ bytes are free"
+    assert re.match(words, only["reason"])
+    assert re.search(f"failed, and will not be tried again: {words}", user.log(run_dir).splitlines()[-1])
+    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    assert (events[-1]["kind"], events[-1]["status"]) == ("run_end", "failed")
+    assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000002"]
+    (small / "ballast").unlink()
+    user.isentrope("launch", "slurm", "--resume", str(run_dir), "--cluster", "cluster.yaml", "cluster.nodes=1")
+    assert [step["step"] for step in steps(run_dir)] == list(range(8))
+
+
+@pytest.mark.skipif(
+    bool(missing(DATABASE)), reason=f"needs {missing(DATABASE)}; Debian packages: slurmdbd, mariadb-server"
+)
+def test_jobs_that_slurm_has_forgotten_are_read_from_its_accounts(user):
+    job, run_dir = user.launch("accounted", *SHORT, "cluster.nodes=1")
+    user.end(job, "COMPLETED", run_dir=run_dir)
+    other, other_dir = user.launch("cancelled", "steps=500")
+    user.wait_for_steps(other_dir, 1)
+    user.isentrope("jobs", "cancel", other, "--now")
+    user.end(other, "CANCELLED", run_dir=other_dir)
+    user.lab.forget_jobs()
+    listed = {entry["job_id"]: entry["state"] for entry in json.loads(user.isentrope("jobs", "list", "--json").stdout)}
+    assert (listed[job], listed[other]) == ("COMPLETED", "CANCELLED")
+    status = json.loads(user.isentrope("jobs", "status", job, "--json").stdout)
+    assert (status["state"], status["nodes"], status["limit"]) == ("COMPLETED", "n1", "01:00:00")
+    assert re.fullmatch(r"00:\d\d:\d\d", status["elapsed"])
