@@ -84,16 +84,15 @@ def computed(run_dir):
     ]
 
 
-def processes_about(text):
-    """Command lines of processes that name ``text``, zombies not counted."""
+def processes_with(variable):
+    """Command lines of the processes that have ``variable`` (name=value) in their environment."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
-            words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            if variable in (folder / "environ").read_text(errors="replace").split("\0"):
+                found.append((folder / "cmdline").read_text(errors="replace"))
         except OSError:  # it ended meanwhile
             continue
-        if text in " ".join(words) and int(folder.name) != os.getpid():
-            found.append(words)
     return found
 
 
@@ -101,14 +100,14 @@ def test_dead_sinks_neither_stop_a_run_nor_change_it(tmp_path, silent_server):
     """MLflow's server never answers, W&B's cannot be reached; TensorBoard beside them gets everything."""
     for library in ("mlflow", "wandb", "tensorboard"):
         pytest.importorskip(library, reason="needs requirements/monitor.txt")
-    address, connections = silent_server
+    (address, connections), unreachable = silent_server, f"http://127.0.0.1:{free_port()}"
     done = train(
         tmp_path / "dead",
         "name=pi",
         "monitoring.sinks=[mlflow,wandb,tensorboard]",
         f"monitoring.mlflow.tracking_uri={address}",
         WANDB_API_KEY="0" * 40,
-        WANDB_BASE_URL=f"http://127.0.0.1:{free_port()}",
+        WANDB_BASE_URL=unreachable,
         MLFLOW_HTTP_REQUEST_TIMEOUT="2",
     )
     train(tmp_path / "none")
@@ -119,7 +118,10 @@ def test_dead_sinks_neither_stop_a_run_nor_change_it(tmp_path, silent_server):
     said = (tmp_path / "dead" / "logs" / "sidecar.log").read_text()
     assert len(re.findall(r"mlflow: ConnectionError: .*; trying again until it works", said)) == 1, said
     assert "0" * 40 not in said
-    assert processes_about(str(tmp_path / "dead")) == []
+    deadline = time.monotonic() + 60  # W&B's own process looks whether its parent is there every now and then
+    while processes_with(f"WANDB_BASE_URL={unreachable}") and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert processes_with(f"WANDB_BASE_URL={unreachable}") == []
 
 
 def get(port, path, **parameters):

@@ -139,6 +139,13 @@ def test_mlflow_continues_the_same_run(tmp_path):
     assert run.data.metrics["evaluation/pass_at_1"] == 0.5
 
 
+def test_mlflow_says_not_now_when_nobody_answers(tmp_path):
+    build = sink("mlflow", tmp_path, f"monitoring.mlflow.tracking_uri=http://127.0.0.1:{free_port()}")
+    resumed_run.first_attempt(tmp_path)
+    with pytest.raises(ConnectionError, match="refused"):
+        build()
+
+
 def scrape(port):
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
         text = answer.read().decode()
