@@ -16,17 +16,21 @@ def report(
     runs: list[Path] = typer.Argument(..., metavar="RUN...", help="Run folders, finished or still running."),
     out: Path = typer.Option(Path("report.html"), "--out", "-o", help="HTML file to write."),
     png: bool = typer.Option(False, "--png", help="Also write the pictures beside it as one PNG."),
+    csv: bool = typer.Option(
+        False, "--csv", help="Also write every step's figures beside it as CSV, a row per step and run."
+    ),
     as_json: bool = JSON,
 ) -> None:
-    """Write one self-contained HTML page that draws runs together.
+    """Write one self-contained HTML page that draws runs together: figures, what differs, what happened, configuration, versions.
 
     Example:
 
-      isentrope report runs/quickstart/grpo runs/quickstart/pi -o report.html --png
+      isentrope report runs/quickstart/grpo runs/quickstart/pi -o report.html --png --csv
     """
     from pipeline.monitoring.report import build_report  # loads matplotlib
 
-    result = build_report(runs, out, out.with_suffix(".png") if png else None)
+    beside = {kind: out.with_suffix(f".{kind}") if asked else None for kind, asked in (("png", png), ("csv", csv))}
+    result = build_report(runs, out, **beside)
     if as_json:
         typer.echo(json.dumps(result))
         return
@@ -35,4 +39,4 @@ def report(
         typer.echo()
     for sentence in result["cost"]:
         typer.echo(sentence)
-    typer.echo(f"wrote {out}")
+    typer.echo(f"wrote {', '.join(str(path) for path in (out, *beside.values()) if path)}")

@@ -13,7 +13,9 @@ import numpy as np
 
 from pipeline.config.load import to_yaml
 from pipeline.monitoring.charts import CHARTS, svg, theme_variables, write_png
+from pipeline.monitoring.differences import config_differences, result_differences
 from pipeline.monitoring.summary import COMPARED, RunHistory, by_method, cost_sentences, read_run, summarize_run
+from pipeline.monitoring.table import write_csv
 
 PHASES = ("sample", "verify", "batch", "train", "sync", "other", "total", "evaluation")
 COLUMNS = {
@@ -40,6 +42,8 @@ MISMATCH = {
 }
 PERCENT = ("time_in_band", "rms_error")
 SHOWN_SAMPLES = 6
+HAPPENED = ("restart", "alert", "fault", "stall", "end")
+SHOWN_EVENTS = 100  # the newest of a run
 
 CSS = """
 :root { color-scheme: light dark; --page: #ffffff; --ink: #1f2328; --muted: #5b646e; --line: #dde1e6; --card: #f6f8fa; --good: #1a7f4b; }
@@ -79,8 +83,10 @@ DARK = {  # lighter partners of the chart colours
 }
 
 
-def build_report(run_dirs: Sequence[Path], out_html: Path, png: Path | None = None) -> dict[str, Any]:
-    """Write the page (and the same pictures as one PNG); works on runs that are still running.
+def build_report(
+    run_dirs: Sequence[Path], out_html: Path, png: Path | None = None, csv: Path | None = None
+) -> dict[str, Any]:
+    """Write the page (and the same pictures as one PNG, the steps as CSV); works on runs that are still running.
 
     Returns ``{"runs": [summary of each run], "methods": {name: means over its runs}, "cost": [sentences]}``. Raises
     ``EventLogError`` or ``ConfigError`` where a folder holds no readable run.
@@ -94,6 +100,8 @@ def build_report(run_dirs: Sequence[Path], out_html: Path, png: Path | None = No
     os.replace(partial, out_html)
     if png is not None:
         write_png(runs, png)
+    if csv is not None:
+        write_csv(runs, csv)
     return result
 
 
@@ -107,10 +115,11 @@ def _page(runs: Sequence[RunHistory], result: Mapping[str, Any]) -> str:
         _list(_verdict(run, summary) for run, summary in zip(runs, result["runs"], strict=True)),
         f'<div class="charts">{charts}</div>',
         _figures(result),
+        _differences(runs, result["runs"]),
         "<h2>What it costs</h2>" + _cost(result["cost"]),
         "<h2>Engine against learner</h2>" + _mismatch(result["runs"]),
         "<h2>Seconds by phase</h2>" + _seconds(result["runs"]),
-        _events(runs, result["runs"]),
+        _happened(runs),
         _samples(runs),
         *(_configuration(run) for run in runs),
     ]
@@ -198,10 +207,43 @@ def _mismatch(summaries: Sequence[Mapping[str, Any]]) -> str:
     return _table(["run", *MISMATCH.values()], rows) + f'<p class="muted">{note}</p>'
 
 
-def _events(runs: Sequence[RunHistory], summaries: Sequence[Mapping[str, Any]]) -> str:
-    lines = [f"{escape(run.label)}: resumed at step {event['step']}" for run in runs for event in run.restarts]
-    lines += [escape(f"{summary['method']}: {alert}") for summary in summaries for alert in summary["alerts"]]
-    return "<h2>Restarts and alerts</h2>" + (_list(lines) if lines else '<p class="muted">None.</p>')
+def _differences(runs: Sequence[RunHistory], summaries: Sequence[Mapping[str, Any]]) -> str:
+    """What the runs were told to do differently, and what came of it; nothing for a single run."""
+    if len(runs) < 2:
+        return ""
+    header = ["", *(f"{run.label} s{run.config.seed}" for run in runs)]
+    keys = [[escape(key), *map(escape, values)] for key, values in config_differences([r.config for r in runs]).items()]
+    told = _table(header, keys) if keys else '<p class="muted">None: the configurations are the same.</p>'
+    results = [
+        [escape(COLUMNS[name]), *(_cell(name, value) + _change(name, change) for value, change in cells)]
+        for name, cells in result_differences(summaries).items()
+    ]
+    note = "In parentheses: the change against the first run."
+    return (
+        f"<h2>Differences in configuration</h2>{told}"
+        f'<h2>Differences in results</h2>{_table(header, results)}<p class="muted">{note}</p>'
+    )
+
+
+def _change(name: str, change: float | None) -> str:
+    if change is None:
+        return ""
+    return f" ({change:+.1%})" if name in PERCENT else f" ({change:+.3f})"
+
+
+def _happened(runs: Sequence[RunHistory]) -> str:
+    """Restarts, alerts, faults, stalls and the end, run by run."""
+    blocks = []
+    for run in runs:
+        marks = [mark for mark in run.series.marks() if mark["kind"] in HAPPENED]
+        left_out = len(marks) - SHOWN_EVENTS
+        lines = [f"{left_out} earlier ones are in the event log"] if left_out > 0 else []
+        lines += [
+            f"step {mark['step']}: {mark['kind']}, {mark['severity']}: {escape(mark['text'])}"
+            for mark in marks[-SHOWN_EVENTS:]
+        ]
+        blocks.append(f"<h3>{escape(run.label)} (seed {run.config.seed})</h3>" + (_list(lines) or "<p>Nothing.</p>"))
+    return "<h2>What happened</h2>" + "".join(blocks)
 
 
 def _samples(runs: Sequence[RunHistory]) -> str:
@@ -224,7 +266,8 @@ def _sample_row(sample: Mapping[str, Any]) -> list[str]:
 
 def _configuration(run: RunHistory) -> str:
     starts = run.of_kind("run_start") + run.of_kind("resume")
-    versions = ", ".join(f"{name} {version}" for name, version in starts[-1]["versions"].items()) if starts else ""
+    used = starts[-1].get("versions", {}) if starts else {}
+    versions = ", ".join(f"{name} {version}" for name, version in used.items())
     text = escape(to_yaml(run.config))
     return (
         f"<details><summary>Configuration and versions of {escape(run.label)} (seed {run.config.seed})</summary>"

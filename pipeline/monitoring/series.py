@@ -104,6 +104,10 @@ class Series:
 
         return self._trusted(gather)
 
+    def states(self) -> list[str]:
+        """The controller's states, by the number that stands for them in the column ``state``."""
+        return list(self._states)
+
     def in_state(self, state: str) -> np.ndarray:
         """Whether the controller was in a state, of every step: bool [steps]."""
         return self.column(STATE) == (self._states.index(state) if state in self._states else -1)

@@ -1,5 +1,6 @@
 """The report page and the figures behind it."""
 
+import csv
 import json
 import math
 import re
@@ -10,9 +11,11 @@ from xml.etree import ElementTree
 
 import pytest
 
+from pipeline.monitoring import table
 from pipeline.monitoring.charts import CHARTS, theme_variables
+from pipeline.monitoring.differences import config_differences, result_differences
 from pipeline.monitoring.report import DARK, build_report
-from pipeline.monitoring.summary import by_method, summarize
+from pipeline.monitoring.summary import by_method, read_run, summarize
 
 sys.path.append(str(Path(__file__).parent))
 import run_writer as runs
@@ -157,3 +160,53 @@ def test_means_over_seeds():
     assert figures["final_entropy"] == pytest.approx(0.3)
     assert figures["final_entropy_sd"] == pytest.approx(0.1414, abs=1e-4)
     assert figures["pass_at_1"] is None
+
+
+def test_only_what_differs_is_compared(folders):
+    configs = [read_run(folder).config for folder in folders]
+    assert config_differences(configs) == {"entropy.controller": ["none", "pi"]}
+    assert config_differences(configs[:1] * 2) == {}
+    found = result_differences([summarize(folder) for folder in folders])
+    assert "steps" not in found
+    assert found["pass_at_1"] == [(0.55, None), (0.5, pytest.approx(-0.05))]
+
+
+def test_the_page_compares_and_tells_what_happened(built, folders):
+    page = built[1]
+    assert "<td>entropy.controller</td><td>none</td><td>pi</td>" in page
+    assert "<td>pass@1</td><td>0.550</td><td>0.500 (-0.050)</td>" in page
+    assert "step 30: end, info: completed" in page
+
+
+def test_restarts_alerts_faults_and_stalls_are_told(tmp_path):
+    recorder = runs.open_run(tmp_path / "run")
+    for step in range(4):
+        runs.record_step(recorder, step)
+    recorder.fault("engine 1 was started again")
+    recorder.event("stall", step=4, seconds=700.0, factor=20.0, stacks=[], action="restart")
+    recorder.event("alert", step=3, rule="reward_drop", severity="critical", reason="reward < 0", state="begin")
+    recorder._lock.close()
+    runs.record_step(runs.open_run(tmp_path / "run", resumed=True, step=4), 4)
+    build_report([tmp_path / "run"], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    for line in (
+        "step 4: fault, warning: engine 1 was started again",
+        "step 4: stall, critical: no step for 700 s",
+        "step 3: alert, critical: reward_drop: reward &lt; 0",
+        "step 4: restart, info: resumed after 4 steps",
+    ):
+        assert f"<li>{line}</li>" in page
+
+
+def test_every_step_as_csv(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr(table, "BLOCK", 7)
+    build_report(folders, tmp_path / "report.html", csv=tmp_path / "report.csv")
+    with (tmp_path / "report.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["run"], int(row["step"])) for row in rows] == [(run, s) for run in ("grpo", "pi") for s in range(30)]
+    pi = rows[30:]
+    assert [float(row["entropy/mean"]) for row in pi] == [0.5] * 5 + [0.3] * 25
+    assert {row["state"] for row in pi} == {"tracking"}
+    assert float(pi[-1]["evaluation/pass_at_16"]) == 0.95
+    assert pi[0]["evaluation/pass_at_16"] == ""
+    assert float(pi[3]["sync/bytes"]) == 2**20

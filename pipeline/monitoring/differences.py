@@ -1,0 +1,49 @@
+"""What runs that are compared do not have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from pipeline.config.schema import RunConfig
+
+LABELS = ("name", "run_dir")  # tell runs apart, not what they do
+RESULTS = (
+    "steps",
+    "final_entropy",
+    "time_in_band",
+    "rms_error",
+    "settling_step",
+    "pass_at_1",
+    "pass_at_16",
+    "distinct_correct",
+)
+
+
+def config_differences(configs: Sequence[RunConfig]) -> dict[str, list[str]]:
+    """The keys, dotted, whose values are not the same in all configurations, and the values, one per configuration."""
+    flat = [dict(_flat(asdict(config))) for config in configs]
+    keys = [key for key in flat[0] if key not in LABELS]
+    return {key: [str(one[key]) for one in flat] for key in keys if any(one[key] != flat[0][key] for one in flat)}
+
+
+def result_differences(summaries: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[Any, float | None]]]:
+    """Figures that are not the same in all runs: per run the value and its change against the first run's (None: of the first itself)."""
+    found = {}
+    for name in RESULTS:
+        values = [summary[name] for summary in summaries]
+        if any(value != values[0] for value in values):
+            found[name] = [(values[0], None), *((value, _change(value, values[0])) for value in values[1:])]
+    return found
+
+
+def _change(value: Any, first: Any) -> float | None:
+    return None if value is None or first is None else float(value - first)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    pairs: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        pairs += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+    return pairs
