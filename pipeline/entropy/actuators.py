@@ -26,7 +26,7 @@ class Actuator:
     upper: float
     neutral: float  # the command at rest, before any reading: u = 0; for a temperature 1
     kp: float  # u per unit of ln H
-    ki: float  # u per unit of ln H and step
+    ki: float  # see ``PiLaw``
     temperature: bool = False  # the command is a temperature, u = ln T
     second_rollout: bool = False  # draws auxiliary samples
     positive_term: bool = False  # scaled by ``entropy.alpha``: with alpha 0 it does nothing
@@ -47,12 +47,12 @@ def _temperature(name: str, lower: float, upper: float, kp: float, ki: float, se
 ACTUATORS = {
     actuator.name: actuator
     for actuator in (
-        _temperature("resample", 0.6, 1.6, 4.0, 0.05, second_rollout=True),
-        _temperature("reweight", 1.0, 6.0, 4.0, 0.08),
-        _temperature("fc", 1.0, 6.0, 4.0, 0.08),
-        Actuator("tok", 0.0, 3.0, 0.0, 3.0, 0.06),
-        Actuator("entropy_bonus", 0.0, 0.4, 0.0, 0.8, 0.02),
-        Actuator("clip_cov", 0.0, 0.2, 0.0, 0.15, 0.003),
+        _temperature("resample", 0.6, 1.6, 4.0, 0.12, second_rollout=True),
+        _temperature("reweight", 1.0, 6.0, 4.0, 0.12),
+        _temperature("fc", 1.0, 6.0, 4.0, 0.12),
+        Actuator("tok", 0.0, 3.0, 0.0, 3.0, 0.09),
+        Actuator("entropy_bonus", 0.0, 0.4, 0.0, 0.8, 0.024),
+        Actuator("clip_cov", 0.0, 0.2, 0.0, 0.15, 0.0045),
     )
 }
 

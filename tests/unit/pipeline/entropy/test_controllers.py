@@ -55,9 +55,9 @@ def test_low_entropy_raises_the_command_high_entropy_lowers_it(actuator):
 
 def test_measured_gains_are_the_default_and_can_be_replaced():
     e = math.log(TARGET / 0.28)
-    assert feed(controller(actuator="tok"), [0.28])[0].command == pytest.approx(3.06 * e)
+    assert feed(controller(actuator="tok"), [0.28])[0].command == pytest.approx(3.0 * e)
     assert feed(controller(actuator="tok", pi=PiConfig(kp=1.0, ki=0.0)), [0.28])[0].command == pytest.approx(e)
-    assert feed(controller(actuator="reweight"), [0.28])[0].command == pytest.approx(math.exp(4.08 * e))
+    assert feed(controller(actuator="reweight"), [0.28])[0].command == pytest.approx(math.exp(4.0 * e))
 
 
 def test_decision_steers_to_the_band_of_the_next_step():
@@ -252,7 +252,8 @@ def test_an_actuator_at_rest_whose_entropy_stays_put_is_reported():
 
 
 def test_split_range_takes_more_prompts_while_saturated_and_gives_them_back():
-    control = controller(actuator="resample", pi=PiConfig(split_range=True, ema=0.0), auxiliary_max_prompts=12)
+    pi = PiConfig(kp=4.0, ki=0.0, split_range=True, ema=0.0)
+    control = controller(actuator="resample", pi=pi, auxiliary_max_prompts=12)
     assert [d.auxiliary_prompts for d in feed(control, [0.2] * 16)] == [4] * 4 + [6] * 5 + [9] * 5 + [12] * 2
     calm = feed(control, [TARGET] * 60)
     assert calm[-1].auxiliary_prompts == 4
