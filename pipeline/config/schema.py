@@ -245,7 +245,7 @@ class PiConfig:
 
     kp: float = key(0.0, "proportional gain, actuator units per unit of ln H; 0: default of the actuator")
     ki: float = key(0.0, "integral gain per step; used when kp is set")
-    ema: float = key(0.8, "weight of the past in the filtered entropy (0: no filter)")
+    ema: float = key(0.7, "weight of the past in the filtered entropy (0: no filter)")
     slew: float = key(0.0, "largest change of the command per step in actuator units; 0: unlimited")
     setpoint_ramp: float = key(
         0.0, "largest change of the set-point per step, in ln H, starting at the first reading; 0: no ramp"

@@ -12,10 +12,10 @@ from pipeline.entropy.state import Stateful
 
 MAX_ERROR = 1.0  # |ln(H*/H)| beyond which the law pushes no harder
 MOMENTUM_STEPS = 3  # by which the optimizer's momentum delays what a command does
-# Dead time of the loop without stale rollouts: the decision's own step, momentum, and the mean age of an EMA of weight 0.8.
-DEAD_TIME = 1 + MOMENTUM_STEPS + 4
-CLOSED_LOOP_STEPS = 14.0  # time constant aimed at
-KI_PER_KP = 0.03  # of the defaults, and of what ``calibrate`` proposes
+# Dead time of the loop without stale rollouts: the decision's own step, momentum, and the mean age of an EMA of weight 0.7.
+DEAD_TIME = 1 + MOMENTUM_STEPS + 2
+CLOSED_LOOP_STEPS = 16.0  # time constant aimed at
+KI_PER_KP = 0.05  # of the defaults, and of what ``calibrate`` proposes
 
 
 def proportional_gain(gain: float, staleness: int = 0) -> float:

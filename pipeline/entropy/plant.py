@@ -38,14 +38,14 @@ _FLOOR, _CEILING = math.log(1e-6), math.log(20.0)  # of y: no policy has less or
 class Plant:
     """Parameters of the model above."""
 
-    gain: float = 0.0114  # b, of ln H per unit of u and step
-    drift: float = -0.003  # d, of ln H per step at H = 0.3
+    gain: float = 0.016  # b, of ln H per unit of u and step
+    drift: float = -0.0035  # d, of ln H per step at H = 0.3
     drift_power: float = 0.0  # p
     knee: float = 0.0  # nats; 0: the gain does not fade
-    lag: float = 3.0  # steps; 1: none
+    lag: float = 4.0  # steps; 1: none
     delay: int = 0  # s, steps
-    process_noise: float = 0.005  # standard deviation per step, of ln H
-    sensor_noise: float = 0.05  # standard deviation of ln of a reading
+    process_noise: float = 0.007  # standard deviation per step, of ln H
+    sensor_noise: float = 0.06  # standard deviation of ln of a reading
     sensor_lag: int = 0  # steps
     outliers: float = 0.0  # share of readings that are a third or three times what they should be
 
@@ -88,26 +88,26 @@ class Scenario:
         return plant
 
 
-_REAL = Plant(drift_power=1.6, knee=0.02)
+_BENT = Plant(drift_power=1.0, knee=0.02)
 SCENARIOS = {
     scenario.name: scenario
     for scenario in (
         Scenario("nominal"),
-        Scenario("ceiling and fading gain", _REAL),
         Scenario("hold", start=0.3),
-        Scenario("rise", _REAL, start=0.15),
+        Scenario("rise from 0.15", _BENT, start=0.15),
+        Scenario("drift and gain vary with H", _BENT),
         Scenario("delay 1", Plant(delay=1)),
         Scenario("delay 2", Plant(delay=2)),
         Scenario("delay 4", Plant(delay=4)),
-        Scenario("noisy sensor", Plant(sensor_noise=0.1)),
-        Scenario("noisy policy", Plant(process_noise=0.01)),
-        Scenario("quiet sensor", Plant(sensor_noise=0.02)),
-        Scenario("sensor lag", Plant(sensor_lag=3)),
-        Scenario("outliers", Plant(outliers=0.05)),
-        Scenario("gain halves", changes={200: {"gain": 0.0075}}),
-        Scenario("gain doubles", changes={200: {"gain": 0.0228}}),
-        Scenario("learning rate doubles", changes={200: {"gain": 0.0228, "drift": -0.006}}),
-        Scenario("drift changes", changes={130: {"drift": -0.0045}, 260: {"drift": -0.0015}}),
+        Scenario("noisy sensor", Plant(sensor_noise=0.12)),
+        Scenario("quiet sensor", Plant(sensor_noise=0.03)),
+        Scenario("noisy policy", Plant(process_noise=0.012)),
+        Scenario("sensor lag 3", Plant(sensor_lag=3)),
+        Scenario("5 % outliers", Plant(outliers=0.05)),
+        Scenario("gain halves", changes={200: {"gain": 0.0085}}),
+        Scenario("gain doubles", changes={200: {"gain": 0.032}}),
+        Scenario("learning rate doubles", changes={200: {"gain": 0.032, "drift": -0.007}}),
+        Scenario("drift changes", changes={130: {"drift": -0.006}, 260: {"drift": -0.0015}}),
         Scenario("no positives", no_positives=((120, 130), (200, 203), (300, 320))),
         Scenario("target steps", target_steps={150: 0.36, 280: 0.27}),
         Scenario("high entropy", Plant(gain=0.03, drift=-0.006, sensor_noise=0.03), start=1.2, target=0.8),
@@ -121,6 +121,7 @@ class Trace:
 
     entropy: np.ndarray  # float64 [steps], nats, the policy's own before each update
     target: np.ndarray  # float64 [steps], middle of the band
+    readings: np.ndarray  # float64 [steps], nats, what the controller was given
     commands: np.ndarray  # float64 [steps], u in force at each update
     decisions: list[ControlDecision]  # made after each update
 
@@ -144,7 +145,7 @@ def _run(control: EntropyController, actuator: Actuator, scenario: Scenario, see
     y, momentum, decision = math.log(scenario.start), 0.0, control.initial()
     states: list[float] = []
     commands: list[float] = []
-    decisions = []
+    readings, decisions = [], []
     for k in range(scenario.steps):
         plant = scenario.plant_at(k)
         states.append(y)
@@ -159,11 +160,12 @@ def _run(control: EntropyController, actuator: Actuator, scenario: Scenario, see
         y = min(max(y, _FLOOR), _CEILING)
         reading = EntropyReading(math.exp(seen) * _TOKENS, _TOKENS, k, staleness)
         decision = control.update(reading, 0 if barren else 8)
+        readings.append(reading.mean)
         decisions.append(decision)
     target = np.full(scenario.steps, scenario.target)
     for step, value in scenario.target_steps.items():
         target[step:] = value
-    return Trace(np.exp(states), target, np.array(commands), decisions)
+    return Trace(np.exp(states), target, np.array(readings), np.array(commands), decisions)
 
 
 def _move(plant: Plant, y: float, u: float) -> float:

@@ -55,9 +55,9 @@ def test_low_entropy_raises_the_command_high_entropy_lowers_it(actuator):
 
 def test_measured_gains_are_the_default_and_can_be_replaced():
     e = math.log(TARGET / 0.28)
-    assert feed(controller(actuator="tok"), [0.28])[0].command == pytest.approx(3.0 * e)
+    assert feed(controller(actuator="tok"), [0.28])[0].command == pytest.approx(2.0 * e)
     assert feed(controller(actuator="tok", pi=PiConfig(kp=1.0, ki=0.0)), [0.28])[0].command == pytest.approx(e)
-    assert feed(controller(actuator="reweight"), [0.28])[0].command == pytest.approx(math.exp(4.0 * e))
+    assert feed(controller(actuator="reweight"), [0.28])[0].command == pytest.approx(math.exp(2.0 * e))
 
 
 def test_decision_steers_to_the_band_of_the_next_step():
@@ -231,10 +231,10 @@ def test_saturation_is_reported_with_the_entropy_reached():
 
 
 def test_saturated_but_on_its_way_is_told_apart():
-    rising = [0.1 * 1.01**k for k in range(40)]
+    rising = [0.06 * 1.01**k for k in range(40)]
     last = feed(controller(actuator="reweight"), rising)[-1]
     assert last.state == "saturated"
-    assert last.reason.startswith("at its limit, H=0.1")
+    assert last.reason.startswith("at its limit, H=0.08")
     assert "on its way to 0.298" in last.reason
 
 

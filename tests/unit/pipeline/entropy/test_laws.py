@@ -80,8 +80,8 @@ def test_pi_expects_the_effect_of_a_command_later_with_stale_rollouts():
 
 
 def test_proportional_gain_is_that_of_internal_model_control():
-    assert proportional_gain(0.0114) == pytest.approx(1 / (0.0114 * (14 + 8)))
-    assert proportional_gain(0.0114, staleness=2) == pytest.approx(1 / (0.0114 * (14 + 8 + 2)))
+    assert proportional_gain(0.0114) == pytest.approx(1 / (0.0114 * (16 + 6)))
+    assert proportional_gain(0.0114, staleness=2) == pytest.approx(1 / (0.0114 * (16 + 6 + 2)))
 
 
 def test_sensor_smooths_and_floors():
