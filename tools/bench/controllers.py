@@ -13,19 +13,32 @@ import argparse
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from pipeline.config.schema import EntropyConfig
-from pipeline.entropy.plant import SCENARIOS, Performance, performance, simulate
+from pipeline.entropy.plant import SCENARIOS, Performance, Plant, Scenario, performance, simulate
 
-EQUAL = {"actuator": "resample", "command_min": 0.6, "command_max": 1.6}
+EQUAL: dict[str, Any] = {"actuator": "resample", "command_min": 0.6, "command_max": 1.6}
 CONTROLLERS = {
     "pi, default": EntropyConfig(),
     "pi": EntropyConfig(controller="pi", **EQUAL),
     "scope v7": EntropyConfig(controller="scope", **EQUAL),
     "bang_bang": EntropyConfig(controller="bang_bang", **EQUAL),
 }
+# Targets above what the command can hold, and targets that are reached slowly: how well are they told apart?
+_CEILING = Plant(gain=0.0114, drift=-0.003, drift_power=1.6)  # holds 0.43 nats at T = 1.6
+OUT_OF_REACH = (
+    Scenario("0.50 from above, ceiling 0.43", _CEILING, start=0.55, target=0.5),
+    Scenario("0.50 from below, ceiling 0.43", _CEILING, start=0.35, target=0.5),
+    Scenario("drift beyond authority", Plant(gain=0.006, drift=-0.004), start=0.3, target=0.3),
+)
+STEEP = (
+    Scenario("0.35 from 0.14", Plant(drift=-0.003), start=0.14, target=0.35),
+    Scenario("0.30 from 0.20, drift grows", Plant(drift_power=0.5), start=0.2, target=0.3),
+    SCENARIOS["rise from 0.15"],
+)
 FIGURES = tuple(Performance.__dataclass_fields__)
 
 
@@ -35,6 +48,30 @@ def measure(scenario: str, controller: str, seeds: int) -> dict[str, float]:
     delay = case.plant.delay
     runs = [asdict(performance(simulate(CONTROLLERS[controller], case, seed, delay))) for seed in range(seeds)]
     return {name: float(np.mean([run[name] for run in runs])) for name in FIGURES}
+
+
+def first_warning(scenario: Scenario, seed: int) -> tuple[int | None, str]:
+    """Steps from the first one at the upper limit to the first "not reachable", and what was said; (None, "") without."""
+    trace = simulate(CONTROLLERS["pi"], scenario, seed, scenario.plant.delay)
+    limited = None
+    for step, decision in enumerate(trace.decisions):
+        if limited is None and decision.command == EQUAL["command_max"]:
+            limited = step
+        if "not reachable" in decision.reason:
+            return step - (step if limited is None else limited), decision.reason
+    return None, ""
+
+
+def reach_table(seeds: int) -> str:
+    """Markdown: how often and how soon a target is called out of reach."""
+    lines = ["| target | called out of reach | within 30 steps at the limit | median steps |", "|---" * 4 + "|"]
+    for scenario in (*OUT_OF_REACH, *STEEP, SCENARIOS["nominal"]):
+        steps = [first_warning(scenario, seed)[0] for seed in range(seeds)]
+        found = [number for number in steps if number is not None]
+        soon = sum(number <= 30 for number in found) / seeds
+        median = f"{np.median(found):.0f}" if found else "-"
+        lines.append(f"| {scenario.name} | {len(found) / seeds:.0%} | {soon:.0%} | {median} |")
+    return "\n".join(lines)
 
 
 def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
@@ -65,6 +102,8 @@ def main() -> None:
     arguments.json.parent.mkdir(parents=True, exist_ok=True)
     arguments.json.write_text(json.dumps(results, indent=1))
     print(table(results))
+    print()
+    print(reach_table(arguments.seeds))
 
 
 if __name__ == "__main__":

@@ -223,18 +223,35 @@ def test_a_start_far_above_the_target_is_no_explosion_but_a_return_there_is():
     assert [d.state == "exploding" for d in decisions] == [False, False, True]
 
 
-def test_saturation_is_reported_with_the_entropy_reached():
-    decisions = feed(controller(actuator="resample"), [0.2] * 8)
-    assert [d.state for d in decisions] == ["tracking"] * 4 + ["saturated"] * 4
+def test_saturation_is_reported_with_the_entropy_reached_and_what_is_reachable():
+    decisions = feed(controller(actuator="resample"), [0.1, 0.12, 0.16] + [0.2] * 60)
+    assert [d.state for d in decisions] == ["tracking"] * 4 + ["saturated"] * 59
     assert decisions[-1].command == 1.6
-    assert decisions[-1].reason == "target not reachable: held at H=0.2"
+    said = ["not reachable" in d.reason for d in decisions]
+    assert not any(said[:24])
+    assert said[-1]
+    assert decisions[-1].reason == "target 0.298 not reachable: held at H=0.2; reachable about 0.1-0.2"
+
+
+def test_a_target_out_of_reach_from_the_start_is_found_after_25_steps():
+    decisions = feed(controller(actuator="resample"), [0.2] * 30)
+    said = ["not reachable" in d.reason for d in decisions]
+    assert said.index(True) == 24
+    assert decisions[-1].reason == "target 0.298 not reachable: held at H=0.2; reachable up to about 0.2"
+
+
+def test_a_target_called_out_of_reach_is_taken_back_when_the_entropy_moves():
+    readings = [0.1] * 30 + [0.1 * 1.02**k for k in range(25)]
+    decisions = feed(controller(actuator="resample"), readings)
+    assert "not reachable" in decisions[29].reason
+    assert decisions[-1].reason.startswith("at its limit for 55 steps, H=0.15")
 
 
 def test_saturated_but_on_its_way_is_told_apart():
     rising = [0.06 * 1.01**k for k in range(40)]
     last = feed(controller(actuator="reweight"), rising)[-1]
     assert last.state == "saturated"
-    assert last.reason.startswith("at its limit, H=0.08")
+    assert last.reason.startswith("at its limit for 40 steps, H=0.08")
     assert "on its way to 0.298" in last.reason
 
 
@@ -248,7 +265,7 @@ def test_an_actuator_at_rest_waits_for_the_drift_and_is_not_saturated():
 def test_an_actuator_at_rest_whose_entropy_stays_put_is_reported():
     decisions = feed(controller(actuator="reweight"), [0.6] * 60)
     assert [d.state for d in decisions] == ["tracking"] * 50 + ["saturated"] * 10
-    assert decisions[-1].reason == "target not reachable: held at H=0.6"
+    assert decisions[-1].reason == "target 0.298 not reachable: held at H=0.6; reachable about 0.6 and above"
 
 
 def test_split_range_takes_more_prompts_while_saturated_and_gives_them_back():
