@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from pipeline.config.schema import BandConfig, EntropyConfig
-from pipeline.entropy.actuators import ACTUATORS, Actuator, acting
+from pipeline.entropy.actuators import Actuator, acting
 from pipeline.entropy.controller import EntropyController
 from pipeline.entropy.factory import build_controller
 from pipeline.types import ControlDecision, EntropyReading
