@@ -29,10 +29,11 @@ def probe(
     temperatures: Sequence[float],
     repeats: int,
     prompts_per_update: int,
+    step_size: float,
     said: Callable[[str], None],
 ) -> Asymmetry:
     """The asymmetry of ``config``'s model, or of the newest checkpoint of ``run``. Raises ``CheckpointError`` without one."""
-    config = probe_config(config)
+    config = probe_config(config, step_size)
     checkpoint = _newest(run)
     with ExitStack() as stack:
         tokenizer = load_tokenizer(_hf_path(config))

@@ -15,6 +15,7 @@ from launchers.cli import (
     config_cmd,
     convert_cmd,
     doctor_cmd,
+    entropy_cmd,
     evaluate_cmd,
     jobs_cmd,
     launch_cmd,
@@ -44,6 +45,7 @@ app.add_typer(jobs_cmd.app, name="jobs")
 app.add_typer(config_cmd.app, name="config")
 app.add_typer(plan_cmd.app, name="plan")
 app.add_typer(convert_cmd.app, name="convert")
+app.add_typer(entropy_cmd.app, name="entropy")
 app.command("doctor")(doctor_cmd.doctor)
 
 

@@ -29,6 +29,8 @@ from pipeline.types import ControlDecision, GenerateRequest, Prompt, Role, Sampl
 SIGNS = {"positives": 1.0, "negatives": -1.0}
 MEASURING_PROMPTS = 96  # whose responses measure the entropy
 MEASURING_SAMPLES = 32
+STEP_SIZE = 0.01
+_EPSILON = 1e3
 _REST = ControlDecision(1.0, 1.0, 0, "off", "")
 
 
@@ -60,13 +62,27 @@ class Asymmetry:
         return sum((x - middle) * (y - level) for x, y in points) / spread if spread else math.nan
 
 
-def probe_config(config: RunConfig) -> RunConfig:
-    """What the probe runs under: one update a step, no momentum (what came before would move the entropy too), no actuator."""
-    optimizer = replace(config.learner.optimizer, betas=[0.0, config.learner.optimizer.betas[1]], warmup_steps=0)
+def probe_config(config: RunConfig, step_size: float) -> RunConfig:
+    """What the probe runs under: one plain gradient step of ``step_size`` without actuator, KL or clipping.
+
+    Adam's momentum would add what came before, and its division by the gradients' sizes would blur first-order effects; with an
+    epsilon far above those sizes it is gradient descent at the rate lr / epsilon.
+    """
+    optimizer = replace(
+        config.learner.optimizer,
+        lr=step_size * _EPSILON,
+        min_lr=0.0,
+        lr_schedule="constant",
+        warmup_steps=0,
+        betas=[0.0, config.learner.optimizer.betas[1]],
+        eps=_EPSILON,
+        weight_decay=0.0,
+        clip_grad=0.0,
+    )
     objective = replace(config.objective, kl_coef=0.0, correction=replace(config.objective.correction, kind="none"))
     return replace(
         config,
-        learner=replace(config.learner, updates_per_step=1, optimizer=replace(optimizer, lr_schedule="constant")),
+        learner=replace(config.learner, updates_per_step=1, optimizer=optimizer),
         objective=objective,
         entropy=replace(config.entropy, controller="none"),
         rollout=replace(config.rollout, weight_dtype="auto"),
@@ -179,7 +195,11 @@ class Probe:
             SampleGroup(
                 group.prompt,
                 # No term of this loss knows the temperature; ``build_batch`` takes main rows at 1 only.
-                tuple(replace(s, temperature=1.0) for s in group.samples if s.correct == wanted and _usable(s.finish_reason)),
+                tuple(
+                    replace(s, temperature=1.0)
+                    for s in group.samples
+                    if s.correct == wanted and _usable(s.finish_reason)
+                ),
                 Role.MAIN,
             )
             for group in groups
