@@ -105,9 +105,9 @@ class SampleGroup:
 class Actuation:
     """What the controller's command does to the loss of one step.
 
-    ``kind`` is an actuator name (``none``, ``resample``, ``reweight``, ``fc``, ``tok``, ``entropy_bonus``, ``clip_cov``);
+    ``kind`` is an actuator name (``none``, ``resample``, ``reweight``, ``fc``, ``tok``, ``entropy_bonus``, ``high_prob``, ``clip_cov``);
     ``command`` is in that actuator's unit: a temperature for ``resample``, ``reweight`` and ``fc``, a coefficient for
-    ``tok`` and ``entropy_bonus``, a fraction of tokens for ``clip_cov``. ``alpha`` scales the positive term.
+    ``tok``, ``entropy_bonus`` and ``high_prob``, a fraction of tokens for ``clip_cov``. ``alpha`` scales the positive term.
     """
 
     kind: str = "none"

@@ -92,8 +92,8 @@ def calibrate(
     if run is None and not steps:
         raise typer.BadParameter("--config needs --excite STEPS: a model alone has no history to learn from")
     resolved = _resolved(config, run, overrides)
-    from pipeline.entropy.identify import IdentificationError
     from pipeline.entropy.calibrate import calibration
+    from pipeline.entropy.identify import IdentificationError
     from pipeline.monitoring.plant_data import record_of
 
     try:

@@ -5,8 +5,8 @@ coefficient or fraction itself for the others. At rest a coefficient or fraction
 still added with its weight ``entropy.alpha``, only its temperature no longer favours unlikely tokens over likely ones. Limits and gains were measured on a 100k-parameter model
 with a target of 0.3 nats (docs/methods.md); they are starting points for another, not laws.
 
-A negative coefficient is refused: turned on incorrect samples it feeds back on itself and collapses the policy, and
-on correct ones it only hastens what the policy gradient does anyway.
+A negative coefficient is refused, but by ``high_prob``, which is made for both signs: turned on incorrect samples it feeds back on
+itself and collapses the policy, and on correct ones it only hastens what the policy gradient does anyway.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ ACTUATORS = {
         _temperature("fc", 1.0, 6.0, 2.0, 0.1),
         Actuator("tok", 0.0, 3.0, 0.0, 2.0, 0.1),
         Actuator("entropy_bonus", 0.0, 0.4, 0.0, 0.6, 0.03),
+        Actuator("high_prob", -1.0, 1.0, 0.0, 1.0, 0.05),
         Actuator("clip_cov", 0.0, 0.2, 0.0, 0.08, 0.004),
     )
 }

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.config.schema import EntropyConfig, PiConfig
 from pipeline.entropy.actuators import actuator_of, command_limits
-from pipeline.entropy.identify import Identified, IdentificationError, Record, identify
+from pipeline.entropy.identify import IdentificationError, Identified, Record, identify
 from pipeline.entropy.pi import KI_PER_KP, MOMENTUM_STEPS, proportional_gain
 from pipeline.entropy.plant import Performance, Plant, Scenario, performance, simulate
 

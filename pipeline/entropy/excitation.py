@@ -8,7 +8,7 @@ from pipeline.entropy.pi import CLOSED_LOOP_STEPS, DEAD_TIME
 from pipeline.entropy.state import Stateful
 from pipeline.types import ControlDecision, EntropyReading
 
-PERIOD = 20  # steps at one level: long against the delay, short against the drift
+PERIOD = 20  # steps at one level; a square wave late by a whole level is its own opposite, so above any delay
 _PUSH = 0.02  # of ln H per step between the levels, on a plant of the gain that the default kp was made for
 _SHARE = 0.9  # of the range between the limits, at most
 

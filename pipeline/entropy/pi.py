@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+from pipeline.entropy.law import ANY, Edges
 from pipeline.entropy.state import Stateful
 
 MAX_ERROR = 1.0  # |ln(H*/H)| beyond which the law pushes no harder
@@ -57,7 +58,7 @@ class PiLaw(Stateful):
         self.predicted: float | None = None  # ln H; None: no reading yet
         self.sent: list[float] = []  # commands in force, oldest first
 
-    def propose(self, entropy: float, goal: float, last: float, staleness: int) -> float:
+    def propose(self, entropy: float, goal: float, last: float, staleness: int, edges: Edges = ANY) -> float:
         """See ``Law``."""
         self.sent = [*self.sent, last][-(2 + MOMENTUM_STEPS + staleness) :]
         self._observe(math.log(entropy), self.sent[0])

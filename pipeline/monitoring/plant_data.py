@@ -11,7 +11,7 @@ from pipeline.monitoring.summary import RunHistory
 
 def record_of(run: RunHistory) -> Record:
     """Entropies and commands of every step, in order. Raises ``IdentificationError`` for a run whose actuator never acted."""
-    if not run.steps or all(event["actuator"] == "none" for event in run.steps):
+    if run.is_baseline or all(event["actuator"] == "none" for event in run.steps):
         raise IdentificationError(
             f"{run.run_dir}: no actuator took part in this run, so it tells the drift but no gain: use --excite STEPS"
         )

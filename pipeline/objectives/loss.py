@@ -20,11 +20,14 @@ Actuators, with ``u`` the command, ``c`` in {0, 1} the row's correctness, ``pi_T
 - ``fc``: A += alpha c (min(pi_T / pi, 8) - 1), the same centred: exactly 0 at T=1.
 - ``tok``: A += u c clip(-(log pi + H), -3, 3), with H the token's exact entropy.
 - ``entropy_bonus``: loss -= u H.
+- ``high_prob``: A -= u |A| on tokens of probability above 0.95: loss += -u mean(-r |A|) over them (EntroPIC, 2511.15248), here inside the
+  clipped surrogate, the same where r = 1, and divided by all tokens' number, not by theirs alone.
 - ``clip_cov``: ``token_weights`` takes the tokens of highest covariance out of the surrogate (2505.22617).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -38,6 +41,7 @@ FC_MAX_RATIO = 8.0  # as measured; keeps one rare token from outweighing the res
 # Never reached by the policy's own samples; stops a token on whose probability the engine and the learner disagree.
 REWEIGHT_MAX_RATIO = 100.0
 TOK_MAX_SURPRISE = 3.0  # nats
+HIGH_PROBABILITY = 0.95  # as published
 
 # Sums over main tokens, and the name of their mean.
 _TOKEN_MEANS = {
@@ -179,6 +183,9 @@ def _advantages(outputs: PolicyOutputs, rows: TokenRows) -> torch.Tensor:
     if act.kind == "tok" and act.command != 0:
         surprise = -(outputs.log_probs + outputs.entropy).detach()
         return rows.advantages + act.command * rows.correct * surprise.clamp(-TOK_MAX_SURPRISE, TOK_MAX_SURPRISE)
+    if act.kind == "high_prob" and act.command != 0:
+        sure = (outputs.log_probs.detach() > math.log(HIGH_PROBABILITY)) & ~rows.auxiliary
+        return rows.advantages - act.command * rows.advantages.abs() * sure
     return rows.advantages
 
 

@@ -39,6 +39,10 @@ def _restore_hook(monkeypatch):
         ["launch"],
         ["launch", "slurm"],
         ["launch", "local"],
+        ["entropy"],
+        ["entropy", "probe"],
+        ["entropy", "calibrate"],
+        ["entropy", "law"],
         ["jobs"],
         ["jobs", "list"],
         ["jobs", "status"],
@@ -50,7 +54,7 @@ def test_every_command_has_help_with_an_example(capsys, words):
     code, out, _ = call(capsys, *words, "--help")
     assert code == 0
     assert "Usage: isentrope" in out
-    if words and words not in (["config"], ["launch"], ["jobs"]):
+    if words and words not in (["config"], ["launch"], ["entropy"], ["jobs"]):
         assert "Example" in out
 
 
@@ -69,6 +73,11 @@ def test_version(capsys):
         ["evaluate"],
         ["report"],
         ["train", "--no-such-option"],
+        ["entropy", "calibrate"],
+        ["entropy", "calibrate", "--config", "quickstart.yaml"],
+        ["entropy", "probe"],
+        ["entropy", "probe", "--config", "quickstart.yaml", "-t", "0"],
+        ["entropy", "law"],
     ],
 )
 def test_usage_errors_exit_with_2(capsys, words):

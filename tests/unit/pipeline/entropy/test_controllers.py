@@ -99,6 +99,16 @@ def test_off_means_plain_grpo(keys):
         )
 
 
+def test_published_coefficient_laws_through_the_loop():
+    sky = feed(controller(controller="skywork", actuator="entropy_bonus"), [0.2, 0.2, 0.5, 0.2])
+    assert [d.command for d in sky] == pytest.approx([1e-4, 2e-4, 0.0, 2e-4])
+    aent = feed(controller(controller="aent", actuator="entropy_bonus"), [0.3, 0.17, 0.3, 1.0])
+    assert [d.command for d in aent] == pytest.approx([1e-5, 1.1e-4, 1.1e-4, 1e-5])
+    pic = feed(controller(controller="entropic", actuator="high_prob"), [TARGET - 0.1, TARGET - 0.1, TARGET + 2])
+    assert [d.command for d in pic] == pytest.approx([0.1, 0.101, -1.0])
+    assert {d.temperature for d in sky + aent + pic} == {1.0}
+
+
 def run_plant(control, steps, actuator, seed=0, start=0.55, gain=0.0114, drift=-0.003):
     """ln H integrates the command; figures measured on the 100k-parameter model. True entropies and decisions."""
     rng, y, entropies, decisions, decision = random.Random(seed), math.log(start), [], [], control.initial()
@@ -325,6 +335,8 @@ def test_wrong_sign_plant_raises_the_alarm():
 
 READING = st.one_of(st.floats(0, 3), st.floats(), st.just(NAN))
 LAWS = [("pi", a) for a in ACTUATORS] + [(c, a) for c in ("scope", "bang_bang") for a in ("resample", "reweight", "fc")]
+LAWS += [("skywork", "entropy_bonus"), ("aent", "entropy_bonus"), ("entropic", "high_prob")]
+LIMITS = {"scope": (0.8, 1.2), "bang_bang": (0.8, 1.2), "skywork": (0, 0.005), "aent": (0, 0.01), "entropic": (-1, 1)}
 
 
 @settings(max_examples=60, deadline=None)
@@ -337,7 +349,7 @@ def test_command_is_finite_and_within_limits_for_any_readings(law, readings, ram
     actuator = ACTUATORS[law[1]]
     pi = PiConfig(split_range=law == ("pi", "resample"), setpoint_ramp=0.02 * ramp, slew=0.05 * ramp)
     control = controller(controller=law[0], actuator=law[1], pi=pi)
-    low, high = (actuator.lower, actuator.upper) if law[0] == "pi" else (0.8, 1.2)
+    low, high = LIMITS.get(law[0], (actuator.lower, actuator.upper))
     for k, (entropy, positives, staleness) in enumerate(readings):
         decision = control.update(EntropyReading(entropy, 1.0, k, staleness), positives)
         assert low <= decision.command <= high
@@ -369,7 +381,7 @@ def test_configured_limits_bind():
         ({"actuator": "resample", "command_max": 1.3}, "temperature must be above 0"),
         ({"actuator": "lever"}, "entropy.actuator='lever'"),
         ({"controller": "pid"}, "entropy.controller='pid'"),
-        ({"controller": "scope", "actuator": "tok"}, "entropy.actuator=tok has none"),
+        ({"controller": "scope", "actuator": "tok"}, "entropy.controller=scope does not drive entropy.actuator=tok"),
         ({"actuator": "tok", "pi": PiConfig(split_range=True)}, "entropy.pi.split_range"),
         ({"actuator": "resample", "auxiliary_prompts": 17}, "entropy.auxiliary_prompts=17"),
         ({"actuator": "resample", "auxiliary_prompts": 0}, "entropy.auxiliary_prompts=0"),

@@ -2,10 +2,13 @@ import math
 
 import pytest
 
+from pipeline.entropy.aent import AentLaw
 from pipeline.entropy.bang_bang import BangBangLaw
+from pipeline.entropy.entropic import EntropicLaw
 from pipeline.entropy.pi import PiLaw, proportional_gain
 from pipeline.entropy.scope import ScopeLaw
 from pipeline.entropy.sensor import Sensor
+from pipeline.entropy.skywork import SkyworkLaw
 
 
 @pytest.mark.parametrize(("entropy", "temperature"), [(0.5, 1.0), (0.4, 1.1), (0.55, 0.95), (0.1, 1.2), (2.0, 0.8)])
@@ -16,6 +19,33 @@ def test_scope_is_the_published_clip(entropy, temperature):
 def test_bang_bang_switches_at_the_target():
     law = BangBangLaw(0.8, 1.2)
     assert [math.exp(law.propose(h, 0.5, 0.0, 0)) for h in (0.49, 0.5, 0.51)] == pytest.approx([1.2, 1.2, 0.8])
+
+
+def test_skywork_counts_up_and_down_and_is_on_below_the_target_only():
+    law = SkyworkLaw(0.002, 0.005)
+    given = [law.propose(h, 0.3, 0.0, 0) for h in (0.2, 0.2, 0.2, 0.4, 0.3, 0.2)]
+    assert given == pytest.approx([0.002, 0.004, 0.005, 0.0, 0.0, 0.003])
+    law.forget()
+    assert law.propose(0.4, 0.3, 0.0, 0) == law.coefficient == 0.0
+
+
+def test_aent_integrates_the_distance_to_the_band_within_its_box():
+    law = AentLaw(0.01, 0.001, 0.004)
+    band = (0.2, 0.5)
+    given = [law.propose(h, 0.3, 0.0, 0, band) for h in (0.3, 0.1, 0.0, 0.1, 0.7, 0.9)]
+    assert given == pytest.approx([0.001, 0.002, 0.004, 0.004, 0.002, 0.001])
+    law.coefficient = 0.003
+    law.forget()
+    assert law.coefficient == 0.001
+
+
+def test_entropic_is_pi_in_nats_with_the_errors_before():
+    law = EntropicLaw(1.0, 0.01, -1.0, 1.0)
+    given = [law.propose(h, 0.5, 0.0, 0) for h in (0.4, 0.4, 0.6, 3.0, 0.5)]
+    assert given == pytest.approx([0.1, 0.1 + 0.01 * 0.1, -0.1 + 0.01 * 0.2, -1.0, 0.01 * (0.1 - 2.5)])
+    law.total = 5.0
+    law.forget()
+    assert law.total == 0.0
 
 
 def test_pi_by_hand():
