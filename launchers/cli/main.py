@@ -17,6 +17,7 @@ from launchers.cli import (
     config_cmd,
     convert_cmd,
     doctor_cmd,
+    entropy_cmd,
     evaluate_cmd,
     jobs_cmd,
     lab_cmd,
@@ -53,6 +54,7 @@ app.add_typer(config_cmd.app, name="config")
 app.add_typer(plan_cmd.app, name="plan")
 app.add_typer(convert_cmd.app, name="convert")
 app.add_typer(lab_cmd.app, name="lab")
+app.add_typer(entropy_cmd.app, name="entropy")
 app.command("doctor")(doctor_cmd.doctor)
 
 

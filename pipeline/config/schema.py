@@ -374,7 +374,7 @@ class PiConfig:
 
     kp: float = key(0.0, "proportional gain, actuator units per unit of ln H; 0: default of the actuator")
     ki: float = key(0.0, "integral gain per step; used when kp is set")
-    ema: float = key(0.8, "weight of the past in the filtered entropy (0: no filter)")
+    ema: float = key(0.7, "weight of the past in the filtered entropy (0: no filter)")
     slew: float = key(0.0, "largest change of the command per step in actuator units; 0: unlimited")
     setpoint_ramp: float = key(
         0.0, "largest change of the set-point per step, in ln H, starting at the first reading; 0: no ramp"
@@ -385,15 +385,41 @@ class PiConfig:
 
 
 @dataclass
+class SkyworkConfig:
+    """controller=skywork."""
+
+    step: float = key(1e-4, "change of the coefficient per step")
+    upper: float = key(0.005, "largest coefficient")
+
+
+@dataclass
+class AentConfig:
+    """controller=aent."""
+
+    rate: float = key(1e-3, "change of the coefficient per step and nat outside the band")
+    least: float = key(1e-5, "smallest coefficient")
+    most: float = key(0.01, "largest coefficient")
+
+
+@dataclass
+class EntropicConfig:
+    """controller=entropic."""
+
+    kp: float = key(1.0, "coefficient per nat of error")
+    ki: float = key(0.01, "coefficient per nat of error and step")
+
+
+@dataclass
 class EntropyConfig:
     """Entropy control: which law, acting through what, toward which band."""
 
     controller: str = key(
-        "pi", "pi | scope (SCOPE-RL v7) | bang_bang (AEPO) | constant (entropy.command) | none (plain GRPO)"
+        "pi",
+        "pi | scope (SCOPE-RL v7) | bang_bang (AEPO) | skywork | aent | entropic (EntroPIC) | constant (entropy.command) | none (plain GRPO); docs/methods.md",
     )
     actuator: str = key(
         "reweight",
-        "resample (the paper's second rollout) | reweight | fc | dcpo | tok | entropy_bonus | clip_cov; METHODS in docs/methods.md",
+        "resample (the paper's second rollout) | reweight | fc | dcpo | tok | entropy_bonus | high_prob | clip_cov; METHODS in docs/methods.md",
     )
     band: BandConfig = key(BandConfig(), "target band")
     alpha: float = key(1.0, "weight of the positive term (resample, reweight, fc, dcpo); 0 reproduces GRPO bit for bit")
@@ -411,6 +437,9 @@ class EntropyConfig:
     )
     auxiliary_max_prompts: int = key(0, "resample with split_range: most auxiliary prompts; 0: all prompts of the step")
     pi: PiConfig = key(PiConfig(), "gains of controller=pi")
+    skywork: SkyworkConfig = key(SkyworkConfig(), "controller=skywork")
+    aent: AentConfig = key(AentConfig(), "controller=aent")
+    entropic: EntropicConfig = key(EntropicConfig(), "controller=entropic")
 
 
 @dataclass

@@ -24,6 +24,14 @@ from pipeline.config.schema import LearnerConfig, RunConfig
 
 TEMPERATURE_ACTUATORS = ("resample", "reweight", "fc", "dcpo")
 SINKS = ("tensorboard", "wandb", "mlflow", "prometheus")
+# What each published law was made for; ``pi`` drives any actuator.
+CONTROLLER_ACTUATORS = {
+    "scope": TEMPERATURE_ACTUATORS,
+    "bang_bang": TEMPERATURE_ACTUATORS,
+    "skywork": ("entropy_bonus",),
+    "aent": ("entropy_bonus",),
+    "entropic": ("high_prob",),
+}
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "runtime": ("ray", "inline"),
@@ -49,8 +57,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "objective.correction.kind": ("none", "tis", "mis"),
     "objective.correction.level": ("token", "sequence"),
     "objective.aggregation": ("token_mean", "sequence_mean", "dr_grpo"),
-    "entropy.controller": ("pi", "scope", "bang_bang", "constant", "none"),
-    "entropy.actuator": (*TEMPERATURE_ACTUATORS, "tok", "entropy_bonus", "clip_cov"),
+    "entropy.controller": ("pi", *CONTROLLER_ACTUATORS, "constant", "none"),
+    "entropy.actuator": (*TEMPERATURE_ACTUATORS, "tok", "entropy_bonus", "high_prob", "clip_cov"),
     "entropy.positive_mean": ("positives", "samples", "main"),
     "entropy.band.schedule": ("constant", "linear", "cosine", "piecewise"),
     "monitoring.wandb.mode": ("online", "offline"),
@@ -184,6 +192,13 @@ RANGES: dict[str, Range] = {
     "entropy.pi.setpoint_ramp": _NOT_NEGATIVE,
     "entropy.pi.dead_band": _NOT_NEGATIVE,
     "entropy.pi.saturation_steps": _COUNT,
+    "entropy.skywork.step": _POSITIVE,
+    "entropy.skywork.upper": _POSITIVE,
+    "entropy.aent.rate": _POSITIVE,
+    "entropy.aent.least": _NOT_NEGATIVE,
+    "entropy.aent.most": _POSITIVE,
+    "entropy.entropic.kp": _NOT_NEGATIVE,
+    "entropy.entropic.ki": _NOT_NEGATIVE,
     "evaluation.every": _NOT_NEGATIVE,
     "evaluation.prompts": _COUNT,
     "evaluation.samples": _COUNT,
@@ -653,12 +668,24 @@ def _limits(config: RunConfig) -> Iterator[Problem]:
 
 def _controller(config: RunConfig) -> Iterator[Problem]:
     entropy = config.entropy
-    if entropy.controller in ("scope", "bang_bang") and entropy.actuator not in TEMPERATURE_ACTUATORS:
+    made_for = CONTROLLER_ACTUATORS.get(entropy.controller)
+    if made_for and entropy.actuator not in made_for:
+        what = "a temperature" if made_for == TEMPERATURE_ACTUATORS else f"the coefficient of {made_for[0]}"
+        remedy = (
+            f"one of the actuators {', '.join(made_for)}" if len(made_for) > 1 else f"entropy.actuator={made_for[0]}"
+        )
         yield Problem(
             "entropy.actuator",
             entropy.actuator,
-            f"controller {entropy.controller} commands a temperature, which this actuator does not take",
-            f"use controller=pi, or one of the actuators {', '.join(TEMPERATURE_ACTUATORS)}",
+            f"controller {entropy.controller} commands {what}, which this actuator does not take",
+            f"use controller=pi, or {remedy}",
+        )
+    if not entropy.aent.least < entropy.aent.most:
+        yield Problem(
+            "entropy.aent.least",
+            entropy.aent.least,
+            f"not below entropy.aent.most ({entropy.aent.most:g})",
+            "swap them",
         )
     if entropy.pi.ki > 0 and entropy.pi.kp == 0:
         yield Problem(

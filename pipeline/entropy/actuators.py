@@ -5,8 +5,8 @@ coefficient or fraction itself for the others. At rest a coefficient or fraction
 still added with its weight ``entropy.alpha``, only its temperature no longer favours unlikely tokens over likely ones. Limits and gains were measured on a 100k-parameter model
 with a target of 0.3 nats (docs/methods.md); they are starting points for another, not laws.
 
-A negative coefficient is refused: turned on incorrect samples it feeds back on itself and collapses the policy, and
-on correct ones it only hastens what the policy gradient does anyway.
+A negative coefficient is refused, but by ``high_prob``, which is made for both signs: turned on incorrect samples it feeds back on
+itself and collapses the policy, and on correct ones it only hastens what the policy gradient does anyway.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Actuator:
     upper: float
     neutral: float  # the command at rest, before any reading: u = 0; for a temperature 1
     kp: float  # u per unit of ln H
-    ki: float  # u per unit of ln H and step
+    ki: float  # see ``PiLaw``
     temperature: bool = False  # the command is a temperature, u = ln T
     second_rollout: bool = False  # draws auxiliary samples
     positive_term: bool = False  # scaled by ``entropy.alpha``: with alpha 0 it does nothing
@@ -47,13 +47,14 @@ def _temperature(name: str, lower: float, upper: float, kp: float, ki: float, se
 ACTUATORS = {
     actuator.name: actuator
     for actuator in (
-        _temperature("resample", 0.6, 1.6, 4.0, 0.05, second_rollout=True),
-        _temperature("reweight", 1.0, 6.0, 4.0, 0.08),
-        _temperature("fc", 1.0, 6.0, 4.0, 0.08),
-        _temperature("dcpo", 0.8, 6.0, 4.0, 0.08),  # gains and upper limit taken over from reweight, not measured
-        Actuator("tok", 0.0, 3.0, 0.0, 3.0, 0.06),
-        Actuator("entropy_bonus", 0.0, 0.4, 0.0, 0.8, 0.02),
-        Actuator("clip_cov", 0.0, 0.2, 0.0, 0.15, 0.003),
+        _temperature("resample", 0.6, 1.6, 3.0, 0.15, second_rollout=True),
+        _temperature("reweight", 1.0, 6.0, 2.0, 0.1),
+        _temperature("fc", 1.0, 6.0, 2.0, 0.1),
+        _temperature("dcpo", 0.8, 6.0, 2.0, 0.1),  # gains and upper limit taken over from reweight, not measured
+        Actuator("tok", 0.0, 3.0, 0.0, 2.0, 0.1),
+        Actuator("entropy_bonus", 0.0, 0.4, 0.0, 0.6, 0.03),
+        Actuator("high_prob", -1.0, 1.0, 0.0, 1.0, 0.05),
+        Actuator("clip_cov", 0.0, 0.2, 0.0, 0.08, 0.004),
     )
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from pipeline.entropy.law import ANY, Edges
 from pipeline.entropy.state import Stateful
 
 
@@ -18,7 +19,7 @@ class BangBangLaw(Stateful):
     def __init__(self, lower: float, upper: float) -> None:
         self._lower, self._upper = lower, upper
 
-    def propose(self, entropy: float, goal: float, last: float, staleness: int) -> float:
+    def propose(self, entropy: float, goal: float, last: float, staleness: int, edges: Edges = ANY) -> float:
         """See ``Law``."""
         return math.log(self._upper if entropy <= goal else self._lower)
 

@@ -100,8 +100,8 @@ class ClosedLoop(Stateful):
             return self._decision("exploding", reason, goal, entropy)
         if self.no_positives:
             return self._without_positives(goal, entropy)
-        self.u = self._law.propose(entropy, goal, self.u, reading.staleness)
-        self._watch.observe(math.log(goal / entropy), self.u)
+        self.u = self._law.propose(entropy, goal, self.u, reading.staleness, self._band.at(step))
+        self._watch.observe(math.log(goal / entropy), self.u, entropy)
         self._split_range()
         state = "saturated" if self._watch.saturated else "tracking"
         return self._decision(state, self._reason(entropy, goal, step), goal, entropy)
@@ -157,9 +157,11 @@ class ClosedLoop(Stateful):
         if self._watch.resting:
             reason += "; the actuator rests and waits for the policy's own drift"
         if self._watch.saturated and where != "in band":
-            moving = self._watch.approaching
-            held = f"at its limit, H={entropy:.3g} on its way to {goal:.3g}"
-            reason = held if moving else f"target not reachable: held at H={entropy:.3g}"
+            stands = self._watch.unreachable or self._watch.resting
+            reason = f"at its limit for {self._watch.at_limit} steps, H={entropy:.3g} on its way to {goal:.3g}"
+            if stands:
+                reason = f"target {self._band.target(step):.3g} not reachable: held at H={entropy:.3g}; "
+                reason += f"reachable {self._watch.reachable(entropy)}"
         return reason
 
     def _decision(self, state: str, reason: str, goal: float, entropy: float = float("nan")) -> ControlDecision:

@@ -8,18 +8,22 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline.config.schema import EntropyConfig
-from pipeline.entropy import scope
+from pipeline.config.validate import CHOICES, CONTROLLER_ACTUATORS
+from pipeline.entropy import entropic, scope
 from pipeline.entropy.actuators import Actuator, acting, command_limits
+from pipeline.entropy.aent import AentLaw
 from pipeline.entropy.band import Band, SetPoint
 from pipeline.entropy.bang_bang import BangBangLaw
 from pipeline.entropy.closed_loop import ClosedLoop
 from pipeline.entropy.constant import ConstantCommand
 from pipeline.entropy.controller import EntropyController
+from pipeline.entropy.entropic import EntropicLaw
 from pipeline.entropy.law import Law
 from pipeline.entropy.none import NoControl
 from pipeline.entropy.pi import PiLaw
 from pipeline.entropy.scope import ScopeLaw
 from pipeline.entropy.sensor import HAMPEL_WINDOW, Sensor
+from pipeline.entropy.skywork import SkyworkLaw
 from pipeline.types import ControlDecision, EntropyReading
 
 
@@ -34,8 +38,8 @@ def build_controller(config: EntropyConfig, total_steps: int, prompts_per_step: 
     Raises:
         ValueError: a controller, actuator, band or limit that is unknown or does not go with the rest.
     """
-    if config.controller not in ("pi", "scope", "bang_bang", "constant", "none"):
-        raise ValueError(f"entropy.controller={config.controller!r}: use pi, scope, bang_bang, constant or none")
+    if config.controller not in CHOICES["entropy.controller"]:
+        raise ValueError(f"entropy.controller={config.controller!r}: use {', '.join(CHOICES['entropy.controller'])}")
     actuator = acting(config)
     if actuator is None:
         off = config.controller == "none"
@@ -90,21 +94,37 @@ class Fingerprinted:
 
 
 def _law(config: EntropyConfig, actuator: Actuator, limits: tuple[float, float]) -> Law:
-    if config.controller == "pi":
-        pi = config.pi
-        kp, ki = (pi.kp, pi.ki) if pi.kp else (actuator.kp, actuator.ki)
-        lower, upper = actuator.to_u(limits[0]), actuator.to_u(limits[1])
-        return PiLaw(kp, ki, lower, upper, slew=pi.slew, dead_band=pi.dead_band)
-    if not actuator.temperature:
+    made_for = CONTROLLER_ACTUATORS.get(config.controller)
+    if made_for and actuator.name not in made_for:
         raise ValueError(
-            f"entropy.controller={config.controller} sets a temperature, entropy.actuator={actuator.name} has none: "
-            "use resample, reweight or fc, or controller=pi"
+            f"entropy.controller={config.controller} does not drive entropy.actuator={actuator.name}: "
+            f"use {' or '.join(made_for)}, or controller=pi"
         )
-    return ScopeLaw(*limits) if config.controller == "scope" else BangBangLaw(*limits)
+    match config.controller:
+        case "scope":
+            return ScopeLaw(*limits)
+        case "bang_bang":
+            return BangBangLaw(*limits)
+        case "skywork":
+            return SkyworkLaw(config.skywork.step, limits[1])
+        case "aent":
+            return AentLaw(config.aent.rate, config.aent.least, limits[1])
+        case "entropic":
+            return EntropicLaw(config.entropic.kp, config.entropic.ki, *limits)
+    pi = config.pi
+    kp, ki = (pi.kp, pi.ki) if pi.kp else (actuator.kp, actuator.ki)
+    lower, upper = actuator.to_u(limits[0]), actuator.to_u(limits[1])
+    return PiLaw(kp, ki, lower, upper, slew=pi.slew, dead_band=pi.dead_band)
 
 
 def _limits(config: EntropyConfig, actuator: Actuator) -> tuple[float, float]:
-    default = (actuator.lower, actuator.upper) if config.controller == "pi" else scope.LIMITS
+    default = {
+        "scope": scope.LIMITS,
+        "bang_bang": scope.LIMITS,
+        "skywork": (0.0, config.skywork.upper),
+        "aent": (0.0, config.aent.most),
+        "entropic": entropic.LIMITS,
+    }.get(config.controller, (actuator.lower, actuator.upper))
     return command_limits(config, default)
 
 

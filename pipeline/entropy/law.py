@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
+
+Edges = tuple[float, float]
+ANY: Edges = (0.0, math.inf)
 
 
 class Law(Protocol):
     """From entropy and set-point to a command ``u`` (see ``actuators``), asked only when the reading can be trusted."""
 
-    def propose(self, entropy: float, goal: float, last: float, staleness: int) -> float:
+    def propose(self, entropy: float, goal: float, last: float, staleness: int, edges: Edges = ANY) -> float:
         """The next ``u``, within the limits.
 
         Args:
@@ -16,6 +20,7 @@ class Law(Protocol):
             goal: set-point, nats per token.
             last: the ``u`` in force.
             staleness: updates between the weights that drew the rows and those that measured them.
+            edges: of the band, nats per token; most laws steer to ``goal`` alone.
         """
 
     def forget(self) -> None:

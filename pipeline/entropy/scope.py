@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from pipeline.entropy.law import ANY, Edges
 from pipeline.entropy.state import Stateful
 
 LIMITS = (0.8, 1.2)  # temperatures, as published
@@ -19,7 +20,7 @@ class ScopeLaw(Stateful):
     def __init__(self, lower: float = LIMITS[0], upper: float = LIMITS[1]) -> None:
         self._lower, self._upper = lower, upper
 
-    def propose(self, entropy: float, goal: float, last: float, staleness: int) -> float:
+    def propose(self, entropy: float, goal: float, last: float, staleness: int, edges: Edges = ANY) -> float:
         """See ``Law``."""
         return math.log(min(max(1 + (goal - entropy), self._lower), self._upper))
 

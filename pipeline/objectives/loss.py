@@ -21,11 +21,14 @@ Actuators, with ``u`` the command, ``c`` in {0, 1} the row's correctness, ``pi_T
 - ``tok``: A += u c clip(-(log pi + H), -3, 3), with H the token's exact entropy.
 - ``entropy_bonus``: loss -= u H.
 - ``dcpo``: A <- (1 - alpha) A + alpha c pi_T / pi (2601.12730), with alpha set by the distance to the target (``batch``).
+- ``high_prob``: A -= u |A| on tokens of probability above 0.95: loss += -u mean(-r |A|) over them (EntroPIC, 2511.15248), here inside the
+  clipped surrogate, the same where r = 1, and divided by all tokens' number, not by theirs alone.
 - ``clip_cov``: ``token_weights`` takes the tokens of highest covariance out of the surrogate (2505.22617).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -41,6 +44,7 @@ FC_MAX_RATIO = 8.0  # as measured; keeps one rare token from outweighing the res
 # Never reached by the policy's own samples; stops a token on whose probability the engine and the learner disagree.
 REWEIGHT_MAX_RATIO = 100.0
 TOK_MAX_SURPRISE = 3.0  # nats
+HIGH_PROBABILITY = 0.95  # as published
 
 # Sums over main tokens, and the name of their mean.
 _TOKEN_MEANS = {
@@ -189,6 +193,9 @@ def _advantages(outputs: PolicyOutputs, rows: TokenRows) -> torch.Tensor:
     if act.kind == "tok" and act.command != 0:
         surprise = -(outputs.log_probs + outputs.entropy).detach()
         return rows.advantages + act.command * rows.correct * surprise.clamp(-TOK_MAX_SURPRISE, TOK_MAX_SURPRISE)
+    if act.kind == "high_prob" and act.command != 0:
+        sure = (outputs.log_probs.detach() > math.log(HIGH_PROBABILITY)) & ~rows.auxiliary
+        return rows.advantages - act.command * rows.advantages.abs() * sure
     return rows.advantages
 
 

@@ -42,6 +42,10 @@ def _restore_hook(monkeypatch):
         ["alerts"],
         ["alerts", "list"],
         ["alerts", "test"],
+        ["entropy"],
+        ["entropy", "probe"],
+        ["entropy", "calibrate"],
+        ["entropy", "law"],
         ["jobs"],
         ["jobs", "list"],
         ["jobs", "status"],
@@ -61,7 +65,7 @@ def test_every_command_has_help_with_an_example(capsys, words):
     code, out, _ = call(capsys, *words, "--help")
     assert code == 0
     assert "Usage: isentrope" in out
-    if words and words not in (["config"], ["launch"], ["jobs"], ["alerts"], ["lab"], ["benchmark"]):
+    if words and words not in (["config"], ["launch"], ["jobs"], ["alerts"], ["entropy"], ["lab"], ["benchmark"]):
         assert "Example" in out
 
 
@@ -80,6 +84,11 @@ def test_version(capsys):
         ["evaluate"],
         ["report"],
         ["train", "--no-such-option"],
+        ["entropy", "calibrate"],
+        ["entropy", "calibrate", "--config", "quickstart.yaml"],
+        ["entropy", "probe"],
+        ["entropy", "probe", "--config", "quickstart.yaml", "-t", "0"],
+        ["entropy", "law"],
     ],
 )
 def test_usage_errors_exit_with_2(capsys, words):

@@ -55,9 +55,9 @@ def test_low_entropy_raises_the_command_high_entropy_lowers_it(actuator):
 
 def test_measured_gains_are_the_default_and_can_be_replaced():
     e = math.log(TARGET / 0.28)
-    assert feed(controller(actuator="tok"), [0.28])[0].command == pytest.approx(3.06 * e)
+    assert feed(controller(actuator="tok"), [0.28])[0].command == pytest.approx(2.0 * e)
     assert feed(controller(actuator="tok", pi=PiConfig(kp=1.0, ki=0.0)), [0.28])[0].command == pytest.approx(e)
-    assert feed(controller(actuator="reweight"), [0.28])[0].command == pytest.approx(math.exp(4.08 * e))
+    assert feed(controller(actuator="reweight"), [0.28])[0].command == pytest.approx(math.exp(2.0 * e))
 
 
 def test_decision_steers_to_the_band_of_the_next_step():
@@ -97,6 +97,16 @@ def test_off_means_plain_grpo(keys):
             0,
             "off",
         )
+
+
+def test_published_coefficient_laws_through_the_loop():
+    sky = feed(controller(controller="skywork", actuator="entropy_bonus"), [0.2, 0.2, 0.5, 0.2])
+    assert [d.command for d in sky] == pytest.approx([1e-4, 2e-4, 0.0, 2e-4])
+    aent = feed(controller(controller="aent", actuator="entropy_bonus"), [0.3, 0.17, 0.3, 1.0])
+    assert [d.command for d in aent] == pytest.approx([1e-5, 1.1e-4, 1.1e-4, 1e-5])
+    pic = feed(controller(controller="entropic", actuator="high_prob"), [TARGET - 0.1, TARGET - 0.1, TARGET + 2])
+    assert [d.command for d in pic] == pytest.approx([0.1, 0.101, -1.0])
+    assert {d.temperature for d in sky + aent + pic} == {1.0}
 
 
 def run_plant(control, steps, actuator, seed=0, start=0.55, gain=0.0114, drift=-0.003):
@@ -223,18 +233,35 @@ def test_a_start_far_above_the_target_is_no_explosion_but_a_return_there_is():
     assert [d.state == "exploding" for d in decisions] == [False, False, True]
 
 
-def test_saturation_is_reported_with_the_entropy_reached():
-    decisions = feed(controller(actuator="resample"), [0.2] * 8)
-    assert [d.state for d in decisions] == ["tracking"] * 4 + ["saturated"] * 4
+def test_saturation_is_reported_with_the_entropy_reached_and_what_is_reachable():
+    decisions = feed(controller(actuator="resample"), [0.1, 0.12, 0.16] + [0.2] * 60)
+    assert [d.state for d in decisions] == ["tracking"] * 4 + ["saturated"] * 59
     assert decisions[-1].command == 1.6
-    assert decisions[-1].reason == "target not reachable: held at H=0.2"
+    said = ["not reachable" in d.reason for d in decisions]
+    assert not any(said[:24])
+    assert said[-1]
+    assert decisions[-1].reason == "target 0.298 not reachable: held at H=0.2; reachable about 0.1-0.2"
+
+
+def test_a_target_out_of_reach_from_the_start_is_found_after_25_steps():
+    decisions = feed(controller(actuator="resample"), [0.2] * 30)
+    said = ["not reachable" in d.reason for d in decisions]
+    assert said.index(True) == 24
+    assert decisions[-1].reason == "target 0.298 not reachable: held at H=0.2; reachable up to about 0.2"
+
+
+def test_a_target_called_out_of_reach_is_taken_back_when_the_entropy_moves():
+    readings = [0.1] * 30 + [0.1 * 1.02**k for k in range(25)]
+    decisions = feed(controller(actuator="resample"), readings)
+    assert "not reachable" in decisions[29].reason
+    assert decisions[-1].reason.startswith("at its limit for 55 steps, H=0.15")
 
 
 def test_saturated_but_on_its_way_is_told_apart():
-    rising = [0.1 * 1.01**k for k in range(40)]
+    rising = [0.06 * 1.01**k for k in range(40)]
     last = feed(controller(actuator="reweight"), rising)[-1]
     assert last.state == "saturated"
-    assert last.reason.startswith("at its limit, H=0.1")
+    assert last.reason.startswith("at its limit for 40 steps, H=0.08")
     assert "on its way to 0.298" in last.reason
 
 
@@ -248,11 +275,12 @@ def test_an_actuator_at_rest_waits_for_the_drift_and_is_not_saturated():
 def test_an_actuator_at_rest_whose_entropy_stays_put_is_reported():
     decisions = feed(controller(actuator="reweight"), [0.6] * 60)
     assert [d.state for d in decisions] == ["tracking"] * 50 + ["saturated"] * 10
-    assert decisions[-1].reason == "target not reachable: held at H=0.6"
+    assert decisions[-1].reason == "target 0.298 not reachable: held at H=0.6; reachable about 0.6 and above"
 
 
 def test_split_range_takes_more_prompts_while_saturated_and_gives_them_back():
-    control = controller(actuator="resample", pi=PiConfig(split_range=True, ema=0.0), auxiliary_max_prompts=12)
+    pi = PiConfig(kp=4.0, ki=0.0, split_range=True, ema=0.0)
+    control = controller(actuator="resample", pi=pi, auxiliary_max_prompts=12)
     assert [d.auxiliary_prompts for d in feed(control, [0.2] * 16)] == [4] * 4 + [6] * 5 + [9] * 5 + [12] * 2
     calm = feed(control, [TARGET] * 60)
     assert calm[-1].auxiliary_prompts == 4
@@ -307,6 +335,8 @@ def test_wrong_sign_plant_raises_the_alarm():
 
 READING = st.one_of(st.floats(0, 3), st.floats(), st.just(NAN))
 LAWS = [("pi", a) for a in ACTUATORS] + [(c, a) for c in ("scope", "bang_bang") for a in ("resample", "reweight", "fc")]
+LAWS += [("skywork", "entropy_bonus"), ("aent", "entropy_bonus"), ("entropic", "high_prob")]
+LIMITS = {"scope": (0.8, 1.2), "bang_bang": (0.8, 1.2), "skywork": (0, 0.005), "aent": (0, 0.01), "entropic": (-1, 1)}
 
 
 @settings(max_examples=60, deadline=None)
@@ -319,7 +349,7 @@ def test_command_is_finite_and_within_limits_for_any_readings(law, readings, ram
     actuator = ACTUATORS[law[1]]
     pi = PiConfig(split_range=law == ("pi", "resample"), setpoint_ramp=0.02 * ramp, slew=0.05 * ramp)
     control = controller(controller=law[0], actuator=law[1], pi=pi)
-    low, high = (actuator.lower, actuator.upper) if law[0] == "pi" else (0.8, 1.2)
+    low, high = LIMITS.get(law[0], (actuator.lower, actuator.upper))
     for k, (entropy, positives, staleness) in enumerate(readings):
         decision = control.update(EntropyReading(entropy, 1.0, k, staleness), positives)
         assert low <= decision.command <= high
@@ -351,7 +381,7 @@ def test_configured_limits_bind():
         ({"actuator": "resample", "command_max": 1.3}, "temperature must be above 0"),
         ({"actuator": "lever"}, "entropy.actuator='lever'"),
         ({"controller": "pid"}, "entropy.controller='pid'"),
-        ({"controller": "scope", "actuator": "tok"}, "entropy.actuator=tok has none"),
+        ({"controller": "scope", "actuator": "tok"}, "entropy.controller=scope does not drive entropy.actuator=tok"),
         ({"actuator": "tok", "pi": PiConfig(split_range=True)}, "entropy.pi.split_range"),
         ({"actuator": "resample", "auxiliary_prompts": 17}, "entropy.auxiliary_prompts=17"),
         ({"actuator": "resample", "auxiliary_prompts": 0}, "entropy.auxiliary_prompts=0"),

@@ -2,10 +2,13 @@ import math
 
 import pytest
 
+from pipeline.entropy.aent import AentLaw
 from pipeline.entropy.bang_bang import BangBangLaw
-from pipeline.entropy.pi import PiLaw
+from pipeline.entropy.entropic import EntropicLaw
+from pipeline.entropy.pi import PiLaw, proportional_gain
 from pipeline.entropy.scope import ScopeLaw
 from pipeline.entropy.sensor import Sensor
+from pipeline.entropy.skywork import SkyworkLaw
 
 
 @pytest.mark.parametrize(("entropy", "temperature"), [(0.5, 1.0), (0.4, 1.1), (0.55, 0.95), (0.1, 1.2), (2.0, 0.8)])
@@ -18,25 +21,68 @@ def test_bang_bang_switches_at_the_target():
     assert [math.exp(law.propose(h, 0.5, 0.0, 0)) for h in (0.49, 0.5, 0.51)] == pytest.approx([1.2, 1.2, 0.8])
 
 
+def test_skywork_counts_up_and_down_and_is_on_below_the_target_only():
+    law = SkyworkLaw(0.002, 0.005)
+    given = [law.propose(h, 0.3, 0.0, 0) for h in (0.2, 0.2, 0.2, 0.4, 0.3, 0.2)]
+    assert given == pytest.approx([0.002, 0.004, 0.005, 0.0, 0.0, 0.003])
+    law.forget()
+    assert law.propose(0.4, 0.3, 0.0, 0) == law.coefficient == 0.0
+
+
+def test_aent_integrates_the_distance_to_the_band_within_its_box():
+    law = AentLaw(0.01, 0.001, 0.004)
+    band = (0.2, 0.5)
+    given = [law.propose(h, 0.3, 0.0, 0, band) for h in (0.3, 0.1, 0.0, 0.1, 0.7, 0.9)]
+    assert given == pytest.approx([0.001, 0.002, 0.004, 0.004, 0.002, 0.001])
+    law.coefficient = 0.003
+    law.forget()
+    assert law.coefficient == 0.001
+
+
+def test_entropic_is_pi_in_nats_with_the_errors_before():
+    law = EntropicLaw(1.0, 0.01, -1.0, 1.0)
+    given = [law.propose(h, 0.5, 0.0, 0) for h in (0.4, 0.4, 0.6, 3.0, 0.5)]
+    assert given == pytest.approx([0.1, 0.1 + 0.01 * 0.1, -0.1 + 0.01 * 0.2, -1.0, 0.01 * (0.1 - 2.5)])
+    law.total = 5.0
+    law.forget()
+    assert law.total == 0.0
+
+
 def test_pi_by_hand():
-    law = PiLaw(2.0, 0.1, -1.0, 1.0)
+    law = PiLaw(2.0, 0.1, -1.0, 1.0)  # made for a plant of gain b = 1 / (2 * 22)
     e = math.log(0.3 / 0.25)
-    assert law.propose(0.25, 0.3, 0.0, 0) == pytest.approx(2.1 * e)
-    assert law.propose(0.25, 0.3, 0.0, 0) == pytest.approx(2.2 * e)  # the integral of the first step
-    assert law.propose(0.3, 0.3, 0.0, 0) == pytest.approx(0.2 * e)
+    correction = 2 * math.sqrt(0.1 / 44)
+    assert law.propose(0.25, 0.3, 0.0, 0) == pytest.approx(2 * e)
+    assert law.propose(0.25, 0.3, 2 * e, 0) == pytest.approx(2 * e)  # nothing has acted yet, and nothing was missed
+    # The reading is e above the prediction: the prediction follows in part, the integral takes it for drift.
+    assert law.propose(0.3, 0.3, 2 * e, 0) == pytest.approx(2 * e * (1 - correction) - 0.1 * e)
+
+
+def test_pi_predicts_a_plant_of_the_gain_it_was_made_for():
+    law = PiLaw(2.0, 0.1, -1.0, 1.0)
+    commands, y = [0.0], math.log(0.25)
+    for k in range(60):
+        commands.append(law.propose(math.exp(y), 0.3, commands[-1], 0))
+        assert law.predicted == pytest.approx(y, abs=1e-9)
+        y += commands[max(0, k - 3)] / 44  # a command acts on the fourth reading after its step
+    assert law.integral == pytest.approx(0, abs=1e-9)
+    assert math.exp(y) == pytest.approx(0.3, rel=0.02)
 
 
 def test_pi_error_is_clipped_at_one():
     assert PiLaw(2.0, 0.0, -9.0, 9.0).propose(1e-3, 3.0, 0.0, 0) == 2.0
 
 
-def test_pi_does_not_wind_up_at_a_limit_and_leaves_it_at_once():
+def test_pi_does_not_wind_up_at_a_limit_and_leaves_it_before_the_target_is_crossed():
     law = PiLaw(4.0, 0.1, -0.5, 0.5)
     for _ in range(1000):
-        assert law.propose(0.1, 0.3, 0.0, 0) == 0.5
+        assert law.propose(0.1, 0.3, 0.5, 0) == 0.5
     assert law.integral <= 0.5
-    before = law.integral
-    assert law.propose(0.31, 0.3, 0.5, 0) < before
+    entropy, last = 0.1, 0.5
+    while last == 0.5 and entropy < 0.31:
+        entropy *= 1.01
+        last = law.propose(entropy, 0.3, last, 0)
+    assert entropy < 0.3
 
 
 def test_pi_slew_and_dead_band():
@@ -49,7 +95,23 @@ def test_pi_slew_and_dead_band():
 
 def test_pi_slows_down_with_stale_rollouts():
     e = math.log(0.3 / 0.25)
-    assert PiLaw(2.0, 0.1, -1.0, 1.0).propose(0.25, 0.3, 0.0, 5) == pytest.approx(e * (2.0 / 2 + 0.1 / 4))
+    assert PiLaw(2.0, 0.1, -1.0, 1.0).propose(0.25, 0.3, 0.0, 5) == pytest.approx(2 * 22 / 27 * e)
+
+
+def test_pi_expects_the_effect_of_a_command_later_with_stale_rollouts():
+    for staleness, first in ((0, 4), (2, 6)):
+        law = PiLaw(2.0, 0.01, -1.0, 1.0)
+        predictions = []
+        for k in range(9):
+            law.propose(0.25, 0.3, 0.5 if k else 0.0, staleness)
+            predictions.append(law.predicted)
+        moved = [k for k in range(9) if predictions[k] != predictions[0]]
+        assert moved[0] == first + 1
+
+
+def test_proportional_gain_is_that_of_internal_model_control():
+    assert proportional_gain(0.0114) == pytest.approx(1 / (0.0114 * (16 + 6)))
+    assert proportional_gain(0.0114, staleness=2) == pytest.approx(1 / (0.0114 * (16 + 6 + 2)))
 
 
 def test_sensor_smooths_and_floors():

@@ -176,6 +176,16 @@ def test_reweight_adds_tempered_positives():
     assert sums["policy_loss"].item() == 0
 
 
+@pytest.mark.parametrize(("command", "kept"), [(0.5, (0.5, 1.5)), (-1.0, (2.0, 0.0)), (1.0, (0.0, 2.0))])
+def test_high_prob_weakens_likely_positives_and_strengthens_likely_negatives(command, kept):
+    # loss += -u mean(-r |A|) on tokens above 0.95: the gradient of a likely token is -(A - u |A|).
+    act = Actuation("high_prob", command)
+    token_rows = rows(4, advantages=[2.0, -2.0, 2.0, -2.0], actuation=act)
+    likely, unlikely = math.log(0.96), math.log(0.94)
+    _, grad, _ = loss_and_grad(outputs([likely, likely, unlikely, unlikely]), token_rows)
+    assert grad == pytest.approx([-2 * kept[0], 2 * kept[1], -2.0, 2.0], rel=1e-6)
+
+
 def test_fc_adds_the_centred_ratio_to_the_advantage():
     act = Actuation("fc", 2.0, 0.5)
     token_rows = rows(3, advantages=[1.0, 1.0, -1.0], correct=[True, True, False], actuation=act)

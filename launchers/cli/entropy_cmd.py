@@ -1,0 +1,196 @@
+"""``isentrope entropy``: instruments around the controller."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from launchers.cli.arguments import CONFIG, JSON, OVERRIDES
+from pipeline.config.load import load_config
+from pipeline.config.schema import RunConfig
+
+app = typer.Typer(
+    name="entropy", help="Measure what moves a model's entropy; calibrate its controller.", no_args_is_help=True
+)
+RUN = typer.Option(None, "--run", metavar="RUN", help="Run folder: start from its newest checkpoint.")
+TEMPERATURES = typer.Option([0.6, 0.8, 1.0, 1.2, 1.5], "--temperatures", "-t", help="Once per temperature.")
+
+
+@app.command("probe")
+def probe(
+    config: Path | None = CONFIG,
+    overrides: list[str] = OVERRIDES,
+    run: Path | None = RUN,
+    temperatures: list[float] = TEMPERATURES,
+    repeats: int = typer.Option(8, "--repeats", min=1, help="Measurements of each, with prompts of their own."),
+    prompts: int = typer.Option(24, "--prompts", min=1, help="Prompts drawn for one update."),
+    step_size: float = typer.Option(0.01, "--step-size", help="Of the plain gradient step."),
+    as_json: bool = JSON,
+) -> None:
+    """Measure how one update on correct, or on incorrect, samples of a temperature changes the entropy.
+
+    Nothing is written: the model and the run stay as they are.
+
+    Examples:
+
+      isentrope entropy probe --run runs/pi-20260101-120000 --repeats 16
+
+      isentrope entropy probe --config configs/quickstart.yaml runtime=inline learner.tensor_model_parallel_size=1 -t 0.8 -t 1.2
+    """
+    resolved = _resolved(config, run, overrides)
+    if min(temperatures) <= 0:
+        raise typer.BadParameter(f"--temperatures {min(temperatures):g}: must be above 0")
+    from launchers import entropy_lab  # torch, Ray: only once the command line is known to be good
+
+    found = entropy_lab.probe(
+        resolved, run, temperatures, repeats, prompts, step_size, lambda line: typer.echo(line, err=True)
+    )
+    slopes = {sign: found.slope(sign) for sign in ("positives", "negatives")}
+    if as_json:
+        _print_json(asdict(found) | {"slopes": slopes, "step_size": step_size})
+        return
+    typer.echo(f"entropy {found.entropy:.4g} nats per token, {found.correct:.0%} correct")
+    typer.echo("T       dH of positives (x 1e-3)   dH of negatives (x 1e-3)")
+    for temperature in temperatures:
+        cells = [
+            f"{1e3 * e.change:+8.2f} +- {1e3 * e.error:.2f}" for e in found.effects if e.temperature == temperature
+        ]
+        typer.echo(f"{temperature:<8g}" + "".join(f"{cell:<27}" for cell in cells))
+    for sign, expected in (("positives", "above"), ("negatives", "below")):
+        typer.echo(f"slope over ln T of {sign}: {slopes[sign]:+.3g} (SCOPE-RL: {expected} 0)")
+
+
+@app.command("calibrate")
+def calibrate(
+    run: Path | None = typer.Argument(
+        None, metavar="[RUN]", help="Run folder: its event log, or its checkpoint with --excite."
+    ),
+    config: Path | None = CONFIG,
+    overrides: list[str] = typer.Option([], "--set", metavar="KEY=VALUE", help="Override, e.g. runtime=inline."),
+    steps: int = typer.Option(
+        0, "--excite", min=0, help="Train so many steps with a command that switches between two levels."
+    ),
+    as_json: bool = JSON,
+) -> None:
+    """Identify the plant a controller steers (gain, drift, delay, noise) and say which gains to use.
+
+    RUN alone reads the event log of a run, finished or not, whose controller moved its command. --excite N trains N steps from the model of
+    --config, or from the newest checkpoint of RUN, in a folder that is thrown away.
+
+    Examples:
+
+      isentrope entropy calibrate runs/pi-20260101-120000
+
+      isentrope entropy calibrate --config configs/quickstart.yaml --excite 80
+    """
+    if (run is None) == (config is None):
+        raise typer.BadParameter("give either RUN or --config FILE")
+    if run is None and not steps:
+        raise typer.BadParameter("--config needs --excite STEPS: a model alone has no history to learn from")
+    resolved = _resolved(config, run, overrides)
+    from pipeline.entropy.calibrate import calibration
+    from pipeline.entropy.identify import IdentificationError
+    from pipeline.monitoring.plant_data import record_of
+
+    try:
+        if steps:
+            from launchers import entropy_lab
+
+            record = entropy_lab.excite(resolved, run, steps)
+        else:
+            from pipeline.monitoring.summary import read_run
+
+            assert run is not None
+            record = record_of(read_run(run))
+        found = calibration(resolved.entropy, [record])
+    except IdentificationError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(1) from error
+    if as_json:
+        _print_json(asdict(found))
+        return
+    plant = found.plant
+    typer.echo(f"from {plant.steps} steps, 95 % intervals; u in the unit of {found.actuator} (ln T for temperatures)")
+    typer.echo(f"gain     {plant.gain:+.4g} of ln H per u and step  {_interval(plant.gain_interval)}")
+    typer.echo(f"drift    {plant.drift:+.4g} of ln H per step        {_interval(plant.drift_interval)}")
+    typer.echo(
+        f"delay    {plant.delay} steps, momentum included  [{plant.delay_interval[0]}, {plant.delay_interval[1]}]"
+    )
+    typer.echo(
+        f"noise    {plant.sensor_noise:.3g} of a reading, {plant.process_noise:.3g} per step of the policy (ln H)"
+    )
+    typer.echo(
+        f"command that holds the entropy: {found.rest_command:.3g}, limits {found.limits[0]:g} to {found.limits[1]:g}"
+    )
+    if not found.reachable:
+        typer.echo("it lies outside the limits: the band cannot be held here with this actuator")
+    typer.echo("predicted tracking (simulated):")
+    for name, figures in found.predictions.items():
+        typer.echo(
+            f"  {name:<9} kp {figures.kp:.3g} ki {figures.ki:.3g}: in band {figures.time_in_band:.0%}, RMS {figures.rms:.1%}, "
+            f"settling {figures.settling:.0f} steps, overshoot {figures.overshoot:.0%}, mean |du| {figures.variation:.3g}"
+        )
+    typer.echo("use: " + " ".join(found.overrides))
+
+
+@app.command("law")
+def law(
+    runs: list[Path] = typer.Argument(..., metavar="RUN...", help="Run folders, finished or still running."),
+    as_json: bool = JSON,
+) -> None:
+    """Fit R = -a exp(H) + b to a run's reward and entropy, and say how well its first 15 % predicted the rest.
+
+    Example:
+
+      isentrope entropy law runs/quickstart/grpo runs/quickstart/pi
+    """
+    from pipeline.entropy.reward_law import fit_reward_law
+    from pipeline.monitoring.summary import read_run
+
+    results = []
+    for folder in runs:
+        history = read_run(folder)
+        try:
+            fit = fit_reward_law(history.column("entropy"), history.column("reward"))
+        except ValueError as error:
+            typer.echo(f"{folder}: {error}", err=True)
+            raise typer.Exit(1) from error
+        results.append({"run": str(folder), "controlled": not history.is_baseline, **asdict(fit)})
+    if as_json:
+        _print_json(results)
+        return
+    for result in results:
+        low, high = result["ceiling_interval"]
+        typer.echo(
+            f"{result['run']}: R = -{result['a']:.3f} exp(H) + {result['b']:.3f}, residual {result['residual']:.3f}"
+        )
+        typer.echo(
+            f"  fitted for H from {result['entropies'][0]:.3g} to {result['entropies'][1]:.3g}; {result['points']} points"
+        )
+        typer.echo(f"  ceiling at H = 0: {result['ceiling']:.3f} [{low:.3f}, {high:.3f}]")
+        typer.echo(
+            f"  the first 15 % of the steps miss the rest by {result['early_error']:.3f} (RMS); their ceiling: "
+            f"{result['early_ceiling']:.3f}"
+        )
+        if result["controlled"]:
+            typer.echo("  a controller was acting: the law is known for runs without one, choose no target by it")
+
+
+def _resolved(config: Path | None, run: Path | None, overrides: list[str]) -> RunConfig:
+    if (config is None) == (run is None):
+        raise typer.BadParameter("give either --config FILE or a run folder")
+    return load_config(run / "config.yaml" if run else config, overrides)
+
+
+def _interval(bounds: tuple[float, float]) -> str:
+    return f"[{bounds[0]:+.4g}, {bounds[1]:+.4g}]"
+
+
+def _print_json(value: Any) -> None:
+    from pipeline.monitoring.events import to_json
+
+    typer.echo(to_json(value) if isinstance(value, dict) else json.dumps(value))

@@ -1,0 +1,79 @@
+"""``isentrope entropy`` on run folders, which need no model."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launchers.cli.main import run
+from pipeline.config.schema import EntropyConfig
+from pipeline.entropy.plant import Plant, Scenario, simulate
+from pipeline.types import ControlDecision, EntropyReading, StepStats
+
+sys.path.append(str(Path(__file__).parents[1] / "pipeline" / "monitoring"))
+import run_writer as runs
+
+PLANT = Plant(gain=0.025, drift=-0.009, lag=1, process_noise=0.005, sensor_noise=0.05)
+
+
+def call(capsys, *words):
+    with pytest.raises(SystemExit) as ended:
+        run(words)
+    captured = capsys.readouterr()
+    return ended.value.code, captured.out, captured.err
+
+
+def write_simulated(run_dir, *overrides):
+    trace = simulate(EntropyConfig(), Scenario("cli", PLANT, steps=200), seed=1)
+    recorder = runs.open_run(run_dir, *overrides)
+    for step, (entropy, u) in enumerate(zip(trace.readings, trace.commands, strict=True)):
+        used = ControlDecision(float(np.exp(u)), float(np.exp(u)), 0, "tracking", "")
+        clock = runs.StepClock()
+        with clock("sample"):
+            pass
+        reward = 1.0 if np.random.default_rng(step).random() < 1.2 - 0.5 * np.exp(entropy) else 0.0
+        stats = StepStats(0.0, EntropyReading(entropy * 100, 100.0, step), 1.0, 1e-3, {}, 0.05)
+        recorder.step(step, [runs.group(runs.sample(reward), runs.sample(reward))], [], stats, used, used, 0, 1, clock)
+    recorder.finish(completed=True)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_simulated(tmp_path_factory.mktemp("runs") / "pi", "name=pi")
+
+
+def test_calibrate_reads_the_plant_from_a_log_and_says_what_to_use(capsys, folder):
+    code, out, _ = call(capsys, "entropy", "calibrate", str(folder), "--json")
+    found = json.loads(out)
+    assert code == 0
+    low, high = found["plant"]["gain_interval"]
+    assert low < 0.025 < high
+    code, out, _ = call(capsys, "entropy", "calibrate", str(folder))
+    assert out.splitlines()[-1] == f"use: entropy.pi.kp={found['kp']:g} entropy.pi.ki={found['ki']:g}"
+
+
+def test_a_run_without_control_tells_no_gain(capsys, tmp_path):
+    runs.write_run(tmp_path / "grpo", "entropy.controller=none", entropy=runs.collapsing)
+    code, _, err = call(capsys, "entropy", "calibrate", str(tmp_path / "grpo"))
+    assert code == 1
+    assert "use --excite" in err
+
+
+def test_law_of_a_run_and_its_warning(capsys, folder, tmp_path):
+    runs.write_run(tmp_path / "grpo", "entropy.controller=none", entropy=runs.collapsing)
+    code, out, _ = call(capsys, "entropy", "law", str(folder), str(tmp_path / "grpo"), "--json")
+    controlled, free = json.loads(out)
+    assert code == 0
+    assert controlled["ceiling_interval"][0] < 0.7 < controlled["ceiling_interval"][1]
+    assert (controlled["controlled"], free["controlled"]) == (True, False)
+    code, out, _ = call(capsys, "entropy", "law", str(folder), str(tmp_path / "grpo"))
+    assert out.count("choose no target by it") == 1
+
+
+def test_a_folder_that_is_no_run_is_one_clear_line(capsys, tmp_path):
+    code, _, err = call(capsys, "entropy", "calibrate", str(tmp_path / "none"))
+    assert code in (1, 2)
+    assert str(tmp_path / "none") in err
