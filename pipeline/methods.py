@@ -189,27 +189,19 @@ def _rows() -> Iterator[Method]:
     ):
         name = f"isentrope_{actuator}"
         yield _controlled(name, "controller", "this project", rule, "ours", "pi", f"entropy.actuator={actuator}")
-    later = "no controller of this version sets its coefficient"
-    yield _absent(
-        "skywork",
-        "controller",
-        "Skywork-OR1",
-        "beta += D if H < target else -D, in [0, .005]; bonus on while H < target",
-        "code",
-        later,
-    )
-    yield _absent(
-        "aent", "controller", "2509.03493", "bonus on the entropy of the likeliest 80 % of the vocabulary, held in [.1, .5]", "code",
-        "the kernels give the entropy of the whole vocabulary only",
+    bonus = "entropy.actuator=entropy_bonus"
+    yield _controlled(
+        "skywork", "controller", "Skywork-OR1", "beta += D if H < target else -D, in [0, .005]; bonus on while H < target", "code",
+        "skywork", bonus,
     )  # fmt: skip
-    yield _absent(
-        "entropic",
-        "controller",
-        "2511.15248",
-        "PI coefficient in [-1, 1] of -r|A| on tokens with pi > .95",
-        "summary",
-        later,
-    )
+    yield _controlled(
+        "aent", "controller", "2509.03493", "beta held in [1e-5, .01] by the distance of H to the band; here of the whole entropy, not of "
+        "the likeliest 80 % of the vocabulary", "code", "aent", bonus,
+    )  # fmt: skip
+    yield _controlled(
+        "entropic", "controller", "2511.15248", "PI coefficient in [-1, 1] of -r|A| on tokens with pi > .95", "summary",
+        "entropic", "entropy.actuator=high_prob",
+    )  # fmt: skip
     yield _absent(
         "s2l_po", "sampler", "2605.30789", "the first part of each group from a frozen smaller sibling, ever less of it", "code",
         "engines serve one model; this needs a second, frozen one beside it",

@@ -155,7 +155,7 @@ def law(
     for folder in runs:
         history = read_run(folder)
         try:
-            fit = fit_reward_law(history.column("entropy"), history.column("reward"))
+            fit = fit_reward_law(history.column("entropy/mean"), history.column("reward/mean"))
         except ValueError as error:
             typer.echo(f"{folder}: {error}", err=True)
             raise typer.Exit(1) from error

@@ -20,7 +20,7 @@ def step_requests(
     def request(prompt: Prompt, role: Role, count: int, temperature: float) -> GenerateRequest:
         seeds = tuple(sample_seed(config.seed, step, prompt.id, index, role) for index in range(count))
         rule = cuts if role is Role.MAIN else None
-        return GenerateRequest(prompt, seeds, temperature, config.rollout.max_new_tokens, role, rule)
+        return GenerateRequest(prompt, seeds, temperature, config.rollout.max_new_tokens, role, cuts=rule)
 
     main = [request(p, Role.MAIN, config.rollout.samples_per_prompt, 1.0) for p in prompts]
     resampled = prompts[: decision.auxiliary_prompts]
