@@ -18,6 +18,7 @@ from launchers.cli import (
     evaluate_cmd,
     jobs_cmd,
     launch_cmd,
+    monitor_cmd,
     plan_cmd,
     report_cmd,
     train_cmd,
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 app.command("train")(train_cmd.train)
 app.command("evaluate")(evaluate_cmd.evaluate)
+app.command("monitor")(monitor_cmd.monitor)
 app.command("report")(report_cmd.report)
 app.add_typer(launch_cmd.app, name="launch")
 app.add_typer(jobs_cmd.app, name="jobs")

@@ -35,8 +35,9 @@ def list_samples(run_dir: Path, query: Query) -> dict[str, Any]:
 
 
 def read_sample(run_dir: Path, step: int, index: int) -> dict[str, Any] | None:
-    """One sample with its tokens; None if there is none."""
-    return next((sample for sample in _read(run_dir, step) if sample["index"] == index), None)
+    """One sample with its tokens, the seed as text (a browser's numbers have 53 bits); None if there is none."""
+    found = next((sample for sample in _read(run_dir, step) if sample["index"] == index), None)
+    return found and found | {"seed": str(found["seed"])}
 
 
 def _steps(run_dir: Path) -> Iterator[int]:

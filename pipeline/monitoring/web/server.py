@@ -26,6 +26,7 @@ import socketserver
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from http.cookies import SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -117,6 +118,16 @@ class PageServer(ThreadingHTTPServer):
                     with self._changed:
                         self._changes[index] += 1
                         self._changed.notify_all()
+
+
+def serve(
+    run_dirs: Sequence[Path], host: str, port: int, *, with_token: bool, announce: Callable[[str], None]
+) -> None:
+    """Serve the page of runs until ctrl-C; ``announce`` is told the address once it answers. Errors as ``RunView`` and ``PageServer``."""
+    with PageServer([RunView(run_dir) for run_dir in run_dirs], host, port, with_token=with_token) as server:
+        announce(server.url)
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()
 
 
 class _BadQueryError(ValueError):

@@ -102,11 +102,11 @@ export class Chart {
     return {
       width: this.plotArea.clientWidth || 300,
       height,
-      padding: [6, 8, axisBelow ? 0 : 4, 0],
+      padding: [6, 14, axisBelow ? 0 : 4, 0],
       scales: { x: { time: false, auto: false }, y: log ? { distr: 3 } : {} },
       axes: [
         { ...axis, show: axisBelow, size: 24, gap: 2, values: (_, ticks) => ticks.map(axisNumber), ...(x === "step" ? { incrs: WHOLE } : {}) },
-        { ...axis, size: 46, gap: 4, space: 26, values: (_, ticks) => ticks.map(axisNumber), ...(log ? { filter: decades } : {}) },
+        { ...axis, size: 46, gap: 4, space: 26, values: (_, ticks) => ticks.map(axisNumber), ...(log ? { filter: decades, grid: { ...grid, filter: decades } } : {}) },
       ],
       series: [
         { label: x, value: (plot, value) => number(value ?? plot.data[0].at(-1)) },

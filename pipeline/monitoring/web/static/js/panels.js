@@ -145,8 +145,11 @@ function passAt({ runs }) {
   return { x, columns, overlay: { bars }, nothing: "No evaluation yet." };
 }
 
+/** Whose chart it is, where others show several runs. */
+const ofOne = (runs, focus) => (runs.length > 1 ? `Of ${focus.label}. ` : "");
+
 /** Phases stacked on a floor of zeros; of the run looked at. */
-function stepTime({ focus }) {
+function stepTime({ runs, focus }) {
   let below = focus.steps.map(() => 0);
   const columns = [{ label: "", quiet: true, values: below }];
   const bands = [];
@@ -156,11 +159,11 @@ function stepTime({ focus }) {
     columns.push({ label: phase, colour: colour(tint), width: 1, values: below, told: seconds });
     bands.push({ series: [columns.length, columns.length - 1], fill: colour(tint, 0.75) });
   }
-  return { x: focus.steps, columns: focus.has("time/sample") ? columns : [], overlay: { bands } };
+  return { x: focus.steps, columns: focus.has("time/sample") ? columns : [], overlay: { bands }, note: ofOne(runs, focus) };
 }
 
 /** Entropy and reward of stretches of the run looked at, the line fitted to them, and what it is worth. */
-function law({ focus }) {
+function law({ runs, focus }) {
   const { entropy: entropies, reward, fit } = focus.law;
   const points = entropies.map((value, index) => [value, reward[index]]).filter(([value, at]) => value !== null && at !== null);
   points.sort(([one], [other]) => one - other);
@@ -172,5 +175,5 @@ function law({ focus }) {
   const told = `R = ${sign} ${number(Math.abs(fit.a))} exp(H) + ${number(fit.b)}, RMSE ${number(fit.rmse)}, R² ${fit.r_squared.toFixed(2)}, ` +
     `fitted on H from ${number(fit.low)} to ${number(fit.high)}; at H = 0 it says ${number(fit.ceiling)}. `;
   const warning = focus.controller === "none" ? [] : [element("strong", {}, "A controller is at work: after intervention no clear relation holds. Do not choose a target by it.")];
-  return { x, columns, note: [told, ...warning] };
+  return { x, columns, note: [ofOne(runs, focus), told, ...warning] };
 }

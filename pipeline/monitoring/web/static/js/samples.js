@@ -114,7 +114,7 @@ function detail(sample) {
   const versions = sample.weight_versions.map(([version, first, last]) => (sample.weight_versions.length > 1 ? `${version} (tokens ${first} to ${last})` : version)).join(", ");
   const facts = {
     reward: number(sample.reward), answer: typeof sample.answer === "string" ? sample.answer : JSON.stringify(sample.answer), role: sample.role, temperature: number(sample.temperature),
-    tokens: number(sample.tokens), ended: sample.finish_reason, "weight version": versions, step: sample.step, prompt: sample.prompt_id, seed: String(sample.seed),
+    tokens: number(sample.tokens), ended: sample.finish_reason, "weight version": versions, step: sample.step, prompt: sample.prompt_id, seed: sample.seed,
     ...(sample.verifier_error ? { "verifier error": sample.verifier_error } : {}),
   };
   const list = element("dl", { class: "sample-facts" }, ...Object.entries(facts).flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, String(value))]));
