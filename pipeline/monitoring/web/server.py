@@ -120,9 +120,7 @@ class PageServer(ThreadingHTTPServer):
                         self._changed.notify_all()
 
 
-def serve(
-    run_dirs: Sequence[Path], host: str, port: int, *, with_token: bool, announce: Callable[[str], None]
-) -> None:
+def serve(run_dirs: Sequence[Path], host: str, port: int, *, with_token: bool, announce: Callable[[str], None]) -> None:
     """Serve the page of runs until ctrl-C; ``announce`` is told the address once it answers. Errors as ``RunView`` and ``PageServer``."""
     with PageServer([RunView(run_dir) for run_dir in run_dirs], host, port, with_token=with_token) as server:
         announce(server.url)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from pipeline.config.load import load_config
-from pipeline.monitoring.events import FILE_NAME
 from pipeline.monitoring.series import Series
-from pipeline.monitoring.status import status
+from pipeline.monitoring.status import status_of
 from pipeline.monitoring.web.law import fit_law
 
 LAW_POINTS = 200  # means over as many stretches of the run: single steps' rewards are noise
+JUDGE_S = 10.0  # until a run that appends nothing is looked at again: it may have to be called silent
 DIGITS = 6  # of a number in a series; a screen shows three
 
 
@@ -32,21 +33,19 @@ class RunView:
         self._config = load_config(run_dir / "config.yaml", check=False)
         self._series = Series(run_dir)
         self._lock = threading.Lock()
-        self._size = -1
-        self._status: dict[str, Any] = {}
-        self.update()
+        self._judge()
 
     def update(self) -> bool:
-        """Read what is new; whether anything was."""
-        path = self.run_dir / FILE_NAME
-        size = path.stat().st_size if path.is_file() else 0
-        if size == self._size:
-            return False
+        """Read what is new; whether there is news, a run that fell silent among it. Raises ``EventLogError``."""
         with self._lock:
-            self._series.update()
-            self._status = status(self.run_dir)
-            self._size = size
-        return True
+            before = self._status["status"]
+            grew = self._series.update()
+            if grew or time.monotonic() - self._judged > JUDGE_S:
+                self._judge()
+            return grew or self._status["status"] != before
+
+    def _judge(self) -> None:
+        self._status, self._judged = status_of(self._series), time.monotonic()
 
     def about(self) -> dict[str, Any]:
         """What does not change, and the status."""
@@ -65,7 +64,7 @@ class RunView:
 
     def status(self) -> dict[str, Any]:
         """The figures of ``pipeline.monitoring.status``."""
-        return _finite(self._status)
+        return self._status
 
     def read(
         self, names: Sequence[str], spread: Sequence[str], first: int, last: int | None, points: int
@@ -94,17 +93,8 @@ class RunView:
         entropy, reward = found["entropy/mean"]["mean"], found["reward/mean"]["mean"]
         law = fit_law(entropy, reward)
         fit = None if law is None else {**asdict(law), "ceiling": law.ceiling}
-        return {"entropy": _numbers(entropy), "reward": _numbers(reward), "fit": _finite(fit)}
+        return {"entropy": _numbers(entropy), "reward": _numbers(reward), "fit": fit}
 
 
 def _numbers(values: np.ndarray) -> list[float | None]:
     return [float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None for value in values.tolist()]
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(value, dict):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -61,13 +61,20 @@ def test_runs_tell_what_they_are_and_how_they_stand(server, run_dir):
     status, answer = document(server, "/api/runs")
     (run,) = answer["runs"]
     assert status == 200
-    assert (run["name"], run["folder"], run["actuator"], run["pass_at"]) == ("pm4", str(run_dir), "reweight", [1, 4, 16])
+    assert (run["name"], run["folder"], run["actuator"], run["pass_at"]) == (
+        "pm4",
+        str(run_dir),
+        "reweight",
+        [1, 4, 16],
+    )
     assert run["status"]["step"] == 29
     assert run["status"]["entropy"] == pytest.approx(0.31)
 
 
 def test_series_of_a_range_with_and_without_spread(server):
-    status, answer = document(server, "/api/series?run=0&names=band_low,entropy/band_low&spread=entropy/mean&first=10&last=12")
+    status, answer = document(
+        server, "/api/series?run=0&names=band_low,entropy/band_low&spread=entropy/mean&first=10&last=12"
+    )
     assert status == 200
     assert answer["step"] == [10, 11, 12]
     assert answer["entropy/mean"]["mean"] == [0.5, 0.49, 0.48]
@@ -82,7 +89,9 @@ def test_a_series_is_cut_to_the_points_asked_for(server):
     assert 1 < len(answer["step"]) <= 6
     assert min(spread["low"]) == pytest.approx(0.31)
     assert max(spread["high"]) == pytest.approx(0.6)
-    assert all(low <= mean <= high for low, mean, high in zip(spread["low"], spread["mean"], spread["high"], strict=True))
+    assert all(
+        low <= mean <= high for low, mean, high in zip(spread["low"], spread["mean"], spread["high"], strict=True)
+    )
 
 
 def test_law_of_the_run(server):
@@ -108,7 +117,9 @@ def test_a_bad_query_is_told(server, path, words):
     assert words in answer["error"]
 
 
-@pytest.mark.parametrize("path", ["/nothing", "/static/../server.py", "/static/%2e%2e/server.py", "/static", "/page.css"])
+@pytest.mark.parametrize(
+    "path", ["/nothing", "/static/../server.py", "/static/%2e%2e/server.py", "/static", "/page.css"]
+)
 def test_nothing_beside_the_page_is_served(server, path):
     assert ask(server, path)[0].status == 404
 
@@ -175,13 +186,15 @@ def test_a_port_in_use_is_one_clear_block(capsys, run_dir):
 
 
 def test_an_address_of_another_machine_is_refused(run_dir):
-    with pytest.raises(ConfigError, match="cannot listen on 192.0.2.1"):
+    with pytest.raises(ConfigError, match=r"cannot listen on 192\.0\.2\.1"):
         PageServer([RunView(run_dir)], "192.0.2.1", 0)
 
 
 def test_law_by_hand():
     entropy = np.log([1.0, 2.0, 3.0, math.nan])
-    law = fit_law(entropy, np.array([0.9, 0.6, 0.6, 0.5]))  # mean of x is 2, of R 0.7; slope (-.2 - .1) / 2, intercept .7 + .15 * 2
+    law = fit_law(
+        entropy, np.array([0.9, 0.6, 0.6, 0.5])
+    )  # mean of x is 2, of R 0.7; slope (-.2 - .1) / 2, intercept .7 + .15 * 2
     assert (law.a, law.b, law.points) == (pytest.approx(0.15), pytest.approx(1.0), 3)
     assert law.ceiling == pytest.approx(0.85)
     assert law.rmse == pytest.approx(math.sqrt((0.05**2 + 0.1**2 + 0.05**2) / 3))

@@ -4,25 +4,24 @@ import { colour } from "./chart.js";
 import { NONE, duration, element, fixed, number, percent } from "./format.js";
 
 const never = (step) => (step === null || step === undefined || step < 0 ? "not yet" : number(step));
-const interval = ([low, high]) => (low === null || low === undefined ? "" : `${low.toFixed(3)} to ${high.toFixed(3)}`);
 
 // label, its explanation, value and a second line
 const FIGURES = [
-  ["Step", "Training steps done", ({ status, goal }) => (status.step === null || status.step === undefined ? NONE : number(status.step + 1)), ({ status, goal }) => `of ${number(goal)}${left(status)}`],
+  ["Step", "Training steps done", ({ status }) => number(status.step === null ? 0 : status.step + 1), ({ status, goal }) => `of ${number(goal)}${left(status)}`],
   ["Entropy", "Filtered policy entropy, nats per token at T = 1", ({ status }) => fixed(3)(status.entropy_filtered ?? status.entropy), ({ status }) => `band ${fixed(2)(status.band_low)} to ${fixed(2)(status.band_high)}`],
-  ["Command", "What the controller asks of the next step", ({ status, controller }) => (controller === "none" ? NONE : fixed(3)(status.command ?? status.temperature)), ({ unit, controller }) => (controller === "none" ? "no control" : unit)],
+  ["Command", "What the controller asks of the next step", ({ status, controller }) => (controller === "none" ? NONE : fixed(3)(status.command)), ({ unit, controller }) => (controller === "none" ? "no control" : unit)],
   ["In band", "Share of the steps since the filtered entropy first entered the band", ({ status }) => percent(status.time_in_band), ({ status }) => (status.entry_step >= 0 ? `since step ${number(status.entry_step)}` : "not entered yet")],
   ["RMS error", "Root mean square of the filtered entropy's relative error, since it entered the band", ({ status }) => percent(status.rms_error), ({ status }) => `bias ${percent(status.bias)}`],
   ["Overshoot", "Largest relative error beyond the target, away from the start", ({ status }) => percent(status.overshoot), () => "beyond target"],
   ["Settled", "First step from which the filtered entropy stays in the band for 20 steps", ({ status }) => never(status.settling_step), () => "stays 20 steps"],
   ["Oscillation", "Sign changes of the filtered error per 100 steps", ({ status }) => fixed(1)(status.oscillation), () => "per 100 steps"],
-  ["Reward", "Mean reward of the last step's main rows", ({ status }) => fixed(3)(status.reward), () => "last step"],
-  ["pass@1", "Of the last evaluation on held-out prompts, and its 95 % interval", ({ status }) => fixed(3)(status.pass_at_1), ({ status }) => interval(status.pass_at_1_interval ?? [])],
-  ["Alerts", "Alerts raised so far", ({ status }) => number(status.alerts?.length ?? 0), ({ status }) => restarts(status.restarts?.length ?? 0)],
+  ["Reward", "Mean reward of the main rows", ({ status }) => fixed(3)(status.reward_recent), () => "last 20 steps"],
+  ["pass@1", "Of the last evaluation on held-out prompts", ({ status }) => fixed(3)(status.pass_at_k["1"]), ({ status }) => (status.evaluation_step === null ? "no evaluation yet" : `after ${number(status.evaluation_step)} steps`)],
+  ["Alerts", "Alerts that hold now", ({ status }) => number(status.alerts.filter((alert) => alert.active).length), ({ status }) => `${number(status.alerts.length)} in all, ${restarts(status.restarts.length)}`],
 ];
 
 const left = ({ eta_seconds: seconds }) => (seconds > 0 ? `, ${duration(seconds)} left` : "");
-const restarts = (count) => (count === 0 ? "no restart" : count === 1 ? "1 restart" : `${count} restarts`);
+const restarts = (count) => (count === 1 ? "1 restart" : `${count} restarts`);
 
 /** The state of the controller, and in words why. */
 function state(run) {

@@ -94,8 +94,7 @@ function drawStatus() {
   setText(by("title"), runs.length > 1 ? `${runs.length} runs` : `${focus.name}, seed ${focus.seed}`);
   by("title").title = focus.folder;
   document.title = `${focus.name}: ${focus.status.state ?? "starting"} · isentrope`;
-  const ended = runs.every((run) => ["completed", "failed", "stopped"].includes(run.status.status));
-  page.word = ended ? (runs.length > 1 ? "ended" : focus.status.status) : "live";
+  page.word = focus.status.status;
   if (page.connected) onConnected(true);
 }
 
@@ -107,6 +106,7 @@ function drawEvents(marks) {
 }
 
 function onChange({ run: id, status }) {
+  if (JSON.stringify(status) === JSON.stringify(page.runs[id].status)) return; // the stream begins with what is known
   page.runs[id].status = status;
   drawStatus();
   readSoon();
@@ -116,7 +116,7 @@ function onChange({ run: id, status }) {
 function onConnected(connected) {
   page.connected = connected;
   setText(by("live"), connected ? page.word : "no connection");
-  by("live").className = `live ${connected ? page.word : "lost"}`;
+  by("live").className = `live ${connected ? page.word : "failed"}`;
 }
 
 /** The run whose band, marks, phases and samples are shown. */
@@ -192,7 +192,7 @@ const KEYS = {
 
 function onKey(event) {
   if (event.ctrlKey || event.metaKey || event.altKey || by("help").open) return;
-  if (event.target.matches("input, select, textarea")) {
+  if (event.target.matches("input:not([type=checkbox]), select")) {
     if (event.key === "Escape") event.target.blur();
     return;
   }

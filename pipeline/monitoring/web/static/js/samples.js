@@ -63,7 +63,7 @@ export class Samples {
     [...by("list").children].forEach((option, index) => option.setAttribute("aria-selected", String(index === position)));
     const option = by("list").children[position];
     by("list").setAttribute("aria-activedescendant", option.id);
-    option.scrollIntoView({ block: "nearest" });
+    reveal(by("list"), option);
     const sample = await api.sample(this.run.id, item.step, item.index);
     if (this.items[this.chosen] === item) by("sample").replaceChildren(...detail(sample));
   }
@@ -101,6 +101,14 @@ export class Samples {
     event.stopPropagation();
     this.move(moves[event.key]);
   }
+}
+
+/** Scroll a list, and nothing around it, until an entry is in view. */
+function reveal(list, entry) {
+  const above = list.getBoundingClientRect().top - entry.getBoundingClientRect().top;
+  const below = entry.getBoundingClientRect().bottom - list.getBoundingClientRect().bottom;
+  if (above > 0) list.scrollTop -= above;
+  else if (below > 0) list.scrollTop += below;
 }
 
 /** A text with what was searched for marked. */
