@@ -1,6 +1,7 @@
 """The web page in headless Chromium, on runs that the recorder writes."""
 
 import io
+import json
 import re
 import shutil
 import threading
@@ -159,7 +160,7 @@ def test_the_page_follows_the_run(browser, tmp_path):
 
 
 def test_runs_are_compared(browser, run_dir, tmp_path):
-    write_run(tmp_path / "free", "name=free", "entropy.controller=none", entropy=collapsing, finish=False)
+    write_run(tmp_path / "free", "name=free", "entropy.controller=none", entropy=collapsing, finish=False, state="off")
     with opened(browser, tmp_path / "free", run_dir) as page:
         rows = page.locator("#figures tbody tr")
         assert [rows.nth(i).locator("th").inner_text().strip() for i in range(2)] == ["free", "pm4"]
@@ -228,6 +229,23 @@ def test_samples_are_listed_searched_and_coloured(browser, run_dir):
         assert tokens.first.get_attribute("title") == '"a": log p 0, p 1'
         page.get_by_label("Search samples").fill("nowhere")
         page.get_by_text("No sample holds this text.").wait_for()
+
+
+def test_tokens_are_coloured_by_their_entropy_where_it_is_known(browser, run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "run")
+    path = tmp_path / "run" / "samples" / "step-000060.jsonl"
+    line = json.loads(path.read_text())
+    drawn = {"pieces": ["so", " 1", "\n"], "log_probs": [-3.0, -1.5, 0.0], "entropies": [0.0, 0.75, 3.0]}
+    path.write_text(json.dumps(line | drawn) + "\n")
+    with opened(browser, tmp_path / "run") as page:
+        tokens = page.locator("#sample .tokens span")
+        tokens.first.wait_for()
+        assert tokens.nth(1).get_attribute("title") == '" 1": log p -1.50, p 0.223, entropy 0.750'
+        shades = [tokens.nth(i).evaluate("span => span.style.getPropertyValue('--shade')") for i in range(3)]
+        assert shades == ["0", "0.25", "1"]
+        page.get_by_label("surprise").check()
+        shades = [tokens.nth(i).evaluate("span => span.style.getPropertyValue('--shade')") for i in range(3)]
+        assert shades == ["1", "0.5", "0"]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -1,7 +1,7 @@
 """The server of the page: static files, JSON documents, and one stream of what changed. Nothing is fetched from elsewhere.
 
     GET /                     the page; static/... are its parts
-    GET /api/runs             {"runs": [RunView.about(), ...]}, in the order of the command line
+    GET /api/runs             {"runs": [RunView.status(), ...]}, in the order of the command line
     GET /api/series           ?run=0[&names=reward/mean,...][&spread=entropy/mean,...][&first=0][&last=99][&points=1000]: RunView.read()
     GET /api/marks            ?run=0: {"marks": RunView.marks()}
     GET /api/law              ?run=0[&first=0][&last=99]: RunView.law()
@@ -221,7 +221,7 @@ class _Request(BaseHTTPRequestHandler):
 
 
 def _runs(server: PageServer, query: Mapping[str, str]) -> Any:
-    return {"runs": [run.about() for run in server.runs]}
+    return {"runs": [run.status() for run in server.runs]}
 
 
 def _series(server: PageServer, query: Mapping[str, str]) -> Any:

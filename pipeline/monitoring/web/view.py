@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config.load import load_config
 from pipeline.monitoring.series import Series
 from pipeline.monitoring.status import status_of
 from pipeline.monitoring.web.law import fit_law
@@ -25,12 +24,11 @@ DIGITS = 6  # of a number in a series; a screen shows three
 class RunView:
     """One run folder, followed while it grows. Its methods may be called from several threads.
 
-    Raises ``EventLogError`` (no or damaged events) and ``ConfigError`` (no or bad config.yaml).
+    Raises ``EventLogError`` where there is no readable run.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
-        self._config = load_config(run_dir / "config.yaml", check=False)
         self._series = Series(run_dir)
         self._lock = threading.Lock()
         self._judge()
@@ -46,21 +44,6 @@ class RunView:
 
     def _judge(self) -> None:
         self._status, self._judged = status_of(self._series), time.monotonic()
-
-    def about(self) -> dict[str, Any]:
-        """What does not change, and the status."""
-        config = self._config
-        controlled = config.entropy.controller != "none"
-        return {
-            "name": config.name,
-            "folder": str(self.run_dir),
-            "seed": config.seed,
-            "steps": config.steps,
-            "controller": config.entropy.controller,
-            "actuator": config.entropy.actuator if controlled else "none",
-            "pass_at": sorted(config.evaluation.k),
-            "status": self.status(),
-        }
 
     def status(self) -> dict[str, Any]:
         """The figures of ``pipeline.monitoring.status``."""

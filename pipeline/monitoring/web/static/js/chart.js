@@ -126,7 +126,7 @@ export class Chart {
       legend: { mount: (_, table) => this.legend.append(table), markers: { width: 2 } },
       cursor: {
         drag: { x: true, y: false, setScale: false },
-        points: { size: 6 },
+        points: { size: (_, series) => (columns[series - 1].quiet ? 0 : 6) },
         sync: x === "step" ? { key: "step", setSeries: false, filters: { pub: (type) => HOVER.includes(type) } } : undefined,
         bind: { dblclick: () => () => this.options.zoom?.(null) },
       },
@@ -160,6 +160,8 @@ export class Chart {
   /** Intervals as vertical bars: {steps, low, high, colour}. */
   #bars(plot) {
     const { ctx } = plot;
+    ctx.save();
+    ctx.setLineDash([]);
     for (const { low, high, colour: stroke } of this.overlay.bars ?? []) {
       ctx.strokeStyle = stroke;
       ctx.lineWidth = devicePixelRatio * 1.2;
@@ -172,6 +174,7 @@ export class Chart {
       });
       ctx.stroke();
     }
+    ctx.restore();
   }
 
   #marks(plot) {
@@ -183,7 +186,7 @@ export class Chart {
       ctx.save();
       ctx.strokeStyle = ctx.fillStyle = colour(MARK_COLOURS[mark.severity] ?? "--muted", 0.85);
       ctx.lineWidth = devicePixelRatio;
-      if (mark.kind === "restart") ctx.setLineDash([size, size]);
+      ctx.setLineDash(mark.kind === "restart" ? [size, size] : []); // what was drawn before left its own
       ctx.beginPath();
       ctx.moveTo(x, bbox.top);
       ctx.lineTo(x, bbox.top + bbox.height);

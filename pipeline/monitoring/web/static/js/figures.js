@@ -7,9 +7,9 @@ const never = (step) => (step === null || step === undefined || step < 0 ? "not 
 
 // label, its explanation, value and a second line
 const FIGURES = [
-  ["Step", "Training steps done", ({ status }) => number(status.step === null ? 0 : status.step + 1), ({ status, goal }) => `of ${number(goal)}${left(status)}`],
+  ["Step", "Training steps done", ({ status }) => number(status.step === null ? 0 : status.step + 1), ({ status }) => `of ${number(status.steps)}${left(status)}`],
   ["Entropy", "Filtered policy entropy, nats per token at T = 1", ({ status }) => fixed(3)(status.entropy_filtered ?? status.entropy), ({ status }) => `band ${fixed(2)(status.band_low)} to ${fixed(2)(status.band_high)}`],
-  ["Command", "What the controller asks of the next step", ({ status, controller }) => (controller === "none" ? NONE : fixed(3)(status.command)), ({ unit, controller }) => (controller === "none" ? "no control" : unit)],
+  ["Command", "What the controller asks of the next step", ({ status, controlled }) => (controlled ? fixed(3)(status.command) : NONE), ({ unit, controlled }) => (controlled ? unit : "no control")],
   ["In band", "Share of the steps since the filtered entropy first entered the band", ({ status }) => percent(status.time_in_band), ({ status }) => (status.entry_step >= 0 ? `since step ${number(status.entry_step)}` : "not entered yet")],
   ["RMS error", "Root mean square of the filtered entropy's relative error, since it entered the band", ({ status }) => percent(status.rms_error), ({ status }) => `bias ${percent(status.bias)}`],
   ["Overshoot", "Largest relative error beyond the target, away from the start", ({ status }) => percent(status.overshoot), () => "beyond target"],
@@ -49,7 +49,7 @@ function table(runs, focus, choose, toggle) {
   const rows = runs.map((run) => {
     const swatch = element("input", { type: "checkbox", checked: run.visible, "aria-label": `Draw ${run.label}`, "data-key": `draw-${run.id}`, onchange: () => toggle(run) });
     swatch.style.accentColor = colour(run.colour);
-    const name = element("button", { type: "button", class: "link", title: `Look at ${run.folder}`, "aria-pressed": String(run === focus), "data-key": `run-${run.id}`, onclick: () => choose(run) }, run.label);
+    const name = element("button", { type: "button", class: "link", title: `Look at ${run.status.run}`, "aria-pressed": String(run === focus), "data-key": `run-${run.id}`, onclick: () => choose(run) }, run.label);
     const cells = FIGURES.map(([, , value, more]) => element("td", { title: more(run) }, value(run)));
     return element("tr", { class: run === focus ? "focus" : "" }, element("th", { scope: "row" }, swatch, name), ...cells);
   });

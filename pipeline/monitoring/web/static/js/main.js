@@ -17,10 +17,10 @@ const page = { runs: [], focus: null, range: null, charts: new Map(), samples: n
 
 async function start() {
   setTheme(localStorage.getItem("theme") ?? "system");
-  const abouts = await api.runs();
-  const names = abouts.map((about) => about.name);
-  page.runs = abouts.map((about, id) => new Run(id, about, names.indexOf(about.name) !== names.lastIndexOf(about.name)));
-  page.focus = page.runs.find((run) => run.controller !== "none") ?? page.runs[0];
+  const statuses = await api.runs();
+  const names = statuses.map((status) => status.name);
+  page.runs = statuses.map((status, id) => new Run(id, status, names.indexOf(status.name) !== names.lastIndexOf(status.name)));
+  page.focus = page.runs.find((run) => run.controlled) ?? page.runs[0];
   for (const panel of BAND) addChart(by("band"), panel);
   for (const panel of CHARTS) addChart(by("charts"), panel);
   by("reset").addEventListener("click", () => zoom(null));
@@ -91,9 +91,9 @@ function draw() {
 function drawStatus() {
   const { runs, focus } = page;
   drawFigures(by("figures"), runs, focus, { choose: look, toggle });
-  setText(by("title"), runs.length > 1 ? `${runs.length} runs` : `${focus.name}, seed ${focus.seed}`);
-  by("title").title = focus.folder;
-  document.title = `${focus.name}: ${focus.status.state ?? "starting"} · isentrope`;
+  setText(by("title"), runs.length > 1 ? `${runs.length} runs` : `${focus.status.name}, seed ${focus.status.seed}`);
+  by("title").title = focus.status.run;
+  document.title = `${focus.status.name}: ${focus.status.state ?? "starting"} · isentrope`;
   page.word = focus.status.status;
   if (page.connected) onConnected(true);
 }

@@ -111,7 +111,7 @@ function filtered(run, runs) {
 }
 
 function command({ runs, focus, marks }) {
-  const controlled = runs.filter((run) => run.controller !== "none");
+  const controlled = runs.filter((run) => run.controlled);
   if (controlled.length === 0) return { x: [], columns: [], nothing: "No controller: the entropy is left to itself." };
   const [x, values] = aligned(controlled, (run) => [run.mean("control/command")]);
   const columns = controlled.map((run, r) => ({
@@ -119,22 +119,20 @@ function command({ runs, focus, marks }) {
     colour: colour(runs.length > 1 ? run.colour : "--line-2"),
     values: values[r][0],
   }));
-  return { x, columns, overlay: { marks, shaded: focus.saturated() } };
+  const shaded = focus.saturated();
+  return { x, columns, overlay: { marks, shaded }, note: shaded.length ? "Shaded: the command is at its limit." : "" };
 }
 
 function passNames(run) {
-  return passOf(run).flatMap((k) => ["", "_low", "_high"].map((end) => `evaluation/pass_at_${k}${end}`));
+  return run.passAt.flatMap((k) => ["", "_low", "_high"].map((end) => `evaluation/pass_at_${k}${end}`));
 }
-
-/** The smallest and the largest k. */
-const passOf = (run) => [...new Set([run.pass_at[0], run.pass_at.at(-1)])].filter(Boolean);
 
 function passAt({ runs }) {
   const [x, values] = aligned(runs, (run) => passNames(run).map((name) => run.mean(name)));
   const columns = [];
   const bars = [];
   runs.forEach((run, r) =>
-    passOf(run).forEach((k, n) => {
+    run.passAt.forEach((k, n) => {
       const tint = colour(runs.length > 1 ? run.colour : `--line-${n + 1}`);
       const [value, low, high] = values[r].slice(3 * n);
       const label = runs.length > 1 ? `${run.label} @${k}` : `pass@${k}`;
@@ -171,9 +169,8 @@ function law({ runs, focus }) {
   const columns = [{ label: "reward", colour: colour("--line-1", 0.6), values: points.map(([, value]) => value), points: true, paths: false }];
   if (!fit) return { x, columns, nothing: "Nothing to fit yet." };
   columns.push({ label: "fit", colour: colour("--line-2"), width: 2, values: x.map((value) => fit.b - fit.a * value) });
-  const sign = fit.a < 0 ? "+" : "−";
-  const told = `R = ${sign} ${number(Math.abs(fit.a))} exp(H) + ${number(fit.b)}, RMSE ${number(fit.rmse)}, R² ${fit.r_squared.toFixed(2)}, ` +
+  const told = `R = ${fit.a < 0 ? "" : "−"}${number(Math.abs(fit.a))} exp(H) ${fit.b < 0 ? "−" : "+"} ${number(Math.abs(fit.b))}, RMSE ${number(fit.rmse)}, R² ${fit.r_squared.toFixed(2)}, ` +
     `fitted on H from ${number(fit.low)} to ${number(fit.high)}; at H = 0 it says ${number(fit.ceiling)}. `;
-  const warning = focus.controller === "none" ? [] : [element("strong", {}, "A controller is at work: after intervention no clear relation holds. Do not choose a target by it.")];
+  const warning = !focus.controlled ? [] : [element("strong", {}, "A controller is at work: after intervention no clear relation holds. Do not choose a target by it.")];
   return { x, columns, note: [ofOne(runs, focus), told, ...warning] };
 }

@@ -1,14 +1,35 @@
 // One run as the page holds it: what it is, its status, and the figures of the range in view.
 
+const TEMPERATURES = ["resample", "reweight", "fc", "dcpo"]; // actuators whose command is T+
+
 export class Run {
-  constructor(id, about, duplicated) {
-    Object.assign(this, { id, name: about.name, seed: about.seed, folder: about.folder, goal: about.steps });
-    Object.assign(this, { controller: about.controller, actuator: about.actuator, pass_at: about.pass_at, status: about.status });
-    this.label = duplicated ? `${about.name} s${about.seed}` : about.name;
-    this.unit = ["resample", "reweight", "fc"].includes(about.actuator) ? "T+" : about.actuator;
-    this.colour = about.controller === "none" ? "--baseline" : `--line-${(id % 6) + 1}`;
+  constructor(id, status, duplicated) {
+    this.id = id;
+    this.status = status; // see pipeline/monitoring/status.py
+    this.label = duplicated ? `${status.name} s${status.seed}` : status.name;
     this.visible = true;
     this.set({ step: [] }, [], { entropy: [], reward: [], fit: null });
+  }
+
+  /** Whether a controller acts; until the first step nobody knows. */
+  get controlled() {
+    return this.status.actuator !== "none";
+  }
+
+  /** What the command is. */
+  get unit() {
+    return TEMPERATURES.includes(this.status.actuator) ? "T+" : this.status.actuator ?? "";
+  }
+
+  /** Variable of the colour it has among others; the run without control is the grey one. */
+  get colour() {
+    return this.controlled ? `--line-${(this.id % 6) + 1}` : "--baseline";
+  }
+
+  /** The smallest and the largest k of its evaluations. */
+  get passAt() {
+    const ks = Object.keys(this.status.pass_at_k).map(Number).sort((one, other) => one - other);
+    return [...new Set([ks[0], ks.at(-1)])].filter(Boolean);
   }
 
   /** What the server answered: series, marks, law. */
