@@ -32,12 +32,12 @@ def browser():
 
 
 @contextmanager
-def opened(browser, *run_dirs, **options):
+def opened(browser, *run_dirs, drawn="#chart-reward canvas", **options):
     """The page of some runs, drawn. Whatever the console complains of, or is asked of another host, fails the test."""
     with PageServer([RunView(run_dir) for run_dir in run_dirs], "127.0.0.1", 0) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         page = browser.new_page(**{"viewport": {"width": 1440, "height": 900}, **options})
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(60_000)
         complaints, elsewhere = [], []
         page.on(
             "console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None
@@ -47,7 +47,7 @@ def opened(browser, *run_dirs, **options):
             "request", lambda request: None if request.url.startswith(server.url) else elsewhere.append(request.url)
         )
         page.goto(server.url)
-        page.wait_for_selector("#chart-reward canvas")
+        page.wait_for_selector(drawn)
         yield page
         page.close()
         server.shutdown()
@@ -156,6 +156,17 @@ def test_the_page_follows_the_run(browser, tmp_path):
         page.wait_for_selector("#sample-1-0[aria-selected='true']")
         recorder.event("run_end", status="completed", error="")
         page.wait_for_selector("#live:has-text('completed')")
+    recorder._lock.close()
+
+
+def test_a_run_before_its_first_step(browser, tmp_path):
+    recorder = open_run(tmp_path / "run")
+    with opened(browser, tmp_path / "run", drawn="#band :text('No step yet.')") as page:
+        page.get_by_text("No samples yet.").wait_for()
+        assert tile(page, "Step") == "0"
+        record_step(recorder, 0, entropy=0.5)
+        page.wait_for_selector("[aria-label*='measured 0.5000']")
+        page.wait_for_selector("#sample-0-0[aria-selected='true']")
     recorder._lock.close()
 
 

@@ -96,7 +96,7 @@ class PageServer(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A browser that hangs up is no news; anything else is logged."""
-        if not isinstance(sys.exception(), ConnectionError):
+        if not isinstance(sys.exception(), (ConnectionError, TimeoutError)):
             log.exception("request of %s failed", client_address)
 
     def changes_since(self, seen: Sequence[int]) -> list[int] | None:

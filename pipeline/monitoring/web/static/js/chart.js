@@ -8,15 +8,23 @@ const HOVER = ["mousemove", "mouseleave"]; // what charts tell each other; a dra
 const WHOLE = [1, 2, 5, ...[1, 2, 3, 4, 5, 6].flatMap((power) => [10 ** power, 2 * 10 ** power, 5 * 10 ** power])];
 const MARK_COLOURS = { critical: "--bad", warning: "--warn", info: "--muted" };
 
+const tints = new Map(); // colours asked for so far, in the theme in force
+
 /** A CSS colour variable as canvas understands it, with an opacity. */
 export function colour(variable, opacity = 1) {
-  const probe = element("span");
-  probe.style.color = `color-mix(in srgb, var(${variable}) ${100 * opacity}%, transparent)`;
-  document.body.append(probe);
-  const { color } = getComputedStyle(probe);
-  probe.remove();
-  return color;
+  const asked = `color-mix(in srgb, var(${variable}) ${100 * opacity}%, transparent)`;
+  if (!tints.has(asked)) {
+    const probe = element("span");
+    probe.style.color = asked;
+    document.body.append(probe);
+    tints.set(asked, getComputedStyle(probe).color);
+    probe.remove();
+  }
+  return tints.get(asked);
 }
+
+/** To be called when the theme changes. */
+export const forgetColours = () => tints.clear();
 
 /** Exponential moving average; null repeats the last value. */
 export function smoothed(values) {
@@ -29,11 +37,15 @@ export function smoothed(values) {
 
 /**
  * A chart in `parent`. Its columns are {label, colour, values, width, dash, points, paths, quiet, told}: `quiet` ones have no entry
- * in the legend, those without a colour are edges of a filled band, `paths: false` leaves points alone, `told` are the values to tell where others are drawn (a stack). What is drawn with
- * them is the overlay {marks, shaded, bands, bars}. `zoom` is called with a range [first, last], or null for all.
+ * in the legend, those without a colour are edges of a filled band, `paths: false` leaves points alone, `told` are the values to
+ * tell where others are drawn (a stack). What is drawn with them is the overlay {marks, shaded, bands, bars}. `zoom` is called with
+ * a range [first, last], or null for all.
  */
 export class Chart {
-  constructor(parent, { title, unit = "", x = "step", height = 170, format = number, log = false, axisBelow = true, zoom }) {
+  constructor(
+    parent,
+    { title, unit = "", x = "step", height = 170, format = number, log = false, axisBelow = true, zoom },
+  ) {
     this.options = { title, x, height, format, log, axisBelow, zoom };
     this.legend = element("div", { class: "legend" });
     this.plotArea = element("div", { class: "plot", role: "img", "aria-label": title });
@@ -105,8 +117,22 @@ export class Chart {
       padding: [6, 14, axisBelow ? 0 : 4, 0],
       scales: { x: { time: false, auto: false }, y: log ? { distr: 3 } : {} },
       axes: [
-        { ...axis, show: axisBelow, size: 24, gap: 2, values: (_, ticks) => ticks.map(axisNumber), ...(x === "step" ? { incrs: WHOLE } : {}) },
-        { ...axis, size: 46, gap: 4, space: 26, values: (_, ticks) => ticks.map(axisNumber), ...(log ? { filter: decades, grid: { ...grid, filter: decades } } : {}) },
+        {
+          ...axis,
+          show: axisBelow,
+          size: 24,
+          gap: 2,
+          values: (_, ticks) => ticks.map(axisNumber),
+          ...(x === "step" ? { incrs: WHOLE } : {}),
+        },
+        {
+          ...axis,
+          size: 46,
+          gap: 4,
+          space: 26,
+          values: (_, ticks) => ticks.map(axisNumber),
+          ...(log ? { filter: decades, grid: { ...grid, filter: decades } } : {}),
+        },
       ],
       series: [
         { label: x, value: (plot, value) => number(value ?? plot.data[0].at(-1)) },
@@ -114,12 +140,13 @@ export class Chart {
           label: column.label,
           class: column.quiet ? "quiet" : "told",
           stroke: column.colour ?? "transparent",
-          width: column.colour ? column.width ?? 1.5 : 0,
+          width: column.colour ? (column.width ?? 1.5) : 0,
           dash: column.dash,
           paths: column.paths === false ? () => null : undefined,
           points: { show: Boolean(column.points), size: 5, fill: column.colour },
           spanGaps: true,
-          value: (_plot, _value, _series, at) => format(latest(this.columns[index].told ?? this.columns[index].values, at)),
+          value: (_plot, _value, _series, at) =>
+            format(latest(this.columns[index].told ?? this.columns[index].values, at)),
         })),
       ],
       bands: overlay.bands ?? [],
@@ -127,7 +154,10 @@ export class Chart {
       cursor: {
         drag: { x: true, y: false, setScale: false },
         points: { size: (_, series) => (columns[series - 1].quiet ? 0 : 6) },
-        sync: x === "step" ? { key: "step", setSeries: false, filters: { pub: (type) => HOVER.includes(type) } } : undefined,
+        sync:
+          x === "step"
+            ? { key: "step", setSeries: false, filters: { pub: (type) => HOVER.includes(type) } }
+            : undefined,
         bind: { dblclick: () => () => this.options.zoom?.(null) },
       },
       hooks: {
@@ -157,7 +187,7 @@ export class Chart {
     }
   }
 
-  /** Intervals as vertical bars: {steps, low, high, colour}. */
+  /** Intervals as vertical bars: {low, high, colour}. */
   #bars(plot) {
     const { ctx } = plot;
     ctx.save();
@@ -205,7 +235,9 @@ export class Chart {
     this.tip ??= element("div", { class: "tip", hidden: true });
     if (this.tip.parentElement !== plot.over) plot.over.append(this.tip);
     const { left } = plot.cursor;
-    const near = (this.overlay.marks ?? []).filter((mark) => left >= 0 && Math.abs(plot.valToPos(mark.step, "x") - left) <= NEAR);
+    const near = (this.overlay.marks ?? []).filter(
+      (mark) => left >= 0 && Math.abs(plot.valToPos(mark.step, "x") - left) <= NEAR,
+    );
     this.tip.hidden = near.length === 0;
     this.tip.replaceChildren(...near.map((mark) => element("p", {}, `step ${mark.step} · ${mark.kind}: ${mark.text}`)));
     this.tip.style.left = `${Math.max(0, Math.min(left, plot.over.clientWidth - this.tip.offsetWidth))}px`;
@@ -227,6 +259,7 @@ const inside = (plot, step) => step >= plot.scales.x.min && step <= plot.scales.
 
 /** The last known value up to an index; the very last without one. */
 function latest(values, at) {
-  for (let index = at ?? values.length - 1; index >= 0; index -= 1) if (values[index] !== null && values[index] !== undefined) return values[index];
+  for (let index = at ?? values.length - 1; index >= 0; index -= 1)
+    if (values[index] !== null && values[index] !== undefined) return values[index];
   return null;
 }

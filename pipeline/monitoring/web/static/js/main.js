@@ -1,7 +1,7 @@
 // The page: what is looked at, and when it is read again.
 
 import * as api from "./api.js";
-import { Chart } from "./chart.js";
+import { Chart, forgetColours } from "./chart.js";
 import { drawFigures } from "./figures.js";
 import { element, number, setText } from "./format.js";
 import { BAND, CHARTS, wanted } from "./panels.js";
@@ -11,6 +11,7 @@ import { Samples } from "./samples.js";
 const REST = 1000; // ms between two readings of the series
 const DRAWN = ["alert", "restart", "fault", "stall"]; // marks that are drawn; all are listed
 const THEMES = { system: "◐", light: "☀", dark: "☾" };
+const DARK = matchMedia("(prefers-color-scheme: dark)");
 const by = (id) => document.getElementById(id);
 
 const page = { runs: [], focus: null, range: null, charts: new Map(), samples: new Samples(), theme: "system" };
@@ -19,7 +20,9 @@ async function start() {
   setTheme(localStorage.getItem("theme") ?? "system");
   const statuses = await api.runs();
   const names = statuses.map((status) => status.name);
-  page.runs = statuses.map((status, id) => new Run(id, status, names.indexOf(status.name) !== names.lastIndexOf(status.name)));
+  page.runs = statuses.map(
+    (status, id) => new Run(id, status, names.indexOf(status.name) !== names.lastIndexOf(status.name)),
+  );
   page.focus = page.runs.find((run) => run.controlled) ?? page.runs[0];
   for (const panel of BAND) addChart(by("band"), panel);
   for (const panel of CHARTS) addChart(by("charts"), panel);
@@ -27,7 +30,7 @@ async function start() {
   by("theme").addEventListener("click", nextTheme);
   by("keys").addEventListener("click", () => by("help").showModal());
   document.addEventListener("keydown", onKey);
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => draw());
+  DARK.addEventListener("change", () => setTheme(page.theme));
   drawStatus();
   await read();
   performance.mark("charts drawn");
@@ -36,7 +39,8 @@ async function start() {
 }
 
 function addChart(parent, panel) {
-  const holder = parent.id === "band" ? parent : parent.appendChild(element("section", { class: "card", id: `chart-${panel.key}` }));
+  const holder =
+    parent.id === "band" ? parent : parent.appendChild(element("section", { class: "card", id: `chart-${panel.key}` }));
   page.charts.set(panel, new Chart(holder, { ...panel, zoom }));
 }
 
@@ -46,7 +50,15 @@ async function read() {
   const shown = page.runs.filter((run) => run.visible || run === page.focus);
   try {
     await Promise.all(
-      shown.map(async (run) => run.set(...(await Promise.all([api.series(run.id, wanted(run), page.range, points), api.marks(run.id), api.law(run.id, page.range)])))),
+      shown.map(async (run) =>
+        run.set(
+          ...(await Promise.all([
+            api.series(run.id, wanted(run), page.range, points),
+            api.marks(run.id),
+            api.law(run.id, page.range),
+          ])),
+        ),
+      ),
     );
     by("problem").hidden = true;
   } catch (error) {
@@ -77,7 +89,11 @@ function draw() {
   const missing = [];
   for (const [panel, chart] of page.charts) {
     const drawn = runs.length ? panel.build({ runs, focus, marks }) : { x: [], columns: [], nothing: "No step yet." };
-    const structure = JSON.stringify([page.theme, matchMedia("(prefers-color-scheme: dark)").matches, drawn.columns.map(({ label, colour, dash }) => [label, colour, dash])]);
+    const structure = JSON.stringify([
+      page.theme,
+      DARK.matches,
+      drawn.columns.map(({ label, colour, dash }) => [label, colour, dash]),
+    ]);
     const seen = chart.draw({ ...drawn, structure, range: panel.x ? undefined : page.range });
     if (!seen && !drawn.nothing) missing.push(panel.title.toLowerCase());
     if (CHARTS.includes(panel)) chart.root.parentElement.hidden = !seen && !drawn.nothing;
@@ -99,9 +115,22 @@ function drawStatus() {
 }
 
 function drawEvents(marks) {
-  const items = marks.toReversed().slice(0, 200).map((mark) =>
-    element("li", { class: mark.severity }, element("button", { type: "button", class: "link", onclick: () => zoomAround(mark.step) }, `step ${number(mark.step)}`), element("b", {}, mark.kind), ` ${mark.text}`),
-  );
+  const items = marks
+    .toReversed()
+    .slice(0, 200)
+    .map((mark) =>
+      element(
+        "li",
+        { class: mark.severity },
+        element(
+          "button",
+          { type: "button", class: "link", onclick: () => zoomAround(mark.step) },
+          `step ${number(mark.step)}`,
+        ),
+        element("b", {}, mark.kind),
+        ` ${mark.text}`,
+      ),
+    );
   by("events").replaceChildren(...(items.length ? items : [element("li", { class: "muted" }, "None.")]));
 }
 
@@ -162,19 +191,22 @@ function pan(share) {
   zoom([from + move, to + move]);
 }
 
+/** Take a theme, and draw what is there in it. */
 function setTheme(theme) {
   page.theme = theme in THEMES ? theme : "system";
+  forgetColours();
   document.documentElement.dataset.theme = page.theme;
   localStorage.setItem("theme", page.theme);
   setText(by("theme"), THEMES[page.theme]);
   by("theme").setAttribute("aria-label", `Theme: ${page.theme === "system" ? "as the system" : page.theme}`);
+  if (!page.focus) return;
+  drawStatus();
+  draw();
 }
 
 function nextTheme() {
   const names = Object.keys(THEMES);
   setTheme(names[(names.indexOf(page.theme) + 1) % names.length]);
-  drawStatus();
-  draw();
 }
 
 const KEYS = {

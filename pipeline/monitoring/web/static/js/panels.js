@@ -3,32 +3,109 @@
 import { colour, smoothed } from "./chart.js";
 import { duration, element, fixed, number, percent } from "./format.js";
 
-const PHASES = { sample: "--phase-1", verify: "--phase-2", batch: "--phase-3", train: "--phase-4", sync: "--phase-5", other: "--phase-6" };
+const PHASES = {
+  sample: "--phase-1",
+  verify: "--phase-2",
+  batch: "--phase-3",
+  train: "--phase-4",
+  sync: "--phase-5",
+  other: "--phase-6",
+};
 const DASH = [6, 4];
 const mebibytes = (value) => (value === null || value === undefined ? number(null) : `${number(value / 2 ** 20)} MiB`);
 
 /** Charts of the band: entropy above, what the controller does about it below. */
 export const BAND = [
-  { key: "entropy", title: "Policy entropy", unit: "nats per token at T = 1", height: 320, axisBelow: false, format: fixed(4),
-    names: ["entropy/filtered", "entropy/target", "entropy/band_low", "entropy/band_high", "control/saturated"], spread: ["entropy/mean"], build: entropy },
-  { key: "command", title: "Command", unit: "of the controller: T+, or a coefficient", height: 130, format: fixed(3),
-    names: ["control/command"], build: command },
+  {
+    key: "entropy",
+    title: "Policy entropy",
+    unit: "nats per token at T = 1",
+    height: 320,
+    axisBelow: false,
+    format: fixed(4),
+    names: ["entropy/filtered", "entropy/target", "entropy/band_low", "entropy/band_high", "control/saturated"],
+    spread: ["entropy/mean"],
+    build: entropy,
+  },
+  {
+    key: "command",
+    title: "Command",
+    unit: "of the controller: T+, or a coefficient",
+    height: 130,
+    format: fixed(3),
+    names: ["control/command"],
+    build: command,
+  },
 ];
 
 export const CHARTS = [
-  lines({ key: "reward", title: "Reward", unit: "mean of the step, and EMA 0.8", format: fixed(3), names: ["reward/mean"], smooth: true }),
+  lines({
+    key: "reward",
+    title: "Reward",
+    unit: "mean of the step, and EMA 0.8",
+    format: fixed(3),
+    names: ["reward/mean"],
+    smooth: true,
+  }),
   { key: "pass", title: "Held-out pass@k", unit: "95 % intervals", format: fixed(3), names: passNames, build: passAt },
   lines({ key: "length", title: "Response length", unit: "tokens", names: ["response/length"], smooth: true }),
-  lines({ key: "shares", title: "Lost signal", unit: "share of groups, of rows", format: percent,
-    names: ["reward/all_equal_groups", "response/truncated"], labels: ["all-equal groups", "truncated"] }),
-  lines({ key: "change", title: "Entropy change by sign", unit: "predicted nats per update", names: ["entropy/change_positive", "entropy/change_negative"],
-    labels: ["positives", "negatives"], smooth: true, compared: 2 }),
-  lines({ key: "covariance", title: "Covariance", unit: "of log-prob and advantage", names: ["entropy/covariance", "train/covariance"], smooth: true, either: true }),
-  { key: "law", title: "Reward against entropy", unit: "R = −a exp(H) + b", x: "exp(H)", format: fixed(3), names: [], build: law },
-  { key: "time", title: "Step time", unit: "seconds by phase", format: duration, names: Object.keys(PHASES).map((phase) => `time/${phase}`), build: stepTime },
-  lines({ key: "memory", title: "Memory", unit: "GiB, largest rank", names: ["memory/driver", "memory/learner", "memory/gpu"], labels: ["driver", "learner", "GPU"] }),
-  lines({ key: "mismatch", title: "Engine against learner", unit: "nats, log scale", log: true, names: ["mismatch/mean", "mismatch/p99", "mismatch/kl"],
-    labels: ["mean |d|", "99th percentile", "KL"] }),
+  lines({
+    key: "shares",
+    title: "Lost signal",
+    unit: "share of groups, of rows",
+    format: percent,
+    names: ["reward/all_equal_groups", "response/truncated"],
+    labels: ["all-equal groups", "truncated"],
+  }),
+  lines({
+    key: "change",
+    title: "Entropy change by sign",
+    unit: "predicted nats per update",
+    names: ["entropy/change_positive", "entropy/change_negative"],
+    labels: ["positives", "negatives"],
+    smooth: true,
+    compared: 2,
+  }),
+  lines({
+    key: "covariance",
+    title: "Covariance",
+    unit: "of log-prob and advantage",
+    names: ["entropy/covariance", "train/covariance"],
+    smooth: true,
+    either: true,
+  }),
+  {
+    key: "law",
+    title: "Reward against entropy",
+    unit: "R = −a exp(H) + b",
+    x: "exp(H)",
+    format: fixed(3),
+    names: [],
+    build: law,
+  },
+  {
+    key: "time",
+    title: "Step time",
+    unit: "seconds by phase",
+    format: duration,
+    names: Object.keys(PHASES).map((phase) => `time/${phase}`),
+    build: stepTime,
+  },
+  lines({
+    key: "memory",
+    title: "Memory",
+    unit: "GiB, largest rank",
+    names: ["memory/driver", "memory/learner", "memory/gpu"],
+    labels: ["driver", "learner", "GPU"],
+  }),
+  lines({
+    key: "mismatch",
+    title: "Engine against learner",
+    unit: "nats, log scale",
+    log: true,
+    names: ["mismatch/mean", "mismatch/p99", "mismatch/kl"],
+    labels: ["mean |d|", "99th percentile", "KL"],
+  }),
   lines({ key: "sync", title: "Weight sync", unit: "bytes sent", format: mebibytes, names: ["sync/bytes"] }),
   lines({ key: "gradient", title: "Gradient norm", unit: "before clipping", names: ["train/grad_norm"], smooth: true }),
 ];
@@ -55,16 +132,30 @@ function aligned(runs, columnsOf) {
 function lines({ names, labels = [], smooth = false, either = false, compared = 1, log = false, ...options }) {
   const build = ({ runs }) => {
     const several = runs.length > 1;
-    const shown = either ? [names.find((name) => runs.some((run) => run.has(name))) ?? names[0]] : names.slice(0, several ? compared : undefined);
+    const shown = either
+      ? [names.find((name) => runs.some((run) => run.has(name))) ?? names[0]]
+      : names.slice(0, several ? compared : undefined);
     const measured = (run, name) => (log ? run.mean(name).map((value) => (value > 0 ? value : null)) : run.mean(name));
     const drawn = (run, name) => (smooth ? smoothed(measured(run, name)) : measured(run, name));
-    const [x, values] = aligned(runs, (run) => [...shown.map((name) => drawn(run, name)), ...shown.map((name) => measured(run, name))]);
+    const [x, values] = aligned(runs, (run) => [
+      ...shown.map((name) => drawn(run, name)),
+      ...shown.map((name) => measured(run, name)),
+    ]);
     const columns = [];
     runs.forEach((run, r) =>
       shown.forEach((name, n) => {
         const tint = several ? run.colour : `--line-${n + 1}`;
-        const label = [several ? run.label : "", shown.length > 1 || several ? labels[n] : "mean"].filter(Boolean).join(" ");
-        if (smooth && !several) columns.push({ label, quiet: true, colour: colour(tint, 0.35), values: values[r][shown.length + n], width: 1 });
+        const label = [several ? run.label : "", shown.length > 1 || several ? labels[n] : "mean"]
+          .filter(Boolean)
+          .join(" ");
+        if (smooth && !several)
+          columns.push({
+            label,
+            quiet: true,
+            colour: colour(tint, 0.35),
+            values: values[r][shown.length + n],
+            width: 1,
+          });
         columns.push({ label, colour: colour(tint), values: values[r][n], dash: several && n > 0 ? DASH : undefined });
       }),
     );
@@ -76,7 +167,10 @@ function lines({ names, labels = [], smooth = false, either = false, compared = 
 /** Entropy of every run, as measured (with the spread of what one pixel stands for) and filtered; the band of the run looked at. */
 function entropy({ runs, focus, marks }) {
   const [x, values] = aligned(runs, (run) => [
-    run.low("entropy/mean"), run.high("entropy/mean"), run.mean("entropy/mean"), filtered(run, runs),
+    run.low("entropy/mean"),
+    run.high("entropy/mean"),
+    run.mean("entropy/mean"),
+    filtered(run, runs),
     ...(run === focus ? ["entropy/band_low", "entropy/band_high", "entropy/target"].map((name) => run.mean(name)) : []),
   ]);
   const bands = [];
@@ -97,7 +191,14 @@ function entropy({ runs, focus, marks }) {
         ? [
             { ...edge, label: "", values: bandLow },
             { ...edge, label: "", values: bandHigh },
-            { label: name("target"), quiet: runs.length > 1, colour: colour("--band"), width: 1, dash: [3, 3], values: target },
+            {
+              label: name("target"),
+              quiet: runs.length > 1,
+              colour: colour("--band"),
+              width: 1,
+              dash: [3, 3],
+              values: target,
+            },
           ]
         : []),
     ];
@@ -107,7 +208,9 @@ function entropy({ runs, focus, marks }) {
 
 /** What the controller acted on; without one, and where runs are compared, the same filter for all. */
 function filtered(run, runs) {
-  return runs.length === 1 && run.has("entropy/filtered") ? run.mean("entropy/filtered") : smoothed(run.mean("entropy/mean"));
+  return runs.length === 1 && run.has("entropy/filtered")
+    ? run.mean("entropy/filtered")
+    : smoothed(run.mean("entropy/mean"));
 }
 
 function command({ runs, focus, marks }) {
@@ -157,20 +260,44 @@ function stepTime({ runs, focus }) {
     columns.push({ label: phase, colour: colour(tint), width: 1, values: below, told: seconds });
     bands.push({ series: [columns.length, columns.length - 1], fill: colour(tint, 0.75) });
   }
-  return { x: focus.steps, columns: focus.has("time/sample") ? columns : [], overlay: { bands }, note: ofOne(runs, focus) };
+  return {
+    x: focus.steps,
+    columns: focus.has("time/sample") ? columns : [],
+    overlay: { bands },
+    note: ofOne(runs, focus),
+  };
 }
 
 /** Entropy and reward of stretches of the run looked at, the line fitted to them, and what it is worth. */
 function law({ runs, focus }) {
   const { entropy: entropies, reward, fit } = focus.law;
-  const points = entropies.map((value, index) => [value, reward[index]]).filter(([value, at]) => value !== null && at !== null);
+  const points = entropies
+    .map((value, index) => [value, reward[index]])
+    .filter(([value, at]) => value !== null && at !== null);
   points.sort(([one], [other]) => one - other);
   const x = points.map(([value]) => Math.exp(value));
-  const columns = [{ label: "reward", colour: colour("--line-1", 0.6), values: points.map(([, value]) => value), points: true, paths: false }];
+  const columns = [
+    {
+      label: "reward",
+      colour: colour("--line-1", 0.6),
+      values: points.map(([, value]) => value),
+      points: true,
+      paths: false,
+    },
+  ];
   if (!fit) return { x, columns, nothing: "Nothing to fit yet." };
   columns.push({ label: "fit", colour: colour("--line-2"), width: 2, values: x.map((value) => fit.b - fit.a * value) });
-  const told = `R = ${fit.a < 0 ? "" : "−"}${number(Math.abs(fit.a))} exp(H) ${fit.b < 0 ? "−" : "+"} ${number(Math.abs(fit.b))}, RMSE ${number(fit.rmse)}, R² ${fit.r_squared.toFixed(2)}, ` +
+  const told =
+    `R = ${fit.a < 0 ? "" : "−"}${number(Math.abs(fit.a))} exp(H) ${fit.b < 0 ? "−" : "+"} ${number(Math.abs(fit.b))}, RMSE ${number(fit.rmse)}, R² ${fit.r_squared.toFixed(2)}, ` +
     `fitted on H from ${number(fit.low)} to ${number(fit.high)}; at H = 0 it says ${number(fit.ceiling)}. `;
-  const warning = !focus.controlled ? [] : [element("strong", {}, "A controller is at work: after intervention no clear relation holds. Do not choose a target by it.")];
+  const warning = !focus.controlled
+    ? []
+    : [
+        element(
+          "strong",
+          {},
+          "A controller is at work: after intervention no clear relation holds. Do not choose a target by it.",
+        ),
+      ];
   return { x, columns, note: [ofOne(runs, focus), told, ...warning] };
 }

@@ -18,7 +18,7 @@ export class Run {
 
   /** What the command is. */
   get unit() {
-    return TEMPERATURES.includes(this.status.actuator) ? "T+" : this.status.actuator ?? "";
+    return TEMPERATURES.includes(this.status.actuator) ? "T+" : (this.status.actuator ?? "");
   }
 
   /** Variable of the colour it has among others; the run without control is the grey one. */
@@ -28,7 +28,9 @@ export class Run {
 
   /** The smallest and the largest k of its evaluations. */
   get passAt() {
-    const ks = Object.keys(this.status.pass_at_k).map(Number).sort((one, other) => one - other);
+    const ks = Object.keys(this.status.pass_at_k)
+      .map(Number)
+      .sort((one, other) => one - other);
     return [...new Set([ks[0], ks.at(-1)])].filter(Boolean);
   }
 

@@ -34,7 +34,10 @@ export class Samples {
     await this.#more(undefined);
     this.newest = this.run.status.step;
     if (this.items.length) await this.choose(0);
-    else by("sample").replaceChildren(element("p", { class: "muted" }, by("search").value ? "No sample holds this text." : "No samples yet."));
+    else
+      by("sample").replaceChildren(
+        element("p", { class: "muted" }, by("search").value ? "No sample holds this text." : "No samples yet."),
+      );
   }
 
   /** Tell that the run went on; the list changes only when asked to. */
@@ -60,7 +63,9 @@ export class Samples {
   async choose(position) {
     const item = this.items[position];
     this.chosen = position;
-    [...by("list").children].forEach((option, index) => option.setAttribute("aria-selected", String(index === position)));
+    [...by("list").children].forEach((option, index) =>
+      option.setAttribute("aria-selected", String(index === position)),
+    );
     const option = by("list").children[position];
     by("list").setAttribute("aria-activedescendant", option.id);
     reveal(by("list"), option);
@@ -76,7 +81,11 @@ export class Samples {
   async #more(before) {
     const question = (this.asked += 1);
     by("list").setAttribute("aria-busy", "true");
-    const { samples, next } = await api.samples(this.run.id, { before, text: by("search").value, role: by("role").value });
+    const { samples, next } = await api.samples(this.run.id, {
+      before,
+      text: by("search").value,
+      role: by("role").value,
+    });
     if (question !== this.asked) return;
     this.items.push(...samples);
     this.next = next;
@@ -88,14 +97,37 @@ export class Samples {
   #option(sample) {
     const position = by("list").children.length;
     const id = `sample-${sample.step}-${sample.index}`;
-    const facts = element("span", { class: "facts" }, `step ${sample.step}`, element("b", { class: sample.reward >= 1 ? "good" : "" }, number(sample.reward)), sample.role === "main" ? "" : `T+ ${number(sample.temperature)}`);
-    const text = element("span", { class: "text" }, marked(sample.prompt, by("search").value), element("i", {}, marked(sample.response, by("search").value)));
+    const facts = element(
+      "span",
+      { class: "facts" },
+      `step ${sample.step}`,
+      element("b", { class: sample.reward >= 1 ? "good" : "" }, number(sample.reward)),
+      sample.role === "main" ? "" : `T+ ${number(sample.temperature)}`,
+    );
+    const text = element(
+      "span",
+      { class: "text" },
+      marked(sample.prompt, by("search").value),
+      element("i", {}, marked(sample.response, by("search").value)),
+    );
     const choose = () => this.choose(this.items.indexOf(sample));
-    return element("div", { role: "option", id, "aria-selected": "false", "aria-posinset": position + 1, onclick: choose }, facts, text);
+    return element(
+      "div",
+      { role: "option", id, "aria-selected": "false", "aria-posinset": position + 1, onclick: choose },
+      facts,
+      text,
+    );
   }
 
   #key(event) {
-    const moves = { ArrowDown: 1, ArrowUp: -1, PageDown: 10, PageUp: -10, Home: -this.items.length, End: this.items.length };
+    const moves = {
+      ArrowDown: 1,
+      ArrowUp: -1,
+      PageDown: 10,
+      PageUp: -10,
+      Home: -this.items.length,
+      End: this.items.length,
+    };
     if (!(event.key in moves)) return;
     event.preventDefault();
     event.stopPropagation();
@@ -115,34 +147,83 @@ function reveal(list, entry) {
 function marked(text, search) {
   const at = search ? text.toLowerCase().indexOf(search.toLowerCase()) : -1;
   if (at < 0) return element("span", {}, text);
-  return element("span", {}, text.slice(0, at), element("mark", {}, text.slice(at, at + search.length)), text.slice(at + search.length));
+  return element(
+    "span",
+    {},
+    text.slice(0, at),
+    element("mark", {}, text.slice(at, at + search.length)),
+    text.slice(at + search.length),
+  );
 }
 
 function detail(sample) {
-  const versions = sample.weight_versions.map(([version, first, last]) => (sample.weight_versions.length > 1 ? `${version} (tokens ${first} to ${last})` : version)).join(", ");
+  const versions = sample.weight_versions
+    .map(([version, first, last]) =>
+      sample.weight_versions.length > 1 ? `${version} (tokens ${first} to ${last})` : version,
+    )
+    .join(", ");
   const facts = {
-    reward: number(sample.reward), answer: typeof sample.answer === "string" ? sample.answer : JSON.stringify(sample.answer), role: sample.role, temperature: number(sample.temperature),
-    tokens: number(sample.tokens), ended: sample.finish_reason, "weight version": versions, step: sample.step, prompt: sample.prompt_id, seed: sample.seed,
+    reward: number(sample.reward),
+    answer: typeof sample.answer === "string" ? sample.answer : JSON.stringify(sample.answer),
+    role: sample.role,
+    temperature: number(sample.temperature),
+    tokens: number(sample.tokens),
+    ended: sample.finish_reason,
+    "weight version": versions,
+    step: sample.step,
+    prompt: sample.prompt_id,
+    seed: sample.seed,
     ...(sample.verifier_error ? { "verifier error": sample.verifier_error } : {}),
   };
-  const list = element("dl", { class: "sample-facts" }, ...Object.entries(facts).flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, String(value))]));
-  return [element("h3", {}, "Prompt"), element("pre", {}, sample.prompt), element("h3", {}, "Response"), ...response(sample), list];
+  const list = element(
+    "dl",
+    { class: "sample-facts" },
+    ...Object.entries(facts).flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, String(value))]),
+  );
+  return [
+    element("h3", {}, "Prompt"),
+    element("pre", {}, sample.prompt),
+    element("h3", {}, "Response"),
+    ...response(sample),
+    list,
+  ];
 }
 
 /** The tokens, tinted by how little the policy expected each, or by the entropy it chose it with. */
 function response(sample) {
-  if (!sample.pieces?.length) return [element("pre", {}, sample.response), element("p", { class: "muted" }, "This run kept no tokens.")];
-  const measures = { surprise: sample.log_probs.map((value) => -value), ...(sample.entropies ? { entropy: sample.entropies } : {}) };
+  if (!sample.pieces?.length)
+    return [element("pre", {}, sample.response), element("p", { class: "muted" }, "This run kept no tokens.")];
+  const measures = {
+    surprise: sample.log_probs.map((value) => -value),
+    ...(sample.entropies ? { entropy: sample.entropies } : {}),
+  };
   const text = element("pre", { class: "tokens" });
-  const paint = (name) => text.replaceChildren(...sample.pieces.map((piece, index) => token(piece, sample, index, measures[name][index])));
+  const paint = (name) =>
+    text.replaceChildren(...sample.pieces.map((piece, index) => token(piece, sample, index, measures[name][index])));
   const names = Object.keys(measures);
   paint(names.at(-1));
   const buttons = names.map((name) =>
-    element("label", {}, element("input", { type: "radio", name: "tint", checked: name === names.at(-1), onchange: () => paint(name) }), name),
+    element(
+      "label",
+      {},
+      element("input", { type: "radio", name: "tint", checked: name === names.at(-1), onchange: () => paint(name) }),
+      name,
+    ),
   );
   const scale = Array.from({ length: TINTS + 1 }, (_, shade) => tinted(shade, {}, ""));
-  const missing = sample.entropies ? "" : " Surprise is −log p of the token; the entropy of each token was not recorded.";
-  return [text, element("p", { class: "scale muted" }, ...(names.length > 1 ? buttons : ["surprise"]), element("span", { class: "ramp", "aria-hidden": "true" }, "0 ", ...scale, ` ${FULL} nats or more`), missing)];
+  const missing = sample.entropies
+    ? ""
+    : " Surprise is −log p of the token; the entropy of each token was not recorded.";
+  return [
+    text,
+    element(
+      "p",
+      { class: "scale muted" },
+      ...(names.length > 1 ? buttons : ["surprise"]),
+      element("span", { class: "ramp", "aria-hidden": "true" }, "0 ", ...scale, ` ${FULL} nats or more`),
+      missing,
+    ),
+  ];
 }
 
 function token(piece, sample, index, value) {
