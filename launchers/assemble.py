@@ -103,7 +103,7 @@ def build_loop(config: RunConfig, recorder: Recorder, stack: ExitStack) -> Train
     tokenizer = load_tokenizer(_hf_path(config))
     prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
     check_prompts(prompts, config)
-    recorder.data(prompts)
+    recorder.data(prompts, tokenizer)
     controller = build_controller(config.entropy, config.steps, config.rollout.prompts_per_step)
     verifier = VerifierStage(config.data, tokenizer)
     stack.callback(verifier.close)

@@ -24,6 +24,14 @@ def monitor(
     once: bool = typer.Option(False, "--once", help="Print the state once and end; so it is without a terminal."),
     as_json: bool = JSON,
     every: float = typer.Option(1.0, "--every", min=0.1, help="Seconds between two looks."),
+    web: bool = typer.Option(False, "--web", help="Serve a page for the browser instead."),
+    port: int = typer.Option(8421, "--port", min=0, max=65535, help="With --web: where it listens; 0: any free port."),
+    host: str = typer.Option(
+        "127.0.0.1", "--host", help="With --web: address to listen at; beyond this machine, by token."
+    ),
+    token: bool = typer.Option(
+        False, "--token", help="With --web: ask for a token on this machine too, e.g. a shared login node."
+    ),
 ) -> None:
     """Watch runs: entropy against its band, the controller, reward, times, alerts. Ctrl-C ends it; the runs do not notice.
 
@@ -34,10 +42,17 @@ def monitor(
       isentrope monitor login.cluster:/scratch/me/runs/long
 
       isentrope monitor runs/pi --json | jq '.[0].time_in_band'
+
+      isentrope monitor runs/quickstart/grpo runs/quickstart/pi --web --port 8421
     """
     console = Console()
     live = not (once or as_json) and console.is_terminal
-    with local_folders(runs, follow=live) as folders:
+    with local_folders(runs, follow=live or web) as folders:
+        if web:
+            from pipeline.monitoring.web.server import serve
+
+            serve(folders, host, port, with_token=token, announce=lambda url: typer.echo(f"{url}   (ctrl-C ends)"))
+            return
         series = [Series(folder) for folder in folders]
         if as_json:
             from pipeline.monitoring.status import status_of

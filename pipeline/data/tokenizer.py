@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
+import tokenizers.decoders
 
 from pipeline.data import DataError
 from pipeline.data.special_tokens import eos_token_ids, pad_token_id, read_json
@@ -35,6 +36,14 @@ class Tokenizer:
     def decode_batch(self, sequences: Sequence[np.ndarray]) -> list[str]:
         """Text of each int array [n], without special tokens."""
         return self._backend.decode_batch([ids.tolist() for ids in sequences], skip_special_tokens=True)
+
+    def pieces(self, token_ids: np.ndarray) -> list[str]:
+        """The text that each of an int array [n] adds, special tokens included: joined, they are the decoded whole.
+
+        A token that ends inside a character adds "", the one that completes it the character.
+        """
+        stream = tokenizers.decoders.DecodeStream(skip_special_tokens=False)
+        return [stream.step(self._backend, token) or "" for token in token_ids.tolist()]
 
     def render_chat(self, messages: Sequence[Message], system: str = "") -> str:
         """The conversation as the model's chat template writes it, ready for the assistant's turn.

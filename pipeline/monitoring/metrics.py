@@ -51,6 +51,7 @@ def _step(event: Mapping[str, Any]) -> dict[str, Any]:
         found |= {_named(prefix, key): value for key, value in event.get(field, {}).items()}
     low, entropy, high = event["band_low"], event["entropy"], event["band_high"]
     found["control/in_band"] = float(low <= entropy <= high) if _finite(low, entropy, high) else None
+    found["control/saturated"] = float(event["state"] == "saturated")
     found["train/not_finite"] = sum(not _finite(event.get(name, 0.0)) for name in ("entropy", "loss", "grad_norm"))
     return found
 
@@ -71,7 +72,10 @@ def _named(prefix: str, key: str) -> str:
 
 
 def _evaluation(event: Mapping[str, Any]) -> dict[str, Any]:
-    found = {f"evaluation/pass_at_{k}": estimate["value"] for k, estimate in event["pass_at_k"].items()}
+    found = {}
+    for k, estimate in event["pass_at_k"].items():
+        name = f"evaluation/pass_at_{k}"  # with the ends of its 95 % interval
+        found |= {name: estimate["value"], name + "_low": estimate["low"], name + "_high": estimate["high"]}
     found |= {f"evaluation/maj_at_{k}": value for k, value in event.get("maj_at_k", {}).items()}
     for name in ("avg", "distinct_correct", "mean_reward", "mean_length", "verifier_errors", "seconds"):
         found[f"evaluation/{name}"] = event.get(name)

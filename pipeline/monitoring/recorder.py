@@ -21,6 +21,7 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.load import config_hash, to_yaml
 from pipeline.config.schema import RunConfig
 from pipeline.data.sources import PromptSet
+from pipeline.data.tokenizer import Tokenizer
 from pipeline.entropy.band import Band
 from pipeline.monitoring.activity import Activity
 from pipeline.monitoring.alerts.engine import Alert, AlertEngine, replayed
@@ -86,6 +87,7 @@ class Recorder:
         self._log: EventLog | None = None
         self._progress: Progress | None = None
         self._prompts: dict[str, int] = {}
+        self._tokenizer: Tokenizer | None = None
         self._alerts = AlertEngine(rules_of(config), constants_of(config))
         self._series: Series | None = None  # None: the index beside the log is not kept
         self._own_seconds = 0.0  # what recording the step before took; counted as "other" of the next
@@ -102,8 +104,9 @@ class Recorder:
             self._end("failed", f"{kind.__name__ if kind else 'unknown'}: {error}")
         self._lock.close()
 
-    def data(self, prompts: PromptSet) -> None:
-        """Remember the sizes of the data for the first event."""
+    def data(self, prompts: PromptSet, tokenizer: Tokenizer | None = None) -> None:
+        """Remember the sizes of the data for the first event, and how tokens read for the samples."""
+        self._tokenizer = tokenizer
         sizes = {"train": len(prompts.train), "held_out": len(prompts.held_out)}
         self._prompts = {**sizes, "dropped_too_long": prompts.dropped_too_long}
 
@@ -291,7 +294,8 @@ class Recorder:
         count = min(self._config.monitoring.samples_per_step, len(groups))
         if count == 0:
             return
-        lines = [_sample_line(groups[i * (len(groups) - 1) // max(1, count - 1)], step) for i in range(count)]
+        shown = (groups[i * (len(groups) - 1) // max(1, count - 1)] for i in range(count))
+        lines = [_sample_line(group, step, self._tokenizer) for group in shown]
         (self.run_dir / "samples" / f"step-{step:06d}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
@@ -335,8 +339,8 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _sample_line(group: SampleGroup, step: int) -> str:
-    """One sample of a group as a JSON line; which one changes from step to step."""
+def _sample_line(group: SampleGroup, step: int, tokenizer: Tokenizer | None) -> str:
+    """One sample of a group as a JSON line; which one changes from step to step. No ``pieces`` without a tokenizer."""
     sample = group.samples[step % len(group.samples)]
     return (
         to_json(
@@ -354,6 +358,8 @@ def _sample_line(group: SampleGroup, step: int) -> str:
                 "weight_versions": [[span.version, span.start, span.end] for span in sample.weight_versions],
                 "verifier_error": sample.verifier_error,
                 "seed": sample.seed,
+                "pieces": tokenizer.pieces(sample.token_ids) if tokenizer else [],
+                "log_probs": [round(value, 3) for value in sample.log_probs.tolist()],
             }
         )
         + "\n"

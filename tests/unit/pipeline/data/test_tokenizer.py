@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 from pipeline.data import DataError
 from pipeline.data.countdown import SYMBOLS
@@ -29,6 +30,25 @@ def test_the_shipped_tokenizer_is_one_token_per_symbol():
     assert tokenizer.encode(SYMBOLS) == tuple(range(16))
     assert (tokenizer.eos_token_ids, tokenizer.pad_token_id) == ((15,), 15)
     assert tokenizer.decode_batch([np.array([1, 10, 2, 15]), np.array([], np.int64)]) == ["1+2", ""]
+
+
+def test_pieces_add_up_to_the_whole(tmp_path):
+    assert load_tokenizer(PM4).pieces(np.array([1, 10, 2, 15])) == ["1", "+", "2", "$"]
+    assert load_tokenizer(PM4).pieces(np.array([], np.int64)) == []
+    shutil.copytree(PM4, tmp_path / "bytes")
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=262, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(["so the the the"], trainer)
+    backend.save(str(tmp_path / "bytes" / "tokenizer.json"))
+    text = "so the \u2603 the"
+    pieces = load_tokenizer(tmp_path / "bytes").pieces(np.array(backend.encode(text).ids))
+    assert "".join(pieces) == text
+    assert " the" in pieces, "a token keeps its space"
+    at = pieces.index("\u2603")
+    assert pieces[at - 2 : at] == ["", ""], "three bytes, of which the last completes the character"
 
 
 def test_decoding_a_step_takes_a_millisecond():

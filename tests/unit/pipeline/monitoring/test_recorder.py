@@ -4,13 +4,17 @@ import io
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from pipeline.config.errors import ConfigError
-from pipeline.config.load import config_hash, load_config
+from pipeline.config.load import config_hash, load_config, resolve_path
+from pipeline.data.sources import PromptSet
+from pipeline.data.tokenizer import load_tokenizer
 from pipeline.monitoring.events import read_events
 from pipeline.monitoring.progress import Progress
 from pipeline.monitoring.recorder import StepClock, rollout_figures
@@ -157,6 +161,16 @@ def test_samples_hold_main_and_auxiliary_rows(tmp_path):
     assert [(line["role"], line["temperature"]) for line in lines] == [("main", 1.0), ("auxiliary", 1.3)]
     assert lines[0]["prompt"] == "1234>10="
     assert lines[0]["weight_versions"] == [[0, 0, 4]]
+
+
+def test_samples_hold_every_token_with_its_log_prob(tmp_path):
+    recorder = runs.open_run(tmp_path, "monitoring.samples_per_step=1")
+    recorder.data(PromptSet((runs.PROMPT,), (), 0), load_tokenizer(resolve_path("model/pm4-100k")))
+    drawn = replace(runs.sample(), token_ids=np.array([1, 10, 2, 15]), log_probs=np.log([0.5, 0.25, 0.9, 1.0]))
+    recorder._write_samples(0, [runs.group(drawn)], [])
+    line = json.loads((tmp_path / "samples" / "step-000000.jsonl").read_text())
+    assert line["pieces"] == ["1", "+", "2", "$"]
+    assert line["log_probs"] == [-0.693, -1.386, -0.105, 0.0]
 
 
 def test_the_clock_accounts_for_every_second():

@@ -1,0 +1,56 @@
+"""The pictures of the web page in docs/: of the quickstart's runs, as `make quickstart` leaves them.
+
+    python tools/monitor_screenshots.py [--runs runs/quickstart]
+
+Needs chromium and requirements/browser.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import threading
+from pathlib import Path
+
+from playwright.sync_api import Browser, sync_playwright
+
+from pipeline.monitoring.web.server import PageServer
+from pipeline.monitoring.web.view import RunView
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def picture(browser: Browser, runs: list[Path], out: Path, scheme: str, width: int, height: int, hover: float) -> None:
+    """One window of the page with the pointer over the entropy chart, at a share of its width."""
+    with PageServer([RunView(run) for run in runs], "127.0.0.1", 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+        page.goto(server.url)
+        page.wait_for_selector("#sample .tokens")
+        page.wait_for_selector("#live:has-text('completed')")
+        plot = page.locator("#band .u-over").first.bounding_box()
+        page.mouse.move(plot["x"] + hover * plot["width"], plot["y"] + plot["height"] / 3)
+        page.wait_for_timeout(300)  # the cursor follows with the next frame
+        page.screenshot(path=out)
+        page.close()
+        server.shutdown()
+
+
+def main() -> None:
+    """Both pictures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quickstart", help="folder of grpo, pi and scope")
+    parser.add_argument("--chromium", default=shutil.which("chromium") or "chromium", help="the browser's program")
+    arguments = parser.parse_args()
+    grpo, pi, scope = (arguments.runs / name for name in ("grpo", "pi", "scope"))
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=arguments.chromium, args=["--no-sandbox", "--disable-gpu", "--font-render-hinting=none"]
+        )
+        picture(browser, [pi], ROOT / "docs" / "monitor_web.png", "light", 1440, 2120, 0.61)
+        picture(browser, [grpo, pi, scope], ROOT / "docs" / "monitor_web_dark.png", "dark", 1440, 1150, 0.61)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()
