@@ -17,9 +17,7 @@ import numpy as np
 
 from pipeline.monitoring.summary import FINAL_STEPS, RunHistory, pass_at
 from pipeline.monitoring.tracking import track
-
-# 97.5 % quantiles of Student's t for 1 to 9 degrees of freedom (any table); more seeds than ten use the last.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+from pipeline.student import t95
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def half_width(values: Sequence[float]) -> float:
     """Half of the 95 % interval of the mean, by Student's t; NaN below two values."""
     if len(values) < 2:
         return math.nan
-    return _T[min(len(values) - 1, len(_T)) - 1] * stdev(values) / math.sqrt(len(values))
+    return t95(len(values) - 1) * stdev(values) / math.sqrt(len(values))
 
 
 def rows_of(runs: Mapping[str, Sequence[RunHistory]], baseline: str, stopped_at: Sequence[int] = ()) -> list[Row]:

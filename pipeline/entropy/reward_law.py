@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.student import t95
+
 EARLY = 0.15  # share of a run that predicts the rest
 LEAST_POINTS = 8
 BLOCKS = 80  # points that a long run is averaged to: noise in H would flatten the slope
-_T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # Student's t, two-sided 95 %, 1 to 10 degrees
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def fit_reward_law(entropy: Sequence[float], reward: Sequence[float]) -> RewardL
     first, size = math.ceil(EARLY * pairs.shape[1]), math.ceil(pairs.shape[1] / BLOCKS)
     early, rest, points = (_averaged(part, size) for part in (pairs[:, :first], pairs[:, first:], pairs))
     a, b, covariance, residual = _least_squares(points)
-    reach = _student(points.shape[1] - 2)
+    reach = t95(points.shape[1] - 2)
 
     def interval(value: float, weights: tuple[float, float]) -> tuple[float, float]:
         w = np.array(weights)
@@ -81,7 +82,3 @@ def _least_squares(points: np.ndarray) -> tuple[float, float, np.ndarray, float]
     free = max(1, len(residual) - 2)
     covariance = float(residual @ residual) / free * np.linalg.pinv(design.T @ design)
     return float(a), float(b), covariance, float(np.sqrt((residual**2).mean()))
-
-
-def _student(degrees: int) -> float:
-    return _T95[degrees - 1] if degrees <= len(_T95) else 1.96 + 2.5 / degrees

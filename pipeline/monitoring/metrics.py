@@ -72,7 +72,7 @@ def _named(prefix: str, key: str) -> str:
 
 
 def _evaluation(event: Mapping[str, Any]) -> dict[str, Any]:
-    found = {}
+    found: dict[str, Any] = {}
     for k, estimate in event["pass_at_k"].items():
         name = f"evaluation/pass_at_{k}"  # with the ends of its 95 % interval
         found |= {name: estimate["value"], name + "_low": estimate["low"], name + "_high": estimate["high"]}

@@ -14,6 +14,7 @@ FLOORS = {
     "pipeline.blocks": 1,
     "pipeline.fp8": 1,
     "pipeline.ports": 1,
+    "pipeline.student": 1,
     "pipeline.disk": 1,
     "pipeline.config": 1,
     "pipeline.methods": 1,

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.entropy.reward_law import fit_reward_law
 from pipeline.monitoring.series import Series
 from pipeline.monitoring.status import status_of
-from pipeline.monitoring.web.law import fit_law
 
 LAW_POINTS = 200  # means over as many stretches of the run: single steps' rewards are noise
 JUDGE_S = 10.0  # until a run that appends nothing is looked at again: it may have to be called silent
+FIT = ("a", "b", "ceiling", "ceiling_interval", "residual", "entropies", "points")  # of the law
 DIGITS = 6  # of a number in a series; a screen shows three
 
 
@@ -74,8 +75,11 @@ class RunView:
         with self._lock:
             found = self._series.read(["entropy/mean", "reward/mean"], first, last, LAW_POINTS)
         entropy, reward = found["entropy/mean"]["mean"], found["reward/mean"]["mean"]
-        law = fit_law(entropy, reward)
-        fit = None if law is None else {**asdict(law), "ceiling": law.ceiling}
+        try:
+            law = asdict(fit_reward_law(entropy, reward))
+            fit = {name: law[name] for name in FIT}
+        except ValueError:  # too few steps yet
+            fit = None
         return {"entropy": _numbers(entropy), "reward": _numbers(reward), "fit": fit}
 
 

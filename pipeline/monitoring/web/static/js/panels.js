@@ -288,8 +288,8 @@ function law({ runs, focus }) {
   if (!fit) return { x, columns, nothing: "Nothing to fit yet." };
   columns.push({ label: "fit", colour: colour("--line-2"), width: 2, values: x.map((value) => fit.b - fit.a * value) });
   const told =
-    `R = ${fit.a < 0 ? "" : "−"}${number(Math.abs(fit.a))} exp(H) ${fit.b < 0 ? "−" : "+"} ${number(Math.abs(fit.b))}, RMSE ${number(fit.rmse)}, R² ${fit.r_squared.toFixed(2)}, ` +
-    `fitted on H from ${number(fit.low)} to ${number(fit.high)}; at H = 0 it says ${number(fit.ceiling)}. `;
+    `R = ${fit.a < 0 ? "" : "−"}${number(Math.abs(fit.a))} exp(H) ${fit.b < 0 ? "−" : "+"} ${number(Math.abs(fit.b))}, RMSE ${number(fit.residual)}, ` +
+    `fitted on H from ${number(fit.entropies[0])} to ${number(fit.entropies[1])}; at H = 0 it says ${number(fit.ceiling)} (95 %: ${fit.ceiling_interval.map(number).join(" to ")}). `;
   const warning = !focus.controlled
     ? []
     : [
