@@ -35,7 +35,7 @@ STACKS = Path("logs") / "stacks"
 INTERVAL_S = 5.0
 # Nothing that hangs as well, Ray or the file system, may keep a stalled run from ending.
 STACKS_TIMEOUT_S = 120.0
-EVENT_TIMEOUT_S = 10.0
+LAST_WORDS_S = 30.0
 
 
 class Others(Protocol):
@@ -94,11 +94,15 @@ class Watchdog:
         self._thread.join(INTERVAL_S)  # not for ever: it may hang on a file system that does
 
     def _run(self) -> None:
+        said = ""
         while not self._over.wait(INTERVAL_S):
             try:
                 self.look()
-            except Exception:  # whatever it is: without heartbeats the supervisor would kill a healthy run
-                log.exception("the watchdog could not do its round")
+                said = ""
+            except Exception as error:  # whatever it is: without heartbeats the supervisor would kill a healthy run
+                if repr(error) != said:  # once, not every few seconds
+                    log.exception("the watchdog could not do its round")
+                said = repr(error)
 
     def look(self) -> None:
         """One round."""
@@ -116,31 +120,30 @@ class Watchdog:
         """Stacks, an event, and the end of the process if that is wanted and nothing has moved in between."""
         recorder, at = self._recorder, self._recorder.heartbeat()
         folder = recorder.run_dir / STACKS / f"{datetime.now():%Y%m%d-%H%M%S}"
-        folder.mkdir(parents=True, exist_ok=True)
-        silent = self._collect(folder)
+        found: dict[str, list[str]] = {"stacks": [], "silent": []}
+        within(STACKS_TIMEOUT_S, lambda: found.update(self._collect(folder)))
         action = self._stall.action if recorder.activity.number == number else "report"
         doing = f"{at['activity']}{at['phase'] and ': ' + at['phase']}"
-        mute = f"; no answer from {', '.join(silent)}" if silent else ""
+        mute = f"; no answer from {', '.join(found['silent'])}" if found["silent"] else ""
         said = f"stalled: {waited:.0f} s in {doing} after {at['step']} steps{mute}; stacks: {folder}"
         log.error(said)
-        stacks = sorted(str(path.relative_to(recorder.run_dir)) for path in folder.glob("*"))
-        event = {**at, "seconds": waited, "factor": self._stall.factor, "silent": silent, "stacks": stacks}
-        within(EVENT_TIMEOUT_S, lambda: recorder.stall({**event, "action": action}, said))
+        event = {**at, "seconds": waited, "factor": self._stall.factor, **found, "action": action}
+        within(LAST_WORDS_S, lambda: recorder.stall(event, said))
         if action == "restart":
             if self._others is not None:
-                within(EVENT_TIMEOUT_S, self._others.end_silent)
+                within(LAST_WORDS_S, self._others.end_silent)
             _exit(recorder.run_dir)
 
-    def _collect(self, folder: Path) -> list[str]:
-        """Stacks of all; names of those that did not answer."""
-        others, silent = self._others, list[str]()
+    def _collect(self, folder: Path) -> dict[str, list[str]]:
+        """``stacks``: files with the stacks of all; ``silent``: who did not answer."""
+        folder.mkdir(parents=True, exist_ok=True)
         with (folder / "driver.txt").open("w") as file:
             faulthandler.dump_traceback(file)
-            if others is None:
+            if self._others is None:
                 file.writelines(f"\n{seen_from_outside(child)}" for child in children(os.getpid()))
-        if others is not None and not within(STACKS_TIMEOUT_S, lambda: silent.extend(others.collect(folder))):
-            return ["Ray"]
-        return silent
+        silent = self._others.collect(folder) if self._others is not None else []
+        stacks = sorted(str(path.relative_to(self._recorder.run_dir)) for path in folder.glob("*"))
+        return {"stacks": stacks, "silent": silent}
 
 
 def stall_limit(factor: float, least: float, typical: float) -> float:

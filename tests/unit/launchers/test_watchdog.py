@@ -127,6 +127,24 @@ def test_a_stalled_process_ends_with_its_stack_and_how_to_go_on(tmp_path):
     assert f"pid {child}" in driver.read_text()
 
 
+def test_a_stalled_process_ends_also_where_no_stacks_can_be_written(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/logs").write_text("a file where stacks need a folder")
+    words = [sys.executable, "-c", HANGS, tmp_path / "run"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    os.kill(int(done.stdout), 9)
+    assert done.returncode == 1
+    *_, stall, end = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    assert (stall["kind"], stall["stacks"], end["status"]) == ("stall", [], "failed")
+
+
+def test_who_waits_for_what_hangs_waits_only_so_long():
+    free = threading.Event()
+    assert not watchdog.within(0.05, free.wait)
+    free.set()
+    assert watchdog.within(60, free.wait)
+
+
 def test_a_process_whose_heart_stands_still_is_complained_about_with_its_stack(tmp_path, monkeypatch):
     clock = iter(range(10**6))
     monkeypatch.setattr(watchdog.time, "monotonic", lambda: now)
