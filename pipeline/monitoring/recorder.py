@@ -105,6 +105,8 @@ class Recorder:
         written.write_text(header + to_yaml(self._config))
         written.replace(self.run_dir / "config.yaml")
         self._log = EventLog(self.run_dir / FILE_NAME)
+        self._done, self._series = step, Series(self.run_dir)
+        starts = [event for event in self._series.events if event["kind"] in ("run_start", "resume")]
         self.event(
             "resume" if self._resumed else "run_start",
             step=step,
@@ -114,8 +116,9 @@ class Recorder:
             config_hash=config_hash(self._config),
             prompts=self._prompts,
             versions=versions(),
+            attempt=len(starts) + 1,
+            host=platform.node(),
         )
-        self._done, self._series = step, Series(self.run_dir)
         if self._config.monitoring.progress:
             self._progress = Progress(self._config.name, self._config.steps, first=step)
 
