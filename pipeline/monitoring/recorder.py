@@ -141,6 +141,8 @@ class Recorder:
             self._alerts = replayed(self._alerts, self.run_dir / FILE_NAME)
         self._log, self._done = EventLog(self.run_dir / FILE_NAME), step
         self._series = self._open_index()
+        past = self._series.events if self._series else []
+        starts = [event for event in past if event["kind"] in ("run_start", "resume")]
         self.event(
             "resume" if self._resumed else "run_start",
             step=step,
@@ -150,6 +152,8 @@ class Recorder:
             config_hash=config_hash(self._config),
             prompts=self._prompts,
             versions=versions(),
+            attempt=len(starts) + 1,
+            host=platform.node(),
         )
         if self._config.monitoring.progress:
             self._progress = Progress(self._config.name, self._config.steps, first=step)

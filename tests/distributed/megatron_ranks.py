@@ -263,6 +263,7 @@ def inspect(rank, world, address, folder, layout, tokens, candidates):
     made = learner(rank, world, address, folder, **layout, micro_batch_size=512)
     table = torch.stack([_log_probs_of(made, tokens, token) for token in candidates], dim=-1)
     whole = everywhere(made.export_shards(7))
+    assert made.export_size() == (sum(t.nbytes for bucket in whole for t in bucket.tensors.values()), len(whole))
     small = buckets.plan(made._rows, made._topology.grid, 4, SMALL_BUCKET_MIB)
     yielded = list(hf.export(made._parameters, small, made._topology, 8))
     many = everywhere(yielded)

@@ -74,6 +74,9 @@ def test_a_process_that_stands_still_is_named_and_started_again(pool, tmp_path):
         def export_shards(self, version):
             yield from export(version, before_last=lambda: actions and actions.pop()())
 
+        def export_size(self):
+            return 1000, 5
+
     faults = []
     rollouts = Rollouts(pool, Learner(), tmp_path / "model", faults.append)
     rollouts.push(3)
@@ -87,6 +90,9 @@ def test_a_process_that_stands_still_is_named_and_started_again(pool, tmp_path):
     assert "raise rollout.weight_sync_timeout_s (2)" in fault
     assert still._call("pid") != pid
     assert pool.health().weight_version == 3
+    sync = {"bytes": 1000, "buckets": 5}
+    assert rollouts.figures() == {"sync": sync, "engines": {"alive": 1, "total": 2}}  # one had to be started again
+    assert rollouts.figures() == {"sync": sync, "engines": {"alive": 2, "total": 2}}
     groups = rollouts.generate([REQUEST])
     assert all(sample.drawn_with(3) for sample in groups[0].samples)
 

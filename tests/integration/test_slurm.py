@@ -127,7 +127,7 @@ def steps(run_dir: Path) -> list[dict]:
     path = run_dir / "events.jsonl"
     events = [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
     found = {event["step"]: event for event in events if event["kind"] == "step"}
-    return [{k: v for k, v in found[i].items() if k not in ("time", "seconds")} for i in sorted(found)]
+    return [{k: v for k, v in found[i].items() if k not in ("time", "seconds", "memory")} for i in sorted(found)]
 
 
 def events(run_dir: Path, kind: str) -> list[dict]:

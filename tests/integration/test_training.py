@@ -67,8 +67,8 @@ def steps(run_dir: Path) -> list[dict]:
 
 
 def essence(step: dict) -> dict:
-    """What must repeat bit for bit: no clocks."""
-    return {k: v for k, v in step.items() if k not in ("time", "seconds")}
+    """What must repeat bit for bit: no clocks, no memory."""
+    return {k: v for k, v in step.items() if k not in ("time", "seconds", "memory")}
 
 
 def samples(run_dir: Path) -> dict[str, str]:
@@ -128,6 +128,12 @@ def test_a_signal_ends_in_a_checkpoint_and_resume_finishes(tmp_path, runtime, nu
     assert subprocess.run(finish, cwd=tmp_path, check=False, capture_output=True, timeout=120).returncode == 0
     assert [s["step"] for s in steps(run_dir)] == list(range(done + 2))
     assert all(0.1 < s["entropy"] < 1.5 for s in steps(run_dir))
+    for step in steps(run_dir):
+        assert step["engines"] == {"alive": 1, "total": 1}
+        assert (step["sync"]["buckets"], step["sync"]["bytes"] > 4e5) == (1, True)  # 100k parameters in float32
+        assert step["memory"].keys() == ({"driver"} if runtime else {"driver", "learner"})
+        assert all(0.1 < gib < 10 for gib in step["memory"].values())
+    assert [e["attempt"] for e in events(run_dir) if e["kind"] in ("run_start", "resume")] == [1, 2]
     # The engine's log-probs are those of the weights just synced, whatever the learner's layout.
     assert max(s["metrics"]["mismatch_max"] for s in steps(run_dir)) < 1e-3
     kinds = {event["kind"] for event in events(run_dir)}

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import platform
 import sys
 import time
 from dataclasses import replace
@@ -15,6 +17,8 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.load import config_hash, load_config, resolve_path
 from pipeline.data.sources import PromptSet
 from pipeline.data.tokenizer import load_tokenizer
+from pipeline.monitoring import recorder as recorder_module
+from pipeline.monitoring import series as series_module
 from pipeline.monitoring.events import read_events
 from pipeline.monitoring.progress import Progress
 from pipeline.monitoring.recorder import StepClock, rollout_figures
@@ -202,3 +206,33 @@ def test_progress_shows_the_end_and_costs_little(tmp_path, terminal):
     assert milliseconds < 3, "a step of recording and progress; about 0.3 on an idle machine"
     if not terminal:
         assert output.getvalue().count("\n") == 20
+
+
+def test_attempts_are_counted_and_a_fault_knows_its_step(tmp_path):
+    runs.write_run(tmp_path, steps=4, finish=False)
+    recorder = runs.open_run(tmp_path, resumed=True, step=2)
+    recorder.fault("engine 0 was started again")
+    runs.record_step(recorder, 2)
+    recorder.finish(completed=True)
+    events = read_events(tmp_path / "events.jsonl")
+    starts = [event for event in events if event["kind"] in ("run_start", "resume")]
+    assert [event["attempt"] for event in starts] == [1, 2]
+    assert {event["host"] for event in starts} == {platform.node()}
+    assert [event["step"] for event in events if event["kind"] == "fault"] == [2]
+
+
+def test_a_step_tells_of_sync_memory_and_engines(tmp_path):
+    recorder = runs.open_run(tmp_path)
+    runs.record_step(recorder, 0)
+    (step,) = [event for event in read_events(tmp_path / "events.jsonl") if event["kind"] == "step"]
+    assert (step["sync"], step["engines"]) == (runs.ROLLOUTS["sync"], runs.ROLLOUTS["engines"])
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    assert step["memory"] == {"driver": pytest.approx(pages * os.sysconf("SC_PAGE_SIZE") / 2**30, rel=0.2)}
+
+
+def test_the_index_is_kept_while_the_run_goes(tmp_path, monkeypatch):
+    monkeypatch.setattr(recorder_module, "INDEX_EVERY", 5)
+    monkeypatch.setattr(series_module, "LINES", 4)
+    runs.write_run(tmp_path, steps=12, finish=False)
+    # run_start, an evaluation and steps 0-9 were there when step 9 was recorded: three whole segments of four lines.
+    assert len(list((tmp_path / series_module.FOLDER).iterdir())) == 3

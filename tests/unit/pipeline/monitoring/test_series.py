@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.monitoring import segment as segments
 from pipeline.monitoring import series as module
-from pipeline.monitoring.events import SCHEMA, in_force, read_all_events
+from pipeline.monitoring.events import SCHEMA, EventLogError, in_force, parse_event, read_all_events
 from pipeline.monitoring.metrics import scalars
 from pipeline.monitoring.series import FOLDER, Series
 
@@ -156,3 +156,111 @@ def damage(path, how):
         path.write_bytes(bytes(len(content)))
     else:
         path.write_bytes(content[:-8] + bytes(8) if content[-8:] != bytes(8) else content[:-8] + b"12345678")
+
+
+def test_a_bucket_by_hand(tmp_path):
+    (tmp_path / "events.jsonl").write_bytes(b"".join(line(step_event(step, step)) for step in range(10)))
+    series = Series(tmp_path)
+    chart = series.read(["control/temperature", "train/none"], points=3)  # buckets of 4: steps 0-3, 4-7, 8-9
+    assert chart["step"].tolist() == [1, 5, 8]
+    assert chart["control/temperature"]["mean"].tolist() == pytest.approx([1.015, 1.055, 1.085])
+    assert chart["control/temperature"]["low"].tolist() == [1.0, 1.04, 1.08]
+    assert chart["control/temperature"]["high"].tolist() == [1.03, 1.07, 1.09]
+    assert all(math.isnan(value) for value in chart["train/none"]["mean"])
+    assert series.read(["control/temperature"], first=2, last=3)["control/temperature"]["mean"].tolist() == [1.02, 1.03]
+    assert series.in_state("saturated").tolist() == [step % 3 == 1 for step in range(10)]
+    assert series.event(7)["reason"] == "value 7"
+    assert (series.event(10), series.event(-1)) == (None, None)
+
+
+def test_reading_again_reads_only_what_is_new(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "LINES", 8)
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(b"".join(line(step_event(step, step)) for step in range(100)))
+    Series(tmp_path)
+    parsed = []
+    monkeypatch.setattr(module, "parse_event", lambda *given: parsed.append(given[1]) or parse_event(*given))
+    series = Series(tmp_path)
+    assert parsed == [97, 98, 99, 100]  # line numbers behind the twelfth segment
+    assert series.update() is False
+    with path.open("ab") as file:
+        file.write(line(step_event(100, 100)))
+    assert series.update() is True
+    assert parsed[4:] == [101]
+
+
+def test_a_folder_that_cannot_be_written_is_read_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "LINES", 8)
+    (tmp_path / FOLDER).write_text("in the way")  # as good as a folder of somebody else's; root may write into those
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(b"".join(line(step_event(step, step)) for step in range(50)))
+    series = Series(tmp_path)
+    check(series, path, 10)
+    with path.open("ab") as file:
+        file.write(line({"kind": "resume", "time": 1.0, "step": 3}) + line(step_event(3, 8)))
+    series.update()
+    check(series, path, 10)
+
+
+def test_another_log_in_its_place_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "LINES", 8)
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(b"".join(line(step_event(step, step)) for step in range(50)))
+    series = Series(tmp_path)
+    path.write_bytes(b"".join(line(step_event(step, step + 1)) for step in range(60)))
+    series.update()
+    check(series, path, 10)
+    check(Series(tmp_path), path, 10)
+    path.write_bytes(line(step_event(0, 3)))
+    series.update()
+    check(series, path, 10)
+
+
+def test_a_damaged_line_is_named_every_time_and_mended_when_it_is_gone(tmp_path):
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(line(step_event(0, 1)))
+    series = Series(tmp_path)
+    whole = line(step_event(1, 2))
+    path.write_bytes(line(step_event(0, 1)) + b"x" * (len(whole) - 1) + b"\n")
+    for _ in range(2):
+        with pytest.raises(EventLogError, match="line 2, is not an event"):
+            series.update()
+    path.write_bytes(line(step_event(0, 1)) + whole)
+    series.update()
+    check(series, path, 10)
+
+
+def test_marks_in_order(tmp_path):
+    events = [
+        other("evaluation", 0, 9),
+        step_event(0, 1),
+        other("alert", 0, 2),
+        {"kind": "checkpoint", "time": 1.0, "step": 1, "path": "checkpoints/step-1"},
+        step_event(1, 3),
+        other("alert", 1, 4),  # lost with step 1
+        {"kind": "resume", "time": 1.0, "step": 1},
+        other("fault", 1, 5),
+        step_event(1, 6),
+        {
+            "kind": "alert",
+            "time": 1.0,
+            "step": 1,
+            "rule": "stall",
+            "severity": "critical",
+            "reason": "r",
+            "state": "end",
+        },
+        {"kind": "stall", "time": 1.0, "step": 2, "seconds": 700.0},
+        {"kind": "run_end", "time": 1.0, "status": "failed", "error": "no"},
+    ]
+    (tmp_path / "events.jsonl").write_bytes(b"".join(map(line, events)))
+    assert [tuple(mark.values()) for mark in Series(tmp_path).marks()] == [
+        (0, "evaluation", "pass@1 1.000", "info"),
+        (0, "alert", "x: value 2", "warning"),
+        (1, "checkpoint", "checkpoints/step-1", "info"),
+        (1, "restart", "resumed after 1 steps", "info"),
+        (1, "fault", "engine 0", "warning"),
+        (1, "alert", "stall is over", "info"),
+        (2, "stall", "no step for 700 s", "critical"),
+        (2, "end", "failed: no", "critical"),
+    ]
