@@ -703,7 +703,8 @@ def _controller(config: RunConfig) -> Iterator[Problem]:
         )
 
 
-def _sinks(config: RunConfig) -> Iterator[Problem]:
+def sink_problems(config: RunConfig) -> Iterator[Problem]:
+    """What is wrong with the choice of sinks on any machine."""
     chosen, uri = config.monitoring.sinks, config.monitoring.mlflow.tracking_uri
     unknown = [name for name in chosen if name not in SINKS]
     if unknown:
@@ -791,7 +792,7 @@ RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     _controller,
     _constant,
     _auxiliary,
-    _sinks,
+    sink_problems,
     objective_problems,
     precision_problems,
 )

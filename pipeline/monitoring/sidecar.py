@@ -14,6 +14,7 @@ import argparse
 import fcntl
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -24,11 +25,13 @@ from functools import partial
 from pathlib import Path
 from typing import IO, TypeVar
 
+from pipeline.config.errors import ConfigError
 from pipeline.config.load import load_config
+from pipeline.config.schema import RunConfig
 from pipeline.monitoring.events import FILE_NAME, EventLogError
 from pipeline.monitoring.follow import EventReader
 from pipeline.monitoring.sinks import Sink
-from pipeline.monitoring.sinks.factory import build_sinks
+from pipeline.monitoring.sinks.factory import build_sinks, problems
 
 log = logging.getLogger("isentrope.sidecar")
 
@@ -125,62 +128,75 @@ def behind(run_dir: Path, names: list[str]) -> list[str]:
     return [name for name in names if read_position(run_dir / FOLDER / f"{name}.json")[0] < size]
 
 
-def follow(run_dir: Path, driver: int | None, overrides: list[str]) -> bool:
+def follow(config: RunConfig, run_dir: Path, driver: int | None) -> bool:
     """Deliver until the run is over; whether every sink came to its end."""
-    config = load_config(run_dir / "config.yaml", overrides, check=False)
     (run_dir / FOLDER).mkdir(exist_ok=True)
     over = threading.Event()
 
     def driver_gone() -> bool:
         return driver is None or os.getppid() != driver
 
-    with _lock(run_dir / FOLDER / ".lock", wait=driver is not None, give_up=driver_gone):
+    with _lock(run_dir / FOLDER / ".lock", driver_gone):
         followers = [Follower(name, build, run_dir, over) for name, build in build_sinks(config, run_dir).items()]
         for follower in followers:
             follower.start()
         while any(follower.is_alive() for follower in followers) and not driver_gone():
             time.sleep(POLL_S)
         over.set()
-        deadline = None if driver is None else time.monotonic() + DRAIN_S
-        for follower in followers:
-            follower.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+        deadline = math.inf if driver is None else time.monotonic() + DRAIN_S
+        while any(follower.is_alive() for follower in followers) and time.monotonic() < deadline:
+            time.sleep(POLL_S)
         late = [follower.name for follower in followers if follower.is_alive()]
     if late:
         log.error("ends although %s did not take everything; resuming the run goes on from there", " and ".join(late))
     return not late
 
 
-def _lock(path: Path, *, wait: bool, give_up: Callable[[], bool]) -> IO[str]:
-    """Hold ``path`` alone. The sidecar of a killed attempt may still be delivering; that of another call is an error."""
+def _lock(path: Path, give_up: Callable[[], bool]) -> IO[str]:
+    """Hold ``path`` alone, once the sidecar of an attempt that was killed has delivered the rest."""
     file = path.open("w")
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return file
         except BlockingIOError:
-            if not wait or give_up():
+            if give_up():
                 file.close()
                 raise SystemExit(f"{path} is locked: another sidecar delivers this run") from None
         time.sleep(POLL_S)
 
 
 def main() -> None:
-    """The command line of the module."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pipeline.monitoring.sidecar", description="Hand a run's events to its sinks."
-    )
+    """The command line of the module; exit code 2 for what cannot be delivered, 1 when not everything was."""
+    what = "Hand a run's events to its sinks."
+    parser = argparse.ArgumentParser(prog="python -m pipeline.monitoring.sidecar", description=what)
     parser.add_argument("run_dir", type=Path, help="folder of the run")
     parser.add_argument("--driver", type=int, help="process whose run this is; none: deliver what is there and end")
     parser.add_argument("overrides", nargs="*", help="key=value over the run's configuration")
     arguments = parser.parse_args()
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # it announces every retry
+    try:
+        config = load_config(arguments.run_dir / "config.yaml", arguments.overrides, check=False)
+        if arguments.driver is None:  # a driver has seen to it
+            _refuse(config)
+    except ConfigError as error:
+        parser.exit(2, f"{error}\n")
     if arguments.driver is not None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # they ask the driver to end; this ends after it
             signal.signal(number, signal.SIG_IGN)
         os.nice(10)  # training comes first
-    if not follow(arguments.run_dir, arguments.driver, arguments.overrides):
+    if not follow(config, arguments.run_dir, arguments.driver):
         os._exit(1)  # not past a thread that hangs
+
+
+def _refuse(config: RunConfig) -> None:
+    """Raises ``ConfigError`` when nothing could be delivered."""
+    found = problems(config)
+    if found:
+        raise ConfigError.of(found)
+    if not config.monitoring.sinks:
+        raise ConfigError("monitoring.sinks", [], "nowhere to deliver to", "name a sink: 'monitoring.sinks=[wandb]'")
 
 
 if __name__ == "__main__":

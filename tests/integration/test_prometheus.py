@@ -121,7 +121,7 @@ def watched(tmp_path_factory):
             recorder.event("step", **full_step())
             recorder.event("alert", step=3, rule="reward_drop", condition="reward_drop", severity="info", reason="why")
             recorder.fault("engine 0 was started again")
-            server.wait('isentrope_alert_active{rule="reward_drop"}')
+            server.wait('count_over_time(isentrope_alert_active{rule="reward_drop"}[1m]) > 1')  # a rate needs two
             yield server
             recorder.event("run_end", status="completed", error="")
         assert not list((folder / "targets").iterdir())

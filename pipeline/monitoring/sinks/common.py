@@ -24,7 +24,7 @@ class Alert:
     @classmethod
     def of(cls, event: Mapping[str, Any]) -> Alert:
         """Read it from its event."""
-        rule = event.get("rule", event["condition"])
+        rule = event.get("rule") or event["condition"]
         return cls(rule, event.get("severity", "warning"), event["reason"], event.get("state", "begin") == "begin")
 
 

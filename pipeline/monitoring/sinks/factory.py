@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pipeline.config.errors import Problem
 from pipeline.config.schema import PrometheusConfig, RunConfig
+from pipeline.config.validate import sink_problems
 from pipeline.monitoring.sinks import Sink
 
 # Name in monitoring.sinks: the library, and the class in the module of that name.
@@ -39,6 +40,9 @@ def build_sinks(config: RunConfig, run_dir: Path) -> dict[str, Callable[[], Sink
 
 def problems(config: RunConfig) -> list[Problem]:
     """Why the configured sinks could not work on this machine; reaches no server."""
+    impossible = list(sink_problems(config))
+    if impossible:
+        return impossible
     chosen = config.monitoring.sinks
     missing = [name for name in chosen if not _installed(SINKS[name][0])]
     if missing:

@@ -138,6 +138,20 @@ def command(run_dir, *arguments):
     return [sys.executable, "-m", "pipeline.monitoring.sidecar", str(run_dir), *arguments]
 
 
+def call(run_dir, *arguments):
+    done = subprocess.run(command(run_dir, *arguments), capture_output=True, text=True, check=False)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [([], "nowhere to deliver to"), (["monitoring.sinks=[wandbe]"], "unknown: wandbe"), (["sinks=1"], "unknown key")],
+)
+def test_what_cannot_be_delivered_is_said(tmp_path, overrides, said):
+    code, error = call(resumed_run.first_attempt(tmp_path), *overrides)
+    assert (code, said in error) == (2, True), error
+
+
 def test_it_imports_nothing_heavy():
     heavy = "{'torch', 'ray', 'numpy', 'wandb', 'mlflow', 'tensorboard', 'matplotlib'}"
     code = f"import sys, pipeline.monitoring.sidecar; sys.exit(str({heavy} & set(sys.modules)) if {heavy} & set(sys.modules) else 0)"
@@ -149,13 +163,11 @@ def test_a_finished_run_is_delivered_later_and_only_by_one(tmp_path):
     pytest.importorskip("tensorboard")
     resumed_run.second_attempt(resumed_run.first_attempt(tmp_path))
     (tmp_path / "sinks").mkdir()
-    with sidecar._lock(tmp_path / "sinks" / ".lock", wait=False, give_up=lambda: False):
-        refused = subprocess.run(command(tmp_path), capture_output=True, text=True, check=False)
-    assert (refused.returncode, refused.stderr.strip().endswith("another sidecar delivers this run")) == (1, True)
-    done = subprocess.run(
-        command(tmp_path, "monitoring.sinks=[tensorboard]"), capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    wanted = "monitoring.sinks=[tensorboard]"
+    with sidecar._lock(tmp_path / "sinks" / ".lock", lambda: True):
+        code, said = call(tmp_path, wanted)
+    assert (code, said.strip().endswith("another sidecar delivers this run")) == (1, True)
+    assert call(tmp_path, wanted) == (0, "")
     assert behind(tmp_path, ["tensorboard"]) == []
 
 

@@ -4,6 +4,7 @@ import json
 import socket
 import struct
 import sys
+import time
 import urllib.request
 from dataclasses import replace
 from importlib import import_module
@@ -87,11 +88,19 @@ def wandb_records(path):
             record = b""
 
 
+def closed_log(path):
+    """The records of a log once its last one is there: W&B's own process writes them after ``finish`` returned."""
+    deadline = time.monotonic() + 60
+    while not any(record.HasField("exit") for record in wandb_records(path)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return list(wandb_records(path))
+
+
 def test_wandb_offline_continues_the_same_run(tmp_path):
     run_dir = both_attempts(
         "wandb", tmp_path, "monitoring.wandb.mode=offline", "monitoring.wandb.group=band", "name=mine"
     )
-    records = [list(wandb_records(path)) for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))]
+    records = [closed_log(path) for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb"))]
     assert len(records) == 2
     opened = [next(record.run for record in attempt if record.HasField("run")) for attempt in records]
     assert {(run.run_id, run.project, run.run_group, run.display_name, run.resume) for run in opened} == {
