@@ -3,16 +3,13 @@
 import gzip
 import http.client
 import json
-import math
 import socket
 import threading
 from contextlib import contextmanager
 
-import numpy as np
 import pytest
 
 from pipeline.config.errors import ConfigError
-from pipeline.monitoring.web.law import fit_law
 from pipeline.monitoring.web.samples import Query, list_samples, read_sample
 from pipeline.monitoring.web.server import PageServer
 from pipeline.monitoring.web.view import RunView
@@ -90,9 +87,11 @@ def test_a_series_is_cut_to_the_points_asked_for(server):
 
 def test_law_of_the_run(server):
     _, answer = document(server, "/api/law?run=0")
+    assert answer["entropy"][0] == pytest.approx(0.6)
     assert len(answer["entropy"]) == len(answer["reward"])
-    assert answer["fit"]["low"] == pytest.approx(0.31)
+    assert answer["fit"]["entropies"] == pytest.approx([0.31, 0.6])
     assert answer["fit"]["a"] == pytest.approx(0, abs=1e-9), "the reward does not depend on the entropy"
+    assert document(server, "/api/law?run=0&first=10&last=12")[1]["fit"] is None, "three steps are too few"
 
 
 @pytest.mark.parametrize(
@@ -182,23 +181,6 @@ def test_a_port_in_use_is_one_clear_block(capsys, run_dir):
 def test_an_address_of_another_machine_is_refused(run_dir):
     with pytest.raises(ConfigError, match=r"cannot listen on 192\.0\.2\.1"):
         PageServer([RunView(run_dir)], "192.0.2.1", 0)
-
-
-def test_law_by_hand():
-    entropy = np.log([1.0, 2.0, 3.0, math.nan])
-    law = fit_law(
-        entropy, np.array([0.9, 0.6, 0.6, 0.5])
-    )  # mean of x is 2, of R 0.7; slope (-.2 - .1) / 2, intercept .7 + .15 * 2
-    assert (law.a, law.b, law.points) == (pytest.approx(0.15), pytest.approx(1.0), 3)
-    assert law.ceiling == pytest.approx(0.85)
-    assert law.rmse == pytest.approx(math.sqrt((0.05**2 + 0.1**2 + 0.05**2) / 3))
-    assert law.r_squared == pytest.approx(1 - 0.015 / 0.06)
-    assert (law.low, law.high) == (pytest.approx(0), pytest.approx(math.log(3)))
-
-
-@pytest.mark.parametrize("entropy", [[], [0.3, 0.3, 0.3, 0.3], [0.3, 0.4, math.nan]])
-def test_too_few_entropies_give_no_law(entropy):
-    assert fit_law(np.array(entropy), np.linspace(0, 1, len(entropy))) is None
 
 
 @pytest.fixture
