@@ -8,10 +8,12 @@ Needs chromium and requirements/browser.txt.
 from __future__ import annotations
 
 import argparse
+import io
 import shutil
 import threading
 from pathlib import Path
 
+from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 
 from pipeline.monitoring.web.server import PageServer
@@ -31,7 +33,8 @@ def picture(browser: Browser, runs: list[Path], out: Path, scheme: str, width: i
         plot = page.locator("#band .u-over").first.bounding_box()
         page.mouse.move(plot["x"] + hover * plot["width"], plot["y"] + plot["height"] / 3)
         page.wait_for_timeout(300)  # the cursor follows with the next frame
-        page.screenshot(path=out)
+        taken = Image.open(io.BytesIO(page.screenshot()))
+        taken.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(out, optimize=True)
         page.close()
         server.shutdown()
 
@@ -47,7 +50,7 @@ def main() -> None:
         browser = playwright.chromium.launch(
             executable_path=arguments.chromium, args=["--no-sandbox", "--disable-gpu", "--font-render-hinting=none"]
         )
-        picture(browser, [pi], ROOT / "docs" / "monitor_web.png", "light", 1440, 2120, 0.61)
+        picture(browser, [pi], ROOT / "docs" / "monitor_web.png", "light", 1440, 2170, 0.61)
         picture(browser, [grpo, pi, scope], ROOT / "docs" / "monitor_web_dark.png", "dark", 1440, 1150, 0.61)
         browser.close()
 

@@ -12,13 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.entropy.reward_law import fit_reward_law
+from pipeline.entropy.reward_law import BLOCKS, fit_reward_law
 from pipeline.monitoring.series import Series
 from pipeline.monitoring.status import status_of
 
-LAW_POINTS = 200  # means over as many stretches of the run: single steps' rewards are noise
 JUDGE_S = 10.0  # until a run that appends nothing is looked at again: it may have to be called silent
-FIT = ("a", "b", "ceiling", "ceiling_interval", "residual", "entropies", "points")  # of the law
 DIGITS = 6  # of a number in a series; a screen shows three
 
 
@@ -71,17 +69,25 @@ class RunView:
             return self._series.marks()
 
     def law(self, first: int, last: int | None) -> dict[str, Any]:
-        """Entropy and mean training reward of stretches of the run, and the law fitted to them."""
+        """Mean entropy and training reward of stretches of the run, and the law fitted to it (null: too few steps)."""
+        names = ("entropy/mean", "reward/mean")
         with self._lock:
-            found = self._series.read(["entropy/mean", "reward/mean"], first, last, LAW_POINTS)
-        entropy, reward = found["entropy/mean"]["mean"], found["reward/mean"]["mean"]
+            stretches = self._series.read(names, first, last, BLOCKS)
+            entropy, reward = (self._series.column(name, first, last) for name in names)
         try:
-            law = asdict(fit_reward_law(entropy, reward))
-            fit = {name: law[name] for name in FIT}
-        except ValueError:  # too few steps yet
+            fit = {
+                name: _finite(value)
+                for name, value in asdict(fit_reward_law(entropy.tolist(), reward.tolist())).items()
+            }
+        except ValueError:
             fit = None
-        return {"entropy": _numbers(entropy), "reward": _numbers(reward), "fit": fit}
+        drawn = {name: _numbers(stretches[name]["mean"]) for name in names}
+        return {"entropy": drawn["entropy/mean"], "reward": drawn["reward/mean"], "fit": fit}
 
 
 def _numbers(values: np.ndarray) -> list[float | None]:
     return [float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None for value in values.tolist()]
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -87,9 +87,11 @@ def test_a_series_is_cut_to_the_points_asked_for(server):
 
 def test_law_of_the_run(server):
     _, answer = document(server, "/api/law?run=0")
+    assert answer["entropy"][0] == pytest.approx(0.6)
     assert len(answer["entropy"]) == len(answer["reward"])
-    assert answer["fit"]["entropies"][0] == pytest.approx(0.31)
+    assert answer["fit"]["entropies"] == pytest.approx([0.31, 0.6])
     assert answer["fit"]["a"] == pytest.approx(0, abs=1e-9), "the reward does not depend on the entropy"
+    assert document(server, "/api/law?run=0&first=10&last=12")[1]["fit"] is None, "three steps are too few"
 
 
 @pytest.mark.parametrize(

@@ -287,9 +287,13 @@ function law({ runs, focus }) {
   ];
   if (!fit) return { x, columns, nothing: "Nothing to fit yet." };
   columns.push({ label: "fit", colour: colour("--line-2"), width: 2, values: x.map((value) => fit.b - fit.a * value) });
-  const told =
-    `R = ${fit.a < 0 ? "" : "−"}${number(Math.abs(fit.a))} exp(H) ${fit.b < 0 ? "−" : "+"} ${number(Math.abs(fit.b))}, RMSE ${number(fit.residual)}, ` +
-    `fitted on H from ${number(fit.entropies[0])} to ${number(fit.entropies[1])}; at H = 0 it says ${number(fit.ceiling)} (95 %: ${fit.ceiling_interval.map(number).join(" to ")}). `;
+  const { a, b, ceiling_interval: ends, early_error: early } = fit;
+  const told = [
+    `R = ${a < 0 ? "" : "−"}${number(Math.abs(a))} exp(H) ${b < 0 ? "−" : "+"} ${number(Math.abs(b))}, RMSE ${number(fit.residual)}, `,
+    `fitted on H from ${number(fit.entropies[0])} to ${number(fit.entropies[1])}; `,
+    `at H = 0 it says ${number(fit.ceiling)} (95 %: ${number(ends[0])} to ${number(ends[1])}). `,
+    early === null ? "" : `Its first 15 % predict the rest with RMSE ${number(early)}. `,
+  ].join("");
   const warning = !focus.controlled
     ? []
     : [
