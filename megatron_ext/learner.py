@@ -277,9 +277,7 @@ class MegatronLearner:
     def _loss(
         self, micro: TrainBatch, given: inputs.ModelInputs, hidden: torch.Tensor, *, scale: int
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        loss, sums = policy_loss(
-            self._outputs(micro, given, hidden, moment=False), TokenRows.of(micro), self._objective
-        )
+        loss, sums = policy_loss(self._outputs(micro, given, hidden, moment=True), TokenRows.of(micro), self._objective)
         counted = {"micro_batches": 1, "positions": given.tokens.numel(), "real_positions": given.real}
         counts = {name: sums["main_tokens"].new_tensor(number) for name, number in counted.items()}
         return loss * scale, {**sums, **counts, "loss": loss.detach().double()}

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.config.schema import ObjectiveConfig
-from pipeline.objectives import correction, mismatch
+from pipeline.objectives import correction, influence, mismatch
 from pipeline.objectives.losses import surrogate
 from pipeline.objectives.losses.inputs import Inputs
 from pipeline.types import Actuation, TrainBatch
@@ -105,7 +105,7 @@ class PolicyOutputs:
     log_probs: torch.Tensor  # T=1, differentiable
     entropy: torch.Tensor  # exact, T=1; differentiable where ``entropy_needs_grad``
     tempered: torch.Tensor | None = None  # log-probs at ``tempered_at``, no gradient
-    moment: torch.Tensor | None = None  # sum_k pi_k^2 (log pi_k + H), no gradient
+    moment: torch.Tensor | None = None  # sum_k pi_k^2 (log pi_k + H), no gradient; None: no entropy-change metrics
 
 
 def tempered_at(actuation: Actuation) -> float | None:
@@ -161,7 +161,11 @@ def policy_loss(
     sums |= mismatch.mismatch_sums(log_ratio, main) | corrected
     sums["policy_loss"] = _total(policy, main)
     sums["positive_term"] = _total(reward)
-    return term.sum(), sums
+    sums |= influence.covariance_sums(log_probs, advantages, main)
+    loss = term.sum()
+    if outputs.moment is not None and loss.requires_grad:
+        sums |= influence.entropy_change_sums(loss, log_probs, outputs.entropy, outputs.moment, rows.auxiliary)
+    return loss, sums
 
 
 def reduce_metrics(sums: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
@@ -169,6 +173,7 @@ def reduce_metrics(sums: Mapping[str, float | torch.Tensor]) -> dict[str, float]
     values = {name: float(value) for name, value in sums.items()}
     tokens = values.pop("main_tokens")
     means = {mean: values.pop(name) / tokens if tokens else float("nan") for name, mean in _TOKEN_MEANS.items()}
+    means["covariance"] = influence.covariance([values.pop(name) for name in influence.COVARIANCE_SUMS], tokens)
     counts = [values.pop(name) for name in mismatch.BINS]
     means["mismatch_p99"] = mismatch.quantile(counts, 0.99, values["mismatch_max"])
     corrected = {name: values.pop(name) for name in correction.SUMS & values.keys()}

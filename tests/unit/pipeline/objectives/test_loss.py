@@ -152,6 +152,7 @@ def test_auxiliary_rows_enter_no_other_metric():
             "mismatch_p99": 0.1,
             "mismatch_kl": math.expm1(0.1) - 0.1,
             "mismatch_kl_k1": -0.1,
+            "covariance": 0.0,
             "policy_loss": -0.3,
             "positive_term": 0.0,
         },
