@@ -12,11 +12,11 @@ from pipeline.entropy.controller import EntropyController
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.learner import Learner
 from pipeline.monitoring.recorder import Recorder, StepClock
-from pipeline.objectives.batch import build_batch, needs_log_probs, positives_consumed, with_clip_cov
+from pipeline.objectives.batch import needs_log_probs, positives_consumed, with_clip_cov
 from pipeline.rewards.stage import VerifierStage
-from pipeline.rollout.requests import only_fresh, step_requests
+from pipeline.rollout.queue import RolloutQueue
 from pipeline.rollout.rollouts import Rollouts
-from pipeline.types import ControlDecision, Prompt, Role, TrainBatch
+from pipeline.types import ControlDecision, Prompt, TrainBatch
 
 
 @dataclass
@@ -28,11 +28,11 @@ class TrainingLoop:
     learner: Learner
     verifier: VerifierStage
     cursor: DataCursor
+    queue: RolloutQueue
     controller: EntropyController
     held_out: Sequence[Prompt]
     recorder: Recorder
     checkpoints: CheckpointStore
-    pad_token_id: int
     decision: ControlDecision
     step: int = 0
 
@@ -55,24 +55,18 @@ class TrainingLoop:
 
     def train_step(self) -> None:
         """Sample, verify, learn, hand the weights over, decide the next temperature."""
-        clock, decision = StepClock(), self.decision
-        with clock("sample"):
-            prompts = self.cursor.take(self.config.rollout.prompts_per_step)
-            groups = self.rollouts.generate(step_requests(prompts, decision, self.config, self.step))
-            groups, stale = only_fresh(groups, self.step)
-        with clock("verify"):
-            groups = self.verifier.verify(groups)
-            main = [group for group in groups if group.role is Role.MAIN]
-            auxiliary = [group for group in groups if group.role is Role.AUXILIARY]
+        clock = StepClock()
+        drawn = self.queue.next(self.step, self.decision, clock)
         with clock("batch"):
-            batch = build_batch(main, auxiliary, decision, self.config, self.pad_token_id)
+            batch = self.queue.batch(drawn, self.step)
         with clock("train"):
             stats = self.learner.update(self.prepare(batch), self.step)
         with clock("sync"):
             self.rollouts.push(self.step + 1)
         positives = positives_consumed(batch)
         self.decision = self.controller.update(stats.entropy, positives)
-        self.recorder.step(self.step, main, auxiliary, stats, decision, self.decision, stale, positives, clock)
+        main, auxiliary, used, dropped = drawn.main, drawn.auxiliary, drawn.decision, drawn.dropped
+        self.recorder.step(self.step, main, auxiliary, stats, used, self.decision, dropped, positives, clock)
         self.step += 1
 
     def prepare(self, batch: TrainBatch) -> TrainBatch:
@@ -81,7 +75,8 @@ class TrainingLoop:
             batch = replace(batch, reference_log_probs=self.learner.log_probs(batch, reference=True))
         if needs_log_probs(self.config, batch):
             log_probs = self.learner.log_probs(batch)
-            batch = with_clip_cov(replace(batch, old_log_probs=log_probs), log_probs)
+            old = log_probs if batch.old_log_probs is None else batch.old_log_probs
+            batch = with_clip_cov(replace(batch, old_log_probs=old), log_probs)
         return batch
 
     def evaluate(self) -> None:
@@ -92,6 +87,7 @@ class TrainingLoop:
     def save(self) -> None:
         """Checkpoint learner, controller, data cursor and the pending decision under one manifest."""
         state = {"step": self.step, "cursor": self.cursor.state_dict(), "controller": self.controller.state_dict()}
+        state["queue"] = self.queue.state_dict()
         self.recorder.checkpoint(
             self.checkpoints.save(self.step, state | {"decision": vars(self.decision)}, self.learner.save)
         )

@@ -137,6 +137,7 @@ class TrainBatch:
     old_log_probs: torch.Tensor | None = None  # float32 [rows, seq - 1] at T=1; None: on-policy, ratio is exactly 1
     reference_log_probs: torch.Tensor | None = None  # float32 [rows, seq - 1] at T=1, for the KL penalty
     token_weights: torch.Tensor | None = None  # float32 [rows, seq - 1], e.g. 0 on tokens that Clip-Cov detaches
+    staleness: int = 0  # updates between the weights that drew the main rows and those that train on them
     positive_weights: torch.Tensor | None = (
         None  # float32 [rows], ``reweight``: as ``weights``, of a main row's positive term
     )
@@ -149,7 +150,7 @@ class TrainBatch:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the tensors as one buffer."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return _unpickle_batch, (*pack(tensors), self.actuation)
+        return _unpickle_batch, (*pack(tensors), self.actuation, self.staleness)
 
 
 @dataclass(frozen=True)
@@ -232,8 +233,8 @@ def _unpickle_group(
     return SampleGroup(prompt, tuple(samples), role)
 
 
-def _unpickle_batch(specs: list[Spec], flat: np.ndarray, actuation: Actuation) -> TrainBatch:
-    return TrainBatch(**unpack(specs, flat), actuation=actuation)
+def _unpickle_batch(specs: list[Spec], flat: np.ndarray, actuation: Actuation, staleness: int) -> TrainBatch:
+    return TrainBatch(**unpack(specs, flat), actuation=actuation, staleness=staleness)
 
 
 def _unpickle_bucket(

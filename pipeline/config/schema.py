@@ -146,6 +146,9 @@ class RolloutConfig:
     tensor_parallel_size: int = key(1, "TP of each SGLang engine")
     prompts_per_step: int = key(16, "distinct prompts per step")
     samples_per_prompt: int = key(16, "main samples per prompt (the group of GRPO)")
+    staleness: int = key(
+        0, "updates between drawing a step's samples and training on them; 0: strictly on-policy; docs/control.md"
+    )
     max_prompt_tokens: int = key(1024, "prompts longer than this are dropped when the data is read, and counted")
     max_new_tokens: int = key(1024, "response length limit, tokens")
     weight_transport: str = key(

@@ -119,6 +119,7 @@ RANGES: dict[str, Range] = {
     "rollout.tensor_parallel_size": _COUNT,
     "rollout.prompts_per_step": _COUNT,
     "rollout.samples_per_prompt": Range(2),
+    "rollout.staleness": Range(0, 16),
     "rollout.max_prompt_tokens": _COUNT,
     "rollout.max_new_tokens": _COUNT,
     "rollout.weight_sync_timeout_s": _POSITIVE,

@@ -43,6 +43,8 @@ REWEIGHT_MAX_RATIO = 100.0
 TOK_MAX_SURPRISE = 3.0  # nats
 HIGH_PROBABILITY = 0.95  # as published
 
+SENSOR_MAX_WEIGHT = 2.0
+SENSOR_SUMS = ("sensor_sum", "sensor_count")
 # Sums over main tokens, and the name of their mean.
 _TOKEN_MEANS = {
     "entropy_sum": "entropy",
@@ -68,6 +70,7 @@ class TokenRows:
     reference_log_probs: torch.Tensor | None = None  # float32, T=1
     token_weights: torch.Tensor | None = None  # float32
     positive_weights: torch.Tensor | None = None  # float32
+    stale: bool = False  # whether other weights drew the rows
 
     @classmethod
     def of(cls, batch: TrainBatch) -> TokenRows:
@@ -90,6 +93,7 @@ class TokenRows:
             reference_log_probs=at_mask(batch.reference_log_probs),
             token_weights=at_mask(batch.token_weights),
             positive_weights=None if batch.positive_weights is None else batch.positive_weights[row],
+            stale=batch.staleness > 0,
         )
 
 
@@ -152,6 +156,8 @@ def policy_loss(
         term = term + objective.kl_coef * rows.weights * kl
     sums = _main_sums(outputs, rows, ratio, advantages, kl, objective)
     sums |= mismatch.mismatch_sums(log_ratio, main) | corrected
+    if rows.stale:
+        sums |= _sensor_sums(outputs, rows)
     sums["policy_loss"] = _total(policy, main)
     sums["positive_term"] = _total(reward)
     return term.sum(), sums
@@ -161,6 +167,7 @@ def reduce_metrics(sums: Mapping[str, float | torch.Tensor]) -> dict[str, float]
     """Turn summed metrics into what people read: means and quantiles over main tokens, maxima, shares of the loss as they are."""
     values = {name: float(value) for name, value in sums.items()}
     tokens = values.pop("main_tokens")
+    values = {name: value for name, value in values.items() if name not in SENSOR_SUMS}
     means = {mean: values.pop(name) / tokens if tokens else float("nan") for name, mean in _TOKEN_MEANS.items()}
     counts = [values.pop(name) for name in mismatch.BINS]
     means["mismatch_p99"] = mismatch.quantile(counts, 0.99, values["mismatch_max"])
@@ -195,6 +202,14 @@ def _surrogate(ratio: torch.Tensor, clipped: torch.Tensor, advantages: torch.Ten
     if dual_clip > 0:
         loss = torch.where(advantages < 0, torch.minimum(loss, -advantages * dual_clip), loss)
     return loss
+
+
+@torch.no_grad()
+def _sensor_sums(outputs: PolicyOutputs, rows: TokenRows) -> dict[str, torch.Tensor]:
+    """What the entropy reading is made of where other weights drew the rows: tokens weigh min(pi / pi_behaviour, 2)."""
+    weights = torch.exp(outputs.log_probs - rows.behavior_log_probs).clamp(max=SENSOR_MAX_WEIGHT)
+    main = ~rows.auxiliary
+    return {"sensor_sum": _total(weights * outputs.entropy, main), "sensor_count": _total(weights, main)}
 
 
 def _total(values: torch.Tensor, where: torch.Tensor | None = None) -> torch.Tensor:
