@@ -34,6 +34,7 @@ from pipeline.ports import free_port
 from pipeline.rewards.stage import VerifierStage
 from pipeline.rollout.engine import RolloutEngine
 from pipeline.rollout.pool import EnginePool
+from pipeline.rollout.queue import RolloutQueue
 from pipeline.rollout.rollouts import Rollouts
 from pipeline.rollout.weight_sync import push_weights
 from pipeline.types import ControlDecision
@@ -109,19 +110,20 @@ def build_loop(config: RunConfig, recorder: Recorder, stack: ExitStack) -> Train
     stack.callback(verifier.close)
     learner = start_learner(config, stack)
     engines = start_engines(config, recorder.run_dir / "logs", stack, learner)
+    colocated = config.rollout.placement == "colocated"
+    rollouts = Rollouts(engines, learner, _hf_path(config), recorder.fault, colocated=colocated)
+    cursor = DataCursor(prompts.train, config.seed)
     return TrainingLoop(
         config=config,
-        rollouts=Rollouts(
-            engines, learner, _hf_path(config), recorder.fault, colocated=config.rollout.placement == "colocated"
-        ),
+        rollouts=rollouts,
         learner=learner,
         verifier=verifier,
-        cursor=DataCursor(prompts.train, config.seed),
+        cursor=cursor,
+        queue=RolloutQueue(config, cursor, rollouts, verifier, learner, tokenizer.pad_token_id),
         controller=controller,
         held_out=prompts.held_out,
         recorder=recorder,
         checkpoints=_checkpoints(recorder.run_dir, config),
-        pad_token_id=tokenizer.pad_token_id,
         decision=controller.initial(),
     )
 
@@ -130,6 +132,7 @@ def restore(loop: TrainingLoop, checkpoint: Checkpoint) -> None:
     """Put every stateful part back to where ``checkpoint`` was taken."""
     state = checkpoint.state()
     loop.cursor.load_state_dict(state["cursor"])
+    loop.queue.load_state_dict(state.get("queue", []))  # older checkpoints have none
     loop.controller.load_state_dict(state["controller"])
     loop.decision = ControlDecision(**state["decision"])
     loop.step = state["step"]

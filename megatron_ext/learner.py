@@ -22,6 +22,7 @@ from megatron_ext.head import Head
 from megatron_ext.topology import Topology, shutdown
 from megatron_ext.weights import buckets, hf, identity, layout
 from pipeline.objectives.loss import (
+    SENSOR_SUMS,
     PolicyOutputs,
     TokenRows,
     entropy_needs_grad,
@@ -138,7 +139,7 @@ class MegatronLearner:
         loss = totals.pop("loss")
         return StepStats(
             loss=loss,
-            entropy=EntropyReading(sum=totals["entropy_sum"], count=totals["main_tokens"], step=step),
+            entropy=_reading(totals, step, batch.staleness),
             grad_norm=sum(norms) / len(norms),
             learning_rate=self._optimizer.param_groups[0]["lr"],
             metrics=_batching_metrics(totals) | reduce_metrics(totals),
@@ -318,6 +319,12 @@ class MegatronLearner:
         finally:
             for (parameter, _), data in zip(pairs, own, strict=True):
                 parameter.data = data
+
+
+def _reading(totals: dict[str, float], step: int, staleness: int) -> EntropyReading:
+    """Over the main tokens; weighted where they are stale."""
+    names = SENSOR_SUMS if staleness else ("entropy_sum", "main_tokens")
+    return EntropyReading(*(totals[name] for name in names), step=step, staleness=staleness)
 
 
 def _cut(learner: schema.LearnerConfig, align: int) -> batching.Cut:

@@ -12,11 +12,11 @@ from pipeline.entropy.controller import EntropyController
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.learner import Learner
 from pipeline.monitoring.recorder import Recorder
-from pipeline.objectives.batch import build_batch, positives_consumed
+from pipeline.objectives.batch import positives_consumed
 from pipeline.objectives.prepare import prepare
 from pipeline.rewards.stage import VerifierStage
+from pipeline.rollout.queue import RolloutQueue
 from pipeline.rollout.rollouts import Rollouts
-from pipeline.rollout.step import draw_step
 from pipeline.types import ControlDecision, Prompt
 
 
@@ -29,11 +29,11 @@ class TrainingLoop:
     learner: Learner
     verifier: VerifierStage
     cursor: DataCursor
+    queue: RolloutQueue
     controller: EntropyController
     held_out: Sequence[Prompt]
     recorder: Recorder
     checkpoints: CheckpointStore
-    pad_token_id: int
     decision: ControlDecision
     step: int = 0
 
@@ -56,10 +56,10 @@ class TrainingLoop:
 
     def train_step(self) -> None:
         """Sample, verify, learn, hand the weights over, decide the next temperature."""
-        clock, decision = self.recorder.clock(), self.decision
-        drawn = draw_step(self.cursor, self.rollouts, self.verifier, decision, self.config, self.step, clock)
+        clock = self.recorder.clock()
+        drawn = self.queue.next(self.step, self.decision, clock)
         with clock("batch"):
-            batch = build_batch(drawn.trained, drawn.auxiliary, decision, self.config, self.pad_token_id)
+            batch = self.queue.batch(drawn, self.step)
         with clock("train"):
             self.rollouts.make_room()
             batch = prepare(batch, self.learner, self.config, self.step)
@@ -68,9 +68,9 @@ class TrainingLoop:
             self.rollouts.push(self.step + 1)
         positives = positives_consumed(batch)
         self.decision = self.controller.update(stats.entropy, positives)
-        control, figures = (decision, self.decision), self.rollouts.figures()
+        samples, control, figures = drawn.samples, (drawn.decision, self.decision), self.rollouts.figures()
         self.recorder.step(
-            self.step, drawn.main, drawn.auxiliary, stats, *control, drawn.stale, positives, clock, figures
+            self.step, samples.main, samples.auxiliary, stats, *control, samples.stale, positives, clock, figures
         )
         self.step += 1
 
@@ -84,6 +84,7 @@ class TrainingLoop:
         """Checkpoint learner, controller, data cursor and the pending decision under one manifest."""
         self.recorder.begin("checkpoint")
         state = {"step": self.step, "cursor": self.cursor.state_dict(), "controller": self.controller.state_dict()}
+        state["queue"] = self.queue.state_dict()
         self.recorder.checkpoint(
             self.checkpoints.save(self.step, state | {"decision": vars(self.decision)}, self.learner.save)
         )

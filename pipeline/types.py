@@ -156,6 +156,7 @@ class TrainBatch:
     token_advantages: torch.Tensor | None = None  # float32 [rows, seq - 1], in place of ``advantages``
     token_weights: torch.Tensor | None = None  # float32 [rows, seq - 1], e.g. 0 on tokens that Clip-Cov detaches
     marks: torch.Tensor | None = None  # uint8 [rows, seq - 1], tokens that the loss treats in a way of their own
+    staleness: int = 0  # updates between the weights that drew the main rows and those that train on them
     positive_weights: torch.Tensor | None = (
         None  # float32 [rows], ``reweight``: as ``weights``, of a main row's positive term
     )
@@ -168,7 +169,7 @@ class TrainBatch:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the tensors as one buffer."""
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return _unpickle_batch, (*pack(tensors), self.actuation)
+        return _unpickle_batch, (*pack(tensors), self.actuation, self.staleness)
 
 
 @dataclass(frozen=True)
@@ -252,8 +253,8 @@ def _unpickle_group(
     return SampleGroup(prompt, tuple(samples), role)
 
 
-def _unpickle_batch(specs: list[Spec], flat: np.ndarray, actuation: Actuation) -> TrainBatch:
-    return TrainBatch(**unpack(specs, flat), actuation=actuation)
+def _unpickle_batch(specs: list[Spec], flat: np.ndarray, actuation: Actuation, staleness: int) -> TrainBatch:
+    return TrainBatch(**unpack(specs, flat), actuation=actuation, staleness=staleness)
 
 
 def _unpickle_bucket(

@@ -112,6 +112,13 @@ def _shaping(config: RunConfig) -> Iterator[Problem]:
             "opefo balances the entropy change of one update by the policy that drew the rows (strictly on-policy)",
             "set it to 1, or remove opefo from objective.token_shaping",
         )
+    if "opefo" in names and config.rollout.staleness:
+        yield Problem(
+            "rollout.staleness",
+            config.rollout.staleness,
+            "opefo balances the entropy change of one update by the policy that drew the rows (strictly on-policy)",
+            "set it to 0, or remove opefo from objective.token_shaping",
+        )
     if "opefo" in names[:-1]:
         yield Problem(
             "objective.token_shaping",

@@ -165,6 +165,9 @@ class RolloutConfig:
         "dynamic sampling (DAPO): draw further prompts, in at most so many rounds, until prompts_per_step groups hold different rewards; 1: take the first",
     )
     cuts: CutsConfig = key(CutsConfig(), "samples drawn uniformly among the likeliest tokens")
+    staleness: int = key(
+        0, "updates between drawing a step's samples and training on them; 0: strictly on-policy; docs/control.md"
+    )
     max_prompt_tokens: int = key(1024, "prompts longer than this are dropped when the data is read, and counted")
     max_new_tokens: int = key(1024, "response length limit, tokens")
     weight_transport: str = key(

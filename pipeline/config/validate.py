@@ -131,6 +131,7 @@ RANGES: dict[str, Range] = {
     "rollout.cuts.top": _COUNT,
     "rollout.cuts.floor": Range(0, 1, open_high=True),
     "rollout.cuts.warmup_tokens": _NOT_NEGATIVE,
+    "rollout.staleness": Range(0, 16),
     "rollout.max_prompt_tokens": _COUNT,
     "rollout.max_new_tokens": _COUNT,
     "rollout.weight_sync_timeout_s": _POSITIVE,
@@ -331,6 +332,13 @@ def _colocated(config: RunConfig) -> Iterator[Problem]:
             rollout.placement,
             "the native engine computes on the CPU and has no GPU memory to leave",
             "remove it, or set rollout.engine=sglang",
+        )
+    if rollout.staleness:
+        yield Problem(
+            "rollout.staleness",
+            rollout.staleness,
+            "samples are drawn ahead to keep engines busy while the learner trains, which colocated ones cannot be",
+            "set it to 0, or set rollout.placement=disaggregated",
         )
     needed = rollout.engines * rollout.tensor_parallel_size
     ranks = (

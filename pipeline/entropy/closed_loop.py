@@ -100,7 +100,9 @@ class ClosedLoop(Stateful):
             return self._decision("exploding", reason, goal, entropy)
         if self.no_positives:
             return self._without_positives(goal, entropy)
-        self.u = self._law.propose(entropy, goal, self.u, reading.staleness, self._band.at(step))
+        # Only a second rollout is drawn with the command; the others' commands act at once, however old the rows are.
+        delay = reading.staleness if self._actuator.second_rollout else 0
+        self.u = self._law.propose(entropy, goal, self.u, delay, self._band.at(step))
         self._watch.observe(math.log(goal / entropy), self.u, entropy)
         self._split_range()
         state = "saturated" if self._watch.saturated else "tracking"

@@ -208,7 +208,7 @@ class Recorder:
             loss=stats.loss,
             grad_norm=stats.grad_norm,
             learning_rate=stats.learning_rate,
-            weight_version=step,
+            weight_version=step - stats.entropy.staleness,
             metrics=stats.metrics,
             seconds={**seconds, "learner": stats.seconds},
             memory={"driver": resident_gib(), **stats.memory},

@@ -46,6 +46,8 @@ REWEIGHT_MAX_RATIO = 100.0
 TOK_MAX_SURPRISE = 3.0  # nats
 HIGH_PROBABILITY = 0.95  # as published
 
+SENSOR_MAX_WEIGHT = 2.0
+SENSOR_SUMS = ("sensor_sum", "sensor_count")
 # Sums over main tokens, and the name of their mean.
 _TOKEN_MEANS = {
     "entropy_sum": "entropy",
@@ -72,6 +74,7 @@ class TokenRows:
     token_weights: torch.Tensor | None = None  # float32
     positive_weights: torch.Tensor | None = None  # float32
     marks: torch.Tensor | None = None  # uint8, see ``losses``
+    stale: bool = False  # whether other weights drew the rows
 
     @classmethod
     def of(cls, batch: TrainBatch) -> TokenRows:
@@ -95,6 +98,7 @@ class TokenRows:
             token_weights=at_mask(batch.token_weights),
             positive_weights=None if batch.positive_weights is None else batch.positive_weights[row],
             marks=at_mask(batch.marks),
+            stale=batch.staleness > 0,
         )
 
 
@@ -159,6 +163,8 @@ def policy_loss(
         term = term + objective.kl_coef * rows.weights * kl
     sums = _main_sums(outputs, rows, ratio, bounded, kl)
     sums |= mismatch.mismatch_sums(log_ratio, main) | corrected
+    if rows.stale:
+        sums |= _sensor_sums(outputs, rows)
     sums["policy_loss"] = _total(policy, main)
     sums["positive_term"] = _total(reward)
     sums |= influence.covariance_sums(log_probs, advantages, main)
@@ -172,6 +178,7 @@ def reduce_metrics(sums: Mapping[str, float | torch.Tensor]) -> dict[str, float]
     """Turn summed metrics into what people read: means and quantiles over main tokens, maxima, shares of the loss as they are."""
     values = {name: float(value) for name, value in sums.items()}
     tokens = values.pop("main_tokens")
+    values = {name: value for name, value in values.items() if name not in SENSOR_SUMS}
     means = {mean: values.pop(name) / tokens if tokens else float("nan") for name, mean in _TOKEN_MEANS.items()}
     means["covariance"] = influence.covariance([values.pop(name) for name in influence.COVARIANCE_SUMS], tokens)
     counts = [values.pop(name) for name in mismatch.BINS]
@@ -202,6 +209,14 @@ def _advantages(outputs: PolicyOutputs, rows: TokenRows) -> torch.Tensor:
         sure = (outputs.log_probs.detach() > math.log(HIGH_PROBABILITY)) & ~rows.auxiliary
         return rows.advantages - act.command * rows.advantages.abs() * sure
     return rows.advantages
+
+
+@torch.no_grad()
+def _sensor_sums(outputs: PolicyOutputs, rows: TokenRows) -> dict[str, torch.Tensor]:
+    """What the entropy reading is made of where other weights drew the rows: tokens weigh min(pi / pi_behaviour, 2)."""
+    weights = torch.exp(outputs.log_probs - rows.behavior_log_probs).clamp(max=SENSOR_MAX_WEIGHT)
+    main = ~rows.auxiliary
+    return {"sensor_sum": _total(weights * outputs.entropy, main), "sensor_count": _total(weights, main)}
 
 
 def _total(values: torch.Tensor, where: torch.Tensor | None = None) -> torch.Tensor:

@@ -16,7 +16,8 @@ def prepare(batch: TrainBatch, learner: Learner, config: RunConfig, step: int) -
     """Add reference log-probs, old log-probs, and what ``shaping`` makes of single tokens; each only where something reads it."""
     if config.objective.kl_coef > 0:
         batch = replace(batch, reference_log_probs=learner.log_probs(batch, reference=True))
-    off_policy = config.learner.updates_per_step > 1
+    # Samples that older weights drew bring theirs along.
+    off_policy = config.learner.updates_per_step > 1 and batch.old_log_probs is None
     if not shapes_tokens(config, batch):
         return replace(batch, old_log_probs=learner.log_probs(batch)) if off_policy else batch
     grids = learner.statistics(batch)

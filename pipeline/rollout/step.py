@@ -19,7 +19,6 @@ class StepSamples:
     """Verified samples of one step."""
 
     main: Sequence[SampleGroup]  # all that were drawn: what rewards, lengths and token counts are measured on
-    trained: Sequence[SampleGroup]  # the main groups to learn from
     auxiliary: Sequence[SampleGroup]
     stale: int  # samples dropped for their weight version
 
@@ -31,6 +30,7 @@ def draw_step(
     decision: ControlDecision,
     config: RunConfig,
     step: int,
+    version: int,
     clock: StepClock,
 ) -> StepSamples:
     """Draw ``rollout.prompts_per_step`` prompts, and further ones while too few of their groups teach anything.
@@ -49,7 +49,7 @@ def draw_step(
             seen |= {prompt.id for prompt in prompts}
             asked = decision if number == 0 else replace(decision, auxiliary_prompts=0)
             groups = rollouts.generate(step_requests(prompts, asked, config, step))
-            groups, dropped = only_fresh(groups, step)
+            groups, dropped = only_fresh(groups, version)
             stale += dropped
         with clock("verify"):
             groups = verifier.verify(groups)
@@ -57,13 +57,14 @@ def draw_step(
         auxiliary += [group for group in groups if group.role is Role.AUXILIARY]
         if sum(map(_differs, main)) >= wanted:
             break
-    single = config.rollout.sampling_rounds == 1
-    return StepSamples(main, main if single else _chosen(main, wanted), auxiliary, stale)
+    return StepSamples(main, auxiliary, stale)
 
 
-def _chosen(groups: Sequence[SampleGroup], count: int) -> list[SampleGroup]:
-    """The first ``count`` groups that differ within, then others where those are too few."""
-    return sorted(groups, key=lambda group: not _differs(group))[:count]
+def to_train_on(main: Sequence[SampleGroup], config: RunConfig) -> Sequence[SampleGroup]:
+    """The main groups to learn from: all; with dynamic sampling the first that differ within, then others where those are too few."""
+    if config.rollout.sampling_rounds == 1:
+        return main
+    return sorted(main, key=lambda group: not _differs(group))[: config.rollout.prompts_per_step]
 
 
 def _differs(group: SampleGroup) -> bool:

@@ -87,9 +87,16 @@ def test_alpha_zero_is_grpo_bit_for_bit(tmp_path, grpo, actuator):
     assert [[s[k] for k in keys] for s in grpo] == [[s[k] for k in keys] for s in zero]
 
 
-@pytest.mark.parametrize("actuator", ["reweight", "resample"])
-def test_killed_between_steps_then_resumed_continues_bit_for_bit(tmp_path, actuator):
-    options = [*INLINE, "steps=8", "checkpoint.every=2", f"entropy.actuator={actuator}", "evaluation.at_start=false"]
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["entropy.actuator=reweight"],
+        ["entropy.actuator=resample"],
+        ["entropy.actuator=resample", "rollout.staleness=3"],
+    ],
+)
+def test_killed_between_steps_then_resumed_continues_bit_for_bit(tmp_path, more):
+    options = [*INLINE, "steps=8", "checkpoint.every=2", *more, "evaluation.at_start=false"]
     whole = train(tmp_path / "whole", *options)
     run_dir = tmp_path / "killed"
     process = launch(run_dir, *options)
@@ -190,6 +197,17 @@ def test_a_second_signal_ends_a_local_launch_at_once(tmp_path):
     assert verdict == "cancelled: the training process ended with SIGTERM"
     assert how == f"go on with: isentrope launch local --resume {run_dir}"
     assert len((run_dir / "launch/attempts.jsonl").read_text().splitlines()) == 2, "one attempt, its start and its end"
+
+
+@pytest.mark.parametrize("runtime", [INLINE, []], ids=["inline", "ray, TP 2"])
+def test_stale_rollouts_are_drawn_with_older_weights_and_meet_a_ratio(tmp_path, runtime):
+    done = train(tmp_path / "run", *runtime, "steps=6", "rollout.staleness=2", "evaluation.at_start=false")
+    assert [s["weight_version"] for s in done] == [0, 0, 0, 1, 2, 3]
+    assert done[0]["metrics"]["ratio"] == 1.0
+    assert all(0 < abs(s["metrics"]["ratio"] - 1) < 0.1 for s in done[1:])
+    # Old log-probs are those of the weights that drew the samples, so they still agree with the engine's.
+    assert max(s["metrics"]["mismatch_max"] for s in done) < 1e-3
+    assert len({s["reward"] for s in done}) > 1
 
 
 def test_an_engine_killed_during_the_run_is_started_again_and_changes_nothing(tmp_path):

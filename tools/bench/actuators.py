@@ -1,6 +1,7 @@
 """Actuators and controllers side by side on the quickstart task, over several seeds; how the default was chosen.
 
-    python tools/bench/actuators.py --seeds 0 1 2        # 27 runs of 200 steps, about 30 s each on one core
+    python tools/bench/actuators.py --seeds 0 1 2        # 57 runs of 200 steps, about 30 s each on one core
+    python tools/bench/actuators.py --methods "pi + reweight" "pi + reweight, staleness 4"
 
 Runs are in process (TP=1), kept under runs/actuators/ and not repeated when they are already complete. Prints a Markdown table
 (mean and standard deviation over seeds) and writes it with the figures of every run to runs/actuators/table.{md,json}.
@@ -30,6 +31,11 @@ METHODS = {
     "pi + clip_cov": ["entropy.actuator=clip_cov"],
     "scope + resample": ["entropy.controller=scope", "entropy.actuator=resample", "entropy.positive_mean=samples"],
     "bang_bang + resample": ["entropy.controller=bang_bang", "entropy.actuator=resample"],
+    **{f"pi + reweight, staleness {s}": [f"rollout.staleness={s}"] for s in (1, 2, 4)},
+    **{f"pi + resample, staleness {s}": ["entropy.actuator=resample", f"rollout.staleness={s}"] for s in (1, 2, 4)},
+    "skywork": ["entropy.controller=skywork", "entropy.actuator=entropy_bonus"],
+    "aent (full entropy)": ["entropy.controller=aent", "entropy.actuator=entropy_bonus"],
+    "entropic": ["entropy.controller=entropic", "entropy.actuator=high_prob"],
 }
 FIGURES = ("final_entropy", "time_in_band", "rms_error", "pass_at_1", "pass_at_16", "distinct_correct")
 COMMON = [
@@ -42,7 +48,9 @@ COMMON = [
 
 def run(out: Path, method: str, seed: int) -> dict:
     """The summary of one run, trained now unless it is there already."""
-    run_dir = out / f"{method.replace(' ', '').replace('+', '-').replace(',', '-')}-s{seed}"
+    run_dir = (
+        out / f"{method.replace(' ', '').replace('+', '-').replace(',', '-').replace('(', '').replace(')', '')}-s{seed}"
+    )
     try:
         done = summarize(run_dir)
     except EventLogError:
@@ -58,7 +66,7 @@ def table(results: list[dict]) -> str:
     """Markdown: one row per method, mean and standard deviation over seeds."""
     names = [*FIGURES, "extra_tokens"]
     lines = ["| method | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
-    for method in METHODS:
+    for method in dict.fromkeys(r["method"] for r in results):
         rows = [r for r in results if r["method"] == method]
         cells = []
         for name in names:
@@ -74,10 +82,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "actuators")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     arguments = parser.parse_args()
     results = []
     for seed in arguments.seeds:
-        for method in METHODS:
+        for method in arguments.methods:
             results.append(run(arguments.out, method, seed))
             print(json.dumps(results[-1]), file=sys.stderr, flush=True)
     (arguments.out / "table.json").write_text(json.dumps(results, indent=1))

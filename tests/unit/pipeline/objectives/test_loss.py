@@ -160,6 +160,19 @@ def test_auxiliary_rows_enter_no_other_metric():
     )
 
 
+def test_stale_rows_weigh_the_entropy_by_the_ratio_at_most_two():
+    both = rows(
+        3, auxiliary=[False, False, True], behavior_log_probs=[-1.0, -3.0, -1.0], old_log_probs=[-1.0, -3.0, -1.0]
+    )
+    out = outputs([-1.0 + math.log(0.5), -1.0, -1.0], [0.8, 0.2, 5.0])
+    _, fresh = policy_loss(out, both, PPO)
+    assert "sensor_sum" not in fresh
+    _, sums = policy_loss(out, replace(both, stale=True), PPO)
+    assert sums["sensor_count"].item() == pytest.approx(0.5 + 2.0)  # exp(2) is truncated
+    assert sums["sensor_sum"].item() == pytest.approx(0.5 * 0.8 + 2.0 * 0.2)
+    assert reduce_metrics(sums) == reduce_metrics(fresh)
+
+
 def test_reweight_adds_tempered_positives():
     # On policy the gradient is -(w A + w_pos pi_T/pi), the ratio pi_T/pi detached.
     act = Actuation("reweight", 1.5, 1.0)

@@ -13,7 +13,7 @@ from pipeline.monitoring.recorder import StepClock
 from pipeline.rewards.stage import VerifierStage
 from pipeline.rollout.native import NativeEngine
 from pipeline.rollout.requests import step_requests
-from pipeline.rollout.step import draw_step
+from pipeline.rollout.step import draw_step, to_train_on
 from pipeline.types import ControlDecision, Cuts, Role
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -39,8 +39,9 @@ def parts():
 def draw(parts, *overrides, prompts=None):
     engine, verifier, train = parts
     cursor = DataCursor(train if prompts is None else prompts, seed=0)
-    clock = StepClock()
-    return draw_step(cursor, engine, verifier, DECISION, configured(*overrides), 0, clock), clock.seconds()
+    clock, config = StepClock(), configured(*overrides)
+    drawn = draw_step(cursor, engine, verifier, DECISION, config, 0, 0, clock)
+    return drawn, to_train_on(drawn.main, config), clock.seconds()
 
 
 def differs(group):
@@ -48,8 +49,8 @@ def differs(group):
 
 
 def test_one_round_takes_what_comes(parts):
-    drawn, seconds = draw(parts, "rollout.samples_per_prompt=2")
-    assert drawn.trained is drawn.main
+    drawn, trained, seconds = draw(parts, "rollout.samples_per_prompt=2")
+    assert trained is drawn.main
     assert [len(group.samples) for group in drawn.main] == [2] * 4
     assert [group.role for group in drawn.auxiliary] == [Role.AUXILIARY] * 2
     assert drawn.stale == 0
@@ -58,13 +59,13 @@ def test_one_round_takes_what_comes(parts):
 
 def test_dynamic_sampling_draws_until_enough_groups_differ(parts):
     """Of two samples a group seldom differs: several rounds, each with new prompts, auxiliary samples in the first only."""
-    once, _ = draw(parts, "rollout.samples_per_prompt=2")
-    drawn, _ = draw(parts, "rollout.samples_per_prompt=2", "rollout.sampling_rounds=20")
+    once, *_ = draw(parts, "rollout.samples_per_prompt=2")
+    drawn, trained, _ = draw(parts, "rollout.samples_per_prompt=2", "rollout.sampling_rounds=20")
     assert sum(map(differs, once.main)) < 4
-    assert [differs(group) for group in drawn.trained] == [True] * 4
+    assert [differs(group) for group in trained] == [True] * 4
     assert len(drawn.main) % 4 == 0
     assert sum(map(differs, drawn.main[:-4])) < 4  # it stopped as soon as it could
-    assert drawn.trained == [group for group in drawn.main if differs(group)][:4]
+    assert trained == [group for group in drawn.main if differs(group)][:4]
     assert len({group.prompt.id for group in drawn.main}) == len(drawn.main)
     first = [[sample.text for sample in group.samples] for group in drawn.main[:4]]
     assert first == [[sample.text for sample in group.samples] for group in once.main]
@@ -73,9 +74,9 @@ def test_dynamic_sampling_draws_until_enough_groups_differ(parts):
 
 def test_dynamic_sampling_makes_do_with_too_few(parts):
     easy = [group.prompt for group in draw(parts, "rollout.samples_per_prompt=2")[0].main]
-    drawn, _ = draw(parts, "rollout.samples_per_prompt=2", "rollout.sampling_rounds=3", prompts=easy)
+    drawn, trained, _ = draw(parts, "rollout.samples_per_prompt=2", "rollout.sampling_rounds=3", prompts=easy)
     assert len(drawn.main) == 4  # none is drawn twice, however often the epoch begins again
-    kinds = [differs(group) for group in drawn.trained]
+    kinds = [differs(group) for group in trained]
     assert len(kinds) == 4
     assert kinds == sorted(kinds, reverse=True)
 
