@@ -118,7 +118,7 @@ def _drawn(state: dict[str, Any]) -> Drawn:
     return Drawn(
         state["version"],
         ControlDecision(**state["decision"]),
-        StepSamples(*([_group(group) for group in state[part]] for part in ("main", "auxiliary")), state["stale"]),
+        StepSamples(list(map(_group, state["main"])), list(map(_group, state["auxiliary"])), state["stale"]),
         None if old is None else torch.tensor(old, dtype=torch.float32),
     )
 
