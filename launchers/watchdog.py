@@ -127,7 +127,7 @@ class Watchdog:
         mute = f"; no answer from {', '.join(found['silent'])}" if found["silent"] else ""
         said = f"stalled: {waited:.0f} s in {doing} after {at['step']} steps{mute}; stacks: {folder}"
         log.error(said)
-        event = {**at, "seconds": waited, "factor": self._stall.factor, **found, "action": action}
+        event = {**at, "seconds": round(waited, 1), "factor": self._stall.factor, **found, "action": action}
         within(LAST_WORDS_S, lambda: recorder.stall(event, said))
         if action == "restart":
             if self._others is not None:

@@ -47,8 +47,9 @@ def status(job: str | None = JOB, as_json: bool = JSON) -> None:
         result["stall"]["time"] = f"{datetime.fromtimestamp(result['stall']['time']):%Y-%m-%d %H:%M:%S}"
     for name, value in result.items():
         if name != "attempts" and value not in ("", None, {}):
-            shown = ", ".join(f"{key} {entry}" for key, entry in value.items()) if isinstance(value, dict) else value
-            typer.echo(f"{name}: {shown}")
+            parts = value.items() if isinstance(value, dict) else ()
+            shown = ", ".join(f"{key} {part}" for key, part in parts if part not in ("", []))
+            typer.echo(f"{name}: {shown or value}")
     for attempt in result["attempts"]:
         began = f"{datetime.fromtimestamp(attempt['started']):%Y-%m-%d %H:%M:%S}"
         ending = attempt.get("end") or "running, or lost"
