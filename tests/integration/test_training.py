@@ -137,7 +137,7 @@ def test_a_signal_ends_in_a_checkpoint_and_resume_finishes(tmp_path, runtime, nu
     assert all(0.1 < s["entropy"] < 1.5 for s in steps(run_dir))
     for step in steps(run_dir):
         assert step["engines"] == {"alive": 1, "total": 1}
-        assert (step["sync"]["buckets"], step["sync"]["bytes"] > 4e5) == (1, True)  # 100k parameters in float32
+        assert step["sync"] == {"bytes": 4 * 99648, "buckets": 1}  # every parameter of pm4-100k in float32
         assert step["memory"].keys() == ({"driver"} if runtime else {"driver", "learner"})
         assert all(0.1 < gib < 10 for gib in step["memory"].values())
     assert [e["attempt"] for e in events(run_dir) if e["kind"] in ("run_start", "resume")] == [1, 2]
