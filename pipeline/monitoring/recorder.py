@@ -99,7 +99,7 @@ class Recorder:
         written.write_text(header + to_yaml(self._config))
         written.replace(self.run_dir / "config.yaml")
         if self._resumed:
-            self._alerts = replayed(self._alerts, self.run_dir / FILE_NAME)
+            self._alerts = replayed(self._alerts, self.run_dir / FILE_NAME, step)
         self._log = EventLog(self.run_dir / FILE_NAME)
         self.event(
             "resume" if self._resumed else "run_start",
