@@ -138,7 +138,7 @@ class Recorder:
         written.write_text(header + to_yaml(self._config))
         written.replace(self.run_dir / "config.yaml")
         if self._resumed:
-            self._alerts = replayed(self._alerts, self.run_dir / FILE_NAME)
+            self._alerts = replayed(self._alerts, self.run_dir / FILE_NAME, step)
         self._log, self._done = EventLog(self.run_dir / FILE_NAME), step
         self._series = self._open_index()
         past = self._series.events if self._series else []

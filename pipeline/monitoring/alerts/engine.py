@@ -38,15 +38,19 @@ class Alert:
     rule: str
     severity: str  # info | warning | critical
     state: str  # begin | end
-    step: (
-        int  # last one done; the one in progress where time, a fault or a stall began it: a resume there supersedes it
-    )
+    step: int  # last one done; the one in progress where a fault, a stall or time began it, so that a resume there supersedes it
     time: float  # Unix seconds
     reason: str  # at the beginning what is wrong and the remedy, at the end for how long it was so
 
     def to_dict(self) -> dict[str, Any]:
         """The fields of an ``alert`` event; ``condition`` is what old readers know the rule by."""
         return vars(self) | {"condition": self.rule}
+
+    @classmethod
+    def of(cls, event: Mapping[str, Any]) -> Alert:
+        """An ``alert`` event read back, also of a log from before there were rules."""
+        rule, severity = event.get("rule", event["condition"]), event.get("severity", "critical")
+        return cls(rule, severity, event.get("state", "begin"), event["step"], event["time"], event["reason"])
 
 
 class Watch:
@@ -78,7 +82,7 @@ class Watch:
         if self.begun is None:
             if found.holds is not None:
                 self._in_a_row = self._in_a_row + 1 if found.holds else 0
-            if self._in_a_row >= self.rule.config.steps and not silent:
+            if found.holds and self._in_a_row >= self.rule.config.steps and not silent:
                 return self._begin(moment, found, step, time)
         elif (over := self._is_over(found, moment)) is not None:
             self._over = self._over + 1 if over else 0
@@ -145,6 +149,7 @@ class AlertEngine:
         self._rules = rules
         self._constants = dict(constants or {})
         self._snapshots: dict[int, _Memory] = {}
+        self._orphans: dict[str, Alert] = {}
         self._memory = self._fresh()
         self._clock = Clock()
         self._clock_watches = {rule.name: Watch(rule) for rule in rules if rule.is_clock}
@@ -155,13 +160,9 @@ class AlertEngine:
         return {watch.rule.name: watch.begun for watch in self._watches() if watch.begun is not None}
 
     def observe(self, event: Mapping[str, Any]) -> list[Alert]:
-        """Take one event, as the log holds it; alerts that begin or end with it.
-
-        Of a log read again, ``alert`` events tell what time alone had begun.
-        """
+        """Take one event, as the log holds it; alerts that begin or end with it. Alerts that the log holds say nothing."""
         kind, time, memory = event["kind"], event["time"], self._memory
         if kind == "alert":
-            self._recall(event)
             return []
         if kind == "resume":
             return self._resume(event["step"], time)
@@ -187,6 +188,17 @@ class AlertEngine:
             self._clock.disk(now, disk_free)
         moment = self._moment(now, None, {})
         return self._look(list(self._clock_watches.values()), moment, self._memory.step, now)
+
+    def adopt(self, in_force: Mapping[str, Alert]) -> None:
+        """Take over what a log says to be raised, by rule, in place of what was found in reading it again.
+
+        They differ where time raised or ended an alert, or where the rules have changed since. One whose rule is gone ends with the
+        next resume.
+        """
+        for watch in self._watches():
+            watch.begun = in_force.get(watch.rule.name)
+        known = {rule.name for rule in self._rules}
+        self._orphans = {name: alert for name, alert in in_force.items() if name not in known}
 
     def _watches(self) -> Iterator[Watch]:
         for rule in self._rules:
@@ -224,7 +236,7 @@ class AlertEngine:
 
     def _resume(self, step: int, time: float) -> list[Alert]:
         """Forget what the resume has superseded; alerts in force that are forgotten with it end."""
-        before = self.active
+        before, self._orphans = self.active | self._orphans, {}
         if self._memory.step != step:
             self._memory = copy.deepcopy(self._snapshots[step]) if step in self._snapshots else self._fresh()
             self._memory.step = self._memory.saved = step
@@ -241,25 +253,30 @@ class AlertEngine:
             if alert.step < step and name not in active
         ]
 
-    def _recall(self, event: Mapping[str, Any]) -> None:
-        watch = self._clock_watches.get(event.get("rule", ""))
-        if watch is None:
-            return
-        begun = event.get("state") == "begin"
-        watch.begun = Alert(**{name: event[name] for name in Alert.__dataclass_fields__}) if begun else None
-
     def _fresh(self) -> _Memory:
         return _Memory({rule.name: Watch(rule) for rule in self._rules if not rule.is_clock})
 
 
-def replayed(fresh: AlertEngine, path: Path) -> AlertEngine:
-    """``fresh`` after every event of a log. Of a log that cannot be read: as it was, which the log says; training goes on."""
-    engine, reader = copy.deepcopy(fresh), EventReader(path)
+def replayed(fresh: AlertEngine, path: Path, step: int) -> AlertEngine:
+    """``fresh`` as a run finds it that is about to resume at ``step`` of a log.
+
+    Of a log that cannot be read: as it was, which the log of the process says; training goes on.
+    """
+    engine, reader, alerts = copy.deepcopy(fresh), EventReader(path), list[Alert]()
+    last: dict[str, Any] = {"time": 0.0}
     try:
         while events := reader.poll():
             for event in events:
                 engine.observe(event)
+                if event["kind"] == "alert":
+                    alerts.append(Alert.of(event))
+                elif event["kind"] == "resume":
+                    alerts = [alert for alert in alerts if alert.step < event["step"]]
+            last = events[-1]
     except EventLogError as error:
         log.warning("alerts start afresh: %s", error)
         return fresh
+    engine.observe({"kind": "resume", "step": step, "time": last["time"]})
+    newest = {alert.rule: alert for alert in alerts if alert.step < step}
+    engine.adopt({rule: alert for rule, alert in newest.items() if alert.state == "begin"})
     return engine

@@ -1,7 +1,5 @@
 """The engine over a whole run: resumes, replays, time."""
 
-import copy
-import json
 import sys
 from pathlib import Path
 
@@ -180,6 +178,19 @@ def histories(draw, ticks=False):
     return events
 
 
+def where(events):
+    """Updates done at the end of a log, and the checkpoints there are to go back to."""
+    done, saved = 0, [0]
+    for e in events:
+        if e["kind"] == "step":
+            done = e["step"] + 1
+        elif e["kind"] == "checkpoint":
+            saved.append(e["step"])
+        elif e["kind"] == "resume":
+            done = e["step"]
+    return done, [at for at in saved if at <= done]
+
+
 @settings(max_examples=40, deadline=None)
 @given(histories(), st.data())
 def test_a_restart_at_any_event_changes_nothing(tmp_path_factory, events, data):
@@ -191,9 +202,13 @@ def test_a_restart_at_any_event_changes_nothing(tmp_path_factory, events, data):
             log.append(e["kind"], {name: value for name, value in e.items() if name != "kind"})
             for alert in live.observe(e):
                 log.append("alert", alert.to_dict())
-    read = replayed(full(), path)
+    done, saved = where(events[:cut])
+    again = {"kind": "resume", "step": data.draw(st.sampled_from([done, *saved])), "time": a.START + 1e5}
+    read = replayed(full(), path, again["step"])
+    assert read.observe(again) == live.observe(again)
     assert state(read) == state(live)
-    assert a.run(read, events[cut:]) == a.run(live, events[cut:])
+    rest = [e for e in events[cut:] if e["kind"] != "resume"]
+    assert a.run(read, rest) == a.run(live, rest)
 
 
 @settings(max_examples=40, deadline=None)
@@ -237,11 +252,34 @@ def test_memory_does_not_grow():
     assert len(made._snapshots) == 8
 
 
-def test_a_log_of_alerts_of_an_old_version_is_read():
-    made = engine()
-    old = {"kind": "alert", "time": a.START, "step": 0, "condition": "not_reachable", "reason": "target not reachable"}
-    assert made.observe(json.loads(json.dumps(old))) == []
-    assert copy.deepcopy(made).active == {}
+def logged(path, events):
+    with EventLog(path) as log:
+        for e in events:
+            log.append(e["kind"], {name: value for name, value in e.items() if name != "kind"})
+    return path
+
+
+def test_rules_that_changed_since_take_over_what_the_log_says(tmp_path):
+    """What a new rule finds is told; what a rule that is gone began is ended; what only time began goes on until then."""
+
+    def begun(rule, state="begin"):
+        return {"kind": "alert", "time": a.START, "step": 3, "rule": rule, "condition": rule, "severity": "info"} | {
+            "state": state,
+            "reason": "because",
+        }
+
+    told = [begun("gone"), begun("over"), begun("over", "end"), begun("unsaved_work")]
+    path = logged(tmp_path / "events.jsonl", [*exploding(0, 12), *told])
+    made = replayed(engine(), path, 12)
+    assert list(made.active) == ["unsaved_work"], "nobody was told that it explodes"
+    assert sorted(a.run(made, [resume(12)])) == [(11, "gone", "end"), (11, "unsaved_work", "end")]
+    assert a.run(made, exploding(12, 1)) == [(12, "exploding", "begin")]
+
+
+def test_alerts_of_a_log_from_before_there_were_rules_end(tmp_path):
+    old = {"kind": "alert", "time": a.START, "step": 2, "condition": "not_reachable", "reason": "target not reachable"}
+    made = replayed(engine(), logged(tmp_path / "events.jsonl", [*steps(0, 5), old]), 5)
+    assert a.run(made, [resume(5), *steps(5, 30)]) == [(24, "not_reachable", "end")]
 
 
 @pytest.mark.parametrize("order", [1, -1])
