@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -69,7 +70,7 @@ class Scenario:
     start: float = 0.55  # nats
     target: float = 0.3  # middle of the band, which is +-10 % wide
     target_steps: Mapping[int, float] = field(default_factory=dict)  # step -> target from then on
-    changes: Mapping[int, Mapping[str, float]] = field(default_factory=dict)  # step -> parameters from then on
+    changes: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)  # step -> parameters from then on
     no_positives: tuple[tuple[int, int], ...] = ()  # spells [first, last)
     steps: int = 400
 
