@@ -29,7 +29,6 @@ from pipeline.evaluation.evaluate import evaluate as evaluate_engine
 from pipeline.learner import Learner
 from pipeline.loop import TrainingLoop
 from pipeline.monitoring.recorder import Recorder
-from pipeline.monitoring.sinks.alert_delivery import delivery_problems
 from pipeline.ports import free_port
 from pipeline.rewards.stage import VerifierStage
 from pipeline.rollout.engine import RolloutEngine
@@ -51,8 +50,6 @@ def train(config: RunConfig, resume: Path | None, stop_requested: Callable[[], b
     """
     named = Path(config.run_dir or f"runs/{config.name}-{datetime.now():%Y%m%d-%H%M%S}")
     run_dir = (resume or named).resolve()  # actors may live in another working directory
-    if problems := delivery_problems(config):
-        raise ConfigError.of(problems)
     with ExitStack() as stack:
         sidecar = stack.enter_context(Sidecar(config, run_dir))
         recorder = stack.enter_context(Recorder(run_dir, config, resumed=resume is not None))

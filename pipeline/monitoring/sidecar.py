@@ -179,7 +179,7 @@ def main() -> None:
     try:
         config = load_config(arguments.run_dir / "config.yaml", arguments.overrides, check=False)
         if arguments.driver is None:  # a driver has seen to it
-            _refuse(config)
+            _refuse(config, arguments.run_dir)
     except ConfigError as error:
         parser.exit(2, f"{error}\n")
     if arguments.driver is not None:
@@ -190,12 +190,12 @@ def main() -> None:
         os._exit(1)  # not past a thread that hangs
 
 
-def _refuse(config: RunConfig) -> None:
+def _refuse(config: RunConfig, run_dir: Path) -> None:
     """Raises ``ConfigError`` when nothing could be delivered."""
     found = problems(config)
     if found:
         raise ConfigError.of(found)
-    if not config.monitoring.sinks:
+    if not build_sinks(config, run_dir):
         raise ConfigError("monitoring.sinks", [], "nowhere to deliver to", "name a sink: 'monitoring.sinks=[wandb]'")
 
 

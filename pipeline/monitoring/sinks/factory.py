@@ -14,6 +14,7 @@ from pipeline.config.errors import Problem
 from pipeline.config.schema import PrometheusConfig, RunConfig
 from pipeline.config.validate import sink_problems
 from pipeline.monitoring.sinks import Sink
+from pipeline.monitoring.sinks.alert_delivery import alert_sinks, delivery_problems
 
 # Name in monitoring.sinks: the library, and the class in the module of that name.
 SINKS = {
@@ -26,7 +27,7 @@ PORT_WAIT_S = 5.0  # an attempt that was killed lets go of its port within a sec
 
 
 def build_sinks(config: RunConfig, run_dir: Path) -> dict[str, Callable[[], Sink]]:
-    """By name, what makes each sink: imports its library and connects, so call it where that may take long or fail."""
+    """By name, what makes each sink, channels of alerts among them: imports its library and connects, so call it where that may take long or fail."""
 
     def builder(name: str) -> Callable[[], Sink]:
         def build() -> Sink:
@@ -35,7 +36,7 @@ def build_sinks(config: RunConfig, run_dir: Path) -> dict[str, Callable[[], Sink
 
         return build
 
-    return {name: builder(name) for name in config.monitoring.sinks}
+    return {name: builder(name) for name in config.monitoring.sinks} | alert_sinks(config, run_dir)
 
 
 def problems(config: RunConfig) -> list[Problem]:
@@ -48,7 +49,8 @@ def problems(config: RunConfig) -> list[Problem]:
     if missing:
         what = f"not installed: {', '.join(SINKS[name][0] for name in missing)}"
         return [Problem("monitoring.sinks", chosen, what, "pip install 'isentrope[monitor]', or remove the sink")]
-    found = _port_problems(config.monitoring.prometheus) if "prometheus" in chosen else []
+    found = delivery_problems(config)
+    found += _port_problems(config.monitoring.prometheus) if "prometheus" in chosen else []
     if "wandb" in chosen and config.monitoring.wandb.mode == "online":
         found += import_module("pipeline.monitoring.sinks.wandb").problems(config)
     return found
