@@ -9,6 +9,8 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 MCORE19_TESTS ?= tests/distributed
+# `make test` has none of the sinks' libraries.
+SINK_TESTS := tests/unit/pipeline/monitoring/test_sinks.py tests/unit/pipeline/monitoring/test_sidecar.py
 
 .PHONY: quickstart test test-integration test-mcore19 lint bench bridge-env clean
 
@@ -19,7 +21,7 @@ test: $(VENV)/.ready
 	$(BIN)/python -m pytest
 
 test-integration: $(VENV)/.ready-launch
-	$(BIN)/python -m pytest tests/integration
+	$(BIN)/python -m pytest tests/integration $(SINK_TESTS)
 
 # The newest megatron-core that the learner serves, on its distributed tests; `make test` has the oldest.
 test-mcore19: $(MCORE19)/.ready
@@ -70,6 +72,6 @@ $(BRIDGE)/.ready: $(VENV)/.ready-sglang requirements/bridge.txt
 	$(BRIDGE)/bin/python -m pip install -q --no-deps --ignore-requires-python -r requirements/bridge.txt
 	touch $@
 
-$(VENV)/.ready-launch: $(VENV)/.ready-sglang requirements/launch.txt
-	$(BIN)/python -m pip install -q --no-deps -r requirements/launch.txt
+$(VENV)/.ready-launch: $(VENV)/.ready-sglang requirements/launch.txt requirements/monitor.txt requirements/browser.txt
+	$(BIN)/python -m pip install -q --no-deps -r requirements/launch.txt -r requirements/monitor.txt -r requirements/browser.txt
 	touch $@
