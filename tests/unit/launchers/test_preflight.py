@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,19 @@ def test_paths_become_independent_of_the_working_directory(tmp_path, monkeypatch
     packaged = with_absolute_paths(load_config(Path("quickstart.yaml")))
     assert packaged.model.hf_path == "model/pm4-100k"  # found again below configs/ of the shipped code
     assert (resolve_path(packaged.model.hf_path) / "config.json").is_file()
+
+
+def test_rules_and_the_webhook_are_looked_at_from_where_they_will_be_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rules").mkdir()
+    (tmp_path / "rules" / "mine.yaml").write_text("severity: info\n")
+    asked = ["monitoring.alerts.rules=rules", "monitoring.alerts.webhook_file=hook"]
+    moved = with_absolute_paths(load_config(Path("quickstart.yaml"), asked))
+    alerts = moved.monitoring.alerts
+    assert (alerts.rules, alerts.webhook_file) == (str(tmp_path / "rules"), str(tmp_path / "hook"))
+    problems = check(replace(setting(tmp_path), config=moved)).problems
+    assert [problem.key for problem in problems] == ["message", "remedy", "monitoring.alerts.webhook_file"]
+    assert problems[0].source == str(tmp_path / "rules" / "mine.yaml")
 
 
 def test_memory_of_the_learner_s_gpus(tmp_path):
