@@ -57,7 +57,8 @@ class TrainingLoop:
     def train_step(self) -> None:
         """Sample, verify, learn, hand the weights over, decide the next temperature."""
         clock, decision = StepClock(), self.decision
-        drawn = draw_step(self.cursor, self.rollouts, self.verifier, decision, self.config, self.step, clock)
+        parts = self.cursor, self.rollouts, self.verifier
+        drawn = draw_step(*parts, decision, self.config, step=self.step, version=self.step, clock=clock)
         with clock("batch"):
             batch = build_batch(drawn.trained, drawn.auxiliary, decision, self.config, self.pad_token_id)
         with clock("train"):

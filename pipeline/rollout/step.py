@@ -31,9 +31,12 @@ def draw_step(
     decision: ControlDecision,
     config: RunConfig,
     step: int,
+    version: int,
     clock: StepClock,
 ) -> StepSamples:
     """Draw ``rollout.prompts_per_step`` prompts, and further ones while too few of their groups teach anything.
+
+    ``step`` gives the seeds, ``version`` is that of the weights that the engines hold; samples of others are dropped.
 
     DAPO's dynamic sampling (arXiv 2503.14476, section 3.2; public code read): a group whose rewards are all equal has advantage 0,
     so prompts are drawn until ``prompts_per_step`` groups differ within, in at most ``rollout.sampling_rounds`` rounds. If they are still too
@@ -49,7 +52,7 @@ def draw_step(
             seen |= {prompt.id for prompt in prompts}
             asked = decision if number == 0 else replace(decision, auxiliary_prompts=0)
             groups = rollouts.generate(step_requests(prompts, asked, config, step))
-            groups, dropped = only_fresh(groups, step)
+            groups, dropped = only_fresh(groups, version)
             stale += dropped
         with clock("verify"):
             groups = verifier.verify(groups)

@@ -40,7 +40,7 @@ def draw(parts, *overrides, prompts=None):
     engine, verifier, train = parts
     cursor = DataCursor(train if prompts is None else prompts, seed=0)
     clock = StepClock()
-    return draw_step(cursor, engine, verifier, DECISION, configured(*overrides), 0, clock), clock.seconds()
+    return draw_step(cursor, engine, verifier, DECISION, configured(*overrides), 0, 0, clock), clock.seconds()
 
 
 def differs(group):
