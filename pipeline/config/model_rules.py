@@ -156,6 +156,13 @@ def _lengths(config: RunConfig, model: Mapping[str, Any]) -> Iterator[Problem]:
             f"{length} tokens, but the model has {positions} positions",
             f"make them sum to at most {positions}",
         )
+    elif "rlrt" in config.objective.token_shaping and 2 * length > positions:
+        yield Problem(
+            "objective.token_shaping",
+            "rlrt",
+            f"its teacher reads a worked example first: up to {2 * length} tokens, but the model has {positions} positions",
+            f"make max_prompt_tokens + max_new_tokens at most {positions // 2}, or remove rlrt",
+        )
 
 
 def _layout(config: RunConfig, model: Mapping[str, Any]) -> Iterator[Problem]:

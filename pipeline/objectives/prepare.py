@@ -13,18 +13,20 @@ from pipeline.types import TrainBatch
 
 
 def prepare(batch: TrainBatch, learner: Learner, config: RunConfig, step: int) -> TrainBatch:
-    """Add reference log-probs, old log-probs, and what ``shaping`` makes of single tokens; each only where something reads it."""
+    """Add reference log-probs, old log-probs, and what ``shaping`` makes of single tokens; each only where something reads it.
+
+    Old log-probs that are there already stay: they are those of the weights that drew the rows.
+    """
     if config.objective.kl_coef > 0:
         batch = replace(batch, reference_log_probs=learner.log_probs(batch, reference=True))
-    # Samples that older weights drew bring theirs along.
-    off_policy = config.learner.updates_per_step > 1 and batch.old_log_probs is None
+    needs_old = config.learner.updates_per_step > 1 and batch.old_log_probs is None
     if not shapes_tokens(config, batch):
-        return replace(batch, old_log_probs=learner.log_probs(batch)) if off_policy else batch
+        return replace(batch, old_log_probs=learner.log_probs(batch)) if needs_old else batch
     grids = learner.statistics(batch)
     if "rlrt" in config.objective.token_shaping:
         grids = {**grids, "teacher": _teacher(batch, grids["log_probs"], learner)}
     shaped = shape_tokens(batch, grids, config, step)
-    return replace(shaped, old_log_probs=grids["log_probs"]) if off_policy else shaped
+    return replace(shaped, old_log_probs=grids["log_probs"]) if needs_old else shaped
 
 
 def _teacher(batch: TrainBatch, student: torch.Tensor, learner: Learner) -> torch.Tensor:

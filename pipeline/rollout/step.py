@@ -35,6 +35,8 @@ def draw_step(
 ) -> StepSamples:
     """Draw ``rollout.prompts_per_step`` prompts, and further ones while too few of their groups teach anything.
 
+    ``step`` gives the seeds, ``version`` is that of the weights that the engines hold; samples of others are dropped.
+
     DAPO's dynamic sampling (arXiv 2503.14476, section 3.2; public code read): a group whose rewards are all equal has advantage 0,
     so prompts are drawn until ``prompts_per_step`` groups differ within, in at most ``rollout.sampling_rounds`` rounds. If they are still too
     few the step goes on, filled up with the first groups that do not (that code ends the run). Auxiliary samples belong to

@@ -60,6 +60,11 @@ BROKEN = {
         "learner.max_tokens_per_micro_batch",
         "up to 4096 tokens",
     ),
+    "rlrt positions": (
+        ["objective.token_shaping=[rlrt]", "rollout.max_new_tokens=1025"],
+        "objective.token_shaping",
+        "up to 4098 tokens, but the model has 4096 positions",
+    ),
     "overlong": (["objective.overlong.buffer=1025"], "objective.overlong.buffer", "longer than a response"),
     "idle penalty": (["objective.overlong.penalty=2"], "objective.overlong.penalty", "no effect while"),
     "cuts on SGLang": (

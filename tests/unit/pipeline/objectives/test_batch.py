@@ -285,7 +285,10 @@ def test_what_a_batch_needs_of_the_policy_before_its_update():
         policy = Policy(-torch.ones(batch.loss_mask.shape))
         prepared = prepare(batch, policy, settings, 0)
         assert (prepared.old_log_probs is not None) == (settings.learner.updates_per_step > 1)
-        return policy.calls
+        calls = list(policy.calls)
+        kept = prepare(replace(batch, old_log_probs=torch.zeros(batch.loss_mask.shape)), policy, settings, 0)
+        assert not kept.old_log_probs.any()
+        return calls
 
     assert asked(config("reweight")) == []
     assert asked(config("reweight", kl_coef=0.1)) == ["reference"]

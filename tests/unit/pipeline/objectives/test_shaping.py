@@ -277,7 +277,7 @@ def test_order_of_rows_is_free_and_auxiliary_rows_are_left_alone(name):
         assert (mine is None) == (other is None)
         if mine is not None:
             torch.testing.assert_close(mine, other)
-    neutral = (0.5 * 0 + 1.0, 1.0, 0)  # advantage of the auxiliary row, weight, mark
+    neutral = (1.0, 1.0, 0)  # advantage of the auxiliary row, weight, mark
     for field, value in zip(first, neutral, strict=True):
         assert field is None or (field[-1] == value).all()
 
