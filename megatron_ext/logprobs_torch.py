@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -40,15 +41,15 @@ def accumulate(
     index, here = _place(column, logits)
     sums[3] += torch.where(here, logits.gather(1, index)[:, 0].float(), 0.0)
     own_maximum, own = torch.empty_like(maximum), torch.zeros_like(sums)
-    for rows, y, exp in _chunks(logits):
+    moment = len(sums) > 4
+    for rows, y, exp, *squares in _chunks(logits, 3 if moment else 2):
         block = logits[rows] if logits.dtype == torch.float32 else y.copy_(logits[rows])
         highest = torch.amax(block, -1, out=own_maximum[rows]).clamp_(min=FLOOR)
         torch.sub(block, highest[:, None], out=y).clamp_(min=FLOOR).mul_(LOG2_E)  # x in units of ln 2
         torch.sum(torch.exp2(y, out=exp), -1, out=own[0, rows])
-        if len(sums) > 4:
-            squares = exp.square()
-            torch.sum(squares, -1, out=own[4, rows])
-            torch.sum(squares.mul_(y), -1, out=own[5, rows])
+        if moment:
+            torch.sum(torch.square(exp, out=squares[0]), -1, out=own[4, rows])
+            torch.sum(squares[0].mul_(y), -1, out=own[5, rows])
         torch.sum(exp.mul_(y), -1, out=own[1, rows])
         if inverse_temperature is not None:
             torch.sum(y.mul_(inverse_temperature[rows, None]).exp2_(), -1, out=own[2, rows])
@@ -91,7 +92,7 @@ def gradient_(
     index, here = _place(column, logits)
     at_target = logits.gather(1, index).float()
     at_target = slopes(at_target, torch.empty_like(at_target), slice(None)).add_(grad_log_probs[:, None])
-    for rows, space, p in _chunks(logits):
+    for rows, space, p in _chunks(logits, 2):
         if logits.dtype == torch.float32:
             slopes(logits[rows], p, rows)
         else:
@@ -113,15 +114,15 @@ def rescale_(sums: torch.Tensor, shift: torch.Tensor, inverse_temperature: torch
         sums[4] *= scale.square()
 
 
-def _chunks(logits: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-    """Slices of rows, each with two float32 tensors to work in: the same memory every time, which stays in cache."""
+def _chunks(logits: torch.Tensor, spaces: int) -> Iterator[tuple[Any, ...]]:
+    """Slices of rows, each with ``spaces`` float32 tensors to work in: the same memory every time, which stays in cache."""
     rows, width = logits.shape
     most = _CHUNK_LOGITS_CPU if logits.device.type == "cpu" else _CHUNK_LOGITS
     step = min(rows, max(1, most // width))
-    space = logits.new_empty((2, step, width), dtype=torch.float32)
+    space = logits.new_empty((spaces, step, width), dtype=torch.float32)
     for start in range(0, rows, max(1, step)):
         end = min(rows, start + step)
-        yield slice(start, end), space[0, : end - start], space[1, : end - start]
+        yield slice(start, end), *space[:, : end - start]
 
 
 def _place(column: torch.Tensor, block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
