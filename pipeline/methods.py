@@ -186,6 +186,7 @@ def _rows() -> Iterator[Method]:
         ("tok", "PI on ln H, A += u c clip(-(log pi + H), -3, 3)"),
         ("clip_cov", "PI on ln H, no loss on the share of tokens of highest covariance"),
         ("entropy_bonus", "PI on ln H, loss -= u H"),
+        ("high_prob", "PI on ln H, A -= u |A| on tokens with pi > .95 (EntroPIC's actuator)"),
     ):
         name = f"isentrope_{actuator}"
         yield _controlled(name, "controller", "this project", rule, "ours", "pi", f"entropy.actuator={actuator}")

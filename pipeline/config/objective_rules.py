@@ -56,11 +56,11 @@ def _idle_parameters(objective: ObjectiveConfig) -> Iterator[Problem]:
 
 def _loss(config: RunConfig) -> Iterator[Problem]:
     objective, updates = config.objective, config.learner.updates_per_step
-    if objective.loss in _OFF_POLICY_LOSSES and updates == 1:
+    if objective.loss in _OFF_POLICY_LOSSES and updates == 1 and config.rollout.staleness == 0:
         yield Problem(
             "objective.loss",
             objective.loss,
-            "with learner.updates_per_step=1 every ratio is exactly 1, where this loss has the gradient of ppo",
+            "with learner.updates_per_step=1 and rollout.staleness=0 every ratio is exactly 1, where this loss has the gradient of ppo",
             "set learner.updates_per_step to 2 or more, or objective.loss=ppo",
         )
     if objective.dual_clip > 0 and objective.loss not in ("ppo", "htpo"):
