@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 from rich.live import Live
 
 from launchers.remote_run import local_folders
-from pipeline.monitoring.series import Series
+
+if TYPE_CHECKING:
+    from pipeline.monitoring.series import Series
 
 IDLE = 4  # times the seconds that a look at very long runs takes: what is waited at least until the next
 JSON = typer.Option(False, "--json", help="Print one JSON document, a list with one object per run, and end.")
@@ -45,6 +48,10 @@ def monitor(
 
       isentrope monitor runs/quickstart/grpo runs/quickstart/pi --web --port 8421
     """
+    from pipeline.monitoring.series import Series  # loads NumPy
+    from pipeline.monitoring.status import status_of
+    from pipeline.monitoring.terminal import view
+
     console = Console()
     live = not (once or as_json) and console.is_terminal
     with local_folders(runs, follow=live or web) as folders:
@@ -55,15 +62,11 @@ def monitor(
             return
         series = [Series(folder) for folder in folders]
         if as_json:
-            from pipeline.monitoring.status import status_of
-
             found = [{**status_of(one), "run": run} for one, run in zip(series, runs, strict=True)]
             typer.echo(json.dumps(found, allow_nan=False))
         elif live:
             _watch(series, console, every)
         else:
-            from pipeline.monitoring.terminal import view
-
             console.print(view(series, console))
 
 

@@ -1,6 +1,7 @@
 """The command line as a user meets it: exit codes, messages, and what it does not import."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -129,11 +130,14 @@ def isentrope(*words, cwd):
 
 
 def test_failures_are_one_line_and_debug_shows_the_traceback(tmp_path):
-    plain = isentrope("report", str(tmp_path / "none"), cwd=tmp_path)
+    (tmp_path / "events.jsonl").write_text('{"schema":1,"kind":"run_start","time":1,"step":0}\n')
+    (tmp_path / "config.yaml").write_text("model: {hf_path: x}\n")
+    words = ("report", str(tmp_path), "-o", "events.jsonl/report.html")  # below a file
+    plain = isentrope(*words, cwd=tmp_path)
     assert plain.returncode == 1
-    assert plain.stderr.startswith("error: EventLogError: ")
+    assert re.match(r"error: (FileExists|NotADirectory)Error: ", plain.stderr)
     assert "Traceback" not in plain.stderr
-    debug = isentrope("report", str(tmp_path / "none"), "--debug", cwd=tmp_path)
+    debug = isentrope(*words, "--debug", cwd=tmp_path)
     assert debug.returncode == 1
     assert "Traceback" in debug.stderr
 
