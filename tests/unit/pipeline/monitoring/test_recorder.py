@@ -213,7 +213,6 @@ def test_attempts_are_counted_and_a_fault_knows_its_step(tmp_path):
     recorder = runs.open_run(tmp_path, resumed=True, step=2)
     recorder.fault("engine 0 was started again")
     runs.record_step(recorder, 2)
-    recorder.finish(completed=True)
     events = read_events(tmp_path / "events.jsonl")
     starts = [event for event in events if event["kind"] in ("run_start", "resume")]
     assert [event["attempt"] for event in starts] == [1, 2]
