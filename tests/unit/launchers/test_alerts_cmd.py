@@ -70,7 +70,7 @@ def test_a_recorded_run_through_the_rules(capsys, tmp_path, rules):
     [
         (["alerts", "test"], 2, "give run folders, or --deliver with --config FILE"),
         (["alerts", "test", "--deliver"], 2, "give run folders, or --deliver with --config FILE"),
-        (["alerts", "test", "/no/run"], 1, "/no/run/events.jsonl does not exist: give the folder of a run"),
+        (["alerts", "test", "/no/run"], 2, "/no/run/events.jsonl does not exist: give the folder of a run"),
         (["alerts", "list", "--rules", "/no/rules"], 2, "monitoring.alerts.rules: '/no/rules'"),
         (["alerts", "test", "--deliver", "--config", "quickstart.yaml"], 2, "no channel is configured"),
         (["config", "validate", "-c", "quickstart.yaml", "monitoring.alerts.off=[stal]"], 2, "did you mean stall?"),

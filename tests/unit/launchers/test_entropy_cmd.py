@@ -35,7 +35,18 @@ def write_simulated(run_dir, *overrides):
             pass
         reward = 1.0 if np.random.default_rng(step).random() < 1.2 - 0.5 * np.exp(entropy) else 0.0
         stats = StepStats(0.0, EntropyReading(entropy * 100, 100.0, step), 1.0, 1e-3, {}, 0.05)
-        recorder.step(step, [runs.group(runs.sample(reward), runs.sample(reward))], [], stats, used, used, 0, 1, clock)
+        recorder.step(
+            step,
+            [runs.group(runs.sample(reward), runs.sample(reward))],
+            [],
+            stats,
+            used,
+            used,
+            0,
+            1,
+            clock,
+            runs.ROLLOUTS,
+        )
     recorder.finish(completed=True)
     return run_dir
 
