@@ -49,7 +49,7 @@ class Alert:
     @classmethod
     def of(cls, event: Mapping[str, Any]) -> Alert:
         """An ``alert`` event read back, also of a log from before there were rules."""
-        rule, severity = event.get("rule", event["condition"]), event.get("severity", "critical")
+        rule, severity = event.get("rule") or event["condition"], event.get("severity", "critical")
         return cls(rule, severity, event.get("state", "begin"), event["step"], event["time"], event["reason"])
 
 

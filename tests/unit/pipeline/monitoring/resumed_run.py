@@ -10,11 +10,12 @@ sys.path.append(str(Path(__file__).parent))
 import run_writer as runs
 
 FAULT = "engine 0 died and was started again"
+NO_MORE = "monitoring.alerts.off=[fault]"  # that the fault raises
 ALERT = {"step": 3, "condition": "exploding", "rule": "exploding", "severity": "critical", "reason": "lower the target"}
 
 
 def first_attempt(run_dir, *overrides):
-    recorder = runs.open_run(run_dir, *overrides)
+    recorder = runs.open_run(run_dir, NO_MORE, *overrides)
     recorder.evaluation(0, runs.evaluation(0.3, 0.9))
     for step in range(2):
         runs.record_step(recorder, step, 0.3)
@@ -29,7 +30,7 @@ def first_attempt(run_dir, *overrides):
 
 
 def second_attempt(run_dir, *overrides):
-    recorder = runs.open_run(run_dir, *overrides, resumed=True, step=2)
+    recorder = runs.open_run(run_dir, NO_MORE, *overrides, resumed=True, step=2)
     for step in (2, 3):
         runs.record_step(recorder, step, 0.75)
     recorder.evaluation(4, runs.evaluation(0.5, 0.95))
