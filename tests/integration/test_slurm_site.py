@@ -180,9 +180,8 @@ def test_a_disk_that_fills_up_loses_nothing(user, small):
 def test_jobs_that_slurm_has_forgotten_are_read_from_its_accounts(user):
     job, run_dir = user.launch("accounted", *SHORT, "cluster.nodes=1")
     user.end(job, "COMPLETED", run_dir=run_dir)
-    other, other_dir = user.launch("cancelled", "steps=500")
-    user.wait_for_steps(other_dir, 1)
-    user.isentrope("jobs", "cancel", other, "--now")
+    other, other_dir = user.launch("cancelled", "cluster.sbatch={begin: now+1hour}")
+    user.isentrope("jobs", "cancel", other)
     user.end(other, "CANCELLED", run_dir=other_dir)
     user.lab.forget_jobs()
     listed = {entry["job_id"]: entry["state"] for entry in json.loads(user.isentrope("jobs", "list", "--json").stdout)}
