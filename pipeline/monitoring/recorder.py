@@ -127,9 +127,10 @@ class Recorder:
 
     def tick(self, now: float) -> None:
         """Time passes (``now``: Unix seconds), told every few seconds by a watchdog: what depends on time alone is judged here."""
+        free = shutil.disk_usage(self.run_dir).free  # before the lock: a file system that hangs must not stop training
         with self._writing:
             if self._log is not None:
-                self._raise(self._alerts.tick(now, shutil.disk_usage(self.run_dir).free))
+                self._raise(self._alerts.tick(now, free))
 
     def start(self, step: int) -> None:
         """Open the log with ``run_start``, or with ``resume`` at ``step`` updates done. From here on config.yaml is this run's."""

@@ -4,13 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import run_writer as runs
 from test_delivery import server
-
-pytest.importorskip("pipeline.monitoring.sidecar")
 
 
 def sidecar(run_dir):
