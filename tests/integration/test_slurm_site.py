@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.integration.slurm_lab import PACKAGES, SlurmLab, missing
-from tests.integration.test_slurm import ROOT, STEPS, User, attempts, steps
+from tests.integration.test_slurm import ROOT, User, attempts, steps
 
 MORE = ("sshd", "ssh-keygen", "rsync")
 DATABASE = ("slurmdbd", "mariadbd", "mariadb-install-db")
@@ -136,8 +136,9 @@ def test_what_is_not_there_is_said_before_anything_is_sent(remote, user, more, s
 
 
 def test_a_preempted_run_saves_where_it_is_warned_and_goes_on_where_it_is_not(user):
-    job, run_dir = user.launch("preempted", "checkpoint.every=2", 'cluster.env={OMP_NUM_THREADS: 1, LAB_SLEEP: "0.2"}')
-    for grace, reached in ((300, 2), (0, 7)):
+    more = [*SHORT, "steps=8", "checkpoint.every=2", 'cluster.env={OMP_NUM_THREADS: 1, LAB_SLEEP: "0.2"}']
+    job, run_dir = user.launch("preempted", *more)
+    for grace, reached in ((300, 2), (0, 5)):
         user.lab.run(["scontrol", "update", "PartitionName=batch", f"GraceTime={grace}"])
         user.wait_for_steps(run_dir, reached)
         words = ["--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
@@ -147,9 +148,9 @@ def test_a_preempted_run_saves_where_it_is_warned_and_goes_on_where_it_is_not(us
     saved, lost, last = attempts(run_dir)
     assert (saved["end"], last["end"]) == ("saved", "completed"), user.log(run_dir)
     assert lost["end"] in ("lost", "again")
-    assert lost["first_step"] == saved["last_step"] < STEPS, "nothing of the first is repeated"
+    assert lost["first_step"] == saved["last_step"] < 8, "nothing of the first is repeated"
     assert user.lab.job(job)["Restarts"] == "2"
-    assert [step["step"] for step in steps(run_dir)] == list(range(STEPS))
+    assert [step["step"] for step in steps(run_dir)] == list(range(8))
 
 
 def test_a_disk_that_fills_up_loses_nothing(user, small):

@@ -124,7 +124,7 @@ def test_a_run_is_drawn(browser, run_dir):
         )  # EMA: .54 * .9**k - .24 * .8**k is below .03 from k = 28 on
         green = [(r, g, b) for r, g, b in colours(page, "#band figure:first-child canvas") if g > r + 15 and g > b + 10]
         assert green, "the band is filled"
-        assert page.locator("#missing").inner_text() == "Not reported: memory, engine against learner, weight sync."
+        assert page.locator("#missing").inner_text() == "Not reported: engine against learner."
         assert page.get_by_text("alert not_reachable: target not reachable: held at H=0.43").is_visible()
         assert page.locator("#events li").first.inner_text().startswith("step 60restart")
 
@@ -132,9 +132,9 @@ def test_a_run_is_drawn(browser, run_dir):
 def test_marks_tell_themselves_to_the_pointer(browser, run_dir):
     with opened(browser, run_dir) as page:
         plot = page.locator("#band figure:first-child .u-over").bounding_box()
-        page.mouse.move(plot["x"] + plot["width"] * 20 / 60, plot["y"] + 60)
+        page.mouse.move(plot["x"] + plot["width"] * 29 / 60, plot["y"] + 60)
         page.wait_for_selector(
-            "#band .tip:has-text('step 20 · alert: not_reachable: target not reachable: held at H=0.43')"
+            "#band .tip:has-text('step 29 · alert: not_reachable: target not reachable: held at H=0.43')"
         )
         page.mouse.move(plot["x"] + plot["width"] * 40 / 60, plot["y"] + 60)
         page.locator("#band figure:first-child .tip").wait_for(state="hidden")
