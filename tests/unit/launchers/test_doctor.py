@@ -22,6 +22,7 @@ def test_this_machine_is_examined(capsys, tmp_path):
 def test_a_version_that_isentrope_does_not_serve_is_named_with_what_is_wanted(monkeypatch, tmp_path):
     real = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda name: "0.4.0" if name == "sglang" else real(name))
+    monkeypatch.setattr(doctor, "_wanted", lambda owner, name: None)  # what an sglang that is really there wants
     found = [finding for finding in examine(tmp_path) if finding.subject == "sglang"]
     assert [finding.level for finding in found] == [BAD]
     assert "0.4.0 is installed" in found[0].words
