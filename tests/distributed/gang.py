@@ -1,6 +1,7 @@
 """A few spawned processes that run a function on every rank. Importing megatron takes seconds, so they live for the whole session."""
 
 import contextlib
+import gc
 import multiprocessing as mp
 import socket
 import time
@@ -20,6 +21,7 @@ def _serve(pipe: Connection) -> None:
             pipe.send((True, function(rank, world, address, *arguments)))
         except Exception:  # noqa: BLE001 (whatever it is, the test reports it)
             pipe.send((False, traceback.format_exc()))
+        gc.collect()  # process groups sit in cycles, and every one of them has threads that wake a hundred times a second
 
 
 class Gang:
