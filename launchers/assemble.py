@@ -60,7 +60,7 @@ def train(config: RunConfig, resume: Path | None, stop_requested: Callable[[], b
         if checkpoint:
             restore(loop, checkpoint)
         else:
-            loop.learner.load(_hf_path(config))
+            loop.learner.load(hf_path(config))
         recorder.start(loop.step)
         sidecar.start()
         loop.run(stop_requested)
@@ -70,7 +70,7 @@ def train(config: RunConfig, resume: Path | None, stop_requested: Callable[[], b
 def evaluate(config: RunConfig, run: Path | None = None) -> dict[str, Any]:
     """pass@k and friends of the Hugging Face model, or of the newest checkpoint of ``run``, at the model's own precision."""
     with ExitStack() as stack:
-        tokenizer = load_tokenizer(_hf_path(config))
+        tokenizer = load_tokenizer(hf_path(config))
         prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
         verifier = VerifierStage(config.data, tokenizer)
         stack.callback(verifier.close)
@@ -85,9 +85,7 @@ def serve(config: RunConfig, run: Path | None, stack: ExitStack) -> tuple[Engine
     Weights are served at the model's own precision. Raises ``CheckpointError`` when ``run`` has no complete checkpoint.
     """
     config = replace(config, rollout=replace(config.rollout, weight_dtype="auto"))
-    checkpoint = _checkpoints(run.resolve(), config).latest() if run else None
-    if run and not checkpoint:
-        raise CheckpointError(f"{run} holds no complete checkpoint; evaluate its model with --config instead")
+    checkpoint = newest_checkpoint(run, "evaluate")
     learner = start_learner(config, stack) if checkpoint else None
     engine = start_engines(config, Path(stack.enter_context(TemporaryDirectory())), stack, learner)
     if checkpoint and learner:
@@ -98,7 +96,7 @@ def serve(config: RunConfig, run: Path | None, stack: ExitStack) -> tuple[Engine
 
 def build_loop(config: RunConfig, recorder: Recorder, stack: ExitStack) -> TrainingLoop:
     """Every part of a run, started and registered for closing on ``stack``; what can be refused is refused first."""
-    tokenizer = load_tokenizer(_hf_path(config))
+    tokenizer = load_tokenizer(hf_path(config))
     prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
     check_prompts(prompts, config)
     recorder.data(prompts, tokenizer)
@@ -108,7 +106,7 @@ def build_loop(config: RunConfig, recorder: Recorder, stack: ExitStack) -> Train
     learner = start_learner(config, stack)
     engines = start_engines(config, recorder.run_dir / "logs", stack, learner)
     colocated = config.rollout.placement == "colocated"
-    rollouts = Rollouts(engines, learner, _hf_path(config), recorder.fault, colocated=colocated)
+    rollouts = Rollouts(engines, learner, hf_path(config), recorder.fault, colocated=colocated)
     cursor = DataCursor(prompts.train, config.seed)
     return TrainingLoop(
         config=config,
@@ -162,7 +160,7 @@ def build_learner_rank(config: RunConfig, rank: int, address: tuple[str, int]) -
 
     layout = config.learner
     placed = topology.initialize(rank, address, grid_of(layout), config.seed)
-    model = replace(config.model, hf_path=str(_hf_path(config)))
+    model = replace(config.model, hf_path=str(hf_path(config)))
     return MegatronLearner(
         layout,
         model,
@@ -204,7 +202,7 @@ def start_engines(config: RunConfig, log_dir: Path, stack: ExitStack, learner: L
         ]
     pool = EnginePool(engines)
     stack.callback(pool.close)
-    pool.start(_hf_path(config))
+    pool.start(hf_path(config))
     return pool
 
 
@@ -237,13 +235,6 @@ def build_engine(config: RunConfig, index: int, log_dir: Path) -> RolloutEngine:
     return NativeEngine(weight_sync_timeout_s=config.rollout.weight_sync_timeout_s)
 
 
-def world_size(config: RunConfig) -> int:
-    """Learner processes: TP x CP x PP x DP."""
-    layout = config.learner
-    replica = layout.tensor_model_parallel_size * layout.context_parallel_size * layout.pipeline_model_parallel_size
-    return replica * layout.data_parallel_size
-
-
 def engine_gpus(config: RunConfig) -> int:
     """GPUs of one engine; the native engine computes on the CPU."""
     uses_gpus = torch.cuda.is_available() and config.rollout.engine == "sglang"
@@ -260,7 +251,7 @@ def _placed(config: RunConfig) -> tuple[list[Node], Placement]:
     tensor_parallel, engine = layout.tensor_model_parallel_size, engine_gpus(config)
     try:
         together = rollout.placement == "colocated"
-        return nodes, place(world_size(config), tensor_parallel, rollout.engines, engine, gpus, colocated=together)
+        return nodes, place(layout.world_size, tensor_parallel, rollout.engines, engine, gpus, colocated=together)
     except PlacementError as error:
         remedy = "use more nodes, a smaller layout, or fewer rollout.engines or rollout.tensor_parallel_size"
         raise ConfigError("learner.tensor_model_parallel_size", tensor_parallel, str(error), remedy) from error
@@ -275,7 +266,21 @@ def _others(config: RunConfig) -> Others | None:
     return ROLL_CALL
 
 
-def _hf_path(config: RunConfig) -> Path:
+def newest_checkpoint(run: Path | None, instead: str) -> Checkpoint | None:
+    """The newest complete checkpoint of a run folder; None without one to look in. Raises ``CheckpointError``.
+
+    ``instead``: what may be done with the run's model where there is no checkpoint.
+    """
+    if run is None:
+        return None
+    checkpoint = CheckpointStore(run.resolve() / "checkpoints", keep_last=1).latest()
+    if checkpoint is None:
+        raise CheckpointError(f"{run} holds no complete checkpoint; {instead} its model with --config instead")
+    return checkpoint
+
+
+def hf_path(config: RunConfig) -> Path:
+    """The model's folder, absolute: actors may live in another working directory."""
     return resolve_path(config.model.hf_path).resolve()
 
 

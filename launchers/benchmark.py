@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from launchers.assemble import serve
-from pipeline.config.load import PACKAGED, resolve_path
+from launchers.assemble import hf_path, serve
+from pipeline.config.load import PACKAGED
 from pipeline.config.schema import RunConfig
 from pipeline.data import DataError
 from pipeline.data.sources import to_prompt
@@ -57,7 +57,7 @@ def answer_benchmarks(
     All questions are read before an engine starts. Raises ``DataError`` and what ``serve`` raises.
     """
     temperature, top_p, default = DECODINGS[decoding]
-    tokenizer = load_tokenizer(resolve_path(config.model.hf_path).resolve())
+    tokenizer = load_tokenizer(hf_path(config))
     plain = replace(config.data, examples=[], system_prompt="", verifier="auto")  # those belong to the training task
     prompts: dict[str, list[Prompt]] = {}
     for name in names:

@@ -9,8 +9,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from launchers import assemble
-from pipeline.checkpoints import Checkpoint, CheckpointError, CheckpointStore
-from pipeline.config.load import resolve_path
 from pipeline.config.schema import RunConfig
 from pipeline.data.sources import load_prompts
 from pipeline.data.tokenizer import load_tokenizer
@@ -34,9 +32,9 @@ def probe(
 ) -> Asymmetry:
     """The asymmetry of ``config``'s model, or of the newest checkpoint of ``run``. Raises ``CheckpointError`` without one."""
     config = probe_config(config, step_size)
-    checkpoint = _newest(run)
+    checkpoint = assemble.newest_checkpoint(run, "start from")
     with ExitStack() as stack:
-        tokenizer = load_tokenizer(_hf_path(config))
+        tokenizer = load_tokenizer(assemble.hf_path(config))
         prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
         verifier = VerifierStage(config.data, tokenizer)
         stack.callback(verifier.close)
@@ -46,7 +44,7 @@ def probe(
         if checkpoint:
             learner.restore(checkpoint.learner)
         else:
-            learner.load(_hf_path(config))
+            learner.load(assemble.hf_path(config))
         state = folder / "state"
         state.mkdir()
         parts = Probe(learner, engine, verifier, prompts.train, config, tokenizer.pad_token_id, state)
@@ -58,7 +56,7 @@ def excite(config: RunConfig, run: Path | None, steps: int) -> Record:
 
     Starts from ``config``'s model, or from the newest checkpoint of ``run``, optimizer state included.
     """
-    checkpoint = _newest(run)
+    checkpoint = assemble.newest_checkpoint(run, "start from")
     config = _without_side_effects(config, steps)
     with TemporaryDirectory() as folder, ExitStack() as stack:
         recorder = stack.enter_context(Recorder(Path(folder) / "run", config))
@@ -68,7 +66,7 @@ def excite(config: RunConfig, run: Path | None, steps: int) -> Record:
         if checkpoint:
             loop.learner.restore(checkpoint.learner)
         else:
-            loop.learner.load(_hf_path(config))
+            loop.learner.load(assemble.hf_path(config))
         recorder.start(0)
         loop.run(lambda: False)
         recorder.finish(completed=True)
@@ -86,16 +84,3 @@ def _without_side_effects(config: RunConfig, steps: int) -> RunConfig:
         checkpoint=replace(config.checkpoint, every=0),
         monitoring=replace(config.monitoring, samples_per_step=0, progress=False, sinks=[]),
     )
-
-
-def _newest(run: Path | None) -> Checkpoint | None:
-    if run is None:
-        return None
-    checkpoint = CheckpointStore(run.resolve() / "checkpoints", keep_last=1).latest()
-    if checkpoint is None:
-        raise CheckpointError(f"{run} holds no complete checkpoint; start from its model with --config instead")
-    return checkpoint
-
-
-def _hf_path(config: RunConfig) -> Path:
-    return resolve_path(config.model.hf_path).resolve()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from launchers.signals import STOP
+from launchers.signals import handled
 from launchers.slurm.attempts import LAUNCH, AttemptLog, gives_up, progress
 from launchers.slurm.node import train
 from pipeline.config.load import to_yaml
@@ -47,9 +47,5 @@ def _caught() -> Iterator[list[int]]:
     def note(number: int, frame: object) -> None:
         signals.append(0 if number == signal.SIGINT else number)
 
-    previous = {number: signal.signal(number, note) for number in STOP}
-    try:
+    with handled(note):
         yield signals
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -56,15 +56,6 @@ class Setting:
     mean_response: int = 0  # expected tokens; 0: as long as they may be
 
     @property
-    def world_size(self) -> int:
-        """Learner processes."""
-        learner = self.config.learner
-        replica = (
-            learner.tensor_model_parallel_size * learner.context_parallel_size * learner.pipeline_model_parallel_size
-        )
-        return replica * learner.data_parallel_size
-
-    @property
     def engine_gpus(self) -> int:
         """GPUs of one engine."""
         on_gpus = self.cluster is not None and self.cluster.gpus_per_node and self.config.rollout.engine == "sglang"
@@ -76,7 +67,9 @@ class Setting:
         rollout = self.config.rollout
         tensor_parallel = self.config.learner.tensor_model_parallel_size
         together = rollout.placement == "colocated"
-        return place(self.world_size, tensor_parallel, rollout.engines, self.engine_gpus, gpus, colocated=together)
+        return place(
+            self.config.learner.world_size, tensor_parallel, rollout.engines, self.engine_gpus, gpus, colocated=together
+        )
 
     @property
     def python(self) -> str:
@@ -247,7 +240,7 @@ def _machines(setting: Setting) -> Iterator[str | Problem]:
         "DP": learner.data_parallel_size,
     }
     shown = " x ".join(f"{name} {size}" for name, size in layout.items() if size > 1 or name == "TP")
-    yield f"learner: {shown} = {_count(setting.world_size, 'process')}"
+    yield f"learner: {shown} = {_count(learner.world_size, 'process')}"
     server = f" of TP {rollout.tensor_parallel_size}" if rollout.engine == "sglang" else ""
     shared = ", on the learner's GPUs" if rollout.placement == "colocated" else ""
     yield f"engines: {rollout.engines} {rollout.engine}{server}{shared}"
@@ -261,7 +254,7 @@ def _machines(setting: Setting) -> Iterator[str | Problem]:
         placed = setting.placed()
     except PlacementError as error:
         own = 0 if shared else rollout.engines * setting.engine_gpus
-        what = f"the run needs {setting.world_size + own} GPUs and would get {_count(setting.nodes, 'node')} of {cluster.gpus_per_node}: {error}"
+        what = f"the run needs {learner.world_size + own} GPUs and would get {_count(setting.nodes, 'node')} of {cluster.gpus_per_node}: {error}"
         yield Problem(
             "cluster.nodes", setting.nodes, what, "use more nodes (--nodes), a smaller layout or fewer engines"
         )

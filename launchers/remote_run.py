@@ -17,7 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from launchers import environment
-from pipeline.monitoring.events import FILE_NAME, EventLogError
+from pipeline.monitoring.events import FILE_NAME, EventLogError, cut_torn_line
 
 SSH = ("ssh", "-T", "-C", "-o", "BatchMode=yes", "-o", "ConnectTimeout=15", "-o", "ServerAliveInterval=15")
 RETRY_S = 5.0  # before a lost connection is tried again
@@ -107,7 +107,7 @@ def _following(host: str, log: str, copied: Path) -> Iterator[None]:
 
     def follow() -> None:
         while not over.is_set():
-            _cut(copied)
+            cut_torn_line(copied)  # that a lost connection left
             with copied.open("ab") as file, running:
                 if over.is_set():
                     return
@@ -126,15 +126,6 @@ def _following(host: str, log: str, copied: Path) -> Iterator[None]:
             for started in process:
                 started.terminate()
         thread.join()
-
-
-def _cut(copied: Path) -> None:
-    """Drop what a lost connection left of a line."""
-    content_end = copied.stat().st_size
-    with copied.open("rb+") as file:
-        start = max(0, content_end - (1 << 20))
-        file.seek(start)
-        file.truncate(start + file.read().rfind(b"\n") + 1)
 
 
 def _command(host: str, log: str, copied: Path, pause: str) -> list[str]:

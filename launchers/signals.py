@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 log = logging.getLogger(__name__)
 
+Handler = Callable[[int, object], None]
 STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # SIGINT: ctrl-C
 
 
@@ -22,11 +24,18 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
         name = signal.Signals(number).name
         log.warning("%s: finishing what is in progress, then saving a checkpoint (once more to stop at once)", name)
         asked.set()
-        signal.signal(number, previous[number])
+        signal.signal(number, previous[signal.Signals(number)])
 
-    previous = {number: signal.signal(number, ask) for number in STOP}
-    try:
+    with handled(ask) as previous:
         yield asked.is_set
+
+
+@contextmanager
+def handled(handler: Handler) -> Iterator[Mapping[signal.Signals, Any]]:
+    """``handler`` for every signal that asks to stop; yields what handled them before, and does again afterwards."""
+    previous = {number: signal.signal(number, handler) for number in STOP}
+    try:
+        yield previous
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
 from launchers import environment
 from launchers.lab.suite import Cell
+from launchers.slurm.attempts import begun, progress
 from pipeline.config.load import to_yaml
-from pipeline.monitoring.events import FILE_NAME, EventLogError, read_events
+from pipeline.monitoring.events import EventLogError
 
 LOG = "lab.log"  # what the training process said, in the run's folder
 CONFIG = "lab.yaml"
@@ -43,10 +44,9 @@ def run_matrix(cells: Sequence[Cell], workers: int, done: Callable[[Outcome], No
 def is_complete(run_dir: Path) -> bool:
     """Whether the run there has done all its steps."""
     try:
-        events = read_events(run_dir / FILE_NAME)
+        return progress(run_dir).status == "completed"
     except EventLogError:
         return False
-    return bool(events) and events[-1]["kind"] == "run_end" and events[-1]["status"] == "completed"
 
 
 def _run(cell: Cell) -> Outcome:
@@ -55,15 +55,11 @@ def _run(cell: Cell) -> Outcome:
         return Outcome(cell, computed=False)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / CONFIG).write_text(to_yaml(cell.config))
-    command = [sys.executable, "-m", "launchers.cli.main", "train", *_source(run_dir)]
+    source = ["--resume", str(run_dir)] if begun(run_dir) else ["--config", str(run_dir / CONFIG)]
+    command = [sys.executable, "-m", "launchers.cli.main", "train", *source]
     with (run_dir / LOG).open("w") as log:
         code = subprocess.run(command, stdout=log, stderr=log, env=environment.child(OMP_NUM_THREADS="1")).returncode
     return Outcome(cell, computed=True, error="" if code == 0 else _last_words(run_dir / LOG, code))
-
-
-def _source(run_dir: Path) -> Iterator[str]:
-    begun = (run_dir / FILE_NAME).exists() and (run_dir / "config.yaml").exists()
-    yield from ("--resume", str(run_dir)) if begun else ("--config", str(run_dir / CONFIG))
 
 
 def _last_words(log: Path, code: int) -> str:

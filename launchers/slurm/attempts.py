@@ -54,6 +54,11 @@ def progress(run_dir: Path) -> Progress:
     return Progress(done, last.get("status", ""), last.get("error", ""))
 
 
+def begun(run_dir: Path) -> bool:
+    """Whether a run can be resumed: it has left its configuration and an event log."""
+    return (run_dir / FILE_NAME).exists() and (run_dir / "config.yaml").exists()
+
+
 class AttemptLog:
     """The attempts of the run in ``run_dir``."""
 

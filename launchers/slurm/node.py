@@ -25,11 +25,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from launchers import environment
-from launchers.slurm.attempts import LAUNCH, AttemptLog, Progress, gives_up, progress
+from launchers.slurm.attempts import LAUNCH, AttemptLog, Progress, begun, gives_up, progress
 from launchers.watchdog import Supervision
 from pipeline.config.load import load_config
 from pipeline.disk import DiskFullError
-from pipeline.monitoring.events import FILE_NAME
 
 SHIPPED = Path(".launch")  # beside the shipped code: config.yaml, cluster.yaml, code.json, code.patch, launch.json
 VERDICT = "verdict"
@@ -91,9 +90,9 @@ def train(
         return "cancelled", "before the run was started"
     wanted = load_config(config, check=False)
     steps = wanted.steps
-    begun = (run_dir / FILE_NAME).exists() and (run_dir / "config.yaml").exists()
-    source = ["--resume", str(run_dir), f"steps={steps}"] if begun else ["--config", str(config)]
-    where = [] if begun else [f"run_dir={json.dumps(str(run_dir))}"]
+    going_on = begun(run_dir)
+    source = ["--resume", str(run_dir), f"steps={steps}"] if going_on else ["--config", str(config)]
+    where = [] if going_on else [f"run_dir={json.dumps(str(run_dir))}"]
     command = [sys.executable, "-m", "launchers.cli.main", "train", *source, *where]
     driver = subprocess.Popen(command, env=environment.child(**({"RAY_ADDRESS": address} if address else {})))
     (attempt_dir / DRIVER).write_text(str(driver.pid))

@@ -121,6 +121,12 @@ class LearnerConfig:
     bucket_mib: int = key(512, "largest weight-sync bucket, MiB (a larger single tensor travels alone)")
     optimizer: OptimizerConfig = key(OptimizerConfig(), "optimizer and schedule")
 
+    @property
+    def world_size(self) -> int:
+        """Learner processes: TP x CP x PP x DP."""
+        replica = self.tensor_model_parallel_size * self.context_parallel_size * self.pipeline_model_parallel_size
+        return replica * self.data_parallel_size
+
 
 @dataclass
 class SglangConfig:

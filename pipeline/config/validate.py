@@ -298,7 +298,7 @@ def _processes(config: RunConfig) -> Iterator[Problem]:
         learner.pipeline_model_parallel_size,
         learner.data_parallel_size,
     )
-    processes = tensor * context * pipeline * data
+    processes = learner.world_size
     if config.runtime == "inline" and processes > 1:
         yield Problem(
             "runtime",
@@ -340,13 +340,7 @@ def _colocated(config: RunConfig) -> Iterator[Problem]:
             "samples are drawn ahead to keep engines busy while the learner trains, which colocated ones cannot be",
             "set it to 0, or set rollout.placement=disaggregated",
         )
-    needed = rollout.engines * rollout.tensor_parallel_size
-    ranks = (
-        learner.tensor_model_parallel_size
-        * learner.context_parallel_size
-        * learner.pipeline_model_parallel_size
-        * learner.data_parallel_size
-    )
+    needed, ranks = rollout.engines * rollout.tensor_parallel_size, learner.world_size
     if needed > ranks:
         yield Problem(
             "rollout.engines",

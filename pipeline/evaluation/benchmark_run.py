@@ -16,6 +16,7 @@ import numpy as np
 
 from pipeline.data import DataError
 from pipeline.evaluation.metrics import distinct_correct, maj_at_k, pass_at_k, pass_interval
+from pipeline.monitoring.events import cut_torn_line
 from pipeline.rewards.answers import canonical_answer
 from pipeline.rewards.stage import VerifierStage
 from pipeline.seeds import sample_seed
@@ -140,16 +141,11 @@ def _line(group: SampleGroup) -> dict[str, Any]:
 
 def _open(file: Path, settings: Settings) -> list[dict[str, Any]]:
     """What the file holds already, its torn last line cut off; a new file gets its first line."""
-    if not file.exists():
+    cut_torn_line(file)
+    if not file.exists() or not file.stat().st_size:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(asdict(settings)) + "\n")
         return []
-    content = file.read_bytes()
-    if not content.endswith(b"\n"):
-        os.truncate(file, content.rfind(b"\n") + 1)
-        if not file.stat().st_size:
-            file.unlink()
-            return _open(file, settings)
     head, lines = _read(file)
     if head != asdict(settings):
         changed = ", ".join(

@@ -29,7 +29,6 @@ from pipeline.types import ControlDecision, GenerateRequest, Prompt, Role, Sampl
 SIGNS = {"positives": 1.0, "negatives": -1.0}
 MEASURING_PROMPTS = 96  # whose responses measure the entropy
 MEASURING_SAMPLES = 32
-STEP_SIZE = 0.01
 _EPSILON = 1e3
 _REST = ControlDecision(1.0, 1.0, 0, "off", "")
 

@@ -19,6 +19,7 @@ from typing import Any
 
 SCHEMA = 1
 FILE_NAME = "events.jsonl"
+_BLOCK = 1 << 20  # bytes
 
 
 class EventLogError(RuntimeError):
@@ -78,7 +79,7 @@ class EventLog:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        _cut_torn_line(path)
+        cut_torn_line(path)
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
 
     def append(self, kind: str, values: Mapping[str, Any]) -> None:
@@ -183,12 +184,20 @@ def parse_event(line: bytes, number: int, path: Path) -> dict[str, Any]:
     return event
 
 
-def _cut_torn_line(path: Path) -> None:
-    """Remove what a crash left after the last newline, so that the next event starts a line of its own."""
-    if path.is_file():
-        content = path.read_bytes()
-        if content and not content.endswith(b"\n"):
-            os.truncate(path, content.rfind(b"\n") + 1)
+def cut_torn_line(path: Path) -> None:
+    """Remove what a crash left after the last newline, so that the next line starts on its own; reads the end of the file only."""
+    if not path.is_file():
+        return
+    with path.open("rb+") as file:
+        end = start = file.seek(0, os.SEEK_END)
+        kept = 0
+        while start and not kept:
+            stop, start = start, max(0, start - _BLOCK)
+            file.seek(start)
+            newline = file.read(stop - start).rfind(b"\n")
+            kept = start + newline + 1 if newline >= 0 else 0
+        if kept < end:
+            file.truncate(kept)
 
 
 def _finite(value: Any) -> Any:

@@ -36,8 +36,6 @@ log = logging.getLogger(__name__)
 
 PACKAGES = ("isentrope", "torch", "megatron-core", "transformers", "sglang", "ray")
 LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "critical": logging.ERROR}
-
-
 INDEX_EVERY = 256  # steps
 
 
@@ -268,10 +266,7 @@ class Recorder:
     def _open_index(self) -> Series | None:
         try:
             return Series(self.run_dir)
-        except (
-            EventLogError,
-            OSError,
-        ) as error:  # a log with a damaged line must not stop the run that goes on with it
+        except (EventLogError, OSError) as error:  # a damaged line must not stop the run that goes on with its log
             log.warning("%s: no index of the log is kept: %s", self.run_dir, error)
             return None
 

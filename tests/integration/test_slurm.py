@@ -18,6 +18,7 @@ import pytest
 
 from tests.integration.slurm_lab import PACKAGES, SlurmLab, missing
 from tests.processes import descendants, title
+from tests.step_events import essence
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = Path(__file__).parent / "golden" / "dry_run.txt"
@@ -123,11 +124,11 @@ class User:
 
 
 def steps(run_dir: Path) -> list[dict]:
-    """Step events in force, without clocks."""
+    """Step events in force."""
     path = run_dir / "events.jsonl"
     events = [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
     found = {event["step"]: event for event in events if event["kind"] == "step"}
-    return [{k: v for k, v in found[i].items() if k not in ("time", "seconds", "memory")} for i in sorted(found)]
+    return [essence(found[i]) for i in sorted(found)]
 
 
 def events(run_dir: Path, kind: str) -> list[dict]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import descendants
+from tests.step_events import essence
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -64,11 +65,6 @@ def events(run_dir: Path) -> list[dict]:
 def steps(run_dir: Path) -> list[dict]:
     """The step events; where a resumed run repeats a step, the later one counts."""
     return list({e["step"]: e for e in events(run_dir) if e["kind"] == "step"}.values())
-
-
-def essence(step: dict) -> dict:
-    """What must repeat bit for bit: no clocks, no memory."""
-    return {k: v for k, v in step.items() if k not in ("time", "seconds", "memory")}
 
 
 def samples(run_dir: Path) -> dict[str, str]:

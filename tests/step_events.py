@@ -1,0 +1,6 @@
+"""Step events of two runs, compared."""
+
+
+def essence(step: dict) -> dict:
+    """What must repeat bit for bit: all but clocks, memory, and how many engines answered at that moment."""
+    return {key: value for key, value in step.items() if key not in ("time", "seconds", "memory", "engines")}
