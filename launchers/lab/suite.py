@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -21,7 +22,10 @@ class SuiteConfig:
     title: str = key("", "heading of the report")
     base: str = key(MISSING, "recipe that every run starts from")
     overrides: list[str] = key([], "key=value of every run; a method's own come after them")
-    methods: list[str] = key([], "names of methods, see `isentrope lab methods`")
+    methods: list[str] = key([], "names of methods, see `isentrope lab methods`, or of variants")
+    variants: dict[str, Any] = key(
+        {}, "methods of this suite alone: a name, and a list of a method and its further key=value"
+    )
     baseline: str = key("grpo", "the method that the others are measured against: its tokens are the budget")
     stopped_at: list[int] = key([], "steps after which the baseline is shown as if it had been stopped there")
     seeds: int = key(3, "runs of each method, with seeds 0, 1, ...")
@@ -58,12 +62,18 @@ def chosen(
     return wanted
 
 
+def with_variants(suite: SuiteConfig, known: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
+    """Overrides of every method and of every variant of the (checked) suite."""
+    return {**known, **{name: [*known[first], *more] for name, (first, *more) in suite.variants.items()}}
+
+
 def cells(suite: SuiteConfig, known: Mapping[str, Sequence[str]], out: Path) -> list[Cell]:
     """Every run of the suite, seeds outermost, so that a matrix broken off early compares all methods on few seeds.
 
     A run's folder carries the hash of its configuration: what has been computed once is never computed again, and what has changed
     never taken for it. Raises ``ConfigError`` where a method does not go with the task.
     """
+    known = with_variants(suite, known)
     return [_cell(suite, method, seed, known, out) for seed in range(suite.seeds) for method in suite.methods]
 
 
@@ -75,12 +85,24 @@ def _cell(suite: SuiteConfig, method: str, seed: int, known: Mapping[str, Sequen
 
 
 def _problems(suite: SuiteConfig, known: Mapping[str, Sequence[str]]) -> Iterator[Problem]:
+    for name, words in suite.variants.items():
+        place = f"variants.{name}"
+        if name in known:
+            yield Problem(place, words, "is the name of a method", "call the variant something else")
+        if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+            yield Problem(place, words, "is not a list of texts", "write [<method>, key=value, ...]")
+        elif words[0] not in known:
+            yield _unknown(place, words[0], known)
     for name in [*suite.methods, suite.baseline]:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            remedy = f"did you mean {near!r}? `isentrope lab methods` lists those that can be run"
-            yield Problem("methods", name, "is not a method that can be run", remedy)
+        if name not in known and name not in suite.variants:
+            yield _unknown("methods", name, [*known, *suite.variants])
     if suite.seeds < 1:
         yield Problem("seeds", suite.seeds, "there must be at least one run of each method", "use 3 or more")
     if not suite.methods:
         yield Problem("methods", [], "there is nothing to compare", "name some, e.g. [grpo, isentrope_reweight]")
+
+
+def _unknown(place: str, name: str, known: Iterable[str]) -> Problem:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    remedy = f"did you mean {near!r}? `isentrope lab methods` lists those that can be run"
+    return Problem(place, name, "is not a method that can be run", remedy)

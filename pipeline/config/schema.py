@@ -373,7 +373,8 @@ class BandConfig:
     schedule: str = key("constant", "constant | linear | cosine | piecewise")
     end_low: float = key(0.0, "linear and cosine: lower edge at schedule_steps")
     end_high: float = key(0.0, "linear and cosine: upper edge at schedule_steps")
-    schedule_steps: int = key(0, "linear and cosine: steps from the first edges to the last; 0: the whole run")
+    hold_steps: int = key(0, "linear and cosine: steps at the first edges before the move begins")
+    schedule_steps: int = key(0, "linear and cosine: steps from the first edges to the last; 0: the rest of the run")
     points: list[list[float]] = key([], "piecewise: [[step, low, high], ...], each in force from its step on")
 
 

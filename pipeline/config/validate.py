@@ -179,6 +179,7 @@ RANGES: dict[str, Range] = {
     "entropy.band.high": _POSITIVE,
     "entropy.band.end_low": _NOT_NEGATIVE,
     "entropy.band.end_high": _NOT_NEGATIVE,
+    "entropy.band.hold_steps": _NOT_NEGATIVE,
     "entropy.band.schedule_steps": _NOT_NEGATIVE,
     "entropy.command": _NOT_NEGATIVE,
     "entropy.command_min": _NOT_NEGATIVE,
@@ -618,11 +619,18 @@ def _band(config: RunConfig) -> Iterator[Problem]:
             f"the {band.schedule} schedule ends at [{band.end_low:g}, {band.end_high:g}]: {edges}",
             "set end_low and end_high with 0 < end_low < end_high",
         )
-    if not moving and (band.end_low or band.end_high or band.schedule_steps):
+    if moving and band.hold_steps >= config.steps:
+        yield Problem(
+            "entropy.band.hold_steps",
+            band.hold_steps,
+            f"the band would never move within steps={config.steps}",
+            "hold it for fewer steps, or train longer",
+        )
+    if not moving and (band.end_low or band.end_high or band.hold_steps or band.schedule_steps):
         yield Problem(
             "entropy.band.schedule",
             band.schedule,
-            "end_low, end_high and schedule_steps have no effect with this schedule",
+            "end_low, end_high, hold_steps and schedule_steps have no effect with this schedule",
             "set schedule to linear or cosine, or remove them",
         )
     if (band.schedule == "piecewise") != bool(band.points):

@@ -24,11 +24,12 @@ class Band:
         self._schedule = config.schedule
         self._first = _edges("entropy.band.low, high", config.low, config.high)
         self._last = self._first
-        self._steps = 0  # of the move from the first edges to the last; 0: no move
+        self._hold = config.hold_steps  # before the move from the first edges to the last
+        self._steps = 0  # of that move; 0: none
         self._points: list[tuple[float, tuple[float, float]]] = []
         if config.schedule in ("linear", "cosine"):
             self._last = _edges("entropy.band.end_low, end_high", config.end_low, config.end_high)
-            self._steps = max(1, config.schedule_steps or total_steps)
+            self._steps = max(1, config.schedule_steps or total_steps - self._hold)
         if config.schedule == "piecewise":
             self._points = _points(config.points)
 
@@ -36,7 +37,7 @@ class Band:
         """Lower and upper edge at ``step``."""
         if self._schedule == "piecewise":
             return next((edges for start, edges in reversed(self._points) if step >= start), self._first)
-        share = min(1.0, max(0, step) / self._steps) if self._steps else 0.0
+        share = min(1.0, max(0, step - self._hold) / self._steps) if self._steps else 0.0
         if self._schedule == "cosine":
             share = (1 - math.cos(math.pi * share)) / 2
         (low, high), (end_low, end_high) = self._first, self._last
@@ -50,7 +51,7 @@ class Band:
     @property
     def fingerprint(self) -> list[object]:
         """All that decides the band, for the check on resume; a longer run changes it only if the schedule stretches."""
-        return [self._schedule, self._first, self._last, self._steps, self._points]
+        return [self._schedule, self._first, self._last, self._hold, self._steps, self._points]
 
 
 class SetPoint(Stateful):

@@ -3,7 +3,7 @@
 Guards, in the order they are asked:
 
 - no usable reading (NaN, infinite, negative, no tokens): hold the command; after 3 steps let it decay to rest;
-- explosion (H above 2.5 times the set-point for 3 steps, having been below): the lower limit, and say so;
+- explosion (H above 2.5 times the set-point for 3 steps, having been below 2): the lower limit, and say so;
 - no positives: hold the command and the integral, since the actuator had nothing to act through; from the second step on
   draw more auxiliary prompts (split range), after 10 let the command decay: a temperature at which nothing is
   correct would otherwise be held for ever;
@@ -25,6 +25,7 @@ from pipeline.entropy.watch import AWAY_STEPS, ResponseWatch
 from pipeline.types import ControlDecision, EntropyReading
 
 EXPLOSION = 2.5  # times the set-point
+WITHIN = 2.0  # times the set-point, below which the filtered H must have been before: noise on a descent from above is no explosion
 EXPLOSION_STEPS = 3
 PATIENCE_READING = 3  # steps without a usable reading before the command decays
 PATIENCE_POSITIVES = 10  # steps without positives before the command decays
@@ -72,7 +73,7 @@ class ClosedLoop(Stateful):
         self.calm = 0
         self.bad_readings = 0
         self.no_positives = 0
-        self.within = False  # whether H was ever below the explosion limit: a policy may start above it
+        self.within = False  # whether H has come down so far: a policy may start above
         self.explosion = 0
 
     def initial(self) -> ControlDecision:
@@ -88,7 +89,7 @@ class ClosedLoop(Stateful):
         entropy = self._sensor.filter(reading.mean)
         goal = self._set_point.toward(self._band.target(step), entropy)
         above = reading.mean > EXPLOSION * goal
-        self.within = self.within or not above
+        self.within = self.within or entropy < WITHIN * goal
         self.explosion = self.explosion + 1 if above and self.within else 0
         self.no_positives = 0 if positives > 0 else self.no_positives + 1
         if self.explosion >= EXPLOSION_STEPS:

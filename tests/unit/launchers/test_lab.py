@@ -132,6 +132,31 @@ def test_a_suite_is_strict(tmp_path):
         load_suite(str(path), KNOWN)
 
 
+def test_variants_are_methods_with_more_said(tmp_path):
+    path = tmp_path / "s.yaml"
+    path.write_text(
+        "base: recipe/pm4.yaml\nmethods: [grpo, more]\nvariants: {more: [twice, entropy.auxiliary_prompts=8]}\n"
+    )
+    _, more = cells(chosen(load_suite(str(path), KNOWN), [], 1, KNOWN), KNOWN, tmp_path)
+    assert (more.method, more.config.entropy.actuator, more.config.entropy.auxiliary_prompts) == ("more", "resample", 8)
+
+
+@pytest.mark.parametrize(
+    ("variants", "said"),
+    [
+        ("{grpo: [pi]}", r"variants.grpo: (?s:.)*is the name of a method"),
+        ("{more: pi}", r"variants.more: 'pi'(?s:.)*not a list of texts"),
+        ("{more: []}", "not a list of texts"),
+        ("{more: [py, steps=3]}", "variants.more: 'py'(?s:.)*did you mean 'pi'"),
+    ],
+)
+def test_variants_are_checked(tmp_path, variants, said):
+    path = tmp_path / "s.yaml"
+    path.write_text(f"base: recipe/pm4.yaml\nmethods: [grpo]\nvariants: {variants}\n")
+    with pytest.raises(ConfigError, match=said):
+        load_suite(str(path), KNOWN)
+
+
 def test_a_matrix_runs_once_and_reports(tmp_path):
     common = [
         "steps=2",

@@ -159,6 +159,21 @@ BROKEN = {
     "band": (["entropy.band.low=0.4"], "entropy.band.low", "not below entropy.band.high (0.33)"),
     "band end": (["entropy.band.schedule=linear"], "entropy.band.end_low", "linear schedule ends"),
     "band schedule": (["entropy.band.end_low=0.1"], "entropy.band.schedule", "no effect"),
+    "idle hold": (
+        ["entropy.band.hold_steps=5"],
+        "entropy.band.schedule",
+        "hold_steps and schedule_steps have no effect",
+    ),
+    "long hold": (
+        [
+            "entropy.band.schedule=linear",
+            "entropy.band.end_low=0.1",
+            "entropy.band.end_high=0.2",
+            "entropy.band.hold_steps=100",
+        ],
+        "entropy.band.hold_steps",
+        "never move within steps=100",
+    ),
     "no points": (["entropy.band.schedule=piecewise"], "entropy.band.points", "needs points"),
     "idle points": (["entropy.band.points=[[0, 0.1, 0.2]]"], "entropy.band.points", "no effect"),
     "bad point": (

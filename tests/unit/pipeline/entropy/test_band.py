@@ -31,6 +31,13 @@ def test_schedule_stretches_over_the_run_by_default():
     assert band.at(100) == pytest.approx((0.5, 0.6))
 
 
+def test_a_band_is_held_before_it_moves_over_the_rest_of_the_run():
+    edges = {"low": 0.6, "high": 0.7, "end_low": 0.4, "end_high": 0.5, "schedule": "linear"}
+    band = Band(BandConfig(**edges, hold_steps=60), 100)
+    assert [band.at(k)[0] for k in (0, 60, 70, 80, 100, 200)] == pytest.approx([0.6, 0.6, 0.55, 0.5, 0.4, 0.4])
+    assert Band(BandConfig(**edges, hold_steps=60, schedule_steps=20), 100).at(70)[0] == pytest.approx(0.5)
+
+
 def test_piecewise_holds_from_each_point_on():
     band = Band(BandConfig(low=0.5, high=0.6, schedule="piecewise", points=[[10, 0.3, 0.4], [20, 0.1, 0.2]]), 100)
     assert [band.at(k) for k in (0, 9, 10, 19, 20, 99)] == [(0.5, 0.6)] * 2 + [(0.3, 0.4)] * 2 + [(0.1, 0.2)] * 2
@@ -41,7 +48,7 @@ def test_piecewise_holds_from_each_point_on():
 )
 def test_any_schedule_stays_between_its_edges(a, b, c, d, schedule, steps, step):
     (low, high), (end_low, end_high) = sorted((a, b)), sorted((c, d))
-    band = Band(BandConfig(low, high, schedule, end_low, end_high, steps), 100)
+    band = Band(BandConfig(low, high, schedule, end_low, end_high, schedule_steps=steps), 100)
     now = band.at(step)
     assert now[0] <= now[1] * (1 + 1e-12)
     assert min(low, end_low) * 0.999999 <= now[0] <= max(low, end_low) * 1.000001

@@ -225,12 +225,19 @@ def test_two_steps_above_or_just_below_the_limit_are_no_explosion():
 
 def test_a_start_far_above_the_target_is_no_explosion_but_a_return_there_is():
     control = controller()
-    falling = [4 * TARGET * 0.95**k for k in range(12)]  # below 2.5 targets from the eleventh step on
+    falling = [4 * TARGET * 0.95**k for k in range(20)]  # down to 1.5 targets
     assert "exploding" not in {d.state for d in feed(control, falling)}
     resumed = controller()
     resumed.load_state_dict(json.loads(json.dumps(control.state_dict())))
-    decisions = feed(resumed, [2.6 * TARGET] * 3, start=12)
+    decisions = feed(resumed, [2.6 * TARGET] * 3, start=20)
     assert [d.state == "exploding" for d in decisions] == [False, False, True]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_slow_noisy_descent_from_far_above_is_no_explosion(seed):
+    noise = random.Random(seed)
+    readings = [4 * TARGET * math.exp(-0.003 * k + noise.gauss(0, 0.07)) for k in range(400)]
+    assert "exploding" not in {d.state for d in feed(controller(), readings)}
 
 
 def test_saturation_is_reported_with_the_entropy_reached_and_what_is_reachable():
