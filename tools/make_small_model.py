@@ -1,8 +1,9 @@
-"""Make the 100k-parameter Llama that the quickstart trains: `python tools/make_pm4_model.py` (about 20 s on one core).
+"""Make the 100k-parameter Llama that a recipe trains: `python tools/make_small_model.py recipe/pm4.yaml` (about 20 s on one core).
 
-A supervised warm-up on the countdown task pm4, in which 30 % of the answers are noise (right digits, random order and
-operators), leaves a policy that solves about a quarter of the held-out problems at the first try and nearly all within
-16: the state in which RL has something to sharpen and entropy something to lose. Written as a Hugging Face folder.
+A supervised warm-up on the recipe's task, in which 30 % of the answers are noise (countdown: right digits, random order and
+operators; reasoning-gym: random digits), leaves a policy that solves about a quarter of the held-out problems at the first try and nearly all
+within 16: the state in which RL has something to sharpen and entropy something to lose. Written as the Hugging Face folder
+that the recipe names.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,12 +23,19 @@ from tokenizers import decoders, models, pre_tokenizers
 from torch import nn
 from torch.nn import functional
 
-from pipeline.data.countdown import SYMBOLS, Countdown, countdown_task
+from pipeline.config.load import PACKAGED, load_config
+from pipeline.config.schema import DataConfig
+from pipeline.data.countdown import SYMBOLS, countdown_task
+from pipeline.data.gym import generate_questions
+from pipeline.data.sources import load_prompts
+from pipeline.data.tokenizer import load_tokenizer
 from pipeline.evaluation.metrics import pass_at_k
 
 HIDDEN, LAYERS, HEADS, FEED_FORWARD, ROPE_BASE, NORM_EPS = 64, 2, 4, 168, 1000.0, 1e-6
-EOS = SYMBOLS.index("$")
-STEPS, BATCH, PEAK_LR, NOISE, HELD_OUT = 500, 128, 4e-3, 0.3, 0.1
+EOS = SYMBOLS.index("$")  # of every vocabulary: words come after the symbols
+BATCH, PEAK_LR, NOISE = 128, 4e-3, 0.3
+CHARACTERS = pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+PIECES = pre_tokenizers.Split(tokenizers.Regex(" ?[A-Za-z]+ ?|."), "isolated")  # words whole, all else by character
 
 
 class Attention(nn.Module):
@@ -81,16 +90,16 @@ class Layer(nn.Module):
 class Llama(nn.Module):
     """Its ``state_dict`` has the names of Hugging Face's LlamaForCausalLM."""
 
-    def __init__(self) -> None:
+    def __init__(self, vocabulary: int) -> None:
         super().__init__()
         self.model = nn.ModuleDict(
             {
-                "embed_tokens": nn.Embedding(len(SYMBOLS), HIDDEN),
+                "embed_tokens": nn.Embedding(vocabulary, HIDDEN),
                 "layers": nn.ModuleList(Layer() for _ in range(LAYERS)),
                 "norm": nn.RMSNorm(HIDDEN, NORM_EPS),
             }
         )
-        self.lm_head = nn.Linear(HIDDEN, len(SYMBOLS), bias=False)
+        self.lm_head = nn.Linear(HIDDEN, vocabulary, bias=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
                 half = name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight"))
@@ -114,44 +123,80 @@ def rotate(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], dim=-1)
 
 
+Noise = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+
+
 @dataclass(frozen=True)
 class Problems:
-    """The task's token ids: prompts int64 [problems, prompt], and its split."""
+    """A task's token ids, and which of its problems are trained on."""
 
-    task: Countdown
-    prompts: np.ndarray
-    train: np.ndarray  # indices of problems
-    held_out: np.ndarray
-
-    @classmethod
-    def of(cls, name: str) -> Problems:
-        """Tokenize a countdown task."""
-        task = countdown_task(name)
-        prompts = np.array([[SYMBOLS.index(c) for c in task.problem(i) + "="] for i in range(len(task))])
-        apart = task.held_out(HELD_OUT)
-        return cls(task, prompts, np.flatnonzero(~apart), np.flatnonzero(apart))
+    symbols: Sequence[str]  # the vocabulary in token order
+    prompts: np.ndarray  # int64 [problems, prompt]
+    answers: np.ndarray  # int64 [right answers of all problems, longest], filled up with EOS, grouped by problem
+    first: np.ndarray  # int64 [problems], row of each problem's first answer
+    count: np.ndarray  # int64 [problems]
+    held_out: np.ndarray  # bool [problems]
+    noise: Noise  # from answers to what replaces them
 
     def batch(self, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompts and answers of ``BATCH`` training problems; about ``NOISE`` of the answers are random."""
-        rows = rng.choice(self.train, BATCH)
-        picks = self.task.first[rows] + (rng.random(BATCH) * self.task.count[rows]).astype(int)
-        answers = self.task.solutions[picks].astype(np.int64)
+        rows = rng.choice(np.flatnonzero(~self.held_out), BATCH)
+        answers = self.answers[self.first[rows] + (rng.random(BATCH) * self.count[rows]).astype(int)]
         noisy = np.flatnonzero(rng.random(BATCH) < NOISE)
-        digits = rng.permuted(self.task.digits[rows[noisy]], axis=1)
-        answers[np.ix_(noisy, range(0, answers.shape[1], 2))] = digits
-        operators = [SYMBOLS.index(c) for c in self.task.operators]
-        drawn = rng.choice(operators, (len(noisy), digits.shape[1] - 1))
-        answers[np.ix_(noisy, range(1, answers.shape[1], 2))] = drawn
-        ends = np.full((BATCH, 1), EOS)
-        return torch.from_numpy(self.prompts[rows]), torch.from_numpy(np.concatenate([answers, ends], axis=1))
+        answers[noisy] = self.noise(answers[noisy], rng)
+        return torch.from_numpy(self.prompts[rows]), torch.from_numpy(answers)
 
 
-def train(model: Llama, problems: Problems, seed: int) -> None:
+def problems_of(data: DataConfig, folder: Path) -> Problems:
+    """The problems of a recipe's task; writes the model's tokenizer into ``folder``."""
+    source = data.source
+    if source.kind == "countdown":
+        write_tokenizer(SYMBOLS, folder)
+        return countdown_problems(source.task, data.held_out)
+    texts = [question.text for question in generate_questions(source.task, source.size, source.params, source.seed)]
+    words = {word for text in texts for word, _ in PIECES.pre_tokenize_str(text)}
+    symbols = [*SYMBOLS, *sorted(words - set(SYMBOLS))]
+    write_tokenizer(symbols, folder)
+    return gym_problems(data, symbols, folder)
+
+
+def countdown_problems(name: str, held_out: float) -> Problems:
+    """Every problem of a countdown task, with all its answers; noise keeps an answer's digits."""
+    task = countdown_task(name)
+    operators = [SYMBOLS.index(c) for c in task.operators]
+
+    def shuffled(answers: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        answers = answers.copy()
+        answers[:, 0:-1:2] = rng.permuted(np.sort(answers[:, 0:-1:2], axis=1), axis=1)
+        answers[:, 1:-1:2] = rng.choice(operators, answers[:, 1:-1:2].shape)
+        return answers
+
+    prompts = np.array([[SYMBOLS.index(c) for c in task.problem(i) + "="] for i in range(len(task))])
+    answers = np.pad(task.solutions.astype(np.int64), ((0, 0), (0, 1)), constant_values=EOS)
+    return Problems(SYMBOLS, prompts, answers, task.first, task.count, task.held_out(held_out), shuffled)
+
+
+def gym_problems(data: DataConfig, symbols: Sequence[str], folder: Path) -> Problems:
+    """The questions of a reasoning-gym dataset that all have as many tokens, each with one answer; noise draws new digits."""
+
+    def redrawn(answers: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return np.where(answers < 10, rng.integers(0, 10, answers.shape), answers)
+
+    loaded = load_prompts(data, load_tokenizer(folder), max_prompt_tokens=64)
+    prompts = [*loaded.train, *loaded.held_out]
+    longest = max(len(prompt.answer) for prompt in prompts) + 1
+    answers = [[SYMBOLS.index(c) for c in prompt.answer.ljust(longest, "$")] for prompt in prompts]
+    apart = np.arange(len(prompts)) >= len(loaded.train)
+    one = np.arange(len(prompts)), np.ones(len(prompts), np.int64)
+    return Problems(symbols, np.array([p.token_ids for p in prompts]), np.array(answers), *one, apart, redrawn)
+
+
+def train(model: Llama, problems: Problems, seed: int, steps: int) -> None:
     """Supervised warm-up: AdamW, linear warm-up over 50 steps, cosine to a tenth."""
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.01, betas=(0.9, 0.98))
-    for step in range(STEPS):
-        cosine = 0.5 * (1 + math.cos(math.pi * step / STEPS))
+    for step in range(steps):
+        cosine = 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = PEAK_LR * min(1.0, (step + 1) / 50) * (0.9 * cosine + 0.1)
         prompts, answers = problems.batch(rng)
@@ -167,9 +212,10 @@ def train(model: Llama, problems: Problems, seed: int) -> None:
 def measure(model: Llama, problems: Problems, samples: int = 32) -> dict[str, float]:
     """pass@1, pass@16 and mean token entropy (nats, T=1) on the held-out problems."""
     generator = torch.Generator().manual_seed(1234)
-    prompts = problems.prompts[problems.held_out]
+    apart = np.flatnonzero(problems.held_out)
+    prompts = problems.prompts[apart]
     tokens = torch.from_numpy(prompts).repeat_interleave(samples, dim=0)
-    length = problems.task.solutions.shape[1] + 1
+    length = problems.answers.shape[1]
     entropy = tokens_seen = 0.0
     running = torch.ones(len(tokens), dtype=torch.bool)
     for _ in range(length):
@@ -180,10 +226,10 @@ def measure(model: Llama, problems: Problems, samples: int = 32) -> dict[str, fl
         drawn = torch.where(running, drawn, EOS)
         tokens = torch.cat([tokens, drawn[:, None]], dim=1)
         running &= drawn != EOS
-    solutions = [set(problems.task.solutions_of(int(index))) for index in problems.held_out]
-    texts = ["".join(SYMBOLS[i] for i in row) for row in tokens[:, prompts.shape[1] :].tolist()]
-    right = np.array([text.rstrip("$") in solutions[row // samples] for row, text in enumerate(texts)])
-    counts = right.reshape(-1, samples).sum(axis=1)
+    ended = tokens[:, prompts.shape[1] :].numpy().reshape(len(apart), samples, 1, length)
+    spans = [slice(problems.first[i], problems.first[i] + problems.count[i]) for i in apart]
+    right = [(each == problems.answers[span]).all(-1).any(-1) for each, span in zip(ended, spans, strict=True)]
+    counts = np.sum(right, axis=1)
     return {
         "pass@1": pass_at_k(counts, samples, 1),
         "pass@16": pass_at_k(counts, samples, 16),
@@ -191,11 +237,12 @@ def measure(model: Llama, problems: Problems, samples: int = 32) -> dict[str, fl
     }
 
 
-def write_tokenizer(folder: Path) -> None:
-    """One token per character, ``$`` being the end of sequence; any other character is an error (there is no such token)."""
-    vocabulary = {symbol: index for index, symbol in enumerate(SYMBOLS)}
+def write_tokenizer(symbols: Sequence[str], folder: Path) -> None:
+    """One token per symbol, ``$`` being the end of sequence; any other text is an error (there is no such token)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = {symbol: index for index, symbol in enumerate(symbols)}
     tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="<none>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+    tokenizer.pre_tokenizer = CHARACTERS if symbols == SYMBOLS else PIECES
     tokenizer.decoder = decoders.Fuse()
     tokenizer.add_special_tokens(["$"])
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -204,13 +251,12 @@ def write_tokenizer(folder: Path) -> None:
 
 
 def write_folder(model: Llama, folder: Path) -> None:
-    """The Hugging Face folder: configuration, weights in fp32, tokenizer."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """The Hugging Face folder: configuration and weights in fp32, beside the tokenizer."""
     ends = {"bos_token_id": None, "eos_token_id": EOS, "pad_token_id": EOS}
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": len(SYMBOLS),
+        "vocab_size": model.lm_head.out_features,
         "hidden_size": HIDDEN,
         "intermediate_size": FEED_FORWARD,
         "num_hidden_layers": LAYERS,
@@ -230,7 +276,6 @@ def write_folder(model: Llama, folder: Path) -> None:
     write_json(folder / "generation_config.json", {"do_sample": True, "temperature": 1.0} | ends)
     weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    write_tokenizer(folder)
 
 
 def write_json(path: Path, value: dict[str, object]) -> None:
@@ -241,18 +286,21 @@ def write_json(path: Path, value: dict[str, object]) -> None:
 def main() -> None:
     """Train, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipe", type=Path)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("configs/model/pm4-100k"))
+    parser.add_argument("--steps", type=int, default=500, help="of the warm-up (chain_sum: 1500)")
     arguments = parser.parse_args()
     torch.set_num_threads(1)  # sums in one order: the same seed gives the same bytes
     torch.manual_seed(arguments.seed)
-    problems = Problems.of("pm4")
-    model = Llama()
-    train(model, problems, arguments.seed)
-    write_folder(model, arguments.out)
+    config = load_config(arguments.recipe, check=False)
+    folder = PACKAGED / config.model.hf_path
+    problems = problems_of(config.data, folder)
+    model = Llama(len(problems.symbols))
+    train(model, problems, arguments.seed, arguments.steps)
+    write_folder(model, folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     figures = ", ".join(f"{name} {value:.3f}" for name, value in measure(model, problems).items())
-    print(f"{arguments.out}: {parameters:,} parameters, {len(problems.held_out)} held-out problems: {figures}")
+    print(f"{folder}: {parameters:,} parameters, {problems.held_out.sum()} held-out problems: {figures}")
 
 
 if __name__ == "__main__":

@@ -9,53 +9,55 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pipeline.config.load import load_config
 from pipeline.data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
 SHIPPED = ROOT / "configs/model/pm4-100k"
+SKILL = {
+    "pm4": (0.24, 0.36, 0.9),
+    "cd3": (0.08, 0.2, 0.75),
+    "chain_sum": (0.15, 0.4, 0.75),
+}  # pass@1 between, pass@16 above
 
 
 @pytest.fixture(scope="module")
 def maker():
-    return runpy.run_path(str(ROOT / "tools/make_pm4_model.py"))
+    return runpy.run_path(str(ROOT / "tools/make_small_model.py"))
 
 
-@pytest.fixture(scope="module")
-def shipped(maker):
-    model = maker["Llama"]()
-    model.load_state_dict(load_file(SHIPPED / "model.safetensors"))
-    return model
-
-
-def test_the_shipped_weights_have_the_documented_skill(maker, shipped):
-    figures = maker["measure"](shipped, maker["Problems"].of("pm4"), samples=16)
-    assert 0.24 < figures["pass@1"] < 0.36
-    assert figures["pass@16"] > 0.9
-    assert 0.5 < figures["entropy"] < 0.6
-
-
-def test_writing_again_gives_the_shipped_files(maker, shipped, tmp_path):
-    maker["write_folder"](shipped, tmp_path)
-    assert {f.name for f in tmp_path.iterdir()} == {f.name for f in SHIPPED.iterdir()}
+@pytest.mark.parametrize("task", SKILL)
+def test_the_shipped_weights_have_the_documented_skill_and_are_written_again_alike(maker, task, monkeypatch, tmp_path):
+    shipped = ROOT / f"configs/model/{task}-100k"
+    problems = maker["problems_of"](load_config(Path(f"recipe/{task}.yaml")).data, tmp_path)
+    model = maker["Llama"](len(problems.symbols))
+    model.load_state_dict(load_file(shipped / "model.safetensors"))
+    low, high, sixteen = SKILL[task]
+    figures = maker["measure"](model, problems, samples=16)
+    assert low < figures["pass@1"] < high
+    assert figures["pass@16"] > sixteen
+    assert 0.5 < figures["entropy"] < 1.0
+    maker["write_folder"](model, tmp_path)
+    assert {f.name for f in tmp_path.iterdir()} == {f.name for f in shipped.iterdir()}
     for file in tmp_path.iterdir():
-        assert file.read_bytes() == (SHIPPED / file.name).read_bytes(), file.name
+        assert file.read_bytes() == (shipped / file.name).read_bytes(), file.name
 
 
-def test_training_repeats_exactly(maker, monkeypatch):
-    monkeypatch.setitem(maker["train"].__globals__, "STEPS", 3)
+def test_training_repeats_exactly(maker):
+    problems = maker["countdown_problems"]("pm4", 0.1)
 
     def train():
         torch.manual_seed(3)
         torch.set_num_threads(1)
-        model = maker["Llama"]()
-        maker["train"](model, maker["Problems"].of("pm4"), 3)
+        model = maker["Llama"](len(problems.symbols))
+        maker["train"](model, problems, 3, 3)
         return torch.cat([parameter.flatten() for parameter in model.parameters()])
 
     assert torch.equal(train(), train())
 
 
 def test_noise_keeps_the_digits_and_spares_the_rest(maker):
-    problems = maker["Problems"].of("pm4")
+    problems = maker["countdown_problems"]("pm4", 0.1)
     rng = np.random.default_rng(0)
     solved = total = 0
     for _ in range(20):
