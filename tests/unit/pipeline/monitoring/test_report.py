@@ -12,9 +12,9 @@ from xml.etree import ElementTree
 import pytest
 
 from pipeline.monitoring import table
-from pipeline.monitoring.charts import CHARTS, theme_variables
+from pipeline.monitoring.charts import CHARTS, DARK, theme_variables
 from pipeline.monitoring.differences import config_differences, result_differences
-from pipeline.monitoring.report import DARK, build_report
+from pipeline.monitoring.report import build_report
 from pipeline.monitoring.summary import by_method, read_run, summarize
 
 sys.path.append(str(Path(__file__).parent))
@@ -126,6 +126,7 @@ def test_a_running_run_can_be_reported(tmp_path, steps):
     (summary,) = result["runs"]
     assert (summary["status"], summary["steps"], summary["pass_at_1"]) == ("unfinished", steps, None)
     assert result["cost"] == []
+    assert "<p>Nothing.</p>" in (tmp_path / "report.html").read_text()
 
 
 def test_engine_against_learner(tmp_path):
