@@ -33,7 +33,7 @@ def build_batch(
     - ``samples``: alpha / G' / |o_i| with G' all auxiliary samples, SCOPE-RL's own (arXiv 2510.08141);
     - ``main``: alpha times what a main row of that length weighs (AEPO: positives are rows like others, of advantage 1).
 
-    ``reweight`` averages its positive term over the correct main rows in the same ways (``samples``: over all main rows).
+    ``reweight`` averages its positive term over the correct main rows in the same ways (``samples``: over all main rows that count).
 
     ``objective.overlong`` punishes or leaves out responses that came near the length limit or to it (DAPO, arXiv 2503.14476,
     sections 3.4 and equation 13). Rows left out have weight 0 and count in no denominator; they are still measured.
@@ -51,9 +51,11 @@ def build_batch(
     weights = np.where(kept, _mean_weights(main_lengths, main_lengths[kept], config), 0.0)
     actuation = _actuation(decision, config, float(main_correct.mean()))
     positive_weights = None
-    if actuation.kind == "reweight" and main_correct.any():
-        each = _positive_weights(main_lengths, main_correct, main_lengths[kept], actuation.alpha, config)
-        positive_weights = torch.from_numpy(each)
+    if actuation.kind == "reweight" and main_correct[kept].any():
+        counted = main_lengths[kept]
+        positive_weights = torch.zeros(len(rows))
+        each = _positive_weights(counted, main_correct[kept], counted, actuation.alpha, config)
+        positive_weights[torch.from_numpy(kept)] = torch.from_numpy(each)
     if actuation.kind == "resample":
         drawn = [(g, group.prompt, s) for g, group in enumerate(auxiliary) for s in group.samples if _usable(s)]
         lengths = np.array([len(sample.token_ids) for *_, sample in drawn], np.int64)
@@ -75,7 +77,7 @@ def positives_consumed(batch: TrainBatch) -> int:
     if kind == "resample":
         return int(batch.auxiliary.sum())
     if kind in ("reweight", "fc", "dcpo", "tok"):
-        return int((batch.correct & ~batch.auxiliary).sum())
+        return int((batch.correct & ~batch.auxiliary & (batch.weights > 0)).sum())
     return 1
 
 
