@@ -181,7 +181,7 @@ RANGES: dict[str, Range] = {
     "entropy.band.end_high": _NOT_NEGATIVE,
     "entropy.band.schedule_steps": _NOT_NEGATIVE,
     "entropy.command": _NOT_NEGATIVE,
-    "entropy.command_min": _ANY,
+    "entropy.command_min": Range(-1),
     "entropy.command_max": _NOT_NEGATIVE,
     "entropy.auxiliary_prompts": _COUNT,
     "entropy.auxiliary_samples": _COUNT,
