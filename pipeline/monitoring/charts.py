@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pipeline.config.validate import TEMPERATURE_ACTUATORS
 from pipeline.monitoring.summary import RunHistory, pass_at, totals
 from pipeline.monitoring.tracking import filtered
 
@@ -121,7 +122,7 @@ def command_chart(axes: Axes, runs: Sequence[RunHistory]) -> None:
     for run in controlled:
         colour, chart = colour_of(run, runs), run.series.read(["control/command"])
         steps, command = chart["step"], chart["control/command"]["mean"]
-        unit = "T+" if run.config.entropy.actuator in ("resample", "reweight", "fc") else run.config.entropy.actuator
+        unit = "T+" if run.config.entropy.actuator in TEMPERATURE_ACTUATORS else run.config.entropy.actuator
         axes.plot(steps, command, color=colour, linewidth=1.4, label=f"{_label(run, runs) or run.label} ({unit})")
         axes.plot(
             steps, np.where(run.series.in_state("saturated")[steps], command, np.nan), ".", color=colour, markersize=5

@@ -152,6 +152,25 @@ def test_a_saturated_run_says_so_and_its_text_is_escaped(tmp_path):
     assert "<b>H</b>" not in page
 
 
+def test_a_seed_not_evaluated_yet_is_left_out_of_the_comparison(folders, tmp_path):
+    """Of two seeds of pi one has just begun: neither its missing figures nor its number count."""
+    recorder = runs.open_run(tmp_path / "begun", "name=pi", "seed=1")
+    runs.record_step(recorder, 0)
+    result = build_report([*folders, tmp_path / "begun"], tmp_path / "report.html")
+    assert result["methods"]["pi"]["runs"] == 2
+    assert result["cost"] == [
+        "pi: pass@1 0.500 against 0.550 of grpo, a difference of -0.050; pass@16 0.950 against 0.880 "
+        "(one seed each; the 95 % intervals of pass@1 overlap), after 30 steps."
+    ]
+
+
+@pytest.mark.parametrize(("actuator", "unit"), [("dcpo", "T+"), ("reweight", "T+"), ("tok", "tok")])
+def test_commands_are_called_what_they_are(tmp_path, actuator, unit):
+    runs.write_run(tmp_path / "run", "name=pi", f"entropy.actuator={actuator}", steps=2)
+    build_report([tmp_path / "run"], tmp_path / "report.html")
+    assert f"pi ({unit})" in (tmp_path / "report.html").read_text()
+
+
 def test_means_over_seeds():
     rows = [{"method": "a", "final_entropy": value, "pass_at_1": None} for value in (0.2, 0.4)]
     for row in rows:
