@@ -57,7 +57,7 @@ def build_batch(
         each = _positive_weights(counted, main_correct[kept], counted, actuation.alpha, config)
         positive_weights[torch.from_numpy(kept)] = torch.from_numpy(each)
     if actuation.kind == "resample":
-        drawn = [(g, group.prompt, s) for g, group in enumerate(auxiliary) for s in group.samples if _usable(s)]
+        drawn = [(g, group.prompt, s) for g, group in enumerate(auxiliary) for s in group.samples if usable(s)]
         lengths = np.array([len(sample.token_ids) for *_, sample in drawn], np.int64)
         correct = np.array([sample.correct for *_, sample in drawn], bool)
         if config.entropy.auxiliary_replaces:
@@ -90,7 +90,8 @@ class _Row:
     group: int
 
 
-def _usable(sample: Sample) -> bool:
+def usable(sample: Sample) -> bool:
+    """Whether a sample can be a row: finished, and of at least one token."""
     return sample.finish_reason != "abort" and len(sample.token_ids) > 0
 
 
@@ -116,12 +117,12 @@ def _dcpo_share(gap: float, alpha: float, accuracy: float) -> float:
 
 
 def _main_rows(main: Sequence[SampleGroup], config: RunConfig) -> list[_Row]:
-    usable = [[sample for sample in group.samples if _usable(sample)] for group in main]
-    rewards = [np.array([sample.reward - _overlong_penalty(sample, config) for sample in group]) for group in usable]
+    kept = [[sample for sample in group.samples if usable(sample)] for group in main]
+    rewards = [np.array([sample.reward - _overlong_penalty(sample, config) for sample in group]) for group in kept]
     advantages = group_advantages(rewards, config.objective)
     return [
         _Row(group.prompt, sample, advantage, False, number)
-        for number, (group, samples, own) in enumerate(zip(main, usable, advantages, strict=True))
+        for number, (group, samples, own) in enumerate(zip(main, kept, advantages, strict=True))
         for sample, advantage in zip(samples, own.tolist(), strict=True)
     ]
 
