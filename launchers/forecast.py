@@ -9,7 +9,8 @@ from launchers.placement import Placement
 from launchers.slurm.cluster import ClusterConfig
 from megatron_ext.architecture import Architecture
 from megatron_ext.estimate import memory
-from megatron_ext.estimate.rollout import GIB, Gpu, Rollout, rollout
+from megatron_ext.estimate.memory import GIB
+from megatron_ext.estimate.rollout import Gpu, Rollout, rollout
 from megatron_ext.estimate.speed import Machine, speed
 from megatron_ext.estimate.work import ITEM_SIZES, Work, from_config
 from megatron_ext.weights import engine_grid

@@ -28,6 +28,7 @@ from pipeline.config.load import PACKAGED, load_config, resolve_path
 from pipeline.config.schema import MonitoringConfig, RunConfig
 from pipeline.monitoring.alerts.rules import rules_of
 from pipeline.monitoring.events import FILE_NAME
+from pipeline.monitoring.memory import GIB
 from pipeline.monitoring.sinks.alert_delivery import webhook_problems
 
 if TYPE_CHECKING:
@@ -286,7 +287,7 @@ def _memory(setting: Setting) -> Iterator[str | Problem]:
     if memory.learner > gib:
         from megatron_ext.estimate.report import remedies
 
-        found = remedies(setting.model, setting.config, memory.learner * 2**30, mean_response=setting.mean_response)
+        found = remedies(setting.model, setting.config, memory.learner * GIB, mean_response=setting.mean_response)
         keys = [f"{remedy['key']}={remedy['value']}" for remedy in found[:3]]
         what = f"a learner GPU would need {memory.learner:,.1f} GiB"
         yield Problem("cluster.gpu_gib", gib, what, f"try {' or '.join(keys) or 'a larger layout'}")
@@ -298,15 +299,15 @@ def _engine_memory(config: RunConfig, gib: float, forecast: Forecast) -> Iterato
     if drawn is None:
         return
     key, share = "rollout.sglang.mem_fraction_static", config.rollout.sglang.mem_fraction_static
-    weights, length = drawn.weights_bytes / 2**30, config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+    weights, length = drawn.weights_bytes / GIB, config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
     if drawn.kv_tokens < length:
-        least = (drawn.weights_bytes + length * drawn.kv_token_bytes) / 2**30 / memory.engine * share
+        least = (drawn.weights_bytes + length * drawn.kv_token_bytes) / GIB / memory.engine * share
         what = f"{memory.engine:,.1f} GiB of an engine's GPU, for {weights:,.1f} GiB of weights and a cache of {length:,} tokens at least"
         enough = f"raise it above {least:.2f}, or " if least < 0.95 else ""
         yield Problem(key, share, what, f"{enough}raise rollout.tensor_parallel_size")
         return
     yield (
-        f"engine memory: {weights:,.1f} GiB of weights and {drawn.kv_bytes / 2**30:,.1f} GiB of cache on every GPU: {drawn.kv_tokens:,} tokens, "
+        f"engine memory: {weights:,.1f} GiB of weights and {drawn.kv_bytes / GIB:,.1f} GiB of cache on every GPU: {drawn.kv_tokens:,} tokens, "
         f"{drawn.concurrent:,} of an engine's {drawn.samples:,} samples at a time (predicted)"
     )
     if memory.together:

@@ -43,11 +43,10 @@ def _advantage(name: str, source: str, rule: str, *more: str) -> Method:
     return Method(name, "advantage", source, rule, "code", (*GRPO, f"objective.advantage={name}", *more))
 
 
-def _shaping(
-    name: str, shaping: str, source: str, rule: str, evidence: str = "code", overrides: tuple[str, ...] = ()
-) -> Method:
-    switch = f"objective.token_shaping=[{shaping}]"
-    return Method(name, "token shaping", source, rule, evidence, (*GRPO, switch, *overrides))
+def _shaping(name: str, source: str, rule: str, evidence: str = "code", *more: str, shaping: str = "") -> Method:
+    """``shaping``: what the configuration calls it, where that is not ``name``."""
+    switch = f"objective.token_shaping=[{shaping or name}]"
+    return Method(name, "token shaping", source, rule, evidence, (*GRPO, switch, *more))
 
 
 def _controlled(name: str, kind: str, source: str, rule: str, evidence: str, controller: str, *more: str) -> Method:
@@ -58,15 +57,11 @@ def _absent(name: str, kind: str, source: str, rule: str, evidence: str, missing
     return Method(name, kind, source, rule, evidence, missing=missing)
 
 
-def _secret(name: str) -> Method:
-    return _absent(name, "-", "-", "-", "abstract", "its formula is not public beyond the abstract")
-
-
 _CLIP_HIGHER = ("objective.clip_high=0.28", "objective.dual_clip=10")
 
 
-def _rows() -> Iterator[Method]:
-    """In the order in which they are shown: objectives, shapings, samplers, controllers, ours, what is not offered."""
+def _advantages() -> Iterator[Method]:
+    """GRPO's and what may take its place."""
     yield Method(
         "grpo", "advantage", "2402.03300", "A = (r - mean) / std of the group; PPO's clipped loss", "code", GRPO
     )
@@ -77,6 +72,10 @@ def _rows() -> Iterator[Method]:
     yield _advantage("reinforce_pp", "2501.03262", "A = (r - mean) / std over the whole step")
     yield _advantage("reinforce_pp_baseline", "2501.03262", "A = (r - mean of the group) / std over the whole step")
     yield _advantage("pass_at_k", "2508.10751", "A = A_grpo / 2 + A_k / 2, A_k the analytic advantage of pass@4")
+
+
+def _losses() -> Iterator[Method]:
+    """Surrogates, DAPO's recipe first."""
     yield Method(
         "dapo",
         "recipe",
@@ -105,21 +104,27 @@ def _rows() -> Iterator[Method]:
         "by difficulty, correctness and entropy: tokens left out, or pulled back beyond the range",
         *_CLIP_HIGHER,
     )
+
+
+def _shapings() -> Iterator[Method]:
+    """Weights and advantages of single tokens."""
     yield _shaping(
-        "clip_cov",
         "clip_cov",
         "2505.22617",
         "no loss on .02 % of tokens, at random among those with 1 < Cov < 5; clip 1, dual clip 10",
-        overrides=("objective.clip_low=1", "objective.clip_high=1", "objective.dual_clip=10"),
+        "code",
+        *("objective.clip_low=1", "objective.clip_high=1", "objective.dual_clip=10"),
     )
-    yield _shaping("gaussian_cov", "gaussian_cov", "2605.11538", "A w N / sum w, w = exp(-c^2 / (2 var c))", "summary")
-    yield _shaping("entropy_adv", "entropy_adv", "2506.14758", "A += min(.4 H, |A| / 2)", "third-party code")
+    yield _shaping("gaussian_cov", "2605.11538", "A w N / sum w, w = exp(-c^2 / (2 var c))", "summary")
+    yield _shaping("entropy_adv", "2506.14758", "A += min(.4 H, |A| / 2)", "third-party code")
     yield _shaping(
-        "high_entropy_tokens", "high_entropy", "2506.01939", "loss on the 20 % of tokens of highest entropy only"
+        "high_entropy_tokens",
+        "2506.01939",
+        "loss on the 20 % of tokens of highest entropy only",
+        shaping="high_entropy",
     )
-    yield _shaping("stare", "stare", "2606.19236", "while H < .3: x 1.1 on positives' 10 % most surprising tokens")
+    yield _shaping("stare", "2606.19236", "while H < .3: x 1.1 on positives' 10 % most surprising tokens")
     yield _shaping(
-        "rlrt",
         "rlrt",
         "2605.10781",
         "in correct responses A x (.5 + .5 clip(pi / pi_shown-a-peer, .8, 1.2)); mix, clip and prompt ours",
@@ -127,14 +132,15 @@ def _rows() -> Iterator[Method]:
     )
     yield _shaping(
         "opefo",
-        "opefo",
         "2605.11491",
         "x (1 + l) where dH > 0, x (1 - l) where dH < 0: predicted changes cancel",
         "summary",
     )
-    yield _shaping(
-        "entrocraft", "entrocraft", "2604.26326", "above the band correct responses only (A = 1), below it A < 0 only"
-    )
+    yield _shaping("entrocraft", "2604.26326", "above the band correct responses only (A = 1), below it A < 0 only")
+
+
+def _levers() -> Iterator[Method]:
+    """A sampler, and actuators by themselves."""
     yield Method(
         "cuts",
         "sampler",
@@ -161,6 +167,10 @@ def _rows() -> Iterator[Method]:
         "scope",
         "entropy.actuator=dcpo",
     )
+
+
+def _controllers() -> Iterator[Method]:
+    """Published loops; among them our own, one PI law on every actuator."""
     yield _controlled(
         "scope",
         "controller",
@@ -203,12 +213,17 @@ def _rows() -> Iterator[Method]:
         "entropic", "controller", "2511.15248", "PI coefficient in [-1, 1] of -r|A| on tokens with pi > .95", "summary",
         "entropic", "entropy.actuator=high_prob",
     )  # fmt: skip
+
+
+def _not_offered() -> Iterator[Method]:
+    """What is known of and left out."""
     yield _absent(
         "s2l_po", "sampler", "2605.30789", "the first part of each group from a frozen smaller sibling, ever less of it", "code",
         "engines serve one model; this needs a second, frozen one beside it",
     )  # fmt: skip
     for name in ("papo", "aem", "gcpo", "mcpo", "avspo", "oger", "gxpo", "sps", "imax", "longact", "aer"):
-        yield _secret(name)
+        yield _absent(name, "-", "-", "-", "abstract", "its formula is not public beyond the abstract")
 
 
-METHODS: dict[str, Method] = {method.name: method for method in _rows()}
+_KINDS = (_advantages, _losses, _shapings, _levers, _controllers, _not_offered)  # in the order in which they are shown
+METHODS: dict[str, Method] = {method.name: method for rows in _KINDS for method in rows()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -193,4 +192,4 @@ def _interval(bounds: tuple[float, float]) -> str:
 def _print_json(value: Any) -> None:
     from pipeline.monitoring.events import to_json
 
-    typer.echo(to_json(value) if isinstance(value, dict) else json.dumps(value))
+    typer.echo(to_json(value))

@@ -90,7 +90,8 @@ def measure(run: RunHistory, baseline: RunHistory | None, steps: int | None = No
     """The figures of one run; NaN where one does not exist. ``steps``: as if it had been stopped after so many."""
     last = run.steps if steps is None else min(steps, run.steps)
     generated = _generated(run)
-    budget = _generated(baseline)[-1] if baseline else math.inf
+    theirs = _generated(baseline) if baseline else np.array([math.inf])
+    budget = theirs[-1]
     fits = [e for e in run.evaluations if e["step"] <= last and generated[e["step"]] <= budget]
     evaluation = fits[-1] if fits else {}
     main = float(np.nansum(run.column("tokens/main")[:last]))
@@ -104,7 +105,7 @@ def measure(run: RunHistory, baseline: RunHistory | None, steps: int | None = No
         "final_entropy": float(np.nanmean(entropies)) if np.isfinite(entropies).any() else math.nan,
         "time_in_band": tracking.time_in_band if steered else math.nan,
         "rms_error": tracking.rms_error if steered else math.nan,
-        "reward_cost": _reward_cost(run, baseline) if baseline is not None and baseline is not run else math.nan,
+        "reward_cost": _reward_cost(run, generated, baseline, theirs) if baseline and baseline is not run else math.nan,
         "extra_tokens": float(generated[last]) / main - 1 if main else math.nan,
         "seconds": float(np.nansum(run.column("time/total")[:last])),
     }
@@ -116,16 +117,16 @@ def _generated(run: RunHistory) -> np.ndarray:
     return np.concatenate([[0.0], np.cumsum(tokens)])
 
 
-def _reward_cost(run: RunHistory, baseline: RunHistory) -> float:
+def _reward_cost(run: RunHistory, generated: np.ndarray, baseline: RunHistory, theirs: np.ndarray) -> float:
     """(AUC of the baseline's reward - AUC of the run's) / AUC of the baseline's, over the tokens that both have generated."""
-    budget = min(_generated(run)[-1], _generated(baseline)[-1])
-    ours, theirs = _reward_area(run, budget), _reward_area(baseline, budget)
-    return (theirs - ours) / theirs if theirs else math.nan
+    budget = min(generated[-1], theirs[-1])
+    area = _reward_area(baseline, theirs, budget)
+    return (area - _reward_area(run, generated, budget)) / area if area else math.nan
 
 
-def _reward_area(run: RunHistory, budget: float) -> float:
+def _reward_area(run: RunHistory, generated: np.ndarray, budget: float) -> float:
     """Reward, summed over generated tokens up to ``budget``; the step that exceeds it counts in part."""
-    tokens = np.diff(np.minimum(_generated(run), budget))
+    tokens = np.diff(np.minimum(generated, budget))
     return float(tokens @ np.nan_to_num(run.column("reward/mean")))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -13,13 +12,13 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from launchers.lab.figures import FIGURES, Row, cell_text, markdown, rows_of
 from launchers.lab.matrix import Outcome, is_complete
 from launchers.lab.suite import Cell, SuiteConfig
-from pipeline.monitoring.charts import BAND, BASELINE, MUTED, SERIES, STYLE
+from pipeline.monitoring.charts import BAND, BASELINE, MUTED, SERIES, STYLE, inline_svg
+from pipeline.monitoring.page import document, html_list, html_table
 from pipeline.monitoring.summary import RunHistory, pass_at, read_run
 from pipeline.monitoring.tracking import filtered
 
@@ -30,16 +29,7 @@ NOTE = (
     "generated. Reward cost: share of the baseline's reward area lost over those tokens. Time in band and RMS error: filtered entropy, from its "
     "first step in the band on, methods that steer to it only."
 )
-CSS = """
-:root { color-scheme: light dark; --page: #fff; --ink: #1f2328; --muted: #5b646e; --line: #dde1e6; }
-@media (prefers-color-scheme: dark) { :root { --page: #14171b; --ink: #e6e8eb; --muted: #9aa4af; --line: #343a42; } }
-body { background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; max-width: 1240px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin: 0 0 .3rem; } .muted { color: var(--muted); max-width: 60rem; } svg { width: 100%; height: auto; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13.5px; }
-th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } th { color: var(--muted); font-weight: 600; }
-@media (prefers-color-scheme: dark) { .curves { background: #fff; border-radius: 6px; } }
-"""
+CSS = "body { max-width: 1240px; } table { font-size: 13.5px; }"  # a wide table
 
 
 def write_report(suite: SuiteConfig, cells: Sequence[Cell], outcomes: Sequence[Outcome], out: Path) -> dict[str, Any]:
@@ -58,29 +48,29 @@ def write_report(suite: SuiteConfig, cells: Sequence[Cell], outcomes: Sequence[O
     failed = [{"method": o.cell.method, "seed": o.cell.seed, "error": o.error} for o in outcomes if o.error]
     result = {"title": suite.title, "rows": [row.to_dict() for row in rows], "failed": failed}
     (out / "lab.json").write_text(json.dumps(result, indent=1))
-    (out / "lab.md").write_text(f"{markdown(rows)}\n\n{NOTE}\n")
-    figure = draw(runs, suite.baseline)
-    figure.savefig(out / "lab.png", dpi=110)
-    (out / "lab.html").write_text(_page(suite, rows, failed, _svg(figure)), encoding="utf-8")
+    (out / "lab.md").write_text(f"{markdown(rows)}\n\n{NOTE}\n", encoding="utf-8")
+    with mpl.rc_context(STYLE | {"font.size": 8, "axes.titlesize": 9}):
+        figure = draw(runs, suite.baseline)
+        figure.savefig(out / "lab.png", dpi=110)
+        curves = inline_svg(figure, "curves")
+    (out / "lab.html").write_text(_page(suite, rows, failed, curves), encoding="utf-8")
     return result
 
 
 def draw(runs: Mapping[str, Sequence[RunHistory]], baseline: str) -> Figure:
     """One panel per method: entropy of every seed and the band, with pass@16 below it; the baseline in grey behind each."""
     height = math.ceil(len(runs) / COLUMNS)
-    with mpl.rc_context(STYLE | {"font.size": 8, "axes.titlesize": 9}):
-        figure = Figure(figsize=(3.1 * COLUMNS, 2.9 * height), layout="constrained", facecolor="white")
-        FigureCanvasAgg(figure)
-        grid = figure.add_gridspec(2 * height, COLUMNS, height_ratios=[2, 1] * height)
-        for index, (method, histories) in enumerate(runs.items()):
-            row, column = divmod(index, COLUMNS)
-            upper, lower = (figure.add_subplot(grid[2 * row + part, column]) for part in (0, 1))
-            _entropy(upper, histories, runs[baseline])
-            _pass(lower, histories, runs[baseline])
-            upper.set_title(method)
-            if column == 0:
-                upper.set_ylabel("entropy, nats")
-                lower.set_ylabel("pass@16")
+    figure = Figure(figsize=(3.1 * COLUMNS, 2.9 * height), layout="constrained")
+    grid = figure.add_gridspec(2 * height, COLUMNS, height_ratios=[2, 1] * height)
+    for index, (method, histories) in enumerate(runs.items()):
+        row, column = divmod(index, COLUMNS)
+        upper, lower = (figure.add_subplot(grid[2 * row + part, column]) for part in (0, 1))
+        _entropy(upper, histories, runs[baseline])
+        _pass(lower, histories, runs[baseline])
+        upper.set_title(method)
+        if column == 0:
+            upper.set_ylabel("entropy, nats")
+            lower.set_ylabel("pass@16")
     return figure
 
 
@@ -106,30 +96,23 @@ def _pass(axes: Axes, runs: Sequence[RunHistory], baseline: Sequence[RunHistory]
     axes.tick_params(colors=MUTED)
 
 
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
 def _page(suite: SuiteConfig, rows: Sequence[Row], failed: Sequence[Mapping[str, Any]], curves: str) -> str:
-    head = "".join(f"<th>{escape(figure.title)}</th>" for figure in FIGURES.values())
-    body = "".join(f"<tr><td>{escape(row.method)}</td><td>{row.seeds}</td>{_cells(row)}</tr>" for row in rows)
-    lost = "".join(f"<li>{escape(f['method'])}, seed {f['seed']}: {escape(f['error'])}</li>" for f in failed)
-    title = escape(suite.title or "Methods side by side")
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{CSS}</style></head>\n'
-        f"<body><h1>{title}</h1>"
-        f'<div class="scroll"><table><thead><tr><th>method</th><th>seeds</th>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-        f'<p class="muted">{escape(NOTE)}</p>'
-        + (f"<h2>Failed</h2><ul>{lost}</ul>" if lost else "")
-        + '<p class="muted">Below: filtered entropy of every seed (blue) in its band, mean pass@16 (orange); the baseline in grey.</p>'
-        f'<div class="curves">{curves}</div></body></html>\n'
+    title = suite.title or "Methods side by side"
+    table = html_table(
+        ["method", "seeds", *(figure.title for figure in FIGURES.values())],
+        [[escape(row.method), str(row.seeds), *_cells(row)] for row in rows],
     )
+    lost = html_list(f"{escape(f['method'])}, seed {f['seed']}: {escape(f['error'])}" for f in failed)
+    legend = "Filtered entropy of every seed (blue) in its band, mean pass@16 (orange); the baseline in grey."
+    sections = [
+        f"<h1>{escape(title)}</h1>{table}",
+        f'<p class="muted">{escape(NOTE)}</p>',
+        f"<h2>Failed</h2>{lost}" if failed else "",
+        f'<h2>Curves</h2><p class="muted">{legend}</p><figure>{curves}</figure>',
+    ]
+    return document(title, "".join(sections), CSS)
 
 
-def _cells(row: Row) -> str:
+def _cells(row: Row) -> list[str]:
     texts = [(name, cell_text(name, *row.estimate(name))) for name in FIGURES]
-    return "".join(f"<td>{f'<b>{text}</b>' if name in row.best else text}</td>" for name, text in texts)
+    return [f"<b>{text}</b>" if name in row.best else text for name, text in texts]

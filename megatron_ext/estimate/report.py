@@ -9,11 +9,11 @@ from typing import Any
 
 from megatron_ext.architecture import Architecture
 from megatron_ext.estimate import memory
+from megatron_ext.estimate.memory import GIB
 from megatron_ext.estimate.speed import Machine, speed
 from megatron_ext.estimate.work import Work, from_config
 from pipeline.config.schema import RunConfig
 
-GIB = memory.GIB
 COLOURS = {
     "parameters": "#2f6db3",
     "gradients": "#7fa8d6",

@@ -12,13 +12,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_ext.architecture import Architecture
+from megatron_ext.estimate.memory import GIB
 from megatron_ext.estimate.work import ITEM_SIZES
 from megatron_ext.weights.fp8 import quantised
 from megatron_ext.weights.grid import Grid
 from megatron_ext.weights.layout import Row, rows
 from pipeline.config.schema import RunConfig
 
-GIB = 2**30
 BANDWIDTH_SHARE = 0.6  # of the data sheet's memory bandwidth that decoding is assumed to reach
 UTILIZATION = 0.45  # of the arithmetic peak, as ``speed.Machine``
 

@@ -114,7 +114,6 @@ def from_config(model: Architecture, config: RunConfig, mean_response: int = 0, 
     length = _up(rollout.max_prompt_tokens + rollout.max_new_tokens - 1, multiple)
     response = mean_response or rollout.max_new_tokens
     mean_length = min(length, rollout.max_prompt_tokens + response - 1)
-    clip_cov = entropy.controller != "none" and entropy.actuator == "clip_cov"
     each, count, targets = _micro_batches(config, step_rows / learner.updates_per_step, length, mean_length)
     return Work(
         model=model,
@@ -126,12 +125,24 @@ def from_config(model: Architecture, config: RunConfig, mean_response: int = 0, 
         targets=targets,
         micro_batches=_up(count, grid.pp) if grid.vpp > 1 else count,
         step_rows=step_rows,
-        passes=int(config.objective.kl_coef > 0) + int(learner.updates_per_step > 1 or clip_cov),
+        passes=_passes(config),
         reference=config.objective.kl_coef > 0,
         mean_length=mean_length,
         mean_targets=response,
         imbalance=imbalance if model.moe and grid.ep > 1 else 1.0,
     )
+
+
+def _passes(config: RunConfig) -> int:
+    """Forward passes over a step's rows beside training's, as ``pipeline.objectives.prepare`` and ``rollout.queue`` make them.
+
+    The teacher of ``rlrt`` is counted as if all rows had one.
+    """
+    objective, entropy, stale = config.objective, config.entropy, config.rollout.staleness > 0
+    clip_cov = entropy.controller != "none" and entropy.actuator == "clip_cov"
+    statistics = clip_cov or bool(objective.token_shaping) or objective.loss in ("kl_cov", "htpo")
+    old = stale or (config.learner.updates_per_step > 1 and not statistics)
+    return sum((objective.kl_coef > 0, old, statistics, "rlrt" in objective.token_shaping))
 
 
 def _micro_batches(config: RunConfig, rows: float, length: int, mean_length: float) -> tuple[float, int, float]:

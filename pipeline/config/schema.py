@@ -438,7 +438,9 @@ class EntropyConfig:
         "what the positive term is averaged over: positives (tokens of correct rows) | samples (all rows drawn, the paper's G') | main (alpha times what a main row weighs)",
     )
     command: float = key(0.0, "controller=constant: the actuator's command, in its own unit")
-    command_min: float = key(0.0, "lower limit of the command; 0 with command_max 0: default of the actuator")
+    command_min: float = key(
+        0.0, "lower limit of the command, below 0 for high_prob only; 0 with command_max 0: default of the actuator"
+    )
     command_max: float = key(0.0, "upper limit of the command")
     auxiliary_prompts: int = key(4, "resample: prompts drawn again at T+ each step")
     auxiliary_samples: int = key(16, "resample: samples per auxiliary prompt")

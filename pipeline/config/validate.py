@@ -182,7 +182,7 @@ RANGES: dict[str, Range] = {
     "entropy.band.hold_steps": _NOT_NEGATIVE,
     "entropy.band.schedule_steps": _NOT_NEGATIVE,
     "entropy.command": _NOT_NEGATIVE,
-    "entropy.command_min": _NOT_NEGATIVE,
+    "entropy.command_min": Range(-1),
     "entropy.command_max": _NOT_NEGATIVE,
     "entropy.auxiliary_prompts": _COUNT,
     "entropy.auxiliary_samples": _COUNT,
@@ -662,6 +662,13 @@ def _limits(config: RunConfig) -> Iterator[Problem]:
             low,
             f"the temperature range [{low:g}, {high:g}] does not contain 1, the actuator's rest",
             "choose limits with 0 < command_min <= 1 <= command_max, e.g. 0.8 and 1.2",
+        )
+    elif entropy.actuator not in (*TEMPERATURE_ACTUATORS, "high_prob") and low < 0:
+        yield Problem(
+            "entropy.command_min",
+            low,
+            f"{entropy.actuator} takes no negative command: it collapses the policy",
+            "set entropy.command_min=0",
         )
     elif entropy.actuator not in TEMPERATURE_ACTUATORS and low > 0:
         yield Problem(

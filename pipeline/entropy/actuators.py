@@ -87,7 +87,7 @@ def command_limits(config: EntropyConfig, default: tuple[float, float]) -> tuple
         )
     if actuator.temperature and low <= 0:
         raise ValueError(f"entropy.command_min={low}: a temperature must be above 0")
-    if not actuator.temperature and low < 0:
+    if not actuator.temperature and low < 0 <= actuator.lower:
         raise ValueError(
             f"entropy.command_min={low}: {actuator.name} takes no negative command, it collapses the policy"
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -73,17 +73,18 @@ def answer(
 
 def read_answers(folder: Path) -> tuple[Settings, list[dict[str, Any]]]:
     """Settings and answers of all shards in a benchmark's folder, by question. Raises ``DataError``."""
-    files = sorted(folder.glob("responses-*.jsonl"))
-    if not files:
+    shards = {file: lines for file in sorted(folder.glob("responses-*.jsonl")) if (lines := _lines(file))}
+    if not shards:
         raise DataError(f"{folder} holds no responses: run `isentrope benchmark run` first")
-    heads, lines = zip(*(_read(file) for file in files), strict=True)
-    for file, head in zip(files, heads, strict=True):
-        if head != heads[0]:
+    first = next(iter(shards))
+    settings = shards[first][0]
+    for file, (head, *_) in shards.items():
+        if head != settings:
             raise DataError(
-                f"{file} was drawn with {head}, {files[0]} with {heads[0]}: they cannot be one result; remove one"
+                f"{file} was drawn with {head}, {first} with {settings}: they cannot be one result; remove one"
             )
-    by_id = {line["id"]: line for part in lines for line in part}
-    return Settings(**heads[0]), sorted(by_id.values(), key=lambda line: int(line["id"].rpartition("/")[2]))
+    by_id = {line["id"]: line for _, *lines in shards.values() for line in lines}
+    return Settings(**settings), sorted(by_id.values(), key=lambda line: int(line["id"].rpartition("/")[2]))
 
 
 def figures(lines: Sequence[Mapping[str, Any]], ks: Sequence[int]) -> dict[str, Any]:
@@ -146,7 +147,7 @@ def _open(file: Path, settings: Settings) -> list[dict[str, Any]]:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(asdict(settings)) + "\n")
         return []
-    head, lines = _read(file)
+    head, *lines = _lines(file)
     if head != asdict(settings):
         changed = ", ".join(
             f"{name} {head.get(name)!r}, now {value!r}"
@@ -157,16 +158,14 @@ def _open(file: Path, settings: Settings) -> list[dict[str, Any]]:
     return lines
 
 
-def _read(file: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    head, *lines = _parsed(file)
-    return head, lines
-
-
-def _parsed(file: Path) -> Iterator[dict[str, Any]]:
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """The complete lines of a file, its settings first; none of one that ended in its first."""
+    lines = []
     for number, line in enumerate(file.read_bytes().split(b"\n")[:-1], start=1):
         try:
-            yield json.loads(line)
+            lines.append(json.loads(line))
         except ValueError as error:
             raise DataError(
                 f"{file}:{number}: not JSON: {error}; remove the line, its question is answered again"
             ) from error
+    return lines

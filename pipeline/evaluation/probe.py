@@ -19,7 +19,7 @@ import torch
 
 from pipeline.config.schema import RunConfig
 from pipeline.learner import Learner
-from pipeline.objectives.batch import build_batch
+from pipeline.objectives.batch import build_batch, usable
 from pipeline.rewards.stage import VerifierStage
 from pipeline.rollout.engine import RolloutEngine
 from pipeline.rollout.weight_sync import push_weights
@@ -54,8 +54,12 @@ class Asymmetry:
     effects: list[Effect]
 
     def slope(self, sign: str) -> float:
-        """Least-squares slope of the change over ln T; the theory has it above 0 for positives, below for negatives."""
-        points = [(math.log(e.temperature), e.change) for e in self.effects if e.sign == sign]
+        """Least-squares slope of the change over ln T, of the temperatures that had rows; the theory has it above 0 for positives,
+        below for negatives. NaN of fewer than two.
+        """
+        points = [(math.log(e.temperature), e.change) for e in self.effects if e.sign == sign and e.repeats]
+        if len(points) < 2:
+            return math.nan
         middle, level = (fmean(values) for values in zip(*points, strict=True))
         spread = sum((x - middle) ** 2 for x, _ in points)
         return sum((x - middle) * (y - level) for x, y in points) / spread if spread else math.nan
@@ -194,11 +198,7 @@ class Probe:
             SampleGroup(
                 group.prompt,
                 # No term of this loss knows the temperature; ``build_batch`` takes main rows at 1 only.
-                tuple(
-                    replace(s, temperature=1.0)
-                    for s in group.samples
-                    if s.correct == wanted and _usable(s.finish_reason)
-                ),
+                tuple(replace(s, temperature=1.0) for s in group.samples if s.correct == wanted and usable(s)),
                 Role.MAIN,
             )
             for group in groups
@@ -212,10 +212,6 @@ class Probe:
             advantages=torch.full_like(batch.advantages, SIGNS[sign]),
             weights=torch.full_like(batch.weights, 1 / tokens),
         )
-
-
-def _usable(finish_reason: str) -> bool:
-    return finish_reason != "abort"
 
 
 def _effect(temperature: float, sign: str, changes: list[float], rows: list[int]) -> Effect:

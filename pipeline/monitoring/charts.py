@@ -11,9 +11,9 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from pipeline.config.validate import TEMPERATURE_ACTUATORS
 from pipeline.monitoring.summary import RunHistory, pass_at, totals
 from pipeline.monitoring.tracking import filtered
 
@@ -27,6 +27,25 @@ PHASES = {
     "train": "#e8963a",
     "sync": "#d8605f",
     "other": "#a8a29e",
+}
+DARK = {  # lighter partners of the chart colours
+    "#1f2328": "#e6e8eb",
+    "#6e7781": "#9aa4af",
+    "#dde1e6": "#343a42",
+    "#2f9e63": "#4cc38a",
+    "#2563c9": "#6ea8fe",
+    "#d9660a": "#f4a261",
+    "#8250c4": "#b794f6",
+    "#c2325b": "#f07c9c",
+    "#0f8b8d": "#4fc4c6",
+    "#9a7200": "#d9b44a",
+    "#7d8590": "#a3acb6",
+    "#4c78a8": "#7ba3cf",
+    "#b279a2": "#cf9fc2",
+    "#72b7b2": "#8fd0cb",
+    "#e8963a": "#f2ad61",
+    "#d8605f": "#ea8685",
+    "#a8a29e": "#8c8782",
 }
 STYLE: Any = {
     "font.family": "sans-serif",
@@ -56,6 +75,13 @@ def theme_variables() -> dict[str, str]:
     """CSS variable of each colour that the charts use, by hex code."""
     colours = dict.fromkeys([INK, MUTED, GRID, BAND, *SERIES, BASELINE, *PHASES.values()])
     return {colour: f"--chart-{colour[1:]}" for colour in colours}
+
+
+def theme() -> str:
+    """CSS of a page with charts in it: what their colours are, by day and by night."""
+    light = "".join(f"{variable}:{colour};" for colour, variable in theme_variables().items())
+    dark = "".join(f"{variable}:{DARK[colour]};" for colour, variable in theme_variables().items())
+    return f":root{{{light}}}@media (prefers-color-scheme: dark){{:root{{{dark}}}}}"
 
 
 def colour_of(run: RunHistory, runs: Sequence[RunHistory]) -> str:
@@ -96,7 +122,7 @@ def command_chart(axes: Axes, runs: Sequence[RunHistory]) -> None:
     for run in controlled:
         colour, chart = colour_of(run, runs), run.series.read(["control/command"])
         steps, command = chart["step"], chart["control/command"]["mean"]
-        unit = "T+" if run.config.entropy.actuator in ("resample", "reweight", "fc") else run.config.entropy.actuator
+        unit = "T+" if run.config.entropy.actuator in TEMPERATURE_ACTUATORS else run.config.entropy.actuator
         axes.plot(steps, command, color=colour, linewidth=1.4, label=f"{_label(run, runs) or run.label} ({unit})")
         axes.plot(
             steps, np.where(run.series.in_state("saturated")[steps], command, np.nan), ".", color=colour, markersize=5
@@ -165,7 +191,6 @@ def write_png(runs: Sequence[RunHistory], path: Path) -> None:
     """Every chart on one sheet: the entropy large on top, the others below."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(12, 12.5), layout="constrained", facecolor="white")
-        FigureCanvasAgg(figure)
         grid = figure.add_gridspec(3, 2, height_ratios=[1.35, 1, 1])
         for name, cell in zip(CHARTS, (grid[0, :], grid[1, 0], grid[1, 1], grid[2, 0], grid[2, 1]), strict=True):
             CHARTS[name](figure.add_subplot(cell), runs)
@@ -173,16 +198,21 @@ def write_png(runs: Sequence[RunHistory], path: Path) -> None:
 
 
 def svg(name: str, runs: Sequence[RunHistory]) -> str:
-    """One chart as an inline SVG element, colours as CSS variables."""
+    """One chart as an inline SVG element."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11, 4) if name == "entropy" else (5.6, 3.4), layout="constrained")
         CHARTS[name](figure.add_subplot(), runs)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        return inline_svg(figure, name)
+
+
+def inline_svg(figure: Figure, label: str) -> str:
+    """A figure as an SVG element of a page with ``theme``, its colours as CSS variables; to be called where ``STYLE`` holds."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = re.sub(
-        r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{name}">', text, count=1
+        r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{label}">', text, count=1
     )
     for colour, variable in theme_variables().items():
         text = text.replace(colour, f"var({variable})")

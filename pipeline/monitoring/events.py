@@ -11,7 +11,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import TracebackType
@@ -113,7 +113,7 @@ class EventLog:
         self.close()
 
 
-def to_json(values: Mapping[str, Any]) -> str:
+def to_json(values: Mapping[str, Any] | Sequence[Any]) -> str:
     """One line of strict JSON: NaN and infinities, which JSON lacks, become null."""
     try:
         return json.dumps(values, allow_nan=False, ensure_ascii=False, separators=(",", ":"))

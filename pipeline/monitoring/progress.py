@@ -11,6 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.config.validate import TEMPERATURE_ACTUATORS
 from pipeline.monitoring.events import StepRecord
 
 PERIOD = 0.25  # seconds between two refreshes of the panel
@@ -88,6 +89,6 @@ def _command(record: StepRecord) -> str:
     """The command in words: T+ where it is a temperature."""
     if record.actuator in ("none", ""):
         return "no control"
-    if record.actuator in ("resample", "reweight", "fc"):
+    if record.actuator in TEMPERATURE_ACTUATORS:
         return f"T+ {record.temperature:.2f} ({record.actuator})"
     return f"{record.actuator} {record.command:.4g}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.config.load import to_yaml
-from pipeline.monitoring.charts import CHARTS, svg, theme_variables, write_png
+from pipeline.monitoring.charts import CHARTS, svg, write_png
 from pipeline.monitoring.differences import config_differences, result_differences
+from pipeline.monitoring.page import document, html_list, html_table
 from pipeline.monitoring.summary import COMPARED, RunHistory, by_method, cost_sentences, read_run, summarize_run
 from pipeline.monitoring.table import write_csv
 
@@ -46,41 +47,10 @@ HAPPENED = ("restart", "alert", "fault", "stall", "end")
 SHOWN_EVENTS = 100  # the newest of a run
 
 CSS = """
-:root { color-scheme: light dark; --page: #ffffff; --ink: #1f2328; --muted: #5b646e; --line: #dde1e6; --card: #f6f8fa; --good: #1a7f4b; }
-@media (prefers-color-scheme: dark) {
-  :root { --page: #14171b; --ink: #e6e8eb; --muted: #9aa4af; --line: #343a42; --card: #1c2026; --good: #4cc38a; }
-}
-body { background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; max-width: 1120px; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
-p, li { max-width: 52rem; } .muted { color: var(--muted); }
-figure { margin: 0; } svg { width: 100%; height: auto; display: block; } svg text { fill: var(--ink); }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 1rem; }
-.wide { grid-column: 1 / -1; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .7rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; } th { color: var(--muted); font-weight: 600; }
-tr.mean td { font-weight: 600; } .good { color: var(--good); font-weight: 600; }
+.wide { grid-column: 1 / -1; } .good { color: var(--good); font-weight: 600; }
 pre { background: var(--card); padding: .8rem; overflow-x: auto; font-size: 12.5px; } summary { cursor: pointer; }
 """
-DARK = {  # lighter partners of the chart colours
-    "#1f2328": "#e6e8eb",
-    "#6e7781": "#9aa4af",
-    "#dde1e6": "#343a42",
-    "#2f9e63": "#4cc38a",
-    "#2563c9": "#6ea8fe",
-    "#d9660a": "#f4a261",
-    "#8250c4": "#b794f6",
-    "#c2325b": "#f07c9c",
-    "#0f8b8d": "#4fc4c6",
-    "#9a7200": "#d9b44a",
-    "#7d8590": "#a3acb6",
-    "#4c78a8": "#7ba3cf",
-    "#b279a2": "#cf9fc2",
-    "#72b7b2": "#8fd0cb",
-    "#e8963a": "#f2ad61",
-    "#d8605f": "#ea8685",
-    "#a8a29e": "#8c8782",
-}
 
 
 def build_report(
@@ -112,7 +82,7 @@ def _page(runs: Sequence[RunHistory], result: Mapping[str, Any]) -> str:
     )
     sections = [
         f"<h1>Policy entropy in its band: {escape(names)}</h1>",
-        _list(_verdict(run, summary) for run, summary in zip(runs, result["runs"], strict=True)),
+        html_list(_verdict(run, summary) for run, summary in zip(runs, result["runs"], strict=True)),
         f'<div class="charts">{charts}</div>',
         _figures(result),
         _differences(runs, result["runs"]),
@@ -123,19 +93,7 @@ def _page(runs: Sequence[RunHistory], result: Mapping[str, Any]) -> str:
         _samples(runs),
         *(_configuration(run) for run in runs),
     ]
-    style = _theme(theme_variables()) + CSS
-    title = f"isentrope report: {escape(names)}"
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{style}</style></head>\n'
-        f"<body>{''.join(sections)}</body></html>\n"
-    )
-
-
-def _theme(variables: Mapping[str, str]) -> str:
-    light = "".join(f"{variable}:{colour};" for colour, variable in variables.items())
-    dark = "".join(f"{variable}:{DARK[colour]};" for colour, variable in variables.items())
-    return f":root{{{light}}}@media (prefers-color-scheme: dark){{:root{{{dark}}}}}"
+    return document(f"isentrope report: {names}", "".join(sections), CSS)
 
 
 def _verdict(run: RunHistory, summary: Mapping[str, Any]) -> str:
@@ -164,7 +122,7 @@ def _saturation(run: RunHistory, summary: Mapping[str, Any]) -> str:
 
 def _figures(result: Mapping[str, Any]) -> str:
     rows = [[_cell(name, run[name]) for name in COLUMNS] for run in result["runs"]]
-    table = _table(list(COLUMNS.values()), rows)
+    table = html_table(list(COLUMNS.values()), rows)
     several = {name: figures for name, figures in result["methods"].items() if figures["runs"] > 1}
     if several:
         means = [
@@ -172,7 +130,7 @@ def _figures(result: Mapping[str, Any]) -> str:
             for name, figures in several.items()
         ]
         table += "<h2>Mean and standard deviation over seeds</h2>"
-        table += _table(["method", "runs", *(COLUMNS[figure] for figure in COMPARED)], means)
+        table += html_table(["method", "runs", *(COLUMNS[figure] for figure in COMPARED)], means)
     note = (
         "Final entropy: mean of the last 20 steps, nats per token at T=1. Time in band and RMS error: filtered entropy (EMA 0.8), from "
         "its first step in the band on, the error relative to the band's geometric middle. Settled: first step from which it stays 20 steps; "
@@ -184,7 +142,7 @@ def _figures(result: Mapping[str, Any]) -> str:
 def _cost(sentences: Sequence[str]) -> str:
     if not sentences:
         return '<p class="muted">No evaluated run without control to compare with.</p>'
-    return _list(escape(sentence) for sentence in sentences)
+    return html_list(escape(sentence) for sentence in sentences)
 
 
 def _seconds(summaries: Sequence[Mapping[str, Any]]) -> str:
@@ -192,7 +150,7 @@ def _seconds(summaries: Sequence[Mapping[str, Any]]) -> str:
         [escape(f"{run['method']} s{run['seed']}"), *(f"{run['seconds'].get(phase, 0.0):.1f}" for phase in PHASES)]
         for run in summaries
     ]
-    return _table(["run", *PHASES], rows)
+    return html_table(["run", *PHASES], rows)
 
 
 def _mismatch(summaries: Sequence[Mapping[str, Any]]) -> str:
@@ -204,7 +162,7 @@ def _mismatch(summaries: Sequence[Mapping[str, Any]]) -> str:
         "d: log-probability of the same token at the same weights, learner's less engine's, nats; means over steps, the largest of all. "
         "Weights: of objective.correction, where it is on."
     )
-    return _table(["run", *MISMATCH.values()], rows) + f'<p class="muted">{note}</p>'
+    return html_table(["run", *MISMATCH.values()], rows) + f'<p class="muted">{note}</p>'
 
 
 def _differences(runs: Sequence[RunHistory], summaries: Sequence[Mapping[str, Any]]) -> str:
@@ -213,7 +171,7 @@ def _differences(runs: Sequence[RunHistory], summaries: Sequence[Mapping[str, An
         return ""
     header = ["", *(f"{run.label} s{run.config.seed}" for run in runs)]
     keys = [[escape(key), *map(escape, values)] for key, values in config_differences([r.config for r in runs]).items()]
-    told = _table(header, keys) if keys else '<p class="muted">None: the configurations are the same.</p>'
+    told = html_table(header, keys) if keys else '<p class="muted">None: the configurations are the same.</p>'
     results = [
         [escape(COLUMNS[name]), *(_cell(name, value) + _change(name, change) for value, change in cells)]
         for name, cells in result_differences(summaries).items()
@@ -221,7 +179,7 @@ def _differences(runs: Sequence[RunHistory], summaries: Sequence[Mapping[str, An
     note = "In parentheses: the change against the first run."
     return (
         f"<h2>Differences in configuration</h2>{told}"
-        f'<h2>Differences in results</h2>{_table(header, results)}<p class="muted">{note}</p>'
+        f'<h2>Differences in results</h2>{html_table(header, results)}<p class="muted">{note}</p>'
     )
 
 
@@ -242,7 +200,10 @@ def _happened(runs: Sequence[RunHistory]) -> str:
             f"step {mark['step']}: {mark['kind']}, {mark['severity']}: {escape(mark['text'])}"
             for mark in marks[-SHOWN_EVENTS:]
         ]
-        blocks.append(f"<h3>{escape(run.label)} (seed {run.config.seed})</h3>" + (_list(lines) or "<p>Nothing.</p>"))
+        blocks.append(
+            f"<h3>{escape(run.label)} (seed {run.config.seed})</h3>"
+            + (html_list(lines) if lines else "<p>Nothing.</p>")
+        )
     return "<h2>What happened</h2>" + "".join(blocks)
 
 
@@ -255,7 +216,7 @@ def _samples(runs: Sequence[RunHistory]) -> str:
         rows = [_sample_row(json.loads(line)) for line in lines]
         if rows:
             header = ["prompt", "response", "reward", "role", "T"]
-            blocks.append(f"<h3>{escape(run.label)}, step {int(files[-1].stem[5:])}</h3>" + _table(header, rows))
+            blocks.append(f"<h3>{escape(run.label)}, step {int(files[-1].stem[5:])}</h3>" + html_table(header, rows))
     return f"<details><summary>Samples of the last step</summary>{''.join(blocks)}</details>" if blocks else ""
 
 
@@ -273,16 +234,6 @@ def _configuration(run: RunHistory) -> str:
         f"<details><summary>Configuration and versions of {escape(run.label)} (seed {run.config.seed})</summary>"
         f"<p>{escape(versions)}</p><pre>{text}</pre></details>"
     )
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in header)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _list(items: Iterable[str]) -> str:
-    return f"<ul>{''.join(f'<li>{item}</li>' for item in items)}</ul>"
 
 
 def _cell(name: str, value: Any) -> str:

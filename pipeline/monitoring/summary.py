@@ -151,15 +151,15 @@ def by_method(summaries: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def cost_sentences(runs: Sequence[RunHistory], summaries: Sequence[dict[str, Any]]) -> list[str]:
-    """For each controlled method, its pass@1 and pass@16 beside the baseline's, as measured. Empty without a baseline."""
-    methods = by_method(summaries)
-    baselines = list(dict.fromkeys(run.label for run in runs if run.is_baseline))
-    others = list(dict.fromkeys(run.label for run in runs if not run.is_baseline))
+    """For each controlled method, its pass@1 and pass@16 beside the baseline's, of the runs that were evaluated. Empty without a baseline."""
+    evaluated = [summary for summary in summaries if summary["pass_at_1"] is not None]
+    methods = by_method(evaluated)
+    baselines = dict.fromkeys(run.label for run in runs if run.is_baseline and run.label in methods)
+    others = dict.fromkeys(run.label for run in runs if not run.is_baseline and run.label in methods)
     return [
-        _cost(other, baseline, [s for s in summaries if s["method"] in (other, baseline)], methods)
-        for baseline in baselines[:1]
+        _cost(other, baseline, [s for s in evaluated if s["method"] in (other, baseline)], methods)
+        for baseline in list(baselines)[:1]
         for other in others
-        if methods[other]["pass_at_1"] is not None and methods[baseline]["pass_at_1"] is not None
     ]
 
 

@@ -13,6 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from pipeline.config.validate import TEMPERATURE_ACTUATORS
 from pipeline.monitoring.progress import STATE_STYLES
 from pipeline.monitoring.series import Series
 from pipeline.monitoring.status import status_of
@@ -26,7 +27,6 @@ SHOWN_ALERTS = 4
 SEVERITIES = {"info": "cyan", "warning": "yellow", "critical": "bold red"}
 LIFE = {"running": "green", "completed": "green", "silent": "bold red", "failed": "bold red", "stopped": "yellow"}
 MARKS = {"restart": ("R", "cyan"), "fault": ("F", "yellow"), "stall": ("S", "bold red"), "alert": ("!", "bold red")}
-TEMPERATURES = ("resample", "reweight", "fc")
 
 
 def view(runs: Sequence[Series], console: Console) -> RenderableType:
@@ -189,7 +189,7 @@ def _done(found: Mapping[str, Any]) -> int:
 
 def _unit(found: Mapping[str, Any]) -> str:
     """What the command is called."""
-    return f"T+ ({found['actuator']})" if found["actuator"] in TEMPERATURES else str(found["actuator"])
+    return f"T+ ({found['actuator']})" if found["actuator"] in TEMPERATURE_ACTUATORS else str(found["actuator"])
 
 
 def size(count: float) -> str:

@@ -33,7 +33,7 @@ def build_batch(
     - ``samples``: alpha / G' / |o_i| with G' all auxiliary samples, SCOPE-RL's own (arXiv 2510.08141);
     - ``main``: alpha times what a main row of that length weighs (AEPO: positives are rows like others, of advantage 1).
 
-    ``reweight`` averages its positive term over the correct main rows in the same ways (``samples``: over all main rows).
+    ``reweight`` averages its positive term over the correct main rows in the same ways (``samples``: over all main rows that count).
 
     ``objective.overlong`` punishes or leaves out responses that came near the length limit or to it (DAPO, arXiv 2503.14476,
     sections 3.4 and equation 13). Rows left out have weight 0 and count in no denominator; they are still measured.
@@ -51,11 +51,13 @@ def build_batch(
     weights = np.where(kept, _mean_weights(main_lengths, main_lengths[kept], config), 0.0)
     actuation = _actuation(decision, config, float(main_correct.mean()))
     positive_weights = None
-    if actuation.kind == "reweight" and main_correct.any():
-        each = _positive_weights(main_lengths, main_correct, main_lengths[kept], actuation.alpha, config)
-        positive_weights = torch.from_numpy(each)
+    if actuation.kind == "reweight" and main_correct[kept].any():
+        counted = main_lengths[kept]
+        positive_weights = torch.zeros(len(rows))
+        each = _positive_weights(counted, main_correct[kept], counted, actuation.alpha, config)
+        positive_weights[torch.from_numpy(kept)] = torch.from_numpy(each)
     if actuation.kind == "resample":
-        drawn = [(g, group.prompt, s) for g, group in enumerate(auxiliary) for s in group.samples if _usable(s)]
+        drawn = [(g, group.prompt, s) for g, group in enumerate(auxiliary) for s in group.samples if usable(s)]
         lengths = np.array([len(sample.token_ids) for *_, sample in drawn], np.int64)
         correct = np.array([sample.correct for *_, sample in drawn], bool)
         if config.entropy.auxiliary_replaces:
@@ -75,7 +77,7 @@ def positives_consumed(batch: TrainBatch) -> int:
     if kind == "resample":
         return int(batch.auxiliary.sum())
     if kind in ("reweight", "fc", "dcpo", "tok"):
-        return int((batch.correct & ~batch.auxiliary).sum())
+        return int((batch.correct & ~batch.auxiliary & (batch.weights > 0)).sum())
     return 1
 
 
@@ -88,7 +90,8 @@ class _Row:
     group: int
 
 
-def _usable(sample: Sample) -> bool:
+def usable(sample: Sample) -> bool:
+    """Whether a sample can be a row: finished, and of at least one token."""
     return sample.finish_reason != "abort" and len(sample.token_ids) > 0
 
 
@@ -114,12 +117,12 @@ def _dcpo_share(gap: float, alpha: float, accuracy: float) -> float:
 
 
 def _main_rows(main: Sequence[SampleGroup], config: RunConfig) -> list[_Row]:
-    usable = [[sample for sample in group.samples if _usable(sample)] for group in main]
-    rewards = [np.array([sample.reward - _overlong_penalty(sample, config) for sample in group]) for group in usable]
+    kept = [[sample for sample in group.samples if usable(sample)] for group in main]
+    rewards = [np.array([sample.reward - _overlong_penalty(sample, config) for sample in group]) for group in kept]
     advantages = group_advantages(rewards, config.objective)
     return [
         _Row(group.prompt, sample, advantage, False, number)
-        for number, (group, samples, own) in enumerate(zip(main, usable, advantages, strict=True))
+        for number, (group, samples, own) in enumerate(zip(main, kept, advantages, strict=True))
         for sample, advantage in zip(samples, own.tolist(), strict=True)
     ]
 

@@ -9,7 +9,8 @@ from itertools import combinations
 from statistics import median
 from typing import Any
 
-GIB = 2**30
+from pipeline.monitoring.memory import GIB
+
 STEPS = 50  # that the median of a step's time is taken over
 SAMPLE_EVERY, SAMPLES, FEWEST = 60.0, 60, 10  # seconds between two samples of the disk; kept at most; needed for a rate
 KINDS = ("step", "checkpoint", "evaluation")

@@ -82,6 +82,12 @@ def test_law_of_a_run_and_its_warning(capsys, folder, tmp_path):
     assert (controlled["controlled"], free["controlled"]) == (True, False)
     code, out, _ = call(capsys, "entropy", "law", str(folder), str(tmp_path / "grpo"))
     assert out.count("choose no target by it") == 1
+    runs.write_run(
+        tmp_path / "short", entropy=lambda step: 0.3 + 0.01 * step, steps=10
+    )  # 15 % of it are too few to fit
+    code, out, _ = call(capsys, "entropy", "law", str(tmp_path / "short"), "--json")
+    assert "NaN" not in out
+    assert json.loads(out)[0]["early_error"] is None
 
 
 def test_a_folder_that_is_no_run_is_one_clear_line(capsys, tmp_path):

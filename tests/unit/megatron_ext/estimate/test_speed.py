@@ -104,6 +104,24 @@ def test_mini_batches_are_scored_first(plan):
     assert two.model_flops == alone.model_flops
 
 
+@pytest.mark.parametrize(
+    ("keys", "passes"),
+    [
+        (("entropy.controller=none",), 0),
+        (("objective.kl_coef=0.1",), 1),
+        (("learner.updates_per_step=2", "objective.loss=kl_cov"), 1),  # its statistics are old log-probs too
+        (("objective.token_shaping=[stare]",), 1),
+        (("objective.token_shaping=[rlrt]",), 2),  # and what the teacher says
+        (("entropy.controller=pi", "entropy.actuator=clip_cov"), 1),
+        (("rollout.staleness=2", "learner.updates_per_step=2"), 1),  # when the rows are drawn, and not again
+        (("rollout.staleness=2", "objective.loss=htpo"), 2),  # which tokens it marks is of the weights that train
+    ],
+)
+def test_forward_passes_beside_training(plan, keys, passes):
+    """Those of ``objectives.prepare`` and ``rollout.queue``."""
+    assert plan("qwen3-32b", "entropy.controller=none", *keys).passes == passes
+
+
 def test_busiest_experts_and_fp8(plan):
     keys = (*ONE_ROW, "learner.data_parallel_size=2", "learner.log_prob_kernel=torch")
     keys += ("learner.expert_model_parallel_size=2",)

@@ -193,6 +193,11 @@ BROKEN = {
         "entropy.command_min",
         "does nothing at a command of 0",
     ),
+    "sign": (
+        ["entropy.actuator=tok", "entropy.command_min=-1", "entropy.command_max=1"],
+        "entropy.command_min",
+        "takes no negative",
+    ),
     "clip_cov": (["entropy.actuator=clip_cov", "entropy.command_max=2"], "entropy.command_max", "share"),
     "scope": (["entropy.controller=scope", "entropy.actuator=tok"], "entropy.actuator", "commands a temperature"),
     "bang_bang": (

@@ -1,11 +1,13 @@
 import json
 import math
 import random
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.config.load import load_config
 from pipeline.config.schema import BandConfig, EntropyConfig, PiConfig
 from pipeline.entropy.actuators import ACTUATORS
 from pipeline.entropy.factory import build_controller
@@ -374,6 +376,15 @@ def test_configured_limits_bind():
         assert min(commands) == 0.9 or law == "pi"
         assert max(commands) == 1.1
         assert min(commands) >= 0.9
+
+
+def test_an_actuator_of_both_signs_takes_limits_of_both():
+    """``high_prob`` alone. 1 nat above the target of 0.3 EntroPIC's law asks for -1, then 0.3 nats below it for 0.3 - 0.01."""
+    limits = {"actuator": "high_prob", "command_min": -0.5, "command_max": 0.25}
+    overrides = ["entropy.controller=entropic", *(f"entropy.{key}={value}" for key, value in limits.items())]
+    assert load_config(Path("recipe/pm4.yaml"), overrides).entropy.command_min == -0.5
+    commands = [d.command for d in feed(controller(controller="entropic", **limits), [1.3, 1e-3])]
+    assert (min(commands), max(commands)) == (-0.5, 0.25)
 
 
 @pytest.mark.parametrize(

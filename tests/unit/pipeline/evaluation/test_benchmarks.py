@@ -198,3 +198,8 @@ def test_other_settings_are_another_result(tmp_path):
 def test_nothing_answered_says_so(tmp_path):
     with pytest.raises(DataError, match="isentrope benchmark run"):
         read_answers(tmp_path)
+    (tmp_path / "responses-1-of-2.jsonl").write_text('{"model": "mod')  # a shard that ended in its first line
+    with pytest.raises(DataError, match="isentrope benchmark run"):
+        read_answers(tmp_path)
+    ask(prompts_of(1), tmp_path / "responses-0-of-2.jsonl", Scripted(["\\boxed{A}"] * 4))
+    assert [line["id"] for line in read_answers(tmp_path)[1]] == ["x/0"]

@@ -12,9 +12,9 @@ from xml.etree import ElementTree
 import pytest
 
 from pipeline.monitoring import table
-from pipeline.monitoring.charts import CHARTS, theme_variables
+from pipeline.monitoring.charts import CHARTS, DARK, theme_variables
 from pipeline.monitoring.differences import config_differences, result_differences
-from pipeline.monitoring.report import DARK, build_report
+from pipeline.monitoring.report import build_report
 from pipeline.monitoring.summary import by_method, read_run, summarize
 
 sys.path.append(str(Path(__file__).parent))
@@ -126,6 +126,7 @@ def test_a_running_run_can_be_reported(tmp_path, steps):
     (summary,) = result["runs"]
     assert (summary["status"], summary["steps"], summary["pass_at_1"]) == ("unfinished", steps, None)
     assert result["cost"] == []
+    assert "<p>Nothing.</p>" in (tmp_path / "report.html").read_text()
 
 
 def test_engine_against_learner(tmp_path):
@@ -149,6 +150,25 @@ def test_a_saturated_run_says_so_and_its_text_is_escaped(tmp_path):
     assert text in page
     assert "never entered its band" in page
     assert "<b>H</b>" not in page
+
+
+def test_a_seed_not_evaluated_yet_is_left_out_of_the_comparison(folders, tmp_path):
+    """Of two seeds of pi one has just begun: neither its missing figures nor its number count."""
+    recorder = runs.open_run(tmp_path / "begun", "name=pi", "seed=1")
+    runs.record_step(recorder, 0)
+    result = build_report([*folders, tmp_path / "begun"], tmp_path / "report.html")
+    assert result["methods"]["pi"]["runs"] == 2
+    assert result["cost"] == [
+        "pi: pass@1 0.500 against 0.550 of grpo, a difference of -0.050; pass@16 0.950 against 0.880 "
+        "(one seed each; the 95 % intervals of pass@1 overlap), after 30 steps."
+    ]
+
+
+@pytest.mark.parametrize(("actuator", "unit"), [("dcpo", "T+"), ("reweight", "T+"), ("tok", "tok")])
+def test_commands_are_called_what_they_are(tmp_path, actuator, unit):
+    runs.write_run(tmp_path / "run", "name=pi", f"entropy.actuator={actuator}", steps=2)
+    build_report([tmp_path / "run"], tmp_path / "report.html")
+    assert f"pi ({unit})" in (tmp_path / "report.html").read_text()
 
 
 def test_means_over_seeds():

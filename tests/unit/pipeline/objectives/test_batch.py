@@ -354,6 +354,18 @@ def test_overlong_filter_leaves_truncated_rows_out_of_loss_and_denominators(aggr
     assert alone.weights.tolist() == [0, 0]
 
 
+@pytest.mark.parametrize(("mean", "weight"), [("positives", 1 / 3), ("samples", 1 / (2 * 3)), ("main", 1 / 5)])
+def test_overlong_filter_leaves_truncated_rows_out_of_the_positive_term_too(mean, weight):
+    """Correct, but cut off: of rows with 3, 2 and 4 tokens the last counts nowhere, and no actuator acts through it."""
+    cut = sample([3, 4, 5, 6], 1.0, finish_reason="length")
+    main = [group([1], [sample([3, 4, 5], 1.0), sample([6, 7], 0.0), cut])]
+    settings = config("reweight", alpha=1.0, positive_mean=mean, overlong=OverlongConfig(filter=True))
+    batch = build_batch(main, [], DECISION, settings, PAD)
+    assert batch.positive_weights.tolist() == pytest.approx([weight, 0, 0])
+    assert positives_consumed(batch) == 1
+    assert build_batch([group([1], [cut, sample([6], 0.0)])], [], DECISION, settings, PAD).positive_weights is None
+
+
 def test_auxiliary_rows_replace_as_many_main_rows():
     drawn = auxiliary(sample([1, 2], 1.0), sample([3], 1.0), sample([1], 0.0))
     settings = config(positive_mean="main", auxiliary_replaces=True, alpha=0.5)
