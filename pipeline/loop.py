@@ -11,6 +11,7 @@ from pipeline.data.cursor import DataCursor
 from pipeline.entropy.controller import EntropyController
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.learner import Learner
+from pipeline.monitoring.kept import choose, measure
 from pipeline.monitoring.recorder import Recorder
 from pipeline.objectives.batch import positives_consumed
 from pipeline.objectives.prepare import prepare
@@ -58,20 +59,22 @@ class TrainingLoop:
         """Sample, verify, learn, hand the weights over, decide the next temperature."""
         clock = self.recorder.clock()
         drawn = self.queue.next(self.step, self.decision, clock)
+        samples = drawn.samples
         with clock("batch"):
             batch = self.queue.batch(drawn, self.step)
+            chosen = choose(samples.main, samples.auxiliary, self.config.monitoring.samples_per_step, self.step)
         with clock("train"):
             self.rollouts.make_room()
             batch = prepare(batch, self.learner, self.config, self.step)
+            kept = measure(chosen, self.learner)
             stats = self.learner.update(batch, self.step)
         with clock("sync"):
             self.rollouts.push(self.step + 1)
         positives = positives_consumed(batch)
         self.decision = self.controller.update(stats.entropy, positives)
-        samples, control, figures = drawn.samples, (drawn.decision, self.decision), self.rollouts.figures()
-        self.recorder.step(
-            self.step, samples.main, samples.auxiliary, stats, *control, samples.stale, positives, clock, figures
-        )
+        drew, control = (samples.main, samples.auxiliary, kept), (drawn.decision, self.decision)
+        figures = self.rollouts.figures()
+        self.recorder.step(self.step, *drew, stats, *control, samples.stale, positives, clock, figures)
         self.step += 1
 
     def evaluate(self) -> None:

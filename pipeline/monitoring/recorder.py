@@ -26,7 +26,8 @@ from pipeline.entropy.band import Band
 from pipeline.monitoring.activity import Activity
 from pipeline.monitoring.alerts.engine import Alert, AlertEngine, replayed
 from pipeline.monitoring.alerts.rules import constants_of, rules_of
-from pipeline.monitoring.events import FILE_NAME, EventLog, EventLogError, StepRecord, to_json
+from pipeline.monitoring.events import FILE_NAME, EventLog, EventLogError, StepRecord
+from pipeline.monitoring.kept import KeptSample
 from pipeline.monitoring.memory import resident_gib
 from pipeline.monitoring.progress import Progress
 from pipeline.monitoring.series import Series
@@ -171,6 +172,7 @@ class Recorder:
         step: int,
         main: Sequence[SampleGroup],
         auxiliary: Sequence[SampleGroup],
+        kept: Sequence[KeptSample],
         stats: StepStats,
         decision: ControlDecision,
         following: ControlDecision,
@@ -179,7 +181,7 @@ class Recorder:
         clock: StepClock,
         rollouts: Mapping[str, Mapping[str, float]],
     ) -> None:
-        """Record one step: its event, some samples, the progress line.
+        """Record one step: its event, the samples to keep, the progress line.
 
         ``decision`` governed the step just done, ``following`` was made from its entropy reading. ``stale``: samples dropped for
         their weight version; ``positives``: correct rows that the actuator consumed; ``rollouts``: figures of weight sync and engines.
@@ -218,7 +220,7 @@ class Recorder:
         self.event("step", **record.to_dict())
         self._done = step + 1
         self._index_log()
-        self._write_samples(step, main, auxiliary)
+        self._write_samples(step, kept)
         if self._progress is not None:
             self._progress.step(record)
         self._own_seconds = time.perf_counter() - started
@@ -289,14 +291,10 @@ class Recorder:
             if self._log is not None:
                 self._log.append("alert", alert.to_dict())
 
-    def _write_samples(self, step: int, main: Sequence[SampleGroup], auxiliary: Sequence[SampleGroup]) -> None:
-        groups = [group for group in (*main, *auxiliary) if group.samples]
-        count = min(self._config.monitoring.samples_per_step, len(groups))
-        if count == 0:
-            return
-        shown = (groups[i * (len(groups) - 1) // max(1, count - 1)] for i in range(count))
-        lines = [_sample_line(group, step, self._tokenizer) for group in shown]
-        (self.run_dir / "samples" / f"step-{step:06d}.jsonl").write_text("".join(lines), encoding="utf-8")
+    def _write_samples(self, step: int, kept: Sequence[KeptSample]) -> None:
+        if kept:
+            lines = [sample.line(step, self._tokenizer) for sample in kept]
+            (self.run_dir / "samples" / f"step-{step:06d}.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def _lock(run_dir: Path) -> IO[str]:
@@ -337,33 +335,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _sample_line(group: SampleGroup, step: int, tokenizer: Tokenizer | None) -> str:
-    """One sample of a group as a JSON line; which one changes from step to step. No ``pieces`` without a tokenizer."""
-    sample = group.samples[step % len(group.samples)]
-    return (
-        to_json(
-            {
-                "step": step,
-                "prompt_id": group.prompt.id,
-                "prompt": group.prompt.text,
-                "answer": group.prompt.answer,
-                "response": sample.text,
-                "reward": sample.reward,
-                "role": str(sample.role),
-                "temperature": sample.temperature,
-                "tokens": len(sample.token_ids),
-                "finish_reason": sample.finish_reason,
-                "weight_versions": [[span.version, span.start, span.end] for span in sample.weight_versions],
-                "verifier_error": sample.verifier_error,
-                "seed": sample.seed,
-                "pieces": tokenizer.pieces(sample.token_ids) if tokenizer else [],
-                "log_probs": [round(value, 3) for value in sample.log_probs.tolist()],
-            }
-        )
-        + "\n"
-    )
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -215,14 +215,17 @@ def _samples(runs: Sequence[RunHistory]) -> str:
         lines = files[-1].read_text(encoding="utf-8").splitlines()[:SHOWN_SAMPLES] if files else []
         rows = [_sample_row(json.loads(line)) for line in lines]
         if rows:
-            header = ["prompt", "response", "reward", "role", "T"]
+            header = ["prompt", "response", "reward", "role", "T", "entropy"]
             blocks.append(f"<h3>{escape(run.label)}, step {int(files[-1].stem[5:])}</h3>" + html_table(header, rows))
     return f"<details><summary>Samples of the last step</summary>{''.join(blocks)}</details>" if blocks else ""
 
 
 def _sample_row(sample: Mapping[str, Any]) -> list[str]:
     texts = [escape(str(sample[name])[-200:]) for name in ("prompt", "response")]
-    return [*texts, _number(sample["reward"]), escape(sample["role"]), _number(sample["temperature"])]
+    entropies = sample.get("entropies")  # older runs have none
+    entropy = sum(entropies) / len(entropies) if entropies else None  # nats per token
+    figures = [_number(sample["temperature"]), _number(entropy)]
+    return [*texts, _number(sample["reward"]), escape(sample["role"]), *figures]
 
 
 def _configuration(run: RunHistory) -> str:

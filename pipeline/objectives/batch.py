@@ -68,6 +68,15 @@ def build_batch(
     return _assemble(rows, weights, pad_token_id, actuation, positive_weights)
 
 
+def rows_to_measure(samples: Sequence[tuple[Prompt, Sample]]) -> TrainBatch:
+    """Rows that a learner is only asked about, in this order: they weigh nothing. Every response must have a token.
+
+    Padding is token 0, which no real token sees.
+    """
+    rows = [_Row(prompt, sample, 0.0, False, number) for number, (prompt, sample) in enumerate(samples)]
+    return _assemble(rows, np.zeros(len(rows)), 0, Actuation(), None)
+
+
 def positives_consumed(batch: TrainBatch) -> int:
     """Correct rows through which the actuator acted in this batch, for the controller's "no positives" fallback.
 

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 from megatron_ranks import batch, exported, gradients, learner
 
+from pipeline.monitoring.kept import measure
+
 
 def train(rank, world, address, folder, tp, pp, batches, config):
     """Log-probs and full gradients of the first batch, then statistics of an update on each and the weights after."""
@@ -17,10 +19,10 @@ def train(rank, world, address, folder, tp, pp, batches, config):
     return log_probs, grads, stats, weights
 
 
-def shaped(rank, world, address, folder, tp, pp, rows, config):
-    """Statistics of the rows, and full gradients of their loss."""
+def shaped(rank, world, address, folder, tp, pp, rows, shown, config):
+    """Statistics of the rows, full gradients of their loss, and what a run keeps of the rollouts ``shown``."""
     made = learner(rank, world, address, folder, tp, pp, **config)
-    found = made.statistics(rows), gradients(made, rows)
+    found = made.statistics(rows), gradients(made, rows), measure(shown, made)
     made.close()
     return found
 

@@ -5,11 +5,14 @@ from functools import cache
 
 import batching_ranks
 import megatron_ranks as ranks
+import numpy as np
 import pytest
 import tiny_models
 import torch
 
 from pipeline.config.schema import ObjectiveConfig
+from pipeline.types import Prompt
+from tests.unit.pipeline.monitoring import run_writer
 
 # A large epsilon keeps Adam from turning the last bit of a tiny gradient into a whole step.
 ADAM = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-3}
@@ -111,6 +114,27 @@ def shaped_batch(log_probs):
     )
 
 
+def rollouts():
+    """Three responses of uneven length: fewer than four, so that some ranks have none."""
+    g, drawn = seeded(6), []
+    for number, (prompt, response) in enumerate([(3, 9), (5, 1), (2, 4)]):
+        tokens = torch.randint(0, 37, (prompt + response,), generator=g).tolist()
+        sample = run_writer.sample(tokens=response, temperature=1.3)
+        asked = Prompt(str(number), tuple(tokens[:prompt]), "", None, "exact")
+        drawn.append((asked, replace(sample, token_ids=np.array(tokens[prompt:]))))
+    return drawn
+
+
+def exact_entropies(folder, drawn):
+    """Of each rollout's tokens by transformers: sum of -p log p over the vocabulary, in float64."""
+    model = tiny_models.hf_model(folder).double()
+    for prompt, sample in drawn:
+        tokens = torch.tensor([[*prompt.token_ids, *sample.token_ids.tolist()]])
+        with torch.no_grad():
+            logits = model(tokens).logits[0, len(prompt.token_ids) - 1 : -1]
+        yield torch.special.entr(logits.softmax(-1)).sum(-1)
+
+
 @pytest.mark.parametrize(
     ("loss", "world", "tp", "pp", "config"),
     [
@@ -126,14 +150,20 @@ def test_statistics_and_shaped_tokens_are_the_same_in_every_layout(gang, folders
     folder = folders["qwen3"]
     log_probs = gang.run(batching_ranks.log_probs, 1, folder, [ranks.batch()], WHOLE)[0][0]
     rows, objective = shaped_batch(log_probs), {"objective": ObjectiveConfig(loss=loss)}
-    ((whole, gradients),) = gang.run(batching_ranks.shaped, 1, folder, 1, 1, rows, WHOLE | objective)
+    shown = rollouts()
+    ((whole, gradients, _),) = gang.run(batching_ranks.shaped, 1, folder, 1, 1, rows, shown, WHOLE | objective)
     assert list(whole) == ["log_probs", "entropy", "moment"]
     assert relative(whole["log_probs"], log_probs) <= 1e-6
-    for statistics, got in gang.run(batching_ranks.shaped, world, folder, tp, pp, rows, config | objective):
+    entropies = list(exact_entropies(folder, shown))
+    for statistics, got, kept in gang.run(
+        batching_ranks.shaped, world, folder, tp, pp, rows, shown, config | objective
+    ):
         for name, grid in whole.items():
             assert relative(statistics[name], grid) <= 1e-5
             assert not statistics[name][~rows.loss_mask].any()
         assert relative(flat(got), flat(gradients)) <= 1e-5
+        for sample, exact in zip(kept, entropies, strict=True):
+            np.testing.assert_allclose(sample.entropies, exact, rtol=1e-5)
 
 
 def relative(got, expected):

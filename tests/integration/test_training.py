@@ -10,11 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
+from pipeline.data.tokenizer import load_tokenizer
+from tests.distributed.tiny_models import hf_model
 from tests.processes import descendants
 from tests.step_events import essence
 
 ROOT = Path(__file__).resolve().parents[2]
+MODEL = ROOT / "configs/model/pm4-100k"
 SMALL = [
     "rollout.prompts_per_step=4",
     "rollout.samples_per_prompt=4",
@@ -71,6 +75,20 @@ def samples(run_dir: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in sorted((run_dir / "samples").iterdir())}
 
 
+def assert_entropies_of_the_start(run_dir: Path) -> list[dict]:
+    """The samples of step 0, whose entropies are those of the weights before the update: by transformers, in float64."""
+    model, tokenizer = hf_model(MODEL).double(), load_tokenizer(MODEL)
+    kept = [json.loads(line) for line in samples(run_dir)["step-000000.jsonl"].splitlines()]
+    for line in kept:
+        prompt = tokenizer.encode(line["prompt"])
+        tokens = torch.tensor([[*prompt, *tokenizer.encode("".join(line["pieces"]))]])
+        with torch.no_grad():
+            logits = model(tokens).logits[0, len(prompt) - 1 : -1]
+        exact = torch.special.entr(logits.softmax(-1)).sum(-1)
+        assert line["entropies"] == pytest.approx(exact.tolist(), abs=6e-4)  # three decimals are kept
+    return kept
+
+
 @pytest.fixture(scope="module")
 def grpo(tmp_path_factory):
     return train(tmp_path_factory.mktemp("grpo") / "run", *ALPHA_ZERO, "entropy.controller=none")
@@ -111,6 +129,9 @@ def test_killed_between_steps_then_resumed_continues_bit_for_bit(tmp_path, more)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [essence(s) for s in steps(run_dir)] == [essence(s) for s in whole]
     assert samples(run_dir) == samples(tmp_path / "whole")
+    kept = assert_entropies_of_the_start(run_dir)
+    if "entropy.actuator=resample" in more:
+        assert any(line["role"] == "auxiliary" and line["reward"] < 1 for line in kept), "no row of the batch"
 
 
 @pytest.mark.parametrize(
@@ -137,6 +158,7 @@ def test_a_signal_ends_in_a_checkpoint_and_resume_finishes(tmp_path, runtime, nu
         assert step["memory"].keys() == ({"driver"} if runtime else {"driver", "learner"})
         assert all(0.1 < gib < 10 for gib in step["memory"].values())
     assert [e["attempt"] for e in events(run_dir) if e["kind"] in ("run_start", "resume")] == [1, 2]
+    assert_entropies_of_the_start(run_dir)
     # The engine's log-probs are those of the weights just synced, whatever the learner's layout.
     assert max(s["metrics"]["mismatch_max"] for s in steps(run_dir)) < 1e-3
     kinds = {event["kind"] for event in events(run_dir)}

@@ -237,26 +237,64 @@ def test_samples_are_listed_searched_and_coloured(browser, run_dir):
         assert page.locator("#list mark").inner_text() == "question 7"
         tokens = page.locator("#sample .tokens span")
         assert tokens.all_inner_texts() == ["a", "b", "c", "d"]
-        assert tokens.first.get_attribute("title") == '"a": log p 0, p 1'
+        assert tokens.first.get_attribute("title") == '"a": log p 0, p 1, entropy 0'
         page.get_by_label("Search samples").fill("nowhere")
         page.get_by_text("No sample holds this text.").wait_for()
 
 
-def test_tokens_are_coloured_by_their_entropy_where_it_is_known(browser, run_dir, tmp_path):
+def shades(page):
+    """Of the tokens shown: 0 none, 1 three nats or more."""
+    spans = page.locator("#sample .tokens span").all()
+    return [span.evaluate("span => span.style.getPropertyValue('--shade')") for span in spans]
+
+
+def test_tokens_are_coloured_by_entropy_or_by_log_prob_as_the_reader_chooses(browser, run_dir, tmp_path):
     shutil.copytree(run_dir, tmp_path / "run")
     path = tmp_path / "run" / "samples" / "step-000060.jsonl"
     line = json.loads(path.read_text())
     drawn = {"pieces": ["so", " 1", "\n"], "log_probs": [-3.0, -1.5, 0.0], "entropies": [0.0, 0.75, 3.0]}
     path.write_text(json.dumps(line | drawn) + "\n")
     with opened(browser, tmp_path / "run") as page:
-        tokens = page.locator("#sample .tokens span")
-        tokens.first.wait_for()
-        assert tokens.nth(1).get_attribute("title") == '" 1": log p -1.50, p 0.223, entropy 0.750'
-        shades = [tokens.nth(i).evaluate("span => span.style.getPropertyValue('--shade')") for i in range(3)]
-        assert shades == ["0", "0.25", "1"]
-        page.get_by_label("surprise").check()
-        shades = [tokens.nth(i).evaluate("span => span.style.getPropertyValue('--shade')") for i in range(3)]
-        assert shades == ["1", "0.5", "0"]
+        by_entropy, by_log_prob = (
+            page.get_by_role("group", name="Colour tokens by").get_by_role("button", name=name)
+            for name in ("entropy", "log-prob")
+        )
+        told = page.locator("#sample .measure")
+        by_entropy.wait_for()
+        assert page.locator("#sample .tokens span").nth(1).get_attribute("title") == (
+            '" 1": log p -1.50, p 0.223, entropy 0.750'
+        )
+        assert shades(page) == ["0", "0.25", "1"]
+        assert told.inner_text().startswith("exact entropy of the policy")
+        by_log_prob.click()
+        assert shades(page) == ["1", "0.5", "0"]
+        assert told.inner_text().endswith("log p of the token, under the policy and at the temperature that drew it")
+        assert [button.get_attribute("aria-pressed") for button in (by_entropy, by_log_prob)] == ["false", "true"]
+        page.keyboard.press("c")
+        assert shades(page) == ["0", "0.25", "1"]
+        page.keyboard.press("c")
+        page.keyboard.press("j")
+        page.wait_for_selector("#sample-59-0[aria-selected='true']")
+        page.wait_for_selector("#sample .tokens span:has-text('d')")
+        assert shades(page) == ["0"] * 4, "the choice stays: entropies 0, 0.5, 1 and 1.5, log-probs 0"
+        by_entropy.click()
+        assert [round(36 * float(shade)) for shade in shades(page)] == [0, 6, 12, 18]
+        page.reload()
+        page.wait_for_selector("#sample .measure:has-text('exact entropy')")
+
+
+def test_a_run_that_recorded_no_entropies_shows_log_probs(browser, run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "run")
+    path = tmp_path / "run" / "samples" / "step-000059.jsonl"
+    line = json.loads(path.read_text()) | {"log_probs": [-3.0, -1.5, 0.0, 0.0]}
+    del line["entropies"]
+    path.write_text(json.dumps(line) + "\n")
+    (tmp_path / "run" / "samples" / "step-000060.jsonl").unlink()
+    with opened(browser, tmp_path / "run") as page:
+        page.wait_for_selector("#sample .measure:has-text('the entropy of each token was not recorded')")
+        assert page.get_by_role("group", name="Colour tokens by").get_by_role("button", name="entropy").is_disabled()
+        page.keyboard.press("c")
+        assert shades(page) == ["1", "0.5", "0", "0"]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -39,6 +39,7 @@ def write_simulated(run_dir, *overrides):
             step,
             [runs.group(runs.sample(reward), runs.sample(reward))],
             [],
+            [],
             stats,
             used,
             used,

@@ -1,6 +1,7 @@
 """A small run folder, written by the recorder itself."""
 
 import math
+from itertools import starmap
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import numpy as np
 from pipeline.checkpoints import Checkpoint
 from pipeline.config.load import load_config
 from pipeline.data.sources import PromptSet
+from pipeline.monitoring.kept import KeptSample, choose
 from pipeline.monitoring.recorder import Recorder, StepClock
 from pipeline.types import ControlDecision, EntropyReading, Prompt, Role, Sample, SampleGroup, StepStats, WeightSpan
 
@@ -39,6 +41,11 @@ def group(*samples, role=Role.MAIN):
     return SampleGroup(PROMPT, samples, role)
 
 
+def kept(prompt, sample):
+    """As if the policy had chosen the n-th token among e^(n/2) equally likely ones."""
+    return KeptSample(prompt, sample, np.arange(len(sample.token_ids), dtype=np.float32) / 2)
+
+
 def decision(state="tracking", temperature=1.2, reason="H in band"):
     return ControlDecision(temperature, temperature, 0, state, reason, 0.2985, 0.3)
 
@@ -51,7 +58,9 @@ def record_step(recorder, step, entropy=0.3, state="tracking", reason="H in band
     stats = StepStats(
         -0.1, EntropyReading(entropy * 100, 100.0, step), 1.0, 1e-3, metrics or {"policy_loss": -0.1}, 0.05
     )
-    recorder.step(step, main, [], stats, decision(), decision(state, reason=reason), 0, 1, clock, ROLLOUTS)
+    chosen = choose(main, [], recorder._config.monitoring.samples_per_step, step)
+    control = (decision(), decision(state, reason=reason))
+    recorder.step(step, main, [], list(starmap(kept, chosen)), stats, *control, 0, 1, clock, ROLLOUTS)
 
 
 def evaluation(pass_at_1, pass_at_16):

@@ -20,6 +20,7 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.monitoring import recorder as recorder_module
 from pipeline.monitoring import series as series_module
 from pipeline.monitoring.events import read_events
+from pipeline.monitoring.kept import KeptSample
 from pipeline.monitoring.progress import Progress
 from pipeline.monitoring.recorder import StepClock, rollout_figures
 from pipeline.types import Role
@@ -157,24 +158,17 @@ def test_a_step_without_samples_is_recorded(tmp_path):
     assert step["reward"] is None
 
 
-def test_samples_hold_main_and_auxiliary_rows(tmp_path):
-    recorder = runs.open_run(tmp_path, "monitoring.samples_per_step=2")
-    hot = runs.group(runs.sample(role=Role.AUXILIARY, temperature=1.3), role=Role.AUXILIARY)
-    recorder._write_samples(12, [runs.group(runs.sample(), runs.sample(0.0))] * 3, [hot])
-    lines = [json.loads(line) for line in (tmp_path / "samples" / "step-000012.jsonl").read_text().splitlines()]
-    assert [(line["role"], line["temperature"]) for line in lines] == [("main", 1.0), ("auxiliary", 1.3)]
-    assert lines[0]["prompt"] == "1234>10="
-    assert lines[0]["weight_versions"] == [[0, 0, 4]]
-
-
-def test_samples_hold_every_token_with_its_log_prob(tmp_path):
-    recorder = runs.open_run(tmp_path, "monitoring.samples_per_step=1")
+def test_samples_hold_every_token_with_its_log_prob_and_entropy(tmp_path):
+    recorder = runs.open_run(tmp_path)
     recorder.data(PromptSet((runs.PROMPT,), (), 0), load_tokenizer(resolve_path("model/pm4-100k")))
     drawn = replace(runs.sample(), token_ids=np.array([1, 10, 2, 15]), log_probs=np.log([0.5, 0.25, 0.9, 1.0]))
-    recorder._write_samples(0, [runs.group(drawn)], [])
-    line = json.loads((tmp_path / "samples" / "step-000000.jsonl").read_text())
+    entropies = np.log([2.0, 4.0, 1.5, 1.0])
+    recorder._write_samples(12, [KeptSample(runs.PROMPT, drawn, entropies)])
+    line = json.loads((tmp_path / "samples" / "step-000012.jsonl").read_text())
+    assert (line["step"], line["prompt"], line["weight_versions"]) == (12, "1234>10=", [[0, 0, 4]])
     assert line["pieces"] == ["1", "+", "2", "$"]
     assert line["log_probs"] == [-0.693, -1.386, -0.105, 0.0]
+    assert line["entropies"] == [0.693, 1.386, 0.405, 0.0]
 
 
 def test_the_clock_accounts_for_every_second():

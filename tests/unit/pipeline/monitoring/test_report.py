@@ -230,3 +230,19 @@ def test_every_step_as_csv(folders, tmp_path, monkeypatch):
     assert float(pi[-1]["evaluation/pass_at_16"]) == 0.95
     assert pi[0]["evaluation/pass_at_16"] == ""
     assert float(pi[3]["sync/bytes"]) == 2**20
+
+
+def test_samples_tell_their_mean_entropy_where_it_was_recorded(tmp_path):
+    runs.write_run(tmp_path / "run", "name=run", finish=False)
+    page = build(tmp_path / "run")
+    assert "<th>T</th><th>entropy</th>" in page
+    assert "<td>1.000</td><td>0.750</td>" in page  # mean of 0, 0.5, 1 and 1.5
+    path = tmp_path / "run" / "samples" / "step-000029.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps({k: v for k, v in line.items() if k != "entropies"}) + "\n" for line in lines))
+    assert "<td>1.000</td><td>-</td>" in build(tmp_path / "run")
+
+
+def build(run_dir):
+    build_report([run_dir], run_dir / "report.html")
+    return (run_dir / "report.html").read_text()

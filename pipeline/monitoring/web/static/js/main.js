@@ -215,6 +215,7 @@ const KEYS = {
   t: nextTheme,
   j: () => page.samples.move(1),
   k: () => page.samples.move(-1),
+  c: () => page.samples.otherColour(),
   ArrowLeft: () => pan(-0.25),
   ArrowRight: () => pan(0.25),
   "+": () => zoomBy(0.5),

@@ -5,6 +5,11 @@ import { element, number, setText } from "./format.js";
 
 const FULL = 3; // nats that get the full tint
 const TINTS = 12; // shades of it
+// What may tint a token, and what the legend says of it.
+const MEASURES = {
+  entropy: "exact entropy of the policy at the token, at T = 1, before the step's update",
+  "log-prob": "−log p of the token, under the policy and at the temperature that drew it",
+};
 const by = (id) => document.getElementById(id);
 
 export class Samples {
@@ -12,7 +17,9 @@ export class Samples {
     this.run = null;
     this.items = []; // [{step, index, ...}], as listed
     this.chosen = -1;
+    this.sample = null; // the chosen one, once it is read
     this.asked = 0; // to drop answers that a later question overtook
+    this.colouring = localStorage.getItem("colouring") ?? "entropy"; // the reader's choice, a key of MEASURES
     by("search").addEventListener("input", () => this.#later());
     by("role").addEventListener("change", () => this.load());
     by("older").addEventListener("click", () => this.#more(this.next));
@@ -28,6 +35,7 @@ export class Samples {
 
   async load() {
     this.items = [];
+    this.sample = null;
     by("newer").hidden = true;
     by("list").replaceChildren();
     by("list").scrollTop = 0;
@@ -70,7 +78,24 @@ export class Samples {
     by("list").setAttribute("aria-activedescendant", option.id);
     reveal(by("list"), option);
     const sample = await api.sample(this.run.id, item.step, item.index);
-    if (this.items[this.chosen] === item) by("sample").replaceChildren(...detail(sample));
+    if (this.items[this.chosen] !== item) return;
+    this.sample = sample;
+    const { parts, paint } = detail(sample, (measure) => this.colour(measure));
+    by("sample").replaceChildren(...parts);
+    this.paint = paint;
+    this.paint(this.colouring);
+  }
+
+  /** Tint the tokens by another measure than now, where there is one. */
+  otherColour() {
+    if (this.sample?.entropies) this.colour(Object.keys(MEASURES).find((name) => name !== this.colouring));
+  }
+
+  /** Tint the tokens by `measure`, and those of every sample to come. */
+  colour(measure) {
+    this.colouring = measure;
+    localStorage.setItem("colouring", measure);
+    this.paint(measure);
   }
 
   #later() {
@@ -156,7 +181,8 @@ function marked(text, search) {
   );
 }
 
-function detail(sample) {
+/** What is shown of a sample, `parts`, and how to tint its tokens by a measure, `paint`. */
+function detail(sample, colour) {
   const versions = sample.weight_versions
     .map(([version, first, last]) =>
       sample.weight_versions.length > 1 ? `${version} (tokens ${first} to ${last})` : version,
@@ -180,62 +206,59 @@ function detail(sample) {
     { class: "sample-facts" },
     ...Object.entries(facts).flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, String(value))]),
   );
-  return [
-    element("h3", {}, "Prompt"),
-    element("pre", {}, sample.prompt),
-    element("h3", {}, "Response"),
-    ...response(sample),
-    list,
-  ];
+  const { parts, paint } = response(sample, colour);
+  const prompt = [element("h3", {}, "Prompt"), element("pre", {}, sample.prompt)];
+  return { parts: [...prompt, element("h3", {}, "Response"), ...parts, list], paint };
 }
 
-/** The tokens, tinted by how little the policy expected each, or by the entropy it chose it with. */
-function response(sample) {
-  if (!sample.pieces?.length)
-    return [element("pre", {}, sample.response), element("p", { class: "muted" }, "This run kept no tokens.")];
-  const measures = {
-    surprise: sample.log_probs.map((value) => -value),
-    ...(sample.entropies ? { entropy: sample.entropies } : {}),
+/** The tokens, to be tinted by the entropy that each was chosen with, or by how little the policy expected it; and the legend. */
+function response(sample, colour) {
+  if (!sample.pieces?.length) {
+    const none = element("p", { class: "muted" }, "This run kept no tokens.");
+    return { parts: [element("pre", {}, sample.response), none], paint: () => {} };
+  }
+  const values = { entropy: sample.entropies, "log-prob": sample.log_probs.map((value) => -value) };
+  const tokens = sample.pieces.map((piece, index) => token(piece, sample, index));
+  const buttons = Object.keys(MEASURES).map((name) => button(name, values[name], colour));
+  const told = element("span", { class: "measure" });
+  const paint = (measure) => {
+    const shown = values[measure] ? measure : "log-prob"; // older runs kept no entropies
+    tokens.forEach((span, index) => tint(span, values[shown][index]));
+    for (const each of buttons) each.setAttribute("aria-pressed", String(each.textContent === shown));
+    setText(told, MEASURES[shown] + (values.entropy ? "" : "; the entropy of each token was not recorded"));
   };
-  const text = element("pre", { class: "tokens" });
-  const paint = (name) =>
-    text.replaceChildren(...sample.pieces.map((piece, index) => token(piece, sample, index, measures[name][index])));
-  const names = Object.keys(measures);
-  paint(names.at(-1));
-  const buttons = names.map((name) =>
-    element(
-      "label",
-      {},
-      element("input", { type: "radio", name: "tint", checked: name === names.at(-1), onchange: () => paint(name) }),
-      name,
-    ),
+  const legend = element(
+    "div",
+    { class: "scale muted" },
+    element("div", { role: "group", "aria-label": "Colour tokens by" }, ...buttons),
+    element("span", { class: "ramp", "aria-hidden": "true" }, "0 ", ...ramp(), ` ${FULL} nats or more`),
+    told,
   );
-  const scale = Array.from({ length: TINTS + 1 }, (_, shade) => tinted(shade, {}, ""));
-  const missing = sample.entropies
-    ? ""
-    : " Surprise is −log p of the token; the entropy of each token was not recorded.";
-  return [
-    text,
-    element(
-      "p",
-      { class: "scale muted" },
-      ...(names.length > 1 ? buttons : ["surprise"]),
-      element("span", { class: "ramp", "aria-hidden": "true" }, "0 ", ...scale, ` ${FULL} nats or more`),
-      missing,
-    ),
-  ];
+  return { parts: [element("pre", { class: "tokens" }, ...tokens), legend], paint };
 }
 
-function token(piece, sample, index, value) {
-  const shade = Math.round((TINTS * Math.min(FULL, Math.max(0, value ?? 0))) / FULL);
+function button(measure, values, colour) {
+  const attributes = { type: "button", "aria-keyshortcuts": "c", disabled: !values, onclick: () => colour(measure) };
+  return element("button", attributes, measure);
+}
+
+function token(piece, sample, index) {
   const entropy = sample.entropies ? `, entropy ${number(sample.entropies[index])}` : "";
   const logProb = sample.log_probs[index];
   const told = `${JSON.stringify(piece)}: log p ${number(logProb)}, p ${number(Math.exp(logProb))}${entropy}`;
-  return tinted(shade, { title: told }, piece.replaceAll("\n", "↵\n"));
+  return element("span", { class: "tint", title: told }, piece.replaceAll("\n", "↵\n"));
 }
 
-function tinted(shade, attributes, text) {
-  const span = element("span", { class: "tint", ...attributes }, text);
+/** All shades, palest first. */
+function ramp() {
+  return Array.from({ length: TINTS + 1 }, (_, shade) =>
+    tint(element("span", { class: "tint" }), (shade * FULL) / TINTS),
+  );
+}
+
+/** Tint a token by a value in nats. */
+function tint(span, value) {
+  const shade = Math.round((TINTS * Math.min(FULL, Math.max(0, value))) / FULL);
   span.style.setProperty("--shade", shade / TINTS);
   return span;
 }
