@@ -66,7 +66,7 @@ class TrainingLoop:
         with clock("train"):
             self.rollouts.make_room()
             batch = prepare(batch, self.learner, self.config, self.step)
-            kept = measure(chosen, self.learner)
+            kept = measure(chosen, self.learner, self.step)
             stats = self.learner.update(batch, self.step)
         with clock("sync"):
             self.rollouts.push(self.step + 1)

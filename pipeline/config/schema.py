@@ -542,7 +542,7 @@ class MonitoringConfig:
     """What a run writes while it runs, and who watches it."""
 
     samples_per_step: int = key(
-        4, "rollouts written to samples/ each step; a forward pass over them gives their entropies"
+        4, "rollouts written to samples/ each step; every tenth step a forward pass over them gives their entropies"
     )
     progress: bool = key(True, "live progress in the terminal")
     sinks: list[str] = key([], "where metrics go as well: tensorboard | wandb | mlflow | prometheus, any of them")

@@ -13,14 +13,16 @@ from pipeline.monitoring.events import to_json
 from pipeline.objectives.batch import rows_to_measure
 from pipeline.types import Prompt, Sample, SampleGroup
 
+MEASURED_EVERY = 10  # steps: a pass through a tiny model costs 5 % of its step, and monitoring may not take 1 %
+
 
 @dataclass(frozen=True)
 class KeptSample:
-    """One rollout, and the exact entropy of the policy at each of its tokens."""
+    """One rollout and, in the steps that measure it, the exact entropy of the policy at each of its tokens."""
 
     prompt: Prompt
     sample: Sample
-    entropies: np.ndarray  # float32 [n], nats at T=1, of the policy that the step's update starts from
+    entropies: np.ndarray | None  # float32 [n], nats at T=1, of the policy that the step's update starts from
 
     def line(self, step: int, tokenizer: Tokenizer | None) -> str:
         """As a JSON line of ``samples/``. No ``pieces`` without a tokenizer."""
@@ -41,7 +43,7 @@ class KeptSample:
             "seed": sample.seed,
             "pieces": tokenizer.pieces(sample.token_ids) if tokenizer else [],
             "log_probs": _rounded(sample.log_probs),
-            "entropies": _rounded(self.entropies),
+            **({} if self.entropies is None else {"entropies": _rounded(self.entropies)}),
         }
         return to_json(fields) + "\n"
 
@@ -60,10 +62,10 @@ def choose(
     return [drawn[i * (len(drawn) - 1) // max(1, count - 1)] for i in range(count)]
 
 
-def measure(chosen: Sequence[tuple[Prompt, Sample]], learner: Learner) -> list[KeptSample]:
-    """Ask the learner for the entropies: one forward pass over these rows alone, as not all of them are trained on."""
-    if not chosen:
-        return []
+def measure(chosen: Sequence[tuple[Prompt, Sample]], learner: Learner, step: int) -> list[KeptSample]:
+    """Ask the learner for the entropies, every tenth step: one forward pass over these rows alone, as not all of them are trained on."""
+    if not chosen or step % MEASURED_EVERY:
+        return [KeptSample(*pair, None) for pair in chosen]
     batch = rows_to_measure(chosen)
     entropies = learner.statistics(batch)["entropy"]
     return [

@@ -22,7 +22,7 @@ def train(rank, world, address, folder, tp, pp, batches, config):
 def shaped(rank, world, address, folder, tp, pp, rows, shown, config):
     """Statistics of the rows, full gradients of their loss, and what a run keeps of the rollouts ``shown``."""
     made = learner(rank, world, address, folder, tp, pp, **config)
-    found = made.statistics(rows), gradients(made, rows), measure(shown, made)
+    found = made.statistics(rows), gradients(made, rows), measure(shown, made, step=0)
     made.close()
     return found
 

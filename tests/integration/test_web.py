@@ -291,7 +291,7 @@ def test_a_run_that_recorded_no_entropies_shows_log_probs(browser, run_dir, tmp_
     path.write_text(json.dumps(line) + "\n")
     (tmp_path / "run" / "samples" / "step-000060.jsonl").unlink()
     with opened(browser, tmp_path / "run") as page:
-        page.wait_for_selector("#sample .measure:has-text('the entropy of each token was not recorded')")
+        page.wait_for_selector("#sample .measure:has-text('the entropy is recorded every tenth step')")
         assert page.get_by_role("group", name="Colour tokens by").get_by_role("button", name="entropy").is_disabled()
         page.keyboard.press("c")
         assert shades(page) == ["1", "0.5", "0", "0"]

@@ -1,5 +1,6 @@
 """Which rollouts a run keeps: the same ones whoever asks, known before the step."""
 
+import json
 from dataclasses import replace
 
 from pipeline.monitoring.kept import choose, measure
@@ -33,5 +34,8 @@ def test_what_has_no_token_is_not_chosen():
     assert choose([empty], [], 4, step=0) == []
 
 
-def test_the_learner_is_not_asked_about_nothing():
-    assert measure([], learner=None) == []
+def test_the_learner_is_not_asked_about_nothing_nor_in_nine_steps_of_ten():
+    assert measure([], learner=None, step=0) == []
+    (kept,) = measure(choose(groups(1), [], 1, step=3), learner=None, step=13)
+    assert (kept.sample.seed, kept.entropies) == (11, None)
+    assert "entropies" not in json.loads(kept.line(13, tokenizer=None))

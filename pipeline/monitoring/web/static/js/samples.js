@@ -222,10 +222,10 @@ function response(sample, colour) {
   const buttons = Object.keys(MEASURES).map((name) => button(name, values[name], colour));
   const told = element("span", { class: "measure" });
   const paint = (measure) => {
-    const shown = values[measure] ? measure : "log-prob"; // older runs kept no entropies
+    const shown = values[measure] ? measure : "log-prob"; // nine steps of ten have no entropies
     tokens.forEach((span, index) => tint(span, values[shown][index]));
     for (const each of buttons) each.setAttribute("aria-pressed", String(each.textContent === shown));
-    setText(told, MEASURES[shown] + (values.entropy ? "" : "; the entropy of each token was not recorded"));
+    setText(told, MEASURES[shown] + (values.entropy ? "" : "; the entropy is recorded every tenth step"));
   };
   const legend = element(
     "div",
