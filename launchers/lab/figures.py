@@ -1,8 +1,8 @@
 """What a matrix found: one row per method, each figure with its mean and interval over seeds.
 
-All methods get the budget of the baseline of the same seed, in generated response tokens: pass@k and distinct answers are those of the
-last evaluation up to which a run had generated no more than that, and the reward is compared over that many tokens. Methods
-that draw further samples thus stop earlier, not later.
+All methods get the budget of the baseline of the same seed, in generated response tokens: pass@k and distinct answers are
+interpolated between the evaluations before and after that, and the reward is compared over that many tokens. Methods that draw
+further samples thus stop earlier, not later.
 """
 
 from __future__ import annotations
@@ -91,17 +91,20 @@ def measure(run: RunHistory, baseline: RunHistory | None, steps: int | None = No
     last = run.steps if steps is None else min(steps, run.steps)
     generated = _generated(run)
     theirs = _generated(baseline) if baseline else np.array([math.inf])
-    budget = theirs[-1]
-    fits = [e for e in run.evaluations if e["step"] <= last and generated[e["step"]] <= budget]
-    evaluation = fits[-1] if fits else {}
+    seen = [e for e in run.evaluations if e["step"] <= last]
+    tokens = [generated[e["step"]] for e in seen]
+
+    def within_budget(values: Sequence[float]) -> float:
+        return float(np.interp(theirs[-1], tokens, values)) if seen else math.nan
+
     main = float(np.nansum(run.column("tokens/main")[:last]))
     entropies = run.column("entropy/mean")[max(0, last - FINAL_STEPS) : last]
     bands = (run.column(name)[:last] for name in ("entropy/mean", "entropy/band_low", "entropy/band_high"))
     tracking = track(*bands)
     steered = not run.is_baseline
     return {
-        **{f"pass_at_{k}": pass_at(evaluation, k)[0] for k in (1, 4, 16)},
-        "distinct_correct": evaluation.get("distinct_correct", math.nan),
+        **{f"pass_at_{k}": within_budget([pass_at(e, k)[0] for e in seen]) for k in (1, 4, 16)},
+        "distinct_correct": within_budget([e.get("distinct_correct", math.nan) for e in seen]),
         "final_entropy": float(np.nanmean(entropies)) if np.isfinite(entropies).any() else math.nan,
         "time_in_band": tracking.time_in_band if steered else math.nan,
         "rms_error": tracking.rms_error if steered else math.nan,

@@ -25,8 +25,8 @@ from pipeline.monitoring.tracking import filtered
 COLUMNS = 4
 NOTE = (
     "Mean ± half of the 95 % interval over seeds (Student's t). Bold: better than every other method, the interval of the difference by seed "
-    "excluding 0. pass@k and distinct answers: held-out prompts, last evaluation within the response tokens that the baseline of the same seed "
-    "generated. Reward cost: share of the baseline's reward area lost over those tokens. Time in band and RMS error: filtered entropy, from its "
+    "excluding 0. pass@k and distinct answers: held-out prompts, interpolated between evaluations to the response tokens that the baseline of the "
+    "same seed generated. Reward cost: share of the baseline's reward area lost over those tokens. Time in band and RMS error: filtered entropy, from its "
     "first step in the band on, methods that steer to it only."
 )
 CSS = "body { max-width: 1240px; } table { font-size: 13.5px; }"  # a wide table
@@ -64,7 +64,8 @@ def draw(runs: Mapping[str, Sequence[RunHistory]], baseline: str) -> Figure:
     grid = figure.add_gridspec(2 * height, COLUMNS, height_ratios=[2, 1] * height)
     for index, (method, histories) in enumerate(runs.items()):
         row, column = divmod(index, COLUMNS)
-        upper, lower = (figure.add_subplot(grid[2 * row + part, column]) for part in (0, 1))
+        upper = figure.add_subplot(grid[2 * row, column])
+        lower = figure.add_subplot(grid[2 * row + 1, column], sharex=upper)
         _entropy(upper, histories, runs[baseline])
         _pass(lower, histories, runs[baseline])
         upper.set_title(method)

@@ -52,7 +52,8 @@ def history(tmp_path):
 def test_figures_of_one_run_by_hand(history):
     baseline = history("grpo", rewards=(0.5, 0.5))
     found = measure(history("twice", rewards=(0.2, 0.4), tokens=(100, 50)), baseline)
-    assert found["pass_at_16"] == 0.9  # after step 1: 150 tokens; after step 2 it has 300, the baseline 200
+    # After step 1 it has 150 tokens and 0.9, after step 2 it has 300 and 0.8; the baseline has 200 in all.
+    assert found["pass_at_16"] == pytest.approx(0.9 - 0.1 / 3)
     assert found["extra_tokens"] == pytest.approx(0.5)
     # Over 200 tokens: 150 at 0.2 and 50 at 0.4, against 200 at 0.5.
     assert found["reward_cost"] == pytest.approx((100 - (150 * 0.2 + 50 * 0.4)) / 100)
