@@ -23,10 +23,10 @@ STEP = {
 }
 
 
-def read_until(terminal, words, seconds=60):
-    """What the terminal is sent until ``words`` are in it."""
+def read_until(terminal, *words, seconds=60):
+    """What the terminal is sent until all of ``words`` are in it."""
     text, deadline = "", time.monotonic() + seconds
-    while words not in text:
+    while not all(word in text for word in words):
         assert time.monotonic() < deadline, text[-2000:]
         text += os.read(terminal, 1 << 16).decode(errors="replace")
     return text
@@ -41,7 +41,7 @@ def test_it_redraws_until_ctrl_c(tmp_path):
         log.append("step", {"step": 0, "reason": "first", **STEP})
         shown = subprocess.Popen(words, stdin=end, stdout=end, stderr=end, cwd=ROOT, env=surroundings)
         os.close(end)
-        assert "first" in read_until(terminal, "step 1/50") + read_until(terminal, "in band")
+        read_until(terminal, "step 1/50", "in band", "first")
         log.append("step", {"step": 1, "reason": "second", **STEP})
         read_until(terminal, "step 2/50")
         shown.send_signal(signal.SIGINT)
