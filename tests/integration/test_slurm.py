@@ -242,7 +242,7 @@ def test_a_killed_rank_is_survived_and_a_cancelled_run_saves_and_is_resumed(user
 
 def test_a_node_that_goes_down_costs_the_unfinished_steps_only(user, whole):
     _, undisturbed = whole
-    job, run_dir = user.launch("node", "checkpoint.every=2", 'cluster.env={OMP_NUM_THREADS: 1, LAB_SLEEP: "0.1"}')
+    job, run_dir = user.launch("node", "checkpoint.every=2", 'cluster.env={OMP_NUM_THREADS: 1, LAB_SLEEP: "0.3"}')
     user.wait_for_steps(run_dir, 3)
     user.lab.kill_node("n2")
     user.lab.wait(job, "PENDING", timeout=300)
