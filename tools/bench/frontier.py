@@ -3,7 +3,7 @@
     python -m tools.bench.frontier runs/lab --methods grpo isentrope_reweight --temperatures 0.4 0.6 0.8 1.0
 
 Evaluates the newest checkpoint of every run of a laboratory's folder on the held-out prompts. Prints a Markdown table of pass@1 and
-pass@16 (mean and 95 % interval over seeds), and writes it with every figure to <folder>/frontier.{md,json}. Ends in seconds per run and temperature.
+pass@16 (mean and 95 % interval over seeds), and writes it with every figure to <folder>/frontier.{md,json}.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 
-from launchers.lab.figures import half_width
+from launchers.lab.figures import cell_text, half_width
 from launchers.lab.matrix import is_complete
 from pipeline.config.load import load_config
 
-KS = ("1", "16")
+FIGURES = {"1": "pass_at_1", "16": "pass_at_16"}
 
 
 def evaluate(run: Path, temperatures: list[float]) -> dict:
@@ -36,7 +36,7 @@ def evaluate(run: Path, temperatures: list[float]) -> dict:
     for temperature in temperatures:
         config = load_config(run / "config.yaml", [f"evaluation.temperature={temperature}"])
         figures = assemble.evaluate(config, run)["pass_at_k"]
-        found[str(temperature)] = {k: figures[k]["value"] for k in KS}
+        found[str(temperature)] = {k: figures[k]["value"] for k in FIGURES}
     return {"method": config.name, "seed": config.seed, "pass_at_k": found}
 
 
@@ -50,8 +50,8 @@ def table(results: list[dict], temperatures: list[float]) -> str:
     for method, runs in by_method.items():
         cells = []
         for t in map(str, temperatures):
-            values = [[run[t][k] for run in runs] for k in KS]
-            cells.append(", ".join(f"{mean(each):.3f} ± {half_width(each):.3f}" for each in values))
+            values = {name: [run[t][k] for run in runs] for k, name in FIGURES.items()}
+            cells.append(", ".join(cell_text(name, mean(each), half_width(each)) for name, each in values.items()))
         lines.append(f"| {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
