@@ -211,6 +211,7 @@ class ControlDecision:
     reason: str  # for people: "target not reachable: held at H=0.43", "no positives for 2 steps", ...
     target: float = float("nan")  # ramped set-point, nats per token
     filtered_entropy: float = float("nan")  # the entropy the law acted on, nats per token
+    gain: float = float("nan")  # of ln H per unit of the controller's u and step, as learnt; NaN: none is
 
 
 @dataclass(frozen=True)

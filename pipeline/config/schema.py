@@ -384,6 +384,10 @@ class PiConfig:
 
     kp: float = key(0.0, "proportional gain, actuator units per unit of ln H; 0: default of the actuator")
     ki: float = key(0.0, "integral gain per step; used when kp is set")
+    adapt: bool = key(
+        True,
+        "learn while running how strongly the command acts, from an eighth to eight times what kp is made for; false: kp as it is",
+    )
     ema: float = key(0.7, "weight of the past in the filtered entropy (0: no filter)")
     slew: float = key(0.0, "largest change of the command per step in actuator units; 0: unlimited")
     setpoint_ramp: float = key(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pipeline.entropy.law import ANY, Edges
-from pipeline.entropy.state import Stateful
+from pipeline.entropy.law import ANY, Edges, Law
 
 
-class AentLaw(Stateful):
+class AentLaw(Law):
     """beta <- clip(beta - lr (min(0, H - low) + max(0, H - high)), least, most): still while H lies in the band.
 
     For the actuator ``entropy_bonus``. Published: band [0.1, 0.5], lr = 1e-3, box [1e-5, 0.01]. Only the coefficient is AEnt's here:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 
-from pipeline.entropy.law import ANY, Edges
-from pipeline.entropy.state import Stateful
+from pipeline.entropy.law import ANY, Edges, Law
 
 
-class BangBangLaw(Stateful):
+class BangBangLaw(Law):
     """T = upper if H <= H* else lower (published: 1.2 and 0.8); returned as ln T.
 
     The published code's faults are not reproduced: it crashes when no positive is found, starts hot whatever the entropy,

@@ -182,4 +182,5 @@ class ClosedLoop(Stateful):
             reason=reason,
             target=goal,
             filtered_entropy=entropy,
+            gain=self._law.gain,
         )

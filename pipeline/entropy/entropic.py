@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pipeline.entropy.law import ANY, Edges
-from pipeline.entropy.state import Stateful
+from pipeline.entropy.law import ANY, Edges, Law
 
 LIMITS = (-1.0, 1.0)
 
 
-class EntropicLaw(Stateful):
+class EntropicLaw(Law):
     """u = clip(Kp (H* - H) + Ki sum of the errors before this one, -1, 1), H in nats.
 
     For the actuator ``high_prob``; the paper's coefficient is -u. Published: Kp = 1, Ki = 0.01. As there, nothing keeps the sum from

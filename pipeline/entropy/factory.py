@@ -114,7 +114,7 @@ def _law(config: EntropyConfig, actuator: Actuator, limits: tuple[float, float])
     pi = config.pi
     kp, ki = (pi.kp, pi.ki) if pi.kp else (actuator.kp, actuator.ki)
     lower, upper = actuator.to_u(limits[0]), actuator.to_u(limits[1])
-    return PiLaw(kp, ki, lower, upper, slew=pi.slew, dead_band=pi.dead_band)
+    return PiLaw(kp, ki, lower, upper, adapt=pi.adapt, slew=pi.slew, dead_band=pi.dead_band)
 
 
 def _limits(config: EntropyConfig, actuator: Actuator) -> tuple[float, float]:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+
+from pipeline.entropy.state import Stateful
 
 Edges = tuple[float, float]
 ANY: Edges = (0.0, math.inf)
 
 
-class Law(Protocol):
+class Law(Stateful, ABC):
     """From entropy and set-point to a command ``u`` (see ``actuators``), asked only when the reading can be trusted."""
 
+    @property
+    def gain(self) -> float:
+        """Of ln H per unit of ``u`` and step, as learnt so far; NaN: this law learns none."""
+        return math.nan
+
+    @abstractmethod
     def propose(self, entropy: float, goal: float, last: float, staleness: int, edges: Edges = ANY) -> float:
         """The next ``u``, within the limits.
 
@@ -23,11 +31,6 @@ class Law(Protocol):
             edges: of the band, nats per token; most laws steer to ``goal`` alone.
         """
 
+    @abstractmethod
     def forget(self) -> None:
         """Drop the memory of having pushed entropy up: it is exploding."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """JSON-serialisable state."""
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly where ``state_dict`` was taken."""

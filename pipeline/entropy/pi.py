@@ -1,4 +1,4 @@
-"""The default law: proportional control of ln H, plus an integral that a predictor of ln H feeds.
+"""The default law: proportional control of ln H, plus an integral that a predictor of ln H feeds, with a gain that it learns.
 
 Under GRPO ln H drifts down and integrates what the actuator does, so a proportional law alone (SCOPE-RL v7's) settles
 off target and a two-point law (AEPO's) swings around it; the integral carries the drift.
@@ -7,16 +7,17 @@ off target and a two-point law (AEPO's) swings around it; the integral carries t
 from __future__ import annotations
 
 import math
+from typing import Any
 
-from pipeline.entropy.law import ANY, Edges
-from pipeline.entropy.state import Stateful
+from pipeline.entropy.law import ANY, Edges, Law
+from pipeline.entropy.observer import RATIOS, PlantObserver
 
 MAX_ERROR = 1.0  # |ln(H*/H)| beyond which the law pushes no harder
 MOMENTUM_STEPS = 3  # by which the optimizer's momentum delays what a command does
 # Dead time of the loop without stale rollouts: the decision's own step, momentum, and the mean age of an EMA of weight 0.7.
 DEAD_TIME = 1 + MOMENTUM_STEPS + 2
 CLOSED_LOOP_STEPS = 16.0  # time constant aimed at
-KI_PER_KP = 0.05  # of the defaults, and of what ``calibrate`` proposes
+KI_PER_KP = 0.04  # of the defaults, and of what ``calibrate`` proposes
 
 
 def proportional_gain(gain: float, staleness: int = 0) -> float:
@@ -24,63 +25,70 @@ def proportional_gain(gain: float, staleness: int = 0) -> float:
     return 1 / (gain * (CLOSED_LOOP_STEPS + DEAD_TIME + staleness))
 
 
-class PiLaw(Stateful):
-    """u = clip(kp e + I) with e = clip(ln H* - y, -1, 1), y a prediction of ln H that every reading corrects.
+class PiLaw(Law):
+    """u = clip((e / (tc + theta) - d) / b), e = clip(ln H* - y, -1, 1), with y, d and b from ``PlantObserver``.
 
-    With b = 1 / (kp (tc + theta)), the plant gain that kp was chosen for, and u' the command that acted on this reading:
-
-        y <- y + b (u' - I) + l1 r,    r = ln H - (y + b (u' - I)),    I <- clip(I - ki r)
-
-    and l1 = 2 sqrt(ki b), a critically damped observer. -b I is its estimate of the drift, so at rest e = 0. Since it
-    is told the command as limited, the integral neither winds up at a limit nor waits for the target to learn the drift; and a
-    prediction passes less of the readings' noise on to the command than a filter of the same delay. Rollouts ``s`` updates old delay u'
-    by s more, and kp shrinks by (tc + theta) / (tc + theta + s).
+    So kp = 1 / (b (tc + theta)), and -d / b, the command that holds the entropy against its drift, is the integral. It is assumed at
+    first that b = 1 / (kp (tc + theta)), the plant that kp was chosen for; what the command does tells more. The observer's gains are l2 = ki b and
+    l1 = 2 sqrt(l2), critically damped. Since it is told the command as limited, the integral neither winds up at a limit nor waits for
+    the target to learn the drift; and a prediction passes less of the readings' noise on to the command than a filter of the same delay.
+    Rollouts ``s`` updates old delay u' by s more, and theta grows by s.
 
     Args:
         kp: ``u`` per unit of ln H. ki: the same, per step, of what the prediction missed.
         lower, upper: limits of ``u``; 0 lies between them.
+        adapt: learn b, between an eighth and eight times the one assumed.
         slew: largest change of ``u`` per step; 0: unlimited.
         dead_band: |e| that counts as 0; beyond it the error is measured from its edge, without a jump.
     """
 
-    STATE = ("integral", "predicted", "sent")
+    STATE = ("sent",)
 
     def __init__(
-        self, kp: float, ki: float, lower: float, upper: float, *, slew: float = 0.0, dead_band: float = 0.0
+        self,
+        kp: float,
+        ki: float,
+        lower: float,
+        upper: float,
+        *,
+        adapt: bool = True,
+        slew: float = 0.0,
+        dead_band: float = 0.0,
     ) -> None:
-        self._kp, self._ki = kp, ki
-        self._gain = 1 / (kp * (CLOSED_LOOP_STEPS + DEAD_TIME))
-        self._correction = min(1.0, 2 * math.sqrt(ki * self._gain)) or 1.0  # without an integral: the reading itself
+        assumed = 1 / (kp * (CLOSED_LOOP_STEPS + DEAD_TIME))
+        level = min(1.0, 2 * math.sqrt(ki * assumed)) or 1.0  # without an integral: the reading itself
+        self.plant = PlantObserver(assumed, level, ki * assumed, (lower, upper), RATIOS if adapt else (1.0,))
         self._lower, self._upper = lower, upper
         self._slew = slew
         self._dead_band = dead_band
-        self.integral = 0.0
-        self.predicted: float | None = None  # ln H; None: no reading yet
         self.sent: list[float] = []  # commands in force, oldest first
+
+    @property
+    def gain(self) -> float:
+        """See ``Law``."""
+        return self.plant.gain
 
     def propose(self, entropy: float, goal: float, last: float, staleness: int, edges: Edges = ANY) -> float:
         """See ``Law``."""
         self.sent = [*self.sent, last][-(2 + MOMENTUM_STEPS + staleness) :]
-        self._observe(math.log(entropy), self.sent[0])
-        assert self.predicted is not None  # _observe saw to it
-        error = self._error(math.log(goal) - self.predicted)
-        loop = CLOSED_LOOP_STEPS + DEAD_TIME
-        u = self._kp * loop / (loop + staleness) * error + self.integral
+        self.plant.observe(math.log(entropy), self.sent[0])
+        error = self._error(math.log(goal) - self.plant.predicted)
+        u = (error / (CLOSED_LOOP_STEPS + DEAD_TIME + staleness) - self.plant.drift) / self.plant.gain
         u = min(max(u, self._lower), self._upper)
         return min(max(u, last - self._slew), last + self._slew) if self._slew else u
 
     def forget(self) -> None:
         """See ``Law``."""
-        self.integral = min(self.integral, 0.0)
+        self.plant.forget_fall()
 
-    def _observe(self, reading: float, acted: float) -> None:
-        if self.predicted is None:
-            self.predicted = reading
-            return
-        predicted = self.predicted + self._gain * (acted - self.integral)
-        missed = reading - predicted
-        self.predicted = predicted + self._correction * missed
-        self.integral = min(max(self.integral - self._ki * missed, self._lower), self._upper)
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-serialisable state."""
+        return {**super().state_dict(), "plant": self.plant.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue exactly where ``state_dict`` was taken."""
+        super().load_state_dict({name: value for name, value in state.items() if name != "plant"})
+        self.plant.load_state_dict(state["plant"])
 
     def _error(self, error: float) -> float:
         if abs(error) <= self._dead_band:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 
-from pipeline.entropy.law import ANY, Edges
-from pipeline.entropy.state import Stateful
+from pipeline.entropy.law import ANY, Edges, Law
 
 LIMITS = (0.8, 1.2)  # temperatures, as published
 
 
-class ScopeLaw(Stateful):
+class ScopeLaw(Law):
     """T = clip(1 + (H* - H), lower, upper), H in nats; returned as ln T.
 
     Read from a secondary summary of v7 and one public port. Proportional only: it settles below the target by the drift

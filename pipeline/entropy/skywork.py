@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pipeline.entropy.law import ANY, Edges
-from pipeline.entropy.state import Stateful
+from pipeline.entropy.law import ANY, Edges, Law
 
 
-class SkyworkLaw(Stateful):
+class SkyworkLaw(Law):
     """beta <- clip(beta + D if H < H* else beta - D, 0, beta_max); the bonus is on, with that beta, only while H < H*.
 
     For the actuator ``entropy_bonus``. Published: H* = 0.2, D = 1e-4, beta_max = 0.005, beta_0 = 0. A two-point law on a

@@ -16,6 +16,7 @@ STEP_FIELDS = {
     "temperature": "control/temperature",
     "command": "control/command",
     "positives": "control/positives",
+    "gain": "control/gain",
     "reward": "reward/mean",
     "all_equal_groups": "reward/all_equal_groups",
     "verifier_errors": "reward/verifier_errors",

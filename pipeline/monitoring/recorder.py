@@ -210,6 +210,7 @@ class Recorder:
             grad_norm=stats.grad_norm,
             learning_rate=stats.learning_rate,
             weight_version=step - stats.entropy.staleness,
+            gain=following.gain,
             metrics=stats.metrics,
             seconds={**seconds, "learner": stats.seconds},
             memory={"driver": resident_gib(), **stats.memory},

@@ -9,6 +9,14 @@ from tests.integration.servers import FAMILIES, process_group, server_pid
 from tests.tiny_folder import write_folder
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Two workers of pytest-xdist: the tests on Slurm, which mostly wait, on one, all others on the other."""
+    for item in items:
+        group = "slurm" if item.path.name.startswith("test_slurm") else "others"
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")

@@ -57,9 +57,10 @@ def test_low_entropy_raises_the_command_high_entropy_lowers_it(actuator):
 
 def test_measured_gains_are_the_default_and_can_be_replaced():
     e = math.log(TARGET / 0.28)
-    assert feed(controller(actuator="tok"), [0.28])[0].command == pytest.approx(2.0 * e)
-    assert feed(controller(actuator="tok", pi=PiConfig(kp=1.0, ki=0.0)), [0.28])[0].command == pytest.approx(e)
-    assert feed(controller(actuator="reweight"), [0.28])[0].command == pytest.approx(math.exp(2.0 * e))
+    known, given = PiConfig(adapt=False), PiConfig(kp=1.0, ki=0.0, adapt=False)
+    assert feed(controller(actuator="tok", pi=known), [0.28])[0].command == pytest.approx(2.0 * e)
+    assert feed(controller(actuator="tok", pi=given), [0.28])[0].command == pytest.approx(e)
+    assert feed(controller(actuator="reweight", pi=known), [0.28])[0].command == pytest.approx(math.exp(2.0 * e))
 
 
 def test_decision_steers_to_the_band_of_the_next_step():
@@ -216,7 +217,8 @@ def test_explosion_goes_to_the_lower_limit_and_says_so(keys, lower):
     assert [d.state == "exploding" for d in decisions] == [False, False, True, True]
     assert decisions[-1].command == pytest.approx(lower)
     assert "explodes" in decisions[-1].reason
-    assert control.state_dict()["controller"]["law"].get("integral", 0.0) <= 0
+    believed = control.state_dict()["controller"]["law"].get("plant", {"drifts": [0.0]})
+    assert min(believed["drifts"]) >= 0  # not that entropy falls by itself
     assert feed(control, [0.3], start=34)[0].state != "exploding"
 
 
@@ -243,11 +245,11 @@ def test_a_slow_noisy_descent_from_far_above_is_no_explosion(seed):
 
 
 def test_saturation_is_reported_with_the_entropy_reached_and_what_is_reachable():
-    decisions = feed(controller(actuator="resample"), [0.1, 0.12, 0.16] + [0.2] * 60)
-    assert [d.state for d in decisions] == ["tracking"] * 4 + ["saturated"] * 59
+    decisions = feed(controller(actuator="resample"), [0.1 * 1.01**k for k in range(70)] + [0.2] * 60)
+    assert [d.state for d in decisions] == ["tracking"] * 4 + ["saturated"] * 126
     assert decisions[-1].command == 1.6
     said = ["not reachable" in d.reason for d in decisions]
-    assert not any(said[:24])
+    assert not any(said[:75])  # it rose
     assert said[-1]
     assert decisions[-1].reason == "target 0.298 not reachable: held at H=0.2; reachable about 0.1-0.2"
 
@@ -270,7 +272,7 @@ def test_saturated_but_on_its_way_is_told_apart():
     rising = [0.06 * 1.01**k for k in range(40)]
     last = feed(controller(actuator="reweight"), rising)[-1]
     assert last.state == "saturated"
-    assert last.reason.startswith("at its limit for 40 steps, H=0.08")
+    assert last.reason.startswith("at its limit for 35 steps, H=0.08")
     assert "on its way to 0.298" in last.reason
 
 

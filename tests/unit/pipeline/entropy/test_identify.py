@@ -4,7 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipeline.config.schema import BandConfig, EntropyConfig
+from pipeline.config.schema import BandConfig, EntropyConfig, PiConfig
 from pipeline.entropy.actuators import ACTUATORS
 from pipeline.entropy.calibrate import calibration
 from pipeline.entropy.excitation import PERIOD, Excitation
@@ -93,7 +93,7 @@ def test_calibration_lengthens_the_dead_time_by_what_momentum_does_not_explain()
 
 
 def test_calibration_mends_gains_that_are_far_too_high():
-    config = EntropyConfig(band=BandConfig(low=0.72, high=0.88))
+    config = EntropyConfig(band=BandConfig(low=0.72, high=0.88), pi=PiConfig(adapt=False))
     plant = Plant(gain=0.1, drift=-0.01, lag=4, sensor_noise=0.03)
     trace = simulate(config, Scenario("fast", plant, start=1.2, target=0.8, steps=200), 0)
     found = calibration(config, [Record(trace.readings, trace.commands)])

@@ -82,7 +82,7 @@ def test_performance_by_hand():
 
 @cache
 def figures(scenario, controller):
-    return measure(scenario, controller, seeds=6)
+    return measure(scenario, controller, seeds=16)
 
 
 @pytest.mark.parametrize("scenario", list(SCENARIOS))

@@ -1,0 +1,90 @@
+"""What the readings say of ln H, of its drift, and of how strongly the command moves it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pipeline.entropy.state import Stateful
+
+RATIOS = tuple(float(ratio) for ratio in np.geomspace(1 / 8, 8, 13))  # gains considered, of the one assumed
+_SPREAD = 0.6  # standard deviation of ln(gain / assumed) before any reading
+_MEMORY = 0.99  # of a score per step: the gain may change over some hundred steps
+# Root mean square of what a prediction misses, in ln H, before any reading; the readings it counts for; those looked back on.
+_MISSED, _MISSED_WEIGHT, _MISSED_WINDOW = 0.065, 20, 60
+_OUTLIER = 4.0  # root mean squares beyond which a miss counts as that many
+
+
+class PlantObserver(Stateful):
+    """ln H integrates b u plus a drift d. For each gain b_i that it may have, an observer of its own corrects both,
+
+        y_i <- y_i + b_i u' + d_i + l1 r_i,    d_i <- d_i + l2 r_i,    r_i = ln H - (y_i + b_i u' + d_i),
+
+    and how well it predicted is its score, the logarithm of its posterior probability but for a constant:
+
+        s_i <- f s_i + (1 - f) p_i - r_i^2 / (2 v),    p_i = -(ln(b_i / b) / 0.6)^2 / 2,    v = the mean square of r.
+
+    (Multiple-model estimation: Magill 1965, IEEE Trans. Automatic Control 10(4); the forgetting f = 0.99 is ours.) While
+    the command rests, all gains predict the same and the scores go back to the prior; a command that moves tells them apart.
+
+    Args:
+        gain: b assumed, of ln H per unit of u and step.
+        level, trend: l1 and l2.
+        rest: least and largest u that may hold the entropy: d_i stays between -b_i times them.
+        ratios: b_i / b; ``(1.0,)``: the gain is known.
+    """
+
+    STATE = ("levels", "drifts", "scores", "variance", "seen")
+
+    def __init__(
+        self, gain: float, level: float, trend: float, rest: tuple[float, float], ratios: Sequence[float] = RATIOS
+    ) -> None:
+        self._gains = gain * np.array(ratios)
+        self._prior = -0.5 * (np.log(ratios) / _SPREAD) ** 2
+        self._level, self._trend = level, trend
+        self._least, self._most = -self._gains * rest[1], -self._gains * rest[0]
+        self.levels: list[float] = []  # y_i; empty: no reading yet
+        self.drifts = [0.0] * len(self._gains)  # d_i
+        self.scores: list[float] = self._prior.tolist()  # s_i
+        self.variance = _MISSED**2
+        self.seen = _MISSED_WEIGHT  # readings in ``variance``
+
+    @property
+    def predicted(self) -> float:
+        """Ln H, the mean over the gains."""
+        return float(self._weights() @ np.array(self.levels))
+
+    @property
+    def drift(self) -> float:
+        """Of ln H per step at u = 0."""
+        return float(self._weights() @ np.array(self.drifts))
+
+    @property
+    def gain(self) -> float:
+        """Of ln H per unit of u and step, the mean: where little is known, rather too much than too little, so that the command is careful."""
+        return float(self._weights() @ self._gains)
+
+    def observe(self, reading: float, acted: float) -> None:
+        """Take in ln H, and the command that acted on it."""
+        if not self.levels:
+            self.levels = [reading] * len(self._gains)
+            return
+        predicted = np.array(self.levels) + self._gains * acted + np.array(self.drifts)
+        missed = reading - predicted
+        limit = _OUTLIER**2 * self.variance
+        squares = np.minimum(missed**2, limit)
+        self.seen = min(self.seen + 1, _MISSED_WINDOW)
+        self.variance += (float(self._weights() @ squares) - self.variance) / self.seen
+        scores = _MEMORY * np.array(self.scores) + (1 - _MEMORY) * self._prior - squares / (2 * self.variance)
+        self.scores = (scores - scores.max()).tolist()
+        self.levels = (predicted + self._level * missed).tolist()
+        self.drifts = np.clip(np.array(self.drifts) + self._trend * missed, self._least, self._most).tolist()
+
+    def forget_fall(self) -> None:
+        """Drop the belief that entropy falls by itself."""
+        self.drifts = [max(drift, 0.0) for drift in self.drifts]
+
+    def _weights(self) -> np.ndarray:
+        weights = np.exp(np.array(self.scores) - max(self.scores))
+        return np.asarray(weights / weights.sum())

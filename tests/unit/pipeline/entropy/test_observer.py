@@ -1,0 +1,85 @@
+"""The observer that learns the plant: by hand, on simulated plants, and across a restart."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from pipeline.config.schema import EntropyConfig, PiConfig
+from pipeline.entropy.observer import RATIOS, PlantObserver
+from pipeline.entropy.plant import Plant, Scenario, performance, simulate
+
+# As on the task cd3: a fifth of the gain that the default kp is made for (docs/control.md).
+WEAK = Scenario(
+    "weak", Plant(gain=0.0047, drift=-0.0035, sensor_noise=0.05, process_noise=0.004), 0.6, 0.447, steps=300
+)
+
+
+def test_one_reading_by_hand():
+    plant = PlantObserver(0.02, 0.1, 0.002, (-1.0, 1.0), ratios=(0.5, 1.0))
+    plant.observe(math.log(0.3), 0.0)
+    assert plant.predicted == pytest.approx(math.log(0.3))
+    plant.observe(math.log(0.3) + 0.05, 0.5)
+    missed = np.array([0.05 - 0.005, 0.05 - 0.01])
+    prior = np.array([-0.5 * (math.log(0.5) / 0.6) ** 2, 0.0])
+    before = np.exp(prior) / np.exp(prior).sum()
+    variance = 0.065**2 + (before @ missed**2 - 0.065**2) / 21
+    weights = np.exp(0.99 * prior + 0.01 * prior - missed**2 / (2 * variance))
+    weights /= weights.sum()
+    assert plant.gain == pytest.approx(weights @ [0.01, 0.02])
+    assert plant.drift == pytest.approx(weights @ (0.002 * missed))
+    assert plant.predicted == pytest.approx(math.log(0.3) + weights @ ([0.005, 0.01] + 0.1 * missed))
+
+
+def test_a_drift_stays_within_what_the_limits_can_hold():
+    plant = PlantObserver(0.02, 0.1, 0.002, (0.0, 1.0), ratios=(1.0,))
+    for k in range(300):
+        plant.observe(-0.05 * k, 0.0)
+    assert plant.drift == pytest.approx(-0.02)
+
+
+def test_a_wild_reading_counts_as_four_times_the_usual_miss():
+    near, far = (PlantObserver(0.02, 0.1, 0.002, (-1.0, 1.0)) for _ in range(2))
+    for plant, wild in ((near, 4.5 * 0.065), (far, 45.0)):
+        plant.observe(0.0, 0.0)
+        plant.observe(wild, 0.0)
+    assert near.scores == pytest.approx(far.scores)
+
+
+def test_gains_are_told_apart_by_what_the_command_does_only():
+    plant = PlantObserver(0.02, 0.1, 0.002, (-1.0, 1.0))
+    rng = np.random.default_rng(0)
+    prior = plant.gain
+    for _ in range(200):
+        plant.observe(0.05 * rng.standard_normal(), 0.0)
+    assert plant.gain == pytest.approx(prior)
+    y = 0.0
+    for k in range(400):
+        command = 0.5 if k // 20 % 2 else -0.5
+        y += 0.005 * command
+        plant.observe(y + 0.03 * rng.standard_normal(), command)
+    assert 0.003 < plant.gain < 0.008  # a quarter of what was assumed
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_plant_that_answers_weakly_is_held_by_the_law_that_learns(seed):
+    learnt, fixed = (
+        performance(simulate(EntropyConfig(pi=PiConfig(adapt=adapt)), WEAK, seed)) for adapt in (True, False)
+    )
+    assert learnt.time_in_band > 0.95 > fixed.time_in_band
+    assert learnt.rms < 0.6 * fixed.rms
+
+
+def test_what_was_learnt_survives_a_restart_bit_for_bit():
+    plant, again = (PlantObserver(0.02, 0.1, 0.002, (-1.0, 1.0)) for _ in range(2))
+    rng = np.random.default_rng(1)
+    readings = rng.standard_normal((40, 2))
+    for reading, command in readings[:20]:
+        plant.observe(reading, command)
+    again.load_state_dict(json.loads(json.dumps(plant.state_dict())))
+    for reading, command in readings[20:]:
+        plant.observe(reading, command)
+        again.observe(reading, command)
+    assert again.state_dict() == plant.state_dict()
+    assert len(plant.scores) == len(RATIOS)
