@@ -70,13 +70,22 @@ def train(config: RunConfig, resume: Path | None, stop_requested: Callable[[], b
 def evaluate(config: RunConfig, run: Path | None = None) -> dict[str, Any]:
     """pass@k and friends of the Hugging Face model, or of the newest checkpoint of ``run``, at the model's own precision."""
     with ExitStack() as stack:
-        tokenizer = load_tokenizer(hf_path(config))
-        prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
-        verifier = VerifierStage(config.data, tokenizer)
-        stack.callback(verifier.close)
-        engine, step = serve(config, run, stack)
-        result = evaluate_engine(engine.generate, verifier, prompts.held_out, config, step)
+        return evaluator(config, run, stack)(config)
+
+
+def evaluator(config: RunConfig, run: Path | None, stack: ExitStack) -> Callable[[RunConfig], dict[str, Any]]:
+    """``evaluate`` with engines that stay up: its function takes configurations that differ from ``config`` below ``evaluation`` only."""
+    tokenizer = load_tokenizer(hf_path(config))
+    prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
+    verifier = VerifierStage(config.data, tokenizer)
+    stack.callback(verifier.close)
+    engine, step = serve(config, run, stack)
+
+    def measure(given: RunConfig) -> dict[str, Any]:
+        result = evaluate_engine(engine.generate, verifier, prompts.held_out, given, step)
         return {"model": config.model.hf_path, "run": str(run) if run else None, "step": step, **result.to_dict()}
+
+    return measure
 
 
 def serve(config: RunConfig, run: Path | None, stack: ExitStack) -> tuple[EnginePool, int]:

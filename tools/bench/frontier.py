@@ -13,6 +13,7 @@ import json
 import os
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -32,11 +33,14 @@ def evaluate(run: Path, temperatures: list[float]) -> dict:
     from launchers import assemble
 
     torch.set_num_threads(1)
+    configs = {t: load_config(run / "config.yaml", [f"evaluation.temperature={t}"]) for t in temperatures}
+    config = configs[temperatures[0]]
     found = {}
-    for temperature in temperatures:
-        config = load_config(run / "config.yaml", [f"evaluation.temperature={temperature}"])
-        figures = assemble.evaluate(config, run)["pass_at_k"]
-        found[str(temperature)] = {k: figures[k]["value"] for k in FIGURES}
+    with ExitStack() as stack:
+        measure = assemble.evaluator(config, run, stack)
+        for temperature, given in configs.items():
+            figures = measure(given)["pass_at_k"]
+            found[str(temperature)] = {k: figures[k]["value"] for k in FIGURES}
     return {"method": config.name, "seed": config.seed, "pass_at_k": found}
 
 
