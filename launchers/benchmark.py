@@ -96,6 +96,8 @@ def results(out: Path) -> list[dict[str, Any]]:
     """The figures of every benchmark answered under ``out``. Raises ``DataError``."""
     found = []
     for folder in sorted(path for path in out.iterdir() if path.is_dir()) if out.is_dir() else []:
+        if not any(file.stat().st_size for file in folder.glob("responses-*.jsonl")):
+            continue  # not begun
         settings, lines = read_answers(folder)
         if lines:
             ks = [k for k in PASS_KS if k <= settings.samples]

@@ -27,6 +27,7 @@ class Figure:
     title: str
     better: int = 0  # 1: higher is better, -1: lower, 0: neither
     percent: bool = False
+    digits: int = 3
 
 
 FIGURES = {
@@ -37,9 +38,11 @@ FIGURES = {
     "final_entropy": Figure("H at the end"),
     "time_in_band": Figure("time in band", 1, percent=True),
     "rms_error": Figure("RMS error", -1, percent=True),
+    "overshoot": Figure("overshoot", -1, percent=True),
+    "settled": Figure("settled at step", -1, digits=0),
     "reward_cost": Figure("reward cost", -1, percent=True),
     "extra_tokens": Figure("extra tokens", -1, percent=True),
-    "seconds": Figure("wall time, s", -1),
+    "seconds": Figure("wall time, s", -1, digits=1),
 }
 
 
@@ -108,6 +111,8 @@ def measure(run: RunHistory, baseline: RunHistory | None, steps: int | None = No
         "final_entropy": float(np.nanmean(entropies)) if np.isfinite(entropies).any() else math.nan,
         "time_in_band": tracking.time_in_band if steered else math.nan,
         "rms_error": tracking.rms_error if steered else math.nan,
+        "overshoot": tracking.overshoot if steered else math.nan,
+        "settled": float(tracking.settling_step if tracking.settling_step >= 0 else last) if steered else math.nan,
         "reward_cost": _reward_cost(run, generated, baseline, theirs) if baseline and baseline is not run else math.nan,
         "extra_tokens": float(generated[last]) / main - 1 if main else math.nan,
         "seconds": float(np.nansum(run.column("time/total")[:last])),
@@ -165,7 +170,7 @@ def cell_text(name: str, value: float, width: float) -> str:
     if not math.isfinite(value):
         return "-"
     figure = FIGURES[name]
-    digits, factor, unit = (1, 100, " %") if figure.percent else (1 if name == "seconds" else 3, 1, "")
+    digits, factor, unit = (1, 100, " %") if figure.percent else (figure.digits, 1, "")
     spread = f" ± {width * factor:.{digits}f}" if math.isfinite(width) else ""
     return f"{value * factor:.{digits}f}{spread}{unit}"
 

@@ -26,8 +26,8 @@ COLUMNS = 4
 NOTE = (
     "Mean ± half of the 95 % interval over seeds (Student's t). Bold: better than every other method, the interval of the difference by seed "
     "excluding 0. pass@k and distinct answers: held-out prompts, interpolated between evaluations to the response tokens that the baseline of the "
-    "same seed generated. Reward cost: share of the baseline's reward area lost over those tokens. Time in band and RMS error: filtered entropy, from its "
-    "first step in the band on, methods that steer to it only."
+    "same seed generated. Reward cost: share of the baseline's reward area lost over those tokens. Time in band, RMS error and overshoot: filtered entropy, from "
+    "its first step in the band on, methods that steer to it only; settled: the first step from which 20 lie in the band (never: the last step)."
 )
 CSS = "body { max-width: 1240px; } table { font-size: 13.5px; }"  # a wide table
 

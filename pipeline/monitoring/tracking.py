@@ -56,27 +56,30 @@ def track(
     temperatures: Floats = (),
     saturated: Sequence[bool] | np.ndarray = (),
 ) -> Tracking:
-    """The figures of one run: entropy, band edges, T+ and whether the command was at its limit, of each step in order."""
+    """The figures of one run: entropy, band edges, T+ and whether the command was at its limit, of each step in order.
+
+    A step that the log lacks (NaN edges) counts neither for nor against the run.
+    """
     raw, lower, upper = (np.asarray(values, dtype=float) for values in (entropies, low, high))
     smooth = filtered(raw)
     inside = (smooth >= lower) & (smooth <= upper)
     entry = int(np.argmax(inside)) if inside.any() else -1
     target = np.sqrt(lower * upper)
     error, raw_error = smooth / target - 1, raw / target - 1
-    after = error[entry:] if entry >= 0 else np.empty(0)
-    raw_after = raw_error[entry:] if entry >= 0 else np.empty(0)
-    seen = error[np.isfinite(error)]
+    known = np.isfinite(error)
+    later = known & (np.arange(len(error)) >= entry) if entry >= 0 else np.zeros(len(error), bool)
+    after, raw_after, seen = error[later], raw_error[later], error[known]
     side = np.sign(seen[0]) if len(seen) else 0.0
     return Tracking(
         entry_step=entry,
-        settling_step=_first_stay(inside),
-        time_in_band=float(inside[entry:].mean()) if entry >= 0 else 0.0,
+        settling_step=_first_stay(inside, known),
+        time_in_band=float(inside[later].mean()) if entry >= 0 else 0.0,
         rms_error=_rms(after),
         rms_error_raw=_rms(raw_after[np.isfinite(raw_after)]),
         bias=float(after.mean()) if len(after) else math.nan,
         overshoot=max(0.0, float((-side * after).max())) if len(after) else math.nan,
         oscillation=_sign_changes_per_100(after),
-        temperature_variation=_mean_step(np.log(np.asarray(temperatures, dtype=float))) if len(temperatures) else 0.0,
+        temperature_variation=_mean_step(np.log(np.asarray(temperatures, dtype=float))),
         saturation=float(np.mean(saturated)) if len(saturated) else 0.0,
     )
 
@@ -88,11 +91,11 @@ def of_series(series: Series) -> Tracking:
     return track(entropy, low, high, temperature, series.in_state("saturated"))
 
 
-def _first_stay(inside: np.ndarray) -> int:
-    """First index that starts ``STAY`` true entries in a row; -1 if there is none."""
-    passed = np.concatenate([[0], np.cumsum(inside)])
+def _first_stay(inside: np.ndarray, known: np.ndarray) -> int:
+    """First index that starts ``STAY`` true entries in a row, those not known left out; -1 if there is none."""
+    passed = np.concatenate([[0], np.cumsum(inside[known])])
     stays = passed[STAY:] - passed[:-STAY] == STAY
-    return int(np.argmax(stays)) if stays.any() else -1
+    return int(np.flatnonzero(known)[np.argmax(stays)]) if stays.any() else -1
 
 
 def _rms(values: np.ndarray) -> float:
@@ -105,4 +108,5 @@ def _sign_changes_per_100(error: np.ndarray) -> float:
 
 
 def _mean_step(values: np.ndarray) -> float:
+    values = values[np.isfinite(values)]
     return float(np.abs(np.diff(values)).mean()) if len(values) > 1 else 0.0

@@ -48,6 +48,8 @@ def test_results_join_shards(tmp_path):
         line = {"id": f"arc_challenge/{shard}", "verifier": "choice", "answer": "A", "samples": samples}
         path = tmp_path / "arc_challenge" / f"responses-{shard}-of-2.jsonl"
         path.write_text(json.dumps(settings) + "\n" + json.dumps(line) + "\n")
+    (tmp_path / "aime24").mkdir()  # not begun
+    (tmp_path / "aime24" / "responses-0-of-2.jsonl").touch()
     (found,) = results(tmp_path)
     assert (found["benchmark"], found["questions"], found["avg"]["value"]) == ("arc_challenge", 2, 0.25)
     assert found["pass_at_k"]["2"]["value"] == 0.5

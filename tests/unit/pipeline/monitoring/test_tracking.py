@@ -67,6 +67,15 @@ def test_a_run_without_steps():
     assert figures([]).time_in_band == 0.0
 
 
+def test_steps_that_the_log_lacks_count_neither_way():
+    gap = [math.nan] * 5
+    entropies, edges = [2.0, *[1.0] * 15, *gap, *[1.0] * 20], np.array([1.0] * 16 + gap + [1.0] * 20)
+    temperatures = [1.0] * 16 + gap + [1.0] * 20
+    torn = track(entropies, 0.8 * edges, 1.25 * edges, temperatures)
+    whole = track(entropies[:16] + entropies[21:], [0.8] * 36, [1.25] * 36, [1.0] * 36)
+    assert torn == whole
+
+
 def test_command_figures_by_hand():
     result = figures([1.0] * 4, temperatures=[1.0, math.e, 1.0, 1.0], saturated=[False, True, True, False])
     assert result.temperature_variation == pytest.approx(2 / 3)
