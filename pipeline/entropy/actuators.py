@@ -47,14 +47,14 @@ def _temperature(name: str, lower: float, upper: float, kp: float, ki: float, se
 ACTUATORS = {
     actuator.name: actuator
     for actuator in (
-        _temperature("resample", 0.6, 1.6, 3.0, 0.12, second_rollout=True),
-        _temperature("reweight", 1.0, 6.0, 2.0, 0.08),
-        _temperature("fc", 1.0, 6.0, 2.0, 0.08),
-        _temperature("dcpo", 0.8, 6.0, 2.0, 0.08),  # gains and upper limit taken over from reweight, not measured
-        Actuator("tok", 0.0, 3.0, 0.0, 2.0, 0.08),
-        Actuator("entropy_bonus", 0.0, 0.4, 0.0, 0.6, 0.024),
-        Actuator("high_prob", -1.0, 1.0, 0.0, 1.0, 0.04),
-        Actuator("clip_cov", 0.0, 0.2, 0.0, 0.08, 0.0032),
+        _temperature("resample", 0.6, 1.6, 3.0, 0.108, second_rollout=True),
+        _temperature("reweight", 1.0, 6.0, 2.0, 0.072),
+        _temperature("fc", 1.0, 6.0, 2.0, 0.072),
+        _temperature("dcpo", 0.8, 6.0, 2.0, 0.072),  # gains and upper limit taken over from reweight, not measured
+        Actuator("tok", 0.0, 3.0, 0.0, 2.0, 0.072),
+        Actuator("entropy_bonus", 0.0, 0.4, 0.0, 0.6, 0.0216),
+        Actuator("high_prob", -1.0, 1.0, 0.0, 1.0, 0.036),
+        Actuator("clip_cov", 0.0, 0.2, 0.0, 0.08, 0.00288),
     )
 }
 

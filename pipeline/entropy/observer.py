@@ -10,9 +10,11 @@ from pipeline.entropy.state import Stateful
 
 RATIOS = tuple(float(ratio) for ratio in np.geomspace(1 / 8, 8, 13))  # gains considered, of the one assumed
 _SPREAD = 0.6  # standard deviation of ln(gain / assumed) before any reading
+_EVIDENCE = 0.5  # of a miss: readings are exponential means, so one miss is much like the one before
 _MEMORY = 0.99  # of a score per step: the gain may change over some hundred steps
 # Root mean square of what a prediction misses, in ln H, before any reading; the readings it counts for; those looked back on.
 _MISSED, _MISSED_WEIGHT, _MISSED_WINDOW = 0.065, 20, 60
+_SLOPE_AFTER = 20  # readings before a slope of their noise is no longer taken for drift
 _OUTLIER = 4.0  # root mean squares beyond which a miss counts as that many
 
 
@@ -23,19 +25,21 @@ class PlantObserver(Stateful):
 
     and how well it predicted is its score, the logarithm of its posterior probability but for a constant:
 
-        s_i <- f s_i + (1 - f) p_i - r_i^2 / (2 v),    p_i = -(ln(b_i / b) / 0.6)^2 / 2,    v = the mean square of r.
+        s_i <- f s_i + (1 - f) p_i - r_i^2 / (4 v),    p_i = -(ln(b_i / b) / 0.6)^2 / 2,    v = the mean square of r.
 
-    (Multiple-model estimation: Magill 1965, IEEE Trans. Automatic Control 10(4); the forgetting f = 0.99 is ours.) While
+    (Multiple-model estimation: Magill 1965, IEEE Trans. Automatic Control 10(4); the forgetting f = 0.99, and counting half of a miss, are
+    ours.) The first readings correct y by a least-squares line's l1 = 2 (2 k - 1) / (k (k + 1)), and from the 20th on d by its l2 = 6 / (k (k + 1)),
+    k readings in all, until these fall below the lasting gains (growing memory: Morrison 1969): the drift is known when the band is reached. While
     the command rests, all gains predict the same and the scores go back to the prior; a command that moves tells them apart.
 
     Args:
         gain: b assumed, of ln H per unit of u and step.
-        level, trend: l1 and l2.
+        level, trend: l1 and l2, lasting.
         rest: least and largest u that may hold the entropy: d_i stays between -b_i times them.
         ratios: b_i / b; ``(1.0,)``: the gain is known.
     """
 
-    STATE = ("levels", "drifts", "scores", "variance", "seen")
+    STATE = ("levels", "drifts", "scores", "variance", "readings")
 
     def __init__(
         self, gain: float, level: float, trend: float, rest: tuple[float, float], ratios: Sequence[float] = RATIOS
@@ -48,7 +52,7 @@ class PlantObserver(Stateful):
         self.drifts = [0.0] * len(self._gains)  # d_i
         self.scores: list[float] = self._prior.tolist()  # s_i
         self.variance = _MISSED**2
-        self.seen = _MISSED_WEIGHT  # readings in ``variance``
+        self.readings = 0
 
     @property
     def predicted(self) -> float:
@@ -67,23 +71,32 @@ class PlantObserver(Stateful):
 
     def observe(self, reading: float, acted: float) -> None:
         """Take in ln H, and the command that acted on it."""
+        self.readings += 1
         if not self.levels:
             self.levels = [reading] * len(self._gains)
             return
         predicted = np.array(self.levels) + self._gains * acted + np.array(self.drifts)
         missed = reading - predicted
-        limit = _OUTLIER**2 * self.variance
-        squares = np.minimum(missed**2, limit)
-        self.seen = min(self.seen + 1, _MISSED_WINDOW)
-        self.variance += (float(self._weights() @ squares) - self.variance) / self.seen
-        scores = _MEMORY * np.array(self.scores) + (1 - _MEMORY) * self._prior - squares / (2 * self.variance)
+        squares = np.minimum(missed**2, _OUTLIER**2 * self.variance)
+        counted = min(_MISSED_WEIGHT + self.readings - 1, _MISSED_WINDOW)
+        self.variance += (float(self._weights() @ squares) - self.variance) / counted
+        scores = (
+            _MEMORY * np.array(self.scores) + (1 - _MEMORY) * self._prior - _EVIDENCE * squares / (2 * self.variance)
+        )
         self.scores = (scores - scores.max()).tolist()
-        self.levels = (predicted + self._level * missed).tolist()
-        self.drifts = np.clip(np.array(self.drifts) + self._trend * missed, self._least, self._most).tolist()
+        level, trend = self._corrections()
+        self.levels = (predicted + level * missed).tolist()
+        self.drifts = np.clip(np.array(self.drifts) + trend * missed, self._least, self._most).tolist()
 
     def forget_fall(self) -> None:
         """Drop the belief that entropy falls by itself."""
         self.drifts = [max(drift, 0.0) for drift in self.drifts]
+
+    def _corrections(self) -> tuple[float, float]:
+        """Of level and drift per unit of what was missed; a trend of 0 means that there is no drift to learn."""
+        k = self.readings
+        level, trend = 2 * (2 * k - 1) / (k * (k + 1)), 6 / (k * (k + 1)) if k > _SLOPE_AFTER and self._trend else 0.0
+        return max(self._level, min(1.0, level)), max(self._trend, trend)
 
     def _weights(self) -> np.ndarray:
         weights = np.exp(np.array(self.scores) - max(self.scores))

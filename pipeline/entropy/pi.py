@@ -17,7 +17,7 @@ MOMENTUM_STEPS = 3  # by which the optimizer's momentum delays what a command do
 # Dead time of the loop without stale rollouts: the decision's own step, momentum, and the mean age of an EMA of weight 0.7.
 DEAD_TIME = 1 + MOMENTUM_STEPS + 2
 CLOSED_LOOP_STEPS = 16.0  # time constant aimed at
-KI_PER_KP = 0.04  # of the defaults, and of what ``calibrate`` proposes
+KI_PER_KP = 0.036  # of the defaults, and of what ``calibrate`` proposes
 
 
 def proportional_gain(gain: float, staleness: int = 0) -> float:

@@ -58,7 +58,10 @@ def test_figures_of_one_run_by_hand(history):
     # Over 200 tokens: 150 at 0.2 and 50 at 0.4, against 200 at 0.5.
     assert found["reward_cost"] == pytest.approx((100 - (150 * 0.2 + 50 * 0.4)) / 100)
     assert found["time_in_band"] == 1.0
-    assert (found["overshoot"], found["settled"]) == (0.0, 2.0)  # above its target throughout; two steps are none to settle in
+    assert (found["overshoot"], found["settled"]) == (
+        0.0,
+        2.0,
+    )  # above its target throughout; two steps are none to settle in
     assert found["seconds"] == 4.0
     assert math.isnan(found["pass_at_1"])
     assert math.isnan(measure(baseline, baseline)["time_in_band"])

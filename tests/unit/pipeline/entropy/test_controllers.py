@@ -63,6 +63,13 @@ def test_measured_gains_are_the_default_and_can_be_replaced():
     assert feed(controller(actuator="reweight", pi=known), [0.28])[0].command == pytest.approx(math.exp(2.0 * e))
 
 
+def test_decisions_tell_the_gain_that_the_law_has_learnt():
+    known = feed(controller(actuator="tok", pi=PiConfig(adapt=False)), [0.28])[0].gain
+    assert known == pytest.approx(1 / (2.0 * 22))
+    assert 0.5 < feed(controller(actuator="tok"), [0.28])[0].gain / known < 2
+    assert math.isnan(feed(controller(controller="bang_bang", actuator="resample"), [0.28])[0].gain)
+
+
 def test_decision_steers_to_the_band_of_the_next_step():
     band = BandConfig(low=0.5, high=0.5, schedule="piecewise", points=[[10, 0.2, 0.2]])
     decisions = feed(controller(band=band, pi=PiConfig(ema=0.0)), [0.5] * 12)

@@ -25,11 +25,27 @@ def test_one_reading_by_hand():
     prior = np.array([-0.5 * (math.log(0.5) / 0.6) ** 2, 0.0])
     before = np.exp(prior) / np.exp(prior).sum()
     variance = 0.065**2 + (before @ missed**2 - 0.065**2) / 21
-    weights = np.exp(0.99 * prior + 0.01 * prior - missed**2 / (2 * variance))
+    weights = np.exp(0.99 * prior + 0.01 * prior - missed**2 / (4 * variance))
     weights /= weights.sum()
     assert plant.gain == pytest.approx(weights @ [0.01, 0.02])
     assert plant.drift == pytest.approx(weights @ (0.002 * missed))
-    assert plant.predicted == pytest.approx(math.log(0.3) + weights @ ([0.005, 0.01] + 0.1 * missed))
+    assert plant.predicted == pytest.approx(math.log(0.3) + 0.05)  # a line goes through two readings
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.03])
+def test_most_of_a_steady_drift_is_known_after_forty_readings(noise):
+    plant = PlantObserver(0.02, 0.1, 0.002, (-1.0, 1.0), ratios=(1.0,))
+    rng = np.random.default_rng(0)
+    for k in range(40):
+        plant.observe(-0.01 * k + noise * rng.standard_normal(), 0.0)
+    assert -0.01 < plant.drift < -0.006  # a third of it with the lasting gains alone
+
+
+def test_without_a_trend_no_drift_is_learnt():
+    plant = PlantObserver(0.02, 1.0, 0.0, (-1.0, 1.0))
+    for k in range(40):
+        plant.observe(-0.01 * k, 0.0)
+    assert plant.drift == 0.0
 
 
 def test_a_drift_stays_within_what_the_limits_can_hold():
