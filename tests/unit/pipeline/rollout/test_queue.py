@@ -26,7 +26,7 @@ def test_what_waits_survives_json_bit_for_bit():
         "slow",
     )
     main = replace(sample, role=Role.MAIN, temperature=1.0)
-    decision = ControlDecision(1.37, 1.37, 4, "tracking", "H in band", 0.3, 0.31)
+    decision = ControlDecision(1.37, 1.37, 4, "tracking", "H in band", 0.3, 0.31, 0.02)
     old = torch.from_numpy(rng.standard_normal((2, 7)).astype(np.float32))
     drawn = Drawn(
         4,
