@@ -15,21 +15,26 @@ import math
 from dataclasses import dataclass
 
 from pipeline.config.schema import EntropyConfig
+from pipeline.entropy.pi import integral_gain
 
 
 @dataclass(frozen=True)
 class Actuator:
-    """One row of the table. ``lower``, ``upper`` and ``neutral`` are commands; ``kp`` and ``ki`` are in units of ``u``."""
+    """One row of the table. ``lower``, ``upper`` and ``neutral`` are commands; ``kp`` is in units of ``u``."""
 
     name: str
     lower: float
     upper: float
     neutral: float  # the command at rest, before any reading: u = 0; for a temperature 1
     kp: float  # u per unit of ln H
-    ki: float  # see ``PiLaw``
     temperature: bool = False  # the command is a temperature, u = ln T
     second_rollout: bool = False  # draws auxiliary samples
     positive_term: bool = False  # scaled by ``entropy.alpha``: with alpha 0 it does nothing
+
+    @property
+    def ki(self) -> float:
+        """See ``PiLaw``."""
+        return integral_gain(self.kp)
 
     def to_u(self, command: float) -> float:
         """From the actuator's unit to the controller's."""
@@ -40,21 +45,21 @@ class Actuator:
         return math.exp(u) if self.temperature else u
 
 
-def _temperature(name: str, lower: float, upper: float, kp: float, ki: float, second_rollout: bool = False) -> Actuator:
-    return Actuator(name, lower, upper, 1.0, kp, ki, True, second_rollout, positive_term=True)
+def _temperature(name: str, lower: float, upper: float, kp: float, second_rollout: bool = False) -> Actuator:
+    return Actuator(name, lower, upper, 1.0, kp, True, second_rollout, positive_term=True)
 
 
 ACTUATORS = {
     actuator.name: actuator
     for actuator in (
-        _temperature("resample", 0.6, 1.6, 3.0, 0.108, second_rollout=True),
-        _temperature("reweight", 1.0, 6.0, 2.0, 0.072),
-        _temperature("fc", 1.0, 6.0, 2.0, 0.072),
-        _temperature("dcpo", 0.8, 6.0, 2.0, 0.072),  # gains and upper limit taken over from reweight, not measured
-        Actuator("tok", 0.0, 3.0, 0.0, 2.0, 0.072),
-        Actuator("entropy_bonus", 0.0, 0.4, 0.0, 0.6, 0.0216),
-        Actuator("high_prob", -1.0, 1.0, 0.0, 1.0, 0.036),
-        Actuator("clip_cov", 0.0, 0.2, 0.0, 0.08, 0.00288),
+        _temperature("resample", 0.6, 1.6, 3.0, second_rollout=True),
+        _temperature("reweight", 1.0, 6.0, 2.0),
+        _temperature("fc", 1.0, 6.0, 2.0),
+        _temperature("dcpo", 0.8, 6.0, 2.0),  # gains and upper limit taken over from reweight, not measured
+        Actuator("tok", 0.0, 3.0, 0.0, 2.0),
+        Actuator("entropy_bonus", 0.0, 0.4, 0.0, 0.6),
+        Actuator("high_prob", -1.0, 1.0, 0.0, 1.0),
+        Actuator("clip_cov", 0.0, 0.2, 0.0, 0.08),
     )
 }
 

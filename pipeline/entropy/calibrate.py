@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.config.schema import EntropyConfig, PiConfig
 from pipeline.entropy.actuators import actuator_of, command_limits
 from pipeline.entropy.identify import IdentificationError, Identified, Record, identify
-from pipeline.entropy.pi import KI_PER_KP, MOMENTUM_STEPS, proportional_gain
+from pipeline.entropy.pi import MOMENTUM_STEPS, integral_gain, proportional_gain
 from pipeline.entropy.plant import Performance, Plant, Scenario, performance, simulate
 
 SIMULATED_SEEDS = 8
@@ -63,7 +63,7 @@ def calibration(config: EntropyConfig, records: Sequence[Record]) -> Calibration
     actuator = actuator_of(config)
     limits = command_limits(config, (actuator.lower, actuator.upper))
     kp = float(f"{proportional_gain(plant.gain, max(0, plant.delay - MOMENTUM_STEPS)):.3g}")
-    ki = float(f"{KI_PER_KP * kp:.3g}")
+    ki = integral_gain(kp)
     present = (config.pi.kp, config.pi.ki) if config.pi.kp else (actuator.kp, actuator.ki)
     start = float(np.exp(np.mean(np.log([h for h in records[0].entropy if h > 0][:_FIRST]))))
     rest = -plant.drift / plant.gain
