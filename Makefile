@@ -18,7 +18,7 @@ quickstart: $(VENV)/.ready $(if $(filter sglang,$(ROLLOUT)),$(VENV)/.ready-sglan
 	$(BIN)/python tools/quickstart.py --rollout $(ROLLOUT)
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-integration: $(VENV)/.ready-launch
 	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/integration $(SINK_TESTS)

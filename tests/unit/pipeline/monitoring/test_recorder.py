@@ -186,18 +186,15 @@ def test_the_clock_accounts_for_every_second():
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_progress_shows_the_end_and_costs_little(tmp_path, terminal):
+def test_progress_shows_the_end(tmp_path, terminal):
     recorder = runs.open_run(tmp_path)
     output = io.StringIO()
     recorder._progress = Progress("mine", 400, console=Console(file=output, force_terminal=terminal, width=120))
-    started = time.process_time()
     for step in range(400):
         runs.record_step(recorder, step)
-    milliseconds = 1000 * (time.process_time() - started) / 400
     recorder._progress.close()
     assert "step 400/400" in output.getvalue()
     assert "T+ 1.20 (reweight)" in output.getvalue()
-    assert milliseconds < 3, "a step of recording and progress; about 0.3 on an idle machine"
     if not terminal:
         assert output.getvalue().count("\n") == 20
 
