@@ -21,7 +21,7 @@ test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-integration: $(VENV)/.ready-launch
-	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/integration $(SINK_TESTS)
+	$(BIN)/python -m pytest -n 2 tests/integration $(SINK_TESTS)
 
 # The newest megatron-core that the learner serves, on its distributed tests; `make test` has the oldest.
 test-mcore19: $(MCORE19)/.ready

@@ -25,11 +25,11 @@ from pipeline.data.sources import check_prompts, load_prompts
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.disk import reserved
 from pipeline.entropy.factory import build_controller
+from pipeline.evaluation.evaluate import choose_prompts
 from pipeline.evaluation.evaluate import evaluate as evaluate_engine
 from pipeline.learner import Learner
 from pipeline.loop import TrainingLoop
 from pipeline.monitoring.recorder import Recorder
-from pipeline.ports import free_port
 from pipeline.rewards.stage import VerifierStage
 from pipeline.rollout.engine import RolloutEngine
 from pipeline.rollout.pool import EnginePool
@@ -117,13 +117,14 @@ def build_loop(config: RunConfig, recorder: Recorder, stack: ExitStack) -> Train
     colocated = config.rollout.placement == "colocated"
     rollouts = Rollouts(engines, learner, hf_path(config), recorder.fault, colocated=colocated)
     cursor = DataCursor(prompts.train, config.seed)
+    repeated = choose_prompts(prompts.held_out, config.entropy.repeated_prompts)
     return TrainingLoop(
         config=config,
         rollouts=rollouts,
         learner=learner,
         verifier=verifier,
         cursor=cursor,
-        queue=RolloutQueue(config, cursor, rollouts, verifier, learner, tokenizer.pad_token_id),
+        queue=RolloutQueue(config, cursor, rollouts, verifier, learner, tokenizer.pad_token_id, repeated),
         controller=controller,
         held_out=prompts.held_out,
         recorder=recorder,
@@ -146,7 +147,7 @@ def restore(loop: TrainingLoop, checkpoint: Checkpoint) -> None:
 def start_learner(config: RunConfig, stack: ExitStack) -> Learner:
     """The learner's processes, not yet loaded."""
     if config.runtime == "inline":
-        learner: Learner = build_learner_rank(config, 0, ("127.0.0.1", free_port()))
+        learner: Learner = build_learner_rank(config, 0, ("127.0.0.1", 0))  # it alone has to know which port that is
     else:
         from launchers.actors import LearnerRank, RayLearner
 

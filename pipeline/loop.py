@@ -15,6 +15,7 @@ from pipeline.monitoring.kept import choose, measure
 from pipeline.monitoring.recorder import Recorder
 from pipeline.objectives.batch import positives_consumed
 from pipeline.objectives.prepare import prepare
+from pipeline.objectives.repeated import repeated_entropy, with_repeated
 from pipeline.rewards.stage import VerifierStage
 from pipeline.rollout.queue import RolloutQueue
 from pipeline.rollout.rollouts import Rollouts
@@ -67,14 +68,19 @@ class TrainingLoop:
             self.rollouts.make_room()
             batch = prepare(batch, self.learner, self.config, self.step)
             kept = measure(chosen, self.learner, self.step)
+            repeated = repeated_entropy(samples.repeated, self.learner)
             stats = self.learner.update(batch, self.step)
+            if samples.repeated:
+                stats = with_repeated(stats, repeated)
         with clock("sync"):
             self.rollouts.push(self.step + 1)
         positives = positives_consumed(batch)
         self.decision = self.controller.update(stats.entropy, positives)
         drew, control = (samples.main, samples.auxiliary, kept), (drawn.decision, self.decision)
         figures = self.rollouts.figures()
-        self.recorder.step(self.step, *drew, stats, *control, samples.stale, positives, clock, figures)
+        self.recorder.step(
+            self.step, *drew, stats, *control, samples.stale, positives, clock, figures, samples.repeated
+        )
         self.step += 1
 
     def evaluate(self) -> None:

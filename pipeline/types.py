@@ -25,6 +25,7 @@ class Role(StrEnum):
     MAIN = "main"  # drawn at T=1; carries the policy loss, the entropy reading and every metric
     AUXILIARY = "auxiliary"  # drawn at T+; only its correct rows are trained on, none enters a metric
     EVALUATION = "evaluation"  # never trained on
+    REPEATED = "repeated"  # same prompts, same seeds every step; only its entropy is looked at
 
 
 @dataclass(frozen=True)
@@ -180,6 +181,9 @@ class EntropyReading:
     count: float  # tokens
     step: int
     staleness: int = 0  # updates between the weights that drew the rows and the weights that measured them
+    repeated: float = float(
+        "nan"
+    )  # nats per token over the repeated rows (``pipeline.entropy.repeated``); NaN: there are none
 
     @property
     def mean(self) -> float:

@@ -121,7 +121,7 @@ def measure(run: RunHistory, baseline: RunHistory | None, steps: int | None = No
 
 def _generated(run: RunHistory) -> np.ndarray:
     """Response tokens generated before each step, and after the last: ``[steps + 1]``."""
-    tokens = np.nan_to_num(run.column("tokens/main")) + np.nan_to_num(run.column("tokens/auxiliary"))
+    tokens = sum(np.nan_to_num(run.column(f"tokens/{role}")) for role in ("main", "auxiliary", "repeated"))
     return np.concatenate([[0.0], np.cumsum(tokens)])
 
 

@@ -446,6 +446,11 @@ class EntropyConfig:
         0.0, "lower limit of the command, below 0 for high_prob only; 0 with command_max 0: default of the actuator"
     )
     command_max: float = key(0.0, "upper limit of the command")
+    repeated_prompts: int = key(
+        0,
+        "held-out prompts answered once at every step with the same seeds: their entropy varies by 1 % where a step's own varies by 6, "
+        "and the controller acts on it; 0: none; e.g. 64",
+    )
     auxiliary_prompts: int = key(4, "resample: prompts drawn again at T+ each step")
     auxiliary_samples: int = key(16, "resample: samples per auxiliary prompt")
     auxiliary_replaces: bool = key(

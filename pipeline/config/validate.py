@@ -22,6 +22,7 @@ from pipeline.config.objective_rules import ADVANTAGES, LOSSES, SHAPINGS, object
 from pipeline.config.precision_rules import precision_problems
 from pipeline.config.schema import LearnerConfig, RunConfig
 
+DETERMINISTIC = "--enable-deterministic-inference"
 TEMPERATURE_ACTUATORS = ("resample", "reweight", "fc", "dcpo")
 SINKS = ("tensorboard", "wandb", "mlflow", "prometheus")
 # What each published law was made for; ``pi`` drives any actuator.
@@ -175,6 +176,7 @@ RANGES: dict[str, Range] = {
     "objective.rlrt.mix": _FRACTION,
     "objective.rlrt.clip": _FRACTION,
     "entropy.alpha": _NOT_NEGATIVE,
+    "entropy.repeated_prompts": _NOT_NEGATIVE,
     "entropy.band.low": _POSITIVE,
     "entropy.band.high": _POSITIVE,
     "entropy.band.end_low": _NOT_NEGATIVE,
@@ -717,6 +719,17 @@ def _controller(config: RunConfig) -> Iterator[Problem]:
             True,
             f"only a second rollout has auxiliary prompts to add, not {entropy.controller} with {entropy.actuator}",
             "set controller=pi with actuator=resample, or split_range=false",
+        )
+    if (
+        entropy.repeated_prompts
+        and config.rollout.engine == "sglang"
+        and DETERMINISTIC not in config.rollout.sglang.extra_args
+    ):
+        yield Problem(
+            "entropy.repeated_prompts",
+            entropy.repeated_prompts,
+            "SGLang draws by a sample's own seed only in deterministic inference (on a GPU); without it the reading repeats nothing",
+            f"add {DETERMINISTIC} to rollout.sglang.extra_args, or set entropy.repeated_prompts=0",
         )
 
 

@@ -57,7 +57,7 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer, *, max_prompt_tokens:
 def check_prompts(prompts: PromptSet, config: RunConfig) -> None:
     """Raise ``DataError`` where the run that ``config`` describes could not be done on ``prompts``.
 
-    A step never holds a prompt twice, and an evaluation needs held-out prompts.
+    A step never holds a prompt twice, and an evaluation and a repeated reading need held-out prompts.
     """
     per_step, evaluation = config.rollout.prompts_per_step, config.evaluation
     if per_step > len(prompts.train):
@@ -72,6 +72,11 @@ def check_prompts(prompts: PromptSet, config: RunConfig) -> None:
         raise DataError(
             f"data.held_out={config.data.held_out} leaves no held-out prompt of {len(prompts.train)}, but {settings}: "
             "raise data.held_out or add prompts, or set evaluation.every=0, at_start=false and at_end=false"
+        )
+    if config.entropy.repeated_prompts > len(prompts.held_out):
+        raise DataError(
+            f"entropy.repeated_prompts={config.entropy.repeated_prompts} exceeds the {len(prompts.held_out)} held-out prompts "
+            f"(data.held_out={config.data.held_out}): lower it, or raise data.held_out"
         )
 
 

@@ -86,7 +86,7 @@ class ClosedLoop(Stateful):
         if not usable(reading):
             return self._without_reading(reading, step)
         self.bad_readings = 0
-        entropy = self._sensor.filter(reading.mean)
+        entropy = self._sensor.filter(reading.mean, reading.repeated)
         goal = self._set_point.toward(self._band.target(step), entropy)
         above = reading.mean > EXPLOSION * goal
         self.within = self.within or entropy < WITHIN * goal

@@ -20,7 +20,7 @@ from pipeline.entropy.controller import EntropyController
 from pipeline.entropy.entropic import EntropicLaw
 from pipeline.entropy.law import Law
 from pipeline.entropy.none import NoControl
-from pipeline.entropy.pi import PiLaw
+from pipeline.entropy.pi import NOISY, QUIET, PiLaw
 from pipeline.entropy.scope import ScopeLaw
 from pipeline.entropy.sensor import HAMPEL_WINDOW, Sensor
 from pipeline.entropy.skywork import SkyworkLaw
@@ -114,7 +114,8 @@ def _law(config: EntropyConfig, actuator: Actuator, limits: tuple[float, float])
     pi = config.pi
     kp, ki = (pi.kp, pi.ki) if pi.kp else (actuator.kp, actuator.ki)
     lower, upper = actuator.to_u(limits[0]), actuator.to_u(limits[1])
-    return PiLaw(kp, ki, lower, upper, adapt=pi.adapt, slew=pi.slew, dead_band=pi.dead_band)
+    pace = QUIET if config.repeated_prompts else NOISY
+    return PiLaw(kp, ki, lower, upper, adapt=pi.adapt, slew=pi.slew, dead_band=pi.dead_band, pace=pace)
 
 
 def _limits(config: EntropyConfig, actuator: Actuator) -> tuple[float, float]:

@@ -9,11 +9,13 @@ import numpy as np
 from pipeline.entropy.state import Stateful
 
 RATIOS = tuple(float(ratio) for ratio in np.geomspace(1 / 8, 8, 13))  # gains considered, of the one assumed
-_SPREAD = 0.6  # standard deviation of ln(gain / assumed) before any reading
+WIDE_RATIOS = tuple(float(ratio) for ratio in np.geomspace(1 / 32, 8, 17))
 _EVIDENCE = 0.5  # of a miss: readings are exponential means, so one miss is much like the one before
 _MEMORY = 0.99  # of a score per step: the gain may change over some hundred steps
-# Root mean square of what a prediction misses, in ln H, before any reading; the readings it counts for; those looked back on.
-_MISSED, _MISSED_WEIGHT, _MISSED_WINDOW = 0.065, 20, 60
+_MISSED_WEIGHT, _MISSED_WINDOW = (
+    20,
+    60,
+)  # readings that the first guess of the mean square miss counts for; those looked back on
 _SLOPE_AFTER = 20  # readings before a slope of their noise is no longer taken for drift
 _OUTLIER = 4.0  # root mean squares beyond which a miss counts as that many
 
@@ -25,7 +27,7 @@ class PlantObserver(Stateful):
 
     and how well it predicted is its score, the logarithm of its posterior probability but for a constant:
 
-        s_i <- f s_i + (1 - f) p_i - r_i^2 / (4 v),    p_i = -(ln(b_i / b) / 0.6)^2 / 2,    v = the mean square of r.
+        s_i <- f s_i + (1 - f) p_i - r_i^2 / (4 v),    p_i = -(ln(b_i / b) / spread)^2 / 2,    v = the mean square of r.
 
     (Multiple-model estimation: Magill 1965, IEEE Trans. Automatic Control 10(4); the forgetting f = 0.99, and counting half of a miss, are
     ours.) The first readings correct y by a least-squares line's l1 = 2 (2 k - 1) / (k (k + 1)), and from the 20th on d by its l2 = 6 / (k (k + 1)),
@@ -37,21 +39,30 @@ class PlantObserver(Stateful):
         level, trend: l1 and l2, lasting.
         rest: least and largest u that may hold the entropy: d_i stays between -b_i times them.
         ratios: b_i / b; ``(1.0,)``: the gain is known.
+        spread: of ln(b_i / b), the standard deviation before any reading.
+        missed: root mean square of r, the same.
     """
 
     STATE = ("levels", "drifts", "scores", "variance", "readings")
 
     def __init__(
-        self, gain: float, level: float, trend: float, rest: tuple[float, float], ratios: Sequence[float] = RATIOS
+        self,
+        gain: float,
+        level: float,
+        trend: float,
+        rest: tuple[float, float],
+        ratios: Sequence[float] = RATIOS,
+        spread: float = 0.6,
+        missed: float = 0.065,
     ) -> None:
         self._gains = gain * np.array(ratios)
-        self._prior = -0.5 * (np.log(ratios) / _SPREAD) ** 2
+        self._prior = -0.5 * (np.log(ratios) / spread) ** 2
         self._level, self._trend = level, trend
         self._least, self._most = -self._gains * rest[1], -self._gains * rest[0]
         self.levels: list[float] = []  # y_i; empty: no reading yet
         self.drifts = [0.0] * len(self._gains)  # d_i
         self.scores: list[float] = self._prior.tolist()  # s_i
-        self.variance = _MISSED**2
+        self.variance = missed**2
         self.readings = 0
 
     @property

@@ -7,10 +7,11 @@ off target and a two-point law (AEPO's) swings around it; the integral carries t
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline.entropy.law import ANY, Edges, Law
-from pipeline.entropy.observer import RATIOS, PlantObserver
+from pipeline.entropy.observer import RATIOS, WIDE_RATIOS, PlantObserver
 
 MAX_ERROR = 1.0  # |ln(H*/H)| beyond which the law pushes no harder
 MOMENTUM_STEPS = 3  # by which the optimizer's momentum delays what a command does
@@ -18,6 +19,22 @@ MOMENTUM_STEPS = 3  # by which the optimizer's momentum delays what a command do
 DEAD_TIME = 1 + MOMENTUM_STEPS + 2
 CLOSED_LOOP_STEPS = 16.0  # time constant aimed at
 KI_PER_KP = 0.036
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast the law may be, given how much a reading varies."""
+
+    horizon: float  # time constant plus dead time, steps
+    trend: float | None  # the observer's l2; None: ki / (kp (tc + theta))
+    missed: float  # root mean square of what a prediction misses, in ln H, before any reading
+    spread: float  # standard deviation of ln(gain / assumed) before any reading
+    ratios: tuple[float, ...]  # gains considered, of the one assumed
+
+
+NOISY = Pace(CLOSED_LOOP_STEPS + DEAD_TIME, None, 0.065, 0.6, RATIOS)
+# With repeated readings: no filter to wait for, half the time constant, and weak gains are soon told.
+QUIET = Pace(8.0 + 1 + MOMENTUM_STEPS, 0.01, 0.01, 1.2, WIDE_RATIOS)
 
 
 def proportional_gain(gain: float, staleness: int = 0) -> float:
@@ -45,6 +62,7 @@ class PiLaw(Law):
         adapt: learn b, between an eighth and eight times the one assumed.
         slew: largest change of ``u`` per step; 0: unlimited.
         dead_band: |e| that counts as 0; beyond it the error is measured from its edge, without a jump.
+        pace: ``QUIET`` where readings are repeated.
     """
 
     STATE = ("sent",)
@@ -59,10 +77,14 @@ class PiLaw(Law):
         adapt: bool = True,
         slew: float = 0.0,
         dead_band: float = 0.0,
+        pace: Pace = NOISY,
     ) -> None:
         assumed = 1 / (kp * (CLOSED_LOOP_STEPS + DEAD_TIME))
-        level = min(1.0, 2 * math.sqrt(ki * assumed)) or 1.0  # without an integral: the reading itself
-        self.plant = PlantObserver(assumed, level, ki * assumed, (lower, upper), RATIOS if adapt else (1.0,))
+        trend = ki * assumed if pace.trend is None or ki == 0 else pace.trend
+        level = min(1.0, 2 * math.sqrt(trend)) or 1.0  # without an integral: the reading itself
+        ratios = pace.ratios if adapt else (1.0,)
+        self.plant = PlantObserver(assumed, level, trend, (lower, upper), ratios, pace.spread, pace.missed)
+        self._horizon = pace.horizon
         self._lower, self._upper = lower, upper
         self._slew = slew
         self._dead_band = dead_band
@@ -78,7 +100,7 @@ class PiLaw(Law):
         self.sent = [*self.sent, last][-(2 + MOMENTUM_STEPS + staleness) :]
         self.plant.observe(math.log(entropy), self.sent[0])
         error = self._error(math.log(goal) - self.plant.predicted)
-        u = (error / (CLOSED_LOOP_STEPS + DEAD_TIME + staleness) - self.plant.drift) / self.plant.gain
+        u = (error / (self._horizon + staleness) - self.plant.drift) / self.plant.gain
         u = min(max(u, self._lower), self._upper)
         return min(max(u, last - self._slew), last + self._slew) if self._slew else u
 

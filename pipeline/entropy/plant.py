@@ -48,6 +48,7 @@ class Plant:
     process_noise: float = 0.007  # standard deviation per step, of ln H
     sensor_noise: float = 0.06  # standard deviation of ln of a reading
     sensor_lag: int = 0  # steps
+    repeated_noise: float = 0.01  # standard deviation of ln of a repeated reading, where the configuration asks for any
     outliers: float = 0.0  # share of readings that are a third or three times what they should be
 
     def reachable(self, lower: float, upper: float) -> tuple[float, float]:
@@ -136,13 +137,17 @@ def simulate(entropy: EntropyConfig, scenario: Scenario, seed: int, staleness: i
     if actuator is None:
         raise ValueError("nothing to simulate: entropy.controller=none, or entropy.alpha=0")
     config = replace(entropy, band=scenario.band())
-    return _run(build_controller(config, scenario.steps, _PROMPTS), actuator, scenario, seed, staleness)
+    control = build_controller(config, scenario.steps, _PROMPTS)
+    return _run(control, actuator, scenario, seed, staleness, config.repeated_prompts > 0)
 
 
-def _run(control: EntropyController, actuator: Actuator, scenario: Scenario, seed: int, staleness: int) -> Trace:
+def _run(
+    control: EntropyController, actuator: Actuator, scenario: Scenario, seed: int, staleness: int, repeats: bool
+) -> Trace:
     rng = np.random.default_rng([seed, len(scenario.name), *scenario.name.encode()])
     draws = rng.standard_normal((scenario.steps, 2))
     strays = rng.random((scenario.steps, 2))
+    again = rng.standard_normal(scenario.steps)
     y, momentum, decision = math.log(scenario.start), 0.0, control.initial()
     states: list[float] = []
     commands: list[float] = []
@@ -159,7 +164,8 @@ def _run(control: EntropyController, actuator: Actuator, scenario: Scenario, see
         momentum += (pushed - momentum) / plant.lag
         y += _move(plant, y, momentum) + plant.process_noise * draws[k, 1]
         y = min(max(y, _FLOOR), _CEILING)
-        reading = EntropyReading(math.exp(seen) * _TOKENS, _TOKENS, k, staleness)
+        repeated = math.exp(states[-1] + plant.repeated_noise * again[k]) if repeats else math.nan
+        reading = EntropyReading(math.exp(seen) * _TOKENS, _TOKENS, k, staleness, repeated)
         decision = control.update(reading, 0 if barren else 8)
         readings.append(reading.mean)
         decisions.append(decision)

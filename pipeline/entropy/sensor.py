@@ -12,6 +12,7 @@ FLOOR = 1e-3  # nats; below it ln H would amplify noise without bound
 HAMPEL_WINDOW = 7
 _MIN_HISTORY = 4  # readings before an outlier can be told from a trend
 _SCALE = 4 * 1.4826  # four standard deviations, the deviation estimated from the median absolute one
+_OFFSET_WEIGHT = 0.05  # of a pair of readings in the offset between them, once there have been 20
 _SLACK = 0.02  # of the median: lets a noiseless signal move
 
 
@@ -21,7 +22,7 @@ def usable(reading: EntropyReading) -> bool:
 
 
 class Sensor(Stateful):
-    """Hampel filter, then exponential mean.
+    """Hampel filter, then exponential mean; where there is a repeated reading, that one, brought to the level of the others.
 
     Args:
         ema: weight of the past in the mean; 0: none.
@@ -29,21 +30,32 @@ class Sensor(Stateful):
             robust standard deviations plus 2 % of the median is pulled back to that distance.
     """
 
-    STATE = ("recent", "value")
+    STATE = ("recent", "value", "offset", "offsets")
 
     def __init__(self, ema: float = 0.0, window: int = 0) -> None:
         self._ema = ema
         self._window = window
         self.recent: list[float] = []  # raw, oldest first
         self.value: float | None = None
+        self.offset = 0.0  # mean of ln reading - ln repeated reading
+        self.offsets = 0  # pairs of readings seen
 
-    def filter(self, entropy: float) -> float:
-        """The filtered entropy, at least ``FLOOR``."""
+    def filter(self, entropy: float, repeated: float = math.nan) -> float:
+        """The filtered entropy, at least ``FLOOR``. ``repeated``: of the same prompts and seeds as ever, see ``EntropyReading``."""
         clean = self._hampel(entropy)
         if self._window:
             self.recent = [*self.recent, entropy][-self._window :]
-        self.value = clean if self.value is None else self._ema * self.value + (1 - self._ema) * clean
+        if math.isfinite(repeated):
+            self.value = self._shifted(max(clean, FLOOR), max(repeated, FLOOR))
+        else:
+            self.value = clean if self.value is None else self._ema * self.value + (1 - self._ema) * clean
         return max(self.value, FLOOR)
+
+    def _shifted(self, entropy: float, repeated: float) -> float:
+        self.offsets += 1
+        weight = max(_OFFSET_WEIGHT, 1 / self.offsets)
+        self.offset += weight * (math.log(entropy / repeated) - self.offset)
+        return repeated * math.exp(self.offset)
 
     def _hampel(self, entropy: float) -> float:
         if len(self.recent) < _MIN_HISTORY:

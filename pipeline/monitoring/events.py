@@ -59,7 +59,7 @@ class StepRecord:
     seconds: Mapping[str, float] = field(
         default_factory=dict
     )  # sample, verify, batch, train (of it inside: learner), sync, other, total
-    tokens: Mapping[str, int] = field(default_factory=dict)  # response tokens drawn: main, auxiliary
+    tokens: Mapping[str, int] = field(default_factory=dict)  # response tokens drawn: main, auxiliary, repeated
     sync: Mapping[str, float] = field(default_factory=dict)  # of the weight sync: bytes, buckets
     memory: Mapping[str, float] = field(default_factory=dict)  # GiB: driver, learner (largest rank), gpu (largest rank)
     engines: Mapping[str, float] = field(default_factory=dict)  # alive, total

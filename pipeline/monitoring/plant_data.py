@@ -18,4 +18,6 @@ def record_of(run: RunHistory) -> Record:
     actuator = actuator_of(run.config.entropy)
     commands, positives = run.column("control/command"), run.column("control/positives")
     acted = [actuator.to_u(command) if used > 0 else 0.0 for command, used in zip(commands, positives, strict=True)]
-    return Record(run.column("entropy/mean"), np.array(acted))
+    repeated = run.column("entropy/repeated")
+    entropy = repeated if np.isfinite(repeated).any() else run.column("entropy/mean")
+    return Record(entropy, np.array(acted))

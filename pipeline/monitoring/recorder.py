@@ -180,6 +180,7 @@ class Recorder:
         positives: int,
         clock: StepClock,
         rollouts: Mapping[str, Mapping[str, float]],
+        repeated: Sequence[SampleGroup] = (),
     ) -> None:
         """Record one step: its event, the samples to keep, the progress line.
 
@@ -216,7 +217,7 @@ class Recorder:
             memory={"driver": resident_gib(), **stats.memory},
             sync=rollouts["sync"],
             engines=rollouts["engines"],
-            **rollout_figures(main, auxiliary),
+            **rollout_figures(main, auxiliary, repeated),
         )
         self.event("step", **record.to_dict())
         self._done = step + 1
@@ -310,11 +311,14 @@ def _lock(run_dir: Path) -> IO[str]:
     return file
 
 
-def rollout_figures(main: Sequence[SampleGroup], auxiliary: Sequence[SampleGroup]) -> dict[str, Any]:
+def rollout_figures(
+    main: Sequence[SampleGroup], auxiliary: Sequence[SampleGroup], repeated: Sequence[SampleGroup] = ()
+) -> dict[str, Any]:
     """The fields of a ``StepRecord`` that follow from verified samples. Means over no samples are NaN."""
     groups = [group.samples for group in main if group.samples]
     samples = [sample for group in groups for sample in group]
     others = [sample for group in auxiliary for sample in group.samples]
+    tokens = {"main": main, "auxiliary": auxiliary} | ({"repeated": repeated} if repeated else {})
     rewards = [[sample.reward for sample in group] for group in groups]
     lengths = [len(sample.token_ids) for sample in samples]
     return {
@@ -323,7 +327,7 @@ def rollout_figures(main: Sequence[SampleGroup], auxiliary: Sequence[SampleGroup
         "response_length": _mean(lengths),
         "truncated": _mean([sample.finish_reason == "length" for sample in samples]),
         "verifier_errors": sum(bool(sample.verifier_error) for sample in (*samples, *others)),
-        "tokens": {"main": sum(lengths), "auxiliary": sum(len(sample.token_ids) for sample in others)},
+        "tokens": {role: sum(len(s.token_ids) for g in drawn for s in g.samples) for role, drawn in tokens.items()},
     }
 
 

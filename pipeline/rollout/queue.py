@@ -8,6 +8,7 @@ ratio as it is, and clips it. A checkpoint holds what is waiting, so that a resu
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from pipeline.learner import Learner
 from pipeline.monitoring.recorder import StepClock
 from pipeline.objectives.batch import build_batch
 from pipeline.rewards.stage import VerifierStage
+from pipeline.rollout.requests import repeated_requests
 from pipeline.rollout.rollouts import Rollouts
 from pipeline.rollout.step import StepSamples, draw_step, to_train_on
 from pipeline.types import ControlDecision, Prompt, Role, Sample, SampleGroup, TrainBatch, WeightSpan
@@ -49,11 +51,14 @@ class RolloutQueue:
         verifier: VerifierStage,
         learner: Learner,
         pad_token_id: int,
+        repeated: Sequence[Prompt] = (),
     ) -> None:
+        """``repeated``: prompts that are answered at every step with the same seeds."""
         self._config, self._cursor, self._rollouts = config, cursor, rollouts
         self._verifier, self._learner, self._pad = verifier, learner, pad_token_id
         actuator = acting(config.entropy)
         self._second_rollout = actuator is not None and actuator.second_rollout
+        self._repeated = repeated_requests(repeated, config)
         self._waiting: deque[Drawn] = deque()  # the next step's first
 
     def next(self, step: int, decision: ControlDecision, clock: StepClock) -> Drawn:
@@ -83,7 +88,8 @@ class RolloutQueue:
 
     def _draw(self, version: int, step: int, decision: ControlDecision, clock: StepClock) -> Drawn:
         parts = self._cursor, self._rollouts, self._verifier
-        drawn = Drawn(version, decision, draw_step(*parts, decision, self._config, step, version, clock))
+        samples = draw_step(*parts, decision, self._config, step, version, clock, self._repeated)
+        drawn = Drawn(version, decision, samples)
         if step == version:
             return drawn
         with clock("train"):
@@ -98,6 +104,7 @@ def _plain(drawn: Drawn) -> dict[str, Any]:
         "decision": asdict(drawn.decision),
         "main": [_plain_group(group) for group in drawn.samples.main],
         "auxiliary": [_plain_group(group) for group in drawn.samples.auxiliary],
+        "repeated": [_plain_group(group) for group in drawn.samples.repeated],
         "stale": drawn.samples.stale,
         "old_log_probs": None if old is None else old.tolist(),
     }
@@ -118,7 +125,12 @@ def _drawn(state: dict[str, Any]) -> Drawn:
     return Drawn(
         state["version"],
         ControlDecision(**state["decision"]),
-        StepSamples(list(map(_group, state["main"])), list(map(_group, state["auxiliary"])), state["stale"]),
+        StepSamples(
+            list(map(_group, state["main"])),
+            list(map(_group, state["auxiliary"])),
+            state["stale"],
+            list(map(_group, state.get("repeated", []))),  # older checkpoints have none
+        ),
         None if old is None else torch.tensor(old, dtype=torch.float32),
     )
 

@@ -9,6 +9,8 @@ from pipeline.config.schema import RunConfig
 from pipeline.seeds import sample_seed
 from pipeline.types import ControlDecision, Cuts, GenerateRequest, Prompt, Role, SampleGroup
 
+ALWAYS = 0  # the step that repeated samples take their seeds from
+
 
 def step_requests(
     prompts: Sequence[Prompt], decision: ControlDecision, config: RunConfig, step: int
@@ -26,6 +28,16 @@ def step_requests(
     resampled = prompts[: decision.auxiliary_prompts]
     auxiliary = [request(p, Role.AUXILIARY, config.entropy.auxiliary_samples, decision.temperature) for p in resampled]
     return main + auxiliary
+
+
+def repeated_requests(prompts: Sequence[Prompt], config: RunConfig) -> list[GenerateRequest]:
+    """One sample at T=1 of each prompt, with the same seeds at every step."""
+
+    def request(prompt: Prompt) -> GenerateRequest:
+        seeds = (sample_seed(config.seed, ALWAYS, prompt.id, 0, Role.REPEATED),)
+        return GenerateRequest(prompt, seeds, 1.0, config.rollout.max_new_tokens, Role.REPEATED)
+
+    return [request(prompt) for prompt in prompts]
 
 
 def _cuts(config: RunConfig) -> Cuts | None:

@@ -106,7 +106,7 @@ def test_alpha_zero_is_grpo_bit_for_bit(tmp_path, grpo, actuator):
     [
         ["entropy.actuator=reweight"],
         ["entropy.actuator=resample"],
-        ["entropy.actuator=resample", "rollout.staleness=3"],
+        ["entropy.actuator=resample", "rollout.staleness=3", "entropy.repeated_prompts=8"],
     ],
 )
 def test_killed_between_steps_then_resumed_continues_bit_for_bit(tmp_path, more):

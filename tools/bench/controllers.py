@@ -24,6 +24,7 @@ EQUAL: dict[str, Any] = {"actuator": "resample", "command_min": 0.6, "command_ma
 CONTROLLERS = {
     "pi, default": EntropyConfig(),
     "pi": EntropyConfig(controller="pi", **EQUAL),
+    "pi, repeated": EntropyConfig(controller="pi", repeated_prompts=32, **EQUAL),
     "scope v7": EntropyConfig(controller="scope", **EQUAL),
     "bang_bang": EntropyConfig(controller="bang_bang", **EQUAL),
 }

@@ -131,6 +131,11 @@ BROKEN = {
         "rollout.sglang.max_total_tokens",
         "2048 tokens",
     ),
+    "repeated readings without seeds": (
+        ["rollout.engine=sglang", "entropy.repeated_prompts=32"],
+        "entropy.repeated_prompts",
+        "only in deterministic inference",
+    ),
     "min_lr": (["learner.optimizer.min_lr=1"], "learner.optimizer.min_lr", "above"),
     "countdown task": (["data.source.task=pm"], "data.source.task", "countdown"),
     "countdown digits": (["data.source.task=cd6"], "data.source.task", "countdown"),
@@ -250,6 +255,11 @@ def test_rule(model, rule):
         ["learner.optimizer.lr_schedule=cosine", "learner.optimizer.warmup_steps=99"],
         ["learner.optimizer.warmup_steps=200"],
         ["rollout.engine=sglang", "rollout.sglang.max_total_tokens=2048"],
+        [
+            "rollout.engine=sglang",
+            "rollout.sglang.extra_args=[--enable-deterministic-inference]",
+            "entropy.repeated_prompts=32",
+        ],
         ["rollout.engine=sglang", "rollout.sglang.max_total_tokens=0"],
         ["rollout.sglang.max_total_tokens=1"],
         ["data.source.kind=reasoning_gym", "data.source.task=chain_sum", "data.source.size=16"],

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.schema import DataConfig, EvaluationConfig, RolloutConfig, RunConfig, SourceConfig
+from pipeline.config.schema import DataConfig, EntropyConfig, EvaluationConfig, RolloutConfig, RunConfig, SourceConfig
 from pipeline.data import DataError
 from pipeline.data.sources import PromptSet, check_prompts, load_prompts
 from pipeline.data.tokenizer import load_tokenizer
@@ -158,6 +158,17 @@ def test_prompts_that_cannot_carry_the_run(tokenizer):
     with pytest.raises(DataError, match=rf"rollout\.prompts_per_step={train + 1} exceeds the {train} .* lower it"):
         check(prompts, train + 1)
     check(none_apart, every=0, at_start=False, at_end=False)
+    apart = len(prompts.held_out)
+    check_prompts(
+        prompts, RunConfig(rollout=RolloutConfig(prompts_per_step=16), entropy=EntropyConfig(repeated_prompts=apart))
+    )
+    with pytest.raises(
+        DataError, match=rf"repeated_prompts={apart + 1} exceeds the {apart} held-out .* raise data\.held_out"
+    ):
+        check_prompts(
+            prompts,
+            RunConfig(rollout=RolloutConfig(prompts_per_step=16), entropy=EntropyConfig(repeated_prompts=apart + 1)),
+        )
     for wanted in ({"every": 5}, {"at_start": True}, {"at_end": True}):
         (key,) = wanted
         said = rf"data\.held_out=0\.1 leaves .* but evaluation\.{key}={wanted[key]}: raise data\.held_out"

@@ -94,6 +94,24 @@ def test_the_default_law_beats_the_published_ones_in_error_and_in_actuator_varia
         assert ours["variation"] < theirs["variation"], rival
 
 
+@pytest.mark.parametrize("scenario", list(SCENARIOS))
+def test_repeated_readings_make_the_error_smaller(scenario):
+    assert figures(scenario, "pi, repeated")["rms"] < figures(scenario, "pi")["rms"]
+
+
+@pytest.mark.parametrize("weaker", [1 / 5, 1 / 12])
+def test_with_repeated_readings_a_far_weaker_gain_is_learnt_in_time(weaker):
+    """As on cd3 and chain_sum: the drift falls with H, and tok acts a fifth to a twelfth as much as assumed."""
+    plant = Plant(gain=weaker / 44, drift=-0.0019 * (0.3 / 0.45) ** 7, drift_power=7, process_noise=0.004)
+    scenario = Scenario("weak", plant, start=0.57, target=0.45, steps=240)
+    rms = {}
+    for prompts in (0, 32):
+        config = EntropyConfig(actuator="tok", command_max=6.0, repeated_prompts=prompts)
+        rms[prompts] = np.mean([performance(simulate(config, scenario, seed)).rms for seed in range(8)])
+    assert rms[32] < 0.04
+    assert rms[32] < 0.9 * rms[0]
+
+
 def test_the_default_actuator_holds_the_band_as_well():
     for scenario in ("hold", "rise from 0.15", "high entropy"):
         assert measure(scenario, "pi, default", seeds=4)["time_in_band"] > 0.95

@@ -32,7 +32,10 @@ def test_what_waits_survives_json_bit_for_bit():
         4,
         decision,
         StepSamples(
-            [SampleGroup(prompt, (main,), Role.MAIN)], [SampleGroup(prompt, (sample, sample), Role.AUXILIARY)], 2
+            [SampleGroup(prompt, (main,), Role.MAIN)],
+            [SampleGroup(prompt, (sample, sample), Role.AUXILIARY)],
+            2,
+            [SampleGroup(prompt, (replace(sample, role=Role.REPEATED),), Role.REPEATED)],
         ),
         old,
     )
@@ -40,7 +43,9 @@ def test_what_waits_survives_json_bit_for_bit():
     assert torch.equal(back.old_log_probs, old)
     assert (back.version, back.decision, back.samples.stale) == (4, decision, 2)
     for before, after in zip(
-        (*drawn.samples.main, *drawn.samples.auxiliary), (*back.samples.main, *back.samples.auxiliary), strict=True
+        (*drawn.samples.main, *drawn.samples.auxiliary, *drawn.samples.repeated),
+        (*back.samples.main, *back.samples.auxiliary, *back.samples.repeated),
+        strict=True,
     ):
         assert after.prompt == before.prompt
         assert after.role is before.role

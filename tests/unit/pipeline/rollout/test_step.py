@@ -12,7 +12,7 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.monitoring.recorder import StepClock
 from pipeline.rewards.stage import VerifierStage
 from pipeline.rollout.native import NativeEngine
-from pipeline.rollout.requests import step_requests
+from pipeline.rollout.requests import repeated_requests, step_requests
 from pipeline.rollout.step import draw_step, to_train_on
 from pipeline.types import ControlDecision, Cuts, Role
 
@@ -36,11 +36,11 @@ def parts():
     return engine, VerifierStage(config.data, tokenizer), prompts.train
 
 
-def draw(parts, *overrides, prompts=None):
+def draw(parts, *overrides, prompts=None, step=0, again=()):
     engine, verifier, train = parts
     cursor = DataCursor(train if prompts is None else prompts, seed=0)
     clock, config = StepClock(), configured(*overrides)
-    drawn = draw_step(cursor, engine, verifier, DECISION, config, 0, 0, clock)
+    drawn = draw_step(cursor, engine, verifier, DECISION, config, step, 0, clock, repeated_requests(again, config))
     return drawn, to_train_on(drawn.main, config), clock.seconds()
 
 
@@ -96,3 +96,18 @@ def test_cuts_draws_the_second_part_of_each_group(parts):
         assert not all(same[8:])
         for a, b in zip(usual.samples, other.samples, strict=True):
             assert a.token_ids[:2].tolist() == b.token_ids[:2].tolist()
+
+
+def test_repeated_samples_are_the_same_at_every_step_and_change_no_other(parts):
+    again, words = list(parts[2][2000:2003]), ["rollout.samples_per_prompt=2", "rollout.sampling_rounds=3"]
+    (first, *_), (later, *_) = (draw(parts, *words, step=step, again=again) for step in (0, 7))
+    plain, *_ = draw(parts, *words)
+    assert [group.prompt for group in first.repeated] == again
+    assert all(group.role is Role.REPEATED and len(group.samples) == 1 for group in first.repeated)
+    assert not any(sample.text for group in first.repeated for sample in group.samples), "nobody judges them"
+    tokens = [[sample.token_ids.tolist() for sample in group.samples] for group in (*first.repeated, *later.repeated)]
+    assert tokens[:3] == tokens[3:]
+    for one, two in ((first.main, plain.main), (first.auxiliary, plain.auxiliary)):
+        texts = [[[sample.text for sample in group.samples] for group in groups] for groups in (one, two)]
+        assert texts[0] == texts[1]
+    assert [s.text for g in first.main for s in g.samples] != [s.text for g in later.main for s in g.samples]

@@ -1,0 +1,35 @@
+"""A reading whose noise is the policy's alone: the same prompts, answered at every step with the same seeds.
+
+Most of what a reading over the step's own rows varies by is which prompts and which samples were drawn (on the tasks of docs/lab.md 84 to 94 % of
+its variance: runs of different methods with the same seed show the same noise). Common random numbers (Glasserman and Yao 1992,
+Management Science 38(6)) take that away: a sample changes only where the policy has changed enough to move its draw to another token. What is left is an
+offset, since these prompts are not the step's; ``Sensor`` learns it. Exact only with engines that honour a sample's seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from pipeline.learner import Learner
+from pipeline.objectives.batch import rows_to_measure
+from pipeline.types import SampleGroup, StepStats
+
+
+def repeated_entropy(groups: Sequence[SampleGroup], learner: Learner) -> float:
+    """Mean exact entropy at T=1 over the response tokens of ``groups``, nats per token, at the learner's weights; one forward pass.
+
+    NaN where there are no groups, or one lost its sample: without it the others are another measure.
+    """
+    rows = [(group.prompt, sample) for group in groups for sample in group.samples if len(sample.token_ids)]
+    if not rows or len(rows) < len(groups):
+        return math.nan
+    batch = rows_to_measure(rows)
+    return float(learner.statistics(batch)["entropy"][batch.loss_mask].double().mean())
+
+
+def with_repeated(stats: StepStats, entropy: float) -> StepStats:
+    """``stats`` with ``entropy`` in their reading and among their metrics."""
+    reading = replace(stats.entropy, repeated=entropy)
+    return replace(stats, entropy=reading, metrics={**stats.metrics, "entropy_repeated": entropy})
