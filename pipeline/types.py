@@ -216,7 +216,6 @@ class ControlDecision:
     target: float = float("nan")  # ramped set-point, nats per token
     filtered_entropy: float = float("nan")  # the entropy the law acted on, nats per token
     gain: float = float("nan")  # of ln H per unit of the controller's u and step, as learnt; NaN: none is
-    strength: float = 1.0  # times ``entropy.alpha``; above 1 only while the temperature is at its upper limit
 
 
 @dataclass(frozen=True)

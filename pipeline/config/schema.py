@@ -437,11 +437,6 @@ class EntropyConfig:
     )
     band: BandConfig = key(BandConfig(), "target band")
     alpha: float = key(1.0, "weight of the positive term (resample, reweight, fc, dcpo); 0 reproduces GRPO bit for bit")
-    alpha_max: float = key(
-        0.0,
-        "alpha that the controller may go up to once T is at its upper limit (resample, reweight, fc): u goes on, alpha u / ln T_max takes over; "
-        "0: alpha stays as it is; e.g. 3",
-    )
     positive_mean: str = key(
         "positives",
         "what the positive term is averaged over: positives (tokens of correct rows) | samples (all rows drawn, the paper's G') | main (alpha times what a main row weighs)",

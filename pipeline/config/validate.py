@@ -23,7 +23,6 @@ from pipeline.config.precision_rules import precision_problems
 from pipeline.config.schema import LearnerConfig, RunConfig
 
 DETERMINISTIC = "--enable-deterministic-inference"
-EXTENDED_ACTUATORS = ("resample", "reweight", "fc")  # whose alpha may go on where the temperature is at its limit
 TEMPERATURE_ACTUATORS = ("resample", "reweight", "fc", "dcpo")
 SINKS = ("tensorboard", "wandb", "mlflow", "prometheus")
 # What each published law was made for; ``pi`` drives any actuator.
@@ -177,7 +176,6 @@ RANGES: dict[str, Range] = {
     "objective.rlrt.mix": _FRACTION,
     "objective.rlrt.clip": _FRACTION,
     "entropy.alpha": _NOT_NEGATIVE,
-    "entropy.alpha_max": _NOT_NEGATIVE,
     "entropy.repeated_prompts": _NOT_NEGATIVE,
     "entropy.band.low": _POSITIVE,
     "entropy.band.high": _POSITIVE,
@@ -721,20 +719,6 @@ def _controller(config: RunConfig) -> Iterator[Problem]:
             True,
             f"only a second rollout has auxiliary prompts to add, not {entropy.controller} with {entropy.actuator}",
             "set controller=pi with actuator=resample, or split_range=false",
-        )
-    if entropy.alpha_max and (entropy.controller != "pi" or entropy.actuator not in EXTENDED_ACTUATORS):
-        yield Problem(
-            "entropy.alpha_max",
-            entropy.alpha_max,
-            f"alpha is raised by controller pi through {', '.join(EXTENDED_ACTUATORS)} only, not by {entropy.controller} through {entropy.actuator}",
-            "set entropy.alpha_max=0",
-        )
-    elif entropy.alpha_max and not 0 < entropy.alpha <= entropy.alpha_max:
-        yield Problem(
-            "entropy.alpha_max",
-            entropy.alpha_max,
-            f"alpha ({entropy.alpha:g}) starts at 0 or above it",
-            "set 0 < entropy.alpha <= entropy.alpha_max, or entropy.alpha_max=0",
         )
     if (
         entropy.repeated_prompts

@@ -7,7 +7,6 @@ Guards, in the order they are asked:
 - no positives: hold the command and the integral, since the actuator had nothing to act through; from the second step on
   draw more auxiliary prompts (split range), after 10 let the command decay: a temperature at which nothing is
   correct would otherwise be held for ever;
-- beyond the temperature's upper limit: alpha rises in proportion to u, so that the loop's gain goes on (``entropy.alpha_max``);
 - saturation: keep the limit, draw more auxiliary prompts (split range), and say that the target is not reached;
 - a response too weak or of the wrong sign for 50 steps: say so.
 """
@@ -46,7 +45,6 @@ class ClosedLoop(Stateful):
         limits: of the command; the actuator's rest lies between them.
         prompts: auxiliary prompts, at least and at most; equal: no split range. (0, 0) for one-rollout actuators.
         saturation_steps: steps at a limit before the state is "saturated".
-        strength: most that alpha is multiplied by beyond the upper limit.
     """
 
     STATE = ("u", "prompts", "calm", "bad_readings", "no_positives", "within", "explosion")
@@ -62,13 +60,11 @@ class ClosedLoop(Stateful):
         limits: tuple[float, float],
         prompts: tuple[int, int],
         saturation_steps: int,
-        strength: float = 1.0,
     ) -> None:
         self._law, self._actuator, self._band = law, actuator, band
         self._sensor, self._set_point = sensor, set_point
         self._limits = limits
-        self._lower, self._top = actuator.to_u(limits[0]), actuator.to_u(limits[1])
-        self._upper = self._top * strength
+        self._lower, self._upper = actuator.to_u(limits[0]), actuator.to_u(limits[1])
         self._min_prompts, self._max_prompts = prompts
         self._saturation_steps = saturation_steps
         self._watch = ResponseWatch(self._lower, self._upper, saturation_steps)
@@ -187,5 +183,4 @@ class ClosedLoop(Stateful):
             target=goal,
             filtered_entropy=entropy,
             gain=self._law.gain,
-            strength=max(1.0, self.u / self._top) if self._top > 0 else 1.0,
         )

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pipeline.config.schema import EntropyConfig
-from pipeline.config.validate import CHOICES, CONTROLLER_ACTUATORS, EXTENDED_ACTUATORS
+from pipeline.config.validate import CHOICES, CONTROLLER_ACTUATORS
 from pipeline.entropy import entropic, scope
 from pipeline.entropy.actuators import Actuator, acting, command_limits
 from pipeline.entropy.aent import AentLaw
@@ -50,10 +50,9 @@ def build_controller(config: EntropyConfig, total_steps: int, prompts_per_step: 
         return Fingerprinted(ConstantCommand(actuator, config.command, prompts[0]), _fingerprint(asdict(config)))
     band = Band(config.band, total_steps)
     limits = _limits(config, actuator)
-    strength = _strength(config, actuator)
     pi = config.controller == "pi"
     loop = ClosedLoop(
-        _law(config, actuator, limits, strength),
+        _law(config, actuator, limits),
         actuator,
         band,
         Sensor(config.pi.ema, HAMPEL_WINDOW) if pi else Sensor(),
@@ -61,7 +60,6 @@ def build_controller(config: EntropyConfig, total_steps: int, prompts_per_step: 
         limits=limits,
         prompts=prompts,
         saturation_steps=config.pi.saturation_steps,
-        strength=strength,
     )
     return Fingerprinted(loop, _fingerprint([asdict(config), band.fingerprint, prompts]))
 
@@ -95,19 +93,7 @@ class Fingerprinted:
         self._controller.load_state_dict(state["controller"])
 
 
-def _strength(config: EntropyConfig, actuator: Actuator) -> float:
-    """Most that alpha may be multiplied by."""
-    if not config.alpha_max:
-        return 1.0
-    if config.controller != "pi" or actuator.name not in EXTENDED_ACTUATORS or config.alpha_max < config.alpha:
-        raise ValueError(
-            f"entropy.alpha_max={config.alpha_max:g}: goes with controller=pi, an actuator out of {', '.join(EXTENDED_ACTUATORS)} and an "
-            f"alpha ({config.alpha:g}) not above it: use 0"
-        )
-    return config.alpha_max / config.alpha
-
-
-def _law(config: EntropyConfig, actuator: Actuator, limits: tuple[float, float], strength: float) -> Law:
+def _law(config: EntropyConfig, actuator: Actuator, limits: tuple[float, float]) -> Law:
     made_for = CONTROLLER_ACTUATORS.get(config.controller)
     if made_for and actuator.name not in made_for:
         raise ValueError(
@@ -127,7 +113,7 @@ def _law(config: EntropyConfig, actuator: Actuator, limits: tuple[float, float],
             return EntropicLaw(config.entropic.kp, config.entropic.ki, *limits)
     pi = config.pi
     kp, ki = (pi.kp, pi.ki) if pi.kp else (actuator.kp, actuator.ki)
-    lower, upper = actuator.to_u(limits[0]), strength * actuator.to_u(limits[1])
+    lower, upper = actuator.to_u(limits[0]), actuator.to_u(limits[1])
     pace = QUIET if config.repeated_prompts else NOISY
     return PiLaw(kp, ki, lower, upper, adapt=pi.adapt, slew=pi.slew, dead_band=pi.dead_band, pace=pace)
 

@@ -155,7 +155,7 @@ def _run(
     for k in range(scenario.steps):
         plant = scenario.plant_at(k)
         states.append(y)
-        commands.append(actuator.to_u(decision.command) * decision.strength)
+        commands.append(actuator.to_u(decision.command))
         barren = any(first <= k < last for first, last in scenario.no_positives)
         seen = states[max(0, k - plant.sensor_lag)] + plant.sensor_noise * draws[k, 0]
         if strays[k, 0] < plant.outliers:

@@ -55,7 +55,6 @@ class StepRecord:
     learning_rate: float
     weight_version: int  # version that drew this step's samples
     gain: float = math.nan  # of ln H per unit of the controller's u and step, as the law learnt it; NaN: none
-    strength: float = 1.0  # times ``entropy.alpha``, of this step's positives
     metrics: Mapping[str, float] = field(default_factory=dict)  # what the learner reported beyond
     seconds: Mapping[str, float] = field(
         default_factory=dict

@@ -17,7 +17,6 @@ STEP_FIELDS = {
     "command": "control/command",
     "positives": "control/positives",
     "gain": "control/gain",
-    "strength": "control/strength",
     "reward": "reward/mean",
     "all_equal_groups": "reward/all_equal_groups",
     "verifier_errors": "reward/verifier_errors",

@@ -17,11 +17,7 @@ def record_of(run: RunHistory) -> Record:
         )
     actuator = actuator_of(run.config.entropy)
     commands, positives = run.column("control/command"), run.column("control/positives")
-    strengths = np.nan_to_num(run.column("control/strength"), nan=1.0)  # older logs have none
-    acted = [
-        actuator.to_u(command) * strength if used > 0 else 0.0
-        for command, strength, used in zip(commands, strengths, positives, strict=True)
-    ]
+    acted = [actuator.to_u(command) if used > 0 else 0.0 for command, used in zip(commands, positives, strict=True)]
     repeated = run.column("entropy/repeated")
     entropy = repeated if np.isfinite(repeated).any() else run.column("entropy/mean")
     return Record(entropy, np.array(acted))

@@ -212,7 +212,6 @@ class Recorder:
             learning_rate=stats.learning_rate,
             weight_version=step - stats.entropy.staleness,
             gain=following.gain,
-            strength=decision.strength,
             metrics=stats.metrics,
             seconds={**seconds, "learner": stats.seconds},
             memory={"driver": resident_gib(), **stats.memory},

@@ -108,7 +108,7 @@ def _actuation(decision: ControlDecision, config: RunConfig, accuracy: float) ->
     actuator = acting(config.entropy)
     if actuator is None:
         return Actuation()
-    alpha = config.entropy.alpha * decision.strength
+    alpha = config.entropy.alpha
     if actuator.name == "dcpo":
         alpha = _dcpo_share(abs(decision.target - decision.filtered_entropy), alpha, accuracy)
     return Actuation(actuator.name, decision.command, alpha)

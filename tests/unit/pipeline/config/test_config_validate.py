@@ -131,8 +131,6 @@ BROKEN = {
         "rollout.sglang.max_total_tokens",
         "2048 tokens",
     ),
-    "no alpha to raise": (["entropy.actuator=tok", "entropy.alpha_max=3"], "entropy.alpha_max", "reweight, fc only"),
-    "alpha above its limit": (["entropy.alpha=2", "entropy.alpha_max=1"], "entropy.alpha_max", "starts at 0 or above"),
     "repeated readings without seeds": (
         ["rollout.engine=sglang", "entropy.repeated_prompts=32"],
         "entropy.repeated_prompts",

@@ -387,20 +387,6 @@ def test_configured_limits_bind():
         assert min(commands) >= 0.9
 
 
-def test_beyond_the_temperatures_limit_alpha_goes_on_where_it_may():
-    """At 1/30 of the target the law asks for all it can get: T = 6, u = ln 6, then as much of alpha as there is."""
-    plain, more = (
-        feed(controller(actuator="reweight", **keys), [0.01] * 80) for keys in ({}, {"alpha": 0.5, "alpha_max": 1.5})
-    )
-    assert {d.strength for d in plain} == {1.0}
-    for decisions in (plain, more):
-        assert max(d.command for d in decisions) == 6.0
-    assert max(d.strength for d in more) == pytest.approx(3.0)
-    assert all(d.strength == 1.0 or d.command == 6.0 for d in more)
-    saturated = [next(k for k, d in enumerate(decisions) if d.state == "saturated") for decisions in (plain, more)]
-    assert saturated[0] <= saturated[1]
-
-
 def test_an_actuator_of_both_signs_takes_limits_of_both():
     """``high_prob`` alone. 1 nat above the target of 0.3 EntroPIC's law asks for -1, then 0.3 nats below it for 0.3 - 0.01."""
     limits = {"actuator": "high_prob", "command_min": -0.5, "command_max": 0.25}
@@ -424,9 +410,6 @@ def test_an_actuator_of_both_signs_takes_limits_of_both():
         ({"controller": "pid"}, "entropy.controller='pid'"),
         ({"controller": "scope", "actuator": "tok"}, "entropy.controller=scope does not drive entropy.actuator=tok"),
         ({"actuator": "tok", "pi": PiConfig(split_range=True)}, "entropy.pi.split_range"),
-        ({"actuator": "tok", "alpha_max": 3.0}, "entropy.alpha_max=3"),
-        ({"controller": "scope", "actuator": "resample", "alpha_max": 3.0}, "entropy.alpha_max=3"),
-        ({"actuator": "reweight", "alpha": 2.0, "alpha_max": 1.0}, "entropy.alpha_max=1"),
         ({"actuator": "resample", "auxiliary_prompts": 17}, "entropy.auxiliary_prompts=17"),
         ({"actuator": "resample", "auxiliary_prompts": 0}, "entropy.auxiliary_prompts=0"),
     ],

@@ -112,18 +112,6 @@ def test_with_repeated_readings_a_far_weaker_gain_is_learnt_in_time(weaker):
     assert rms[32] < 0.9 * rms[0]
 
 
-def test_alpha_holds_what_the_temperature_cannot():
-    """The drift asks for 1.3 times what T = 6 gives."""
-    plant = Plant(gain=0.01, drift=-0.01 * 1.3 * math.log(6), process_noise=0.003)
-    scenario = Scenario("s", plant, start=0.3, steps=300)
-    held = [
-        performance(simulate(EntropyConfig(actuator="reweight", alpha_max=most), scenario, 0), settle=150).time_in_band
-        for most in (0.0, 3.0)
-    ]
-    assert held[0] == 0
-    assert held[1] > 0.9
-
-
 def test_the_default_actuator_holds_the_band_as_well():
     for scenario in ("hold", "rise from 0.15", "high entropy"):
         assert measure(scenario, "pi, default", seeds=4)["time_in_band"] > 0.95
