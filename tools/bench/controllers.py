@@ -51,9 +51,9 @@ def measure(scenario: str, controller: str, seeds: int) -> dict[str, float]:
     return {name: float(np.mean([run[name] for run in runs])) for name in FIGURES}
 
 
-def first_warning(scenario: Scenario, seed: int) -> tuple[int | None, str]:
+def first_warning(scenario: Scenario, seed: int, controller: str = "pi") -> tuple[int | None, str]:
     """Steps from the first one at the upper limit to the first "not reachable", and what was said; (None, "") without."""
-    trace = simulate(CONTROLLERS["pi"], scenario, seed, scenario.plant.delay)
+    trace = simulate(CONTROLLERS[controller], scenario, seed, scenario.plant.delay)
     limited = None
     for step, decision in enumerate(trace.decisions):
         if limited is None and decision.command == EQUAL["command_max"]:
@@ -65,13 +65,15 @@ def first_warning(scenario: Scenario, seed: int) -> tuple[int | None, str]:
 
 def reach_table(seeds: int) -> str:
     """Markdown: how often and how soon a target is called out of reach."""
-    lines = ["| target | called out of reach | within 30 steps at the limit | median steps |", "|---" * 4 + "|"]
+    columns = ["target", "controller", "called out of reach", "within 30 steps at the limit", "median steps"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for scenario in (*OUT_OF_REACH, *STEEP, SCENARIOS["nominal"]):
-        steps = [first_warning(scenario, seed)[0] for seed in range(seeds)]
-        found = [number for number in steps if number is not None]
-        soon = sum(number <= 30 for number in found) / seeds
-        median = f"{np.median(found):.0f}" if found else "-"
-        lines.append(f"| {scenario.name} | {len(found) / seeds:.0%} | {soon:.0%} | {median} |")
+        for controller in ("pi", "pi, repeated"):
+            steps = [first_warning(scenario, seed, controller)[0] for seed in range(seeds)]
+            found = [number for number in steps if number is not None]
+            soon = sum(number <= 30 for number in found) / seeds
+            median = f"{np.median(found):.0f}" if found else "-"
+            lines.append(f"| {scenario.name} | {controller} | {len(found) / seeds:.0%} | {soon:.0%} | {median} |")
     return "\n".join(lines)
 
 
