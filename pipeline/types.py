@@ -181,9 +181,7 @@ class EntropyReading:
     count: float  # tokens
     step: int
     staleness: int = 0  # updates between the weights that drew the rows and the weights that measured them
-    repeated: float = float(
-        "nan"
-    )  # nats per token over the repeated rows (``pipeline.entropy.repeated``); NaN: there are none
+    repeated: float | None = None  # nats per token over the repeated rows, see ``pipeline.objectives.repeated``
 
     @property
     def mean(self) -> float:

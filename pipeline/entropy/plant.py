@@ -164,7 +164,7 @@ def _run(
         momentum += (pushed - momentum) / plant.lag
         y += _move(plant, y, momentum) + plant.process_noise * draws[k, 1]
         y = min(max(y, _FLOOR), _CEILING)
-        repeated = math.exp(states[-1] + plant.repeated_noise * again[k]) if repeats else math.nan
+        repeated = math.exp(states[-1] + plant.repeated_noise * again[k]) if repeats else None
         reading = EntropyReading(math.exp(seen) * _TOKENS, _TOKENS, k, staleness, repeated)
         decision = control.update(reading, 0 if barren else 8)
         readings.append(reading.mean)

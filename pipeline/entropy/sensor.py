@@ -40,12 +40,12 @@ class Sensor(Stateful):
         self.offset = 0.0  # mean of ln reading - ln repeated reading
         self.offsets = 0  # pairs of readings seen
 
-    def filter(self, entropy: float, repeated: float = math.nan) -> float:
+    def filter(self, entropy: float, repeated: float | None = None) -> float:
         """The filtered entropy, at least ``FLOOR``. ``repeated``: of the same prompts and seeds as ever, see ``EntropyReading``."""
         clean = self._hampel(entropy)
         if self._window:
             self.recent = [*self.recent, entropy][-self._window :]
-        if math.isfinite(repeated):
+        if repeated is not None:
             self.value = self._shifted(max(clean, FLOOR), max(repeated, FLOOR))
         else:
             self.value = clean if self.value is None else self._ema * self.value + (1 - self._ema) * clean

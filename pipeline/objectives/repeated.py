@@ -17,19 +17,20 @@ from pipeline.objectives.batch import rows_to_measure
 from pipeline.types import SampleGroup, StepStats
 
 
-def repeated_entropy(groups: Sequence[SampleGroup], learner: Learner) -> float:
+def repeated_entropy(groups: Sequence[SampleGroup], learner: Learner) -> float | None:
     """Mean exact entropy at T=1 over the response tokens of ``groups``, nats per token, at the learner's weights; one forward pass.
 
-    NaN where there are no groups, or one lost its sample: without it the others are another measure.
+    None where there are no groups, or one lost its sample: without it the others are another measure.
     """
     rows = [(group.prompt, sample) for group in groups for sample in group.samples if len(sample.token_ids)]
     if not rows or len(rows) < len(groups):
-        return math.nan
+        return None
     batch = rows_to_measure(rows)
     return float(learner.statistics(batch)["entropy"][batch.loss_mask].double().mean())
 
 
-def with_repeated(stats: StepStats, entropy: float) -> StepStats:
+def with_repeated(stats: StepStats, entropy: float | None) -> StepStats:
     """``stats`` with ``entropy`` in their reading and among their metrics."""
     reading = replace(stats.entropy, repeated=entropy)
-    return replace(stats, entropy=reading, metrics={**stats.metrics, "entropy_repeated": entropy})
+    shown = math.nan if entropy is None else entropy
+    return replace(stats, entropy=reading, metrics={**stats.metrics, "entropy_repeated": shown})

@@ -35,7 +35,7 @@ def test_a_step_without_a_repeated_reading_goes_on_from_the_last_value():
     sensor = Sensor(0.7)
     for _ in range(50):
         sensor.filter(0.3, 0.6)
-    assert sensor.filter(0.4, math.nan) == pytest.approx(0.7 * 0.3 + 0.3 * 0.4)
+    assert sensor.filter(0.4) == pytest.approx(0.7 * 0.3 + 0.3 * 0.4)
     assert sensor.filter(0.3, 0.6) == pytest.approx(0.3, rel=0.01)
 
 
@@ -44,6 +44,4 @@ def test_state_continues_exactly():
     for k in range(30):
         one.filter(0.3 + 0.01 * (k % 3), 0.5)
     two.load_state_dict(one.state_dict())
-    assert [one.filter(0.31, h) for h in (0.49, math.nan, 0.52)] == [
-        two.filter(0.31, h) for h in (0.49, math.nan, 0.52)
-    ]
+    assert [one.filter(0.31, h) for h in (0.49, None, 0.52)] == [two.filter(0.31, h) for h in (0.49, None, 0.52)]

@@ -40,7 +40,7 @@ def test_it_is_the_mean_over_response_tokens_however_long_the_rows():
     ids=["none", "one lost its sample", "one is empty"],
 )
 def test_without_every_row_there_is_no_reading(groups):
-    assert math.isnan(repeated_entropy(groups, Oracle()))
+    assert repeated_entropy(groups, Oracle()) is None
 
 
 def test_reading_and_metrics_carry_it():
@@ -48,4 +48,7 @@ def test_reading_and_metrics_carry_it():
     both = with_repeated(stats, 0.25)
     assert (both.entropy.repeated, both.entropy.mean, both.entropy.step) == (0.25, 0.3, 4)
     assert both.metrics == {"kl": 0.0, "entropy_repeated": 0.25}
-    assert math.isnan(stats.entropy.repeated)
+    assert stats.entropy.repeated is None
+    lost = with_repeated(stats, None)
+    assert lost.entropy == stats.entropy
+    assert math.isnan(lost.metrics["entropy_repeated"])
