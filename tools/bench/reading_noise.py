@@ -5,7 +5,8 @@
 
 Noise: standard deviation of the step-to-step change of ln H over sqrt 2, of a step's own readings and of repeated ones (``entropy.repeated_prompts``). Shared:
 mean correlation between runs of *different* methods, of ln H less its mean over 20 steps. Such runs have nothing in common but the prompts and
-seeds that each step draws, and nothing at all where the run's seed differs.
+seeds that each step draws, and nothing at all where the run's seed differs. Then, for each method with repeated readings, the share of the steps in the
+band from the first one on, over its runs: by the filtered readings, as everywhere, and by what the controller acted on.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.monitoring.summary import RunHistory, read_run
+from pipeline.monitoring.tracking import track
 
 WINDOW = 20
 
@@ -39,6 +41,15 @@ def shared(runs: list[RunHistory], same_seed: bool) -> float:
             steps = min(len(rest[one.run_dir]), len(rest[two.run_dir]))
             found.append(np.corrcoef(rest[one.run_dir][:steps], rest[two.run_dir][:steps])[0, 1])
     return float(np.mean(found)) if found else math.nan
+
+
+def in_band(run: RunHistory) -> tuple[float, float]:
+    """Shares of the steps: by the filtered readings, and by what the controller acted on."""
+    edges = run.column("entropy/band_low"), run.column("entropy/band_high")
+    acted = run.column("entropy/filtered")
+    inside = (acted >= edges[0]) & (acted <= edges[1])
+    later = inside[int(np.argmax(inside)) :] if inside.any() else inside
+    return track(run.column("entropy/mean"), *edges).time_in_band, float(later.mean())
 
 
 def _less_its_mean(log: np.ndarray) -> np.ndarray:
@@ -62,10 +73,15 @@ def main() -> None:
         "shared, same seed": round(shared(runs, True), 2),
         "shared, other seed": round(shared(runs, False), 2),
     }
+    repeated = [run for run in runs if np.isfinite(run.column("entropy/repeated")).any()]
+    methods = {run.config.name: [in_band(r) for r in repeated if r.config.name == run.config.name] for run in repeated}
     if arguments.json:
-        print(json.dumps(row))
+        print(json.dumps(row | {"in_band": methods}))
         return
     print("| " + " | ".join(row) + " |\n|" + "---|" * len(row) + "\n| " + " | ".join(map(str, row.values())) + " |")
+    print("\n| method | in band, filtered readings | in band, what the controller acted on |\n|---|---|---|")
+    for method, shares in methods.items():
+        print(f"| {method} | " + " | ".join(f"{np.mean(column):.1%}" for column in zip(*shares, strict=True)) + " |")
 
 
 if __name__ == "__main__":
