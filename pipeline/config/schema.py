@@ -448,8 +448,8 @@ class EntropyConfig:
     command_max: float = key(0.0, "upper limit of the command")
     repeated_prompts: int = key(
         0,
-        "held-out prompts answered once at every step with the same seeds: their entropy varies by 1 % where a step's own varies by 6, "
-        "and the controller acts on it; 0: none; e.g. 64",
+        "held-out prompts answered once at every step with the same seeds: their entropy varies by 1 % where a step's own varies by 5 to 9 %, "
+        "and the controller acts on it; 0: none; e.g. 32",
     )
     auxiliary_prompts: int = key(4, "resample: prompts drawn again at T+ each step")
     auxiliary_samples: int = key(16, "resample: samples per auxiliary prompt")

@@ -12,10 +12,8 @@ RATIOS = tuple(float(ratio) for ratio in np.geomspace(1 / 8, 8, 13))  # gains co
 WIDE_RATIOS = tuple(float(ratio) for ratio in np.geomspace(1 / 32, 8, 17))
 _EVIDENCE = 0.5  # of a miss: readings are exponential means, so one miss is much like the one before
 _MEMORY = 0.99  # of a score per step: the gain may change over some hundred steps
-_MISSED_WEIGHT, _MISSED_WINDOW = (
-    20,
-    60,
-)  # readings that the first guess of the mean square miss counts for; those looked back on
+# Of the mean square miss: readings that the first guess counts for, and readings looked back on.
+_MISSED_WEIGHT, _MISSED_WINDOW = 20, 60
 _SLOPE_AFTER = 20  # readings before a slope of their noise is no longer taken for drift
 _OUTLIER = 4.0  # root mean squares beyond which a miss counts as that many
 

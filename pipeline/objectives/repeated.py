@@ -1,6 +1,6 @@
 """A reading whose noise is the policy's alone: the same prompts, answered at every step with the same seeds.
 
-Most of what a reading over the step's own rows varies by is which prompts and which samples were drawn (on the tasks of docs/lab.md 84 to 94 % of
+Most of what a reading over the step's own rows varies by is which prompts and which samples were drawn (on the tasks of docs/lab.md 84 to 97 % of
 its variance: runs of different methods with the same seed show the same noise). Common random numbers (Glasserman and Yao 1992,
 Management Science 38(6)) take that away: a sample changes only where the policy has changed enough to move its draw to another token. What is left is an
 offset, since these prompts are not the step's; ``Sensor`` learns it. Exact only with engines that honour a sample's seed.
