@@ -17,6 +17,7 @@ class TwoGroups(LoadScopeScheduling):
         return "slurm" if "/test_slurm" in nodeid else "others"
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     # Not by its own marks: pytest-xdist 3.8 loses them under pytest 9.
     return TwoGroups(config, log)
