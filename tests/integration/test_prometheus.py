@@ -72,6 +72,8 @@ class Server:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}?{query}", timeout=30) as answer:
                 return json.load(answer)["data"]
         except urllib.error.HTTPError as refused:
+            if refused.code == 503:  # it listens before it can answer
+                raise
             raise AssertionError(f"{parameters}: {refused.read().decode()}") from refused
 
     def query(self, expression):
@@ -87,7 +89,7 @@ class Server:
             assert self.process.poll() is None
             try:
                 found = self.query(expression)
-            except OSError:  # not listening yet
+            except OSError:  # not ready yet
                 found = {}
             if found:
                 return found
