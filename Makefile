@@ -20,8 +20,9 @@ quickstart: $(VENV)/.ready $(if $(filter sglang,$(ROLLOUT)),$(VENV)/.ready-sglan
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
+# One test at a time to each of two workers: those on Slurm mostly wait.
 test-integration: $(VENV)/.ready-launch
-	$(BIN)/python -m pytest -n 2 tests/integration $(SINK_TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/integration $(SINK_TESTS)
 
 # The newest megatron-core that the learner serves, on its distributed tests; `make test` has the oldest.
 test-mcore19: $(MCORE19)/.ready

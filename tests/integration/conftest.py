@@ -4,23 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from xdist.scheduler import LoadScopeScheduling
 
 from tests.integration.servers import FAMILIES, process_group, server_pid
 from tests.tiny_folder import write_folder
-
-
-class TwoGroups(LoadScopeScheduling):
-    """The tests on Slurm, which mostly wait, on one worker of pytest-xdist, all others on another: what a session starts is started once."""
-
-    def _split_scope(self, nodeid):
-        return "slurm" if "/test_slurm" in nodeid else "others"
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config, log):
-    # Not by its own marks: pytest-xdist 3.8 loses them under pytest 9.
-    return TwoGroups(config, log)
 
 
 @pytest.fixture(scope="session")
