@@ -20,7 +20,7 @@ quickstart: $(VENV)/.ready $(if $(filter sglang,$(ROLLOUT)),$(VENV)/.ready-sglan
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# One test at a time to each of two workers: those on Slurm mostly wait.
+# One test at a time to each of two workers, which is what loadgroup does without groups: those on Slurm mostly wait.
 test-integration: $(VENV)/.ready-launch
 	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/integration $(SINK_TESTS)
 

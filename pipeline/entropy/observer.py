@@ -9,6 +9,8 @@ import numpy as np
 from pipeline.entropy.state import Stateful
 
 RATIOS = tuple(float(ratio) for ratio in np.geomspace(1 / 8, 8, 13))  # gains considered, of the one assumed
+SPREAD = 0.6  # standard deviation of ln(gain / assumed) before any reading
+MISSED = 0.065  # root mean square of what a prediction misses, in ln H, before any reading
 WIDE_RATIOS = tuple(float(ratio) for ratio in np.geomspace(1 / 32, 8, 17))
 _EVIDENCE = 0.5  # of a miss: readings are exponential means, so one miss is much like the one before
 _MEMORY = 0.99  # of a score per step: the gain may change over some hundred steps
@@ -50,8 +52,8 @@ class PlantObserver(Stateful):
         trend: float,
         rest: tuple[float, float],
         ratios: Sequence[float] = RATIOS,
-        spread: float = 0.6,
-        missed: float = 0.065,
+        spread: float = SPREAD,
+        missed: float = MISSED,
     ) -> None:
         self._gains = gain * np.array(ratios)
         self._prior = -0.5 * (np.log(ratios) / spread) ** 2

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.entropy.law import ANY, Edges, Law
-from pipeline.entropy.observer import RATIOS, WIDE_RATIOS, PlantObserver
+from pipeline.entropy.observer import MISSED, RATIOS, SPREAD, WIDE_RATIOS, PlantObserver
 
 MAX_ERROR = 1.0  # |ln(H*/H)| beyond which the law pushes no harder
 MOMENTUM_STEPS = 3  # by which the optimizer's momentum delays what a command does
@@ -32,7 +32,7 @@ class Pace:
     ratios: tuple[float, ...]  # gains considered, of the one assumed
 
 
-NOISY = Pace(CLOSED_LOOP_STEPS + DEAD_TIME, None, 0.065, 0.6, RATIOS)
+NOISY = Pace(CLOSED_LOOP_STEPS + DEAD_TIME, None, MISSED, SPREAD, RATIOS)
 # With repeated readings: no filter to wait for, half the time constant, and weak gains are soon told.
 QUIET = Pace(8.0 + 1 + MOMENTUM_STEPS, 0.01, 0.01, 1.2, WIDE_RATIOS)
 
@@ -59,10 +59,10 @@ class PiLaw(Law):
     Args:
         kp: ``u`` per unit of ln H. ki: the same, per step, of what the prediction missed.
         lower, upper: limits of ``u``; 0 lies between them.
-        adapt: learn b, between an eighth and eight times the one assumed.
+        adapt: learn b, among the pace's multiples of the one assumed.
         slew: largest change of ``u`` per step; 0: unlimited.
         dead_band: |e| that counts as 0; beyond it the error is measured from its edge, without a jump.
-        pace: ``QUIET`` where readings are repeated.
+        pace: ``QUIET`` where readings are repeated; it has an l2 of its own, whatever ki is, but 0.
     """
 
     STATE = ("sent",)
