@@ -16,11 +16,12 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 import pipeline.config.schema as schema
-from megatron_ext import architecture, batching, checkpoint, context_parallel, inputs, models, optimizer
+from megatron_ext import batching, checkpoint, context_parallel, inputs, models, optimizer
 from megatron_ext.fp8 import transformer_engine
 from megatron_ext.head import Head
 from megatron_ext.topology import Topology, shutdown
-from megatron_ext.weights import buckets, hf, identity, layout
+from megatron_ext.weights import hf
+from pipeline.model import architecture, identity, layout
 from pipeline.objectives.loss import (
     SENSOR_SUMS,
     PolicyOutputs,
@@ -30,6 +31,7 @@ from pipeline.objectives.loss import (
     reduce_metrics,
     tempered_at,
 )
+from pipeline.reshard import buckets
 from pipeline.types import EntropyReading, StepStats, TrainBatch, WeightBucket
 
 MicroBatch = tuple[TrainBatch, inputs.ModelInputs]  # the rows, and what the model is given for them

@@ -15,15 +15,15 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention, M
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from megatron_ext import cpu
-from megatron_ext.architecture import Architecture, Moe
 from megatron_ext.context_parallel import GatheredAttention
 from megatron_ext.fp8 import emulate, transformer_engine
 from megatron_ext.fp8.transformer_engine import Numerics
 from megatron_ext.packed_attention import PackedAttention
 from megatron_ext.topology import Topology
-from megatron_ext.weights import layout
-from megatron_ext.weights.grid import Grid
 from pipeline.config.schema import LearnerConfig
+from pipeline.model import layout
+from pipeline.model.architecture import Architecture, Moe
+from pipeline.model.grid import Grid
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

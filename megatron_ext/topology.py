@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
-from megatron_ext.weights.grid import Grid, Place
+from pipeline.model.grid import Grid, Place
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What the loop asks of a learner. ``megatron_ext.learner`` is the implementation; ``launchers.actors`` fans it out."""
+"""What the loop asks of a learner. ``megatron_ext.learner`` is the implementation; ``launchers.run.actors`` fans it out."""
 
 from __future__ import annotations
 

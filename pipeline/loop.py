@@ -14,17 +14,17 @@ from pipeline.learner import Learner
 from pipeline.monitoring.kept import choose, measure
 from pipeline.monitoring.recorder import Recorder
 from pipeline.objectives.batch import positives_consumed
-from pipeline.objectives.prepare import prepare
-from pipeline.objectives.repeated import repeated_entropy, with_repeated
 from pipeline.rewards.stage import VerifierStage
-from pipeline.rollout.queue import RolloutQueue
 from pipeline.rollout.rollouts import Rollouts
+from pipeline.step.prepare import prepare
+from pipeline.step.queue import RolloutQueue
+from pipeline.step.repeated import repeated_entropy, with_repeated
 from pipeline.types import ControlDecision, Prompt
 
 
 @dataclass
 class TrainingLoop:
-    """Everything a run is made of, wired by ``launchers.assemble``; ``step`` counts the updates done."""
+    """Everything a run is made of, wired by ``launchers.run.assemble``; ``step`` counts the updates done."""
 
     config: RunConfig
     rollouts: Rollouts

@@ -181,7 +181,7 @@ class EntropyReading:
     count: float  # tokens
     step: int
     staleness: int = 0  # updates between the weights that drew the rows and the weights that measured them
-    repeated: float | None = None  # nats per token over the repeated rows, see ``pipeline.objectives.repeated``
+    repeated: float | None = None  # nats per token over the repeated rows, see ``pipeline.step.repeated``
 
     @property
     def mean(self) -> float:
@@ -224,7 +224,7 @@ class WeightBucket:
     index: int
     count: int  # buckets in this version
     tensors: Mapping[str, torch.Tensor]
-    checksum: int  # ``pipeline.checksum.checksum(tensors)``
+    checksum: int  # ``pipeline.model.checksum.checksum(tensors)``
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the tensors as one buffer, which Ray shares between processes without a copy."""

@@ -3,7 +3,7 @@
 from contextlib import suppress
 from pathlib import Path
 
-from launchers.stacks import children
+from launchers.supervise.stacks import children
 
 
 def title(pid: int) -> str:

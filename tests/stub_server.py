@@ -3,7 +3,7 @@
 import sys
 
 from pipeline.config.schema import RolloutConfig, SglangConfig
-from pipeline.rollout.sglang_server import SglangServer
+from pipeline.rollout.sglang.server import SglangServer
 
 SERVE = """
 import http.server, os, sys

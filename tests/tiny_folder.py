@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from pipeline.rollout.decoder import FAMILIES, DecoderConfig
+from pipeline.rollout.native.decoder import FAMILIES, DecoderConfig
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -86,8 +86,7 @@ def tensor_shapes(config):
     """Name -> shape of every parameter; by the layout tables where the native decoder does not know the family."""
     if config["model_type"] in FAMILIES:
         return DecoderConfig.from_hf(config).tensor_shapes()
-    from megatron_ext import architecture
-    from megatron_ext.weights import layout
+    from pipeline.model import architecture, layout
 
     return {source.name: source.shape for row in layout.rows(architecture.parse(config)) for source in row.sources}
 

@@ -174,9 +174,8 @@ def _model(folder: Path) -> Path:
     """A Hugging Face folder of ``MODEL`` with random weights in bf16."""
     from safetensors.torch import save_file
 
-    from megatron_ext import architecture
-    from megatron_ext.weights import layout
-    from megatron_ext.weights.grid import Grid
+    from pipeline.model import architecture, layout
+    from pipeline.model.grid import Grid
 
     (folder / "config.json").write_text(json.dumps(MODEL))
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -196,8 +195,8 @@ def _model(folder: Path) -> Path:
 def _learner(folder: Path, precision: Any) -> Any:
     from megatron_ext import topology
     from megatron_ext.learner import MegatronLearner
-    from megatron_ext.weights.grid import Grid
     from pipeline.config.schema import LearnerConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
+    from pipeline.model.grid import Grid
     from pipeline.ports import free_port
 
     made = MegatronLearner(

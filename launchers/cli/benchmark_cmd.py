@@ -108,7 +108,7 @@ def run(
                 f"{name} is not shipped: with --offline use sample_math or sample_choice, or give --data without --offline"
             )
     resolved = load_config(of_run / "config.yaml" if of_run else config, overrides)
-    from launchers.benchmark import Shard, answer_benchmarks, results  # torch, Ray
+    from launchers.run.benchmark import Shard, answer_benchmarks, results  # torch, Ray
 
     try:
         part = Shard.parse(shard)
@@ -127,7 +127,7 @@ def report(out: Path = OUT, as_json: bool = JSON) -> None:
 
       isentrope benchmark report --out runs/benchmark --json
     """
-    from launchers.benchmark import results
+    from launchers.run.benchmark import results
 
     _print(results(out), as_json)
 
@@ -156,7 +156,7 @@ class _Progress:
 
 
 def _print(entries: list[dict[str, Any]], as_json: bool) -> None:
-    from launchers.benchmark import published
+    from launchers.run.benchmark import published
 
     if as_json:
         typer.echo(json.dumps([{**entry, "published": published(entry["benchmark"])} for entry in entries]))

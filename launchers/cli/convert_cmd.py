@@ -68,7 +68,7 @@ def hf_to_megatron(
     """Write a Hugging Face folder as a checkpoint of megatron-core (dist_checkpointing, torch_dist)."""
     with _usage_errors(), _progress(as_json) as progress:
         from megatron_ext.weights import convert  # torch
-        from megatron_ext.weights.grid import Grid
+        from pipeline.model.grid import Grid
 
         grid = Grid(tp=tp, pp=pp, dp=ep, ep=ep)
         report = convert.hf_to_megatron(hf, out, grid, dtype, workers, verify, progress)

@@ -43,7 +43,7 @@ def probe(
     resolved = _resolved(config, run, overrides)
     if min(temperatures) <= 0:
         raise typer.BadParameter(f"--temperatures {min(temperatures):g}: must be above 0")
-    from launchers import entropy_lab  # torch, Ray: only once the command line is known to be good
+    from launchers.lab import instruments as entropy_lab  # torch, Ray: only once the command line is known to be good
 
     found = entropy_lab.probe(
         resolved, run, temperatures, repeats, prompts, step_size, lambda line: typer.echo(line, err=True)
@@ -97,7 +97,7 @@ def calibrate(
 
     try:
         if steps:
-            from launchers import entropy_lab
+            from launchers.lab import instruments as entropy_lab
 
             record = entropy_lab.excite(resolved, run, steps)
         else:

@@ -27,6 +27,6 @@ def evaluate(
     if (config is None) == (run is None):
         raise typer.BadParameter("give either --config FILE or --run RUN")
     resolved = load_config(run / "config.yaml" if run else config, overrides)
-    from launchers import assemble  # torch, Ray: only once the configuration is known to be good
+    from launchers.run import assemble  # torch, Ray: only once the configuration is known to be good
 
     print_result(assemble.evaluate(resolved, run), as_json)

@@ -15,7 +15,7 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.load import to_yaml
 
 if TYPE_CHECKING:
-    from launchers.preflight import Setting
+    from launchers.plan.preflight import Setting
 
 app = typer.Typer(help="Start a training run: on a Slurm cluster, or here with supervision.", no_args_is_help=True)
 
@@ -48,7 +48,7 @@ def slurm(
 
       isentrope launch slurm --config my.yaml --cluster my_cluster.yaml steps=500 cluster.walltime=02:00:00 --detach
     """
-    from launchers.preflight import prepared
+    from launchers.plan.preflight import prepared
     from launchers.slurm.cluster import load_cluster, split_overrides
     from launchers.slurm.worktree import collect
 
@@ -94,8 +94,8 @@ def local(
 
       isentrope launch local --config configs/quickstart.yaml steps=50
     """
-    from launchers.local import supervise
-    from launchers.preflight import prepared
+    from launchers.plan.preflight import prepared
+    from launchers.supervise.local import supervise
 
     _one_of(config, resume)
     with prepared(config, overrides, None, resume=resume, submits=not dry_run) as setting:
@@ -119,7 +119,7 @@ def _one_of(config: Path | None, resume: Path | None) -> None:
 
 def _show(setting: Setting) -> None:
     """The plan. Raises ``ConfigError`` with everything that stops the launch."""
-    from launchers.preflight import check
+    from launchers.plan.preflight import check
 
     if setting.config.runtime != "ray":
         remedy = "set runtime=ray, or use `isentrope train`"

@@ -52,13 +52,13 @@ def weights(
 
       isentrope plan weights --model qwen3-32b --learner tp=8,pp=2 --engines tp=4,count=4 --disaggregated --json
     """
-    from megatron_ext.weights.engine_grid import (
+    from pipeline.model.grid import Grid
+    from pipeline.reshard.engine_grid import (
         EngineGrid,
         Placement,
     )  # torch: only once the command line is known to be good
-    from megatron_ext.weights.grid import Grid
-    from megatron_ext.weights.plan import ITEM_SIZES, BucketError, make_plan
-    from megatron_ext.weights.plan_report import draw, run_summary, summary
+    from pipeline.reshard.plan import ITEM_SIZES, BucketError, make_plan
+    from pipeline.reshard.report import draw, run_summary, summary
 
     if dtype not in ITEM_SIZES:
         raise _bad("--dtype", dtype, f"it must be one of {', '.join(ITEM_SIZES)}")
@@ -105,7 +105,7 @@ def run_plan(
 
       isentrope plan run --config configs/quickstart.yaml rollout.prompts_per_step=64
     """
-    from launchers.preflight import check, prepared
+    from launchers.plan.preflight import check, prepared
     from launchers.slurm.cluster import load_cluster, split_overrides
 
     of_run, of_cluster = split_overrides(overrides)
@@ -118,8 +118,8 @@ def run_plan(
 
 def _architecture(model: str) -> Any:
     """A folder's, or a packaged configuration's, architecture."""
-    from megatron_ext.architecture import read
     from pipeline.config.load import PACKAGED
+    from pipeline.model.architecture import read
 
     folder = Path(model) if (Path(model) / "config.json").is_file() else PACKAGED / "model" / model
     if not (folder / "config.json").is_file():

@@ -50,9 +50,9 @@ def learner(
       isentrope plan learner --config recipe/qwen3_32b.yaml learner.data_parallel_size=4 --mean-response 3000 --json
     """
     run, folder = _load(config, overrides)
-    from megatron_ext import architecture  # only once the configuration is known to be good
-    from megatron_ext.estimate.report import draw, summary
-    from megatron_ext.estimate.speed import Machine
+    from launchers.plan.remedies import draw, summary
+    from launchers.plan.speed import Machine
+    from pipeline.model import architecture  # only once the configuration is known to be good
 
     if mean_response > run.rollout.max_new_tokens:
         why = f"above rollout.max_new_tokens={run.rollout.max_new_tokens}: lower one or raise the other"

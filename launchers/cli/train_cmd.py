@@ -7,7 +7,7 @@ from pathlib import Path
 import typer
 
 from launchers.cli.arguments import CONFIG, JSON, OVERRIDES, print_result
-from launchers.signals import stop_requested
+from launchers.supervise.signals import stop_requested
 from pipeline.config.load import load_config
 
 
@@ -31,7 +31,7 @@ def train(
         raise typer.BadParameter("give either --config FILE or --resume RUN")
     resolved = load_config(resume / "config.yaml" if resume else config, overrides)
     with stop_requested() as asked:
-        from launchers import assemble  # torch, Ray: only once the configuration is known to be good
+        from launchers.run import assemble  # torch, Ray: only once the configuration is known to be good
 
         result = assemble.train(resolved, resume, asked)
     print_result(result, as_json)

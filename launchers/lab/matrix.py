@@ -11,7 +11,7 @@ from pathlib import Path
 
 from launchers import environment
 from launchers.lab.suite import Cell
-from launchers.slurm.attempts import begun, progress
+from launchers.supervise.attempts import begun, progress
 from pipeline.config.load import to_yaml
 from pipeline.monitoring.events import EventLogError
 

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from launchers import environment
-from launchers.slurm.attempts import FILE, LAUNCH
 from launchers.slurm.cluster import SshConfig
-from launchers.watchdog import HEARTBEAT
+from launchers.supervise.attempts import FILE, LAUNCH
+from launchers.supervise.watchdog import HEARTBEAT
 from pipeline.config.errors import ConfigError
 
 if TYPE_CHECKING:

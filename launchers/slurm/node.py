@@ -25,8 +25,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from launchers import environment
-from launchers.slurm.attempts import LAUNCH, AttemptLog, Progress, begun, gives_up, progress
-from launchers.watchdog import Supervision
+from launchers.supervise.attempts import LAUNCH, AttemptLog, Progress, begun, gives_up, progress
+from launchers.supervise.watchdog import Supervision
 from pipeline.config.load import load_config
 from pipeline.disk import DiskFullError
 

@@ -22,11 +22,11 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from launchers import environment
-from launchers.slurm.attempts import LAUNCH
 from launchers.slurm.cluster import ClusterConfig, seconds
 from launchers.slurm.jobs import CommandError, Shell, ssh_tunnel
 from launchers.slurm.node import SHIPPED
 from launchers.slurm.worktree import Code
+from launchers.supervise.attempts import LAUNCH
 from pipeline.config.errors import ConfigError, Problem
 from pipeline.config.load import to_yaml
 from pipeline.config.schema import RunConfig

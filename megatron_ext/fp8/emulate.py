@@ -32,7 +32,6 @@ from megatron.core.tensor_parallel import (
 
 from megatron_ext.fp8 import quantise
 from megatron_ext.fp8.quantise import E4M3, E5M2, MX_SIDE, SIDE, Delayed, Quantised
-from megatron_ext.fp8.transformer_engine import in_bf16
 from pipeline.config.schema import PrecisionConfig
 
 
@@ -63,7 +62,7 @@ def install(gpt: GPTModel, precision: PrecisionConfig) -> None:
     once, on a model of megatron-core's own linear layers. ``delayed`` adds its state to them as buffers, which checkpoints hold.
     """
     for layer in gpt.decoder.layers:
-        if not in_bf16(precision, layer.layer_number - 1, gpt.config.num_layers):
+        if not precision.in_bf16(layer.layer_number - 1, gpt.config.num_layers):
             for module in layer.modules():
                 if isinstance(module, (ColumnParallelLinear, RowParallelLinear)):
                     convert(module, precision)

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 
 import torch
 
-import pipeline.blocks as blocks
-from pipeline.blocks import Block
+import pipeline.model.blocks as blocks
+from pipeline.model.blocks import Block
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 SIDE, MX_SIDE = 128, 32  # entries that share a scale: blockwise, mxfp8

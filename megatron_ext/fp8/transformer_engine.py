@@ -83,12 +83,6 @@ def resolve(learner: LearnerConfig, device: torch.device) -> Numerics:
     return numerics
 
 
-def in_bf16(precision: PrecisionConfig, layer: int, layers: int) -> bool:
-    """Whether layer ``layer`` of ``layers`` (numbers of the whole model) is left out of FP8."""
-    start, end = precision.num_layers_at_start_in_bf16, precision.num_layers_at_end_in_bf16
-    return precision.first_last_layers_bf16 and not start <= layer < layers - end
-
-
 def usable(device: torch.device) -> bool:
     """Whether Transformer Engine is installed and ``device`` can run it."""
     return device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None

@@ -20,14 +20,15 @@ from typing import Any
 
 import torch
 
-from megatron_ext import architecture
-from megatron_ext.architecture import Architecture
-from megatron_ext.weights import fp8, identity, layout, safetensors_io, torch_dist
-from megatron_ext.weights.grid import Grid
-from megatron_ext.weights.layout import Piece, Row
+from megatron_ext.weights import torch_dist
 from megatron_ext.weights.parts import Budget, ConversionError, Work
 from megatron_ext.weights.verify import MANIFEST, in_hf
 from megatron_ext.weights.verify import verify as compare
+from pipeline.model import architecture, fp8, identity, layout
+from pipeline.model import folder as safetensors_io
+from pipeline.model.architecture import Architecture
+from pipeline.model.grid import Grid
+from pipeline.model.layout import Piece, Row
 
 PART_BYTES = 64 * 2**20, 2**30  # least and most; between, a sixteenth of the model
 LEAST_BUDGET = 128 * 2**20  # bytes

@@ -9,14 +9,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from megatron_ext.architecture import Architecture
 from megatron_ext.topology import Topology
-from megatron_ext.weights import safetensors_io
-from megatron_ext.weights.buckets import Bucket, Entry, Rounds
-from megatron_ext.weights.fp8 import quantise
-from megatron_ext.weights.layout import Row, Slice
-from pipeline.checksum import checksum
-from pipeline.fp8 import BLOCK, CODES, scale_name, scale_shape
+from pipeline.model import folder as safetensors_io
+from pipeline.model.architecture import Architecture
+from pipeline.model.checksum import checksum
+from pipeline.model.fp8 import BLOCK, CODES, quantise, scale_name, scale_shape
+from pipeline.model.layout import Row, Slice
+from pipeline.reshard.buckets import Bucket, Entry, Rounds
 from pipeline.types import WeightBucket
 
 

@@ -9,8 +9,8 @@ import torch
 from megatron.core import dist_checkpointing
 
 from megatron_ext import cpu, models, topology
-from megatron_ext.architecture import Architecture
-from megatron_ext.weights.grid import Grid
+from pipeline.model.architecture import Architecture
+from pipeline.model.grid import Grid
 
 _TOKENS = 16
 

@@ -38,9 +38,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.serialization import skip_data
 from torch.utils.serialization import config as serialization
 
-from megatron_ext.architecture import Architecture
-from megatron_ext.weights.layout import Row, Slice, canonical
-from megatron_ext.weights.safetensors_io import mapped, put
+from pipeline.model.architecture import Architecture
+from pipeline.model.folder import mapped, put
+from pipeline.model.layout import Row, Slice, canonical
 
 CONFIG = "metadata.json"  # megatron-core: dist_checkpointing/core.py; written last, so what has it is complete
 _CONFIG = {

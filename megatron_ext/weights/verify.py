@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 
-from megatron_ext.architecture import Architecture
-from megatron_ext.weights import fp8, safetensors_io, torch_dist
-from megatron_ext.weights.layout import Row
+from megatron_ext.weights import torch_dist
 from megatron_ext.weights.parts import Budget, ConversionError
-from pipeline.checksum import checksum
+from pipeline.model import folder as safetensors_io
+from pipeline.model import fp8
+from pipeline.model.architecture import Architecture
+from pipeline.model.checksum import checksum
+from pipeline.model.layout import Row
 
-MANIFEST = "conversion.json"  # in the output folder: per-tensor checksums (pipeline.checksum)
+MANIFEST = "conversion.json"  # in the output folder: per-tensor checksums (pipeline.model.checksum)
 SMALL_MODEL = 10**9  # bytes; below, logits are compared too
 LOGITS_TOLERANCE = 1e-4  # both models in float32
 

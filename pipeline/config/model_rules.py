@@ -1,4 +1,4 @@
-"""What the model's own config.json allows. The learner (``megatron_ext.architecture``) refuses the same models, but only
+"""What the model's own config.json allows. The learner (``pipeline.model.architecture``) refuses the same models, but only
 when its processes have started; a test holds the two together."""
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _COUNTS_IN = {
 }
 _FEATURES = {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False}  # the only values, also when absent
 _DEEPSEEK_FEATURES = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "rope_interleave": True}
-_FP8_BLOCK = 128  # ``pipeline.fp8.BLOCK``, which would import torch here
+_FP8_BLOCK = 128  # ``pipeline.model.fp8.BLOCK``, which would import torch here
 # The rest of Llama 3's rotary scaling is fixed in megatron-core's RotaryEmbedding.
 _LLAMA3_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 

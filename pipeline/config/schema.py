@@ -69,6 +69,11 @@ class PrecisionConfig:
         False, "round as the recipe does, in torch, on any device: to measure FP8's effect, not for speed"
     )
 
+    def in_bf16(self, layer: int, layers: int) -> bool:
+        """Whether layer ``layer`` of ``layers`` (numbers of the whole model) is left out of FP8."""
+        start, end = self.num_layers_at_start_in_bf16, self.num_layers_at_end_in_bf16
+        return self.first_last_layers_bf16 and not start <= layer < layers - end
+
 
 @dataclass
 class LearnerConfig:

@@ -10,13 +10,13 @@ import platform
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
 from pipeline.checkpoints import Checkpoint
+from pipeline.clock import StepClock
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import config_hash, to_yaml
 from pipeline.config.schema import RunConfig
@@ -38,30 +38,6 @@ log = logging.getLogger(__name__)
 PACKAGES = ("isentrope", "torch", "megatron-core", "transformers", "sglang", "ray")
 LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "critical": logging.ERROR}
 INDEX_EVERY = 256  # steps
-
-
-class StepClock:
-    """Where one step's time goes: ``with clock("sample"): ...``. Starts when it is made."""
-
-    def __init__(self) -> None:
-        self._started = time.perf_counter()
-        self._phases: dict[str, float] = {}
-        self.phase = ""  # the one in progress
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        """Add the time of the block to ``phase``."""
-        started, self.phase = time.perf_counter(), phase
-        try:
-            yield
-        finally:
-            self.phase = ""
-            self._phases[phase] = self._phases.get(phase, 0.0) + time.perf_counter() - started
-
-    def seconds(self, outside: float = 0.0) -> dict[str, float]:
-        """Seconds by phase, with ``other`` (outside any phase, plus ``outside``) and ``total``."""
-        total = time.perf_counter() - self._started + outside
-        return {**self._phases, "other": total - sum(self._phases.values()), "total": total}
 
 
 class Recorder:

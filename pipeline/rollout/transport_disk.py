@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from pipeline.rollout import hf_folder
 from pipeline.rollout.engine import EngineError
-from pipeline.rollout.sglang_server import SglangServer
+from pipeline.rollout.sglang.server import SglangServer
 from pipeline.rollout.transport import Deadline
 from pipeline.types import WeightBucket
 

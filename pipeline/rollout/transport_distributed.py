@@ -15,8 +15,8 @@ import torch
 from torch.distributed import BroadcastOptions, PrefixStore, ProcessGroupGloo, TCPStore
 
 from pipeline.rollout.engine import EngineError, EngineTimeoutError
-from pipeline.rollout.sglang_server import SglangServer
-from pipeline.rollout.sglang_session import ServerSession
+from pipeline.rollout.sglang.server import SglangServer
+from pipeline.rollout.sglang.session import ServerSession
 from pipeline.rollout.transport import Deadline
 from pipeline.types import WeightBucket
 

@@ -13,8 +13,8 @@ from multiprocessing.reduction import ForkingPickler
 import torch
 import torch.multiprocessing as torch_multiprocessing
 
-from pipeline.rollout.sglang_server import SglangServer
-from pipeline.rollout.sglang_session import ServerSession
+from pipeline.rollout.sglang.server import SglangServer
+from pipeline.rollout.sglang.session import ServerSession
 from pipeline.rollout.transport import Deadline
 from pipeline.types import WeightBucket
 

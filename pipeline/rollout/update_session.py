@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from pipeline import fp8
-from pipeline.checksum import checksum
+from pipeline.model import fp8
+from pipeline.model.checksum import checksum
 from pipeline.rollout.engine import WeightUpdateError
 from pipeline.types import WeightBucket
 

@@ -6,9 +6,10 @@ from pathlib import Path
 import megatron_ranks as ranks
 import torch
 
-from megatron_ext import architecture, checkpoint, models, topology
-from megatron_ext.weights import convert, hf, layout
-from megatron_ext.weights.grid import Grid
+from megatron_ext import checkpoint, models, topology
+from megatron_ext.weights import convert, hf
+from pipeline.model import architecture, layout
+from pipeline.model.grid import Grid
 
 
 def _model(rank, world, address, folder, tp=1, pp=1, ep=1, etp=None):

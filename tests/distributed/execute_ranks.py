@@ -3,10 +3,10 @@
 import torch
 import torch.distributed as dist
 
-from megatron_ext.weights import fp8
-from megatron_ext.weights.execute import DTYPES, EngineShards, LearnerShards, QuantisedShards, execute
-from megatron_ext.weights.layout import rows
-from megatron_ext.weights.plan import make_plan
+from pipeline.model import fp8
+from pipeline.model.layout import rows
+from pipeline.reshard.execute import DTYPES, EngineShards, LearnerShards, QuantisedShards, execute
+from pipeline.reshard.plan import make_plan
 
 
 def full_tensors(model, dtype):

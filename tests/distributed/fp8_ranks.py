@@ -15,8 +15,8 @@ def two_layers(rank, world, address, recipe, sequence_parallel, passes):
 
     from megatron_ext import topology
     from megatron_ext.fp8 import emulate
-    from megatron_ext.weights.grid import Grid
     from pipeline.config.schema import PrecisionConfig
+    from pipeline.model.grid import Grid
 
     placed = topology.initialize(rank, address, Grid(tp=world), seed=0)
     config = ModelParallelConfig(
@@ -60,10 +60,11 @@ def _gathered(tensor, dim, placed):
 
 def emulated_layers(rank, world, address, folder, precision):
     """Names of the modules that compute in FP8, and whether a forward and backward pass gives finite gradients everywhere."""
-    from megatron_ext import architecture, models, topology
-    from megatron_ext.weights import hf, layout
-    from megatron_ext.weights.grid import Grid
+    from megatron_ext import models, topology
+    from megatron_ext.weights import hf
     from pipeline.config.schema import LearnerConfig
+    from pipeline.model import architecture, layout
+    from pipeline.model.grid import Grid
 
     placed = topology.initialize(rank, address, Grid(), seed=0)
     model = architecture.read(folder)

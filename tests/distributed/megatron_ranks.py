@@ -53,7 +53,7 @@ def learner(
     """A loaded learner. ``sizes`` are further entries of ``SIZES``; DP takes what is left of ``world``."""
     from megatron_ext import topology
     from megatron_ext.learner import MegatronLearner
-    from megatron_ext.weights.grid import grid_of
+    from pipeline.model.grid import grid_of
 
     optimizer = OptimizerConfig(**({"lr": 1e-2, "weight_decay": 0.1} | config.pop("optimizer", {})))
     named = {SIZES[name]: size for name, size in {"tp": tp, "pp": pp, "cp": cp, **(sizes or {})}.items()}
@@ -258,7 +258,8 @@ def _whatever_the_cut(stats):
 
 def inspect(rank, world, address, folder, layout, tokens, candidates):
     """log p(candidate | prefix) at every position, and the export straight after loading, in one and in many buckets."""
-    from megatron_ext.weights import buckets, hf
+    from megatron_ext.weights import hf
+    from pipeline.reshard import buckets
 
     made = learner(rank, world, address, folder, **layout, micro_batch_size=512)
     table = torch.stack([_log_probs_of(made, tokens, token) for token in candidates], dim=-1)
@@ -281,8 +282,10 @@ def inspect_new_family(*arguments):
 
 def load_and_export(rank, world, address, folder, grid, dtype="fp32", fp8=False):
     """Global layers of each model chunk of this rank, and the export of all its chunks, on a grid of any shape."""
-    from megatron_ext import architecture, models, topology
-    from megatron_ext.weights import buckets, hf, layout
+    from megatron_ext import models, topology
+    from megatron_ext.weights import hf
+    from pipeline.model import architecture, layout
+    from pipeline.reshard import buckets
 
     placed = topology.initialize(rank, address, grid, seed=0)
     model = architecture.read(folder)

@@ -23,7 +23,7 @@ SMALL = (
 
 def train(rank, world, address, recipe, run_dir, overrides):
     """The step events of three steps, without the checkpoint and the report that end a run."""
-    from launchers.assemble import build_loop
+    from launchers.run.assemble import build_loop
     from pipeline.config.load import load_config, resolve_path
     from pipeline.monitoring.recorder import Recorder
 

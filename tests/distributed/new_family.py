@@ -3,9 +3,8 @@
 from contextlib import contextmanager
 from unittest.mock import patch
 
-from megatron_ext import architecture
-from megatron_ext.weights import layout
-from megatron_ext.weights.layout import Template
+from pipeline.model import architecture, layout
+from pipeline.model.layout import Template
 
 HERE, THERE = "decoder.layers.{layer}.", "transformer.h.{layer}."
 TABLE = (

@@ -8,8 +8,9 @@ import tiny_models
 import torch
 
 from launchers.cli.main import run
-from megatron_ext.weights import convert, safetensors_io
-from megatron_ext.weights.grid import Grid
+from megatron_ext.weights import convert
+from pipeline.model import folder as safetensors_io
+from pipeline.model.grid import Grid
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3", "deepseek_plain_query"])

@@ -6,11 +6,11 @@ import pytest
 import tiny_models
 import torch
 
-from megatron_ext import architecture
-from megatron_ext.estimate import memory
-from megatron_ext.estimate.work import ITEM_SIZES, Work
-from megatron_ext.weights.grid import grid_of
+from launchers.plan import memory
+from launchers.plan.work import ITEM_SIZES, Work
 from pipeline.config.schema import LearnerConfig, OptimizerConfig
+from pipeline.model import architecture
+from pipeline.model.grid import grid_of
 
 WIDE = {
     "hidden_size": 64,

@@ -3,9 +3,9 @@
 import pytest
 from execute_ranks import move
 
-from megatron_ext.architecture import FAMILIES, Architecture, Moe
-from megatron_ext.weights.engine_grid import EngineGrid, Placement
-from megatron_ext.weights.grid import Grid
+from pipeline.model.architecture import FAMILIES, Architecture, Moe
+from pipeline.model.grid import Grid
+from pipeline.reshard.engine_grid import EngineGrid, Placement
 
 
 def model(

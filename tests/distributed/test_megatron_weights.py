@@ -10,10 +10,10 @@ import pytest
 import tiny_models
 import torch
 
-from megatron_ext import architecture
-from megatron_ext.weights import buckets, fp8, layout
-from megatron_ext.weights.grid import Grid
-from pipeline.checksum import checksum
+from pipeline.model import architecture, fp8, layout
+from pipeline.model.checksum import checksum
+from pipeline.model.grid import Grid
+from pipeline.reshard import buckets
 
 DENSE = {"TP1": (1, 1, 1, 1, None), "TP2": (2, 2, 1, 1, None), "TP2xPP2": (4, 2, 2, 1, None)}
 EXPERTS = DENSE | {

@@ -8,11 +8,11 @@ from functools import partial
 import pytest
 import ray
 
-from launchers.actors import EngineProcess, RayEngine
-from launchers.roll_call import ROLL_CALL
-from pipeline.checksum import checksum
+from launchers.run.actors import EngineProcess, RayEngine
+from launchers.supervise.roll_call import ROLL_CALL
+from pipeline.model.checksum import checksum
 from pipeline.rollout.engine import EngineError, WeightUpdateError
-from pipeline.rollout.native import NativeEngine
+from pipeline.rollout.native.engine import NativeEngine
 from pipeline.rollout.pool import EnginePool
 from pipeline.rollout.rollouts import Rollouts
 from pipeline.types import GenerateRequest, Prompt, WeightBucket

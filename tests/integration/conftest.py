@@ -19,8 +19,8 @@ def folders(tmp_path_factory):
 def engines(folders, tmp_path_factory):
     """A Llama and a Qwen3 of one rank, and a Llama of two, started at the same time; nothing of them may remain."""
     from pipeline.config.schema import RolloutConfig, SglangConfig
-    from pipeline.rollout.sglang import SglangEngine
-    from pipeline.rollout.sglang_guard import shared_memory
+    from pipeline.rollout.sglang.engine import SglangEngine
+    from pipeline.rollout.sglang.guard import shared_memory
 
     logs = tmp_path_factory.mktemp("logs")
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.checksum import checksum
-from pipeline.rollout.decoder import Decoder, DecoderConfig, token_log_probs
+from pipeline.model.checksum import checksum
+from pipeline.rollout.native.decoder import Decoder, DecoderConfig, token_log_probs
 from pipeline.types import GenerateRequest, Prompt, Role, WeightBucket
 from tests.tiny_folder import hf_config, random_tensors
 

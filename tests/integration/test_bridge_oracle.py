@@ -13,9 +13,9 @@ import tiny_models
 import torch
 from safetensors.torch import load_file
 
-from megatron_ext import architecture
-from megatron_ext.weights import convert, hf, layout
-from megatron_ext.weights.grid import Grid
+from megatron_ext.weights import convert, hf
+from pipeline.model import architecture, layout
+from pipeline.model.grid import Grid
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv-bridge/bin/python"

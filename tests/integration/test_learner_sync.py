@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from launchers.assemble import start_engines, start_learner
+from launchers.run.assemble import start_engines, start_learner
 from pipeline.config.schema import LearnerConfig, ModelConfig, RolloutConfig, RunConfig
-from pipeline.rollout.native import NativeEngine
+from pipeline.rollout.native.engine import NativeEngine
 from pipeline.rollout.weight_sync import push_weights
 from pipeline.types import GenerateRequest, Prompt
 from tests.distributed.megatron_ranks import batch

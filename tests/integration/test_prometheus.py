@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launchers.sidecar import Sidecar
+from launchers.supervise.sidecar import Sidecar
 from pipeline.config.load import PACKAGED
 from pipeline.monitoring.sinks.prometheus import exported
 from pipeline.ports import free_port

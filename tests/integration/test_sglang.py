@@ -17,10 +17,10 @@ import torch
 if importlib.util.find_spec("sglang") is None:
     pytest.skip("needs the sglang extra", allow_module_level=True)
 
-from pipeline.checksum import checksum
-from pipeline.rollout.decoder import token_log_probs
+from pipeline.model.checksum import checksum
 from pipeline.rollout.engine import EngineError, WeightUpdateError
-from pipeline.rollout.native import NativeEngine
+from pipeline.rollout.native.decoder import token_log_probs
+from pipeline.rollout.native.engine import NativeEngine
 from pipeline.rollout.pool import EnginePool
 from pipeline.types import Role, WeightBucket
 from tests.integration.servers import (

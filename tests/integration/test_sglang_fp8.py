@@ -10,15 +10,14 @@ import torch
 if importlib.util.find_spec("sglang") is None:
     pytest.skip("needs the sglang extra", allow_module_level=True)
 
-from megatron_ext import architecture
-from megatron_ext.weights import fp8, layout
-from pipeline.checksum import checksum
 from pipeline.config.schema import RolloutConfig, SglangConfig
-from pipeline.fp8 import values
-from pipeline.rollout import sglang_fp8
-from pipeline.rollout.decoder import Decoder, DecoderConfig, token_log_probs
+from pipeline.model import architecture, fp8, layout
+from pipeline.model.checksum import checksum
+from pipeline.model.fp8 import values
 from pipeline.rollout.engine import EngineError, WeightUpdateError
-from pipeline.rollout.sglang import SglangEngine, build_transport
+from pipeline.rollout.native.decoder import Decoder, DecoderConfig, token_log_probs
+from pipeline.rollout.sglang import fp8 as sglang_fp8
+from pipeline.rollout.sglang.engine import SglangEngine, build_transport
 from pipeline.rollout.transport import Deadline
 from pipeline.types import WeightBucket
 from tests.integration.servers import generate_request

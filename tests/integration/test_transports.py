@@ -14,7 +14,7 @@ if importlib.util.find_spec("sglang") is None:
 from pipeline.rollout.engine import EngineError, WeightUpdateError
 from pipeline.rollout.pool import EnginePool
 from pipeline.rollout.rollouts import Rollouts
-from pipeline.rollout.sglang import build_transport
+from pipeline.rollout.sglang.engine import build_transport
 from pipeline.rollout.transport import Deadline
 from tests.integration.servers import REQUESTS, assert_agrees, buckets, decoder_of, push, server_pid
 

@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from megatron_ext import architecture, batching, topology
+from megatron_ext import batching, topology
 from megatron_ext.batching import Cut
 from megatron_ext.learner import MegatronLearner
-from megatron_ext.weights import layout
 from pipeline.config.schema import LearnerConfig, ModelConfig, ObjectiveConfig
+from pipeline.model import architecture, layout
 from pipeline.ports import free_port
 from pipeline.types import TrainBatch
 

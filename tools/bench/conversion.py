@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from megatron_ext import architecture
-from megatron_ext.weights import convert, layout
-from megatron_ext.weights.grid import Grid
+from megatron_ext.weights import convert
+from pipeline.model import architecture, layout
+from pipeline.model.grid import Grid
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = {

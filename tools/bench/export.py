@@ -21,12 +21,13 @@ import torch
 import torch.distributed as dist
 from weight_sync import DENSE, LAYERS, MOE, _parameters, _timed
 
-from megatron_ext.architecture import Architecture
-from megatron_ext.weights import buckets, hf
-from megatron_ext.weights.grid import Grid
-from megatron_ext.weights.layout import Row, rows
-from pipeline.checksum import checksum
+from megatron_ext.weights import hf
+from pipeline.model.architecture import Architecture
+from pipeline.model.checksum import checksum
+from pipeline.model.grid import Grid
+from pipeline.model.layout import Row, rows
 from pipeline.packing import pack
+from pipeline.reshard import buckets
 
 REPEATS = 5
 BUCKET_MIB = 4

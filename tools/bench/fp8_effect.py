@@ -20,15 +20,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_ext import architecture, models, topology
-from megatron_ext.weights import hf, layout
-from megatron_ext.weights.grid import Grid
+from megatron_ext import models, topology
+from megatron_ext.weights import hf
 from pipeline.config.load import load_config
 from pipeline.config.schema import LearnerConfig, PrecisionConfig
 from pipeline.data.sources import load_prompts
 from pipeline.data.tokenizer import load_tokenizer
+from pipeline.model import architecture, layout
+from pipeline.model.grid import Grid
 from pipeline.ports import free_port
-from pipeline.rollout.native import NativeEngine
+from pipeline.rollout.native.engine import NativeEngine
 from pipeline.types import GenerateRequest
 
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")

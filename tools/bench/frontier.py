@@ -30,7 +30,7 @@ def evaluate(run: Path, temperatures: list[float]) -> dict:
     """pass@k of one run at each temperature."""
     import torch
 
-    from launchers import assemble
+    from launchers.run import assemble
 
     torch.set_num_threads(1)
     configs = {t: load_config(run / "config.yaml", [f"evaluation.temperature={t}"]) for t in temperatures}

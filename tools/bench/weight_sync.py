@@ -21,12 +21,12 @@ import layouts
 import torch
 import torch.distributed as dist
 
-from megatron_ext.architecture import FAMILIES, Architecture, Moe
-from megatron_ext.weights.engine_grid import EngineGrid, Placement
-from megatron_ext.weights.execute import EngineShards, LearnerShards, execute
-from megatron_ext.weights.grid import Grid
-from megatron_ext.weights.layout import Row, rows
-from megatron_ext.weights.plan import make_plan
+from pipeline.model.architecture import FAMILIES, Architecture, Moe
+from pipeline.model.grid import Grid
+from pipeline.model.layout import Row, rows
+from pipeline.reshard.engine_grid import EngineGrid, Placement
+from pipeline.reshard.execute import EngineShards, LearnerShards, execute
+from pipeline.reshard.plan import make_plan
 
 REPEATS = 5
 BUCKET_BYTES = 64 << 20

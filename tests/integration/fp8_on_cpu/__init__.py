@@ -6,7 +6,7 @@ The server imports this package because ``SGLANG_EXTERNAL_MODEL_PACKAGE`` names 
 import torch
 from sglang.srt.layers.quantization.fp8 import Fp8LinearMethod
 
-from pipeline.fp8 import dequantise
+from pipeline.model.fp8 import dequantise
 
 
 def _apply(self, layer, x, bias=None):

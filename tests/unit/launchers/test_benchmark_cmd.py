@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from launchers.benchmark import Shard, published, results
+from launchers.run.benchmark import Shard, published, results
 from pipeline.data import DataError
 from tests.command_line import answer, call
 

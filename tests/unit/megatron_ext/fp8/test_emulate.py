@@ -82,5 +82,5 @@ def test_first_and_last_layers(start, end, left_out):
         num_layers_at_start_in_bf16=start,
         num_layers_at_end_in_bf16=end,
     )
-    assert [layer for layer in range(6) if emulate.in_bf16(precision, layer, 6)] == left_out
-    assert not any(emulate.in_bf16(PrecisionConfig(fp8="hybrid"), layer, 6) for layer in range(6))
+    assert [layer for layer in range(6) if precision.in_bf16(layer, 6)] == left_out
+    assert not any(PrecisionConfig(fp8="hybrid").in_bf16(layer, 6) for layer in range(6))

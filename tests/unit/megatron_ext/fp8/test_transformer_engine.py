@@ -7,8 +7,8 @@ import torch
 
 from megatron_ext.fp8 import transformer_engine
 from megatron_ext.fp8.transformer_engine import Dequantised, Numerics, chip_problem, resolve
-from megatron_ext.weights.layout import canonical
 from pipeline.config.schema import LearnerConfig, PrecisionConfig
+from pipeline.model.layout import canonical
 
 CPU = torch.device("cpu")
 FP8 = PrecisionConfig(fp8="hybrid")

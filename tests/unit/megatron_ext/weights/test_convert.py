@@ -12,10 +12,11 @@ import tiny_models
 import torch
 
 from launchers.cli.main import run
-from megatron_ext import architecture
-from megatron_ext.weights import convert, fp8, identity, layout, safetensors_io, torch_dist
-from megatron_ext.weights.grid import Grid
+from megatron_ext.weights import convert, torch_dist
 from megatron_ext.weights.parts import Budget, ConversionError
+from pipeline.model import architecture, fp8, identity, layout
+from pipeline.model import folder as safetensors_io
+from pipeline.model.grid import Grid
 
 FAMILIES = ["llama", "llama_tied", "mistral", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3"]
 DENSE = [(1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 4, 1), (2, 2, 1), (4, 4, 1)]  # kv groups: 2

@@ -4,9 +4,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_ext.architecture import FAMILIES, Architecture
-from megatron_ext.weights import hf, layout
-from megatron_ext.weights.grid import Grid
+from megatron_ext.weights import hf
+from pipeline.model import layout
+from pipeline.model.architecture import FAMILIES, Architecture
+from pipeline.model.grid import Grid
 
 MODEL = Architecture(FAMILIES["Qwen2ForCausalLM"], 2, 6, 8, 4, 2, 2, 7, 16, 1e-6, 1e4, None, False)
 

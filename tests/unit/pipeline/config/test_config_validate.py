@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from megatron_ext import architecture
 from pipeline.config.errors import ConfigError
 from pipeline.config.keys import leaf_keys
 from pipeline.config.load import load_config
 from pipeline.config.validate import CHOICES, RANGES, Range
+from pipeline.model import architecture
 from tests.tiny_folder import LLAMA, hf_config
 
 

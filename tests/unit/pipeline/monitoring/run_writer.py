@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.checkpoints import Checkpoint
+from pipeline.clock import StepClock
 from pipeline.config.load import load_config
 from pipeline.data.sources import PromptSet
 from pipeline.monitoring.kept import KeptSample, choose
-from pipeline.monitoring.recorder import Recorder, StepClock
+from pipeline.monitoring.recorder import Recorder
 from pipeline.types import ControlDecision, EntropyReading, Prompt, Role, Sample, SampleGroup, StepStats, WeightSpan
 
 ROLLOUTS = {"sync": {"bytes": 2**20, "buckets": 2}, "engines": {"alive": 1, "total": 1}}

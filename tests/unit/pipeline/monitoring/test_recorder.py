@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from pipeline.clock import StepClock
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import config_hash, load_config, resolve_path
 from pipeline.data.sources import PromptSet
@@ -22,7 +23,7 @@ from pipeline.monitoring import series as series_module
 from pipeline.monitoring.events import read_events
 from pipeline.monitoring.kept import KeptSample
 from pipeline.monitoring.progress import Progress
-from pipeline.monitoring.recorder import StepClock, rollout_figures
+from pipeline.monitoring.recorder import rollout_figures
 from pipeline.types import Role
 
 sys.path.append(str(Path(__file__).parent))

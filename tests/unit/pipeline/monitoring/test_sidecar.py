@@ -176,7 +176,7 @@ import sys, time
 from pathlib import Path
 sys.path.append(sys.argv[2])
 import run_writer as runs
-from launchers.sidecar import Sidecar
+from launchers.supervise.sidecar import Sidecar
 run_dir = Path(sys.argv[1])
 with Sidecar(runs.config("monitoring.sinks=[tensorboard]"), run_dir) as sidecar:
     recorder = runs.open_run(run_dir, "monitoring.sinks=[tensorboard]")

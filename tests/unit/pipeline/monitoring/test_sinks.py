@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.sidecar import Sidecar
+from launchers.supervise.sidecar import Sidecar
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import load_config
 from pipeline.config.validate import SINKS

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pipeline.config.schema import OverlongConfig, RunConfig
 from pipeline.objectives.batch import build_batch, positives_consumed
 from pipeline.objectives.loss import PolicyOutputs, TokenRows, policy_loss
-from pipeline.objectives.prepare import prepare
+from pipeline.step.prepare import prepare
 from pipeline.types import Actuation, ControlDecision, Prompt, Role, Sample, SampleGroup
 
 PAD = 99

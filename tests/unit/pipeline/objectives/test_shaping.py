@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from pipeline.config.objective_rules import SHAPINGS as NAMES
 from pipeline.config.schema import ClipCovConfig, KlCovConfig, RunConfig
-from pipeline.objectives.prepare import prepare
 from pipeline.objectives.shaping import MARKS, SHAPINGS, clip_cov, rlrt, shape_tokens, shapes_tokens
 from pipeline.objectives.shaping.tokens import Tokens
+from pipeline.step.prepare import prepare
 from pipeline.types import Actuation, TrainBatch
 
 VOCABULARY = 5

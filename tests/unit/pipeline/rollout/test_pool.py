@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.checksum import checksum
+from pipeline.model.checksum import checksum
 from pipeline.rollout.engine import EngineError, WeightUpdateError
-from pipeline.rollout.native import NativeEngine
+from pipeline.rollout.native.engine import NativeEngine
 from pipeline.rollout.pool import EnginePool, split_requests
 from pipeline.rollout.weight_sync import push_weights
 from pipeline.types import GenerateRequest, Prompt, WeightBucket

@@ -3,7 +3,7 @@
 import pytest
 
 from pipeline.rollout.engine import EngineError
-from pipeline.rollout.native import NativeEngine
+from pipeline.rollout.native.engine import NativeEngine
 from pipeline.rollout.pool import EnginePool
 from pipeline.rollout.rollouts import Rollouts
 from tests.tiny_folder import write_folder

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from pipeline.checksum import checksum
+from pipeline.model.checksum import checksum
 from pipeline.rollout import hf_folder
 from pipeline.rollout.engine import EngineError, EngineTimeoutError
 from pipeline.rollout.transport import Deadline

@@ -1,0 +1,165 @@
+"""Seconds that SGLang engines take to draw a step's samples, and the memory they do it in: a roofline at stated speeds, not a measurement.
+
+Every pass of decoding reads the weights once, whatever the number of running samples, and the keys and values of each of them; it
+lasts as long as the slower of memory and arithmetic (Pope et al. 2022, arXiv 2211.05102, section 2). Left out: latencies of kernels and
+all-reduces, the scheduler, and what samples of one prompt save by sharing its keys and values after they were computed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from launchers.plan.memory import GIB
+from launchers.plan.work import ITEM_SIZES
+from pipeline.config.schema import RunConfig
+from pipeline.model.architecture import Architecture
+from pipeline.model.fp8 import quantised
+from pipeline.model.grid import Grid
+from pipeline.model.layout import Row, rows
+
+BANDWIDTH_SHARE = 0.6  # of the data sheet's memory bandwidth that decoding is assumed to reach
+UTILIZATION = 0.45  # of the arithmetic peak, as ``speed.Machine``
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU of an engine. Defaults: H100 SXM's data sheet."""
+
+    gib: float = 80.0
+    tflops: float = 989.0  # dense bf16, 10^12 operations a second
+    memory_gb_s: float = 3350.0  # 10^9 bytes a second
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Bytes of a model as an engine holds it, over all of its GPUs, and operations of one token."""
+
+    dense: float  # read by every pass
+    experts: float  # read as far as tokens choose them
+    lookup: float  # embeddings, of which a pass reads single rows
+    operations: float  # a multiplication and an addition are two
+
+    @property
+    def total(self) -> float:
+        """All that is held."""
+        return self.dense + self.experts + self.lookup
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One step's samples on the busiest engine. Every response as long as it may be, unless a mean was given."""
+
+    weights_bytes: float  # of one GPU
+    kv_token_bytes: float  # of one GPU, per token
+    kv_tokens: int  # that an engine's cache holds
+    samples: int  # of the engine
+    concurrent: int  # of them at a time
+    prefill_seconds: float
+    decode_seconds: float
+    memory_bound: bool  # whether decoding waits for memory
+
+    @property
+    def seconds(self) -> float:
+        """All of it."""
+        return self.prefill_seconds + self.decode_seconds
+
+    @property
+    def kv_bytes(self) -> float:
+        """Of one GPU's cache."""
+        return self.kv_tokens * self.kv_token_bytes
+
+
+def rollout(model: Architecture, config: RunConfig, gpu: Gpu, free_gib: float, mean_response: int = 0) -> Rollout:
+    """The samples of one step, auxiliary ones included.
+
+    ``free_gib``: what a GPU has when its engine starts, of which it takes ``rollout.sglang.mem_fraction_static``. ``kv_tokens`` is
+    0 or less where that does not hold the weights.
+    """
+    settings, tp = config.rollout, config.rollout.tensor_parallel_size
+    held = weights(model, config)
+    kv = kv_token_bytes(model, tp, _item_size(config))
+    room = settings.sglang.mem_fraction_static * free_gib * GIB - held.total / tp
+    kv_tokens = settings.sglang.max_total_tokens or math.floor(room / kv)
+    kv_tokens = min(kv_tokens, math.floor(room / kv))
+    samples, prompts = _busiest(config)
+    response = mean_response or settings.max_new_tokens
+    concurrent = min(samples, max(1, kv_tokens // (settings.max_prompt_tokens + response)))
+    context = settings.max_prompt_tokens + response / 2  # of a running sample, on average over its life
+    read = held.dense + held.experts * _touched(model, concurrent)
+    by_memory = (read / tp + concurrent * context * kv) / (gpu.memory_gb_s * 1e9 * BANDWIDTH_SHARE)
+    speed = tp * gpu.tflops * 1e12 * UTILIZATION
+    by_arithmetic = concurrent * (held.operations + _attention(model, context)) / speed
+    passes = samples / concurrent * response  # samples that end make room for waiting ones
+    prompt_tokens = prompts * settings.max_prompt_tokens
+    return Rollout(
+        weights_bytes=held.total / tp,
+        kv_token_bytes=kv,
+        kv_tokens=kv_tokens,
+        samples=samples,
+        concurrent=concurrent,
+        prefill_seconds=prompt_tokens * (held.operations + _attention(model, settings.max_prompt_tokens / 2)) / speed,
+        decode_seconds=passes * max(by_memory, by_arithmetic),
+        memory_bound=by_memory >= by_arithmetic,
+    )
+
+
+def weights(model: Architecture, config: RunConfig) -> Weights:
+    """Of the whole model, in the engine's number formats."""
+    size, fp8 = _item_size(config), config.rollout.weight_dtype == "fp8"
+    table = rows(model, Grid())
+    experts = [row for row in table if row.expert is not None]
+    lookup = [row for row in table if row.parameter.startswith("embedding") and not model.tied]
+    dense = [row for row in table if row.expert is None and row not in lookup]
+    chosen = model.moe.top_k / model.moe.experts if model.moe else 0.0
+    return Weights(
+        dense=_bytes(dense, size, fp8),
+        experts=_bytes(experts, size, fp8),
+        lookup=_bytes(lookup, size, fp8),
+        operations=2 * (_entries(dense) + _entries(experts) * chosen),
+    )
+
+
+def kv_token_bytes(model: Architecture, tp: int, item_size: int) -> float:
+    """Keys and values of one token on one GPU, all layers; heads fewer than GPUs are held by several, latent ones by all."""
+    if model.mla:
+        return float(model.layers * (model.mla.kv_lora + model.mla.rope_dim) * item_size)
+    return 2.0 * model.layers * max(1.0, model.kv_heads / tp) * model.head_dim * item_size
+
+
+def _item_size(config: RunConfig) -> int:
+    dtype = config.rollout.sglang.dtype
+    return ITEM_SIZES[config.model.dtype] if dtype == "auto" else {"float32": 4, "bfloat16": 2}[dtype]
+
+
+def _busiest(config: RunConfig) -> tuple[int, int]:
+    """Samples and prompts of the engine with most, auxiliary ones included; a prompt's samples stay together."""
+    settings, entropy = config.rollout, config.entropy
+    prompts = math.ceil(settings.prompts_per_step / settings.engines)
+    samples = prompts * settings.samples_per_prompt
+    if entropy.controller != "none" and entropy.actuator == "resample":
+        again = math.ceil(entropy.auxiliary_prompts / settings.engines)
+        return samples + again * entropy.auxiliary_samples, prompts + again
+    return samples, prompts
+
+
+def _touched(model: Architecture, tokens: int) -> float:
+    """Expected share of the experts that at least one of ``tokens`` chooses, were all equally likely."""
+    if model.moe is None:
+        return 0.0
+    return 1 - (1 - model.moe.top_k / model.moe.experts) ** tokens
+
+
+def _attention(model: Architecture, context: float) -> float:
+    """Operations of one token's attention to ``context`` tokens before it."""
+    widths = 2 * model.head_dim if model.mla is None else 2 * model.mla.kv_lora + model.mla.rope_dim  # absorbed
+    return 2 * model.layers * model.heads * widths * context
+
+
+def _bytes(part: Iterable[Row], size: int, fp8: bool) -> float:
+    return float(sum(_entries([row]) * (1 if fp8 and quantised(row) else size) for row in part))
+
+
+def _entries(part: Iterable[Row]) -> int:
+    return sum(math.prod(source.shape) for row in part for source in row.sources)

@@ -1,0 +1,114 @@
+"""What a step of a run takes on a cluster's GPUs, phase by phase, and so the whole run: estimates at stated speeds, not measurements."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from launchers.plan import memory
+from launchers.plan.engines import Gpu, Rollout, rollout
+from launchers.plan.memory import GIB
+from launchers.plan.speed import Machine, speed
+from launchers.plan.work import ITEM_SIZES, Work, from_config
+from launchers.run.placement import Placement
+from launchers.slurm.cluster import ClusterConfig
+from pipeline.config.schema import RunConfig
+from pipeline.model.architecture import Architecture
+from pipeline.model.layout import rows
+from pipeline.reshard import engine_grid
+from pipeline.reshard.plan import make_plan
+from pipeline.reshard.report import run_summary
+
+ENGINE_CONTEXT_GIB = 3.0  # of an engine that has released its memory: CUDA context, libraries, NCCL; as the learner's
+CHECKPOINT_BYTES = {"fp32": 12, "bf16": 14}  # of a parameter: itself, Adam's two moments, bf16's float32 original
+
+
+@dataclass(frozen=True)
+class Sync:
+    """Moving one version of the weights from learner to engines."""
+
+    model_bytes: int  # one copy
+    node_bytes: int  # that enter the busiest node from others
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """GiB of the fullest GPU of each kind, in the phase in which it is fullest."""
+
+    learner: float
+    engine: float  # what it takes for weights and cache; colocated: beside the learner's ``steady``
+    steady: float  # what the learner keeps between updates
+    together: float  # colocated: the fuller of generating and training; else 0
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One step. ``rollouts`` is None where engines compute on the CPU: they, and the whole step, are then not estimated."""
+
+    work: Work
+    memory: Memory
+    rollouts: Rollout | None
+    train_seconds: float
+    sync: Sync
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Rollouts, training, weight sync, one after the other."""
+        return None if self.rollouts is None else self.rollouts.seconds + self.train_seconds + self.sync.seconds
+
+
+def forecast(
+    model: Architecture, config: RunConfig, cluster: ClusterConfig, placed: Placement, mean_response: int = 0
+) -> Forecast:
+    """Of a run whose processes are ``placed``. ``mean_response``: expected response tokens; 0: ``rollout.max_new_tokens``.
+
+    Raises ``ValueError`` where the model cannot be cut as learner or engines ask.
+    """
+    work = from_config(model, config, mean_response=mean_response)
+    stages = memory.stages(work)
+    steady = max(sum(stage.parts[name] for name in memory.STEADY) for stage in stages) / GIB
+    learner = max(stage.total for stage in stages) / GIB
+    colocated = config.rollout.placement == "colocated"
+    # An engine starts when the learner has all but Adam's moments, which come with the first update.
+    before = max(stage.parts["parameters"] + stage.parts["gradients"] + stage.parts["context"] for stage in stages)
+    free = cluster.gpu_gib - (before / GIB if colocated else 0.0)
+    drawn = None
+    if config.rollout.engine == "sglang":
+        gpu = Gpu(cluster.gpu_gib, cluster.gpu_tflops, cluster.gpu_memory_gb_s)
+        drawn = rollout(model, config, gpu, free, mean_response)
+    engine = config.rollout.sglang.mem_fraction_static * free if drawn else 0.0
+    together = max(steady + engine, learner) + ENGINE_CONTEXT_GIB if colocated else 0.0
+    return Forecast(
+        work=work,
+        memory=Memory(learner, engine, steady, together),
+        rollouts=drawn,
+        train_seconds=speed(work, Machine(cluster.gpu_tflops)).seconds,
+        sync=_sync(model, config, cluster, work, placed),
+    )
+
+
+def checkpoint_bytes(model: Architecture, config: RunConfig) -> int:
+    """Of one checkpoint: weights, optimizer and, with ``objective.kl_coef``, the reference policy."""
+    parameters = sum(math.prod(source.shape) for row in rows(model) for source in row.sources)
+    reference = ITEM_SIZES[config.model.dtype] if config.objective.kl_coef > 0 else 0
+    return parameters * (CHECKPOINT_BYTES[config.model.dtype] + reference)
+
+
+def _sync(model: Architecture, config: RunConfig, cluster: ClusterConfig, work: Work, placed: Placement) -> Sync:
+    """What a run's own sync moves (``plan_report.run_summary``): from the owners' GPUs into their nodes' memory, once into every node with an
+    engine, and whole tensors to each of an engine's GPUs; here one after the other, though buckets overlap.
+    """
+    settings = config.rollout
+    tp = settings.tensor_parallel_size if settings.engine == "sglang" else 1
+    engines = engine_grid.EngineGrid(tp=tp, count=settings.engines)
+    colocated = settings.placement == "colocated"
+    apart = [] if colocated else [node for node in placed.engines for _ in range(tp)]
+    where = engine_grid.Placement(work.grid.world_size, engines.world_size, colocated, (*placed.ranks, *apart))
+    dtype = "fp8" if settings.weight_dtype == "fp8" else config.model.dtype
+    plan = make_plan(model, work.grid, engines, where, config.learner.bucket_mib << 20, dtype)
+    moved = run_summary(plan, dtype)
+    owned, across = max(moved["run_sent_bytes_by_learner_rank"]), moved["run_inter_node_ingress_bytes"]
+    model_bytes = moved["run_per_rank_ingress_bytes"]
+    seconds = (owned + model_bytes) / cluster.host_gb_s / 1e9 + across / cluster.network_gb_s / 1e9
+    return Sync(model_bytes, across, seconds)

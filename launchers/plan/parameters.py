@@ -1,0 +1,113 @@
+"""Bytes that stay from step to step: parameters, main gradients, optimizer state, FP8 copies. From the layout table alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from launchers.plan.work import Work, table
+from pipeline.model.fp8 import quantised
+from pipeline.model.layout import Row
+
+MAIN = 4  # bytes of float32: main gradients, main parameters, each of Adam's two moments
+_START = 64  # entries to which the distributed optimizer's buffer aligns every parameter (megatron-core, param_and_grad_buffer.py)
+_END = 128  # and, with the number of ranks, every bucket's end
+# Bytes of scales per FP8 byte: one float32 for 128 x 128 weights, one byte for 32 (docs of Transformer Engine's recipes).
+_SCALES = {"blockwise": 4 / 128**2, "mxfp8": 1 / 32}
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes of one rank of a stage."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    fp8: float  # copies of weights in FP8, by rows and by columns; with fp8_param only those by columns
+    reference: float
+    largest: int  # entries of the largest parameter
+
+
+def held(work: Work, stage: int) -> Held:
+    """What the ranks of a pipeline stage hold (all of them alike)."""
+    chunks: dict[int, list[Row]] = {}
+    chunk_of = {layer: c for s in work.grid.chunks(work.model.layers) for c, span in enumerate(s) for layer in span}
+    for row in table(work.model, work.grid)[stage]:
+        if not row.ep:  # None, or the first of the expert-parallel ranks
+            ends = 0 if stage == 0 and row.parameter.startswith("embedding") else work.grid.vpp - 1
+            chunks.setdefault(ends if row.layer is None else chunk_of[row.layer], []).append(row)
+    everything = [row for part in chunks.values() for row in part]
+    trained = [[row for row in part if not _is_buffer(row)] for part in chunks.values()]
+    divided = [
+        [row for row in part if _with_experts(work, row) == which] for part in trained for which in (False, True)
+    ]
+    exact = sum(entries(work, row) for part in divided for row in part)
+    padded = sum(_buffer_entries(work, part) for part in divided)
+    fp8 = sum(entries(work, row) for row in everything if stored_in_fp8(work, row))
+    copies = (1 if work.learner.precision.fp8_param else 2) * (1 + _scales(work))
+    return Held(
+        parameters=sum(_parameter_bytes(work, row) for row in everything) + (padded - exact) * work.itemsize,
+        gradients=MAIN * padded,
+        optimizer=sum(_optimizer_bytes(work, part) for part in divided),
+        fp8=copies * fp8,
+        reference=work.itemsize * exact if work.reference else 0.0,
+        largest=max((entries(work, row) for row in everything), default=0),
+    )
+
+
+def entries(work: Work, row: Row) -> int:
+    """Of a parameter on one rank that holds it, padding included."""
+    return math.prod(row.local_shape(work.tp if row.expert is None else work.grid.expert_tp))
+
+
+def stored_in_fp8(work: Work, row: Row) -> bool:
+    """Whether a parameter takes part in FP8 products."""
+    if not work.fp8 or row.layer is None or not quantised(row):
+        return False
+    return not work.learner.precision.in_bf16(row.layer, work.model.layers)
+
+
+def _parameter_bytes(work: Work, row: Row) -> float:
+    if work.learner.precision.fp8_param and stored_in_fp8(work, row):
+        return entries(work, row) * (1 + _scales(work))
+    return entries(work, row) * (MAIN if row.float32 else work.itemsize)
+
+
+def _scales(work: Work) -> float:
+    return _SCALES.get(work.learner.precision.fp8_recipe, 0.0)
+
+
+def _is_buffer(row: Row) -> bool:
+    """Megatron keeps the router's correction bias as a buffer: no gradient, no optimizer state."""
+    return row.parameter.endswith(".expert_bias")
+
+
+def _with_experts(work: Work, row: Row) -> bool:
+    """Whether a parameter is reduced over the replicas of an expert rather than over all data-parallel ranks."""
+    grid = work.grid
+    return row.expert is not None and (grid.ep > 1 or grid.expert_tp != grid.tp)
+
+
+def _buffer_entries(work: Work, part: Sequence[Row]) -> int:
+    """Of the gradient buffer of these parameters, padded where the distributed optimizer divides it."""
+    sizes = [entries(work, row) for row in part]
+    if not sizes or not work.learner.optimizer.distributed:
+        return sum(sizes)
+    return _up(sum(_up(size, _START) for size in sizes), math.lcm(_replicas(work, part), _END))
+
+
+def _optimizer_bytes(work: Work, part: Sequence[Row]) -> float:
+    """Adam's moments and, beside parameters of another type, float32 main parameters; of the rank with the largest share."""
+    copies = 2 if work.itemsize == MAIN else 3
+    shared = _replicas(work, part) if work.learner.optimizer.distributed else 1
+    return copies * MAIN * _buffer_entries(work, part) / shared
+
+
+def _replicas(work: Work, part: Sequence[Row]) -> int:
+    """Ranks that hold these parameters alike."""
+    return work.grid.expert_dp if part and _with_experts(work, part[0]) else work.grid.dp
+
+
+def _up(number: int, multiple: int) -> int:
+    return math.ceil(number / multiple) * multiple

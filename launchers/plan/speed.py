@@ -1,0 +1,157 @@
+"""Operations of a step, and the seconds they take at a stated speed.
+
+A multiplication and an addition are two operations. The backward pass costs twice the forward pass. Attention is causal: half of the
+products of queries and keys count (arXiv 2205.05198, appendix A, with that half).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from launchers.plan.parameters import stored_in_fp8
+from launchers.plan.schedule import bubble
+from launchers.plan.work import Work, table
+from pipeline.model.layout import Row
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one GPU is assumed to do."""
+
+    tflops: float = 989.0  # dense bf16 peak, 10^12 operations a second; 989: H100 SXM's data sheet
+    utilization: float = (
+        0.45  # share of it that a GPU reaches while it computes; communication in its way is part of it
+    )
+    fp8_speedup: float = 1.3  # of products in FP8 over bf16, casts included
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Operations of one forward pass of one micro-batch through one pipeline stage, over all of its ranks."""
+
+    linear: float  # matrices of the layers
+    fp8: float  # those of them that are in FP8
+    experts: float  # those of them that are in experts
+    attention: float
+    output: float  # output layer, at the targets
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.linear + self.attention + self.output
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One step's train phase."""
+
+    model_flops: float  # forward and backward of the rows as expected, without padding, over all GPUs
+    executed_flops: float  # with padding, recomputation and the forward passes of log_probs
+    seconds: float
+    bubble: float  # share of the time that the pipeline waits
+    slowest_stage: float  # time of the slowest stage over the mean
+    mfu: float  # model_flops / (seconds x GPUs x peak)
+    tokens_per_second: float  # of prompts and responses
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """Entries by which each token is multiplied in the layers of one pipeline stage; of the experts, the share that is chosen."""
+
+    all: float
+    fp8: float  # those of them that are in FP8
+    experts: float  # those of them that are in experts
+
+
+def matrices(work: Work, stage: int) -> Matrices:
+    """Of the layers of ``stage``."""
+    everything = fp8 = experts = 0.0
+    for row in table(work.model, work.grid)[stage]:
+        if row.layer is None or len(row.sources[0].shape) != 2:
+            continue
+        entries = _entries(work, row)
+        everything += entries
+        fp8 += entries if stored_in_fp8(work, row) else 0.0
+        experts += entries if row.expert is not None else 0.0
+    return Matrices(everything, fp8, experts)
+
+
+def forward(work: Work, stage: int, weights: Matrices, count: float, length: float) -> Forward:
+    """One forward pass of ``count`` rows of ``length`` tokens each; ``weights`` are those of the stage."""
+    model, operations = work.model, 2 * count * length
+    widths = (model.head_dim, model.head_dim)
+    if model.mla:
+        widths = (model.mla.nope_dim + model.mla.rope_dim, model.mla.v_dim)
+    layers = sum(len(span) for span in work.grid.chunks(model.layers)[stage])
+    attention = layers * count * length**2 * model.heads * sum(widths)
+    last = stage == work.grid.pp - 1
+    output = 2 * count * min(work.expected_targets, length) * model.vocab * model.hidden if last else 0.0
+    parts = (operations * entries for entries in (weights.all, weights.fp8, weights.experts))
+    return Forward(*parts, attention, output)
+
+
+def speed(work: Work, machine: Machine) -> Speed:
+    """Operations and predicted seconds of one step's train phase: ``log_probs`` passes and updates, no weight sync, no rollout."""
+    stages = range(work.grid.pp)
+    weights = [matrices(work, stage) for stage in stages]
+    passes = [forward(work, stage, weights[stage], *work.computed) for stage in stages]
+    trained = [_seconds(work, stage, each, machine, train=True) for stage, each in zip(stages, passes, strict=True)]
+    scored = [_seconds(work, stage, each, machine, train=False) for stage, each in zip(stages, passes, strict=True)]
+    count, updates = work.micro_batches, work.learner.updates_per_step
+    waiting = bubble(work.grid.pp, work.grid.vpp, count)
+    per_update = count * max(trained) / (1 - waiting)
+    per_pass = count * updates * max(scored) / (1 - bubble(work.grid.pp, work.grid.vpp, count * updates))
+    seconds = updates * per_update + work.passes * per_pass
+    micro_batches = count * updates * work.learner.data_parallel_size
+    executed = sum(
+        _operations(work, stage, each, train=True).total + work.passes * each.total
+        for stage, each in zip(stages, passes, strict=True)
+    )
+    useful = sum(forward(work, stage, weights[stage], work.step_rows, work.expected_length).total for stage in stages)
+    return Speed(
+        model_flops=3 * useful,
+        executed_flops=micro_batches * executed,
+        seconds=seconds,
+        bubble=waiting,
+        slowest_stage=max(trained) * len(trained) / sum(trained),
+        mfu=3 * useful / (seconds * work.grid.world_size * machine.tflops * 1e12),
+        tokens_per_second=work.step_rows * work.expected_length / seconds,
+    )
+
+
+def _entries(work: Work, row: Row) -> float:
+    """Of a matrix, on average over tokens."""
+    entries = sum(math.prod(source.shape) for source in row.sources)
+    if row.expert is None or work.model.moe is None:
+        return entries
+    return entries * work.model.moe.top_k / work.model.moe.experts
+
+
+def _operations(work: Work, stage: int, once: Forward, *, train: bool) -> Forward:
+    """Of one micro-batch: forward and, in training, backward and what is computed again."""
+    if not train:
+        return once
+    linear, attention = 3.0, 3.0
+    learner = work.learner
+    if learner.recompute_granularity == "selective":
+        attention += 1
+    elif learner.recompute_granularity == "full":
+        share = 1.0
+        if learner.recompute_method == "block":
+            spans = work.grid.chunks(work.model.layers)[stage]
+            again = sum(min(len(span), learner.recompute_num_layers) for span in spans)
+            share = again / max(1, sum(len(span) for span in spans))
+        linear, attention = linear + share, attention + share
+    output = 4.0 if work.kernel == "fused" else 3.0  # its backward pass multiplies again
+    return Forward(
+        once.linear * linear, once.fp8 * linear, once.experts * linear, once.attention * attention, once.output * output
+    )
+
+
+def _seconds(work: Work, stage: int, once: Forward, machine: Machine, *, train: bool) -> float:
+    """Of one micro-batch through one stage, on all of its ranks at a time."""
+    done = _operations(work, stage, once, train=train)
+    equivalent = done.total - done.fp8 * (1 - 1 / machine.fp8_speedup)
+    equivalent += done.experts * (work.imbalance - 1)  # ranks wait for the one with most tokens
+    return equivalent / (work.tp * work.cp * machine.tflops * 1e12 * machine.utilization)

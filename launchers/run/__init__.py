@@ -1,0 +1,1 @@
+"""Wires a run: concrete classes, Ray actors and where they are placed."""

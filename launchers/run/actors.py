@@ -1,0 +1,329 @@
+"""Learner ranks and rollout engines as Ray actors, behind the same protocols as their in-process forms.
+
+Weights never pass through the driver: the learner's ranks put their buckets into the object store, and the engines take them from
+there, one copy a node. Calls to one actor run in order, so a whole update is sent without waiting in between.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from launchers.run.ray_cluster import most_on_one_node, use_interface_of
+from launchers.supervise.roll_call import ROLL_CALL, Whereabouts, whereabouts
+from pipeline.config.schema import RunConfig
+from pipeline.monitoring.memory import GIB, resident_gib
+from pipeline.ports import free_port
+from pipeline.rollout.engine import EngineError, EngineTimeoutError, RolloutEngine, WeightUpdateError
+from pipeline.types import EngineHealth, GenerateRequest, SampleGroup, StepStats, TrainBatch, WeightBucket
+
+LOCALHOST = "127.0.0.1"
+BUCKETS_IN_FLIGHT = 2  # how many buckets the object store may hold while engines catch up
+HEALTH_TIMEOUT_S = 30.0  # an engine's own health check takes at most 10
+CLOSE_TIMEOUT_S = 60.0
+GRACE_S = 10.0  # what an engine gets above its own deadline, so that its own words arrive
+
+
+def answer(replies: Any, who: str, timeout_s: float | None = None) -> Any:
+    """``ray.get``, raising the remote exception itself (not a report of it).
+
+    ``EngineError`` when a process died, ``EngineTimeoutError`` when it does not answer within ``timeout_s``.
+    """
+    try:
+        return ray.get(replies, timeout=timeout_s)
+    except ray.exceptions.GetTimeoutError as error:
+        raise EngineTimeoutError(f"{who}: its process did not answer within {timeout_s:g} s") from error
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    except ray.exceptions.RayActorError as error:
+        raise EngineError(
+            f"{who}: its process died; its last words are in Ray's log ({str(error).splitlines()[0]})"
+        ) from error
+
+
+@ray.remote
+class LearnerRank:
+    """One process of the Megatron learner."""
+
+    def whereabouts(self) -> Whereabouts:
+        """See ``launchers.supervise.roll_call``."""
+        return whereabouts()
+
+    def build(self, config: RunConfig, rank: int, address: tuple[str, int], threads: int) -> None:
+        """Join the other ranks. Not in ``__init__``, where Ray would hide what went wrong."""
+        # Imported here: megatron-core must load in this process only, after the CPU shim.
+        from launchers.run.assemble import build_learner_rank
+
+        torch.set_num_threads(threads)
+        if address[0] != LOCALHOST:
+            use_interface_of(ray.util.get_node_ip_address())
+        self.learner = build_learner_rank(config, rank, address)
+        self.export: Iterator[WeightBucket | None] = iter(())
+
+    def host(self) -> str:
+        """IPv4 address of this rank's node."""
+        return ray.util.get_node_ip_address()
+
+    def free_port(self, host: str) -> int:
+        """A port of this node that rank 0 can listen on."""
+        return free_port(host)
+
+    def gpu(self) -> str:
+        """What CUDA_VISIBLE_DEVICES calls this rank's GPU; "" without one."""
+        return ",".join(map(str, ray.get_runtime_context().get_accelerator_ids()["GPU"]))
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Run one method of the learner on this rank."""
+        return getattr(self.learner, method)(*args, **kwargs)
+
+    def update(self, batch: TrainBatch, step: int) -> StepStats:
+        """``Learner.update``, with this rank's memory; a method of its own so that Ray hands it the batch by shared memory."""
+        stats = self.learner.update(batch, step)
+        memory = {"learner": resident_gib()}
+        if torch.cuda.is_available():
+            memory["gpu"] = torch.cuda.max_memory_allocated() / GIB
+        return replace(stats, memory=memory)
+
+    def bucket_owners(self) -> list[list[int]]:
+        """Ranks whose export yields a bucket, by round."""
+        return self.learner.bucket_owners
+
+    def next_bucket(self, version: int, number: int) -> WeightBucket | None:
+        """This rank's bucket of round ``number`` of ``version``, if it owns one; rounds must be asked for in order from 0."""
+        if number == 0:
+            self.export = self.learner.export_shards(version)
+        return next(self.export)
+
+
+class RayLearner:
+    """``Learner`` over one actor per rank; every rank makes every call, rank 0 answers."""
+
+    def __init__(self, config: RunConfig, ranks: Sequence[Any]) -> None:
+        self.ranks = list(ranks)
+        self.owners: list[list[int]] = []  # of buckets, by round
+        self.ahead: dict[int, list[Any]] = {}  # version -> its first round, already asked for
+        for i, rank in enumerate(self.ranks):
+            ROLL_CALL.add(f"learner-{i}", rank)
+        hosts = self._answer([rank.host.remote() for rank in self.ranks])
+        # Ranks meet at rank 0's node; on one machine without its outside address, which a container may not reach.
+        host = hosts[0] if len(set(hosts)) > 1 else LOCALHOST
+        address = (host, self._answer(self.ranks[0].free_port.remote(host)))
+        threads = max(1, (os.cpu_count() or 1) // most_on_one_node(hosts))
+        self._answer([rank.build.remote(config, i, address, threads) for i, rank in enumerate(self.ranks)])
+
+    def _everywhere(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return self._answer([rank.call.remote(method, *args, **kwargs) for rank in self.ranks])[0]
+
+    def _answer(self, replies: Any) -> Any:
+        return answer(replies, "learner")
+
+    def gpus(self) -> list[str]:
+        """The GPU of every rank, as CUDA_VISIBLE_DEVICES calls it on its node."""
+        return self._answer([rank.gpu.remote() for rank in self.ranks])
+
+    def empty_cache(self) -> None:
+        """See ``pipeline.learner.Learner``."""
+        self._everywhere("empty_cache")
+
+    def load(self, hf_path: Path) -> None:
+        """See ``pipeline.learner.Learner``."""
+        self._everywhere("load", hf_path)
+
+    def log_probs(self, batch: TrainBatch, *, reference: bool = False) -> torch.Tensor:
+        """See ``pipeline.learner.Learner``."""
+        return self._everywhere("log_probs", ray.put(batch), reference=reference)
+
+    def statistics(self, batch: TrainBatch) -> Mapping[str, torch.Tensor]:
+        """See ``pipeline.learner.Learner``."""
+        return self._everywhere("statistics", ray.put(batch))
+
+    def update(self, batch: TrainBatch, step: int) -> StepStats:
+        """See ``pipeline.learner.Learner``. The first round of version ``step + 1`` is asked for in the same breath."""
+        shared = ray.put(batch)
+        stats = [rank.update.remote(shared, step) for rank in self.ranks]
+        self.ahead = {step + 1: self._round(step + 1, 0)}
+        answers = self._answer(stats)
+        memory = {name: max(answer.memory[name] for answer in answers) for name in answers[0].memory}
+        return replace(answers[0], memory=memory)
+
+    def export_size(self) -> tuple[int, int]:
+        """See ``pipeline.learner.Learner``."""
+        return self._answer(self.ranks[0].call.remote("export_size"))
+
+    def export_shards(self, version: int) -> Iterator[Any]:
+        """Handles of the buckets of ``version``, each from its owner. While the engines load one round, the next is put together."""
+        self.owners = self.owners or self._answer(self.ranks[0].bucket_owners.remote())
+        ahead = self.ahead.pop(version, None) or self._round(version, 0)
+        self.ahead = {}
+        for number, owners in enumerate(self.owners, start=1):
+            replies, ahead = ahead, self._round(version, number) if number < len(self.owners) else []
+            for owner in owners:
+                yield replies[owner]
+
+    def _round(self, version: int, number: int) -> list[Any]:
+        """Every rank takes part; their answers, by rank."""
+        return [rank.next_bucket.remote(version, number) for rank in self.ranks]
+
+    def save(self, directory: Path) -> None:
+        """See ``pipeline.learner.Learner``."""
+        self._everywhere("save", directory)
+
+    def restore(self, directory: Path) -> None:
+        """See ``pipeline.learner.Learner``."""
+        self._everywhere("restore", directory)
+
+    def close(self) -> None:
+        """End the rank processes."""
+        for i, rank in enumerate(self.ranks):
+            ROLL_CALL.remove(f"learner-{i}")
+            ray.kill(rank)
+        self.ranks = []
+
+
+@ray.remote(concurrency_groups={"control": 1})
+class EngineProcess:
+    """One rollout engine in its own process; ``control`` answers while a generation runs."""
+
+    def __init__(self, build: Callable[[], RolloutEngine]) -> None:
+        self.engine = build()
+
+    def whereabouts(self) -> Whereabouts:
+        """See ``launchers.supervise.roll_call``."""
+        return whereabouts()
+
+    def call(self, method: str, *args: Any) -> Any:
+        """Run one method of the engine, after every call queued before it."""
+        return getattr(self.engine, method)(*args)
+
+    def update(self, phases: Sequence[str], *arguments: Any) -> None:
+        """Phases of a weight update in order, each with its one argument. Buckets are arguments of their own, as Ray resolves no others."""
+        for phase, argument in zip(phases, arguments, strict=True):
+            getattr(self.engine, phase)(argument)
+
+    @ray.method(concurrency_group="control")
+    def control(self, method: str) -> Any:
+        """Run ``abort`` or ``health`` beside whatever runs."""
+        return getattr(self.engine, method)()
+
+
+class RayEngine:
+    """``RolloutEngine`` over one actor, made by ``spawn`` at every ``start``.
+
+    ``begin_update`` and ``load_bucket`` only queue; what goes wrong in them is raised by ``verify_update``. A call is sent when the next
+    is known to follow, the first and the last bucket's with their neighbours: a model of one bucket takes two round trips, all of it
+    and then ``commit_update``. Each phase may take ``timeout_s`` (``rollout.weight_sync_timeout_s``), the learner's export of a bucket
+    included, and a little grace; a process that does not answer by then is not alive.
+    """
+
+    def __init__(self, spawn: Callable[[], Any], name: str, timeout_s: float) -> None:
+        self.spawn, self.name, self.timeout_s = spawn, name, timeout_s
+        self.process: Any = None
+        self.waiting: list[tuple[str, Any]] = []  # phases that are yet to be sent, and their arguments
+        self.sent: list[tuple[list[str], Any]] = []  # phases of a call, reply
+        self.buckets = 0  # of the update in progress
+        self.stuck = ""
+
+    @property
+    def actor(self) -> Any:
+        """The engine's process. Raises ``EngineError`` before ``start``."""
+        if self.process is None:
+            raise EngineError(f"{self.name}: not started (or closed)")
+        return self.process
+
+    def _call(self, method: str, *args: Any) -> Any:
+        return answer(self.actor.call.remote(method, *args), self.name)
+
+    def start(self, hf_path: Path) -> None:
+        """See ``pipeline.rollout.engine.RolloutEngine``."""
+        self.process, self.waiting, self.sent, self.stuck = self.spawn(), [], [], ""
+        ROLL_CALL.add(self.name.replace(" ", "-"), self.process)
+        self._call("start", hf_path)
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[SampleGroup]:
+        """See ``pipeline.rollout.engine.RolloutEngine``."""
+        return self._call("generate", requests)
+
+    def release(self) -> None:
+        """See ``pipeline.rollout.engine.RolloutEngine``."""
+        self._call("release")
+
+    def begin_update(self, version: int) -> None:
+        """Queue the beginning of an update."""
+        self.waiting, self.sent, self.buckets = [("begin_update", version)], [], 0
+
+    def load_bucket(self, bucket: Any) -> None:
+        """Queue one bucket (an object-store handle); waits while more than ``BUCKETS_IN_FLIGHT`` are queued."""
+        if self.buckets:
+            self._send()
+        self.buckets += 1
+        self.waiting.append((f"load_bucket {self.buckets}", bucket))
+        self._collect(len(self.sent) + 1 - BUCKETS_IN_FLIGHT)
+
+    def verify_update(self, version: int) -> None:
+        """Wait for the update to be verified; the first failure of all its phases is raised."""
+        self._finish("verify_update", version)
+
+    def commit_update(self, version: int) -> None:
+        """See ``pipeline.rollout.engine.RolloutEngine``."""
+        self._finish("commit_update", version)
+
+    def abort_update(self) -> None:
+        """Queue the end of the update, behind whatever of it still runs."""
+        self.waiting, self.sent = [], []
+        if self.process is not None:
+            self.process.call.remote("abort_update")
+
+    def _finish(self, phase: str, version: int) -> None:
+        """Send what waits, with one more phase, and wait for all."""
+        self.waiting.append((phase, version))
+        self._send()
+        self._collect(len(self.sent))
+
+    def _send(self) -> None:
+        phases, arguments = zip(*self.waiting, strict=True)
+        methods = [phase.partition(" ")[0] for phase in phases]
+        self.sent.append((list(phases), self.actor.update.remote(methods, *arguments)))
+        self.waiting = []
+
+    def _collect(self, count: int) -> None:
+        """Wait for the first ``count`` calls that were sent."""
+        done, self.sent = self.sent[: max(0, count)], self.sent[max(0, count) :]
+        for phases, reply in done:
+            limit = len(phases) * (self.timeout_s + min(self.timeout_s, GRACE_S))
+            try:
+                answer(reply, f"{self.name}: {', '.join(phases)}", limit)
+            except EngineTimeoutError as error:
+                self.stuck = f"{error}; if it is merely slow, raise rollout.weight_sync_timeout_s ({self.timeout_s:g})"
+                raise WeightUpdateError(self.stuck) from error
+
+    def abort(self) -> None:
+        """See ``pipeline.rollout.engine.RolloutEngine``."""
+        answer(self.actor.control.remote("abort"), self.name, HEALTH_TIMEOUT_S)
+
+    def health(self) -> EngineHealth:
+        """See ``pipeline.rollout.engine.RolloutEngine``."""
+        if self.stuck:
+            return EngineHealth(alive=False, weight_version=None, detail=self.stuck)
+        try:
+            return answer(self.actor.control.remote("health"), self.name, HEALTH_TIMEOUT_S)
+        except EngineError as error:
+            return EngineHealth(alive=False, weight_version=None, detail=str(error))
+
+    def close(self) -> None:
+        """Let the engine clean up, unless it is stuck, then end its process."""
+        if self.process is None:
+            return
+        actor, self.process = self.process, None
+        ROLL_CALL.remove(self.name.replace(" ", "-"))
+        if not self.stuck:
+            # Already dead, or stuck without anyone having noticed: the kill below ends it.
+            with suppress(ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
+                ray.get(actor.call.remote("close"), timeout=CLOSE_TIMEOUT_S)
+        ray.kill(actor)

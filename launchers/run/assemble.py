@@ -1,0 +1,298 @@
+"""The one place that knows every concrete class: it wires a run from its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from launchers.run.placement import Placement, PlacementError, place
+from launchers.supervise.sidecar import Sidecar
+from launchers.supervise.watchdog import Others, Watchdog
+from pipeline.checkpoints import Checkpoint, CheckpointError, CheckpointStore
+from pipeline.config.errors import ConfigError
+from pipeline.config.load import resolve_path
+from pipeline.config.schema import RunConfig
+from pipeline.data.cursor import DataCursor
+from pipeline.data.sources import check_prompts, load_prompts
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.disk import reserved
+from pipeline.entropy.factory import build_controller
+from pipeline.evaluation.evaluate import choose_prompts
+from pipeline.evaluation.evaluate import evaluate as evaluate_engine
+from pipeline.learner import Learner
+from pipeline.loop import TrainingLoop
+from pipeline.monitoring.recorder import Recorder
+from pipeline.rewards.stage import VerifierStage
+from pipeline.rollout.engine import RolloutEngine
+from pipeline.rollout.pool import EnginePool
+from pipeline.rollout.rollouts import Rollouts
+from pipeline.rollout.weight_sync import push_weights
+from pipeline.step.queue import RolloutQueue
+from pipeline.types import ControlDecision
+
+if TYPE_CHECKING:
+    from launchers.run.ray_cluster import Node
+
+
+def train(config: RunConfig, resume: Path | None, stop_requested: Callable[[], bool]) -> dict[str, Any]:
+    """Run training to its end, or on from ``resume`` (a run directory); returns the run's summary.
+
+    Once ``stop_requested``, what is in progress is ended (the start, too), then a checkpoint is written. A run killed before its
+    first checkpoint resumes at step 0, which repeats the same steps.
+    """
+    named = Path(config.run_dir or f"runs/{config.name}-{datetime.now():%Y%m%d-%H%M%S}")
+    run_dir = (resume or named).resolve()  # actors may live in another working directory
+    with ExitStack() as stack:
+        sidecar = stack.enter_context(Sidecar(config, run_dir))
+        recorder = stack.enter_context(Recorder(run_dir, config, resumed=resume is not None))
+        stack.enter_context(reserved(run_dir))  # given back before the recorder writes how the run ended
+        stack.enter_context(Watchdog(recorder, config, _others(config)))
+        checkpoint = _checkpoints(run_dir, config).latest() if resume else None
+        loop = build_loop(config, recorder, stack)
+        if checkpoint:
+            restore(loop, checkpoint)
+        else:
+            loop.learner.load(hf_path(config))
+        recorder.start(loop.step)
+        sidecar.start()
+        loop.run(stop_requested)
+        return recorder.finish(completed=loop.step >= config.steps)
+
+
+def evaluate(config: RunConfig, run: Path | None = None) -> dict[str, Any]:
+    """pass@k and friends of the Hugging Face model, or of the newest checkpoint of ``run``, at the model's own precision."""
+    with ExitStack() as stack:
+        return evaluator(config, run, stack)(config)
+
+
+def evaluator(config: RunConfig, run: Path | None, stack: ExitStack) -> Callable[[RunConfig], dict[str, Any]]:
+    """``evaluate`` with engines that stay up: its function takes configurations that differ from ``config`` below ``evaluation`` only."""
+    tokenizer = load_tokenizer(hf_path(config))
+    prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
+    verifier = VerifierStage(config.data, tokenizer)
+    stack.callback(verifier.close)
+    engine, step = serve(config, run, stack)
+
+    def measure(given: RunConfig) -> dict[str, Any]:
+        result = evaluate_engine(engine.generate, verifier, prompts.held_out, given, step)
+        return {"model": config.model.hf_path, "run": str(run) if run else None, "step": step, **result.to_dict()}
+
+    return measure
+
+
+def serve(config: RunConfig, run: Path | None, stack: ExitStack) -> tuple[EnginePool, int]:
+    """Engines with the weights of the Hugging Face model, or of the newest checkpoint of ``run``, and the updates behind these.
+
+    Weights are served at the model's own precision. Raises ``CheckpointError`` when ``run`` has no complete checkpoint.
+    """
+    config = replace(config, rollout=replace(config.rollout, weight_dtype="auto"))
+    checkpoint = newest_checkpoint(run, "evaluate")
+    learner = start_learner(config, stack) if checkpoint else None
+    engine = start_engines(config, Path(stack.enter_context(TemporaryDirectory())), stack, learner)
+    if checkpoint and learner:
+        learner.restore(checkpoint.learner)
+        push_weights(learner, engine, checkpoint.step)
+    return engine, checkpoint.step if checkpoint else 0
+
+
+def build_loop(config: RunConfig, recorder: Recorder, stack: ExitStack) -> TrainingLoop:
+    """Every part of a run, started and registered for closing on ``stack``; what can be refused is refused first."""
+    tokenizer = load_tokenizer(hf_path(config))
+    prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
+    check_prompts(prompts, config)
+    recorder.data(prompts, tokenizer)
+    controller = build_controller(config.entropy, config.steps, config.rollout.prompts_per_step)
+    verifier = VerifierStage(config.data, tokenizer)
+    stack.callback(verifier.close)
+    learner = start_learner(config, stack)
+    engines = start_engines(config, recorder.run_dir / "logs", stack, learner)
+    colocated = config.rollout.placement == "colocated"
+    rollouts = Rollouts(engines, learner, hf_path(config), recorder.fault, colocated=colocated)
+    cursor = DataCursor(prompts.train, config.seed)
+    repeated = choose_prompts(prompts.held_out, config.entropy.repeated_prompts)
+    return TrainingLoop(
+        config=config,
+        rollouts=rollouts,
+        learner=learner,
+        verifier=verifier,
+        cursor=cursor,
+        queue=RolloutQueue(config, cursor, rollouts, verifier, learner, tokenizer.pad_token_id, repeated),
+        controller=controller,
+        held_out=prompts.held_out,
+        recorder=recorder,
+        checkpoints=_checkpoints(recorder.run_dir, config),
+        decision=controller.initial(),
+    )
+
+
+def restore(loop: TrainingLoop, checkpoint: Checkpoint) -> None:
+    """Put every stateful part back to where ``checkpoint`` was taken."""
+    state = checkpoint.state()
+    loop.cursor.load_state_dict(state["cursor"])
+    loop.queue.load_state_dict(state.get("queue", []))  # older checkpoints have none
+    loop.controller.load_state_dict(state["controller"])
+    loop.decision = ControlDecision(**state["decision"])
+    loop.step = state["step"]
+    loop.learner.restore(checkpoint.learner)
+
+
+def start_learner(config: RunConfig, stack: ExitStack) -> Learner:
+    """The learner's processes, not yet loaded."""
+    if config.runtime == "inline":
+        learner: Learner = build_learner_rank(config, 0, ("127.0.0.1", 0))  # it alone has to know which port that is
+    else:
+        from launchers.run.actors import LearnerRank, RayLearner
+
+        nodes, placement = _placed(config)
+        options = {"num_cpus": 0, "num_gpus": int(torch.cuda.is_available())}
+        ranks = [
+            LearnerRank.options(**options, scheduling_strategy=nodes[node].affinity()).remote()
+            for node in placement.ranks
+        ]
+        learner = RayLearner(config, ranks)
+    stack.callback(learner.close)
+    return learner
+
+
+def build_learner_rank(config: RunConfig, rank: int, address: tuple[str, int]) -> Learner:
+    """The learner of one rank, in this process."""
+    from megatron_ext import topology
+    from megatron_ext.learner import MegatronLearner
+    from pipeline.model.grid import grid_of
+
+    layout = config.learner
+    placed = topology.initialize(rank, address, grid_of(layout), config.seed)
+    model = replace(config.model, hf_path=str(hf_path(config)))
+    return MegatronLearner(
+        layout,
+        model,
+        config.objective,
+        total_steps=config.steps,
+        seed=config.seed,
+        topology=placed,
+        weight_dtype=config.rollout.weight_dtype,
+    )
+
+
+def start_engines(config: RunConfig, log_dir: Path, stack: ExitStack, learner: Learner | None = None) -> EnginePool:
+    """All engines behind one, started with the model's weights; colocated ones on the GPUs of ``learner``, if there is one.
+
+    Raises ``ConfigError`` where they are to share GPUs and there are none.
+    """
+    colocated = config.rollout.placement == "colocated"
+    if colocated and not torch.cuda.is_available():
+        remedy = "set rollout.placement=disaggregated"
+        raise ConfigError("rollout.placement", "colocated", "no CUDA device is visible here", remedy)
+    builders = [partial(build_engine, config, index, log_dir) for index in range(config.rollout.engines)]
+    if config.runtime == "inline":
+        engines = [build() for build in builders]
+    else:
+        from launchers.run.actors import EngineProcess, RayEngine
+
+        nodes, placement = _placed(config)
+        options: list[dict[str, Any]] = [{"num_cpus": 0, "num_gpus": engine_gpus(config)}] * config.rollout.engines
+        if colocated and learner is not None:
+            options = shared_gpus(learner.gpus(), config.rollout.engines, config.rollout.tensor_parallel_size)
+        timeout_s = config.rollout.weight_sync_timeout_s
+        homes = [
+            EngineProcess.options(**option, scheduling_strategy=nodes[node].affinity())
+            for option, node in zip(options, placement.engines, strict=True)
+        ]
+        engines = [
+            RayEngine(partial(home.remote, build), f"engine {i}", timeout_s)
+            for i, (home, build) in enumerate(zip(homes, builders, strict=True))
+        ]
+    pool = EnginePool(engines)
+    stack.callback(pool.close)
+    pool.start(hf_path(config))
+    return pool
+
+
+def shared_gpus(gpus: Sequence[str], engines: int, size: int) -> list[dict[str, Any]]:
+    """Ray's options for every engine: engine ``i`` sees the GPUs of learner ranks ``i * size`` and following, which Ray has given to them.
+
+    ``gpus``: of the ranks. Ray would otherwise hide every GPU from an actor that asks for none.
+    """
+    seen = [",".join(gpus[i * size : (i + 1) * size]) for i in range(engines)]
+    return [
+        {
+            "num_cpus": 0,
+            "num_gpus": 0,
+            "runtime_env": {
+                "env_vars": {"CUDA_VISIBLE_DEVICES": names, "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+            },
+        }
+        for names in seen
+    ]
+
+
+def build_engine(config: RunConfig, index: int, log_dir: Path) -> RolloutEngine:
+    """One engine, in this process, not yet started."""
+    if config.rollout.engine == "sglang":
+        from pipeline.rollout.sglang.engine import SglangEngine
+
+        return SglangEngine(config.rollout, index=index, log_dir=log_dir, seed=config.seed)
+    from pipeline.rollout.native.engine import NativeEngine
+
+    return NativeEngine(weight_sync_timeout_s=config.rollout.weight_sync_timeout_s)
+
+
+def engine_gpus(config: RunConfig) -> int:
+    """GPUs of one engine; the native engine computes on the CPU."""
+    uses_gpus = torch.cuda.is_available() and config.rollout.engine == "sglang"
+    return config.rollout.tensor_parallel_size if uses_gpus else 0
+
+
+def _placed(config: RunConfig) -> tuple[list[Node], Placement]:
+    """The nodes of the Ray cluster and who goes where. Raises ``ConfigError`` when GPUs are short: actors would wait for ever."""
+    from launchers.run import ray_cluster
+
+    nodes = ray_cluster.join()
+    gpus = [node.gpus if torch.cuda.is_available() else 0 for node in nodes]
+    layout, rollout = config.learner, config.rollout
+    tensor_parallel, engine = layout.tensor_model_parallel_size, engine_gpus(config)
+    try:
+        together = rollout.placement == "colocated"
+        return nodes, place(layout.world_size, tensor_parallel, rollout.engines, engine, gpus, colocated=together)
+    except PlacementError as error:
+        remedy = "use more nodes, a smaller layout, or fewer rollout.engines or rollout.tensor_parallel_size"
+        raise ConfigError("learner.tensor_model_parallel_size", tensor_parallel, str(error), remedy) from error
+
+
+def _others(config: RunConfig) -> Others | None:
+    """Who else there is to ask where they stand; None: nobody."""
+    if config.runtime == "inline":
+        return None
+    from launchers.supervise.roll_call import ROLL_CALL
+
+    return ROLL_CALL
+
+
+def newest_checkpoint(run: Path | None, instead: str) -> Checkpoint | None:
+    """The newest complete checkpoint of a run folder; None without one to look in. Raises ``CheckpointError``.
+
+    ``instead``: what may be done with the run's model where there is no checkpoint.
+    """
+    if run is None:
+        return None
+    checkpoint = CheckpointStore(run.resolve() / "checkpoints", keep_last=1).latest()
+    if checkpoint is None:
+        raise CheckpointError(f"{run} holds no complete checkpoint; {instead} its model with --config instead")
+    return checkpoint
+
+
+def hf_path(config: RunConfig) -> Path:
+    """The model's folder, absolute: actors may live in another working directory."""
+    return resolve_path(config.model.hf_path).resolve()
+
+
+def _checkpoints(run_dir: Path, config: RunConfig) -> CheckpointStore:
+    return CheckpointStore(run_dir / "checkpoints", config.checkpoint.keep_last)

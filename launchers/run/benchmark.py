@@ -1,0 +1,113 @@
+"""Benchmarks answered by whatever engine a configuration names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launchers.run.assemble import hf_path, serve
+from pipeline.config.load import PACKAGED
+from pipeline.config.schema import RunConfig
+from pipeline.data import DataError
+from pipeline.data.sources import to_prompt
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.evaluation.benchmark_run import DECODINGS, Settings, answer, figures, read_answers
+from pipeline.evaluation.benchmarks import load_questions
+from pipeline.rewards.stage import VerifierStage
+from pipeline.types import Prompt
+
+PASS_KS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Questions ``index``, ``index + count``, ... of every benchmark."""
+
+    index: int = 0
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """``"2/8"``: the third of eight. Raises ``ValueError``."""
+        index, _, count = text.partition("/")
+        shard = cls(int(index), int(count))
+        if not 0 <= shard.index < shard.count:
+            raise ValueError(text)
+        return shard
+
+
+def answer_benchmarks(
+    names: Sequence[str],
+    config: RunConfig,
+    run: Path | None,
+    data: Path | None,
+    out: Path,
+    decoding: str,
+    samples: int | None,
+    shard: Shard,
+    progress: Callable[[str, int, int], None],
+) -> None:
+    """Answer what is missing under ``out``; ``progress(name, done, all)`` is told after every batch.
+
+    All questions are read before an engine starts. Raises ``DataError`` and what ``serve`` raises.
+    """
+    temperature, top_p, default = DECODINGS[decoding]
+    tokenizer = load_tokenizer(hf_path(config))
+    plain = replace(config.data, examples=[], system_prompt="", verifier="auto")  # those belong to the training task
+    prompts: dict[str, list[Prompt]] = {}
+    for name in names:
+        questions = load_questions(name, data)[shard.index :: shard.count]
+        prompts[name] = [to_prompt(question, plain, tokenizer) for question in questions]
+        _check_lengths(name, prompts[name], config.rollout.max_prompt_tokens)
+    with ExitStack() as stack:
+        verifier = VerifierStage(plain, tokenizer)
+        stack.callback(verifier.close)
+        engine, step = serve(config, run, stack)
+        settings = Settings(
+            model=config.model.hf_path,
+            step=step,
+            temperature=temperature,
+            top_p=top_p,
+            samples=samples or default,
+            max_new_tokens=config.rollout.max_new_tokens,
+            seed=config.seed,
+        )
+        for name, asked in prompts.items():
+            file = out / name / f"responses-{shard.index}-of-{shard.count}.jsonl"
+            count = len(asked)
+            answer(asked, settings, file, engine.generate, verifier, lambda done, n=name, c=count: progress(n, done, c))
+
+
+def _check_lengths(name: str, prompts: Sequence[Prompt], limit: int) -> None:
+    longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
+    if longest > limit:
+        raise DataError(
+            f"{name}: its longest question has {longest} tokens, rollout.max_prompt_tokens is {limit}: raise it to {longest}; "
+            "no question of a benchmark may be left out"
+        )
+
+
+def results(out: Path) -> list[dict[str, Any]]:
+    """The figures of every benchmark answered under ``out``. Raises ``DataError``."""
+    found = []
+    for folder in sorted(path for path in out.iterdir() if path.is_dir()) if out.is_dir() else []:
+        if not any(file.stat().st_size for file in folder.glob("responses-*.jsonl")):
+            continue  # not begun
+        settings, lines = read_answers(folder)
+        if lines:
+            ks = [k for k in PASS_KS if k <= settings.samples]
+            found.append({"benchmark": folder.name, **vars(settings), **figures(lines, ks)})
+    if not found:
+        raise DataError(f"{out} holds no answered benchmark: run `isentrope benchmark run --out {out}` first")
+    return found
+
+
+def published(benchmark: str) -> list[dict[str, Any]]:
+    """What papers report on it, or their averages for ``""``."""
+    entries = yaml.safe_load((PACKAGED / "benchmark" / "published.yaml").read_text())
+    return [entry for entry in entries if entry.get("benchmark", "") == benchmark]

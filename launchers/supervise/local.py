@@ -1,0 +1,51 @@
+"""A run on this machine that survives its own crashes: the attempts of ``launchers.slurm``, without Slurm."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from launchers.slurm.node import train
+from launchers.supervise.attempts import LAUNCH, AttemptLog, gives_up, progress
+from launchers.supervise.signals import handled
+from pipeline.config.load import to_yaml
+from pipeline.config.schema import RunConfig
+
+
+def supervise(config: RunConfig, run_dir: Path, limit: int) -> tuple[str, str]:
+    """Train until done, stopped by a signal, or ``limit`` attempts in a row got nowhere; verdict and reason as in ``slurm.node``.
+
+    After a signal there is no further attempt: ``saved``, or ``cancelled`` if a second one came before the checkpoint.
+    """
+    folder = run_dir / LAUNCH
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    log = AttemptLog(run_dir)
+    with _caught() as signals:
+        while True:
+            step = progress(run_dir).step
+            reason = gives_up(log.read(), step, limit)
+            if reason:
+                return "failed", reason
+            attempt = log.start(f"local-{os.getpid()}", 0, [os.uname().nodename], step)
+            verdict, reason = train(run_dir, folder, folder / "config.yaml", signals=signals)
+            if verdict == "again" and signals:
+                verdict = "cancelled"
+            log.end(attempt, verdict, progress(run_dir).step, reason)
+            if verdict != "again":
+                return verdict, reason
+
+
+@contextmanager
+def _caught() -> Iterator[list[int]]:
+    """The signals that ask to stop, as they come in. Of ctrl-C's a zero, which is no signal: it reaches the training process by itself."""
+    signals: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        signals.append(0 if number == signal.SIGINT else number)
+
+    with handled(note):
+        yield signals

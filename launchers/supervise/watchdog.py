@@ -1,0 +1,214 @@
+"""Who notices that a run stands still: a thread in the training process, and its supervisor outside, who watches that thread.
+
+What is in progress (the start, a step, an evaluation, a checkpoint) counts as stalled after ``monitoring.stall.factor`` times the
+median of what its kind took before in this process, but at least ``min_seconds``; the first of its kind, which has nothing to be compared
+with, after ``factor * min_seconds``.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import math
+import os
+import shlex
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from launchers.supervise.stacks import children, seen_from_outside
+from pipeline.config.schema import RunConfig
+
+if TYPE_CHECKING:
+    from pipeline.monitoring.recorder import Recorder
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT = "heartbeat.json"
+STACKS = Path("logs") / "stacks"
+INTERVAL_S = 5.0
+# Nothing that hangs as well, Ray or the file system, may keep a stalled run from ending.
+STACKS_TIMEOUT_S = 120.0
+LAST_WORDS_S = 30.0
+
+
+class Others(Protocol):
+    """The other processes of a run (``launchers.supervise.roll_call``)."""
+
+    def collect(self, folder: Path) -> list[str]:
+        """Have each of them write its stack into ``folder``; names of those that did not answer."""
+
+    def end_silent(self) -> None:
+        """End those that did not answer; the others notice by themselves that this process is gone."""
+
+
+class Patience:
+    """For how long something has looked the same, counted only while somebody looks: a suspended job is not stalled."""
+
+    def __init__(self) -> None:
+        self._seen = time.monotonic()
+        self._sign: object = None
+        self._seconds = 0.0
+
+    def seconds(self, sign: object) -> float:
+        """Seconds since ``sign`` changed; a look that comes late counts as three intervals at most."""
+        now = time.monotonic()
+        passed, self._seen = now - self._seen, now
+        self._seconds = self._seconds + min(passed, 3 * INTERVAL_S) if sign == self._sign else 0.0
+        self._sign = sign
+        return self._seconds
+
+
+def least_seconds(config: RunConfig) -> float:
+    """``monitoring.stall.min_seconds``, and the time an SGLang engine may take to be started again in the middle of a step."""
+    revival = config.rollout.sglang.startup_timeout_s if config.rollout.engine == "sglang" else 0.0
+    return config.monitoring.stall.min_seconds + revival
+
+
+class Watchdog:
+    """A thread that leaves heartbeats, tells the recorder the time, and helps a run that stands still; a context manager.
+
+    ``others`` is None where this process is the only one of the run, but for its children.
+    """
+
+    def __init__(self, recorder: Recorder, config: RunConfig, others: Others | None) -> None:
+        self._recorder, self._stall, self._others = recorder, config.monitoring.stall, others
+        self._least = least_seconds(config)
+        self._patience = Patience()
+        self._reported = -1  # number of the activity whose stall is known
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join(INTERVAL_S)  # not for ever: it may hang on a file system that does
+
+    def _run(self) -> None:
+        said = ""
+        while not self._over.wait(INTERVAL_S):
+            try:
+                self.look()
+                said = ""
+            except Exception as error:  # whatever it is: without heartbeats the supervisor would kill a healthy run
+                if repr(error) != said:  # once, not every few seconds
+                    log.exception("the watchdog could not do its round")
+                said = repr(error)
+
+    def look(self) -> None:
+        """One round."""
+        write_heartbeat(self._recorder.run_dir, self._recorder.heartbeat())
+        activity = self._recorder.activity
+        number, waited = activity.number, self._patience.seconds(activity.number)
+        limit = stall_limit(self._stall.factor, self._least, activity.typical())
+        if waited > limit and number != self._reported:
+            self._reported = number
+            # In a thread of its own, so that heartbeats go on.
+            threading.Thread(target=self._help, args=(number, waited), name="help", daemon=True).start()
+        self._recorder.tick(time.time())
+
+    def _help(self, number: int, waited: float) -> None:
+        """Stacks, an event, and the end of the process if that is wanted and nothing has moved in between."""
+        recorder, at = self._recorder, self._recorder.heartbeat()
+        folder = recorder.run_dir / STACKS / f"{datetime.now():%Y%m%d-%H%M%S}"
+        found: dict[str, list[str]] = {"stacks": [], "silent": []}
+        within(STACKS_TIMEOUT_S, lambda: found.update(self._collect(folder)))
+        action = self._stall.action if recorder.activity.number == number else "report"
+        doing = f"{at['activity']}{at['phase'] and ': ' + at['phase']}"
+        mute = f"; no answer from {', '.join(found['silent'])}" if found["silent"] else ""
+        said = f"stalled: {waited:.0f} s in {doing} after {at['step']} steps{mute}; stacks: {folder}"
+        log.error(said)
+        event = {**at, "seconds": round(waited, 1), "factor": self._stall.factor, **found, "action": action}
+        within(LAST_WORDS_S, lambda: recorder.stall(event, said))
+        if action == "restart":
+            if self._others is not None:
+                within(LAST_WORDS_S, self._others.end_silent)
+            _exit(recorder.run_dir)
+
+    def _collect(self, folder: Path) -> dict[str, list[str]]:
+        """``stacks``: files with the stacks of all; ``silent``: who did not answer."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "driver.txt").open("w") as file:
+            faulthandler.dump_traceback(file)
+            if self._others is None:
+                file.writelines(f"\n{seen_from_outside(child)}" for child in children(os.getpid()))
+        silent = self._others.collect(folder) if self._others is not None else []
+        stacks = sorted(str(path.relative_to(self._recorder.run_dir)) for path in folder.glob("*"))
+        return {"stacks": stacks, "silent": silent}
+
+
+def stall_limit(factor: float, least: float, typical: float) -> float:
+    """Seconds after which something counts as stalled: see above. ``typical`` is NaN for the first of its kind; ``factor`` 0: never."""
+    if factor == 0:
+        return math.inf
+    return max(least, factor * (least if math.isnan(typical) else typical))
+
+
+def write_heartbeat(run_dir: Path, values: dict[str, Any]) -> None:
+    """Replace ``heartbeat.json``: time (Unix seconds), pid, host and ``values``."""
+    written = run_dir / f".{HEARTBEAT}"
+    beat = {"time": time.time(), "pid": os.getpid(), "host": socket.gethostname(), **values}
+    written.write_text(json.dumps(beat) + "\n")
+    written.replace(run_dir / HEARTBEAT)
+
+
+def within(seconds: float, act: Callable[[], object]) -> bool:
+    """Run ``act`` in a thread of its own and wait for it; False when it is not over in time."""
+    thread = threading.Thread(target=act, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
+
+
+class Supervision:
+    """What a supervisor sees of a training process that it started: whether its watchdog lives.
+
+    A process whose heartbeat has not changed for as long as a stall takes at least hangs as a whole. Nothing is said before its first
+    heartbeat, nor where stalls are not looked for, or only reported.
+    """
+
+    def __init__(self, run_dir: Path, pid: int, config: RunConfig) -> None:
+        self._run_dir, self._pid = run_dir, pid
+        self._wanted = config.monitoring.stall.factor > 0 and config.monitoring.stall.action == "restart"
+        self._least = least_seconds(config)
+        self._patience = Patience()
+        self._looked = -math.inf
+
+    def complaint(self) -> str:
+        """Why the process should be killed, "" while it lives. Looks every few seconds only, however often it is called."""
+        if not self._wanted or time.monotonic() - self._looked < INTERVAL_S:
+            return ""
+        self._looked = time.monotonic()
+        beat = read_heartbeat(self._run_dir)
+        seconds = self._patience.seconds((beat.get("pid"), beat.get("time")))
+        if beat.get("pid") != self._pid or seconds <= self._least:
+            return ""
+        path = self._run_dir / STACKS / f"{datetime.now():%Y%m%d-%H%M%S}" / "driver.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(seen_from_outside(self._pid))
+        return f"stalled: the training process gave no sign of life for {seconds:.0f} s; its stack: {path}"
+
+
+def read_heartbeat(run_dir: Path) -> dict[str, Any]:
+    """The newest heartbeat; empty when there is none."""
+    try:
+        return json.loads((run_dir / HEARTBEAT).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _exit(run_dir: Path) -> None:
+    """End this process at once, whatever its other threads hang in; the last line says how to go on."""
+    sys.stdout.flush()
+    sys.stderr.write(f"stalled; go on with: isentrope train --resume {shlex.quote(str(run_dir))}\n")
+    sys.stderr.flush()
+    os._exit(1)

@@ -1,5 +1,0 @@
-"""What a learner will cost, from its configuration alone: bytes per GPU, operations, seconds. No megatron, no torch here.
-
-Parameters follow from the layout table (``weights.layout.rows``), activations from what each layer keeps for its backward pass
-(``activations``), how many micro-batches are under way from the pipeline schedule (``schedule``).
-"""

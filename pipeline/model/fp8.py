@@ -1,0 +1,187 @@
+"""FP8 weights as they travel and lie in Hugging Face folders: codes, scales, names, and how to write and read them.
+
+As in DeepSeek-V3's checkpoints and SGLang's loader: a matrix is ``float8_e4m3fn`` codes and float32 scales, ``code * scale`` being its
+value. One scale for each 128x128 block (``*.weight_scale_inv``, arXiv 2412.19437, section 3.3.2; "inv" because it is what undoes the
+scaling), or one for the whole tensor (``*.weight_scale``). Blocks are counted from the first row and column; the last may be smaller.
+A shard whose edges lie on block edges may therefore be quantised before it is sent, at a half of the bytes; any other is quantised
+after it was gathered. :func:`aligned` says which, from the layout alone.
+
+Training rounds by Transformer Engine's rules instead (``megatron_ext.fp8.quantise``). Pure torch: CPU and CUDA give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from pipeline.model import blocks
+from pipeline.model.blocks import Block
+from pipeline.model.layout import Row
+
+BLOCK: Block = (128, 128)
+CODES = torch.float8_e4m3fn
+_LARGEST = 448.0  # of e4m3fn
+# The smallest normal float32. Blocks of zeros get it, and those so small that amax / 448 has lost bits: a scale of 0 would give NaN, a
+# scale of 1 would win over its neighbours' where SGLang joins per-tensor scales of q, k and v by their maximum.
+_SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+_SOURCES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def quantization_config(block: Block | None = BLOCK) -> dict[str, Any]:
+    """The ``quantization_config`` that ``config.json`` must hold for SGLang and transformers to read the tensors as FP8.
+
+    Activations are scaled as they come: a static scheme needs scales from calibration, which training does not have.
+    """
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": None if block is None else list(block),
+    }
+
+
+def scale_name(name: str, block: Block | None = BLOCK) -> str:
+    """Hugging Face name of the scale of the tensor ``name``, which ends in ``.weight``."""
+    return name + ("_scale" if block is None else "_scale_inv")
+
+
+def scale_shape(shape: tuple[int, ...], block: Block | None = BLOCK) -> tuple[int, ...]:
+    """Shape of the scale of a tensor of ``shape``: ``[ceil(rows / 128), ceil(columns / 128)]``, or ``[]`` for one per tensor."""
+    return blocks.count(shape, block)
+
+
+def dequantise(
+    codes: torch.Tensor, scale: torch.Tensor, block: Block | None = BLOCK, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """``code * scale``, computed in float32 and rounded to ``dtype``. Raises ``ValueError`` where the scale has another shape."""
+    if tuple(scale.shape) != scale_shape(codes.shape, block):
+        raise ValueError(
+            f"scale has shape {list(scale.shape)}; codes of shape {list(codes.shape)} in blocks {block} "
+            f"need {list(scale_shape(codes.shape, block))}"
+        )
+    return blocks.multiply(codes, scale, block, dtype)
+
+
+def without_scales(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors without the scales of those that are codes in blocks.
+
+    Raises ``ValueError`` naming the tensor where codes have no scale, or one of another shape or type.
+    """
+    found = dict(tensors)
+    for name, tensor in tensors.items():
+        if tensor.dtype == CODES:
+            scale = found.pop(scale_name(name), None)
+            if scale is None or scale.dtype != torch.float32 or tuple(scale.shape) != scale_shape(tuple(tensor.shape)):
+                lacks = "nothing" if scale is None else f"{scale.dtype} of shape {list(scale.shape)}"
+                raise ValueError(
+                    f"{name!r} came as FP8 codes with {lacks} for {scale_name(name)!r}; "
+                    f"float32 of shape {list(scale_shape(tuple(tensor.shape)))} belongs there"
+                )
+    return found
+
+
+def values(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Every tensor under its own name, codes in blocks as the float32 values that they stand for. Raises like ``without_scales``."""
+    return {
+        name: dequantise(tensor, tensors[scale_name(name)]) if tensor.dtype == CODES else tensor
+        for name, tensor in without_scales(tensors).items()
+    }
+
+
+def quantised(row: Row) -> bool:
+    """Whether a row's tensors go out in FP8: the matrices of attention, feed-forward and experts.
+
+    Embeddings, output layer, norms, biases and the router keep their type, as in DeepSeek-V3's and Qwen3's FP8 checkpoints.
+    """
+    return row.layer is not None and len(row.sources[0].shape) == 2 and not row.parameter.endswith("router.weight")
+
+
+def quantised_names(rows: Iterable[Row]) -> frozenset[str]:
+    """Hugging Face names of the tensors that go out in FP8."""
+    return frozenset(source.name for row in rows if quantised(row) for source in row.sources)
+
+
+def aligned(row: Row, tp: int, block: Block | None = BLOCK) -> bool:
+    """Whether every one of ``tp`` ranks (for an expert, of ``etp``) may quantise its own shard before it is sent.
+
+    True: codes and scales of the shards, put together, are bitwise those of the whole tensors (with one scale per tensor, given
+    an ``amax`` reduced over the shards). False: gather first.
+    """
+    if block is None or row.split is None:
+        return True
+    return all(start % block[row.dim] == 0 for rank in range(tp) for start in _starts(row, tp, rank))
+
+
+def _starts(row: Row, tp: int, rank: int) -> Iterable[int]:
+    """Where the rank's part of each source begins; it ends where another rank's begins, or at the tensor's edge."""
+    starts: dict[int, int] = {}
+    for piece in row.slices(tp, rank):
+        starts.setdefault(piece.source, piece.source_start)
+    return starts.values()
+
+
+def quantise(
+    weight: torch.Tensor, block: Block | None = BLOCK, amax: torch.Tensor | None = None, name: str = "the tensor"
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (shape of ``weight``) and float32 scale (:func:`scale_shape`) of a matrix in bf16, fp16 or float32.
+
+    ``scale = amax / 448`` and ``code = weight / scale``, both rounded to nearest even, so the largest entry of each block gets the
+    largest code. ``code * scale`` differs from ``weight`` by at most ``max(2**-4 * |weight|, 2**-10 * scale)``, that is by at most
+    ``amax / 28`` (half the distance of the two largest codes); no code is NaN.
+
+    ``amax`` is for a shard of a tensor with one scale (``block=None``): its largest magnitude over all shards, see
+    :func:`largest`. ``name`` is for errors: ``ValueError`` for a NaN or infinite entry, another shape or another type.
+    """
+    if weight.ndim != 2 or weight.dtype not in _SOURCES or 0 in weight.shape:
+        raise ValueError(
+            f"{name} is {weight.dtype} of shape {list(weight.shape)}: only matrices in bf16, fp16 or fp32 become FP8"
+        )
+    if amax is not None and block is not None:
+        raise ValueError(f"{name}: amax is for one scale per tensor (block=None); blocks have their own")
+    found = blocks.largest(weight, block)
+    if not bool(found.isfinite().all()):
+        raise ValueError(
+            f"{name} holds NaN or infinite entries: FP8 cannot hold them; look at the step that wrote them"
+        )
+    if amax is not None and bool(amax < found):
+        raise ValueError(
+            f"{name}: amax={amax.item():g} is below the largest entry {found.item():g}: reduce it over all shards"
+        )
+    scale = _scale(found if amax is None else amax)
+    codes = torch.empty(weight.shape, dtype=CODES, device=weight.device)
+    for source, target, divisor in blocks.bands(weight, codes, scale, block):
+        # No clamp: |source| <= amax and scale >= amax / 448 * (1 - 2**-24), and below 464 every torch rounds to 448.
+        target.copy_(source.to(torch.float32, copy=True).div_(divisor))
+    return codes, scale
+
+
+def largest(weight: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude of a tensor, float32 of shape ``[]``; NaN where an entry is. Reduce it over shards with a maximum."""
+    return blocks.largest(weight, None)
+
+
+def quantise_tensors(
+    tensors: Mapping[str, torch.Tensor],
+    names: Collection[str],
+    block: Block | None = BLOCK,
+    amax: Mapping[str, torch.Tensor] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Tensors by Hugging Face name, those in ``names`` (:func:`quantised_names`) replaced by codes, each followed by its scale.
+
+    ``amax`` by name, where ``tensors`` are shards and ``block`` is ``None``. Errors are those of :func:`quantise`.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        if name in names:
+            codes, scale = quantise(tensor, block, amax[name] if amax is not None else None, name)
+            found |= {name: codes, scale_name(name, block): scale}
+        else:
+            found[name] = tensor
+    return found
+
+
+def _scale(amax: torch.Tensor) -> torch.Tensor:
+    # By a tensor, not a number: CUDA divides by a number as multiplication with its rounded reciprocal, CPU does not.
+    return (amax.float() / torch.full_like(amax, _LARGEST, dtype=torch.float32)).clamp_(min=_SMALLEST_SCALE)

@@ -1,0 +1,45 @@
+"""Which model a checkpoint is of: recorded beside it, compared with the ``config.json`` it is used with. No megatron here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipeline.model.architecture import Architecture
+
+FILE = "architecture.json"
+
+
+def record(directory: Path, model: Architecture) -> None:
+    """Write the model's architecture into a checkpoint's folder."""
+    (directory / FILE).write_text(json.dumps(asdict(model), indent=1))
+
+
+def check(directory: Path, model: Architecture, config: str) -> None:
+    """Raise ``ValueError`` that names every field in which ``model``, read from ``config``, is not the checkpoint's model.
+
+    A checkpoint without a record, from elsewhere, passes: its tensors' names and shapes are checked when they are read.
+    """
+    path = directory / FILE
+    if not path.is_file():
+        return
+    recorded, given = dict(_fields(json.loads(path.read_text()))), dict(_fields(json.loads(json.dumps(asdict(model)))))
+    names = [name for name in sorted(recorded | given) if recorded.get(name) != given.get(name)]
+    if names:
+        lines = (f"  {name}: checkpoint {recorded.get(name)!r}, config.json {given.get(name)!r}" for name in names)
+        raise ValueError(
+            f"{config} does not describe the model of the checkpoint {directory}:\n"
+            + "\n".join(lines)
+            + "\nuse the config.json with which the checkpoint was made"
+        )
+
+
+def _fields(entry: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in entry.items():
+        if isinstance(value, dict):
+            yield from _fields(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

@@ -1,0 +1,317 @@
+"""The embedded rollout engine: batched sampling in this process, on the CPU, with exact log-probabilities."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.data.special_tokens import eos_token_ids
+from pipeline.model import fp8
+from pipeline.rollout import hf_folder
+from pipeline.rollout.engine import EngineError, WeightUpdateError
+from pipeline.rollout.native.decoder import Decoder, DecoderConfig, KeyValues
+from pipeline.rollout.native.sampling import draw, nucleus, uniform_top, uniforms
+from pipeline.rollout.update_session import UpdateSession
+from pipeline.types import Cuts, EngineHealth, GenerateRequest, Sample, SampleGroup, WeightBucket, WeightSpan
+
+_CACHE_BYTES = 2 << 30  # key-value cache of one batch, at most
+_PREFILL_TOKENS = 16384  # prompt tokens of one forward pass, at most
+
+
+class NativeEngine:
+    """``RolloutEngine`` in process: one decoder, one batch at a time.
+
+    A sample is a function of the weights, its prompt, temperature and seed. Which other rows share its batch only
+    moves float32 rounding (relative 1e-6 in log-probs). Weights that come in FP8 are used at the values that they stand for, activations
+    stay in float32: what remains of FP8 is the rounding of the weights.
+    """
+
+    def __init__(
+        self,
+        *,
+        eos_token_ids: tuple[int, ...] | None = None,
+        max_batch_rows: int = 1024,
+        weight_sync_timeout_s: float = 600.0,
+    ) -> None:
+        """``eos_token_ids`` end a response; None: read them from the model folder. ``max_batch_rows`` bounds memory.
+
+        ``weight_sync_timeout_s``: how long an update waits for the running batch.
+        """
+        self._timeout_s = weight_sync_timeout_s
+        self._eos_override = eos_token_ids
+        self._max_batch_rows = max_batch_rows
+        self._lock = threading.Lock()  # an update waits for the running batch, and the other way round
+        self._abort = threading.Event()
+        self._config: DecoderConfig | None = None
+        self._eos: tuple[int, ...] = ()
+        self._decoder: Decoder | None = None  # None: nothing consistent is loaded
+        self._version = 0
+        self._session: UpdateSession | None = None
+        self._arrived: dict[str, torch.Tensor] = {}
+        self._verified: Decoder | None = None  # of an update that is yet to be committed
+
+    def start(self, hf_path: Path) -> None:
+        """Load a Hugging Face folder as version 0. Raises ``EngineError`` naming what the folder lacks."""
+        config = DecoderConfig.from_hf(hf_folder.read_config(hf_path))
+        expected = config.tensor_shapes()
+        tensors = hf_folder.read_tensors(hf_path, set(expected))
+        for name, shape in expected.items():
+            if name not in tensors or tuple(tensors[name].shape) != shape:
+                found = f"shape {tuple(tensors[name].shape)}" if name in tensors else "no such tensor"
+                raise EngineError(f"{hf_path}: {name}: config.json promises shape {shape}, the checkpoint has {found}")
+        self._config, self._decoder, self._version = config, Decoder(config, tensors), 0
+        self._eos = eos_token_ids(hf_path) if self._eos_override is None else self._eos_override
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[SampleGroup]:
+        """One group per request, in order. Raises ``EngineError`` while no consistent weights are loaded."""
+        _check_requests(requests)
+        with self._lock:
+            # Kept here: an update that begins meanwhile waits for this batch, but takes the weights away at once.
+            decoder, version = self._decoder, self._version
+            if decoder is None:
+                raise EngineError(f"native engine: {self._refusal()}")
+            self._abort.clear()
+            rows = [row for request in requests for row in _rows(request)]
+            drawn: list[_Drawn] = []
+            size = self._batch_rows(decoder.config, rows)
+            for first in range(0, len(rows), size):
+                drawn += _decode(decoder, rows[first : first + size], self._eos, self._abort)
+            return _as_groups(requests, drawn, version)
+
+    def begin_update(self, version: int) -> None:
+        """Wait for the running batch, then refuse to generate until version ``version`` is committed."""
+        if self._config is None:
+            raise EngineError("native engine: begin_update before start")
+        self.abort_update()  # from here on the next batch is refused
+        if not self._lock.acquire(timeout=self._timeout_s):
+            raise WeightUpdateError(
+                f"native engine: update to version {version}: begin_update: the running batch did not end within "
+                f"{self._timeout_s:g} s; raise rollout.weight_sync_timeout_s or lower rollout.max_new_tokens"
+            )
+        self._lock.release()
+        self._session = UpdateSession("native engine", version, self._config.tensor_shapes())
+
+    def load_bucket(self, bucket: WeightBucket) -> None:
+        """Check and take one bucket; on ``WeightUpdateError`` the whole update must start again."""
+        session, self._session = self._open_session("load_bucket"), None
+        session.admit(bucket)
+        # Copied: the sender may reuse a bucket's memory for the next one.
+        self._arrived.update({name: tensor.detach().to("cpu", copy=True) for name, tensor in bucket.tensors.items()})
+        self._session = session
+
+    def verify_update(self, version: int) -> None:
+        """Check that everything arrived; every tensor's bytes were verified by checksum on arrival."""
+        session, self._session = self._open_session("verify_update"), None
+        session.finish(version)
+        assert self._config is not None  # begin_update saw to it
+        self._verified, self._arrived = Decoder(self._config, fp8.values(self._arrived)), {}
+        session.verified()
+        self._session = session
+
+    def commit_update(self, version: int) -> None:
+        """Serve ``version``."""
+        session, self._session = self._open_session("commit_update"), None
+        session.commit(version)
+        self._decoder, self._version, self._verified = self._verified, version, None
+
+    def release(self) -> None:
+        """It has nothing on a GPU."""
+
+    def abort_update(self) -> None:
+        """Drop what has arrived."""
+        self._decoder, self._session, self._arrived, self._verified = None, None, {}, None
+
+    def abort(self) -> None:
+        """End the running ``generate`` after its current token."""
+        self._abort.set()
+
+    def health(self) -> EngineHealth:
+        """Alive once started; the version is None while no consistent weights are loaded."""
+        serving = self._decoder is not None
+        return EngineHealth(
+            self._config is not None, self._version if serving else None, "" if serving else self._refusal()
+        )
+
+    def close(self) -> None:
+        """Drop the weights."""
+        self._config = None
+        self.abort_update()
+
+    def _open_session(self, operation: str) -> UpdateSession:
+        if self._session is None:
+            raise WeightUpdateError(f"native engine: {operation} outside an update; call begin_update (again) first")
+        return self._session
+
+    def _refusal(self) -> str:
+        if self._config is None:
+            return "not started (or closed)"
+        return f"a weight update after version {self._version} began and has not been committed; push the weights again"
+
+    def _batch_rows(self, config: DecoderConfig, rows: Sequence[_Row]) -> int:
+        columns = max((len(row.prompt) for row in rows), default=0) + max((row.limit for row in rows), default=0)
+        row_bytes = 2 * 4 * config.layers * config.kv_heads * config.head_dim * columns
+        return max(1, min(self._max_batch_rows, _CACHE_BYTES // max(row_bytes, 1)))
+
+
+@dataclass(frozen=True)
+class _Row:
+    prompt: tuple[int, ...]
+    seed: int
+    temperature: float
+    limit: int  # new tokens, at most
+    top_p: float = 1.0
+    cuts: Cuts | None = None
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    token_ids: np.ndarray
+    log_probs: np.ndarray
+    finish_reason: str
+
+
+def _rows(request: GenerateRequest) -> list[_Row]:
+    given = request.prompt.token_ids, request.temperature, request.max_new_tokens, request.top_p
+    usual = len(request.seeds) - (request.cuts.samples if request.cuts else 0)
+    return [
+        _Row(given[0], seed, *given[1:], None if index < usual else request.cuts)
+        for index, seed in enumerate(request.seeds)
+    ]
+
+
+def _check_requests(requests: Sequence[GenerateRequest]) -> None:
+    for request in requests:
+        if not request.prompt.token_ids or request.temperature <= 0 or request.max_new_tokens < 1:
+            raise EngineError(
+                f"prompt {request.prompt.id!r}: needs at least one prompt token (has {len(request.prompt.token_ids)}), "
+                f"temperature > 0 (is {request.temperature}) and max_new_tokens >= 1 (is {request.max_new_tokens})"
+            )
+
+
+def _as_groups(requests: Sequence[GenerateRequest], drawn: list[_Drawn], version: int) -> list[SampleGroup]:
+    results = iter(drawn)
+    spans = {n: (WeightSpan(version, 0, n),) for n in {len(row.token_ids) for row in drawn}}
+    groups = []
+    for request in requests:
+        samples = []
+        for seed, row in zip(request.seeds, results, strict=False):
+            values = (row.token_ids, row.log_probs, request.temperature, seed, request.role, row.finish_reason)
+            samples.append(Sample(*values, weight_versions=spans[len(row.token_ids)]))
+        groups.append(SampleGroup(request.prompt, tuple(samples), request.role))
+    return groups
+
+
+@torch.inference_mode()
+def _decode(decoder: Decoder, rows: Sequence[_Row], eos: tuple[int, ...], abort: threading.Event) -> list[_Drawn]:
+    """Draw all rows of one batch, token by token, dropping finished rows once they are half of the batch."""
+    limits = torch.tensor([row.limit for row in rows])
+    longest = int(limits.max())
+    temperatures = torch.tensor([row.temperature for row in rows], dtype=torch.float32)[:, None]
+    shares = torch.tensor([row.top_p for row in rows], dtype=torch.float32)[:, None]
+    cuts = [row.cuts for row in rows]
+    numbers = uniforms(torch.tensor([row.seed for row in rows], dtype=torch.int64), longest)
+    stop_tokens = torch.tensor(eos, dtype=torch.int64)
+    batch = _prefill(decoder, [row.prompt for row in rows], longest)
+    tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
+    log_probs = torch.zeros(len(rows), longest)
+    lengths, stopped = torch.zeros(len(rows), dtype=torch.int64), torch.zeros(len(rows), dtype=torch.bool)
+    live = torch.arange(len(rows))  # which row each line of the batch is
+    running = torch.ones(len(rows), dtype=torch.bool)  # per line of the batch
+    for t in range(longest):
+        scaled = (batch.logits / temperatures).log_softmax(-1)
+        token = draw(nucleus(_by_rule(scaled, cuts, t), shares), numbers[:, t])
+        tokens[live, t] = token
+        log_probs[live, t] = scaled.gather(1, token[:, None]).squeeze(1)
+        lengths[live] += running
+        stopped[live] |= running & torch.isin(token, stop_tokens)
+        running &= ~stopped[live] & (t + 1 < limits)
+        remaining = int(running.sum())
+        if remaining == 0 or abort.is_set():
+            break
+        if 2 * remaining <= len(live):
+            keep = running.nonzero().squeeze(1)
+            live, running, token, limits = live[keep], running[keep], token[keep], limits[keep]
+            temperatures, numbers, shares = temperatures[keep], numbers[keep], shares[keep]
+            cuts = [cuts[i] for i in keep.tolist()]
+            batch.keep(keep)
+        batch.advance(decoder, token, t)
+    return _cut(rows, tokens, log_probs, lengths, stopped)
+
+
+def _by_rule(log_probs: torch.Tensor, cuts: Sequence[Cuts | None], t: int) -> torch.Tensor:
+    """What response token ``t`` of every line is drawn from, ``[rows, vocab]``."""
+    for rule in {each for each in cuts if each is not None and t >= each.warmup_tokens}:
+        lines = torch.tensor([each == rule for each in cuts])[:, None]
+        log_probs = torch.where(lines, uniform_top(log_probs, rule.top, rule.floor), log_probs)
+    return log_probs
+
+
+def _cut(
+    rows: Sequence[_Row], tokens: torch.Tensor, log_probs: torch.Tensor, lengths: torch.Tensor, stopped: torch.Tensor
+) -> list[_Drawn]:
+    drawn = []
+    token_array, log_prob_array = tokens.numpy(), log_probs.numpy()
+    for i, (row, n, stop) in enumerate(zip(rows, lengths.tolist(), stopped.tolist(), strict=True)):
+        reason = "stop" if stop else "length" if n == row.limit else "abort"
+        drawn.append(_Drawn(token_array[i, :n], log_prob_array[i, :n], reason))
+    return drawn
+
+
+@dataclass
+class _Batch:
+    """Rows in flight. Prompts end at the same cache column (``width``); shorter ones leave columns empty on the left."""
+
+    logits: torch.Tensor  # [rows, vocab], of the next token
+    cache: KeyValues
+    padding: torch.Tensor | None  # see Decoder.step
+    prompt_lengths: torch.Tensor  # int64 [rows]
+    width: int
+
+    def advance(self, decoder: Decoder, token: torch.Tensor, t: int) -> None:
+        """Feed response token ``t`` of every row."""
+        self.logits = decoder.step(token, self.prompt_lengths + t, self.cache, self.width + t, self.padding)
+
+    def keep(self, lines: torch.Tensor) -> None:
+        """Drop all other lines."""
+        self.cache = [(keys[lines], values[lines]) for keys, values in self.cache]
+        self.padding = None if self.padding is None else self.padding[lines]
+        self.prompt_lengths = self.prompt_lengths[lines]
+
+
+def _prefill(decoder: Decoder, prompts: Sequence[tuple[int, ...]], new_tokens: int) -> _Batch:
+    """Run every distinct prompt once, among prompts of its own length so that nothing is padded, and copy to its rows."""
+    config = decoder.config
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    width = int(lengths.max())
+    decoder.reserve(width + new_tokens)
+    shape = (len(prompts), config.kv_heads, width + new_tokens, config.head_dim)
+    ragged = bool((lengths != width).any())
+    # Empty columns hold zeros and not garbage: masked, they still enter the sum with weight 0, and 0 * NaN is NaN.
+    allocate = torch.zeros if ragged else torch.empty
+    cache = [(allocate(shape), allocate(shape)) for _ in range(config.layers)]
+    logits = torch.empty(len(prompts), config.vocab)
+    rows_of: dict[int, dict[tuple[int, ...], list[int]]] = {}  # length -> prompt -> its rows
+    for row, prompt in enumerate(prompts):
+        rows_of.setdefault(len(prompt), {}).setdefault(prompt, []).append(row)
+    for length, group in rows_of.items():
+        part = max(1, _PREFILL_TOKENS // length)
+        distinct = list(group)
+        for first in range(0, len(distinct), part):
+            chosen = distinct[first : first + part]
+            rows = torch.tensor([row for prompt in chosen for row in group[prompt]])
+            source = torch.tensor([i for i, prompt in enumerate(chosen) for _ in group[prompt]])
+            hidden, computed = decoder.prefill(torch.tensor(chosen))
+            logits[rows] = decoder.logits(hidden[:, -1])[source]
+            for (keys, values), (new_keys, new_values) in zip(cache, computed, strict=True):
+                keys[rows, :, width - length : width] = new_keys[source]
+                values[rows, :, width - length : width] = new_values[source]
+    padding = None
+    if ragged:
+        empty = torch.arange(width + new_tokens) < (width - lengths)[:, None]
+        padding = torch.zeros(empty.shape).masked_fill_(empty, -torch.inf)
+    return _Batch(logits, cache, padding, lengths, width)

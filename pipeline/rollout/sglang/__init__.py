@@ -1,0 +1,1 @@
+"""An engine that launches, feeds and supervises an SGLang server."""

@@ -1,0 +1,364 @@
+"""The rollout engine that drives a real SGLang server over HTTP, releases 0.5.17 to 0.5.2x.
+
+Requests and responses are token ids; the server holds no tokenizer. Returned log-probs are at the temperature of the draw
+and not renormalised by top-p, which is off. Weights travel by the transport that ``rollout.weight_transport`` names.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.config.schema import RolloutConfig
+from pipeline.data.special_tokens import eos_token_ids
+from pipeline.rollout import hf_folder
+from pipeline.rollout.engine import EngineError, EngineTimeoutError, WeightUpdateError
+from pipeline.rollout.sglang import fp8 as sglang_fp8
+from pipeline.rollout.sglang.server import SglangServer
+from pipeline.rollout.sglang.verify import UpdateVerifier, server_log_probs
+from pipeline.rollout.transport import Deadline, WeightTransport
+from pipeline.rollout.transport_disk import DiskTransport
+from pipeline.rollout.transport_distributed import DistributedTransport
+from pipeline.rollout.transport_tensor import TensorTransport
+from pipeline.rollout.update_session import UpdateSession
+from pipeline.types import EngineHealth, GenerateRequest, Sample, SampleGroup, WeightBucket, WeightSpan
+
+_CALLS_IN_FLIGHT = 8  # each fills the KV cache if every response is as long as allowed; most are not
+_ABORT_TIMEOUT_S = 10.0  # the server only passes it on
+_MEMORY = ("weights", "kv_cache")  # as SGLang names what it can leave (sglang/srt/constants.py)
+
+_Row = tuple[GenerateRequest, int]  # one sample to draw, and its seed
+
+
+class SglangEngine:
+    """``RolloutEngine`` over one SGLang server that it launches.
+
+    The server seeds its own sampler: per-sample seeds decide the draw only where SGLang honours ``sampling_seed`` (on a GPU
+    with ``--enable-deterministic-inference`` in ``rollout.sglang.extra_args``). On a CPU it ignores ``sampling_seed``: which
+    samples are drawn there depends on the number of engines, and a resumed run does not repeat them bit for bit.
+
+    ``close`` and ``start`` bring back an engine whose server died. With ``rollout.weight_dtype=fp8`` it comes up without weights, and
+    refuses to generate until the first update commits.
+    """
+
+    def __init__(self, config: RolloutConfig, *, index: int, log_dir: Path, seed: int) -> None:
+        """``index`` numbers the engine in messages, log file and server seed (``seed + index``)."""
+        self._config = config
+        self._name = f"SGLang engine {index}"
+        self._log_path = log_dir / f"sglang-{index}.log"
+        self._seed = seed + index
+        self._fp8 = config.weight_dtype == "fp8"
+        self._scratch, self._fp8_folder = log_dir / f"weights-{index}", log_dir / f"model-fp8-{index}"
+        self._server: SglangServer | None = None
+        self._transport: WeightTransport | None = None
+        self._verifier: UpdateVerifier | None = None
+        self._stuck = ""  # why the server is to be started again although it runs
+        self._eos: tuple[int, ...] = ()
+        self._kv_tokens = 0  # what the server's KV cache holds
+        self._aborted = threading.Event()
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._released: list[str] = []  # kinds of GPU memory that the server has left
+        self._version: int | None = None  # None: the server's weights are not consistent, or it is not up
+        self._committed: set[int] = set()
+        self._settled = threading.Event()  # no update is in progress
+        self._session: UpdateSession | None = None
+
+    def start(self, hf_path: Path) -> None:
+        """Launch the server on the folder's weights. Raises ``EngineError`` with the end of the server's log."""
+        if self._fp8:
+            sglang_fp8.require_device()
+        model_config = hf_folder.read_config(hf_path)
+        self._shapes = hf_folder.tensor_shapes(hf_path)
+        self._eos = eos_token_ids(hf_path)
+        dtype = self._config.sglang.dtype
+        if dtype == "auto":  # said outright, because SGLang's own auto makes float16 of float32
+            dtype = str(model_config.get("dtype") or model_config.get("torch_dtype") or "bfloat16")
+            dtype = "bfloat16" if self._fp8 and dtype == "float32" else dtype  # FP8 layers have 16-bit activations
+        served = sglang_fp8.make_folder(hf_path, self._fp8_folder) if self._fp8 else hf_path
+        with ExitStack() as on_failure:
+            on_failure.callback(self.close)
+            server = SglangServer(
+                self._config,
+                served,
+                dtype=dtype,
+                seed=self._seed,
+                log_path=self._log_path,
+                load_weights=not self._fp8,
+            )
+            self._server, self._stuck, self._released = server, "", []
+            server.start()
+            self._kv_tokens = int(server.get("/server_info")["max_total_num_tokens"])
+            ranks = self._config.tensor_parallel_size
+            self._verifier = UpdateVerifier(
+                self._name, server, model_config, self._shapes, dtype=getattr(torch, dtype), ranks=ranks
+            )
+            self._transport = build_transport(self._config, server, served, self._scratch)
+            with self._phase("connect"):
+                self._transport.connect(self._deadline())
+            on_failure.pop_all()
+        self._version, self._committed = (None, set()) if self._fp8 else (0, {0})
+        self._settled.set()
+
+    def generate(self, requests: Sequence[GenerateRequest]) -> list[SampleGroup]:
+        """One group per request, in order. Raises ``EngineError`` when the server fails, is late or is refusing.
+
+        What is sent is many HTTP calls, a bounded number of them at a time, so that ``rollout.sglang.request_timeout_s`` bounds
+        a limited amount of work however long the whole takes. When one fails, the rest is aborted on the server.
+        """
+        if self._version is None:
+            raise EngineError(f"{self._name}: {self._refusal()}")
+        if any(request.cuts for request in requests):
+            raise EngineError(
+                f"{self._name}: SGLang has no sampling rule like CUTS: set rollout.cuts.share=0, or rollout.engine=native"
+            )
+        rows = [(request, seed) for request in requests for seed in request.seeds]
+        if not rows:
+            return [SampleGroup(request.prompt, (), request.role) for request in requests]
+        replies = self._replies(rows, self._version)
+        samples = [self._sample(request, seed, reply) for (request, seed), reply in zip(rows, replies, strict=True)]
+        self._check_versions(samples)
+        drawn = iter(samples)
+        return [SampleGroup(r.prompt, tuple(islice(drawn, len(r.seeds))), r.role) for r in requests]
+
+    def release(self) -> None:
+        """Have the server leave its GPU memory (SGLang's memory saver). What its weights were is lost."""
+        if self._released:
+            return
+        self._version, self._session = None, None
+        with self._phase("release"):
+            self._up[0].post("/release_memory_occupation", tags=_MEMORY, timeout_s=self._deadline().remaining_s())
+            self._released = list(_MEMORY)
+
+    def begin_update(self, version: int) -> None:
+        """Pause the server. Running requests go back to its queue and continue, with spans, after the commit."""
+        self._settled.clear()
+        self._version, self._session = None, None
+        with self._phase("begin_update", version):
+            server, transport, verifier = self._up
+            verifier.reset()
+            deadline = self._deadline()
+            self._resume("weights", deadline)
+            server.post("/pause_generation", mode="retract", timeout_s=deadline.remaining_s())
+            transport.begin(version, deadline)
+        self._session = UpdateSession(self._name, version, self._shapes, codes=self._fp8)
+
+    def load_bucket(self, bucket: WeightBucket) -> None:
+        """Check the bucket, then load it into the server; on ``WeightUpdateError`` the whole update must start again."""
+        session, self._session = self._open_session("load_bucket"), None
+        session.admit(bucket)
+        with self._phase(f"load_bucket {bucket.index + 1}/{bucket.count}", session.version):
+            _, transport, verifier = self._up
+            transport.send(bucket, self._deadline())
+            verifier.expect(session.version, bucket.tensors)
+        self._session = session
+
+    def verify_update(self, version: int) -> None:
+        """Let the server finish loading, and verify what it holds. It stays paused."""
+        session, self._session = self._open_session("verify_update"), None
+        session.finish(version)
+        with self._phase("verify_update", version):
+            _, transport, verifier = self._up
+            deadline = self._deadline()
+            transport.verify(deadline)
+            self._resume("kv_cache", deadline)
+            verifier.check(version, deadline)
+            verifier.reset()
+        session.verified()
+        self._session = session
+
+    def commit_update(self, version: int) -> None:
+        """Let the server continue."""
+        session, self._session = self._open_session("commit_update"), None
+        session.commit(version)
+        with self._phase("commit_update", version):
+            server, transport, _ = self._up
+            transport.commit()
+            server.post("/continue_generation", timeout_s=self._deadline().remaining_s())
+        self._committed.add(version)
+        self._version = version
+        self._settled.set()
+
+    def abort_update(self) -> None:
+        """Drop the update; the server stays as it is until the next one begins, and nothing that it draws is handed out."""
+        self._version, self._session = None, None
+        if self._verifier is not None:
+            self._verifier.reset()
+        if self._transport is not None:
+            self._transport.abort()
+        self._settled.set()
+
+    def probe_log_probs(self, token_ids: Sequence[int]) -> np.ndarray:
+        """The server's T=1 log-probs of every token but the first, float32 ``[len - 1]``; for comparison with the learner's."""
+        return server_log_probs(self._running, token_ids)
+
+    def abort(self) -> None:
+        """End running requests; what they have so far comes back with finish_reason "abort"."""
+        self._aborted.set()  # first, so that no more calls follow
+        self._running.post("/abort_request", abort_all=True, timeout_s=_ABORT_TIMEOUT_S)
+
+    def health(self) -> EngineHealth:
+        """Alive when the process runs and answers. Never raises."""
+        if self._server is None:
+            return EngineHealth(False, None, self._refusal())
+        if not self._server.alive:
+            return EngineHealth(False, None, f"server process ended; log: {self._log_path}")
+        if self._stuck:
+            return EngineHealth(False, None, self._stuck)
+        # SGLang's /health generates a token, which a paused server does not.
+        path = "/model_info" if self._version is None else "/health"
+        if not self._server.answers(path, timeout_s=10):
+            return EngineHealth(False, None, f"server runs but does not answer {path}; log: {self._log_path}")
+        return EngineHealth(True, self._version, self._refusal() if self._version is None else "")
+
+    def close(self) -> None:
+        """End the server with all its processes. Idempotent."""
+        self.abort_update()
+        if self._transport is not None:
+            if not self._stuck:
+                self._transport.close()
+            self._transport = None
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+    # Generation
+
+    def _replies(self, rows: Sequence[_Row], version: int) -> list[Mapping[str, Any]]:
+        """The server's reply for every row, in order."""
+        longest = max(len(request.prompt.token_ids) + request.max_new_tokens for request, _ in rows)
+        size = max(1, self._kv_tokens // longest)
+        self._aborted.clear()
+        with ThreadPoolExecutor(_CALLS_IN_FLIGHT, f"{self._name} call") as threads:
+            calls = [
+                threads.submit(self._call, rows[first : first + size], version) for first in range(0, len(rows), size)
+            ]
+            try:
+                for call in as_completed(calls):
+                    call.result()
+            except (EngineError, KeyboardInterrupt):
+                with suppress(EngineError):  # a server that has ended; the first error says so
+                    self.abort()
+                raise
+        return [reply for call in calls for reply in call.result()]
+
+    def _call(self, rows: Sequence[_Row], version: int) -> list[Mapping[str, Any]]:
+        """One HTTP call; after ``abort`` none, but what the server says of a request that it aborts in its queue."""
+        if self._aborted.is_set():
+            return [{"meta_info": {"finish_reason": {"type": "abort"}, "weight_version": version}}] * len(rows)
+        replies: list[Mapping[str, Any]] = self._running.post(
+            "/generate",
+            input_ids=[request.prompt.token_ids for request, _ in rows],
+            sampling_params=[self._sampling_params(request, seed) for request, seed in rows],
+            return_logprob=True,
+        )
+        return replies
+
+    def _sampling_params(self, request: GenerateRequest, seed: int) -> dict[str, Any]:
+        return {
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "max_new_tokens": request.max_new_tokens,
+            "stop_token_ids": list(self._eos),
+            "sampling_seed": seed,
+        }
+
+    def _sample(self, request: GenerateRequest, seed: int, reply: Mapping[str, Any]) -> Sample:
+        meta = reply["meta_info"]
+        reason = meta["finish_reason"]
+        if reason["type"] == "abort" and reason.get("status_code"):  # an error of the server, not our abort()
+            raise EngineError(
+                f"{self._name}: prompt {request.prompt.id!r}: {reason.get('message')}; log: {self._log_path}"
+            )
+        entries = meta.get("output_token_logprobs") or []
+        # 0.5.21 reports spans; before, one version per response, which pausing by retraction keeps true only when idle.
+        spans = meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0, "end": len(entries)}]
+        return Sample(
+            token_ids=np.array([entry[1] for entry in entries], dtype=np.int64),
+            log_probs=np.array([entry[0] for entry in entries], dtype=np.float32),
+            temperature=request.temperature,
+            seed=seed,
+            role=request.role,
+            finish_reason=reason["type"],
+            weight_versions=tuple(WeightSpan(int(s["version"]), s["start"], s["end"]) for s in spans),
+        )
+
+    def _check_versions(self, samples: Sequence[Sample]) -> None:
+        """Refuse samples of weights that were never committed, such as those of an update that was aborted."""
+        versions = {span.version for sample in samples for span in sample.weight_versions}
+        if versions - self._committed:
+            self._settled.wait(self._config.weight_sync_timeout_s)  # it may be about to commit
+        if unknown := versions - self._committed:
+            raise EngineError(
+                f"{self._name}: samples came from weight versions {sorted(unknown)}, which were never committed"
+            )
+
+    # Weight update
+
+    def _deadline(self) -> Deadline:
+        return Deadline(self._config.weight_sync_timeout_s)
+
+    @contextmanager
+    def _phase(self, name: str, version: int | None = None) -> Iterator[None]:
+        """One phase of an update (of version ``version``), or of the transport's life: its errors, with names."""
+        what = f"{self._name}: {'weight transport' if version is None else f'update to version {version}'}: {name}"
+        try:
+            yield
+        except EngineTimeoutError as error:
+            self._stuck = (
+                f"{what} took longer than {self._config.weight_sync_timeout_s:g} s; if the server is merely slow, raise "
+                f"rollout.weight_sync_timeout_s; log: {self._log_path}"
+            )
+            raise WeightUpdateError(f"{self._stuck} ({error})") from error
+        except (EngineError, OSError) as error:
+            raise WeightUpdateError(f"{what}: {error}") from error
+
+    def _resume(self, kind: str, deadline: Deadline) -> None:
+        """Have the server take a kind of memory again, if it had left it; its content is lost."""
+        if kind in self._released:
+            self._running.post("/resume_memory_occupation", tags=[kind], timeout_s=deadline.remaining_s())
+            self._released.remove(kind)
+
+    def _open_session(self, operation: str) -> UpdateSession:
+        if self._session is None:
+            raise WeightUpdateError(f"{self._name}: {operation} outside an update; call begin_update (again) first")
+        return self._session
+
+    @property
+    def _up(self) -> tuple[SglangServer, WeightTransport, UpdateVerifier]:
+        if self._server is None or self._transport is None or self._verifier is None:
+            raise EngineError(self._refusal())
+        return self._server, self._transport, self._verifier
+
+    @property
+    def _running(self) -> SglangServer:
+        if self._server is None:
+            raise EngineError(f"{self._name}: {self._refusal()}")
+        return self._server
+
+    def _refusal(self) -> str:
+        if self._server is None:
+            return "not started (or closed)"
+        if self._released:
+            return "it has left its GPUs to the learner; push the weights first"
+        if not self._committed:
+            return "it has no weights yet; push them first"
+        return "a weight update began and has not been committed; push the weights again"
+
+
+def build_transport(config: RolloutConfig, server: SglangServer, hf_path: Path, scratch: Path) -> WeightTransport:
+    """What ``rollout.weight_transport`` names. ``hf_path``: the model folder; ``scratch``: a folder for the disk's use."""
+    ranks = config.tensor_parallel_size
+    builders: dict[str, Callable[[], WeightTransport]] = {
+        "tensor": lambda: TensorTransport(server, ranks),
+        "distributed": lambda: DistributedTransport(server, ranks),
+        "disk": lambda: DiskTransport(server, hf_path, scratch),
+    }
+    return builders[config.weight_transport]()

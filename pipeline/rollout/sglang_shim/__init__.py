@@ -1,1 +1,0 @@
-"""A folder for PYTHONPATH of the SGLang server process on CPU; see ``pipeline.rollout.sglang_cpu`` for what and why."""

@@ -1,0 +1,1 @@
+"""What one step draws and trains on."""

@@ -1,0 +1,206 @@
+"""What counts as a stall, and what happens then."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from launchers.supervise import watchdog
+from launchers.supervise.watchdog import Patience, Supervision, Watchdog, read_heartbeat, stall_limit, write_heartbeat
+from pipeline.config.load import load_config
+from pipeline.monitoring.recorder import Recorder
+
+ROOT = Path(__file__).resolve().parents[4]
+
+
+def config(*overrides):
+    return load_config(Path("recipe/pm4.yaml"), ["monitoring.progress=false", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("factor", "least", "typical", "limit"),
+    [
+        (20, 600, 60, 1200),  # 20 steps of a minute
+        (20, 600, 1, 600),  # never less than ten minutes
+        (20, 600, math.nan, 12000),  # the first of its kind
+        (0, 600, 60, math.inf),  # never
+        (0, 600, math.nan, math.inf),
+    ],
+)
+def test_the_limit_by_hand(factor, least, typical, limit):
+    assert stall_limit(factor, least, typical) == limit
+
+
+def test_time_that_nobody_saw_does_not_count(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now)
+    patience, seen = Patience(), []
+    # Every 5 s; then the job is suspended for an hour (15 s of it count); then something moves.
+    for passed, sign in [(5, "a"), (5, "a"), (5, "a"), (3600, "a"), (5, "a"), (5, "b"), (5, "b")]:
+        now += passed
+        seen.append(patience.seconds(sign))
+    assert seen == [0, 5, 10, 25, 30, 0, 5]
+
+
+def test_an_sglang_engine_may_be_started_again_within_a_step():
+    native = config("monitoring.stall.min_seconds=60", "rollout.engine=native")
+    sglang = config("monitoring.stall.min_seconds=60", "rollout.engine=sglang", "rollout.sglang.startup_timeout_s=200")
+    assert (watchdog.least_seconds(native), watchdog.least_seconds(sglang)) == (60, 260)
+
+
+class Others:
+    """One that answers, one that does not."""
+
+    def collect(self, folder):
+        (folder / "learner-0.txt").write_text("its stack")
+        return ["learner-1"]
+
+    def end_silent(self):
+        raise AssertionError("nobody is ended when stalls are only reported")
+
+
+def test_a_stall_is_reported_once_with_stacks(tmp_path, monkeypatch):
+    monkeypatch.setattr(watchdog, "INTERVAL_S", 0.01)
+    limits = ["monitoring.stall.min_seconds=0.05", "monitoring.stall.factor=1", "monitoring.stall.action=report"]
+    with Recorder(tmp_path / "run", config(*limits)) as recorder:
+        recorder.start(4)
+        with recorder.clock()("train"), Watchdog(recorder, config(*limits), Others()):
+            while not list(stalls(recorder)):
+                time.sleep(0.01)
+            time.sleep(0.3)
+        beat = read_heartbeat(recorder.run_dir)
+        (stall,) = stalls(recorder)
+        recorder.finish(completed=False)
+    assert (beat["step"], beat["activity"], beat["phase"], beat["pid"]) == (4, "step", "train", os.getpid())
+    wanted = {"step": 4, "activity": "step", "phase": "train", "factor": 1, "silent": ["learner-1"], "action": "report"}
+    assert {name: stall[name] for name in wanted} == wanted
+    assert stall["seconds"] > 0.05
+    driver, learner = (tmp_path / "run" / path for path in stall["stacks"])
+    assert (driver.name, learner.read_text()) == ("driver.txt", "its stack")
+    assert "test_a_stall_is_reported_once_with_stacks" in driver.read_text()
+
+
+def stalls(recorder):
+    lines = (recorder.run_dir / "events.jsonl").read_text().splitlines()
+    return [event for event in map(json.loads, lines) if event["kind"] == "stall"]
+
+
+HANGS = """
+import subprocess, sys, time
+from pathlib import Path
+from launchers.supervise import watchdog
+from pipeline.config.load import load_config
+from pipeline.monitoring.recorder import Recorder
+
+watchdog.INTERVAL_S = 0.05
+run_dir = Path(sys.argv[1])
+words = ["monitoring.progress=false", "monitoring.stall.min_seconds=0.2", "monitoring.stall.factor=1"]
+config = load_config(Path("recipe/pm4.yaml"), words)
+with Recorder(run_dir, config) as recorder, watchdog.Watchdog(recorder, config, None):
+    recorder.start(0)
+    print(subprocess.Popen(["sleep", "600"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid, flush=True)
+    time.sleep(600)
+"""
+
+
+def lasting(run_dir):
+    """The last two events but for the alert that a stall raises."""
+    events = map(json.loads, (run_dir / "events.jsonl").read_text().splitlines())
+    return [event for event in events if event["kind"] != "alert"][-2:]
+
+
+def test_a_stalled_process_ends_with_its_stack_and_how_to_go_on(tmp_path):
+    run_dir = tmp_path / "a run"
+    done = subprocess.run(
+        [sys.executable, "-c", HANGS, run_dir], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    child = int(done.stdout)
+    os.kill(child, 9)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == f"stalled; go on with: isentrope train --resume '{run_dir}'"
+    stall, end = lasting(run_dir)
+    assert (stall["kind"], stall["action"], stall["activity"]) == ("stall", "restart", "start")
+    assert (end["kind"], end["status"]) == ("run_end", "failed")
+    assert end["error"].startswith("stalled: 0 s in start after 0 steps; stacks: ")
+    (driver,) = (run_dir / path for path in stall["stacks"])
+    assert "<module>" in driver.read_text()
+    assert f"pid {child}" in driver.read_text()
+
+
+def test_a_stalled_process_ends_also_where_no_stacks_can_be_written(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/logs").write_text("a file where stacks need a folder")
+    words = [sys.executable, "-c", HANGS, tmp_path / "run"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    os.kill(int(done.stdout), 9)
+    assert done.returncode == 1
+    stall, end = lasting(tmp_path / "run")
+    assert (stall["kind"], stall["stacks"], end["status"]) == ("stall", [], "failed")
+
+
+def test_who_waits_for_what_hangs_waits_only_so_long():
+    free = threading.Event()
+    assert not watchdog.within(0.05, free.wait)
+    free.set()
+    assert watchdog.within(60, free.wait)
+
+
+def test_a_process_whose_heart_stands_still_is_complained_about_with_its_stack(tmp_path, monkeypatch):
+    clock = iter(range(10**6))
+    monkeypatch.setattr(watchdog.time, "monotonic", lambda: now)
+    monkeypatch.setattr(watchdog, "INTERVAL_S", 1.0)
+    limits = config("monitoring.stall.min_seconds=30", "monitoring.stall.factor=20")
+    silent = subprocess.Popen(["sleep", "600"])
+    now = next(clock)
+    supervision = Supervision(tmp_path, silent.pid, limits)
+
+    def look():
+        nonlocal now
+        now = next(clock)  # a second later
+        return supervision.complaint()
+
+    try:
+        assert not any(look() for _ in range(100)), "no heartbeat yet"
+        write_heartbeat(tmp_path, {})
+        assert not any(look() for _ in range(100)), "that is another process's"
+        (tmp_path / "heartbeat.json").write_text(json.dumps({"pid": silent.pid, "time": 1.0}))
+        said = [look() for _ in range(32)]
+    finally:
+        silent.kill()
+        silent.wait()
+    assert said[:31] == [""] * 31
+    assert "gave no sign of life for 31 s" in said[31]
+    (stack,) = tmp_path.glob("logs/stacks/*/driver.txt")
+    assert f"pid {silent.pid}" in stack.read_text()
+
+
+@pytest.mark.parametrize("off", ["monitoring.stall.factor=0", "monitoring.stall.action=report"])
+def test_without_restarts_nobody_complains(tmp_path, off):
+    (tmp_path / "heartbeat.json").write_text(json.dumps({"pid": 1, "time": 1.0}))
+    supervision = Supervision(tmp_path, 1, config("monitoring.stall.min_seconds=0.001", off))
+    assert supervision.complaint() == ""
+    assert supervision._looked == -math.inf
+
+
+def test_two_threads_write_whole_lines(tmp_path):
+    with Recorder(tmp_path / "run", config()) as recorder:
+        recorder.start(0)
+        threads = [
+            threading.Thread(
+                target=lambda i=i: [recorder.fault(f"{i} {'x' * 500}") or recorder.tick(0.0) for _ in range(200)]
+            )
+            for i in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        recorder.finish(completed=False)
+    events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    assert sum(event["kind"] == "fault" for event in events) == 800

@@ -1,0 +1,188 @@
+import json
+
+import pytest
+
+from pipeline.model import architecture
+from pipeline.model.architecture import Mla, Moe, Yarn
+from pipeline.model.grid import Grid
+from tests.tiny_folder import hf_config
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 101,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000.0,
+}
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def test_reads_a_config(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    model = architecture.read(tmp_path)
+    assert (model.layers, model.head_dim, model.rope_theta, model.rope_factor) == (6, 8, 1000.0, None)
+    assert not model.tied
+    assert [model.padded_vocab(tp) for tp in (1, 2, 4)] == [101, 102, 104]
+
+
+def test_missing_folder_names_the_key(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"model\.hf_path=.*config\.json"):
+        architecture.read(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", **LLAMA3}},  # transformers 4
+        {"rope_theta": None, "rope_parameters": {"rope_theta": 5e5, "rope_type": "llama3", **LLAMA3}},  # transformers 5
+    ],
+)
+def test_both_spellings_of_rotary_scaling(rope):
+    model = architecture.parse({**LLAMA, **rope})
+    assert (model.rope_theta, model.rope_factor) == (5e5, 8.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"architectures": ["MambaForCausalLM"]},
+            r"MambaForCausalLM.*LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, .*DeepseekV3ForCausalLM",
+        ),
+        ({"architectures": None}, r"no architectures key.*known"),
+        ({"hidden_act": "gelu"}, r"hidden_act='gelu'.*'silu'"),
+        ({"mlp_bias": True}, r"mlp_bias=True"),
+        ({"use_sliding_window": True}, r"use_sliding_window=True"),
+        ({"attention_bias": True}, r"attention_bias=True"),
+        ({"num_key_value_heads": 3}, r"num_key_value_heads=3 does not divide num_attention_heads=8"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4}}, r"rope_type='yarn'.*default, llama3"),
+        ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 2.0}}, r"low_freq_factor=2\.0.*1\.0"),
+        ({"rope_scaling": {"rope_type": "llama3"}}, r"rope_type='llama3' lacks its factor"),
+    ],
+)
+def test_refuses_what_it_cannot_build(change, message):
+    with pytest.raises(ValueError, match=message):
+        architecture.parse({**LLAMA, **change})
+
+
+def test_names_every_missing_key():
+    with pytest.raises(ValueError, match="lacks hidden_size, vocab_size"):
+        architecture.parse({key: value for key, value in LLAMA.items() if key not in ("vocab_size", "hidden_size")})
+
+
+def test_qwen3_moe_s_layers_and_router():
+    """Layer i has experts where decoder_sparse_step divides i + 1, unless mlp_only_layers names it."""
+    config = hf_config("qwen3_moe", num_hidden_layers=6, decoder_sparse_step=2, mlp_only_layers=[3])
+    expected = Moe((False, True, False, False, False, True), experts=4, ffn=32, top_k=2, normalize=True)
+    assert architecture.parse(config).moe == expected
+    respelt = {key: value for key, value in config.items() if key != "num_experts"} | {"num_local_experts": 4}
+    assert architecture.parse(respelt).moe == expected
+    assert not architecture.parse({**config, "norm_topk_prob": False}).moe.normalize
+
+
+def test_deepseek_v3_s_experts_and_latent_attention():
+    model = architecture.parse(hf_config("deepseek_v3", n_shared_experts=2, num_hidden_layers=3))
+    assert model.moe == Moe(
+        (False, True, True),
+        4,
+        32,
+        2,
+        shared_ffn=64,
+        expert_bias=True,
+        sigmoid=True,
+        scaling=2.5,
+        groups=1,
+        top_groups=1,
+    )
+    assert model.mla == Mla(q_lora=24, kv_lora=32, nope_dim=16, rope_dim=8, v_dim=16)
+    assert architecture.parse(hf_config("deepseek_v3", q_lora_rank=None)).mla.q_lora == 0
+    assert model.sizes()["mla_q"] == 4 * (16 + 8)
+    assert model.sizes()["mla_kv"] == 4 * (16 + 16)
+    assert model.sizes()["kv_lora_rope"] == 32 + 8
+
+
+YARN = {"factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_scaling": {"type": "yarn", "original_max_position_embeddings": 4096, **YARN}},
+        {"rope_parameters": {"rope_type": "yarn", "original_max_position_embeddings": 4096, "rope_theta": 1e3, **YARN}},
+    ],
+    ids=["transformers 4", "transformers 5"],
+)
+def test_deepseek_v3_s_rotary_scaling(rope):
+    model = architecture.parse(hf_config("deepseek_v3", **rope))
+    assert model.yarn == Yarn(40.0, 4096, 32.0, 1.0, 1.0, 1.0)
+    assert (model.rope_theta, model.rope_factor) == (1000.0, None)
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("mistral", {"sliding_window": 4096}, "sliding_window=4096 is not supported.*expected null"),
+        ("qwen3_moe", {"num_experts": None, "num_local_experts": ...}, "lacks num_experts"),
+        ("qwen3_moe", {"moe_intermediate_size": ...}, "lacks moe_intermediate_size"),
+        ("deepseek_v3", {"n_group": ..., "kv_lora_rank": ...}, "lacks n_group"),
+        ("deepseek_v3", {"kv_lora_rank": ...}, "lacks kv_lora_rank"),
+        ("deepseek_v3", {"topk_method": "greedy"}, "topk_method='greedy'.*'noaux_tc'"),
+        ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func='softmax'.*'sigmoid'"),
+        ("deepseek_v3", {"rope_interleave": False}, "rope_interleave=False"),
+        ("deepseek_v3", {"norm_topk_prob": False}, "norm_topk_prob=False with num_experts_per_tok=2"),
+        ("deepseek_v3", {"n_group": 2, "topk_group": 2}, "num_experts_per_tok=2 with n_group=2, topk_group=2.*=4"),
+        ("deepseek_v3", {"rope_scaling": {"type": "yarn", "factor": 4}}, "lacks original_max_position_embeddings"),
+        ("deepseek_v3", {"rope_scaling": {"type": "yarn", "factor": 4, "mscale": 1.0}}, "only one of mscale"),
+        ("deepseek_v3", {"rope_scaling": {"type": "yarn", "factor": 4, "truncate": False}}, "truncate=False"),
+        ("deepseek_v3", {"rope_scaling": {"type": "linear", "factor": 4}}, "rope_type='linear'.*default, yarn"),
+    ],
+)
+def test_refuses_what_it_cannot_build_of_a_family(family, change, message):
+    config = {key: value for key, value in hf_config(family, **change).items() if value is not ...}
+    if config.get("num_experts", ...) is None:
+        del config["num_experts"]
+    with pytest.raises(ValueError, match=message):
+        architecture.parse(config)
+
+
+LAYOUT = {
+    "llama": {"head_dim": 1, "num_key_value_heads": 2},
+    "qwen3_moe": {},
+    "deepseek_v3": {"num_key_value_heads": 8, "moe_intermediate_size": 12},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "grid", "message"),
+    [
+        ("llama", Grid(tp=3), r"tensor_model_parallel_size=3 does not divide num_attention_heads=8: choose a divisor"),
+        ("llama", Grid(tp=8), r"tensor_model_parallel_size=8 does not divide query, key and value rows=12"),
+        ("llama", Grid(pp=4), r"pipeline_model_parallel_size=4 does not divide num_hidden_layers=6"),
+        ("llama", Grid(pp=3, first_stage_layers=1), r"6 layers cannot be divided over 3 stages, of which first 1"),
+        ("llama", Grid(dp=2, ep=2), r"expert-parallel size \(ep\)=2: llama has no experts"),
+        ("qwen3_moe", Grid(dp=3, ep=3), r"expert-parallel size \(ep\)=3 does not divide experts=4"),
+        (
+            "qwen3_moe",
+            Grid(dp=5, etp=5),
+            r"expert tensor-parallel size \(etp\)=5 does not divide moe_intermediate_size=32",
+        ),
+        ("deepseek_v3", Grid(tp=8), r"tensor_model_parallel_size=8 does not divide shared experts' columns=12"),
+    ],
+)
+def test_refuses_a_layout_that_does_not_fit(family, grid, message):
+    model = architecture.parse(hf_config(family, num_hidden_layers=6, num_attention_heads=8, **LAYOUT[family]))
+    model.check_layout(Grid(tp=4, pp=3))
+    with pytest.raises(ValueError, match=message):
+        model.check_layout(grid)
+
+
+def test_key_value_heads_may_be_fewer_than_ranks_that_they_divide():
+    model = architecture.parse(hf_config("llama", num_attention_heads=12, num_key_value_heads=3))
+    model.check_layout(Grid(tp=6))
+    with pytest.raises(ValueError, match="tensor_model_parallel_size=4 does not divide num_key_value_heads=3"):
+        model.check_layout(Grid(tp=4))

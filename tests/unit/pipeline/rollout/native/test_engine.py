@@ -1,0 +1,496 @@
+import json
+import math
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pipeline.model import fp8
+from pipeline.model.checksum import checksum
+from pipeline.model.fp8 import quantise_tensors
+from pipeline.rollout.engine import EngineError, WeightUpdateError
+from pipeline.rollout.native import engine as native
+from pipeline.rollout.native.decoder import Decoder, DecoderConfig, token_log_probs
+from pipeline.rollout.native.engine import NativeEngine
+from pipeline.rollout.update_session import UpdateSession
+from pipeline.types import Cuts, GenerateRequest, Prompt, Role, WeightBucket, WeightSpan
+from tests.tiny_folder import hf_config, random_tensors, write_folder
+
+EOS = 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("model"), "qwen3")[0]
+
+
+@pytest.fixture
+def engine(folder):
+    engine = NativeEngine()
+    engine.start(folder)
+    return engine
+
+
+def request(tokens, seeds=(1,), temperature=1.0, new=8, role=Role.MAIN):
+    return GenerateRequest(Prompt(str(tokens), tuple(tokens), "", None, "exact"), tuple(seeds), temperature, new, role)
+
+
+def buckets(tensors, version, count=3):
+    names = sorted(tensors)
+    parts = [{name: tensors[name] for name in names[i::count]} for i in range(count)]
+    return [WeightBucket(version, i, count, part, checksum(part)) for i, part in enumerate(parts)]
+
+
+def push(engine, tensors, version):
+    engine.begin_update(version)
+    for bucket in buckets(tensors, version):
+        engine.load_bucket(bucket)
+    engine.verify_update(version)
+    engine.commit_update(version)
+
+
+def mixed_requests():
+    """Prompts of four lengths, two temperatures, several limits, one prompt twice."""
+    return [
+        request([5], range(4), 1.0, 8),
+        request([7, 8, 9, 10, 11, 12, 13], range(10, 15), 1.3, 20),
+        request([5, 6, 7], range(20, 23), 0.7, 1),
+        request([7, 8, 9, 10, 11, 12, 13], range(30, 33), 1.0, 12, Role.AUXILIARY),
+        request([40, 41], range(50, 52), 1.0, 30),
+    ]
+
+
+def test_log_probs_are_exact_at_the_drawn_temperature(engine, folder):
+    decoder = Decoder(DecoderConfig.from_hf(hf_config("qwen3")), random_tensors(hf_config("qwen3"), 0))
+    requests = mixed_requests()
+    groups = engine.generate(requests)
+    assert [g.prompt for g in groups] == [r.prompt for r in requests]
+    assert [g.role for g in groups] == [r.role for r in requests]
+    for group, wanted in zip(groups, requests, strict=True):
+        assert [s.seed for s in group.samples] == list(wanted.seeds)
+        for sample in group.samples:
+            start = len(wanted.prompt.token_ids)
+            tokens = torch.tensor([[*wanted.prompt.token_ids, *sample.token_ids.tolist()]])
+            exact = token_log_probs(decoder, tokens, wanted.temperature)[0, start - 1 :]
+            np.testing.assert_allclose(sample.log_probs, exact.numpy(), atol=2e-5)
+            assert (sample.token_ids.dtype, sample.log_probs.dtype) == (np.int64, np.float32)
+            assert sample.temperature == wanted.temperature
+            assert sample.weight_versions == (WeightSpan(0, 0, len(sample.token_ids)),)
+
+
+def test_samples_do_not_depend_on_batching(folder, engine):
+    requests = mixed_requests()
+    together = engine.generate(requests)
+    alone = [engine.generate([r])[0] for r in requests]
+    small = NativeEngine(max_batch_rows=2)
+    small.start(folder)
+    for other in (alone, small.generate(requests), engine.generate(requests[::-1])[::-1]):
+        for group, expected in zip(other, together, strict=True):
+            for sample, twin in zip(group.samples, expected.samples, strict=True):
+                assert sample.token_ids.tolist() == twin.token_ids.tolist()
+                assert sample.finish_reason == twin.finish_reason
+                np.testing.assert_allclose(sample.log_probs, twin.log_probs, atol=2e-5)
+
+
+def test_a_sample_depends_on_its_seed_alone(engine):
+    prompt = [5, 6, 7]
+    first, second = engine.generate([request(prompt, [11, 12, 13, 11], new=20), request(prompt, [12, 99], new=20)])
+    texts = [tuple(s.token_ids) for s in first.samples]
+    assert texts[0] == texts[3]
+    assert texts[1] == tuple(second.samples[0].token_ids)
+    assert len({*texts, tuple(second.samples[1].token_ids)}) == 4
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
+def test_tokens_follow_the_tempered_distribution(engine, temperature):
+    prompt, draws = (9, 4, 20), 20_000
+    decoder = Decoder(DecoderConfig.from_hf(hf_config("qwen3")), random_tensors(hf_config("qwen3"), 0))
+    hidden, _ = decoder.prefill(torch.tensor([prompt]))
+    probabilities = (decoder.logits(hidden[0, -1]) / temperature).softmax(-1).double().numpy()
+    (group,) = engine.generate([request(prompt, range(draws), temperature, new=1)])
+    counts = np.bincount([s.token_ids[0] for s in group.samples], minlength=48)
+    frequent = probabilities * draws >= 5
+    rest = [counts[~frequent].sum()], [probabilities[~frequent].sum() * draws]
+    observed, expected = np.append(counts[frequent], rest[0]), np.append(probabilities[frequent] * draws, rest[1])
+    chi_square = ((observed - expected) ** 2 / np.maximum(expected, 1.0)).sum()
+    degrees = len(expected) - 1
+    assert chi_square < degrees + 4 * math.sqrt(2 * degrees)
+
+
+def test_cuts_tokens_are_uniform_and_keep_the_policys_log_probs(engine):
+    """After the warm-up; rows that leave the batch early do not shift the rule to others."""
+    prompt, draws = (9, 4, 20), 4000
+    decoder = Decoder(DecoderConfig.from_hf(hf_config("qwen3")), random_tensors(hf_config("qwen3"), 0))
+    hidden, _ = decoder.prefill(torch.tensor([prompt]))
+    log_p = decoder.logits(hidden[0, -1]).log_softmax(-1)
+    allowed = [i for i in log_p.topk(4).indices.tolist() if log_p[i].exp() >= 0.05]
+    assert len(allowed) > 1
+    asked = replace(request(prompt, range(draws), new=1), cuts=Cuts(draws - 10, 4, 0.05, 0))
+    (group,) = engine.generate([asked])
+    counts = np.bincount([s.token_ids[0] for s in group.samples[10:]], minlength=48)
+    assert set(counts.nonzero()[0]) == set(allowed)
+    share = 1 / len(allowed)
+    assert (abs(counts[allowed] / (draws - 10) - share) < 5 * math.sqrt(share / draws)).all()
+    for sample in group.samples[:20]:
+        assert sample.log_probs[0] == pytest.approx(log_p[sample.token_ids[0]].item(), abs=1e-5)
+    late = replace(request(prompt, range(40), new=12), cuts=Cuts(20, 1, 0.0, 3))
+    (usual,), (greedy,) = engine.generate([request(prompt, range(40), new=12)]), engine.generate([late])
+    for i, (a, b) in enumerate(zip(usual.samples, greedy.samples, strict=True)):
+        assert a.token_ids[:3].tolist() == b.token_ids[:3].tolist()
+        if i < 20:
+            assert a.token_ids.tolist() == b.token_ids.tolist()
+            continue
+        tokens = torch.tensor([[*prompt, *b.token_ids]])
+        best = decoder.logits(decoder.prefill(tokens)[0][0]).argmax(-1)[2:-1]  # top 1 of every next token
+        assert b.token_ids[3:].tolist() == best[3:].tolist()
+
+
+def test_finish_reasons(engine):
+    (group,) = engine.generate([request([5, 6], range(300), new=12)])
+    by_reason = {reason: [s for s in group.samples if s.finish_reason == reason] for reason in ("stop", "length")}
+    assert len(by_reason["stop"]) + len(by_reason["length"]) == 300
+    assert by_reason["stop"]
+    assert by_reason["length"]
+    for sample in by_reason["stop"]:
+        assert sample.token_ids[-1] == EOS
+        assert EOS not in sample.token_ids[:-1]
+    for sample in by_reason["length"]:
+        assert len(sample.token_ids) == 12
+        assert EOS not in sample.token_ids
+
+
+def test_stop_tokens_come_from_the_folder_unless_given(folder, tmp_path):
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8]}))
+    for given_ids, expected in ((None, {7, 8}), ((9,), {9}), ((), set())):
+        engine = NativeEngine(eos_token_ids=given_ids)
+        engine.start(tmp_path)
+        (group,) = engine.generate([request([5, 6], range(200), new=12)])
+        assert {int(s.token_ids[-1]) for s in group.samples if s.finish_reason == "stop"} == expected
+
+
+def test_prompts_are_prefilled_once(engine, monkeypatch):
+    seen = []
+    original = Decoder.prefill
+    monkeypatch.setattr(
+        Decoder, "prefill", lambda self, tokens: seen.append(tuple(tokens.shape)) or original(self, tokens)
+    )
+    engine.generate(mixed_requests())
+    assert sorted(seen) == [(1, 1), (1, 2), (1, 3), (1, 7)]
+
+
+def test_abort_returns_what_there_is(engine, monkeypatch):
+    steps = []
+    original = Decoder.step
+
+    def step(self, *args):
+        steps.append(1)
+        if len(steps) == 5:
+            engine.abort()
+        return original(self, *args)
+
+    monkeypatch.setattr(Decoder, "step", step)
+    groups = engine.generate([request([5, 6], range(20), new=400), request([5, 6], [1], new=2)])
+    aborted = [s for s in groups[0].samples if s.finish_reason == "abort"]
+    assert aborted
+    assert {len(s.token_ids) for s in aborted} == {6}
+    assert groups[1].samples[0].finish_reason in ("stop", "length")
+    monkeypatch.undo()
+    assert engine.generate([request([5, 6], [1], new=20)])[0].samples[0].finish_reason != "abort"
+
+
+def test_memory_bound_splits_batches(engine, monkeypatch):
+    whole = engine.generate(mixed_requests())
+    sizes = []
+    original = native._prefill
+    monkeypatch.setattr(native, "_prefill", lambda d, p, n: sizes.append(len(p)) or original(d, p, n))
+    monkeypatch.setattr(native, "_CACHE_BYTES", 4 * 2 * 4 * 2 * 2 * 16 * 37)  # four rows of 7 + 30 columns
+    parts = engine.generate(mixed_requests())
+    assert sizes == [4, 4, 4, 4, 1]
+    assert [[s.token_ids.tolist() for s in g.samples] for g in parts] == [
+        [s.token_ids.tolist() for s in g.samples] for g in whole
+    ]
+
+
+def test_update_serves_the_new_weights(engine, tmp_path):
+    tensors = random_tensors(hf_config("qwen3"), 1)
+    push(engine, tensors, 5)
+    assert engine.health().weight_version == 5
+    other_folder, _ = write_folder(tmp_path, "qwen3", seed=1)
+    reference = NativeEngine()
+    reference.start(other_folder)
+    mine, theirs = engine.generate(mixed_requests()), reference.generate(mixed_requests())
+    for group, expected in zip(mine, theirs, strict=True):
+        for sample, twin in zip(group.samples, expected.samples, strict=True):
+            assert sample.token_ids.tolist() == twin.token_ids.tolist()
+            assert sample.drawn_with(5)
+
+
+def test_update_survives_a_sender_that_reuses_memory(engine):
+    tensors = random_tensors(hf_config("qwen3"), 1)
+    engine.begin_update(1)
+    for bucket in buckets(tensors, 1):
+        engine.load_bucket(bucket)
+        for tensor in bucket.tensors.values():
+            tensor.fill_(float("nan"))
+    engine.verify_update(1)
+    engine.commit_update(1)
+    assert np.isfinite(engine.generate([request([5, 6])])[0].samples[0].log_probs).all()
+
+
+def corrupted(good):
+    part = dict(good.tensors)
+    name = min(part)
+    part[name] = part[name] + 1e-3
+    return WeightBucket(good.version, good.index, good.count, part, good.checksum)
+
+
+def changed(good, **tensors):
+    part = {**good.tensors, **tensors}
+    return WeightBucket(good.version, good.index, good.count, part, checksum(part))
+
+
+BAD_BUCKETS = {
+    "checksum": corrupted,
+    "of version 8": lambda good: WeightBucket(8, good.index, good.count, good.tensors, good.checksum),
+    "announces 4": lambda good: WeightBucket(good.version, good.index, 4, good.tensors, good.checksum),
+    "arrived twice": lambda good: WeightBucket(good.version, 0, good.count, good.tensors, good.checksum),
+    "shape": lambda good: changed(good, **{min(good.tensors): torch.zeros(2, 2)}),
+    "not a parameter": lambda good: changed(good, extra=torch.zeros(1)),
+    "'lm_head.weight' arrived twice": lambda good: changed(good, **{"lm_head.weight": torch.zeros(48, 64)}),
+}
+
+
+@pytest.mark.parametrize("message", BAD_BUCKETS)
+def test_a_bad_bucket_ends_the_update_until_a_whole_one_commits(engine, message):
+    tensors = random_tensors(hf_config("qwen3"), 1)
+    first, second, _ = buckets(tensors, 7)
+    assert "lm_head.weight" in first.tensors
+    engine.begin_update(7)
+    engine.load_bucket(first)
+    with pytest.raises(WeightUpdateError, match=message):
+        engine.load_bucket(BAD_BUCKETS[message](second))
+    for action in (
+        lambda: engine.load_bucket(second),
+        lambda: engine.verify_update(7),
+        lambda: engine.commit_update(7),
+    ):
+        with pytest.raises(WeightUpdateError, match="begin_update"):
+            action()
+    with pytest.raises(EngineError, match="push the weights again"):
+        engine.generate([request([5, 6])])
+    assert engine.health().weight_version is None
+    push(engine, tensors, 7)
+    assert engine.generate([request([5, 6])])[0].samples[0].drawn_with(7)
+
+
+@pytest.mark.parametrize(
+    ("sent", "version", "message"),
+    [(slice(0, 2), 7, "2 of 3 buckets"), (slice(0, 0), 7, "buckets arrived"), (slice(0, 3), 8, r"verify_update\(8\)")],
+)
+def test_a_partial_update_does_not_verify(engine, sent, version, message):
+    engine.begin_update(7)
+    for bucket in buckets(random_tensors(hf_config("qwen3"), 1), 7)[sent]:
+        engine.load_bucket(bucket)
+    with pytest.raises(WeightUpdateError, match=message):
+        engine.verify_update(version)
+    with pytest.raises(EngineError, match="push the weights again"):
+        engine.generate([request([5, 6])])
+
+
+def test_a_missing_tensor_does_not_verify(engine):
+    tensors = random_tensors(hf_config("qwen3"), 1)
+    del tensors["model.norm.weight"]
+    engine.begin_update(7)
+    for bucket in buckets(tensors, 7):
+        engine.load_bucket(bucket)
+    with pytest.raises(WeightUpdateError, match=r"model\.norm\.weight"):
+        engine.verify_update(7)
+
+
+def in_fp8(version):
+    """The matrices of the layers as codes; a bucket holds them with their scales."""
+    tensors = random_tensors(hf_config("qwen3"), version)
+    names = {name for name, tensor in tensors.items() if tensor.ndim == 2 and ".layers." in name}
+    found = quantise_tensors(tensors, names)
+    part = {
+        i: {n: t for n, t in found.items() if (f".layers.{i}." in n) or (".layers." not in n and i == 0)}
+        for i in (0, 1)
+    }
+    return found, [WeightBucket(version, i, 2, part[i], checksum(part[i])) for i in part]
+
+
+def test_fp8_weights_are_used_at_their_values(engine):
+    tensors, parts = in_fp8(7)
+    engine.begin_update(7)
+    for bucket in parts:
+        engine.load_bucket(bucket)
+    engine.verify_update(7)
+    engine.commit_update(7)
+    (group,) = engine.generate([request([5, 6], range(4))])
+    decoder = Decoder(DecoderConfig.from_hf(hf_config("qwen3")), fp8.values(tensors))
+    rounded = Decoder(DecoderConfig.from_hf(hf_config("qwen3")), random_tensors(hf_config("qwen3"), 7))
+    for sample in group.samples:
+        tokens = torch.tensor([[5, 6, *sample.token_ids.tolist()]])
+        np.testing.assert_allclose(sample.log_probs, token_log_probs(decoder, tokens)[0, 1:].numpy(), atol=1e-5)
+        assert np.abs(sample.log_probs - token_log_probs(rounded, tokens)[0, 1:].numpy()).mean() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t, n: t.pop(n + "_scale_inv"), "bucket 2/2: '{n}' came as FP8 codes with nothing"),
+        (lambda t, n: t.update({n: t[n][:4]}), r"bucket 2/2: '{n}' has shape \(4, 64\)"),
+        (lambda t, n: t.update({n: t[n].float()}), "bucket 2/2: '{n}_scale_inv' is not a parameter"),
+    ],
+    ids=["no scale", "shape", "a scale without codes"],
+)
+def test_broken_fp8_buckets_are_refused(engine, change, message):
+    _, (first, second) = in_fp8(7)
+    name, tensors = "model.layers.1.mlp.up_proj.weight", dict(second.tensors)
+    change(tensors, name)
+    engine.begin_update(7)
+    engine.load_bucket(first)
+    with pytest.raises(WeightUpdateError, match=message.format(n=name)):
+        engine.load_bucket(WeightBucket(7, 1, 2, tensors, checksum(tensors)))
+
+
+def test_an_engine_without_fp8_refuses_codes():
+    session = UpdateSession("engine 3", 7, DecoderConfig.from_hf(hf_config("qwen3")).tensor_shapes(), codes=False)
+    with pytest.raises(WeightUpdateError, match=r"engine 3.*came as FP8 codes, but the engine was started without"):
+        session.admit(in_fp8(7)[1][0])
+
+
+@pytest.mark.parametrize("version", [7, 8])
+def test_only_what_was_verified_commits(engine, version):
+    engine.begin_update(7)
+    first, *rest = buckets(random_tensors(hf_config("qwen3"), 1), 7)
+    engine.load_bucket(first)
+    if version == 8:
+        for bucket in rest:
+            engine.load_bucket(bucket)
+        engine.verify_update(7)
+        assert engine.health().weight_version is None, "verified is not served"
+        with pytest.raises(EngineError, match="push the weights again"):
+            engine.generate([request([5, 6])])
+    with pytest.raises(WeightUpdateError, match=rf"commit_update\({version}\), but what is loaded is version 7"):
+        engine.commit_update(version)
+
+
+def test_nothing_is_admitted_after_verification(engine):
+    tensors = random_tensors(hf_config("qwen3"), 1)
+    engine.begin_update(7)
+    for bucket in buckets(tensors, 7):
+        engine.load_bucket(bucket)
+    engine.verify_update(7)
+    with pytest.raises(WeightUpdateError, match="after verify_update"):
+        engine.load_bucket(buckets(tensors, 7)[0])
+
+
+@pytest.mark.parametrize("until", ["start", "begin", "load", "verify", "commit"])
+def test_after_an_abort_the_next_update_mends(engine, until):
+    tensors = random_tensors(hf_config("qwen3"), 1)
+    steps = [
+        lambda: engine.begin_update(7),
+        lambda: [engine.load_bucket(bucket) for bucket in buckets(tensors, 7)],
+        lambda: engine.verify_update(7),
+        lambda: engine.commit_update(7),
+    ]
+    for step in steps[: ["start", "begin", "load", "verify", "commit"].index(until)]:
+        step()
+    engine.abort_update()
+    assert engine.health().weight_version is None
+    with pytest.raises(EngineError, match="push the weights again"):
+        engine.generate([request([5, 6])])
+    push(engine, tensors, 7)
+    assert engine.generate([request([5, 6])])[0].samples[0].drawn_with(7)
+
+
+def held_batch(engine, monkeypatch):
+    """A batch that stands in its first step until ``proceed`` is set; its result is filled by the ``generation`` thread."""
+    inside, proceed = threading.Event(), threading.Event()
+    original = Decoder.step
+
+    def step(self, *args):
+        inside.set()
+        proceed.wait(5)
+        return original(self, *args)
+
+    monkeypatch.setattr(Decoder, "step", step)
+    result = []
+    generation = threading.Thread(target=lambda: result.extend(engine.generate([request([5, 6], range(8), new=4)])))
+    generation.start()
+    inside.wait(5)
+    return result, proceed, generation
+
+
+def test_a_batch_that_does_not_end_is_named(folder, monkeypatch):
+    engine = NativeEngine(weight_sync_timeout_s=0.1)
+    engine.start(folder)
+    result, proceed, generation = held_batch(engine, monkeypatch)
+    with pytest.raises(
+        WeightUpdateError, match=r"version 3: begin_update: .* within 0\.1 s; raise rollout\.weight_sync"
+    ):
+        engine.begin_update(3)
+    proceed.set()
+    generation.join(5)
+    assert all(sample.drawn_with(0) for sample in result[0].samples)
+    push(engine, random_tensors(hf_config("qwen3"), 1), 4)
+    assert engine.health().weight_version == 4
+
+
+def test_an_update_waits_for_the_running_batch(engine, monkeypatch):
+    result, proceed, generation = held_batch(engine, monkeypatch)
+    update = threading.Thread(target=lambda: engine.begin_update(1))
+    update.start()
+    update.join(0.05)
+    assert update.is_alive()
+    proceed.set()
+    generation.join(5)
+    update.join(5)
+    assert all(s.drawn_with(0) for s in result[0].samples)
+    assert engine.health().weight_version is None
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [request([], [1]), request([5], [1], temperature=0.0), request([5], [1], new=0)],
+    ids=["empty", "cold", "short"],
+)
+def test_impossible_requests_are_named(engine, bad):
+    with pytest.raises(EngineError, match="at least one prompt token"):
+        engine.generate([bad])
+
+
+def test_start_reads_an_indexed_checkpoint_and_names_what_is_missing(tmp_path):
+    _, tensors = write_folder(tmp_path, "qwen2", tie_word_embeddings=True)
+    (tmp_path / "model.safetensors").unlink()
+    names = sorted(tensors)
+    files = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, part in files.items():
+        save_file({name: tensors[name] for name in part}, str(tmp_path / file))
+    weight_map = {name: file for file, part in files.items() for name in part}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    engine = NativeEngine()
+    engine.start(tmp_path)
+    assert engine.health().weight_version == 0
+    del weight_map["model.norm.weight"]
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(EngineError, match=r"model\.norm\.weight"):
+        NativeEngine().start(tmp_path)
+
+
+def test_life_cycle_errors(engine, tmp_path):
+    with pytest.raises(EngineError, match=r"config\.json"):
+        NativeEngine().start(tmp_path)
+    with pytest.raises(EngineError, match="not started"):
+        NativeEngine().generate([])
+    engine.close()
+    engine.close()
+    assert engine.health().weight_version is None
+    with pytest.raises(EngineError, match="not started"):
+        engine.generate([request([5])])
