@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,12 +93,11 @@ class GatheredAttention(MegatronModule):
         size, rank = self._group.size(), self._group.rank()
         positions = [_positions(query.shape[0], index, size, query.device) for index in range(size)]
         visible = torch.cat(positions)[None, :] <= positions[rank][:, None]
-        key, value = (
-            tensor_parallel.gather_from_sequence_parallel_region(each.contiguous(), group=self._group)
-            for each in (key, value)
-        )
+        gather = partial(tensor_parallel.gather_from_sequence_parallel_region, group=self._group)
         context = torch.nn.functional.scaled_dot_product_attention(
-            *(each.permute(1, 2, 0, 3) for each in (query, key, value)),
+            query.permute(1, 2, 0, 3),
+            gather(key.contiguous()).permute(1, 2, 0, 3),
+            gather(value.contiguous()).permute(1, 2, 0, 3),
             attn_mask=visible,
             scale=self.softmax_scale,
             enable_gqa=query.shape[2] != key.shape[2],

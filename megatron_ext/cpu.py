@@ -182,7 +182,7 @@ def _type(original: Callable[..., Any]) -> Callable[..., Any]:
     return name_or_cast
 
 
-class _CpuGenerators(tuple):
+class _CpuGenerators:
     """``torch.cuda.default_generators`` with the CPU's generator at every index."""
 
     def __getitem__(self, index: Any) -> torch.Generator:
@@ -198,8 +198,8 @@ def _redirect_rng() -> None:
     def set_state(state: torch.Tensor, device: Any = None) -> None:
         torch.set_rng_state(state)
 
-    torch.cuda.default_generators = _CpuGenerators()
+    torch.cuda.default_generators = _CpuGenerators()  # type: ignore[assignment]
     torch.cuda._lazy_call = lambda call, **kwargs: call()
     torch.cuda.manual_seed = torch.manual_seed  # type: ignore[assignment]
     for module in (torch.cuda, torch.cuda.random):
-        module.get_rng_state, module.set_rng_state = get_state, set_state  # type: ignore[assignment]
+        module.get_rng_state, module.set_rng_state = get_state, set_state  # type: ignore[attr-defined]

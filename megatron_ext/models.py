@@ -85,7 +85,7 @@ def build(
             set_tensor_model_parallel_attributes(parameter, True, row.split, 1)
         # megatron 0.16 reduces experts over the wrong ranks where only their TP is another (later versions do as here).
         if parameter is not None and row.expert is not None:
-            parameter.allreduce = grid.ep == 1 and grid.expert_tp == grid.tp
+            parameter.allreduce = grid.ep == 1 and grid.expert_tp == grid.tp  # type: ignore[attr-defined]
     return gpt
 
 
@@ -234,7 +234,7 @@ class _RMSNorm(torch.nn.RMSNorm):
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps)
-        self.weight.sequence_parallel = config.sequence_parallel
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 def _spec(config: TransformerConfig, chunk: int | None, impl: str) -> TransformerBlockSubmodules:

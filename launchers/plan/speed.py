@@ -87,8 +87,13 @@ def forward(work: Work, stage: int, weights: Matrices, count: float, length: flo
     attention = layers * count * length**2 * model.heads * sum(widths)
     last = stage == work.grid.pp - 1
     output = 2 * count * min(work.expected_targets, length) * model.vocab * model.hidden if last else 0.0
-    parts = (operations * entries for entries in (weights.all, weights.fp8, weights.experts))
-    return Forward(*parts, attention, output)
+    return Forward(
+        linear=operations * weights.all,
+        fp8=operations * weights.fp8,
+        experts=operations * weights.experts,
+        attention=attention,
+        output=output,
+    )
 
 
 def speed(work: Work, machine: Machine) -> Speed:

@@ -17,4 +17,4 @@ class ArchivePackager(Packager):
 
     def package(self, path: Path, job_dir: str, name: str) -> str:
         """See ``Packager``."""
-        return shutil.copy(self.archive, Path(job_dir) / f"{name}.tar.gz")
+        return str(shutil.copy(self.archive, Path(job_dir) / f"{name}.tar.gz"))

@@ -102,11 +102,11 @@ def _exchange(
             view.copy_(values)
         if message.numel():
             operations.append(dist.P2POp(dist.isend, message, bucket.owner))
-    for holder in own.holders if own else ():
+    for bucket, holder in [(own, holder) for holder in own.holders] if own else []:
         if holder == topology.rank:
-            received.append(list(zip(_parts(own, holder, dtype), _values(parameters, own, holder), strict=True)))
+            received.append(list(zip(_parts(bucket, holder, dtype), _values(parameters, bucket, holder), strict=True)))
             continue
-        message, views = _message(list(_parts(own, holder, dtype)), device)
+        message, views = _message(list(_parts(bucket, holder, dtype)), device)
         received.append(views)
         if message.numel():
             operations.append(dist.P2POp(dist.irecv, message, holder))

@@ -21,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
@@ -145,8 +145,8 @@ def write(descriptor: int, start: int, name: str, tensor: torch.Tensor, leading:
 def _frame(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
     """What torch.save writes before and after the values of a tensor, which ``put`` then writes and sums in one pass."""
     frame = _Frame()
-    with skip_data(), serialization.patch("save.compute_crc32", False):
-        torch.save(torch.empty(shape, dtype=dtype), frame)
+    with skip_data(), serialization.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
+        torch.save(torch.empty(shape, dtype=dtype), cast("IO[bytes]", frame))
     before, after = map(bytes, frame.parts)
     return before, after
 
@@ -181,12 +181,12 @@ class Record:
 
 def finish(directory: Path, records: Iterable[Record], model: Architecture) -> None:
     """Write ``.metadata``, ``common.pt`` and, last, ``metadata.json``: the folder is then a checkpoint."""
-    tensors: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    tensors: dict[str, TensorStorageMetadata] = {}
+    extras: dict[str, BytesStorageMetadata] = {}
     results = []
     extra = io.BytesIO()
-    torch.save(
-        [None], extra
-    )  # linear layers ask for an extra state (Transformer Engine's FP8 scales): one record for all
+    # Linear layers ask for an extra state (Transformer Engine's FP8 scales): one record for all.
+    torch.save([None], extra)
     (directory / _EXTRA_FILE).write_bytes(extra.getvalue())
     for record in records:
         place = stored(record.chunk.row, model)
@@ -200,11 +200,11 @@ def finish(directory: Path, records: Iterable[Record], model: Architecture) -> N
             tensors.setdefault(key, TensorStorageMetadata(properties, size, [])).chunks.append(box)
             info = _StorageInfo(record.file, record.start, record.nbytes)
             results.append(WriteResult(MetadataIndex(key, offsets), record.nbytes, info))
-        if (state := _extra_state(place)) and state not in tensors:
-            tensors[state] = BytesStorageMetadata()
+        if (state := _extra_state(place)) and state not in extras:
+            extras[state] = BytesStorageMetadata()
             info = _StorageInfo(_EXTRA_FILE, 0, len(extra.getvalue()))
             results.append(WriteResult(MetadataIndex(state), info.length, info))
-    FileSystemWriter(directory).finish(Metadata(tensors), [results])
+    FileSystemWriter(directory).finish(Metadata({**tensors, **extras}), [results])
     torch.save({}, directory / "common.pt")
     (directory / CONFIG).write_text(json.dumps(_CONFIG))
 
@@ -262,7 +262,7 @@ class Checkpoint:
         )
         axes = {key: len(place.axes) for key, place in self._places.values()}
         for key, entry in metadata.state_dict_metadata.items():
-            for chunk in entry.chunks if key in axes else ():
+            for chunk in entry.chunks if key in axes and isinstance(entry, TensorStorageMetadata) else ():
                 info = metadata.storage_data[MetadataIndex(key, chunk.offsets)]
                 self._boxes[key, tuple(chunk.offsets[: axes[key]])].append((chunk, info))
 
@@ -352,7 +352,9 @@ def _described(path: Path, offset: int, length: int) -> tuple[int, int, int, tup
     with (
         path.open("rb") as file,
         _Pages(file.fileno(), offset - page + length, access=mmap.ACCESS_READ, offset=page) as pages,
-        zipfile.ZipFile(pages) as archive,  # torch.save: a pickle beside the storage, stored uncompressed
+        zipfile.ZipFile(
+            cast("IO[bytes]", pages)
+        ) as archive,  # torch.save: a pickle beside the storage, stored uncompressed
     ):
         infos = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         begin = {name: _body(pages, infos[name].header_offset) for name in ("data.pkl", "data/0")}
