@@ -108,14 +108,19 @@ def _countdown_questions(name: str, share: float) -> list[Question]:
 
 
 def to_prompt(question: Question, config: DataConfig, tokenizer: Tokenizer) -> Prompt:
-    """Tokenize: plain text as it is, a conversation (or any text with ``chat_template``) through the chat template."""
-    if question.messages or config.chat_template:
-        messages = question.messages or ({"role": "user", "content": question.text},)
-        text = tokenizer.render_chat([*_example_turns(config), *messages], config.system_prompt)
-        token_ids = tokenizer.encode_rendered(text)
-    else:
-        text = question.text
-        token_ids = tokenizer.encode(text)
+    """Tokenize: plain text as it is, a conversation (or any text with ``chat_template``) through the chat template.
+
+    Raises ``DataError`` naming the prompt where it has no tokens, or the model cannot take them.
+    """
+    chat = bool(question.messages) or config.chat_template
+    text = question.text
+    try:
+        if chat:
+            messages = question.messages or ({"role": "user", "content": text},)
+            text = tokenizer.render_chat([*_example_turns(config), *messages], config.system_prompt)
+        token_ids = tokenizer.encode_rendered(text) if chat else tokenizer.encode(text)
+    except DataError as error:
+        raise DataError(f"prompt {question.id!r}: {error}") from error
     if not token_ids:
         raise DataError(f"prompt {question.id!r} has no tokens: {text!r}")
     verifier = question.verifier if config.verifier == "auto" else config.verifier

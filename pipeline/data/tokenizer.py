@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -25,9 +26,14 @@ class Tokenizer:
 
     def __init__(self, folder: Path, eos_token_ids: tuple[int, ...], pad_token_id: int) -> None:
         self.folder = folder
+        self._vocabulary = read_json(folder / "config.json").get("vocab_size", sys.maxsize)
         self.eos_token_ids = eos_token_ids  # any of these ends a response
         self.pad_token_id = pad_token_id
         self._backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        # Left in the file by whoever last used the tokenizer. Obeyed, they would cut or pad prompts in silence.
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._check((*eos_token_ids, pad_token_id))
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a plain text, with the special tokens (e.g. a BOS) that the model expects around it."""
@@ -56,7 +62,7 @@ class Tokenizer:
         conversation = ([{"role": "system", "content": system}] if system else []) + [dict(m) for m in messages]
         try:
             rendered = self._chat.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
             roles = [message["role"] for message in conversation]
             raise DataError(
                 f"the chat template of {self.folder} refuses messages with roles {roles}: {error}"
@@ -73,17 +79,32 @@ class Tokenizer:
 
     def _ids(self, text: str, *, special: bool) -> tuple[int, ...]:
         try:
-            return tuple(self._backend.encode(text, add_special_tokens=special).ids)
+            ids = tuple(self._backend.encode(text, add_special_tokens=special).ids)
         except Exception as error:  # the library knows no narrower one
             raise DataError(f"the tokenizer of {self.folder} cannot encode {text[:60]!r}: {error}") from error
+        self._check(ids)
+        return ids
+
+    def _check(self, ids: tuple[int, ...]) -> None:
+        """Raise ``DataError`` where the model has no embedding for one of ``ids``."""
+        if ids and max(ids) >= self._vocabulary:
+            token = max(ids)
+            raise DataError(
+                f"token {self._backend.id_to_token(token)!r} of {self.folder} has id {token}, beyond the model's "
+                f"vocabulary of {self._vocabulary} (vocab_size in config.json): use the tokenizer that belongs to the "
+                "model, or give the model embeddings for the tokens that were added"
+            )
 
     @cached_property
     def _chat(self) -> Any:
-        in_config = "chat_template" in read_json(self.folder / "tokenizer_config.json")
-        if not in_config and not (self.folder / "chat_template.jinja").is_file():
+        template = read_json(self.folder / "tokenizer_config.json").get("chat_template")
+        if isinstance(template, list):  # named templates
+            template = next((each.get("template") for each in template if each.get("name") == "default"), None)
+        if template is None and not (self.folder / "chat_template.jinja").is_file():
             raise DataError(
-                f"{self.folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json): "
-                "set data.chat_template=false and use plain prompts, or choose an instruction-tuned model"
+                f"{self.folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json; "
+                "of several, the one named default): set data.chat_template=false and use plain prompts, or choose an "
+                "instruction-tuned model"
             )
         # Not AutoTokenizer: that one imports the model's configuration class, and with it torchvision where installed.
         from transformers import PreTrainedTokenizerFast

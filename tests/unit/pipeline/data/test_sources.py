@@ -67,6 +67,20 @@ def test_too_long_prompts_are_counted(tokenizer, tmp_path):
         load(tokenizer, kind="jsonl", path=path, max_prompt_tokens=2)
 
 
+def test_a_prompt_that_the_model_cannot_take_is_named(tmp_path):
+    import shutil
+
+    import tokenizers
+
+    shutil.copytree(PM4, tmp_path / "model")
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json"))
+    backend.add_special_tokens(["<tool>"])
+    backend.save(str(tmp_path / "model" / "tokenizer.json"))
+    path = write(tmp_path / "a.jsonl", question(1), question(2, prompt="<tool>1="))
+    with pytest.raises(DataError, match=r"prompt 'q2': token '<tool>' .* id 16, beyond the model's vocabulary of 16"):
+        load(load_tokenizer(tmp_path / "model"), kind="jsonl", path=path)
+
+
 def test_a_growing_file_keeps_its_split(tokenizer, tmp_path):
     def held_out(n):
         path = write(tmp_path / "a.jsonl", *(question(i) for i in range(n)))

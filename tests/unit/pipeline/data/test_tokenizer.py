@@ -83,6 +83,47 @@ def test_chat_template(folder):
     assert tokenizer.encode_chat([{"role": "user", "content": "1+2"}], "9") == (6, 9, 4, 1, 10, 2, 13)
 
 
+@pytest.mark.parametrize("template", [None, [{"name": "tool_use", "template": "="}], []])
+def test_a_chat_template_that_is_none_is_no_template(folder, template):
+    edit(folder / "tokenizer_config.json", chat_template=template)
+    with pytest.raises(DataError, match=r"model has no chat template .*chat_template in tokenizer_config\.json"):
+        load_tokenizer(folder).render_chat([{"role": "user", "content": "1"}])
+
+
+def test_of_several_chat_templates_the_default_is_used(folder):
+    named = [{"name": "tool_use", "template": "9"}, {"name": "default", "template": "{{ messages[0].content }}="}]
+    edit(folder / "tokenizer_config.json", chat_template=named)
+    assert load_tokenizer(folder).render_chat([{"role": "user", "content": "1"}]) == "1="
+
+
+def test_a_template_that_breaks_on_these_messages_is_a_data_error(folder):
+    edit(folder / "tokenizer_config.json", chat_template="{{ messages[0].content + 1 }}")
+    with pytest.raises(DataError, match="refuses messages with roles"):
+        load_tokenizer(folder).render_chat([{"role": "user", "content": "1"}])
+
+
+def test_truncation_and_padding_left_in_the_file_are_not_obeyed(folder):
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.enable_truncation(3)
+    backend.enable_padding(length=8, pad_id=15, pad_token="$")
+    backend.save(str(folder / "tokenizer.json"))
+    assert load_tokenizer(folder).encode("123456") == (1, 2, 3, 4, 5, 6)
+    assert load_tokenizer(folder).encode("1") == (1,)
+
+
+def test_a_token_without_an_embedding_is_refused_when_it_is_first_met(folder):
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_special_tokens(["<tool>"])  # id 16; the model has 16 embeddings
+    backend.save(str(folder / "tokenizer.json"))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode("12") == (1, 2)
+    with pytest.raises(DataError, match=r"token '<tool>' .* has id 16, beyond the model's vocabulary of 16"):
+        tokenizer.encode("1<tool>")
+    edit(folder / "generation_config.json", eos_token_id=16)
+    with pytest.raises(DataError, match="token '<tool>' .* has id 16"):
+        load_tokenizer(folder)
+
+
 def test_a_refusing_chat_template_is_an_error_naming_the_roles(folder):
     edit(folder / "tokenizer_config.json", chat_template="{{ raise_exception('no system role') }}")
     with pytest.raises(DataError, match=r"roles \['system', 'user'\]: no system role"):
