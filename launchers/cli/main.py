@@ -16,6 +16,7 @@ from launchers.cli import (
     benchmark_cmd,
     config_cmd,
     convert_cmd,
+    data_cmd,
     doctor_cmd,
     entropy_cmd,
     evaluate_cmd,
@@ -51,6 +52,7 @@ app.add_typer(alerts_cmd.app, name="alerts")
 app.add_typer(launch_cmd.app, name="launch")
 app.add_typer(jobs_cmd.app, name="jobs")
 app.add_typer(config_cmd.app, name="config")
+app.add_typer(data_cmd.app, name="data")
 app.add_typer(plan_cmd.app, name="plan")
 app.add_typer(convert_cmd.app, name="convert")
 app.add_typer(lab_cmd.app, name="lab")

@@ -39,7 +39,7 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer, *, max_prompt_tokens:
     train: list[Prompt] = []
     held_out: list[Prompt] = []
     dropped = 0
-    for question in _questions(config):
+    for question in read_questions(config):
         prompt = to_prompt(question, config, tokenizer)
         if len(prompt.token_ids) > max_prompt_tokens:
             dropped += 1
@@ -80,7 +80,8 @@ def check_prompts(prompts: PromptSet, config: RunConfig) -> None:
         )
 
 
-def _questions(config: DataConfig) -> Sequence[Question]:
+def read_questions(config: DataConfig) -> Sequence[Question]:
+    """The questions of ``config.source``, in its order. Raises ``DataError``."""
     source = config.source
     if source.kind == "countdown":
         return _countdown_questions(source.task, config.held_out)

@@ -120,7 +120,7 @@ def test_a_token_without_an_embedding_is_refused_when_it_is_first_met(folder):
     with pytest.raises(DataError, match=r"token '<tool>' .* has id 16, beyond the model's vocabulary of 16"):
         tokenizer.encode("1<tool>")
     edit(folder / "generation_config.json", eos_token_id=16)
-    with pytest.raises(DataError, match="token '<tool>' .* has id 16"):
+    with pytest.raises(DataError, match=r"token '<tool>' .* has id 16"):
         load_tokenizer(folder)
 
 

@@ -1,0 +1,78 @@
+"""``isentrope data``: look at a data file before a run does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from launchers.cli.arguments import CONFIG, JSON
+from pipeline.config.load import load_config, resolve_path
+from pipeline.config.schema import DataConfig, RunConfig, SourceConfig
+
+if TYPE_CHECKING:
+    from pipeline.data.check import DataReport
+
+app = typer.Typer(help="Data files: what a run would make of them.", no_args_is_help=True)
+SHOWN = 5  # prompts of a kind that are named
+_FILE = typer.Argument(None, metavar="[FILE]", help="JSONL file; default: the data source of --config.")
+_SET = typer.Option([], "--set", metavar="KEY=VALUE", help="Overrides of the configuration.")
+
+
+@app.command("check")
+def check(
+    file: Path | None = _FILE, config: Path | None = CONFIG, overrides: list[str] = _SET, as_json: bool = JSON
+) -> None:
+    """Read a data file as training would: one rendered prompt, token lengths, what is dropped and why, duplicates.
+
+    Every line that cannot be used is reported by file and line, with exit code 2. With --config, prompts are rendered
+    by its tokenizer and chat template and counted in tokens.
+
+    Examples:
+
+      isentrope data check math.jsonl
+
+      isentrope data check math.jsonl --config my.yaml --set data.system_prompt="Answer in a box."
+    """
+    if file is None and config is None:
+        raise typer.BadParameter("give a FILE, a --config, or both")
+    if file is not None:
+        overrides = [*overrides, "data.source.kind=jsonl", f"data.source.path={file.absolute()}"]
+    if config is None:
+        source = SourceConfig(kind="jsonl", path=str(file))
+        settings, tokenizer = RunConfig(data=DataConfig(source=source)), None
+    else:
+        from pipeline.data.tokenizer import load_tokenizer
+
+        settings = load_config(config, overrides)
+        tokenizer = load_tokenizer(resolve_path(settings.model.hf_path))
+    from pipeline.data.check import check_data
+
+    report = check_data(settings, tokenizer)
+    if as_json:
+        typer.echo(json.dumps(asdict(report)))
+    else:
+        typer.echo("\n".join(_lines(report, settings.rollout.max_prompt_tokens)))
+
+
+def _lines(report: DataReport, limit: int) -> Iterator[str]:
+    yield f"{report.questions} questions; verifiers: " + ", ".join(f"{n} x {v}" for v, n in report.verifiers.items())
+    if report.lengths:
+        yield "prompt tokens: " + ", ".join(f"{name} {length:g}" for name, length in report.lengths.items())
+        yield f"dropped, since longer than rollout.max_prompt_tokens={limit}: {len(report.too_long)}"
+        yield from _some(f"  {name}: {length} tokens" for name, length in report.too_long.items())
+    yield f"questions asked more than once: {len(report.duplicates)}"
+    yield from _some("  " + ", ".join(same) for same in report.duplicates)
+    example = report.example
+    yield f"the first ({example['id']}, answer {example['answer']!r}, verifier {example['verifier']}):"
+    yield str(example["prompt"])
+
+
+def _some(lines: Iterable[str]) -> list[str]:
+    found = list(lines)
+    more = [f"  ... and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
+    return found[:SHOWN] + more
