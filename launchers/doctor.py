@@ -1,6 +1,6 @@
 """Whether this machine can train: versions that fit together, devices, shared memory, ports, disk. Needs no configuration.
 
-Imports nothing of Isentrope: a launch sends this file alone to the cluster's Python (``launchers.slurm.site``).
+Imports nothing of Isentrope: a launch sends this file alone to the cluster's Python (``launchers.plan.site``).
 """
 
 from __future__ import annotations

@@ -10,12 +10,11 @@ from launchers.plan.engines import Gpu, Rollout, rollout
 from launchers.plan.memory import GIB
 from launchers.plan.speed import Machine, speed
 from launchers.plan.work import ITEM_SIZES, Work, from_config
-from launchers.run.placement import Placement
 from launchers.slurm.cluster import ClusterConfig
 from pipeline.config.schema import RunConfig
 from pipeline.model.architecture import Architecture
 from pipeline.model.layout import rows
-from pipeline.reshard import engine_grid
+from pipeline.reshard.engine_grid import EngineGrid, Placement
 from pipeline.reshard.plan import make_plan
 from pipeline.reshard.report import run_summary
 
@@ -101,12 +100,9 @@ def _sync(model: Architecture, config: RunConfig, cluster: ClusterConfig, work: 
     """
     settings = config.rollout
     tp = settings.tensor_parallel_size if settings.engine == "sglang" else 1
-    engines = engine_grid.EngineGrid(tp=tp, count=settings.engines)
-    colocated = settings.placement == "colocated"
-    apart = [] if colocated else [node for node in placed.engines for _ in range(tp)]
-    where = engine_grid.Placement(work.grid.world_size, engines.world_size, colocated, (*placed.ranks, *apart))
+    engines = EngineGrid(tp=tp, count=settings.engines)
     dtype = "fp8" if settings.weight_dtype == "fp8" else config.model.dtype
-    plan = make_plan(model, work.grid, engines, where, config.learner.bucket_mib << 20, dtype)
+    plan = make_plan(model, work.grid, engines, placed, config.learner.bucket_mib << 20, dtype)
     moved = run_summary(plan, dtype)
     owned, across = max(moved["run_sent_bytes_by_learner_rank"]), moved["run_inter_node_ingress_bytes"]
     model_bytes = moved["run_per_rank_ingress_bytes"]

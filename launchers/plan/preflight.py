@@ -19,10 +19,10 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from launchers.doctor import BAD
-from launchers.run.placement import Placement, PlacementError, place
+from launchers.placement import PlacementError, place
+from launchers.plan.site import Elsewhere, Site, look, versions
 from launchers.slurm.cluster import ClusterConfig, seconds
 from launchers.slurm.jobs import Shell, local, shell
-from launchers.slurm.site import Elsewhere, Site, look, versions
 from pipeline.config.errors import ConfigError, Problem
 from pipeline.config.load import PACKAGED, load_config, resolve_path
 from pipeline.config.schema import MonitoringConfig, RunConfig
@@ -30,6 +30,7 @@ from pipeline.monitoring.alerts.rules import rules_of
 from pipeline.monitoring.events import FILE_NAME
 from pipeline.monitoring.memory import GIB
 from pipeline.monitoring.sinks.alert_delivery import webhook_problems
+from pipeline.reshard.engine_grid import Placement
 
 if TYPE_CHECKING:
     from launchers.plan.forecast import Forecast
@@ -260,13 +261,13 @@ def _machines(setting: Setting) -> Iterator[str | Problem]:
             "cluster.nodes", setting.nodes, what, "use more nodes (--nodes), a smaller layout or fewer engines"
         )
         return
-    ranks, engines = Counter(placed.ranks), Counter(placed.engines)
+    ranks, engines = Counter(placed.learner_nodes), Counter(placed.engine_nodes(max(1, setting.engine_gpus)))
     for node in range(setting.nodes):
         idle = cluster.gpus_per_node - ranks[node] - (0 if shared else engines[node] * setting.engine_gpus)
         rest = f", {idle} GPUs idle" if cluster.gpus_per_node and idle else ""
         yield f"node {node}: {_count(ranks[node], 'learner process')}, {_count(engines[node], 'engine')}{rest}"
         if not ranks[node] and not engines[node]:
-            remedy = f"launch with --nodes {max([*placed.ranks, *placed.engines]) + 1}, or enlarge the layout"
+            remedy = f"launch with --nodes {max(placed.nodes) + 1}, or enlarge the layout"
             yield Problem("cluster.nodes", setting.nodes, f"node {node} would have nothing to do", remedy)
             return
 

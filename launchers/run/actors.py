@@ -18,7 +18,7 @@ import torch
 
 from launchers.run.ray_cluster import most_on_one_node, use_interface_of
 from launchers.supervise.roll_call import ROLL_CALL, Whereabouts, whereabouts
-from pipeline.config.schema import RunConfig
+from pipeline.learner import Learner
 from pipeline.monitoring.memory import GIB, resident_gib
 from pipeline.ports import free_port
 from pipeline.rollout.engine import EngineError, EngineTimeoutError, RolloutEngine, WeightUpdateError
@@ -29,6 +29,10 @@ BUCKETS_IN_FLIGHT = 2  # how many buckets the object store may hold while engine
 HEALTH_TIMEOUT_S = 30.0  # an engine's own health check takes at most 10
 CLOSE_TIMEOUT_S = 60.0
 GRACE_S = 10.0  # what an engine gets above its own deadline, so that its own words arrive
+
+BuildRank = Callable[
+    [int, tuple[str, int]], Learner
+]  # rank, address at which the ranks meet -> the learner of that rank
 
 
 def answer(replies: Any, who: str, timeout_s: float | None = None) -> Any:
@@ -56,15 +60,12 @@ class LearnerRank:
         """See ``launchers.supervise.roll_call``."""
         return whereabouts()
 
-    def build(self, config: RunConfig, rank: int, address: tuple[str, int], threads: int) -> None:
-        """Join the other ranks. Not in ``__init__``, where Ray would hide what went wrong."""
-        # Imported here: megatron-core must load in this process only, after the CPU shim.
-        from launchers.run.assemble import build_learner_rank
-
+    def build(self, build: BuildRank, rank: int, address: tuple[str, int], threads: int) -> None:
+        """Make the learner of this rank and join the other ranks. Not in ``__init__``, where Ray would hide what went wrong."""
         torch.set_num_threads(threads)
         if address[0] != LOCALHOST:
             use_interface_of(ray.util.get_node_ip_address())
-        self.learner = build_learner_rank(config, rank, address)
+        self.learner = build(rank, address)
         self.export: Iterator[WeightBucket | None] = iter(())
 
     def host(self) -> str:
@@ -105,7 +106,8 @@ class LearnerRank:
 class RayLearner:
     """``Learner`` over one actor per rank; every rank makes every call, rank 0 answers."""
 
-    def __init__(self, config: RunConfig, ranks: Sequence[Any]) -> None:
+    def __init__(self, build: BuildRank, ranks: Sequence[Any]) -> None:
+        """``build`` runs in the process of each of ``ranks`` (actors of ``LearnerRank``), so only there is megatron-core loaded."""
         self.ranks = list(ranks)
         self.owners: list[list[int]] = []  # of buckets, by round
         self.ahead: dict[int, list[Any]] = {}  # version -> its first round, already asked for
@@ -116,7 +118,7 @@ class RayLearner:
         host = hosts[0] if len(set(hosts)) > 1 else LOCALHOST
         address = (host, self._answer(self.ranks[0].free_port.remote(host)))
         threads = max(1, (os.cpu_count() or 1) // most_on_one_node(hosts))
-        self._answer([rank.build.remote(config, i, address, threads) for i, rank in enumerate(self.ranks)])
+        self._answer([rank.build.remote(build, i, address, threads) for i, rank in enumerate(self.ranks)])
 
     def _everywhere(self, method: str, *args: Any, **kwargs: Any) -> Any:
         return self._answer([rank.call.remote(method, *args, **kwargs) for rank in self.ranks])[0]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from launchers.run.placement import Placement, PlacementError, place
+from launchers.placement import PlacementError, place
 from launchers.supervise.sidecar import Sidecar
 from launchers.supervise.watchdog import Others, Watchdog
 from pipeline.checkpoints import Checkpoint, CheckpointError, CheckpointStore
@@ -30,6 +30,7 @@ from pipeline.evaluation.evaluate import evaluate as evaluate_engine
 from pipeline.learner import Learner
 from pipeline.loop import TrainingLoop
 from pipeline.monitoring.recorder import Recorder
+from pipeline.reshard.engine_grid import Placement
 from pipeline.rewards.stage import VerifierStage
 from pipeline.rollout.engine import RolloutEngine
 from pipeline.rollout.pool import EnginePool
@@ -155,9 +156,9 @@ def start_learner(config: RunConfig, stack: ExitStack) -> Learner:
         options = {"num_cpus": 0, "num_gpus": int(torch.cuda.is_available())}
         ranks = [
             LearnerRank.options(**options, scheduling_strategy=nodes[node].affinity()).remote()
-            for node in placement.ranks
+            for node in placement.learner_nodes
         ]
-        learner = RayLearner(config, ranks)
+        learner = RayLearner(partial(build_learner_rank, config), ranks)
     stack.callback(learner.close)
     return learner
 
@@ -202,9 +203,10 @@ def start_engines(config: RunConfig, log_dir: Path, stack: ExitStack, learner: L
         if colocated and learner is not None:
             options = shared_gpus(learner.gpus(), config.rollout.engines, config.rollout.tensor_parallel_size)
         timeout_s = config.rollout.weight_sync_timeout_s
+        on_nodes = placement.engine_nodes(max(1, engine_gpus(config)))
         homes = [
             EngineProcess.options(**option, scheduling_strategy=nodes[node].affinity())
-            for option, node in zip(options, placement.engines, strict=True)
+            for option, node in zip(options, on_nodes, strict=True)
         ]
         engines = [
             RayEngine(partial(home.remote, build), f"engine {i}", timeout_s)

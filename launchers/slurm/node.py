@@ -1,12 +1,7 @@
 """What runs on every node of a job: Ray, and on the first node the training run itself.
 
 ``python -m launchers.slurm.node RUN_DIR ATTEMPT_DIR HEAD:PORT``, in the folder of the shipped code. The first node leaves its verdict in
-``ATTEMPT_DIR/verdict``: a word and a reason, from which the job script decides about another attempt.
-
-- ``completed``, ``cancelled``: there is nothing left to do;
-- ``saved``: stopped in time, with a checkpoint: go on from there;
-- ``again``: broke off; another attempt may do better;
-- ``failed``: another attempt would break off just the same.
+``ATTEMPT_DIR/verdict``: a word and a reason, from which the job script decides about another attempt. The words are those of ``launchers.supervise.training``.
 """
 
 from __future__ import annotations
@@ -20,21 +15,17 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from launchers import environment
-from launchers.supervise.attempts import LAUNCH, AttemptLog, Progress, begun, gives_up, progress
-from launchers.supervise.watchdog import Supervision
+from launchers.supervise.attempts import LAUNCH, AttemptLog, gives_up, progress
+from launchers.supervise.training import train
 from pipeline.config.load import load_config
-from pipeline.disk import DiskFullError
 
 SHIPPED = Path(".launch")  # beside the shipped code: config.yaml, cluster.yaml, code.json, code.patch, launch.json
 VERDICT = "verdict"
-DRIVER = "driver.pid"
-CANCEL = "cancel"  # the job script was asked to stop
-USAGE_ERROR = 2
 HEAD_TIMEOUT_S = 300.0  # nodes of a large job start minutes apart
 STOP_TIMEOUT_S = 3.0
 VERDICT_GRACE_S = 15.0
@@ -71,60 +62,6 @@ def first_node(run_dir: Path, attempt_dir: Path, address: str) -> tuple[str, str
         verdict, reason = train(run_dir, attempt_dir, SHIPPED / "config.yaml", head, address)
     log.end(attempt, verdict, progress(run_dir).step, reason)
     return verdict, reason
-
-
-def train(
-    run_dir: Path,
-    attempt_dir: Path,
-    config: Path,
-    head: subprocess.Popen[bytes] | None = None,
-    address: str = "",
-    signals: Sequence[int] = (),
-) -> tuple[str, str]:
-    """Run ``isentrope train`` to its end, until it hangs or Ray's ``head`` dies; verdict and reason.
-
-    ``config`` is used for a run that has not begun, and says how many steps it has. ``attempt_dir`` gets ``driver.pid``.
-    ``signals`` may grow: they are handed on to the training process.
-    """
-    if (attempt_dir / CANCEL).exists():
-        return "cancelled", "before the run was started"
-    wanted = load_config(config, check=False)
-    steps = wanted.steps
-    going_on = begun(run_dir)
-    source = ["--resume", str(run_dir), f"steps={steps}"] if going_on else ["--config", str(config)]
-    where = [] if going_on else [f"run_dir={json.dumps(str(run_dir))}"]
-    command = [sys.executable, "-m", "launchers.cli.main", "train", *source, *where]
-    driver = subprocess.Popen(command, env=environment.child(**({"RAY_ADDRESS": address} if address else {})))
-    (attempt_dir / DRIVER).write_text(str(driver.pid))
-    supervision, handed_on = Supervision(run_dir, driver.pid, wanted), 0
-    while driver.poll() is None:
-        reason = supervision.complaint()
-        if head is not None and head.poll() is not None:
-            reason = f"Ray's head ended by itself (exit code {head.returncode}); see ray-0.log"
-        if reason:
-            driver.kill()
-            driver.wait()
-            return "again", reason
-        for number in signals[handed_on:]:
-            driver.send_signal(number)
-            handed_on += 1
-        time.sleep(0.2)
-    return _verdict(driver.returncode, progress(run_dir), steps, (attempt_dir / CANCEL).exists())
-
-
-def _verdict(code: int, after: Progress, steps: int, cancelled: bool) -> tuple[str, str]:
-    """What the exit code of `isentrope train` and its last event mean."""
-    if code == USAGE_ERROR:
-        return "failed", "the configuration was refused; the message is in the log"
-    if code != 0:
-        ending = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        if cancelled:
-            return "cancelled", f"before it could save: the training process ended with {ending}"
-        verdict = "failed" if after.error.startswith(DiskFullError.__name__) else "again"
-        return verdict, after.error or f"the training process ended with {ending}"
-    if after.status == "completed":
-        return "completed", f"{after.step} steps"
-    return "cancelled" if cancelled else "saved", f"checkpoint after {after.step} of {steps} steps"
 
 
 def other_node(attempt_dir: Path, address: str) -> int:

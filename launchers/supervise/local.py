@@ -1,4 +1,4 @@
-"""A run on this machine that survives its own crashes: the attempts of ``launchers.slurm``, without Slurm."""
+"""A run on this machine that survives its own crashes: it is attempted again from its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from launchers.slurm.node import train
 from launchers.supervise.attempts import LAUNCH, AttemptLog, gives_up, progress
 from launchers.supervise.signals import handled
+from launchers.supervise.training import train
 from pipeline.config.load import to_yaml
 from pipeline.config.schema import RunConfig
 
 
 def supervise(config: RunConfig, run_dir: Path, limit: int) -> tuple[str, str]:
-    """Train until done, stopped by a signal, or ``limit`` attempts in a row got nowhere; verdict and reason as in ``slurm.node``.
+    """Train until done, stopped by a signal, or ``limit`` attempts in a row got nowhere; verdict and reason as in ``training``.
 
     After a signal there is no further attempt: ``saved``, or ``cancelled`` if a second one came before the checkpoint.
     """

@@ -1,4 +1,4 @@
-"""Starts the sidecar of a run (``pipeline.monitoring.sidecar``) and lets it finish when the run ends."""
+"""Starts the sidecar of a run, the process that delivers its events (``pipeline.monitoring.deliver``), and sees to its end."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Self
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import RunConfig
-from pipeline.monitoring.sidecar import behind
+from pipeline.monitoring.deliver import behind
 from pipeline.monitoring.sinks.factory import build_sinks, problems
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Sidecar:
         command = [
             sys.executable,
             "-m",
-            "pipeline.monitoring.sidecar",
+            "pipeline.monitoring.deliver",
             str(self._run_dir),
             "--driver",
             str(os.getpid()),

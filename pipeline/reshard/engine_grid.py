@@ -92,7 +92,10 @@ class EngineGrid:
 
 @dataclass(frozen=True)
 class Placement:
-    """Which process each rank is, and on which node. Colocated: engine rank ``i`` is the process (GPU) of learner rank ``i``."""
+    """Which process each rank is, and on which node. Colocated: engine rank ``i`` is the process (GPU) of learner rank ``i``.
+
+    Node 0 is the driver's.
+    """
 
     learners: int  # ranks; processes 0 .. learners - 1
     engines: int  # ranks; processes from 0 (colocated) or from ``learners`` on
@@ -118,6 +121,15 @@ class Placement:
     def world_size(self) -> int:
         """Processes in all."""
         return self.learners if self.colocated else self.learners + self.engines
+
+    @property
+    def learner_nodes(self) -> tuple[int, ...]:
+        """The node of each learner rank."""
+        return self.nodes[: self.learners]
+
+    def engine_nodes(self, size: int) -> tuple[int, ...]:
+        """The node of each engine's first rank; an engine has ``size`` ranks."""
+        return tuple(self.nodes[self.engine_process(rank)] for rank in range(0, self.engines, size))
 
     def engine_process(self, rank: int) -> int:
         """Process of an engine rank (numbered over all engines)."""

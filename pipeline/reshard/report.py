@@ -75,7 +75,7 @@ def run_summary(plan: Plan, dtype: str) -> dict[str, Any]:
     rounds = buckets.plan(
         rows(plan.model, plan.learner), plan.learner, ITEM_SIZES[dtype], plan.bucket_bytes / 2**20, dtype == "fp8"
     )
-    engines = {placement.nodes[placement.engine_process(n * plan.engines.tp)] for n in range(plan.engines.count)}
+    engines = set(placement.engine_nodes(plan.engines.tp))
     entered = np.zeros(len(plan.bounds.node_ingress), dtype=np.int64)
     for bucket in (bucket for line in rounds for bucket in line):
         home = nodes[bucket.owner]

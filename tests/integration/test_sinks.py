@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.monitoring.sidecar import behind
+from pipeline.monitoring.deliver import behind
 from pipeline.ports import free_port
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "unit/pipeline/monitoring"))

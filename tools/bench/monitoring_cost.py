@@ -71,7 +71,7 @@ def cpu_per_step(run_dir: Path, steps: int) -> float:
         events = [line for line in lines if json.loads(line)["kind"] in ("run_start", "step", "run_end")]
         (again / "events.jsonl").write_text("".join([events[0], *events[1 : 1 + length], events[-1]]))
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        call("pipeline.monitoring.sidecar", str(again))
+        call("pipeline.monitoring.deliver", str(again))
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         used.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     return 1e3 * (used[1] - used[0]) / (steps - 1)

@@ -10,7 +10,7 @@ from test_delivery import server
 
 
 def sidecar(run_dir):
-    command = [sys.executable, "-m", "pipeline.monitoring.sidecar", str(run_dir)]
+    command = [sys.executable, "-m", "pipeline.monitoring.deliver", str(run_dir)]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.monitoring import sidecar
-from pipeline.monitoring.sidecar import Follower, behind, read_position
+from pipeline.monitoring import deliver
+from pipeline.monitoring.deliver import Follower, behind, read_position
 
 sys.path.append(str(Path(__file__).parent))
 import resumed_run
@@ -41,7 +41,7 @@ class Collect:
 
 @pytest.fixture
 def run_dir(tmp_path, monkeypatch):
-    monkeypatch.setattr(sidecar, "FIRST_WAIT_S", 0.001)
+    monkeypatch.setattr(deliver, "FIRST_WAIT_S", 0.001)
     (tmp_path / "sinks").mkdir()
     return resumed_run.first_attempt(tmp_path)
 
@@ -135,7 +135,7 @@ def test_a_damaged_position_is_the_beginning(tmp_path, content):
 
 
 def command(run_dir, *arguments):
-    return [sys.executable, "-m", "pipeline.monitoring.sidecar", str(run_dir), *arguments]
+    return [sys.executable, "-m", "pipeline.monitoring.deliver", str(run_dir), *arguments]
 
 
 def call(run_dir, *arguments):
@@ -154,7 +154,7 @@ def test_what_cannot_be_delivered_is_said(tmp_path, overrides, said):
 
 def test_it_imports_nothing_heavy():
     heavy = "{'torch', 'ray', 'numpy', 'wandb', 'mlflow', 'tensorboard', 'matplotlib'}"
-    code = f"import sys, pipeline.monitoring.sidecar; sys.exit(str({heavy} & set(sys.modules)) if {heavy} & set(sys.modules) else 0)"
+    code = f"import sys, pipeline.monitoring.deliver; sys.exit(str({heavy} & set(sys.modules)) if {heavy} & set(sys.modules) else 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
@@ -164,9 +164,9 @@ def test_a_finished_run_is_delivered_later_and_only_by_one(tmp_path):
     resumed_run.second_attempt(resumed_run.first_attempt(tmp_path))
     (tmp_path / "sinks").mkdir()
     wanted = "monitoring.sinks=[tensorboard]"
-    with sidecar._lock(tmp_path / "sinks" / ".lock", lambda: True):
+    with deliver._lock(tmp_path / "sinks" / ".lock", lambda: True):
         code, said = call(tmp_path, wanted)
-    assert (code, said.strip().endswith("another sidecar delivers this run")) == (1, True)
+    assert (code, said.strip().endswith("another process delivers this run")) == (1, True)
     assert call(tmp_path, wanted) == (0, "")
     assert behind(tmp_path, ["tensorboard"]) == []
 

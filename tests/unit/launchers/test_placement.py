@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launchers.run.placement import PlacementError, place
+from launchers.placement import PlacementError, place
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ from launchers.run.placement import PlacementError, place
 )
 def test_by_hand(world, tp, engines, engine_gpus, gpus, ranks, homes):
     placed = place(world, tp, engines, engine_gpus, gpus)
-    assert (placed.ranks, placed.engines) == (ranks, homes)
+    assert (placed.learner_nodes, placed.engine_nodes(max(1, engine_gpus))) == (ranks, homes)
 
 
 @pytest.mark.parametrize(
@@ -56,17 +56,17 @@ def test_no_gpu_is_taken_twice_and_no_group_is_split(groups, tp, engines, engine
         # Groups whose sizes are powers of two pack without waste: a refusal means that GPUs are short.
         assert groups * tp + engines * engine_gpus > 4 * nodes or engine_gpus > tp
         return
-    taken = Counter(placed.ranks) + Counter({node: 0 for node in range(nodes)})
-    for node in placed.engines:
+    taken = Counter(placed.learner_nodes) + Counter({node: 0 for node in range(nodes)})
+    for node in placed.engine_nodes(engine_gpus):
         taken[node] += engine_gpus
     assert max(taken.values()) <= 4
-    assert all(len(set(placed.ranks[i : i + tp])) == 1 for i in range(0, groups * tp, tp))
+    assert all(len(set(placed.learner_nodes[i : i + tp])) == 1 for i in range(0, groups * tp, tp))
 
 
 def test_colocated_engines_share_the_gpus_of_ranks_in_order():
     placed = place(8, 2, 4, 2, [4, 4], colocated=True)
-    assert (placed.ranks, placed.engines) == ((0, 0, 0, 0, 1, 1, 1, 1), (0, 0, 1, 1))
-    assert place(4, 2, 1, 4, [4], colocated=True).engines == (0,)  # an engine over two tensor-parallel groups
+    assert (placed.learner_nodes, placed.engine_nodes(2)) == ((0, 0, 0, 0, 1, 1, 1, 1), (0, 0, 1, 1))
+    assert place(4, 2, 1, 4, [4], colocated=True).engine_nodes(4) == (0,)  # an engine over two tensor-parallel groups
 
 
 @pytest.mark.parametrize(

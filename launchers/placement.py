@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+from pipeline.reshard.engine_grid import Placement
 
 
 class PlacementError(ValueError):
     """The processes do not fit; the message says what is short."""
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Node numbers, 0 being the driver's node."""
-
-    ranks: tuple[int, ...]  # of each learner rank
-    engines: tuple[int, ...]  # of each engine
 
 
 def place(
@@ -27,21 +20,19 @@ def place(
     *,
     colocated: bool = False,
 ) -> Placement:
-    """Place ``world_size`` learner ranks and ``engines`` engines on ``len(node_gpus)`` nodes.
+    """Place ``world_size`` learner ranks and ``engines`` engines on ``len(node_gpus)`` nodes; node 0 is the driver's.
 
-    With GPUs (``node_gpus``, per node) ranks fill the nodes in order, one GPU each, then come the engines, on GPUs of their own or,
-    ``colocated``, engine ``i`` on those of ranks ``i * engine_gpus`` and following. A tensor-parallel group stays inside a node unless
-    it is larger than one; an engine always does. Without GPUs tensor-parallel groups are dealt evenly from the first node on,
-    engines from the last. Raises ``PlacementError``.
+    With GPUs (``node_gpus``, per node) ranks fill the nodes in order, one GPU each. Engines follow on GPUs of their own or,
+    ``colocated``, engine ``i`` shares those of ranks ``i * engine_gpus`` and following. A tensor-parallel group stays inside a
+    node unless the group is larger than a node; an engine always stays inside a node. Without GPUs tensor-parallel groups are dealt
+    evenly from the first node on, engines from the last; an engine without GPUs is one process. Raises ``PlacementError``.
     """
     groups = world_size // tensor_parallel
     if not any(node_gpus):
         nodes = len(node_gpus)
         ranks = [group * nodes // groups if groups >= nodes else group for group in range(groups)]
-        return Placement(
-            tuple(node for node in ranks for _ in range(tensor_parallel)),
-            tuple(nodes - 1 - engine % nodes for engine in range(engines)),
-        )
+        homes = [nodes - 1 - engine % nodes for engine in range(engines)]
+        return _apart([node for node in ranks for _ in range(tensor_parallel)], homes, 1)
     free = list(node_gpus)
     placed: list[int] = []
     for group in range(groups):
@@ -51,15 +42,21 @@ def place(
             f"an engine needs {engine_gpus} GPUs, a node has {max(node_gpus)}: engines of several nodes are not supported"
         )
     if colocated and engine_gpus:
-        return Placement(tuple(placed), tuple(_shared(placed, engine_gpus, i) for i in range(engines)))
-    hosts = [
-        _group(free, engine_gpus, max(node_gpus), f"engine {i}")[:1] if engine_gpus else [0] for i in range(engines)
-    ]
-    return Placement(tuple(placed), tuple(host[0] for host in hosts))
+        for engine in range(engines):
+            _check_shared(placed, engine_gpus, engine)
+        return Placement(world_size, engines * engine_gpus, colocated=True, nodes=tuple(placed))
+    hosts = [_group(free, engine_gpus, max(node_gpus), f"engine {i}")[0] if engine_gpus else 0 for i in range(engines)]
+    return _apart(placed, hosts, max(1, engine_gpus))
 
 
-def _shared(ranks: Sequence[int], gpus: int, engine: int) -> int:
-    """The node of the learner ranks whose GPUs an engine shares, which must be one."""
+def _apart(learners: Sequence[int], engines: Sequence[int], size: int) -> Placement:
+    """Learner ranks on the nodes ``learners``, engines of ``size`` processes on the nodes ``engines``, sharing no GPU."""
+    nodes = (*learners, *(node for node in engines for _ in range(size)))
+    return Placement(len(learners), len(engines) * size, colocated=False, nodes=nodes)
+
+
+def _check_shared(ranks: Sequence[int], gpus: int, engine: int) -> None:
+    """Refuse an engine that would share the GPUs of ranks on several nodes, or of ranks that do not exist."""
     homes = ranks[engine * gpus : (engine + 1) * gpus]
     if len(homes) < gpus:
         raise PlacementError(
@@ -69,7 +66,6 @@ def _shared(ranks: Sequence[int], gpus: int, engine: int) -> int:
         raise PlacementError(
             f"engine {engine} would share GPUs of the nodes {sorted(set(homes))}; it must fit into one"
         )
-    return homes[0]
 
 
 def _group(free: list[int], gpus: int, largest: int, who: str) -> list[int]:

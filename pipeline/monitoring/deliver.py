@@ -1,8 +1,8 @@
 """The process beside the driver that hands the event log to sinks: TensorBoard, W&B, MLflow, Prometheus, alert delivery.
 
-``python -m pipeline.monitoring.sidecar RUN [--driver PID] [key=value ...]``. With a driver it follows the log until ``run_end`` was delivered or the
+``python -m pipeline.monitoring.deliver RUN [--driver PID] [key=value ...]``. With a driver it follows the log until ``run_end`` was delivered or the
 driver is gone; without one it delivers what the log holds, so that a run can be shown elsewhere long after, e.g.
-``python -m pipeline.monitoring.sidecar runs/pi 'monitoring.sinks=[wandb]'``.
+``python -m pipeline.monitoring.deliver runs/pi 'monitoring.sinks=[wandb]'``.
 
 Every sink has a thread and a reader of its own: the log is its queue, so one that is slow falls behind and one that is dead holds nothing and
 nobody up. How far each has come stands in ``RUN/sinks/<name>.json``; a later attempt goes on from there.
@@ -33,7 +33,7 @@ from pipeline.monitoring.follow import EventReader
 from pipeline.monitoring.sinks import Sink
 from pipeline.monitoring.sinks.factory import build_sinks, problems
 
-log = logging.getLogger("isentrope.sidecar")
+log = logging.getLogger("isentrope.deliver")
 
 FOLDER = "sinks"  # in the run folder
 POLL_S = 0.5
@@ -153,7 +153,7 @@ def follow(config: RunConfig, run_dir: Path, driver: int | None) -> bool:
 
 
 def _lock(path: Path, give_up: Callable[[], bool]) -> IO[str]:
-    """Hold ``path`` alone, once the sidecar of an attempt that was killed has delivered the rest."""
+    """Hold ``path`` alone, once the process of an attempt that was killed has delivered the rest."""
     file = path.open("w")
     while True:
         try:
@@ -162,14 +162,14 @@ def _lock(path: Path, give_up: Callable[[], bool]) -> IO[str]:
         except BlockingIOError:
             if give_up():
                 file.close()
-                raise SystemExit(f"{path} is locked: another sidecar delivers this run") from None
+                raise SystemExit(f"{path} is locked: another process delivers this run") from None
         time.sleep(POLL_S)
 
 
 def main() -> None:
     """The command line of the module; exit code 2 for what cannot be delivered, 1 when not everything was."""
     what = "Hand a run's events to its sinks."
-    parser = argparse.ArgumentParser(prog="python -m pipeline.monitoring.sidecar", description=what)
+    parser = argparse.ArgumentParser(prog="python -m pipeline.monitoring.deliver", description=what)
     parser.add_argument("run_dir", type=Path, help="folder of the run")
     parser.add_argument("--driver", type=int, help="process whose run this is; none: deliver what is there and end")
     parser.add_argument("overrides", nargs="*", help="key=value over the run's configuration")
