@@ -119,19 +119,33 @@ def _entries(row: Row, grid: Grid, itemsize: int, fp8: bool) -> Iterator[Entry]:
 
 
 def _owners(drafts: Sequence[Sequence[Entry]], grid: Grid, limit: float) -> list[tuple[int, tuple[int, ...]]]:
-    """Owner and holders of every bucket: each goes to the rank with the least so far.
+    """Owner and holders of every bucket, dealt in the better of two orders for each stage.
 
-    Tensors that are larger than a bucket come first, then experts, which fewer ranks hold; the rest evens out what these leave.
+    Tensors larger than a bucket first: what follows evens them out. Experts first, which fewer ranks hold: every expert-parallel group has
+    as many bytes of experts, so no rank is ahead of the mean by more than a bucket, which the other order cannot promise.
     """
     sizes = [sum(entry.nbytes for entry in entries) for entries in drafts]
     rows = [entries[0].piece.row for entries in drafts]
-    load: defaultdict[int, int] = defaultdict(int)
     found: dict[int, tuple[int, tuple[int, ...]]] = {}
-    for number in sorted(range(len(drafts)), key=lambda n: (sizes[n] <= limit, rows[n].ep is None, -sizes[n], n)):
+    for stage in sorted({row.stage for row in rows}):
+        numbers = [number for number, row in enumerate(rows) if row.stage == stage]
+        large_first = sorted(numbers, key=lambda n: (sizes[n] <= limit, rows[n].ep is None, -sizes[n], n))
+        experts_first = sorted(numbers, key=lambda n: (rows[n].ep is None, -sizes[n], n))
+        dealt = [_deal(order, rows, sizes, grid) for order in (large_first, experts_first)]
+        found |= min(dealt, key=lambda each: each[0])[1]
+    return [found[number] for number in range(len(drafts))]
+
+
+def _deal(
+    order: Sequence[int], rows: Sequence[Row], sizes: Sequence[int], grid: Grid
+) -> tuple[int, dict[int, tuple[int, tuple[int, ...]]]]:
+    """Give each bucket of ``order`` to the rank with the least so far. Returns the bytes of the busiest rank; owner and holders by bucket."""
+    load: defaultdict[int, int] = defaultdict(int)
+    found = {}
+    for number in order:
         row = rows[number]
         replicas = [row.holders(grid, replica) for replica in range(grid.dp if row.ep is None else grid.expert_dp)]
-        places = [(load[rank], rank, holders) for holders in replicas for rank in holders]
-        _, owner, holders = min(places)
+        _, owner, holders = min((load[rank], rank, holders) for holders in replicas for rank in holders)
         load[owner] += sizes[number]
         found[number] = owner, holders
-    return [found[number] for number in range(len(drafts))]
+    return max(load.values(), default=0), found
