@@ -54,8 +54,7 @@ def test_plans_and_the_resharding_load_no_megatron_and_patch_nothing(folder):
     [
         ["weights", "--model", "qwen3-32b", "--learner", "tp=8,pp=4", "--engines", "tp=8,count=4"],
         ["learner", "--config", "recipe/qwen3-32b.yaml"],
-        ["run", "--config", "recipe/qwen3-32b.yaml", "--cluster", "configs/cluster/pyxis.yaml"]
-        + ["cluster.save_before_s=1200"],
+        ["run", "--config", "recipe/qwen3-32b.yaml", "--cluster", "cluster/pyxis.yaml", "cluster.save_before_s=1200"],
     ],
     ids=lambda words: words[0],
 )
