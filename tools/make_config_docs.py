@@ -8,7 +8,6 @@ from pathlib import Path
 import yaml
 
 from pipeline.config.keys import Key, schema_keys
-from pipeline.config.validate import CHOICES, RANGES
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
 HEAD = """# Configuration
@@ -26,8 +25,8 @@ later ones win, the file itself wins over them, and `key=value` on the command l
     isentrope train --config mine.yaml learner.optimizer.lr=1e-4 'evaluation.k=[1, 8]'
 
 Every key must exist and fit its type; values and combinations that cannot work are refused before anything starts, each with its key, its value, what is
-wrong and a remedy (exit code 2). `isentrope config show` prints the resolved configuration with the meaning of every key,
-`isentrope config validate` only checks it. `${other.key}` refers to another key. The resolved configuration is
+wrong and a remedy (exit code 2). `isentrope config show` prints the resolved configuration with meaning, choices, unit and range of every key,
+`isentrope config validate` only checks it. An integer without an upper limit of its own ends at 10^9. `${other.key}` refers to another key. The resolved configuration is
 written to the run folder as `config.yaml`, under its SHA-256 (over everything but `name` and `run_dir`).
 """
 
@@ -44,21 +43,20 @@ def _lines() -> Iterator[str]:
         leaves = [key for name, key in keys.items() if not key.is_section and name.rpartition(".")[0] == section]
         title = f"`{section}`: {meaning}" if section else meaning
         if leaves:
-            yield f"\n## {title}\n\n| key | type | default | meaning |\n|---|---|---|---|"
+            yield f"\n## {title}\n\n| key | type | unit | default | meaning |\n|---|---|---|---|---|"
             yield from map(_row, leaves)
 
 
 def _row(key: Key) -> str:
-    meaning = key.help.replace("|", r"\|")
-    return f"| `{key.name}` | {_type(key)} | {_default(key)} | {meaning} |"
+    cells = (f"`{key.name}`", _type(key), key.unit, _default(key), key.help)
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def _type(key: Key) -> str:
-    if key.name in CHOICES:
-        choices = ", ".join(f"`{choice}`" for choice in CHOICES[key.name])
+    if key.choices:
+        choices = ", ".join(f"`{word}`" + (f" ({meaning})" if meaning else "") for word, meaning in key.choices.items())
         return f"list of {choices}" if isinstance(key.default, list) else f"one of {choices}"
-    permitted = RANGES.get(key.name)
-    return f"{key.type_name}, {permitted}" if permitted else key.type_name
+    return f"{key.type_name}, {key.range}" if key.range else key.type_name
 
 
 def _default(key: Key) -> str:

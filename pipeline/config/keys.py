@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import lru_cache
 from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING as MANDATORY
 
+from pipeline.config.key import Form, Range
 from pipeline.config.schema import RunConfig
 
 _SCALARS = {int: ("an integer", "integers"), float: ("a number", "numbers"), str: ("text", "texts")}
@@ -24,11 +25,25 @@ class Key:
     default: Any  # "???" where a value is mandatory; None for a section
     help: str
     is_section: bool
+    choices: Mapping[str, str]  # permitted words, each with its meaning or ""
+    range: Range | None  # permitted numbers
+    unit: str
+    form: Form | None  # what texts look like that are none of ``choices``
 
     @property
     def type_name(self) -> str:
         """The type in words, e.g. "a list of integers"."""
         return "a section of keys" if self.is_section else _type_name(self.type)
+
+    @property
+    def limits(self) -> str:
+        """Unit and range in words, e.g. "seconds, above 0"; empty where the key has neither."""
+        return ", ".join(str(part) for part in (self.unit, self.range) if part)
+
+    @property
+    def words(self) -> str:
+        """The choices in words, e.g. "native (in process, torch) | sglang (real server over HTTP)"; empty where there are none."""
+        return " | ".join(f"{word} ({meaning})" if meaning else word for word, meaning in self.choices.items())
 
     @property
     def mandatory(self) -> bool:
@@ -60,11 +75,11 @@ def _walk(section: Any, prefix: str) -> Iterator[Key]:
     for field in fields(section):
         name, hint = prefix + field.name, hints[field.name]
         if is_dataclass(hint):
-            yield Key(name, hint, None, field.metadata["help"], True)
+            yield Key(name, hint, None, is_section=True, **field.metadata)
             yield from _walk(hint, name + ".")
             continue
         default = field.default_factory() if field.default_factory is not MISSING else field.default
-        yield Key(name, hint, default, field.metadata["help"], False)
+        yield Key(name, hint, default, is_section=False, **field.metadata)
 
 
 def nearest_keys(name: str, schema: type = RunConfig) -> list[str]:

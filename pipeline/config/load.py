@@ -107,7 +107,8 @@ def document(config: RunConfig) -> str:
 def _document_section(section: Any, prefix: str, keys: Mapping[str, Key]) -> Iterator[str]:
     indent = "  " * prefix.count(".")
     for name, value in vars(section).items():
-        comment = keys[prefix + name].help
+        key = keys[prefix + name]
+        comment = key.help + (f" [{key.words or key.limits}]" if key.words or key.limits else "")
         if is_dataclass(value):
             yield f"{indent}{name}:  # {comment}"
             yield from _document_section(value, f"{prefix}{name}.", keys)

@@ -6,20 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pipeline.config.errors import Problem
-from pipeline.config.schema import CutsConfig, ObjectiveConfig, RunConfig
+from pipeline.config.schema import ADVANTAGES, LOSSES, SHAPINGS, CutsConfig, ObjectiveConfig, RunConfig
 
-ADVANTAGES = ("grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "pass_at_k")
-LOSSES = ("ppo", "gspo", "cispo", "ce_gppo", "kl_cov", "htpo")
-SHAPINGS = (
-    "clip_cov",
-    "gaussian_cov",
-    "entropy_adv",
-    "high_entropy",
-    "stare",
-    "rlrt",
-    "entrocraft",
-    "opefo",
-)
 _OFF_POLICY_LOSSES = ("gspo", "cispo", "ce_gppo", "kl_cov")  # at a ratio of exactly 1 they have PPO's gradient
 _ROW_SHAPINGS = ("entrocraft",)  # the same weight and advantage for all tokens of a response
 
@@ -28,6 +16,8 @@ def objective_problems(config: RunConfig) -> Iterator[Problem]:
     """Every combination of objective keys that cannot work, or in which one of them would have no effect."""
     yield from _idle_parameters(config.objective)
     yield from _loss(config)
+    yield from _dual_clip(config)
+    yield from _correction(config)
     yield from _gspo(config.objective)
     yield from _shaping(config)
     yield from _rlrt(config)
@@ -76,6 +66,27 @@ def _loss(config: RunConfig) -> Iterator[Problem]:
             objective.pass_at_k.samples,
             f"pass@k of {config.rollout.samples_per_prompt} samples (rollout.samples_per_prompt) needs fewer than all of them",
             "lower it, or raise rollout.samples_per_prompt",
+        )
+
+
+def _dual_clip(config: RunConfig) -> Iterator[Problem]:
+    if 0 < config.objective.dual_clip <= 1:
+        yield Problem(
+            "objective.dual_clip",
+            config.objective.dual_clip,
+            "a bound of the ratio at or below 1 would clip every negative sample",
+            "use 0 (off) or a number above 1, e.g. 10",
+        )
+
+
+def _correction(config: RunConfig) -> Iterator[Problem]:
+    correction = config.objective.correction
+    if correction.kind == "tis" and correction.low > 0:
+        yield Problem(
+            "objective.correction.low",
+            correction.low,
+            "has no effect with objective.correction.kind=tis, which truncates large weights only",
+            "set it to 0, or objective.correction.kind=mis",
         )
 
 

@@ -1,21 +1,28 @@
-"""Every configuration key, with its type, default, unit and meaning. ``isentrope config show`` prints from here."""
+"""Every configuration key: type, default, meaning, choices, range and unit. ``isentrope config show`` prints from here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import MISSING
 
+from pipeline.config.key import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Form, Range, key
 
-def key(default: Any, help: str) -> Any:
-    """A configuration key: its default and what it means."""
-    if isinstance(default, (list, dict)) or hasattr(default, "__dataclass_fields__"):
-        return field(
-            default_factory=lambda: type(default)(default) if isinstance(default, (list, dict)) else type(default)(),
-            metadata={"help": help},
-        )
-    return field(default=default, metadata={"help": help})
+ADVANTAGES = ("grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "pass_at_k")
+LOSSES = ("ppo", "gspo", "cispo", "ce_gppo", "kl_cov", "htpo")
+SHAPINGS = ("clip_cov", "gaussian_cov", "entropy_adv", "high_entropy", "stare", "rlrt", "entrocraft", "opefo")
+CONTROLLERS = ("pi", "scope", "bang_bang", "skywork", "aent", "entropic", "constant", "none")
+ACTUATORS = ("resample", "reweight", "fc", "dcpo", "tok", "entropy_bonus", "high_prob", "clip_cov")
+VERIFIERS = ("auto", "exact", "math", "reasoning_gym", "countdown", "choice")
+SINKS = ("tensorboard", "wandb", "mlflow", "prometheus")
+
+FOLDER_NAME = Form(r"[\w.+-][\w.+ -]*", "cannot be part of a folder name", "use letters, digits, '_', '-', '.' and '+'")
+MODULE_FUNCTION = Form(
+    r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*",
+    "nor module:function",
+    "name your own as module:function, e.g. my_package.rewards:score, with the module on PYTHONPATH",
+)
 
 
 @dataclass
@@ -24,28 +31,32 @@ class ModelConfig:
 
     hf_path: str = key(
         MISSING,
-        "Hugging Face folder (config.json, *.safetensors, tokenizer.json); a relative path is tried from the working directory, then from configs/",
+        "Hugging Face folder (config.json, *.safetensors, tokenizer.json); a relative path is tried from"
+        " the working directory, then from configs/",
     )
-    dtype: str = key("fp32", "parameter type of the learner: fp32 | bf16")
+    dtype: str = key("fp32", "parameter type of the learner", choices=("fp32", "bf16"))
 
 
 @dataclass
 class OptimizerConfig:
     """Adam as megatron-core implements it (decoupled weight decay)."""
 
-    lr: float = key(1e-6, "peak learning rate")
-    min_lr: float = key(0.0, "learning rate at the end of a linear or cosine schedule")
-    lr_schedule: str = key("constant", "constant | linear | cosine, after the warm-up")
-    warmup_steps: int = key(0, "linear warm-up from 0, in training steps")
-    betas: list[float] = key([0.9, 0.95], "Adam's beta1 and beta2")
-    eps: float = key(1e-8, "Adam's epsilon")
-    weight_decay: float = key(0.0, "decoupled weight decay")
-    clip_grad: float = key(1.0, "global gradient norm above which gradients are scaled down; 0: never")
+    lr: float = key(1e-6, "peak learning rate", range=POSITIVE)
+    min_lr: float = key(0.0, "learning rate at the end of a linear or cosine schedule", range=NOT_NEGATIVE)
+    lr_schedule: str = key("constant", "learning rate after the warm-up", choices=("constant", "linear", "cosine"))
+    warmup_steps: int = key(0, "linear warm-up from 0", range=NOT_NEGATIVE, unit="steps")
+    betas: list[float] = key([0.9, 0.95], "Adam's beta1 and beta2", range=SHARE)
+    eps: float = key(1e-8, "Adam's epsilon", range=POSITIVE)
+    weight_decay: float = key(0.0, "decoupled weight decay", range=NOT_NEGATIVE)
+    clip_grad: float = key(
+        1.0, "global gradient norm above which gradients are scaled down; 0: never", range=NOT_NEGATIVE
+    )
     distributed: bool = key(False, "shard optimizer state over data-parallel ranks (Megatron's distributed optimizer)")
     overlap_grad_reduce: bool = key(False, "reduce gradients over DP while the backward pass goes on")
     overlap_param_gather: bool = key(
         False,
-        "gather parameters over DP while the forward pass of the next mini-batch goes on (distributed, with overlap_grad_reduce)",
+        "gather parameters over DP while the forward pass of the next mini-batch goes on (distributed, "
+        "with overlap_grad_reduce)",
     )
 
 
@@ -53,17 +64,31 @@ class OptimizerConfig:
 class PrecisionConfig:
     """FP8 in the learner's linear layers. Names as megatron-core's."""
 
-    fp8: str = key("none", "none | e4m3 | hybrid (gradients in e5m2): number format of the linear layers")
-    fp8_recipe: str = key("blockwise", "delayed | tensorwise (current scaling) | blockwise | mxfp8 (Blackwell)")
+    fp8: str = key(
+        "none", "number format of the linear layers", choices={"none": "", "e4m3": "", "hybrid": "gradients in e5m2"}
+    )
+    fp8_recipe: str = key(
+        "blockwise",
+        "how FP8 scales are chosen",
+        choices={"delayed": "", "tensorwise": "current scaling", "blockwise": "", "mxfp8": "Blackwell"},
+    )
     fp8_param: bool = key(
         False, "keep the linear layers' parameters in FP8; the distributed optimizer holds them in float32"
     )
-    fp8_margin: int = key(0, "delayed: scales leave this many powers of two unused")
-    fp8_amax_history_len: int = key(1024, "delayed: micro-batches whose largest entries are remembered")
-    fp8_amax_compute_algo: str = key("max", "delayed: max | most_recent of that history")
+    fp8_margin: int = key(0, "delayed: scales leave this many powers of two unused", range=NOT_NEGATIVE)
+    fp8_amax_history_len: int = key(
+        1024, "delayed: micro-batches whose largest entries are remembered", range=COUNT, unit="micro-batches"
+    )
+    fp8_amax_compute_algo: str = key(
+        "max", "delayed: which of that history sets the scale", choices=("max", "most_recent")
+    )
     first_last_layers_bf16: bool = key(False, "leave the first and last layers in bf16 (not with delayed)")
-    num_layers_at_start_in_bf16: int = key(1, "first_last_layers_bf16: layers at the start")
-    num_layers_at_end_in_bf16: int = key(1, "first_last_layers_bf16: layers at the end")
+    num_layers_at_start_in_bf16: int = key(
+        1, "first_last_layers_bf16: layers at the start", range=NOT_NEGATIVE, unit="layers"
+    )
+    num_layers_at_end_in_bf16: int = key(
+        1, "first_last_layers_bf16: layers at the end", range=NOT_NEGATIVE, unit="layers"
+    )
     fp8_dot_product_attention: bool = key(False, "attention in FP8 too (delayed and tensorwise)")
     emulate: bool = key(
         False, "round as the recipe does, in torch, on any device: to measure FP8's effect, not for speed"
@@ -79,51 +104,91 @@ class PrecisionConfig:
 class LearnerConfig:
     """Megatron learner: layout, batching, optimizer. Names as megatron-core's."""
 
-    tensor_model_parallel_size: int = key(1, "TP: ranks that share each layer's matrices")
-    pipeline_model_parallel_size: int = key(1, "PP: stages of layers")
-    data_parallel_size: int = key(1, "DP: replicas; learner processes = TP x CP x PP x DP")
-    context_parallel_size: int = key(1, "CP: ranks that share each sequence, two chunks of it each")
+    tensor_model_parallel_size: int = key(1, "TP: ranks that share each layer's matrices", range=COUNT)
+    pipeline_model_parallel_size: int = key(1, "PP: stages of layers", range=COUNT)
+    data_parallel_size: int = key(1, "DP: replicas; learner processes = TP x CP x PP x DP", range=COUNT)
+    context_parallel_size: int = key(1, "CP: ranks that share each sequence, two chunks of it each", range=COUNT)
     expert_model_parallel_size: int = key(
-        1, "EP: groups of ranks that the experts are dealt to; EP x ETP divides TP x CP x DP"
+        1, "EP: groups of ranks that the experts are dealt to; EP x ETP divides TP x CP x DP", range=COUNT
     )
-    expert_tensor_parallel_size: int = key(0, "ETP: ranks that share each expert's matrices; 0: as TP")
+    expert_tensor_parallel_size: int = key(
+        0, "ETP: ranks that share each expert's matrices; 0: as TP", range=NOT_NEGATIVE
+    )
     sequence_parallel: bool = key(
         False,
-        "divide norms and residuals over the TP ranks along the sequence (needs TP > 1; models with experts need it there)",
+        "divide norms and residuals over the TP ranks along the sequence (needs TP > 1; models with "
+        "experts need it there)",
     )
     virtual_pipeline_model_parallel_size: int = key(
-        1, "VPP: model chunks per stage, interleaved for a smaller pipeline bubble (needs PP > 1)"
+        1, "VPP: model chunks per stage, interleaved for a smaller pipeline bubble (needs PP > 1)", range=COUNT
     )
-    num_layers_in_first_pipeline_stage: int = key(0, "layers of the first stage; 0: as the others")
-    num_layers_in_last_pipeline_stage: int = key(0, "layers of the last stage; 0: as the others")
+    num_layers_in_first_pipeline_stage: int = key(
+        0, "layers of the first stage; 0: as the others", range=NOT_NEGATIVE, unit="layers"
+    )
+    num_layers_in_last_pipeline_stage: int = key(
+        0, "layers of the last stage; 0: as the others", range=NOT_NEGATIVE, unit="layers"
+    )
     recompute_granularity: str = key(
-        "none", "none | selective (attention) | full (whole layers): activations computed again in the backward pass"
+        "none",
+        "activations that are computed again in the backward pass",
+        choices={"none": "", "selective": "attention", "full": "whole layers"},
     )
     recompute_method: str = key(
-        "uniform", "full: uniform (groups of recompute_num_layers) | block (only the first so many)"
+        "uniform",
+        "full: which layers",
+        choices={"uniform": "groups of recompute_num_layers", "block": "only the first so many"},
     )
-    recompute_num_layers: int = key(1, "full: layers per group (uniform), or recomputed layers of a stage (block)")
+    recompute_num_layers: int = key(
+        1, "full: layers per group (uniform), or recomputed layers of a stage (block)", range=COUNT, unit="layers"
+    )
     transformer_impl: str = key(
-        "auto", "auto (transformer_engine where it is installed and a GPU is there) | local | transformer_engine"
+        "auto",
+        "whose transformer layers",
+        choices={
+            "auto": "transformer_engine where it is installed and a GPU is there",
+            "local": "megatron-core's own",
+            "transformer_engine": "",
+        },
     )
     precision: PrecisionConfig = key(PrecisionConfig(), "FP8")
     log_prob_kernel: str = key(
         "auto",
-        "auto (fused) | fused (output projection and log-probs block by block: logits never whole, computed again backward; Triton on a GPU, else torch) | torch (logits of all targets kept whole: a quarter less projection work) | triton (the same on a GPU)",
+        "how log-probs and entropies come from hidden states",
+        choices={
+            "auto": "fused",
+            "torch": "logits of all targets kept whole: a quarter less projection work",
+            "fused": "output projection and log-probs block by block: logits never whole, computed again backward; "
+            "Triton on a GPU, else torch",
+            "triton": "the same on a GPU",
+        },
     )
     micro_batch_size: int = key(
-        32, "rows per forward-backward pass and DP rank; changes memory and speed, never results"
+        32,
+        "rows per forward-backward pass and DP rank; changes memory and speed, never results",
+        range=COUNT,
+        unit="rows",
     )
     max_tokens_per_micro_batch: int = key(
         0,
-        "tokens computed per forward-backward pass and DP rank, padding included: micro-batches of equal work, not equal rows; changes memory and speed, never results; 0: micro_batch_size rows",
+        "tokens computed per forward-backward pass and DP rank, padding included: micro-batches of equal"
+        " work, not equal rows; changes memory and speed, never results; 0: micro_batch_size rows",
+        range=NOT_NEGATIVE,
+        unit="tokens",
     )
     packing: bool = key(
         False,
-        "join the rows of a micro-batch into one sequence without padding (needs max_tokens_per_micro_batch; not under CP)",
+        "join the rows of a micro-batch into one sequence without padding (needs "
+        "max_tokens_per_micro_batch; not under CP)",
     )
-    updates_per_step: int = key(1, "optimizer steps per rollout batch (mini-batches); 1 is strictly on-policy")
-    bucket_mib: int = key(512, "largest weight-sync bucket, MiB (a larger single tensor travels alone)")
+    updates_per_step: int = key(
+        1,
+        "optimizer steps per rollout batch (mini-batches); 1 is strictly on-policy",
+        range=Range(1, 2**16),
+        unit="updates",
+    )
+    bucket_mib: int = key(
+        512, "largest weight-sync bucket (a larger single tensor travels alone)", range=COUNT, unit="MiB"
+    )
     optimizer: OptimizerConfig = key(OptimizerConfig(), "optimizer and schedule")
 
     @property
@@ -137,14 +202,20 @@ class LearnerConfig:
 class SglangConfig:
     """The SGLang server that an engine launches and supervises."""
 
-    dtype: str = key("auto", "weights and KV cache: auto (the model's) | float32 | bfloat16")
+    dtype: str = key(
+        "auto", "type of weights and KV cache", choices={"auto": "the model's", "float32": "", "bfloat16": ""}
+    )
     attention_backend: str = key("auto", "auto: torch_native on CPU, SGLang's own choice on GPU")
     mem_fraction_static: float = key(
-        0.1, "share of memory for weights and KV cache; raise to 0.6-0.8 on a GPU of its own"
+        0.1,
+        "share of memory for weights and KV cache; raise to 0.6-0.8 on a GPU of its own",
+        range=Range(0, 1, open_low=True, open_high=True),
     )
-    max_total_tokens: int = key(65536, "KV-cache tokens; 0: let SGLang decide")
-    startup_timeout_s: float = key(300.0, "seconds a server may take to answer /health")
-    request_timeout_s: float = key(600.0, "seconds one generate call may take")
+    max_total_tokens: int = key(65536, "size of the KV cache; 0: let SGLang decide", range=NOT_NEGATIVE, unit="tokens")
+    startup_timeout_s: float = key(
+        300.0, "longest wait for a server's first answer to /health", range=POSITIVE, unit="seconds"
+    )
+    request_timeout_s: float = key(600.0, "longest generate call", range=POSITIVE, unit="seconds")
     extra_args: list[str] = key([], "further arguments of sglang.launch_server, e.g. ['--log-level', 'info']")
 
 
@@ -152,45 +223,75 @@ class SglangConfig:
 class CutsConfig:
     """Main samples drawn uniformly among the likeliest tokens (CUTS; native engine)."""
 
-    share: float = key(0.0, "of each group that is drawn so, its last samples; 0: none, 0.5 is Mixed-CUTS")
-    top: int = key(5, "likeliest tokens among which is drawn")
-    floor: float = key(0.03, "least probability of such a token")
-    warmup_tokens: int = key(5, "first tokens of a response that are drawn as usual")
+    share: float = key(
+        0.0, "of each group that is drawn so, its last samples; 0: none, 0.5 is Mixed-CUTS", range=Range(0, 1)
+    )
+    top: int = key(5, "likeliest tokens among which is drawn", range=COUNT, unit="tokens")
+    floor: float = key(0.03, "least probability of such a token", range=Range(0, 1, open_high=True))
+    warmup_tokens: int = key(5, "first tokens of a response that are drawn as usual", range=NOT_NEGATIVE, unit="tokens")
 
 
 @dataclass
 class RolloutConfig:
     """How responses are drawn. Main rows are always drawn at T=1 from the untruncated policy."""
 
-    engine: str = key("native", "native (in process, torch) | sglang (real server over HTTP)")
-    engines: int = key(1, "number of engines; seeds, hence samples, do not depend on it (native)")
-    tensor_parallel_size: int = key(1, "TP of each SGLang engine")
+    engine: str = key(
+        "native", "what draws responses", choices={"native": "in process, torch", "sglang": "real server over HTTP"}
+    )
+    engines: int = key(1, "number of engines; seeds, hence samples, do not depend on it (native)", range=COUNT)
+    tensor_parallel_size: int = key(1, "TP of each SGLang engine", range=COUNT)
     placement: str = key(
         "disaggregated",
-        "disaggregated (engines on GPUs of their own) | colocated (on the learner's, whose memory they leave while it trains; SGLang on CUDA)",
+        "where engines live",
+        choices={
+            "disaggregated": "engines on GPUs of their own",
+            "colocated": "on the learner's, whose memory they leave while it trains; SGLang on CUDA",
+        },
     )
-    prompts_per_step: int = key(16, "distinct prompts per step")
-    samples_per_prompt: int = key(16, "main samples per prompt (the group of GRPO)")
+    prompts_per_step: int = key(16, "distinct prompts per step", range=Range(1, 2**20), unit="prompts")
+    samples_per_prompt: int = key(
+        16, "main samples per prompt (the group of GRPO)", range=Range(2, 2**16), unit="samples"
+    )
     sampling_rounds: int = key(
         1,
-        "dynamic sampling (DAPO): draw further prompts, in at most so many rounds, until prompts_per_step groups hold different rewards; 1: take the first",
+        "dynamic sampling (DAPO): draw further prompts, in at most so many rounds, until "
+        "prompts_per_step groups hold different rewards; 1: take the first",
+        range=COUNT,
+        unit="rounds",
     )
     cuts: CutsConfig = key(CutsConfig(), "samples drawn uniformly among the likeliest tokens")
     staleness: int = key(
-        0, "updates between drawing a step's samples and training on them; 0: strictly on-policy; docs/control.md"
+        0,
+        "updates between drawing a step's samples and training on them; 0: strictly on-policy; docs/control.md",
+        range=Range(0, 16),
+        unit="updates",
     )
-    max_prompt_tokens: int = key(1024, "prompts longer than this are dropped when the data is read, and counted")
-    max_new_tokens: int = key(1024, "response length limit, tokens")
+    max_prompt_tokens: int = key(
+        1024, "prompts longer than this are dropped when the data is read, and counted", range=COUNT, unit="tokens"
+    )
+    max_new_tokens: int = key(1024, "length limit of a response", range=COUNT, unit="tokens")
     weight_transport: str = key(
         "tensor",
-        "how weights reach an SGLang server: tensor (handles of shared memory, CUDA IPC) | distributed (broadcast in a process group) | disk (a Hugging Face folder)",
+        "how weights reach an SGLang server",
+        choices={
+            "tensor": "handles of shared memory, CUDA IPC",
+            "distributed": "broadcast in a process group",
+            "disk": "a Hugging Face folder",
+        },
     )
     weight_dtype: str = key(
         "auto",
-        "what weights are sent in each step: auto (the model's type) | fp8 (matrices of attention, feed-forward and experts in 128x128 blocks)",
+        "what weights are sent in each step",
+        choices={
+            "auto": "the model's type",
+            "fp8": "matrices of attention, feed-forward and experts in 128x128 blocks",
+        },
     )
     weight_sync_timeout_s: float = key(
-        600.0, "seconds one phase of a weight update may take on an engine; one that is stuck longer is started again"
+        600.0,
+        "longest phase of a weight update on an engine; one that is stuck longer is started again",
+        range=POSITIVE,
+        unit="seconds",
     )
     sglang: SglangConfig = key(SglangConfig(), "settings of engine=sglang")
 
@@ -199,13 +300,19 @@ class RolloutConfig:
 class SourceConfig:
     """Where prompts come from."""
 
-    kind: str = key("countdown", "countdown (built in) | reasoning_gym | jsonl")
+    kind: str = key(
+        "countdown",
+        "where prompts come from",
+        choices={"countdown": "built in", "reasoning_gym": "", "jsonl": "a file"},
+    )
     task: str = key(
         "pm4", "countdown: pm<n> (+,-) or cd<n> (+,-,*) with 2 to 5 digits; reasoning_gym: dataset name, e.g. chain_sum"
     )
     path: str = key("", "jsonl: file with one object a line: id, prompt or messages, answer, verifier, meta")
-    size: int = key(1000, "reasoning_gym: items to generate")
-    seed: int = key(0, "reasoning_gym: seed of the items; not the run's, so that every run is asked the same")
+    size: int = key(1000, "reasoning_gym: items to generate", range=COUNT, unit="prompts")
+    seed: int = key(
+        0, "reasoning_gym: seed of the items; not the run's, so that every run is asked the same", range=SEED
+    )
     params: dict[str, Any] = key({}, "reasoning_gym: dataset parameters, e.g. {min_terms: 2, max_terms: 3}")
 
 
@@ -214,19 +321,24 @@ class DataConfig:
     """Training and held-out prompts."""
 
     source: SourceConfig = key(SourceConfig(), "prompt source")
-    held_out: float = key(0.1, "share of the source kept for evaluation (0-1), chosen by prompt id")
+    held_out: float = key(0.1, "share of the source kept for evaluation, chosen by prompt id", range=SHARE)
     chat_template: bool = key(False, "render prompts with the tokenizer's chat template")
     system_prompt: str = key("", "system message put before every prompt when chat_template is on")
     examples: list[list[str]] = key(
         [], "[[question, answer], ...] put before every prompt as earlier turns (few-shot); needs chat_template"
     )
     verifier: str = key(
-        "auto", "auto: the source's own | exact | math | choice | reasoning_gym | countdown | module:function, your own"
+        "auto",
+        "what grades an answer; auto: the source's own; module:function: your own",
+        choices=VERIFIERS,
+        form=MODULE_FUNCTION,
     )
     verifier_timeout_s: float = key(
-        5.0, "seconds one verification may take; then the sample is marked and gets reward 0"
+        5.0, "longest verification; then the sample is marked and gets reward 0", range=POSITIVE, unit="seconds"
     )
-    verifier_workers: int = key(1, "processes for verifiers that run outside the driver (math, reasoning_gym)")
+    verifier_workers: int = key(
+        1, "processes for verifiers that run outside the driver (math, reasoning_gym)", range=COUNT, unit="processes"
+    )
 
 
 @dataclass
@@ -234,11 +346,19 @@ class CorrectionConfig:
     """Importance weights against the mismatch of engine and learner at equal weights; docs/methods.md."""
 
     kind: str = key(
-        "none", "none | tis (truncate the weight pi_learner / pi_engine at high) | mis (0 outside low to high)"
+        "none",
+        "what is done to the weight",
+        choices={
+            "none": "",
+            "tis": "truncate the weight pi_learner / pi_engine at high",
+            "mis": "0 outside low to high",
+        },
     )
-    level: str = key("token", "what the weight belongs to: token | sequence (the product over the response)")
-    high: float = key(2.0, "largest weight")
-    low: float = key(0.0, "mis: smallest weight that is not masked")
+    level: str = key(
+        "token", "what the weight belongs to", choices={"token": "", "sequence": "the product over the response"}
+    )
+    high: float = key(2.0, "largest weight", range=Range(1))
+    low: float = key(0.0, "mis: smallest weight that is not masked", range=Range(0, 1))
 
 
 @dataclass
@@ -246,45 +366,50 @@ class OverlongConfig:
     """Responses near or at the length limit (DAPO)."""
 
     filter: bool = key(False, "responses cut off at max_new_tokens carry no loss and count in no denominator")
-    buffer: int = key(0, "last tokens before max_new_tokens over which the reward falls; 0: no punishment")
-    penalty: float = key(1.0, "what the reward has lost at max_new_tokens")
+    buffer: int = key(
+        0,
+        "last tokens before max_new_tokens over which the reward falls; 0: no punishment",
+        range=NOT_NEGATIVE,
+        unit="tokens",
+    )
+    penalty: float = key(1.0, "what the reward has lost at max_new_tokens", range=POSITIVE)
 
 
 @dataclass
 class PassAtKConfig:
     """advantage=pass_at_k."""
 
-    samples: int = key(4, "k: samples of which one must be right")
-    share: float = key(0.5, "of the pass@k advantage in the sum with GRPO's; 1: pass@k alone")
+    samples: int = key(4, "k: samples of which one must be right", range=COUNT)
+    share: float = key(0.5, "of the pass@k advantage in the sum with GRPO's; 1: pass@k alone", range=FRACTION)
 
 
 @dataclass
 class CeGppoConfig:
     """loss=ce_gppo: gradient that a clipped token keeps, as a multiple of the one at the bound."""
 
-    beta_low: float = key(0.5, "of tokens below the range with a negative advantage")
-    beta_high: float = key(1.0, "of tokens above the range with a positive advantage")
+    beta_low: float = key(0.5, "of tokens below the range with a negative advantage", range=NOT_NEGATIVE)
+    beta_high: float = key(1.0, "of tokens above the range with a positive advantage", range=NOT_NEGATIVE)
 
 
 @dataclass
 class KlCovConfig:
     """loss=kl_cov."""
 
-    fraction: float = key(2e-3, "share of tokens, those of highest covariance, that are penalised")
-    coef: float = key(1.0, "weight of |log pi - log pi_old| on them")
+    fraction: float = key(2e-3, "share of tokens, those of highest covariance, that are penalised", range=FRACTION)
+    coef: float = key(1.0, "weight of |log pi - log pi_old| on them", range=POSITIVE)
 
 
 @dataclass
 class HtpoConfig:
     """loss=htpo."""
 
-    difficulty: float = key(0.6, "accuracy below which a prompt is hard")
-    high_entropy: float = key(0.2, "share of a response's tokens that are its high-entropy ones")
+    difficulty: float = key(0.6, "accuracy below which a prompt is hard", range=Range(0, 1))
+    high_entropy: float = key(0.2, "share of a response's tokens that are its high-entropy ones", range=FRACTION)
     skip_low: float = key(
-        0.006, "hard prompt, correct: share of the low-entropy tokens, the lowest, that carry no loss"
+        0.006, "hard prompt, correct: share of the low-entropy tokens, the lowest, that carry no loss", range=FRACTION
     )
     skip_high: float = key(
-        0.02, "easy prompt, correct: share of the high-entropy tokens, the highest, that carry no loss"
+        0.02, "easy prompt, correct: share of the high-entropy tokens, the highest, that carry no loss", range=FRACTION
     )
 
 
@@ -292,69 +417,73 @@ class HtpoConfig:
 class ClipCovConfig:
     """token_shaping clip_cov."""
 
-    fraction: float = key(2e-4, "share of tokens that carry no loss")
-    low: float = key(1.0, "covariance above which a token may be drawn")
-    high: float = key(5.0, "covariance below which a token may be drawn")
+    fraction: float = key(2e-4, "share of tokens that carry no loss", range=FRACTION)
+    low: float = key(1.0, "covariance above which a token may be drawn", range=NOT_NEGATIVE)
+    high: float = key(5.0, "covariance below which a token may be drawn", range=POSITIVE)
 
 
 @dataclass
 class EntropyAdvConfig:
     """token_shaping entropy_adv."""
 
-    scale: float = key(0.4, "advantage per nat of the token's entropy")
-    divisor: float = key(2.0, "the addition is at most |A| / divisor")
+    scale: float = key(0.4, "advantage per nat of the token's entropy", range=POSITIVE, unit="per nat")
+    divisor: float = key(2.0, "the addition is at most |A| / divisor", range=Range(1, open_low=True))
 
 
 @dataclass
 class HighEntropyConfig:
     """token_shaping high_entropy."""
 
-    fraction: float = key(0.2, "share of tokens, those of highest entropy, that carry the loss")
+    fraction: float = key(0.2, "share of tokens, those of highest entropy, that carry the loss", range=FRACTION)
 
 
 @dataclass
 class StareConfig:
     """token_shaping stare."""
 
-    target: float = key(0.3, "mean entropy below which it acts, nats per token")
-    fraction: float = key(0.1, "share of the tokens of either sign of the advantage, the most surprising")
-    positive: float = key(1.1, "weight of those with a positive advantage")
-    negative: float = key(1.0, "weight of those with a negative one; the paper's variant C2 has 0.9")
+    target: float = key(0.3, "mean entropy below which it acts", range=POSITIVE, unit="nats per token")
+    fraction: float = key(
+        0.1, "share of the tokens of either sign of the advantage, the most surprising", range=FRACTION
+    )
+    positive: float = key(1.1, "weight of those with a positive advantage", range=Range(1))
+    negative: float = key(1.0, "weight of those with a negative one; the paper's variant C2 has 0.9", range=Range(0, 1))
 
 
 @dataclass
 class RlrtConfig:
     """token_shaping rlrt."""
 
-    mix: float = key(0.5, "share of the advantage that the teacher modulates")
-    clip: float = key(0.2, "furthest that the modulation goes from 1")
+    mix: float = key(0.5, "share of the advantage that the teacher modulates", range=FRACTION)
+    clip: float = key(0.2, "furthest that the modulation goes from 1", range=FRACTION)
 
 
 @dataclass
 class ObjectiveConfig:
     """The policy loss on the main rows."""
 
-    advantage: str = key(
-        "grpo",
-        "grpo (mean and standard deviation of the group) | dr_grpo (mean only) | rloo (mean of the others) | reinforce_pp (mean and standard deviation of the step) | reinforce_pp_baseline (mean of the group, standard deviation of the step) | pass_at_k",
-    )
+    advantage: str = key("grpo", "how a group's rewards become advantages; docs/methods.md", choices=ADVANTAGES)
     aggregation: str = key(
         "token_mean",
-        "token_mean | sequence_mean (mean over tokens, then over sequences) | dr_grpo (sum / max_new_tokens)",
+        "how token losses become one number",
+        choices={
+            "token_mean": "",
+            "sequence_mean": "mean over tokens, then over sequences",
+            "dr_grpo": "sum / max_new_tokens",
+        },
     )
-    loss: str = key(
-        "ppo",
-        "ppo (clipped) | gspo (ratio of the sequence) | cispo (truncated weight) | ce_gppo (clipped tokens keep a gradient) | kl_cov | htpo; docs/methods.md",
-    )
+    loss: str = key("ppo", "policy loss; docs/methods.md", choices=LOSSES)
     token_shaping: list[str] = key(
-        [],
-        "what changes single tokens' advantages and weights, in this order: clip_cov | gaussian_cov | entropy_adv | high_entropy | stare | rlrt | entrocraft | opefo; docs/methods.md",
+        [], "what changes single tokens' advantages and weights, in this order; docs/methods.md", choices=SHAPINGS
     )
-    clip_low: float = key(0.2, "lower clip range of the ratio")
-    clip_high: float = key(0.2, "upper clip range; 0.28 is DAPO's clip-higher")
-    dual_clip: float = key(0.0, "upper bound c of -A*r for negative advantages (0: off; DAPO uses 10)")
+    clip_low: float = key(0.2, "lower clip range of the ratio", range=Range(0, 1, open_low=True))
+    clip_high: float = key(0.2, "upper clip range; 0.28 is DAPO's clip-higher", range=POSITIVE)
+    dual_clip: float = key(
+        0.0, "upper bound c of -A*r for negative advantages (0: off; DAPO uses 10)", range=NOT_NEGATIVE
+    )
     kl_coef: float = key(
-        0.0, "weight of KL(policy || reference), k3 estimator, main rows only; reference = the starting weights"
+        0.0,
+        "weight of KL(policy || reference), k3 estimator, main rows only; reference = the starting weights",
+        range=NOT_NEGATIVE,
     )
     correction: CorrectionConfig = key(CorrectionConfig(), "correction of the train-inference mismatch")
     overlong: OverlongConfig = key(OverlongConfig(), "responses near or at the length limit")
@@ -373,13 +502,24 @@ class ObjectiveConfig:
 class BandConfig:
     """Target band of policy entropy, nats per token."""
 
-    low: float = key(0.27, "lower edge at step 0")
-    high: float = key(0.33, "upper edge at step 0")
-    schedule: str = key("constant", "constant | linear | cosine | piecewise")
-    end_low: float = key(0.0, "linear and cosine: lower edge at schedule_steps")
-    end_high: float = key(0.0, "linear and cosine: upper edge at schedule_steps")
-    hold_steps: int = key(0, "linear and cosine: steps at the first edges before the move begins")
-    schedule_steps: int = key(0, "linear and cosine: steps from the first edges to the last; 0: the rest of the run")
+    low: float = key(0.27, "lower edge at step 0", range=POSITIVE, unit="nats per token")
+    high: float = key(0.33, "upper edge at step 0", range=POSITIVE, unit="nats per token")
+    schedule: str = key("constant", "how the band moves", choices=("constant", "linear", "cosine", "piecewise"))
+    end_low: float = key(
+        0.0, "linear and cosine: lower edge at schedule_steps", range=NOT_NEGATIVE, unit="nats per token"
+    )
+    end_high: float = key(
+        0.0, "linear and cosine: upper edge at schedule_steps", range=NOT_NEGATIVE, unit="nats per token"
+    )
+    hold_steps: int = key(
+        0, "linear and cosine: steps at the first edges before the move begins", range=NOT_NEGATIVE, unit="steps"
+    )
+    schedule_steps: int = key(
+        0,
+        "linear and cosine: steps from the first edges to the last; 0: the rest of the run",
+        range=NOT_NEGATIVE,
+        unit="steps",
+    )
     points: list[list[float]] = key([], "piecewise: [[step, low, high], ...], each in force from its step on")
 
 
@@ -387,19 +527,27 @@ class BandConfig:
 class PiConfig:
     """The default controller: PI on ln H with anti-windup. 0 for kp means: the actuator's measured default."""
 
-    kp: float = key(0.0, "proportional gain, actuator units per unit of ln H; 0: default of the actuator")
-    ki: float = key(0.0, "integral gain per step; used when kp is set")
+    kp: float = key(
+        0.0, "proportional gain, actuator units per unit of ln H; 0: default of the actuator", range=NOT_NEGATIVE
+    )
+    ki: float = key(0.0, "integral gain per step; used when kp is set", range=NOT_NEGATIVE)
     adapt: bool = key(
         True,
-        "learn while running how strongly the command acts, from an eighth to eight times what kp is made for; false: kp as it is",
+        "learn while running how strongly the command acts, from an eighth to eight times what kp is "
+        "made for; false: kp as it is",
     )
-    ema: float = key(0.7, "weight of the past in the filtered entropy (0: no filter)")
-    slew: float = key(0.0, "largest change of the command per step in actuator units; 0: unlimited")
+    ema: float = key(0.7, "weight of the past in the filtered entropy (0: no filter)", range=SHARE)
+    slew: float = key(0.0, "largest change of the command per step in actuator units; 0: unlimited", range=NOT_NEGATIVE)
     setpoint_ramp: float = key(
-        0.0, "largest change of the set-point per step, in ln H, starting at the first reading; 0: no ramp"
+        0.0,
+        "largest change of the set-point per step, in ln H, starting at the first reading; 0: no ramp",
+        range=NOT_NEGATIVE,
+        unit="ln H per step",
     )
-    dead_band: float = key(0.0, "|ln(H*/H)| below which the error counts as 0")
-    saturation_steps: int = key(5, "steps at a limit, in the error's direction, before the state is 'saturated'")
+    dead_band: float = key(0.0, "|ln(H*/H)| below which the error counts as 0", range=NOT_NEGATIVE, unit="ln H")
+    saturation_steps: int = key(
+        5, "steps at a limit, in the error's direction, before the state is 'saturated'", range=COUNT, unit="steps"
+    )
     split_range: bool = key(False, "take more auxiliary prompts while saturated (resample only)")
 
 
@@ -407,25 +555,27 @@ class PiConfig:
 class SkyworkConfig:
     """controller=skywork."""
 
-    step: float = key(1e-4, "change of the coefficient per step")
-    upper: float = key(0.005, "largest coefficient")
+    step: float = key(1e-4, "change of the coefficient per step", range=POSITIVE, unit="per step")
+    upper: float = key(0.005, "largest coefficient", range=POSITIVE)
 
 
 @dataclass
 class AentConfig:
     """controller=aent."""
 
-    rate: float = key(1e-3, "change of the coefficient per step and nat outside the band")
-    least: float = key(1e-5, "smallest coefficient")
-    most: float = key(0.01, "largest coefficient")
+    rate: float = key(
+        1e-3, "change of the coefficient per step and nat outside the band", range=POSITIVE, unit="per nat and step"
+    )
+    least: float = key(1e-5, "smallest coefficient", range=NOT_NEGATIVE)
+    most: float = key(0.01, "largest coefficient", range=POSITIVE)
 
 
 @dataclass
 class EntropicConfig:
     """controller=entropic."""
 
-    kp: float = key(1.0, "coefficient per nat of error")
-    ki: float = key(0.01, "coefficient per nat of error and step")
+    kp: float = key(1.0, "coefficient per nat of error", range=NOT_NEGATIVE, unit="per nat")
+    ki: float = key(0.01, "coefficient per nat of error and step", range=NOT_NEGATIVE, unit="per nat and step")
 
 
 @dataclass
@@ -434,34 +584,50 @@ class EntropyConfig:
 
     controller: str = key(
         "pi",
-        "pi | scope (SCOPE-RL v7) | bang_bang (AEPO) | skywork | aent | entropic (EntroPIC) | constant (entropy.command) | none (plain GRPO); docs/methods.md",
+        "law that sets the command; constant: entropy.command; none: plain GRPO; docs/methods.md",
+        choices=CONTROLLERS,
     )
-    actuator: str = key(
-        "reweight",
-        "resample (the paper's second rollout) | reweight | fc | dcpo | tok | entropy_bonus | high_prob | clip_cov; METHODS in docs/methods.md",
-    )
+    actuator: str = key("reweight", "what the command acts through; METHODS in docs/methods.md", choices=ACTUATORS)
     band: BandConfig = key(BandConfig(), "target band")
-    alpha: float = key(1.0, "weight of the positive term (resample, reweight, fc, dcpo); 0 reproduces GRPO bit for bit")
+    alpha: float = key(
+        1.0,
+        "weight of the positive term (resample, reweight, fc, dcpo); 0 reproduces GRPO bit for bit",
+        range=NOT_NEGATIVE,
+    )
     positive_mean: str = key(
         "positives",
-        "what the positive term is averaged over: positives (tokens of correct rows) | samples (all rows drawn, the paper's G') | main (alpha times what a main row weighs)",
+        "what the positive term is averaged over",
+        choices={
+            "positives": "tokens of correct rows",
+            "samples": "all rows drawn, the paper's G'",
+            "main": "alpha times what a main row weighs",
+        },
     )
-    command: float = key(0.0, "controller=constant: the actuator's command, in its own unit")
+    command: float = key(0.0, "controller=constant: the actuator's command, in its own unit", range=NOT_NEGATIVE)
     command_min: float = key(
-        0.0, "lower limit of the command, below 0 for high_prob only; 0 with command_max 0: default of the actuator"
+        0.0,
+        "lower limit of the command, below 0 for high_prob only; 0 with command_max 0: default of the actuator",
+        range=Range(-1),
     )
-    command_max: float = key(0.0, "upper limit of the command")
+    command_max: float = key(0.0, "upper limit of the command", range=NOT_NEGATIVE)
     repeated_prompts: int = key(
         0,
-        "held-out prompts answered once at every step with the same seeds: their entropy varies by 1 % where a step's own varies by 5 to 9 %, "
-        "and the controller acts on it; 0: none; e.g. 32",
+        "held-out prompts answered once at every step with the same seeds: their entropy varies by 1 % "
+        "where a step's own varies by 5 to 9 %, and the controller acts on it; 0: none; e.g. 32",
+        range=NOT_NEGATIVE,
+        unit="prompts",
     )
-    auxiliary_prompts: int = key(4, "resample: prompts drawn again at T+ each step")
-    auxiliary_samples: int = key(16, "resample: samples per auxiliary prompt")
+    auxiliary_prompts: int = key(4, "resample: prompts drawn again at T+ each step", range=COUNT, unit="prompts")
+    auxiliary_samples: int = key(16, "resample: samples per auxiliary prompt", range=COUNT, unit="samples")
     auxiliary_replaces: bool = key(
         False, "resample: as many main rows as there are positives carry no loss, evenly spread (AEPO)"
     )
-    auxiliary_max_prompts: int = key(0, "resample with split_range: most auxiliary prompts; 0: all prompts of the step")
+    auxiliary_max_prompts: int = key(
+        0,
+        "resample with split_range: most auxiliary prompts; 0: all prompts of the step",
+        range=NOT_NEGATIVE,
+        unit="prompts",
+    )
     pi: PiConfig = key(PiConfig(), "gains of controller=pi")
     skywork: SkyworkConfig = key(SkyworkConfig(), "controller=skywork")
     aent: AentConfig = key(AentConfig(), "controller=aent")
@@ -472,21 +638,21 @@ class EntropyConfig:
 class EvaluationConfig:
     """pass@k and friends on held-out prompts, at T=1."""
 
-    every: int = key(0, "steps between evaluations; 0: only at the start and the end")
+    every: int = key(0, "steps between evaluations; 0: only at the start and the end", range=NOT_NEGATIVE, unit="steps")
     at_start: bool = key(True, "evaluate before the first step")
     at_end: bool = key(True, "evaluate after the last step")
-    prompts: int = key(256, "held-out prompts to use at most")
-    samples: int = key(32, "samples per prompt (n of pass@k)")
+    prompts: int = key(256, "held-out prompts to use at most", range=COUNT, unit="prompts")
+    samples: int = key(32, "samples per prompt (n of pass@k)", range=COUNT, unit="samples")
     k: list[int] = key([1, 4, 16], "the k of pass@k; each at most `samples`")
-    temperature: float = key(1.0, "sampling temperature of the evaluation")
+    temperature: float = key(1.0, "sampling temperature of the evaluation", range=POSITIVE)
 
 
 @dataclass
 class CheckpointConfig:
     """Resumable state."""
 
-    every: int = key(50, "steps between checkpoints; 0: only at the end")
-    keep_last: int = key(2, "complete checkpoints to keep")
+    every: int = key(50, "steps between checkpoints; 0: only at the end", range=NOT_NEGATIVE, unit="steps")
+    keep_last: int = key(2, "complete checkpoints to keep", range=COUNT, unit="checkpoints")
 
 
 @dataclass
@@ -496,7 +662,11 @@ class WandbConfig:
     project: str = key("isentrope", "project")
     entity: str = key("", "user or team; empty: your default one")
     group: str = key("", "group; empty: none")
-    mode: str = key("online", "online | offline (files below the run folder, for `wandb sync` later)")
+    mode: str = key(
+        "online",
+        "where records go",
+        choices={"online": "", "offline": "files below the run folder, for `wandb sync` later"},
+    )
 
 
 @dataclass
@@ -512,7 +682,7 @@ class PrometheusConfig:
     """The endpoint that Prometheus scrapes, on the driver's node."""
 
     host: str = key("127.0.0.1", "address to listen on; 0.0.0.0 for a Prometheus on another machine")
-    port: int = key(9108, "port of /metrics")
+    port: int = key(9108, "port of /metrics", range=Range(1, 65535))
     targets: str = key(
         "", "folder where a file names this endpoint while it runs, for Prometheus's file_sd_configs; empty: none"
     )
@@ -539,15 +709,23 @@ class StallConfig:
 
     factor: float = key(
         20.0,
-        "a step, an evaluation or a checkpoint counts as stalled after this many times its kind's median in this process; 0: never",
+        "a step, an evaluation or a checkpoint counts as stalled after this many times its kind's median"
+        " in this process; 0: never",
+        range=NOT_NEGATIVE,
     )
     min_seconds: float = key(
         600.0,
-        "but at least after this many seconds; the first of its kind, the start too, after `factor` times as many",
+        "but at least after so long; the first of its kind, the start too, after `factor` times as long",
+        range=POSITIVE,
+        unit="seconds",
     )
     action: str = key(
         "restart",
-        "report (the stacks of every process, and an event) | restart (that, then exit with 1: a launched run goes on from its checkpoint)",
+        "what is done about a stall",
+        choices={
+            "report": "the stacks of every process, and an event",
+            "restart": "that, then exit with 1: a launched run goes on from its checkpoint",
+        },
     )
 
 
@@ -556,10 +734,13 @@ class MonitoringConfig:
     """What a run writes while it runs, and who watches it."""
 
     samples_per_step: int = key(
-        4, "rollouts written to samples/ each step; every tenth step a forward pass over them gives their entropies"
+        4,
+        "rollouts written to samples/ each step; every tenth step a forward pass over them gives their entropies",
+        range=NOT_NEGATIVE,
+        unit="samples",
     )
     progress: bool = key(True, "live progress in the terminal")
-    sinks: list[str] = key([], "where metrics go as well: tensorboard | wandb | mlflow | prometheus, any of them")
+    sinks: list[str] = key([], "where metrics go as well", choices=SINKS)
     wandb: WandbConfig = key(WandbConfig(), "sink wandb")
     mlflow: MlflowConfig = key(MlflowConfig(), "sink mlflow")
     prometheus: PrometheusConfig = key(PrometheusConfig(), "sink prometheus")
@@ -571,11 +752,15 @@ class MonitoringConfig:
 class RunConfig:
     """A whole training run."""
 
-    name: str = key("run", "label in reports")
+    name: str = key("run", "label in reports", form=FOLDER_NAME)
     run_dir: str = key("", "folder the run writes; empty: runs/<name>-<date>-<time>")
-    seed: int = key(0, "seed of data order, sampling and dropout")
-    steps: int = key(100, "training steps")
-    runtime: str = key("ray", "ray (learner ranks and engines are Ray actors) | inline (one process, for debugging)")
+    seed: int = key(0, "seed of data order, sampling and dropout", range=SEED)
+    steps: int = key(100, "training steps", range=COUNT, unit="steps")
+    runtime: str = key(
+        "ray",
+        "what the run's parts live in",
+        choices={"ray": "learner ranks and engines are Ray actors", "inline": "one process, for debugging"},
+    )
     model: ModelConfig = key(ModelConfig(), "the policy")
     learner: LearnerConfig = key(LearnerConfig(), "Megatron learner")
     rollout: RolloutConfig = key(RolloutConfig(), "rollout engines")

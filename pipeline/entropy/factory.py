@@ -7,8 +7,8 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from pipeline.config.schema import EntropyConfig
-from pipeline.config.validate import CHOICES, CONTROLLER_ACTUATORS
+from pipeline.config.entropy_rules import CONTROLLER_ACTUATORS
+from pipeline.config.schema import CONTROLLERS, EntropyConfig
 from pipeline.entropy import entropic, scope
 from pipeline.entropy.actuators import Actuator, acting, command_limits
 from pipeline.entropy.aent import AentLaw
@@ -38,8 +38,8 @@ def build_controller(config: EntropyConfig, total_steps: int, prompts_per_step: 
     Raises:
         ValueError: a controller, actuator, band or limit that is unknown or does not go with the rest.
     """
-    if config.controller not in CHOICES["entropy.controller"]:
-        raise ValueError(f"entropy.controller={config.controller!r}: use {', '.join(CHOICES['entropy.controller'])}")
+    if config.controller not in CONTROLLERS:
+        raise ValueError(f"entropy.controller={config.controller!r}: use {', '.join(CONTROLLERS)}")
     actuator = acting(config)
     if actuator is None:
         off = config.controller == "none"

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipeline.config.validate import TEMPERATURE_ACTUATORS
+from pipeline.config.entropy_rules import TEMPERATURE_ACTUATORS
 from pipeline.monitoring.summary import RunHistory, pass_at, totals
 from pipeline.monitoring.tracking import filtered
 

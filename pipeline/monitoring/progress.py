@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.config.validate import TEMPERATURE_ACTUATORS
+from pipeline.config.entropy_rules import TEMPERATURE_ACTUATORS
 from pipeline.monitoring.events import StepRecord
 
 PERIOD = 0.25  # seconds between two refreshes of the panel

@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.config.validate import TEMPERATURE_ACTUATORS
+from pipeline.config.entropy_rules import TEMPERATURE_ACTUATORS
 from pipeline.monitoring.progress import STATE_STYLES
 from pipeline.monitoring.series import Series
 from pipeline.monitoring.status import status_of

@@ -10,9 +10,10 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
+from pipeline.config.check import key_problems
 from pipeline.config.errors import Problem
+from pipeline.config.monitoring_rules import sink_problems
 from pipeline.config.schema import PrometheusConfig, RunConfig
-from pipeline.config.validate import sink_problems
 from pipeline.monitoring.sinks import Sink
 from pipeline.monitoring.sinks.alert_delivery import alert_sinks, delivery_problems
 
@@ -41,7 +42,7 @@ def build_sinks(config: RunConfig, run_dir: Path) -> dict[str, Callable[[], Sink
 
 def problems(config: RunConfig) -> list[Problem]:
     """Why the configured sinks could not work on this machine; reaches no server."""
-    impossible = list(sink_problems(config))
+    impossible = [*key_problems(config)] or [*sink_problems(config)]
     if impossible:
         return impossible
     chosen = config.monitoring.sinks

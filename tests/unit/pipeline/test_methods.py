@@ -5,8 +5,7 @@ import pytest
 
 from pipeline.config.keys import leaf_keys
 from pipeline.config.load import load_config
-from pipeline.config.objective_rules import ADVANTAGES, LOSSES, SHAPINGS
-from pipeline.config.validate import CHOICES
+from pipeline.config.schema import ACTUATORS, ADVANTAGES, CONTROLLERS, LOSSES, SHAPINGS
 from pipeline.methods import EVIDENCE, METHODS
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -40,8 +39,8 @@ def test_no_two_methods_are_the_same():
         ("objective.advantage", ADVANTAGES),
         ("objective.loss", LOSSES[1:]),
         ("objective.token_shaping", SHAPINGS),
-        ("entropy.actuator", CHOICES["entropy.actuator"]),
-        ("entropy.controller", CHOICES["entropy.controller"]),
+        ("entropy.actuator", ACTUATORS),
+        ("entropy.controller", CONTROLLERS),
     ],
 )
 def test_whatever_can_be_chosen_has_a_method(key, choices):

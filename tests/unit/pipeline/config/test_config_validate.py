@@ -5,9 +5,9 @@ import json
 import pytest
 
 from pipeline.config.errors import ConfigError
+from pipeline.config.key import Range
 from pipeline.config.keys import leaf_keys
 from pipeline.config.load import load_config
-from pipeline.config.validate import CHOICES, RANGES, Range
 from pipeline.model import architecture
 from tests.tiny_folder import LLAMA, hf_config
 
@@ -289,6 +289,10 @@ def test_seeds_have_63_bits(model, seed):
     assert (problem.key, problem.value, problem.problem) == ("seed", seed, "out of range")
 
 
+CHOICES = {name: tuple(key.choices) for name, key in leaf_keys().items() if key.choices}
+RANGES = {name: key.range for name, key in leaf_keys().items() if key.range}
+
+
 @pytest.mark.parametrize("key", CHOICES)
 def test_a_mistyped_word_is_corrected(model, key):
     for word in CHOICES[key]:
@@ -307,7 +311,7 @@ def test_the_nearest_word_is_suggested(model, typed, meant):
 
 def test_numbers_below_their_ranges(model):
     """All at once: rules on single values report every problem together."""
-    below = {key: RANGES[key].low - 1 for key in RANGES}
+    below = {name: key.range.low - 1 for name, key in leaf_keys().items() if key.type in (int, float)}
     below |= {key: int(value) for key, value in below.items() if leaf_keys()[key].type is int}
     found = problems(model, *(f"{key}={value}" for key, value in below.items()))
     out_of_range = [p for p in found if p.problem == "out of range"]
@@ -316,7 +320,35 @@ def test_numbers_below_their_ranges(model):
 
 
 def test_every_number_has_a_range():
-    assert set(RANGES) == {name for name, key in leaf_keys().items() if key.type in (int, float)}
+    assert not [name for name, key in leaf_keys().items() if key.type in (int, float) and not key.range]
+
+
+def test_no_help_says_again_what_the_key_says():
+    """Choices are listed from the key, and a range is no part of the prose."""
+    assert not [name for name, key in leaf_keys().items() if " | " in key.help]
+
+
+@pytest.mark.parametrize(
+    ("override", "least", "most"),
+    [
+        ("steps=1e25", "at least 1", "at most 1000000000"),
+        ("rollout.samples_per_prompt=1e12", "at least 2", "at most 65536"),
+        ("learner.optimizer.betas=[0.9, 1.0]", "at least 0", "below 1"),
+        ("entropy.band.points=[[0, .nan, 1]]", "give a finite number", ""),
+    ],
+)
+def test_numbers_above_what_any_machine_could_do_and_inside_lists(model, override, least, most):
+    (problem,) = problems(model, override)
+    assert problem.key == override.partition("=")[0]
+    assert least in problem.remedy
+    assert most in problem.remedy
+
+
+def test_the_type_of_a_key_is_the_type_of_its_constraints():
+    for name, key in leaf_keys().items():
+        words, numbers = "text" in key.type_name, "number" in key.type_name or "integer" in key.type_name
+        assert words or not (key.choices or key.form), name
+        assert numbers or not (key.range or key.unit), name
 
 
 @pytest.mark.parametrize("value", [".nan", ".inf"])

@@ -145,7 +145,11 @@ def call(run_dir, *arguments):
 
 @pytest.mark.parametrize(
     ("overrides", "said"),
-    [([], "nowhere to deliver to"), (["monitoring.sinks=[wandbe]"], "unknown: wandbe"), (["sinks=1"], "unknown key")],
+    [
+        ([], "nowhere to deliver to"),
+        (["monitoring.sinks=[wandbe]"], "did you mean 'wandb'"),
+        (["sinks=1"], "unknown key"),
+    ],
 )
 def test_what_cannot_be_delivered_is_said(tmp_path, overrides, said):
     code, error = call(resumed_run.first_attempt(tmp_path), *overrides)

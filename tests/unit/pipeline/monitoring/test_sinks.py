@@ -15,7 +15,7 @@ import pytest
 from launchers.supervise.sidecar import Sidecar
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import load_config
-from pipeline.config.validate import SINKS
+from pipeline.config.schema import SINKS
 from pipeline.monitoring.events import read_all_events
 from pipeline.monitoring.sinks import factory
 from pipeline.monitoring.sinks.common import Alert, flat, run_id
@@ -301,7 +301,7 @@ def test_the_tables_of_sinks_agree():
 @pytest.mark.parametrize(
     ("override", "key", "said"),
     [
-        ("monitoring.sinks=[tensorbord]", "monitoring.sinks", "unknown: tensorbord"),
+        ("monitoring.sinks=[tensorbord]", "monitoring.sinks", "did you mean 'tensorboard'"),
         ("monitoring.sinks=[wandb,wandb]", "monitoring.sinks", "named twice"),
         ("monitoring.mlflow.tracking_uri=https://me:secret@x.org", "monitoring.mlflow.tracking_uri", "password"),
     ],

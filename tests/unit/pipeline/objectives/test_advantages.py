@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.objective_rules import ADVANTAGES as NAMES
+from pipeline.config.schema import ADVANTAGES as NAMES
 from pipeline.config.schema import ObjectiveConfig, PassAtKConfig
 from pipeline.objectives.advantages import ADVANTAGES, group_advantages
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.objective_rules import LOSSES as NAMES
+from pipeline.config.schema import LOSSES as NAMES
 from pipeline.config.schema import CeGppoConfig, KlCovConfig, ObjectiveConfig
 from pipeline.objectives.losses import LOSSES, surrogate
 from pipeline.objectives.losses.inputs import Inputs

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config.objective_rules import SHAPINGS as NAMES
+from pipeline.config.schema import SHAPINGS as NAMES
 from pipeline.config.schema import ClipCovConfig, KlCovConfig, RunConfig
 from pipeline.objectives.shaping import MARKS, SHAPINGS, clip_cov, rlrt, shape_tokens, shapes_tokens
 from pipeline.objectives.shaping.tokens import Tokens

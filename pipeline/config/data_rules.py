@@ -1,0 +1,88 @@
+"""What goes together in ``data`` and ``evaluation``: prompts, the answers that grade them, and pass@k."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.config.errors import Problem
+from pipeline.config.schema import RunConfig
+
+
+def data_problems(config: RunConfig) -> Iterator[Problem]:
+    """Every combination of data and evaluation keys that cannot work, or in which one of them would have no effect."""
+    yield from _data(config)
+    yield from _examples(config)
+    yield from _evaluation(config)
+
+
+def _data(config: RunConfig) -> Iterator[Problem]:
+    data, source = config.data, config.data.source
+    if source.kind == "countdown" and not re.fullmatch(r"(pm|cd)[2-5]", source.task):
+        remedy = "use pm2 to pm5 (+ and -) or cd2 to cd5 (+, - and *)"
+        yield Problem("data.source.task", source.task, "not a countdown task", remedy)
+    if source.kind == "reasoning_gym" and not source.task.isidentifier():
+        yield Problem(
+            "data.source.task", source.task, "not a reasoning-gym dataset name", "name a dataset, e.g. chain_sum"
+        )
+    if source.kind == "reasoning_gym" and source.size < config.rollout.prompts_per_step:
+        yield Problem(
+            "data.source.size",
+            source.size,
+            f"fewer than a step takes (rollout.prompts_per_step = {config.rollout.prompts_per_step})",
+            "raise it: a step never holds a prompt twice",
+        )
+    if source.kind != "reasoning_gym" and source.params:
+        yield Problem(
+            "data.source.params",
+            source.params,
+            f"has no effect with data.source.kind={source.kind}",
+            "remove it, or set data.source.kind=reasoning_gym",
+        )
+    if data.system_prompt and not data.chat_template:
+        yield Problem(
+            "data.system_prompt",
+            data.system_prompt,
+            "has no effect without the chat template",
+            "set data.chat_template=true or remove it",
+        )
+
+
+def _examples(config: RunConfig) -> Iterator[Problem]:
+    data = config.data
+    if data.examples and not data.chat_template:
+        yield Problem(
+            "data.examples",
+            data.examples,
+            "has no effect without the chat template",
+            "set data.chat_template=true or remove it",
+        )
+    for example in data.examples:
+        if len(example) != 2:
+            yield Problem("data.examples", example, "not a pair", "write [[question, answer], ...]")
+
+
+def _evaluation(config: RunConfig) -> Iterator[Problem]:
+    evaluation = config.evaluation
+    if not evaluation.k or min(evaluation.k) < 1 or max(evaluation.k) > evaluation.samples:
+        yield Problem(
+            "evaluation.k",
+            evaluation.k,
+            f"pass@k from {evaluation.samples} samples needs every k between 1 and {evaluation.samples}",
+            "raise evaluation.samples or remove the k outside",
+        )
+    if (evaluation.every or evaluation.at_start or evaluation.at_end) and config.data.held_out == 0:
+        yield Problem(
+            "data.held_out",
+            0.0,
+            "evaluation is on but no prompt is held out",
+            "set data.held_out, e.g. 0.1, or evaluation.every=0, at_start=false and at_end=false",
+        )
+
+
+def data_file_problems(config: RunConfig) -> Iterator[Problem]:
+    """Whether the data file is on this machine."""
+    source = config.data.source
+    if source.kind == "jsonl" and not Path(source.path).is_file():
+        yield Problem("data.source.path", source.path, "no such file", "give the path of a JSONL file of prompts")

@@ -1,0 +1,210 @@
+"""What goes together in ``entropy``: the band, the command's limits, and which law drives which actuator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pipeline.config.errors import Problem
+from pipeline.config.schema import RunConfig
+
+DETERMINISTIC = "--enable-deterministic-inference"
+TEMPERATURE_ACTUATORS = ("resample", "reweight", "fc", "dcpo")
+# What each published law was made for; ``pi`` drives any actuator.
+CONTROLLER_ACTUATORS = {
+    "scope": TEMPERATURE_ACTUATORS,
+    "bang_bang": TEMPERATURE_ACTUATORS,
+    "skywork": ("entropy_bonus",),
+    "aent": ("entropy_bonus",),
+    "entropic": ("high_prob",),
+}
+
+
+def entropy_problems(config: RunConfig) -> Iterator[Problem]:
+    """Every combination of entropy keys that cannot work, or in which one of them would have no effect."""
+    yield from _band(config)
+    yield from _limits(config)
+    yield from _controller(config)
+    yield from _repeated_prompts(config)
+    yield from _constant(config)
+    yield from _auxiliary(config)
+
+
+def _band(config: RunConfig) -> Iterator[Problem]:
+    band = config.entropy.band
+    edges = "an edge at or below zero, or low not below high"
+    if band.low >= band.high:
+        yield Problem(
+            "entropy.band.low", band.low, f"not below entropy.band.high ({band.high:g})", "swap or widen them"
+        )
+    moving = band.schedule in ("linear", "cosine")
+    if moving and not 0 < band.end_low < band.end_high:
+        yield Problem(
+            "entropy.band.end_low",
+            band.end_low,
+            f"the {band.schedule} schedule ends at [{band.end_low:g}, {band.end_high:g}]: {edges}",
+            "set end_low and end_high with 0 < end_low < end_high",
+        )
+    if moving and band.hold_steps >= config.steps:
+        yield Problem(
+            "entropy.band.hold_steps",
+            band.hold_steps,
+            f"the band would never move within steps={config.steps}",
+            "hold it for fewer steps, or train longer",
+        )
+    if not moving and (band.end_low or band.end_high or band.hold_steps or band.schedule_steps):
+        yield Problem(
+            "entropy.band.schedule",
+            band.schedule,
+            "end_low, end_high, hold_steps and schedule_steps have no effect with this schedule",
+            "set schedule to linear or cosine, or remove them",
+        )
+    if (band.schedule == "piecewise") != bool(band.points):
+        problem = "piecewise needs points" if not band.points else f"points have no effect with {band.schedule}"
+        yield Problem(
+            "entropy.band.points", band.points, problem, "set schedule=piecewise and points=[[step, low, high], ...]"
+        )
+    for point in band.points:
+        if len(point) != 3 or point[0] < 0 or point[0] != int(point[0]) or not 0 < point[1] < point[2]:
+            remedy = "write [step, low, high] with a whole step and 0 < low < high"
+            yield Problem("entropy.band.points", point, "not [step, low, high], " + edges, remedy)
+    steps = [point[0] for point in band.points if point]
+    if steps != sorted(set(steps)):
+        yield Problem("entropy.band.points", band.points, "steps do not increase", "sort the points by step, each once")
+
+
+def _limits(config: RunConfig) -> Iterator[Problem]:
+    entropy = config.entropy
+    low, high = entropy.command_min, entropy.command_max
+    if low == 0 and high == 0:
+        return
+    if low >= high:
+        yield Problem(
+            "entropy.command_min", low, f"not below entropy.command_max ({high:g})", "swap or widen the limits"
+        )
+    elif entropy.actuator in TEMPERATURE_ACTUATORS and not 0 < low <= 1 <= high:
+        yield Problem(
+            "entropy.command_min",
+            low,
+            f"the temperature range [{low:g}, {high:g}] does not contain 1, the actuator's rest",
+            "choose limits with 0 < command_min <= 1 <= command_max, e.g. 0.8 and 1.2",
+        )
+    elif entropy.actuator not in (*TEMPERATURE_ACTUATORS, "high_prob") and low < 0:
+        yield Problem(
+            "entropy.command_min",
+            low,
+            f"{entropy.actuator} takes no negative command: it collapses the policy",
+            "set entropy.command_min=0",
+        )
+    elif entropy.actuator not in TEMPERATURE_ACTUATORS and low > 0:
+        yield Problem(
+            "entropy.command_min",
+            low,
+            f"{entropy.actuator} does nothing at a command of 0, which these limits do not contain",
+            "set entropy.command_min=0",
+        )
+    elif entropy.actuator == "clip_cov" and high > 1:
+        yield Problem(
+            "entropy.command_max", high, "clip_cov's command is a share of tokens", "use a number up to 1, e.g. 0.2"
+        )
+
+
+def _controller(config: RunConfig) -> Iterator[Problem]:
+    entropy = config.entropy
+    made_for = CONTROLLER_ACTUATORS.get(entropy.controller)
+    if made_for and entropy.actuator not in made_for:
+        what = "a temperature" if made_for == TEMPERATURE_ACTUATORS else f"the coefficient of {made_for[0]}"
+        remedy = (
+            f"one of the actuators {', '.join(made_for)}" if len(made_for) > 1 else f"entropy.actuator={made_for[0]}"
+        )
+        yield Problem(
+            "entropy.actuator",
+            entropy.actuator,
+            f"controller {entropy.controller} commands {what}, which this actuator does not take",
+            f"use controller=pi, or {remedy}",
+        )
+    if not entropy.aent.least < entropy.aent.most:
+        yield Problem(
+            "entropy.aent.least",
+            entropy.aent.least,
+            f"not below entropy.aent.most ({entropy.aent.most:g})",
+            "swap them",
+        )
+    if entropy.pi.ki > 0 and entropy.pi.kp == 0:
+        yield Problem(
+            "entropy.pi.ki",
+            entropy.pi.ki,
+            "has no effect while entropy.pi.kp is 0 (the actuator's measured gains)",
+            "set both gains or neither",
+        )
+    if entropy.pi.split_range and (entropy.actuator != "resample" or entropy.controller != "pi"):
+        yield Problem(
+            "entropy.pi.split_range",
+            True,
+            f"only a second rollout has auxiliary prompts to add, not {entropy.controller} with {entropy.actuator}",
+            "set controller=pi with actuator=resample, or split_range=false",
+        )
+
+
+def _repeated_prompts(config: RunConfig) -> Iterator[Problem]:
+    entropy = config.entropy
+    if (
+        entropy.repeated_prompts
+        and config.rollout.engine == "sglang"
+        and DETERMINISTIC not in config.rollout.sglang.extra_args
+    ):
+        yield Problem(
+            "entropy.repeated_prompts",
+            entropy.repeated_prompts,
+            "SGLang draws by a sample's own seed only in deterministic inference (on a GPU); without it the reading repeats nothing",
+            f"add {DETERMINISTIC} to rollout.sglang.extra_args, or set entropy.repeated_prompts=0",
+        )
+
+
+def _constant(config: RunConfig) -> Iterator[Problem]:
+    entropy = config.entropy
+    if entropy.controller != "constant":
+        if entropy.command:
+            yield Problem(
+                "entropy.command",
+                entropy.command,
+                f"controller {entropy.controller} sets the command itself",
+                "remove it, or set entropy.controller=constant",
+            )
+        return
+    if not entropy.command:
+        yield Problem(
+            "entropy.command",
+            entropy.command,
+            f"at rest or impossible: {entropy.actuator} would do nothing",
+            "give a command above 0, or set entropy.controller=none",
+        )
+    if entropy.actuator == "clip_cov" and entropy.command > 1:
+        yield Problem("entropy.command", entropy.command, "clip_cov's command is a share of tokens", "use at most 1")
+
+
+def _auxiliary(config: RunConfig) -> Iterator[Problem]:
+    entropy, prompts = config.entropy, config.rollout.prompts_per_step
+    if entropy.actuator != "resample":
+        if entropy.auxiliary_replaces:
+            yield Problem(
+                "entropy.auxiliary_replaces",
+                True,
+                f"actuator {entropy.actuator} draws no auxiliary rows that could replace others",
+                "set it to false, or entropy.actuator=resample",
+            )
+        return
+    if entropy.auxiliary_prompts > prompts:
+        yield Problem(
+            "entropy.auxiliary_prompts",
+            entropy.auxiliary_prompts,
+            f"more than the step's prompts (rollout.prompts_per_step = {prompts}), which are the ones drawn again",
+            f"use at most {prompts}",
+        )
+    most = entropy.auxiliary_max_prompts
+    if most and not entropy.auxiliary_prompts <= most <= prompts:
+        yield Problem(
+            "entropy.auxiliary_max_prompts",
+            most,
+            f"not between auxiliary_prompts ({entropy.auxiliary_prompts}) and rollout.prompts_per_step ({prompts})",
+            "use 0 (all prompts) or a number between them",
+        )
