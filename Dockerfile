@@ -23,7 +23,7 @@ ENV PATH=/opt/venv/bin:$PATH PIP_NO_CACHE_DIR=1 PYTHONDONTWRITEBYTECODE=1
 RUN pip install torch==2.11.0 --index-url https://download.pytorch.org/whl/cu130
 RUN pip install setuptools==80.9.0 wheel==0.48.0 packaging==26.3 pybind11==3.0.1 \
     && pip install --no-build-isolation "transformer-engine[pytorch]==2.20.2"
-RUN pip install sglang==0.5.17 requests==2.34.2
+RUN pip install sglang==0.5.17 httpx==0.28.1
 RUN pip install megatron-core==0.19.2 ray==2.60.0 transformers==5.12.1 omegaconf==2.4.0 typer==0.29.2 rich==15.0.0 \
     matplotlib==3.11.2 math-verify==0.9.0 reasoning-gym==0.1.25 pebble==5.2.3
 

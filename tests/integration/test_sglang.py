@@ -9,9 +9,9 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpx
 import numpy as np
 import pytest
-import requests
 import torch
 
 if importlib.util.find_spec("sglang") is None:
@@ -227,13 +227,11 @@ class OldRelease(BaseHTTPRequestHandler):
             return self._reply(404, b'{"detail":"Not Found"}')
         updating = self.path == "/update_weights_from_tensor"
         if updating:
-            requests.post(
-                f"{self.upstream}/begin_weight_update", json={"selector": "all"}, timeout=30
-            ).raise_for_status()
+            httpx.post(f"{self.upstream}/begin_weight_update", json={"selector": "all"}, timeout=30).raise_for_status()
         headers = {"Content-Type": "application/json"}
-        answer = requests.request(method, self.upstream + self.path, data=body, headers=headers, timeout=60)
+        answer = httpx.request(method, self.upstream + self.path, content=body, headers=headers, timeout=60)
         if updating:
-            requests.post(f"{self.upstream}/end_weight_update", json={}, timeout=30).raise_for_status()
+            httpx.post(f"{self.upstream}/end_weight_update", json={}, timeout=30).raise_for_status()
         content = answer.content
         if self.path == "/generate":
             replies = answer.json()

@@ -6,7 +6,6 @@ which the sidecar comes again with the same alert; "never" is a ``DeliveryError`
 
 from __future__ import annotations
 
-import http.client
 import json
 import logging
 import os
@@ -14,21 +13,22 @@ import shutil
 import stat
 import subprocess
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from email.message import EmailMessage
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import httpx
+
+from pipeline import http_client
 from pipeline.config.errors import Problem
 from pipeline.config.schema import RunConfig
 from pipeline.monitoring.sinks import Sink
 
 log = logging.getLogger(__name__)
 
-TIMEOUT = 15.0  # seconds of one attempt
+TIMEOUT = 15.0  # seconds that a program gets
 STALE = 3600.0  # seconds: alerts that were older when the sink started are no news
 COMMENT = 250  # characters
 SENDMAIL_FOLDERS = "/usr/sbin:/usr/lib"  # where it is, but on few users' PATH
@@ -56,20 +56,24 @@ class Webhook:
         self._url = file.read_text().strip()
 
     def send(self, subject: str, text: str) -> None:
-        """See ``Channel``. Errors do not tell the URL, which is a secret; a redirect is an error: following it would drop the text."""
+        """See ``Channel``. Errors do not tell the URL, which is a secret.
+
+        A redirect is an error: following it would drop the text.
+        """
         body = json.dumps({"text": text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")}).encode()
-        request = urllib.request.Request(self._url, body, {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json"}
         try:
-            with urllib.request.build_opener(_NoRedirect).open(request, timeout=TIMEOUT):
-                return
-        except urllib.error.HTTPError as error:
-            if error.code in (408, 429) or error.code >= 500:
-                raise OSError(f"HTTP status {error.code}") from None
-            raise DeliveryError(f"HTTP status {error.code}: check the URL in the file") from None
-        except urllib.error.URLError as error:
-            raise OSError(str(error.reason)) from None
-        except http.client.HTTPException as error:
-            raise OSError(f"no HTTP answer: {error!r}") from None
+            answer = http_client.client(proxies=True).post(self._url, content=body, headers=headers)
+        except httpx.InvalidURL:
+            raise DeliveryError("not a URL: check the file") from None
+        except httpx.ProtocolError as error:
+            raise OSError(f"no HTTP answer: {error}") from None
+        except httpx.HTTPError as error:
+            raise OSError(str(error)) from None
+        if answer.status_code in (408, 429) or answer.is_server_error:
+            raise OSError(f"HTTP status {answer.status_code}")
+        if not answer.is_success:
+            raise DeliveryError(f"HTTP status {answer.status_code}: check the URL in the file")
 
 
 class Mail:
@@ -220,8 +224,3 @@ def _run(command: Sequence[str], text: bytes = b"") -> None:
     if done.returncode:
         said = (done.stderr or done.stdout).decode(errors="replace").strip()
         raise OSError(f"{command[0]} failed ({done.returncode}): {said}")
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *arguments: Any) -> None:
-        return None

@@ -14,9 +14,10 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-import requests
+import httpx
 import torch
 
+from pipeline import http_client
 from pipeline.config.schema import RolloutConfig
 from pipeline.ports import free_port
 from pipeline.rollout.engine import EngineError, EngineTimeoutError
@@ -82,11 +83,11 @@ class SglangServer:
         """GET; the decoded reply. Raises like ``post``."""
         return self.check(self._request("GET", path, timeout_s=timeout_s))
 
-    def send(self, path: str, *, timeout_s: float | None = None, **body: object) -> requests.Response:
+    def send(self, path: str, *, timeout_s: float | None = None, **body: object) -> httpx.Response:
         """POST ``body`` as JSON; the reply, whatever its status. Raises ``EngineError`` when there is none."""
         return self._request("POST", path, body, timeout_s)
 
-    def check(self, response: requests.Response) -> Any:
+    def check(self, response: httpx.Response) -> Any:
         """The decoded body of a reply, which must have status 200."""
         if response.status_code != HTTPStatus.OK:
             raise EngineError(
@@ -98,7 +99,7 @@ class SglangServer:
         """Whether a GET of ``path`` is answered with 200."""
         try:
             return _http("GET", self.url + path, None, timeout_s).status_code == HTTPStatus.OK
-        except requests.RequestException:
+        except httpx.HTTPError:
             return False
 
     def log_tail(self, lines: int = 25) -> str:
@@ -178,18 +179,18 @@ class SglangServer:
 
     def _request(
         self, method: str, path: str, body: Mapping[str, object] | None = None, timeout_s: float | None = None
-    ) -> requests.Response:
+    ) -> httpx.Response:
         remedy = ""
         if timeout_s is None:
             timeout_s = self._config.sglang.request_timeout_s
             remedy = "; if the server is merely slow, raise rollout.sglang.request_timeout_s"
         try:
             return _http(method, self.url + path, body, timeout_s)
-        except requests.Timeout as error:
+        except httpx.TimeoutException as error:
             raise EngineTimeoutError(
                 f"{self.url}{path}: no answer within {timeout_s:.3g} s{remedy}; log: {self.log_path}"
             ) from error
-        except requests.RequestException as error:
+        except httpx.HTTPError as error:
             if self.alive:
                 raise EngineError(
                     f"{self.url}{path}: the server runs but does not answer: {error}; log: {self.log_path}"
@@ -199,7 +200,5 @@ class SglangServer:
             ) from error
 
 
-def _http(method: str, url: str, body: Mapping[str, object] | None, timeout_s: float) -> requests.Response:
-    with requests.Session() as session:  # one per call: abort() and generate() run in different threads
-        session.trust_env = False  # a cluster's HTTP_PROXY has no business with 127.0.0.1
-        return session.request(method, url, json=body, timeout=timeout_s)
+def _http(method: str, url: str, body: Mapping[str, object] | None, timeout_s: float) -> httpx.Response:
+    return http_client.client(proxies=False).request(method, url, json=body, timeout=timeout_s)

@@ -1,6 +1,7 @@
 """Alerts on their way to people: a real HTTP server, a stand-in for the node's sendmail and for Slurm's scontrol."""
 
 import json
+import logging
 import sys
 import threading
 import time
@@ -115,7 +116,7 @@ def test_a_webhook_takes_what_slack_takes(webhook_file):
     [
         (500, OSError, "HTTP status 500"),
         (429, OSError, "HTTP status 429"),
-        (0, OSError, "Remote end closed"),
+        (0, OSError, "no HTTP answer: .*disconnected"),
         (404, DeliveryError, "not sent: .*reward_drop.* HTTP status 404: check the URL"),
         (302, DeliveryError, "HTTP status 302"),
     ],
@@ -129,6 +130,21 @@ def test_a_webhook_that_fails_says_whether_to_come_again_and_keeps_its_secret(we
         assert "secret-token" not in str(caught.value)
         sink.event(alert("end"))
     assert len(kept) == 2
+
+
+def test_the_log_does_not_tell_the_secret_either(webhook_file, caplog):
+    caplog.set_level(logging.DEBUG)
+    with server() as (url, _):
+        webhook_file.write_text(url)
+        Webhook(webhook_file).send("subject", "text")
+    assert "secret-token" not in caplog.text
+
+
+def test_what_is_no_url_will_never_be_one(webhook_file):
+    webhook_file.write_text("http://127.0.0.1:secret/")
+    with pytest.raises(DeliveryError, match="not a URL") as caught:
+        Webhook(webhook_file).send("subject", "text")
+    assert "secret" not in str(caught.value)
 
 
 def test_nobody_there_is_not_now(webhook_file):

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from pipeline import http_client
 from pipeline.config.schema import RolloutConfig, SglangConfig
 from pipeline.rollout.engine import EngineError, EngineTimeoutError
 from pipeline.rollout.sglang import cpu as sglang_cpu
@@ -118,8 +119,29 @@ def test_a_second_start_keeps_the_log_of_the_first(tmp_path):
     assert lines[-1] == "another cause"
 
 
+def test_a_server_that_dies_is_seen_on_a_kept_connection(tmp_path):
+    program = (
+        SERVE.replace("def do_GET", "protocol_version = 'HTTP/1.1'\n    def do_GET")
+        .replace("self.end_headers()", "self.send_header('Content-Length', '0'); self.end_headers()")
+        .replace("self.wfile.write", "len")
+        .replace("self.send_error", "os._exit(3) or ")
+    )
+    server = Stub(program, tmp_path)
+    server.start()
+    assert server.answers("/health", 5)
+    with pytest.raises(EngineError, match=r"the server (has ended|runs but does not answer)"):
+        server.post("/generate")
+    deadline = time.monotonic() + 5
+    while server.alive and time.monotonic() < deadline:
+        time.sleep(0.02)
+    with pytest.raises(EngineError, match="the server has ended"):
+        server.post("/generate")
+    server.close()
+
+
 def test_proxies_of_the_environment_are_not_used(tmp_path, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")  # the discard port: nobody answers
+    http_client.client.cache_clear()  # the environment is read when the pool is made
     server = Stub(SERVE, tmp_path)
     server.start()
     assert server.answers("/health", 5)
