@@ -12,6 +12,9 @@ MCORE19_TESTS ?= tests/distributed
 # `make test` has none of the sinks' libraries.
 SINK_TESTS := tests/unit/pipeline/monitoring/test_sinks.py tests/unit/pipeline/monitoring/test_sidecar.py
 
+# SGLang's torchvision is a build for CUDA; with these two in the environment it can be imported.
+MEND := requirements/torchvision_without_cuda.py requirements/torchvision_without_cuda.pth
+
 .PHONY: quickstart test test-integration test-mcore19 lint bench bridge-env clean
 
 quickstart: $(VENV)/.ready $(if $(filter sglang,$(ROLLOUT)),$(VENV)/.ready-sglang)
@@ -61,14 +64,15 @@ $(MCORE19)/.ready: pyproject.toml requirements/torch.txt requirements/cpu.txt re
 	$(MCORE19)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
-$(VENV)/.ready-sglang: $(VENV)/.ready requirements/sglang-cpu.txt requirements/sglang-cpu-no-deps.txt
+$(VENV)/.ready-sglang: $(VENV)/.ready requirements/sglang-cpu.txt requirements/sglang-cpu-no-deps.txt $(MEND)
 	$(BIN)/python -m pip install -q -r requirements/sglang-cpu.txt
 	$(BIN)/python -m pip install -q --no-deps -r requirements/sglang-cpu-no-deps.txt
+	cp $(MEND) "$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")"
 	touch $@
 
 $(BRIDGE)/.ready: $(VENV)/.ready-sglang requirements/bridge.txt
 	test -x $(BRIDGE)/bin/python || $(PYTHON) -m venv $(BRIDGE)
-	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > $(BRIDGE)/full.pth
+	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" > $(BRIDGE)/full.pth
 	mv $(BRIDGE)/full.pth "$$($(BRIDGE)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")"
 	$(BRIDGE)/bin/python -m pip install -q --no-deps --ignore-requires-python -r requirements/bridge.txt
 	touch $@

@@ -8,7 +8,6 @@ process group.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import warnings
@@ -52,17 +51,6 @@ def install() -> None:
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"(megatron\.core|torch\.distributed\.(checkpoint|c10d_logger))"
     )
-
-
-def declare_torchvision_operators() -> None:
-    """Let transformers import a torchvision that was built for CUDA beside a torch without; called before that import.
-
-    SGLang pulls such a torchvision (0.28). Its library does not load, so the operators that its ``_meta_registrations.py``
-    annotates do not exist. Can go when a torchvision for this torch is installed.
-    """
-    for name in ("nms", "qnms"):
-        with contextlib.suppress(RuntimeError):  # they exist
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 def install_layers() -> None:

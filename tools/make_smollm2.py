@@ -14,8 +14,6 @@ from pathlib import Path
 
 import torch
 
-from megatron_ext.cpu import declare_torchvision_operators
-
 END_OF_TURN = "<|im_end|>"
 
 
@@ -58,7 +56,6 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
     arguments = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
-    declare_torchvision_operators()
     convert(gguf_file(), arguments.out, {"bf16": torch.bfloat16, "fp32": torch.float32}[arguments.dtype])
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from megatron.core import dist_checkpointing
 
-from megatron_ext import cpu, models, topology
+from megatron_ext import models, topology
 from pipeline.model.architecture import Architecture
 from pipeline.model.grid import Grid
 
@@ -44,7 +44,6 @@ def _megatron(checkpoint: Path, model: Architecture, tokens: torch.Tensor, dtype
 
 
 def _transformers(hf: Path, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    cpu.declare_torchvision_operators()
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 

@@ -213,9 +213,7 @@ def write(folder: Path, config: dict, tensors: dict[str, torch.Tensor] | None = 
 
 def hf_model(folder: Path) -> torch.nn.Module:
     """transformers' own model."""
-    from megatron_ext import cpu
 
-    cpu.declare_torchvision_operators()
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()

@@ -67,7 +67,6 @@ def prepare() -> None:
     logging.disable(logging.INFO)
     typing.override = typing_extensions.override  # type: ignore[attr-defined]  # Python 3.12's
     cpu.install()
-    cpu.declare_torchvision_operators()
     cpu.install_layers()
     # megatron-core comes first: it must see that there is no Transformer Engine, and choose its own layers.
     import megatron.core.extensions.transformer_engine  # noqa: F401

@@ -1,15 +1,10 @@
 """Everything that makes the upstream SGLang wheel serve on a machine without CUDA. Nothing installed is edited.
 
-Two shims live in the folder ``shim`` beside this file, which only the server process gets on its PYTHONPATH:
-
-1. ``sitecustomize.py`` declares the operators ``torchvision::nms`` and ``torchvision::qnms`` before torchvision is imported.
-   Mends ``torchvision/_meta_registrations.py``, which registers fake kernels for operators that only its compiled
-   ``_C.so`` declares, and PyPI's is a CUDA build that cannot load beside a CPU build of torch.
-   Versions: torchvision 0.28.0 with torch 2.13.0+cpu. Can go when PyPI's torchvision loads there, or when neither SGLang nor
-   transformers imports torchvision for text models.
-2. ``sgl_kernel/`` is a placeholder whose every name can be imported and none called.
-   Mends ``sglang/srt/layers/*.py``, which import from ``sgl_kernel`` without a guard; its wheels need CUDA libraries.
-   Versions: sglang 0.5.17 to 0.5.21. Can go when SGLang guards those imports or PyPI has a CPU wheel of sgl-kernel.
+The folder ``shim`` beside this file, which only the server process gets on its PYTHONPATH, holds ``sgl_kernel/``, a
+placeholder whose every name can be imported and none called.
+Mends ``sglang/srt/layers/*.py``, which import from ``sgl_kernel`` without a guard; its wheels need CUDA libraries.
+Versions: sglang 0.5.17 to 0.5.21. Can go when SGLang guards those imports or PyPI has a CPU wheel of sgl-kernel.
+What lets SGLang import torchvision is the environment's: requirements/torchvision_without_cuda.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Shim 2 of ``pipeline.rollout.sglang.cpu``: names that SGLang imports but never calls on CPU. Calling one raises."""
+"""The shim of ``pipeline.rollout.sglang.cpu``: names that SGLang imports but never calls on CPU. Calling one raises."""
 
 from collections.abc import Callable
 from typing import Any, NoReturn

@@ -1,11 +1,8 @@
-import runpy
-
 import pytest
 import torch
 
 from pipeline.rollout.engine import EngineError
 from pipeline.rollout.native.decoder import Decoder, DecoderConfig, rope_frequencies, token_log_probs
-from pipeline.rollout.sglang.cpu import SHIM_FOLDER
 from tests.tiny_folder import hf_config, write_folder
 
 LLAMA3 = {
@@ -19,8 +16,6 @@ LLAMA3 = {
 
 @pytest.fixture(scope="module")
 def transformers():
-    # Where SGLang is installed, so is a torchvision that transformers cannot import on CPU without the shim.
-    runpy.run_path(str(SHIM_FOLDER / "sitecustomize.py"))
     return pytest.importorskip("transformers")
 
 
