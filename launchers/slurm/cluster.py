@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -15,6 +15,10 @@ from pipeline.config.load import load
 from pipeline.config.schema import key
 
 RUNTIMES = ("none", "pyxis", "apptainer")
+_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASS|PWD|CREDENTIAL|AUTH|WEBHOOK|COOKIE", re.I)
+_SECRET_VALUE = re.compile(
+    r"://[^/\s@]*:[^/\s@]+@|://hooks\.|/webhooks?/|PRIVATE KEY", re.I
+)  # passwords in URLs, webhooks
 OVERRIDE = "cluster."  # prefix of an override that means the cluster, not the run
 
 
@@ -105,6 +109,7 @@ def seconds(walltime: str) -> int:
 
 def problems_of(cluster: ClusterConfig) -> Iterator[Problem]:
     """Every rule that ``cluster`` breaks."""
+    yield from _lines(asdict(cluster))
     yield from _words(cluster)
     yield from _numbers(cluster)
     yield from _container(cluster.container)
@@ -126,6 +131,18 @@ def problems_of(cluster: ClusterConfig) -> Iterator[Problem]:
             "no such file",
             "name your private key, or leave it empty for the agent",
         )
+
+
+def _lines(values: Mapping[str, Any], section: str = "") -> Iterator[Problem]:
+    """Texts that would break a line of the job script, and so run what follows; ``setup`` is there to be run."""
+    for name, value in values.items():
+        key = f"{section}{name}"
+        if isinstance(value, dict):
+            yield from _lines(value, f"{key}.")
+        for text in (name, *(value if isinstance(value, list) else [value])):
+            if key != "setup" and isinstance(text, str) and not text.isprintable():
+                remedy = "write it on one line, without control characters"
+                yield Problem(key, text, "holds a line break or another control character", remedy)
 
 
 def _words(cluster: ClusterConfig) -> Iterator[Problem]:
@@ -192,7 +209,7 @@ def _environment(cluster: ClusterConfig) -> Iterator[Problem]:
         for name in getattr(cluster, section):
             if not re.fullmatch(r"[A-Za-z_]\w*", name):
                 yield Problem(section, name, "not the name of an environment variable", "use letters, digits and '_'")
-    for name in cluster.env:
-        if re.search(r"KEY|TOKEN|SECRET|PASSWORD", name.upper()):
+    for name, value in cluster.env.items():
+        if _SECRET_NAME.search(name) or _SECRET_VALUE.search(str(value)):
             remedy = f"move {name} to `secrets`, which names it and takes its value from your environment"
             yield Problem("env", name, "looks like a secret, and env is written into scripts and logs", remedy)

@@ -7,6 +7,7 @@ just over, then with ``sacct``, where accounting is kept; nemo-run itself asks o
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import time
@@ -110,23 +111,26 @@ def ssh_tunnel(ssh: SshConfig) -> SSHTunnel:
     return SSHTunnel(host=ssh.host, user=ssh.user, port=ssh.port or None, identity=identity, job_dir=ssh.job_dir)
 
 
+# Where scontrol writes each figure of a job. Each pattern names the fields beside its own: a comment may hold any words,
+# and a reason spaces.
+_FIELDS = {
+    "state": r"^ *JobState=(\S*) Reason=",
+    "reason": r"^ *JobState=\S* Reason=(.*) Dependency=",
+    "nodes": r"^ *NodeList=(\S*)$",
+    "elapsed": r"^ *RunTime=(\S*) TimeLimit=",
+    "limit": r"^ *RunTime=\S* TimeLimit=(\S*)",
+    "restarts": r"^ *Requeue=\d+ Restarts=(\d+)",
+}
+
+
 def state(job: Job, run: Shell) -> dict[str, str]:
     """``state``, ``reason``, ``nodes``, ``elapsed``, ``limit``, ``restarts``; state UNKNOWN where Slurm has forgotten the job."""
     try:
-        words = run(f"scontrol -o show job {job.job_id}").split()
+        text = run(f"scontrol show job {job.job_id}")
     except CommandError:
         return _from_accounting(job, run)
-    found = dict(word.split("=", 1) for word in words if "=" in word)
-    names = {
-        "state": "JobState",
-        "reason": "Reason",
-        "nodes": "NodeList",
-        "elapsed": "RunTime",
-        "limit": "TimeLimit",
-        "restarts": "Restarts",
-    }
-    shown = {name: found.get(field, "") for name, field in names.items()}
-    return {name: "" if value in ("None", "(null)") else value for name, value in shown.items()}
+    found = {name: match[1] if (match := re.search(pattern, text, re.M)) else "" for name, pattern in _FIELDS.items()}
+    return {name: "" if value in ("None", "(null)") else value for name, value in found.items()}
 
 
 def details(job: Job, run: Shell) -> dict[str, Any]:

@@ -51,13 +51,18 @@ REFUSALS = {  # what sbatch says, and the key that is to blame
 
 @dataclass(frozen=True)
 class Launch:
-    """Everything that a submission is made of."""
+    """Everything that a submission is made of. Raises ``ConfigError`` for a run folder that would break the job script."""
 
     config: RunConfig
     cluster: ClusterConfig
     nodes: int
     run_dir: Path  # on the cluster
     code: Code
+
+    def __post_init__(self) -> None:
+        if not str(self.run_dir).isprintable():
+            remedy = "choose a folder whose path is one line without control characters"
+            raise ConfigError("run_dir", str(self.run_dir), "its path would break a line of the job script", remedy)
 
     @property
     def job_name(self) -> str:

@@ -7,12 +7,21 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import subprocess
 import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+# Where programs keep passwords, keys and tokens; a path begins with "/".
+_SECRET_FILE = re.compile(
+    r"/\.env(\.|$)|/[._]netrc$|/\.(pgpass|pypirc|npmrc|git-credentials|htpasswd|my\.cnf|s3cfg)$"
+    r"|/id_(rsa|dsa|ecdsa|ed25519)|\.(pem|key|p12|pfx|jks|keystore|kdbx|ppk)$"
+    r"|/\.(aws|ssh|gnupg|kube|azure|docker|gcloud|huggingface|config/gcloud)/|(credential|secret|token|service.account)s?(\.|$)",
+    re.I,
+)
 PACKAGES = ("configs", "launchers", "megatron_ext", "pipeline")
 
 
@@ -24,6 +33,7 @@ class Code:
     files: tuple[str, ...]  # relative to root
     commit: str  # "" outside a git checkout
     patch: str  # uncommitted changes to tracked files, and every untracked file, as `git diff --binary`
+    left_out: tuple[str, ...] = ()  # untracked files that look like secrets: in neither
 
     @property
     def described(self) -> str:
@@ -31,7 +41,8 @@ class Code:
         if not self.commit:
             return f"{len(self.files)} files of {self.root}, not a git checkout"
         changes = f" + {len(self.patch.splitlines())} lines of uncommitted changes" if self.patch else ""
-        return f"commit {self.commit[:12]}{changes}, {len(self.files)} files"
+        secrets = f"; left out, since they look like secrets: {', '.join(self.left_out)}" if self.left_out else ""
+        return f"commit {self.commit[:12]}{changes}, {len(self.files)} files{secrets}"
 
     def pack(self, target: Path, beside: dict[str, str]) -> None:
         """Write a .tar.gz of the tree with the texts of ``beside`` (path: content) added."""
@@ -54,20 +65,25 @@ class Code:
 def collect(root: Path = ROOT) -> Code:
     """The tree at ``root``: tracked files as they are on disk and untracked ones that git does not ignore.
 
-    Outside a git checkout (an installed wheel): the packages' own files.
+    Untracked files that look like secrets stay behind. Outside a git checkout (an installed wheel): the packages' own files.
     """
     if not (root / ".git").exists():
         found = [path for name in PACKAGES for path in sorted((root / name).rglob("*"))]
         files = [str(path.relative_to(root)) for path in found if path.is_file() and "__pycache__" not in path.parts]
         return Code(root, tuple(files), "", "")
-    listed = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
-    files = sorted({name for name in listed.split("\0") if name and (root / name).is_file()})
-    return Code(root, tuple(files), _git(root, "rev-parse", "HEAD").strip(), _patch(root))
+    untracked = _listed(root, "--others", "--exclude-standard")
+    left_out = tuple(name for name in untracked if _SECRET_FILE.search(f"/{name}"))
+    kept = [name for name in untracked if name not in left_out]
+    files = sorted({name for name in (*_listed(root, "--cached"), *kept) if (root / name).is_file()})
+    return Code(root, tuple(files), _git(root, "rev-parse", "HEAD").strip(), _patch(root, kept), left_out)
 
 
-def _patch(root: Path) -> str:
+def _listed(root: Path, *options: str) -> list[str]:
+    return [name for name in _git(root, "ls-files", "-z", *options).split("\0") if name]
+
+
+def _patch(root: Path, untracked: Sequence[str]) -> str:
     """Everything that `git apply` needs to make the tree from the commit."""
-    untracked = [name for name in _git(root, "ls-files", "-z", "--others", "--exclude-standard").split("\0") if name]
     parts = [_git(root, "diff", "--binary", "HEAD")]
     # diff exits with 1 where files differ, which an absent file always does.
     parts += [_git(root, "diff", "--binary", "--no-index", "--", "/dev/null", name, expect=1) for name in untracked]

@@ -58,6 +58,30 @@ def test_commit_and_patch_give_the_tree_back(tree, tmp_path):
     assert contents(tmp_path / "again") == contents(tree)
 
 
+SECRETS = (
+    ".env",
+    ".env.local",
+    "pipeline/.netrc",
+    "id_rsa",
+    "deploy/id_ed25519",
+    ".aws/credentials",
+    "tls.key",
+    "hf_token",
+)
+
+
+def test_untracked_secrets_stay_behind_and_are_named(tree):
+    for name in (*SECRETS, "tokenizer_notes.py", "monkey.py", "environment.py"):
+        (tree / name).parent.mkdir(exist_ok=True, parents=True)
+        (tree / name).write_text("hunter2")
+    code = collect(tree)
+    assert set(code.left_out) == set(SECRETS)
+    assert not set(code.files) & set(SECRETS)
+    assert code.patch.count("hunter2") == 3
+    assert {"tokenizer_notes.py", "monkey.py", "environment.py"} <= set(code.files)
+    assert "left out, since they look like secrets: .aws/credentials, .env" in code.described
+
+
 def test_a_clean_tree_has_no_patch(tree):
     git(tree, "add", "-A")
     git(tree, "commit", "-qm", "second")
