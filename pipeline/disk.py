@@ -39,6 +39,17 @@ def reserved(folder: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A failure of the operating system that leaves the block names ``path``: those of read, write and fsync name nothing."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def require(folder: Path, needed: int, what: str) -> None:
     """Raise ``DiskFullError`` unless ``folder``, which exists, has room for ``needed`` bytes. Quotas are not seen, only disks."""
     if shutil.disk_usage(folder).free < needed:

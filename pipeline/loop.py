@@ -11,15 +11,15 @@ from pipeline.data.cursor import DataCursor
 from pipeline.entropy.controller import EntropyController
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.learner import Learner
-from pipeline.monitoring.kept import choose, measure
 from pipeline.monitoring.recorder import Recorder
-from pipeline.objectives.batch import positives_consumed
 from pipeline.rewards.stage import VerifierStage
 from pipeline.rollout.rollouts import Rollouts
+from pipeline.step.batch import positives_consumed
+from pipeline.step.kept import choose, measure
 from pipeline.step.prepare import prepare
 from pipeline.step.queue import RolloutQueue
 from pipeline.step.repeated import repeated_entropy, with_repeated
-from pipeline.types import ControlDecision, Prompt
+from pipeline.types import ControlDecision, Prompt, StepOutcome
 
 
 @dataclass
@@ -63,7 +63,7 @@ class TrainingLoop:
         samples = drawn.samples
         with clock("batch"):
             batch = self.queue.batch(drawn, self.step)
-            chosen = choose(samples.main, samples.auxiliary, self.config.monitoring.samples_per_step, self.step)
+            chosen = choose(samples, self.config.monitoring.samples_per_step, self.step)
         with clock("train"):
             self.rollouts.make_room()
             batch = prepare(batch, self.learner, self.config, self.step)
@@ -76,11 +76,17 @@ class TrainingLoop:
             self.rollouts.push(self.step + 1)
         positives = positives_consumed(batch)
         self.decision = self.controller.update(stats.entropy, positives)
-        drew, control = (samples.main, samples.auxiliary, kept), (drawn.decision, self.decision)
-        figures = self.rollouts.figures()
-        self.recorder.step(
-            self.step, *drew, stats, *control, samples.stale, positives, clock, figures, samples.repeated
+        outcome = StepOutcome(
+            step=self.step,
+            samples=samples,
+            kept=kept,
+            stats=stats,
+            decision=drawn.decision,
+            following=self.decision,
+            positives=positives,
+            rollouts=self.rollouts.figures(),
         )
+        self.recorder.step(outcome)
         self.step += 1
 
     def evaluate(self) -> None:
@@ -90,10 +96,14 @@ class TrainingLoop:
         self.recorder.evaluation(self.step, result.to_dict())
 
     def save(self) -> None:
-        """Checkpoint learner, controller, data cursor and the pending decision under one manifest."""
+        """Checkpoint learner, controller, data cursor, what waits and the pending decision under one manifest."""
         self.recorder.begin("checkpoint")
-        state = {"step": self.step, "cursor": self.cursor.state_dict(), "controller": self.controller.state_dict()}
-        state["queue"] = self.queue.state_dict()
-        self.recorder.checkpoint(
-            self.checkpoints.save(self.step, state | {"decision": vars(self.decision)}, self.learner.save)
-        )
+        waiting, arrays = self.queue.state_dict()
+        state = {
+            "step": self.step,
+            "cursor": self.cursor.state_dict(),
+            "controller": self.controller.state_dict(),
+            "decision": vars(self.decision),
+            "queue": waiting,
+        }
+        self.recorder.checkpoint(self.checkpoints.save(self.step, state, arrays, self.learner.save))

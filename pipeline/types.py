@@ -7,7 +7,7 @@ Everything here is a frozen dataclass. Entropies and log-probabilities are natur
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from itertools import accumulate
@@ -119,6 +119,25 @@ class SampleGroup:
 
 
 @dataclass(frozen=True)
+class StepSamples:
+    """The verified samples of one step. Rewards, lengths and token counts are measured on all of ``main``."""
+
+    main: Sequence[SampleGroup]
+    auxiliary: Sequence[SampleGroup]
+    stale: int  # samples dropped for their weight version
+    repeated: Sequence[SampleGroup] = ()  # not verified
+
+
+@dataclass(frozen=True)
+class KeptSample:
+    """One rollout that the run writes down and, in the steps that measure it, the policy's exact entropy at each of its tokens."""
+
+    prompt: Prompt
+    sample: Sample
+    entropies: np.ndarray | None  # float32 [n], nats at T=1, of the policy that the step's update starts from
+
+
+@dataclass(frozen=True)
 class Actuation:
     """What the controller's command does to the loss of one step.
 
@@ -214,6 +233,20 @@ class ControlDecision:
     target: float = float("nan")  # ramped set-point, nats per token
     filtered_entropy: float = float("nan")  # the entropy the law acted on, nats per token
     gain: float = float("nan")  # of ln H per unit of the controller's u and step, as learnt; NaN: none is
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What one step did: all that the recorder is told of it."""
+
+    step: int  # 0-based
+    samples: StepSamples
+    kept: Sequence[KeptSample]  # the rollouts to write down
+    stats: StepStats
+    decision: ControlDecision  # in force during the step
+    following: ControlDecision  # made from the step's entropy reading
+    positives: int  # correct rows that the actuator consumed
+    rollouts: Mapping[str, Mapping[str, float]]  # figures of ``sync`` (bytes, buckets) and ``engines`` (alive, total)
 
 
 @dataclass(frozen=True)

@@ -56,13 +56,15 @@ def train(config: RunConfig, resume: Path | None, stop_requested: Callable[[], b
         recorder = stack.enter_context(Recorder(run_dir, config, resumed=resume is not None))
         stack.enter_context(reserved(run_dir))  # given back before the recorder writes how the run ended
         stack.enter_context(Watchdog(recorder, config, _others(config)))
-        checkpoint = _checkpoints(run_dir, config).latest() if resume else None
+        checkpoints = _checkpoints(run_dir, config)
+        checkpoint = checkpoints.latest() if resume else None
         loop = build_loop(config, recorder, stack)
         if checkpoint:
+            checkpoints.prune()
             restore(loop, checkpoint)
         else:
             loop.learner.load(hf_path(config))
-        recorder.start(loop.step)
+        recorder.start(loop.step, checkpoint)
         sidecar.start()
         loop.run(stop_requested)
         return recorder.finish(completed=loop.step >= config.steps)
@@ -138,7 +140,7 @@ def restore(loop: TrainingLoop, checkpoint: Checkpoint) -> None:
     """Put every stateful part back to where ``checkpoint`` was taken."""
     state = checkpoint.state()
     loop.cursor.load_state_dict(state["cursor"])
-    loop.queue.load_state_dict(state.get("queue", []))  # older checkpoints have none
+    loop.queue.load_state_dict(state["queue"], checkpoint.arrays())
     loop.controller.load_state_dict(state["controller"])
     loop.decision = ControlDecision(**state["decision"])
     loop.step = state["step"]

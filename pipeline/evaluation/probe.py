@@ -19,11 +19,11 @@ import torch
 
 from pipeline.config.schema import RunConfig
 from pipeline.learner import Learner
-from pipeline.objectives.batch import build_batch, usable
 from pipeline.rewards.stage import VerifierStage
 from pipeline.rollout.engine import RolloutEngine
 from pipeline.rollout.weight_sync import push_weights
 from pipeline.seeds import sample_seed
+from pipeline.step.batch import build_batch, usable
 from pipeline.types import ControlDecision, GenerateRequest, Prompt, Role, SampleGroup, TrainBatch
 
 SIGNS = {"positives": 1.0, "negatives": -1.0}

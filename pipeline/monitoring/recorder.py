@@ -1,11 +1,10 @@
-"""Writes a run's folder while it runs: config.yaml, events.jsonl, samples/; at the end report.html."""
+"""Writes the folder of a run while it goes on: config.yaml, events.jsonl, samples/; at the end report.html."""
 
 from __future__ import annotations
 
 import fcntl
 import importlib.metadata
 import logging
-import math
 import platform
 import shutil
 import threading
@@ -26,12 +25,12 @@ from pipeline.entropy.band import Band
 from pipeline.monitoring.activity import Activity
 from pipeline.monitoring.alerts.engine import Alert, AlertEngine, replayed
 from pipeline.monitoring.alerts.rules import constants_of, rules_of
-from pipeline.monitoring.events import FILE_NAME, EventLog, EventLogError, StepRecord
-from pipeline.monitoring.kept import KeptSample
-from pipeline.monitoring.memory import resident_gib
+from pipeline.monitoring.events import FILE_NAME, EventLog, EventLogError
 from pipeline.monitoring.progress import Progress
+from pipeline.monitoring.samples import write_samples
 from pipeline.monitoring.series import Series
-from pipeline.types import ControlDecision, SampleGroup, StepStats
+from pipeline.monitoring.step_record import step_record
+from pipeline.types import StepOutcome
 
 log = logging.getLogger(__name__)
 
@@ -107,17 +106,23 @@ class Recorder:
             if self._log is not None:
                 self._raise(self._alerts.tick(now, free))
 
-    def start(self, step: int) -> None:
-        """Open the log with ``run_start``, or with ``resume`` at ``step`` updates done. From here on config.yaml is this run's."""
-        header = f"# Resolved configuration. Hash (without name and run_dir): {config_hash(self._config)}\n"
-        written = self.run_dir / ".config.yaml"
-        written.write_text(header + to_yaml(self._config))
-        written.replace(self.run_dir / "config.yaml")
-        if self._resumed:
-            self._alerts = replayed(self._alerts, self.run_dir / FILE_NAME, step)
-        self._log, self._done = EventLog(self.run_dir / FILE_NAME), step
+    def start(self, step: int, checkpoint: Checkpoint | None = None) -> None:
+        """Open the log with ``run_start``, or with ``resume`` at ``step`` updates done, from ``checkpoint`` if there is one.
+
+        From here on config.yaml is this run's.
+        """
+        self._write_config()
+        opened, self._done = EventLog(self.run_dir / FILE_NAME), step
         self._series = self._open_index()
         past = self._series.events if self._series else []
+        if checkpoint is not None and ("checkpoint", step) not in [
+            (event["kind"], event.get("step")) for event in past
+        ]:
+            # The process before was killed between publishing the checkpoint and saying so.
+            opened.append("checkpoint", {"time": time.time(), **self._published(checkpoint)})
+        if self._resumed:
+            self._alerts = replayed(self._alerts, self.run_dir / FILE_NAME, step)
+        self._log = opened  # only now: a watchdog's ``tick`` must not meet alerts that have forgotten the log
         starts = [event for event in past if event["kind"] in ("run_start", "resume")]
         self.event(
             "resume" if self._resumed else "run_start",
@@ -143,62 +148,15 @@ class Recorder:
             self._log.append(kind, event)
             self._raise(self._alerts.observe({"kind": kind, **event}))
 
-    def step(
-        self,
-        step: int,
-        main: Sequence[SampleGroup],
-        auxiliary: Sequence[SampleGroup],
-        kept: Sequence[KeptSample],
-        stats: StepStats,
-        decision: ControlDecision,
-        following: ControlDecision,
-        stale: int,
-        positives: int,
-        clock: StepClock,
-        rollouts: Mapping[str, Mapping[str, float]],
-        repeated: Sequence[SampleGroup] = (),
-    ) -> None:
-        """Record one step: its event, the samples to keep, the progress line.
-
-        ``decision`` governed the step just done, ``following`` was made from its entropy reading. ``stale``: samples dropped for
-        their weight version; ``positives``: correct rows that the actuator consumed; ``rollouts``: figures of weight sync and engines.
-        """
-        seconds = clock.seconds(self._own_seconds)
+    def step(self, outcome: StepOutcome) -> None:
+        """Record one step: its event, the samples to keep, the progress line. Its time is that of the clock last given out."""
+        seconds = self._clock.seconds(self._own_seconds)
         started = time.perf_counter()
-        low, high = self._band.at(step)
-        actuator = "none" if following.state == "off" else self._config.entropy.actuator
-        record = StepRecord(
-            step=step,
-            time=time.time(),
-            entropy_sum=stats.entropy.sum,
-            entropy_count=stats.entropy.count,
-            entropy_filtered=following.filtered_entropy,
-            band_low=low,
-            band_high=high,
-            target=following.target,
-            temperature=decision.temperature,
-            command=decision.command,
-            actuator=actuator,
-            state=following.state,
-            reason=following.reason,
-            positives=positives,
-            stale_samples=stale,
-            loss=stats.loss,
-            grad_norm=stats.grad_norm,
-            learning_rate=stats.learning_rate,
-            weight_version=step - stats.entropy.staleness,
-            gain=following.gain,
-            metrics=stats.metrics,
-            seconds={**seconds, "learner": stats.seconds},
-            memory={"driver": resident_gib(), **stats.memory},
-            sync=rollouts["sync"],
-            engines=rollouts["engines"],
-            **rollout_figures(main, auxiliary, repeated),
-        )
+        record = step_record(outcome, self._band, self._config.entropy.actuator, seconds)
         self.event("step", **record.to_dict())
-        self._done = step + 1
+        self._done = outcome.step + 1
         self._index_log()
-        self._write_samples(step, kept)
+        write_samples(self.run_dir / "samples", outcome.step, outcome.kept, self._tokenizer)
         if self._progress is not None:
             self._progress.step(record)
         self._own_seconds = time.perf_counter() - started
@@ -214,7 +172,7 @@ class Recorder:
 
     def checkpoint(self, checkpoint: Checkpoint) -> None:
         """Record a published checkpoint, and flush the log to the disk with it."""
-        self.event("checkpoint", step=checkpoint.step, path=str(checkpoint.path.relative_to(self.run_dir)))
+        self.event("checkpoint", **self._published(checkpoint))
         if self._log is not None:
             self._log.sync()
 
@@ -243,6 +201,16 @@ class Recorder:
                 self._log.close()
                 self._log = None
 
+    def _write_config(self) -> None:
+        header = f"# Resolved configuration. Hash (without name and run_dir): {config_hash(self._config)}\n"
+        written = self.run_dir / ".config.yaml"
+        written.write_text(header + to_yaml(self._config))
+        written.replace(self.run_dir / "config.yaml")
+
+    def _published(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """The fields of its event."""
+        return {"step": checkpoint.step, "path": str(checkpoint.path.relative_to(self.run_dir))}
+
     def _open_index(self) -> Series | None:
         try:
             return Series(self.run_dir)
@@ -269,11 +237,6 @@ class Recorder:
             if self._log is not None:
                 self._log.append("alert", alert.to_dict())
 
-    def _write_samples(self, step: int, kept: Sequence[KeptSample]) -> None:
-        if kept:
-            lines = [sample.line(step, self._tokenizer) for sample in kept]
-            (self.run_dir / "samples" / f"step-{step:06d}.jsonl").write_text("".join(lines), encoding="utf-8")
-
 
 def _lock(run_dir: Path) -> IO[str]:
     """An open file whose lock says that a process writes this run; it goes with the process. Raises ``ConfigError``."""
@@ -287,26 +250,6 @@ def _lock(run_dir: Path) -> IO[str]:
     return file
 
 
-def rollout_figures(
-    main: Sequence[SampleGroup], auxiliary: Sequence[SampleGroup], repeated: Sequence[SampleGroup] = ()
-) -> dict[str, Any]:
-    """The fields of a ``StepRecord`` that follow from verified samples. Means over no samples are NaN."""
-    groups = [group.samples for group in main if group.samples]
-    samples = [sample for group in groups for sample in group]
-    others = [sample for group in auxiliary for sample in group.samples]
-    tokens = {"main": main, "auxiliary": auxiliary} | ({"repeated": repeated} if repeated else {})
-    rewards = [[sample.reward for sample in group] for group in groups]
-    lengths = [len(sample.token_ids) for sample in samples]
-    return {
-        "reward": _mean([sample.reward for sample in samples]),
-        "all_equal_groups": _mean([min(group) == max(group) for group in rewards]),
-        "response_length": _mean(lengths),
-        "truncated": _mean([sample.finish_reason == "length" for sample in samples]),
-        "verifier_errors": sum(bool(sample.verifier_error) for sample in (*samples, *others)),
-        "tokens": {role: sum(len(s.token_ids) for g in drawn for s in g.samples) for role, drawn in tokens.items()},
-    }
-
-
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a run's numbers; those not installed are left out."""
     found = {"python": platform.python_version()}
@@ -316,7 +259,3 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan

@@ -1,47 +1,36 @@
-"""What the coming steps will train on: drawn now, or up to ``rollout.staleness`` updates ago.
+"""Hands out the samples of each step in order, drawn now or up to ``rollout.staleness`` updates ago.
 
-With staleness s the samples of step k + s are drawn at step k, with weights version k, so that engines could work while the learner trains.
-Old log-probs are taken from the learner when the samples are drawn, at T=1 and at the weights that drew them: the loss then sees the
-ratio as it is, and clips it. A checkpoint holds what is waiting, so that a resumed run trains on the very same samples.
+With staleness s the samples of step k + s are drawn at step k, with weights version k, so that engines could work while
+the learner trains. Old log-probs are taken from the learner when the samples are drawn, at T=1 and at the weights that
+drew them: the loss then sees the ratio as it is, and clips it. A checkpoint holds what is waiting, so that a resumed run
+trains on the very same samples.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from pipeline.clock import StepClock
 from pipeline.config.schema import RunConfig
 from pipeline.data.cursor import DataCursor
 from pipeline.entropy.actuators import acting
 from pipeline.learner import Learner
-from pipeline.objectives.batch import build_batch
 from pipeline.rewards.stage import VerifierStage
 from pipeline.rollout.rollouts import Rollouts
-from pipeline.step.draw import StepSamples, draw_step, to_train_on
+from pipeline.step.batch import build_batch
+from pipeline.step.draw import Sampler, to_train_on
 from pipeline.step.requests import repeated_requests
-from pipeline.types import ControlDecision, Prompt, Role, Sample, SampleGroup, TrainBatch, WeightSpan
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Samples of one step, and what they were drawn with."""
-
-    version: int  # of the weights
-    decision: ControlDecision  # in force at the time
-    samples: StepSamples
-    old_log_probs: torch.Tensor | None = (
-        None  # float32 [rows, seq - 1] at T=1, of the batch made of them; None: on-policy
-    )
+from pipeline.step.waiting import Drawn, drawn_of, plain_of
+from pipeline.types import ControlDecision, Prompt, TrainBatch
 
 
 class RolloutQueue:
-    """Draws, verifies and hands out the samples of each step, in order."""
+    """Draws ahead as far as ``rollout.staleness`` allows, and hands out the samples of one step after the other."""
 
     def __init__(
         self,
@@ -54,11 +43,10 @@ class RolloutQueue:
         repeated: Sequence[Prompt] = (),
     ) -> None:
         """``repeated``: prompts that are answered at every step with the same seeds."""
-        self._config, self._cursor, self._rollouts = config, cursor, rollouts
-        self._verifier, self._learner, self._pad = verifier, learner, pad_token_id
+        self._config, self._learner, self._pad = config, learner, pad_token_id
+        self._sampler = Sampler(cursor, rollouts, verifier, config, repeated_requests(repeated, config))
         actuator = acting(config.entropy)
         self._second_rollout = actuator is not None and actuator.second_rollout
-        self._repeated = repeated_requests(repeated, config)
         self._waiting: deque[Drawn] = deque()  # the next step's first
 
     def next(self, step: int, decision: ControlDecision, clock: StepClock) -> Drawn:
@@ -78,72 +66,18 @@ class RolloutQueue:
         batch = build_batch(main, drawn.samples.auxiliary, drawn.decision, self._config, self._pad)
         return replace(batch, old_log_probs=drawn.old_log_probs, staleness=step - drawn.version)
 
-    def state_dict(self) -> list[dict[str, Any]]:
-        """What waits, JSON-serialisable."""
-        return [_plain(drawn) for drawn in self._waiting]
+    def state_dict(self) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+        """What waits, in the two parts that a checkpoint keeps: small fields for its JSON, and arrays."""
+        return plain_of(self._waiting)
 
-    def load_state_dict(self, state: list[dict[str, Any]]) -> None:
+    def load_state_dict(self, fields: Sequence[Mapping[str, Any]], arrays: Mapping[str, np.ndarray]) -> None:
         """Continue exactly where ``state_dict`` was taken."""
-        self._waiting = deque(map(_drawn, state))
+        self._waiting = deque(drawn_of(fields, arrays))
 
     def _draw(self, version: int, step: int, decision: ControlDecision, clock: StepClock) -> Drawn:
-        parts = self._cursor, self._rollouts, self._verifier
-        samples = draw_step(*parts, decision, self._config, step, version, clock, self._repeated)
-        drawn = Drawn(version, decision, samples)
+        drawn = Drawn(version, decision, self._sampler.draw(decision, step, version, clock))
         if step == version:
             return drawn
         with clock("train"):
             log_probs = self._learner.log_probs(self.batch(drawn, version))
         return replace(drawn, old_log_probs=log_probs)
-
-
-def _plain(drawn: Drawn) -> dict[str, Any]:
-    old = drawn.old_log_probs
-    return {
-        "version": drawn.version,
-        "decision": asdict(drawn.decision),
-        "main": [_plain_group(group) for group in drawn.samples.main],
-        "auxiliary": [_plain_group(group) for group in drawn.samples.auxiliary],
-        "repeated": [_plain_group(group) for group in drawn.samples.repeated],
-        "stale": drawn.samples.stale,
-        "old_log_probs": None if old is None else old.tolist(),
-    }
-
-
-def _plain_group(group: SampleGroup) -> dict[str, Any]:
-    samples = [
-        vars(sample)
-        | {"token_ids": sample.token_ids.tolist(), "log_probs": sample.log_probs.tolist(), "role": str(sample.role)}
-        | {"weight_versions": [vars(span) for span in sample.weight_versions]}
-        for sample in group.samples
-    ]
-    return {"prompt": vars(group.prompt), "samples": samples, "role": str(group.role)}
-
-
-def _drawn(state: dict[str, Any]) -> Drawn:
-    old = state["old_log_probs"]
-    return Drawn(
-        state["version"],
-        ControlDecision(**state["decision"]),
-        StepSamples(
-            list(map(_group, state["main"])),
-            list(map(_group, state["auxiliary"])),
-            state["stale"],
-            list(map(_group, state.get("repeated", []))),  # older checkpoints have none
-        ),
-        None if old is None else torch.tensor(old, dtype=torch.float32),
-    )
-
-
-def _group(state: dict[str, Any]) -> SampleGroup:
-    samples = tuple(
-        Sample(
-            **sample
-            | {"token_ids": np.array(sample["token_ids"], np.int64), "role": Role(sample["role"])}
-            | {"log_probs": np.array(sample["log_probs"], np.float32)}
-            | {"weight_versions": tuple(WeightSpan(**span) for span in sample["weight_versions"])}
-        )
-        for sample in state["samples"]
-    )
-    prompt = state["prompt"] | {"token_ids": tuple(state["prompt"]["token_ids"])}
-    return SampleGroup(Prompt(**prompt), samples, Role(state["role"]))

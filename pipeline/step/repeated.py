@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pipeline.learner import Learner
-from pipeline.objectives.batch import rows_to_measure
+from pipeline.step.batch import rows_to_measure
 from pipeline.types import SampleGroup, StepStats
 
 

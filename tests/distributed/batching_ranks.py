@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from megatron_ranks import batch, exported, gradients, learner
 
-from pipeline.monitoring.kept import measure
+from pipeline.step.kept import measure
 
 
 def train(rank, world, address, folder, tp, pp, batches, config):

@@ -10,7 +10,7 @@ import pytest
 from launchers.cli.main import run
 from pipeline.config.schema import EntropyConfig
 from pipeline.entropy.plant import Plant, Scenario, simulate
-from pipeline.types import ControlDecision, EntropyReading, StepStats
+from pipeline.types import ControlDecision, EntropyReading, StepSamples, StepStats
 
 sys.path.append(str(Path(__file__).parents[1] / "pipeline" / "monitoring"))
 import run_writer as runs
@@ -30,24 +30,12 @@ def write_simulated(run_dir, *overrides):
     recorder = runs.open_run(run_dir, *overrides)
     for step, (entropy, u) in enumerate(zip(trace.readings, trace.commands, strict=True)):
         used = ControlDecision(float(np.exp(u)), float(np.exp(u)), 0, "tracking", "")
-        clock = runs.StepClock()
-        with clock("sample"):
+        with recorder.clock()("sample"):
             pass
         reward = 1.0 if np.random.default_rng(step).random() < 1.2 - 0.5 * np.exp(entropy) else 0.0
         stats = StepStats(0.0, EntropyReading(entropy * 100, 100.0, step), 1.0, 1e-3, {}, 0.05)
-        recorder.step(
-            step,
-            [runs.group(runs.sample(reward), runs.sample(reward))],
-            [],
-            [],
-            stats,
-            used,
-            used,
-            0,
-            1,
-            clock,
-            runs.ROLLOUTS,
-        )
+        drawn = StepSamples([runs.group(runs.sample(reward), runs.sample(reward))], [], 0)
+        recorder.step(runs.outcome(step, drawn, stats, used, used))
     recorder.finish(completed=True)
     return run_dir
 

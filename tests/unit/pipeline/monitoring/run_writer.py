@@ -7,12 +7,23 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.checkpoints import Checkpoint
-from pipeline.clock import StepClock
 from pipeline.config.load import load_config
 from pipeline.data.sources import PromptSet
-from pipeline.monitoring.kept import KeptSample, choose
 from pipeline.monitoring.recorder import Recorder
-from pipeline.types import ControlDecision, EntropyReading, Prompt, Role, Sample, SampleGroup, StepStats, WeightSpan
+from pipeline.step.kept import choose
+from pipeline.types import (
+    ControlDecision,
+    EntropyReading,
+    KeptSample,
+    Prompt,
+    Role,
+    Sample,
+    SampleGroup,
+    StepOutcome,
+    StepSamples,
+    StepStats,
+    WeightSpan,
+)
 
 ROLLOUTS = {"sync": {"bytes": 2**20, "buckets": 2}, "engines": {"alive": 1, "total": 1}}
 PROMPT = Prompt("q1", (1, 2), "1234>10=", "1234>10", "countdown")
@@ -52,16 +63,27 @@ def decision(state="tracking", temperature=1.2, reason="H in band"):
 
 
 def record_step(recorder, step, entropy=0.3, state="tracking", reason="H in band", main=None, metrics=None):
-    clock = StepClock()
-    with clock("sample"):
+    with recorder.clock()("sample"):
         pass
-    main = [group(sample(), sample(0.0))] if main is None else main
+    drawn = StepSamples([group(sample(), sample(0.0))] if main is None else main, [], 0)
     stats = StepStats(
         -0.1, EntropyReading(entropy * 100, 100.0, step), 1.0, 1e-3, metrics or {"policy_loss": -0.1}, 0.05
     )
-    chosen = choose(main, [], recorder._config.monitoring.samples_per_step, step)
-    control = (decision(), decision(state, reason=reason))
-    recorder.step(step, main, [], list(starmap(kept, chosen)), stats, *control, 0, 1, clock, ROLLOUTS)
+    chosen = choose(drawn, recorder._config.monitoring.samples_per_step, step)
+    recorder.step(outcome(step, drawn, stats, decision(), decision(state, reason=reason), list(starmap(kept, chosen))))
+
+
+def outcome(step, drawn, stats, used, following, kept=()):
+    return StepOutcome(
+        step=step,
+        samples=drawn,
+        kept=kept,
+        stats=stats,
+        decision=used,
+        following=following,
+        positives=1,
+        rollouts=ROLLOUTS,
+    )
 
 
 def evaluation(pass_at_1, pass_at_16):

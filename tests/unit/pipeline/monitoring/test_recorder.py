@@ -16,15 +16,14 @@ from rich.console import Console
 from pipeline.clock import StepClock
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import config_hash, load_config, resolve_path
-from pipeline.data.sources import PromptSet
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.monitoring import recorder as recorder_module
 from pipeline.monitoring import series as series_module
 from pipeline.monitoring.events import read_events
-from pipeline.monitoring.kept import KeptSample
 from pipeline.monitoring.progress import Progress
-from pipeline.monitoring.recorder import rollout_figures
-from pipeline.types import Role
+from pipeline.monitoring.samples import write_samples
+from pipeline.monitoring.step_record import rollout_figures
+from pipeline.types import KeptSample, Role, StepSamples
 
 sys.path.append(str(Path(__file__).parent))
 import run_writer as runs
@@ -142,7 +141,7 @@ def test_rollout_figures_by_hand():
         runs.group(),
     ]
     auxiliary = [runs.group(runs.sample(0.0, tokens=5, role=Role.AUXILIARY, error="timeout"), role=Role.AUXILIARY)]
-    assert rollout_figures(main, auxiliary) == {
+    assert rollout_figures(StepSamples(main, auxiliary, 0)) == {
         "reward": 0.75,
         "all_equal_groups": 0.5,
         "response_length": 5.0,
@@ -160,12 +159,11 @@ def test_a_step_without_samples_is_recorded(tmp_path):
 
 
 def test_samples_hold_every_token_with_its_log_prob_and_entropy(tmp_path):
-    recorder = runs.open_run(tmp_path)
-    recorder.data(PromptSet((runs.PROMPT,), (), 0), load_tokenizer(resolve_path("model/pm4-100k")))
+    tokenizer = load_tokenizer(resolve_path("model/pm4-100k"))
     drawn = replace(runs.sample(), token_ids=np.array([1, 10, 2, 15]), log_probs=np.log([0.5, 0.25, 0.9, 1.0]))
     entropies = np.log([2.0, 4.0, 1.5, 1.0])
-    recorder._write_samples(12, [KeptSample(runs.PROMPT, drawn, entropies)])
-    line = json.loads((tmp_path / "samples" / "step-000012.jsonl").read_text())
+    write_samples(tmp_path, 12, [KeptSample(runs.PROMPT, drawn, entropies)], tokenizer)
+    line = json.loads((tmp_path / "step-000012.jsonl").read_text())
     assert (line["step"], line["prompt"], line["weight_versions"]) == (12, "1234>10=", [[0, 0, 4]])
     assert line["pieces"] == ["1", "+", "2", "$"]
     assert line["log_probs"] == [-0.693, -1.386, -0.105, 0.0]

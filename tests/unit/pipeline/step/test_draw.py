@@ -12,7 +12,7 @@ from pipeline.data.sources import load_prompts
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.rewards.stage import VerifierStage
 from pipeline.rollout.native.engine import NativeEngine
-from pipeline.step.draw import draw_step, to_train_on
+from pipeline.step.draw import Sampler, to_train_on
 from pipeline.step.requests import repeated_requests, step_requests
 from pipeline.types import ControlDecision, Cuts, Role
 
@@ -40,7 +40,8 @@ def draw(parts, *overrides, prompts=None, step=0, again=()):
     engine, verifier, train = parts
     cursor = DataCursor(train if prompts is None else prompts, seed=0)
     clock, config = StepClock(), configured(*overrides)
-    drawn = draw_step(cursor, engine, verifier, DECISION, config, step, 0, clock, repeated_requests(again, config))
+    sampler = Sampler(cursor, engine, verifier, config, repeated_requests(again, config))
+    drawn = sampler.draw(DECISION, step, 0, clock)
     return drawn, to_train_on(drawn.main, config), clock.seconds()
 
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config.schema import OverlongConfig, RunConfig
-from pipeline.objectives.batch import build_batch, positives_consumed
 from pipeline.objectives.loss import PolicyOutputs, TokenRows, policy_loss
+from pipeline.step.batch import build_batch, positives_consumed
 from pipeline.step.prepare import prepare
 from pipeline.types import Actuation, ControlDecision, Prompt, Role, Sample, SampleGroup
 

@@ -1,10 +1,11 @@
 """Which rollouts a run keeps: the same ones whoever asks, known before the step."""
 
-import json
 from dataclasses import replace
 
-from pipeline.monitoring.kept import choose, measure
-from pipeline.types import Role
+from pipeline.monitoring.samples import described
+from pipeline.step.kept import choose as choose_of
+from pipeline.step.kept import measure
+from pipeline.types import Role, StepSamples
 from tests.unit.pipeline.monitoring import run_writer as runs
 
 
@@ -14,6 +15,10 @@ def groups(count, role=Role.MAIN):
         runs.group(*(replace(runs.sample(role=role), seed=10 * g + i) for i in range(2)), role=role)
         for g in range(1, count + 1)
     ]
+
+
+def choose(main, auxiliary, count, step):
+    return choose_of(StepSamples(main, auxiliary, 0), count, step)
 
 
 def seeds(chosen):
@@ -38,4 +43,4 @@ def test_the_learner_is_not_asked_about_nothing_nor_in_nine_steps_of_ten():
     assert measure([], learner=None, step=0) == []
     (kept,) = measure(choose(groups(1), [], 1, step=3), learner=None, step=13)
     assert (kept.sample.seed, kept.entropies) == (11, None)
-    assert "entropies" not in json.loads(kept.line(13, tokenizer=None))
+    assert "entropies" not in described(kept, 13, tokenizer=None)

@@ -1,0 +1,60 @@
+"""Writes the rollouts that a run keeps: ``samples/step-N.jsonl``, one JSON object per rollout."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.data.tokenizer import Tokenizer
+from pipeline.monitoring.events import to_json
+from pipeline.types import KeptSample
+
+log = logging.getLogger(__name__)
+
+
+def write_samples(folder: Path, step: int, kept: Sequence[KeptSample], tokenizer: Tokenizer | None) -> None:
+    """Write the rollouts of one step into ``folder``; no file where there are none.
+
+    A file that cannot be written is said in the process's log and left out: training does not depend on it.
+    """
+    if not kept:
+        return
+    path = folder / f"step-{step:06d}.jsonl"
+    text = "".join(to_json(described(sample, step, tokenizer)) + "\n" for sample in kept)
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        log.warning("%s: the samples of this step are not kept: %s", path, error)
+        with suppress(OSError):
+            path.unlink(missing_ok=True)  # readers would take a part for the whole
+
+
+def described(kept: KeptSample, step: int, tokenizer: Tokenizer | None) -> dict[str, object]:
+    """The fields of a rollout in its file (docs/events.md). ``pieces`` is empty without a tokenizer."""
+    sample = kept.sample
+    return {
+        "step": step,
+        "prompt_id": kept.prompt.id,
+        "prompt": kept.prompt.text,
+        "answer": kept.prompt.answer,
+        "response": sample.text,
+        "reward": sample.reward,
+        "role": str(sample.role),
+        "temperature": sample.temperature,
+        "tokens": len(sample.token_ids),
+        "finish_reason": sample.finish_reason,
+        "weight_versions": [[span.version, span.start, span.end] for span in sample.weight_versions],
+        "verifier_error": sample.verifier_error,
+        "seed": sample.seed,
+        "pieces": tokenizer.pieces(sample.token_ids) if tokenizer else [],
+        "log_probs": _rounded(sample.log_probs),
+        **({} if kept.entropies is None else {"entropies": _rounded(kept.entropies)}),
+    }
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    return [round(value, 3) for value in values.tolist()]

@@ -1,0 +1,70 @@
+"""Turns the outcome of a step into the record that the event log holds of it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.entropy.band import Band
+from pipeline.monitoring.events import StepRecord
+from pipeline.monitoring.memory import resident_gib
+from pipeline.types import StepOutcome, StepSamples
+
+
+def step_record(outcome: StepOutcome, band: Band, actuator: str, seconds: Mapping[str, float]) -> StepRecord:
+    """The record of a step that has just ended, under ``entropy.actuator``; ``seconds`` as ``StepClock`` counted them."""
+    stats, decision, following = outcome.stats, outcome.decision, outcome.following
+    low, high = band.at(outcome.step)
+    return StepRecord(
+        step=outcome.step,
+        time=time.time(),
+        entropy_sum=stats.entropy.sum,
+        entropy_count=stats.entropy.count,
+        entropy_filtered=following.filtered_entropy,
+        band_low=low,
+        band_high=high,
+        target=following.target,
+        temperature=decision.temperature,
+        command=decision.command,
+        actuator="none" if following.state == "off" else actuator,
+        state=following.state,
+        reason=following.reason,
+        positives=outcome.positives,
+        stale_samples=outcome.samples.stale,
+        loss=stats.loss,
+        grad_norm=stats.grad_norm,
+        learning_rate=stats.learning_rate,
+        weight_version=outcome.step - stats.entropy.staleness,
+        gain=following.gain,
+        metrics=stats.metrics,
+        seconds={**seconds, "learner": stats.seconds},
+        memory={"driver": resident_gib(), **stats.memory},
+        sync=outcome.rollouts["sync"],
+        engines=outcome.rollouts["engines"],
+        **rollout_figures(outcome.samples),
+    )
+
+
+def rollout_figures(drawn: StepSamples) -> dict[str, Any]:
+    """The fields of a ``StepRecord`` that follow from verified samples. Means over no samples are NaN."""
+    groups = [group.samples for group in drawn.main if group.samples]
+    samples = [sample for group in groups for sample in group]
+    others = [sample for group in drawn.auxiliary for sample in group.samples]
+    tokens = {"main": drawn.main, "auxiliary": drawn.auxiliary}
+    if drawn.repeated:
+        tokens["repeated"] = drawn.repeated
+    rewards = [[sample.reward for sample in group] for group in groups]
+    return {
+        "reward": _mean([sample.reward for sample in samples]),
+        "all_equal_groups": _mean([min(group) == max(group) for group in rewards]),
+        "response_length": _mean([len(sample.token_ids) for sample in samples]),
+        "truncated": _mean([sample.finish_reason == "length" for sample in samples]),
+        "verifier_errors": sum(bool(sample.verifier_error) for sample in (*samples, *others)),
+        "tokens": {role: sum(len(s.token_ids) for g in of_role for s in g.samples) for role, of_role in tokens.items()},
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
