@@ -22,8 +22,9 @@ from megatron_ext.packed_attention import PackedAttention
 from megatron_ext.topology import Topology
 from pipeline.config.schema import LearnerConfig
 from pipeline.model import layout
-from pipeline.model.architecture import Architecture, Moe
+from pipeline.model.architecture import Architecture, LinearScaling, Llama3Scaling, Moe, Yarn
 from pipeline.model.grid import Grid
+from pipeline.model.rotary import frequencies
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -67,10 +68,12 @@ def build(
         share_embeddings_and_output_weights=model.tied,
         position_embedding_type="rope",
         rotary_base=model.rope_theta,
-        rope_scaling=model.rope_factor is not None,
-        rope_scaling_factor=model.rope_factor or 1.0,
         vp_stage=chunk,
     )
+    if isinstance(
+        model.rope_scaling, (LinearScaling, Llama3Scaling)
+    ):  # of which megatron-core has one setting of each alone
+        gpt.rotary_pos_emb.inv_freq = frequencies(model).to(gpt.rotary_pos_emb.inv_freq.device)
     # Not Float16Module: it would copy the logits to float32, which the log-prob kernel does block by block.
     transformer_engine.place(gpt, topology.device, DTYPES[dtype])
     if numerics.emulated:
@@ -199,16 +202,17 @@ def _mla_config(model: Architecture) -> dict[str, Any]:
         "v_head_dim": model.mla.v_dim,
         "rotary_base": model.rope_theta,
     }
-    if model.yarn is None:
+    yarn = model.rope_scaling
+    if not isinstance(yarn, Yarn):
         return sizes | {"rope_type": "rope", "rotary_scaling_factor": 1.0}  # the factor also scales the softmax
     return sizes | {
         "rope_type": "yarn",
-        "rotary_scaling_factor": model.yarn.factor,
-        "original_max_position_embeddings": model.yarn.original_positions,
-        "beta_fast": model.yarn.beta_fast,
-        "beta_slow": model.yarn.beta_slow,
-        "mscale": model.yarn.mscale,
-        "mscale_all_dim": model.yarn.mscale_all_dim,
+        "rotary_scaling_factor": yarn.factor,
+        "original_max_position_embeddings": yarn.original_positions,
+        "beta_fast": yarn.beta_fast,
+        "beta_slow": yarn.beta_slow,
+        "mscale": yarn.mscale,
+        "mscale_all_dim": yarn.mscale_all_dim,
     }
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from pipeline.rollout.native.decoder import FAMILIES, DecoderConfig
+from pipeline.model import architecture, layout
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -83,12 +83,19 @@ def hf_config(family, **changes):
 
 
 def tensor_shapes(config):
-    """Name -> shape of every parameter; by the layout tables where the native decoder does not know the family."""
-    if config["model_type"] in FAMILIES:
-        return DecoderConfig.from_hf(config).tensor_shapes()
-    from pipeline.model import architecture, layout
+    """Name -> shape of every parameter, in the order in which they are drawn: of dense models, layers before the ends."""
+    model = architecture.parse(config)
+    shapes = layout.tensor_shapes(model)
+    if model.moe:
+        return shapes
+    parts = ("input_", "q_proj.w", "k_proj.w", "v_proj.w", "o_proj", "post_", "gate_", "up_", "down_", "bias", "_norm")
 
-    return {source.name: source.shape for row in layout.rows(architecture.parse(config)) for source in row.sources}
+    def place(name):
+        if not name.startswith("model.layers."):
+            return (1,)
+        return 0, int(name.split(".")[2]), next(i for i, part in enumerate(parts) if part in name)
+
+    return {name: shapes[name] for name in sorted(shapes, key=place)}
 
 
 def random_tensors(config, seed):

@@ -27,9 +27,10 @@ import torch
 
 import pipeline.model.blocks as blocks
 from pipeline.model.blocks import Block
+from pipeline.units import FP8_BLOCK
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-SIDE, MX_SIDE = 128, 32  # entries that share a scale: blockwise, mxfp8
+SIDE, MX_SIDE = FP8_BLOCK, 32  # entries that share a scale: blockwise, mxfp8
 _EXPONENT_BITS = -0x00800000  # sign and exponent of a float32; positive numbers here
 _FLOAT32_MAX = torch.finfo(torch.float32).max
 

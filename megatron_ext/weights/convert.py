@@ -25,25 +25,16 @@ from megatron_ext.weights.parts import Budget, ConversionError, Work
 from megatron_ext.weights.verify import MANIFEST, in_hf
 from megatron_ext.weights.verify import verify as compare
 from pipeline.model import architecture, fp8, identity, layout
-from pipeline.model import folder as safetensors_io
-from pipeline.model.architecture import Architecture
+from pipeline.model.architecture import Architecture, read_config
+from pipeline.model.folder import Files, Folder, check, is_weights
 from pipeline.model.grid import Grid
 from pipeline.model.layout import Piece, Row
+from pipeline.units import GIB
 
-PART_BYTES = 64 * 2**20, 2**30  # least and most; between, a sixteenth of the model
+PART_BYTES = 64 * 2**20, GIB  # least and most; between, a sixteenth of the model
 LEAST_BUDGET = 128 * 2**20  # bytes
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FP8 = "fp8"  # of a Hugging Face folder only: matrices in blocks, the rest in bfloat16
-_WEIGHTS = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.bin",
-    "*.bin.index.json",
-    "*.pt",
-    "*.pth",
-    "*.gguf",
-    "*.onnx",
-)
 # Kept as they are whatever --dtype: megatron-core and transformers hold these in float32 in every model.
 _EXACT = (".router.expert_bias",)
 
@@ -92,15 +83,15 @@ def hf_to_megatron(
     model = architecture.read(hf)
     model.check_layout(grid)
     rows = [row for row in layout.rows(model, grid) if row.exported]
-    folder = safetensors_io.Folder(hf)
-    safetensors_io.check(folder, rows, model)
+    folder = Folder(hf)
+    check(folder, rows, model)
     types = {row.parameter: _type_of(row, folder, dtype) for row in rows}
     part_bytes = part_bytes or _part_bytes(sum(_nbytes(row.local_shape(1), types[row.parameter]) for row in rows))
     parts = _parts(rows, grid, types, part_bytes)
     settings = {
         "source": str(hf.resolve()),
         "files": _stamps(hf / file for file in {entry.file for entry in folder.entries.values()}),
-        "model": asdict(model),
+        "model": model.record(),
         "grid": asdict(grid),
         "dtype": dtype,
         "part_bytes": part_bytes,
@@ -129,7 +120,7 @@ def hf_to_megatron(
     return Report(str(out), len(records), total, time.perf_counter() - start, len(parts), resumed, said)
 
 
-def _type_of(row: Row, folder: safetensors_io.Folder, dtype: str | None) -> torch.dtype:
+def _type_of(row: Row, folder: Folder, dtype: str | None) -> torch.dtype:
     """The type in which a row is written; sources of several types get one that holds them all."""
     own = functools.reduce(torch.promote_types, (folder.dtype(source.name) for source in row.sources))
     return own if dtype is None or row.parameter.endswith(_EXACT) else DTYPES[dtype]
@@ -181,7 +172,7 @@ def _groups(sizes: Sequence[int], limit: int) -> list[list[int]]:
 
 def _write_part(
     work: Path,
-    folder: safetensors_io.Folder,
+    folder: Folder,
     model: Architecture,
     types: Mapping[str, torch.dtype],
     budget: Budget,
@@ -206,7 +197,7 @@ def _write_part(
     return entries
 
 
-def _values(folder: safetensors_io.Folder, chunk: torch_dist.Chunk, dtype: torch.dtype) -> torch.Tensor:
+def _values(folder: Folder, chunk: torch_dist.Chunk, dtype: torch.dtype) -> torch.Tensor:
     """A chunk's values, contiguous: the file's own pages where it is one unchanged slice of one tensor."""
     row = chunk.row
     views = (
@@ -252,7 +243,7 @@ def megatron_to_hf(
         "source": str(directory.resolve()),
         "files": _stamps([*directory.glob("*.distcp"), directory / ".metadata"]),
         "hf": str(hf.resolve()),
-        "model": asdict(model),
+        "model": model.record(),
         "dtype": dtype,
         "shard_bytes": shard_bytes,
         "part_bytes": part_bytes,
@@ -262,7 +253,7 @@ def megatron_to_hf(
     with Work(out, settings) as work:
         resumed = len(work.finished)
         places = {name: place for tensor in tensors for name, place in tensor.places.items()}
-        files = safetensors_io.Files(work.folder, places, shard_bytes)
+        files = Files(work.folder, places, shard_bytes)
         _allocate(work, files, resumed)
         with closing(files):
             results = work.run(
@@ -307,7 +298,7 @@ def _type_in_hf(row: Row, source: torch_dist.Checkpoint, dtype: str | None) -> t
 
 
 def _write_tensors(
-    files: safetensors_io.Files, source: torch_dist.Checkpoint, budget: Budget, part: Sequence[_Tensor]
+    files: Files, source: torch_dist.Checkpoint, budget: Budget, part: Sequence[_Tensor]
 ) -> list[dict[str, Any]]:
     """One part, complete on disk when this returns; every tensor's checksum."""
     entries = []
@@ -322,7 +313,7 @@ def _write_tensors(
     return entries
 
 
-def _allocate(work: Work, files: safetensors_io.Files, resumed: int) -> None:
+def _allocate(work: Work, files: Files, resumed: int) -> None:
     """Create the output's files at full size; what finished parts wrote stays."""
     try:
         if not resumed:
@@ -356,13 +347,15 @@ def _remove_others(folder: Path, names: set[str]) -> None:
 def _copy_rest(hf: Path, folder: Path, types: set[torch.dtype]) -> None:
     """All of a Hugging Face folder but its weights; config.json names the type of the new weights and how they are quantised."""
     for path in sorted(hf.iterdir()):
-        if path.is_file() and path.name != MANIFEST and not any(path.match(pattern) for pattern in _WEIGHTS):
+        if path.is_file() and path.name != MANIFEST and not is_weights(path):
             shutil.copyfile(path, folder / path.name)
-    config = json.loads((hf / "config.json").read_text())
+    config = read_config(hf)
     narrowest = str(min(types - {fp8.CODES}, key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
     named: dict[str, Any] = {
         key: narrowest for key in ("dtype", "torch_dtype") if config.get(key, narrowest) != narrowest
     }
+    if config.get("num_nextn_predict_layers"):  # whose layers are left out
+        named["num_nextn_predict_layers"] = 0
     if fp8.CODES in types:
         named["quantization_config"] = fp8.quantization_config()
     if named:

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_ext.topology import Topology
-from pipeline.model import folder as safetensors_io
 from pipeline.model.architecture import Architecture
 from pipeline.model.checksum import checksum
+from pipeline.model.folder import Folder, check
 from pipeline.model.fp8 import BLOCK, CODES, quantise, scale_name, scale_shape
 from pipeline.model.layout import Row, Slice
 from pipeline.reshard.buckets import Bucket, Entry, Rounds
@@ -31,8 +31,8 @@ def load(
     ``rows`` are those of the whole model, so that every rank refuses a folder with missing, misshapen or unknown tensors.
     Raises ``ValueError`` that names the tensor, both shapes and the layout row.
     """
-    folder = safetensors_io.Folder(hf_path)
-    safetensors_io.check(folder, rows, model)
+    folder = Folder(hf_path)
+    check(folder, rows, model)
     mine = {row: part for row in rows if (part := row.part(topology.grid, topology.rank))}
     if unmatched := set(parameters) ^ {row.parameter for row in mine}:
         raise ValueError(f"model and layout table disagree on {', '.join(sorted(unmatched))}")

@@ -13,10 +13,10 @@ import torch
 
 from megatron_ext.weights import torch_dist
 from megatron_ext.weights.parts import Budget, ConversionError
-from pipeline.model import folder as safetensors_io
 from pipeline.model import fp8
 from pipeline.model.architecture import Architecture
 from pipeline.model.checksum import checksum
+from pipeline.model.folder import Folder
 from pipeline.model.layout import Row
 
 MANIFEST = "conversion.json"  # in the output folder: per-tensor checksums (pipeline.model.checksum)
@@ -31,7 +31,7 @@ def verify(
 
     The logits of small models too. Raises ``ConversionError`` that names the tensors that differ.
     """
-    folder, checkpoint = safetensors_io.Folder(hf), torch_dist.Checkpoint(directory, model, rows)
+    folder, checkpoint = Folder(hf), torch_dist.Checkpoint(directory, model, rows)
     entries = json.loads((written / MANIFEST).read_text())["tensors"]
     by_row = {row.parameter: row for row in rows}
 
@@ -39,10 +39,10 @@ def verify(
         different = []
         for number, source in enumerate(row.sources):
             with budget.hold(2 * folder.entries[source.name].nbytes):
-                theirs, ours = folder.read(source.name, 0, 0, source.shape[0]), checkpoint.read(row, number)
+                theirs, ours = folder.tensor(source.name), checkpoint.read(row, number)
                 if written == hf:  # the source in the type of what was written
                     made = in_hf(source.name, ours, theirs.dtype)
-                    pairs = {name: (folder.read(name, 0, 0, len(values)), values) for name, values in made.items()}
+                    pairs = {name: (folder.tensor(name), values) for name, values in made.items()}
                 else:
                     pairs = {source.name: (theirs.to(ours.dtype), ours)}
                 different += [name for name, pair in pairs.items() if not _equal(*pair)]
@@ -52,7 +52,7 @@ def verify(
         name, shape = entry.get("name") or entry["parameter"], entry["shape"]
         with budget.hold(4 * math.prod(shape)):
             if "name" in entry:
-                values = folder.read(name, 0, 0, shape[0])
+                values = folder.tensor(name)
             else:
                 values = checkpoint.box(by_row[name], entry["offset"], shape[by_row[name].dim])
             return [] if checksum({name: values}) == entry["checksum"] else [name]

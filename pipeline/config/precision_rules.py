@@ -5,12 +5,13 @@ Whether Transformer Engine and the chip are there is asked on the machine that r
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
 from pipeline.config.errors import Problem
 from pipeline.config.schema import PrecisionConfig, RunConfig
+from pipeline.model.architecture import Architecture
 
 _SECTION = "learner.precision"
 _DELAYED_ONLY = ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo")
@@ -94,12 +95,12 @@ def _fp8_parameters(config: RunConfig) -> Iterator[Problem]:
         yield _problem("fp8_param", True, problem, "set fp8_param=false, or objective.kl_coef=0")
 
 
-def precision_model_problems(config: RunConfig, model: Mapping[str, Any]) -> Iterator[Problem]:
-    """What the dimensions of ``model`` (its config.json) do not allow."""
+def precision_model_problems(config: RunConfig, model: Architecture) -> Iterator[Problem]:
+    """What the dimensions of ``model`` do not allow."""
     precision, learner = config.learner.precision, config.learner
     if precision.fp8 == "none":
         return
-    stage = model["num_hidden_layers"] // max(1, learner.pipeline_model_parallel_size)
+    stage = model.layers // max(1, learner.pipeline_model_parallel_size)
     for name in _LAYER_COUNTS if precision.first_last_layers_bf16 else ():
         if getattr(precision, name) > stage:
             yield _problem(
@@ -108,13 +109,11 @@ def precision_model_problems(config: RunConfig, model: Mapping[str, Any]) -> Ite
     if precision.emulate:
         return
     multiple, tensor = 32 if precision.fp8_recipe == "mxfp8" else 16, max(1, learner.tensor_model_parallel_size)
-    heads = model["num_attention_heads"]
-    groups, width = model.get("num_key_value_heads") or heads, model.get("head_dim") or model["hidden_size"] // heads
     rows = {
-        "hidden_size": model["hidden_size"],
-        "feed-forward columns of a rank": model["intermediate_size"] // tensor,
-        "attention columns of a rank": heads * width // tensor,
-        "query, key and value rows of a rank": (heads + 2 * groups) * width // tensor,
+        "hidden_size": model.hidden,
+        "feed-forward columns of a rank": model.ffn // tensor,
+        "attention columns of a rank": model.heads * model.head_dim // tensor,
+        "query, key and value rows of a rank": (model.heads + 2 * model.kv_heads) * model.head_dim // tensor,
     }
     for what, number in rows.items():
         if number % multiple:

@@ -1,12 +1,14 @@
-"""Folders of safetensors files: slices read through memory maps, tensors written in place into files laid out beforehand.
+"""Reads and writes the weights of a Hugging Face folder: slices through memory maps, tensors in place into files laid out
+beforehand.
 
-A file is 8 bytes of header length (little-endian), a JSON header ``{name: {dtype, shape, data_offsets}}`` and the tensors' bytes
-(https://github.com/huggingface/safetensors#format). No megatron here.
+The only reader and writer of such a folder. A file is 8 bytes of header length (little-endian), a JSON header ``{name: {dtype,
+shape, data_offsets}}`` and the tensors' bytes (https://github.com/huggingface/safetensors#format).
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import mmap
 import os
@@ -18,9 +20,9 @@ from pathlib import Path
 
 import torch
 
-from pipeline.model.architecture import Architecture
+from pipeline.model.architecture import Architecture, ModelError, Refusal
 from pipeline.model.checksum import head
-from pipeline.model.layout import Row, ignored
+from pipeline.model.layout import EMBEDDING, HEAD, Row, ignored, predicts_ahead, renamed
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -31,8 +33,33 @@ DTYPES: Mapping[str, torch.dtype] = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _BLOCK = 2**20  # bytes
+_TIED_ROWS = 4096  # compared at a time
 _HEADER_LIMIT = 100_000_000  # bytes; as safetensors' own reader
 INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_WEIGHTS = (
+    "*.safetensors",
+    f"*{INDEX.removeprefix('model')}",
+    "*.bin",
+    "*.bin.index.json",
+    "*.pt",
+    "*.pth",
+    "*.gguf",
+    "*.onnx",
+)
+
+logger = logging.getLogger(__name__)
+
+
+def is_weights(path: Path) -> bool:
+    """Whether a file of a model folder holds tensors, in whatever format, or lists the files that do."""
+    return any(path.match(pattern) for pattern in _WEIGHTS)
+
+
+def write_index(folder: Path, files: Mapping[str, str], nbytes: int) -> None:
+    """Write the index of a folder of several files: ``files`` by tensor, ``nbytes`` of all tensors."""
+    index = {"metadata": {"total_size": nbytes}, "weight_map": dict(sorted(files.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2))
 
 
 @dataclass(frozen=True)
@@ -82,21 +109,22 @@ def put(descriptor: int, start: int, name: str, tensor: torch.Tensor) -> int:
 class Folder:
     """The tensors of a Hugging Face folder: one ``model.safetensors`` or the files of its index. Reads slices, not files.
 
-    Raises ``FileNotFoundError`` or ``ValueError`` where a file is missing, truncated or not safetensors.
+    Raises ``ModelError`` where a file is missing, truncated or not safetensors, or where the index is another model's.
     """
 
     def __init__(self, hf_path: Path) -> None:
         self.path = hf_path
-        index = hf_path / INDEX
-        if index.is_file():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        elif (hf_path / "model.safetensors").is_file():
-            files = ["model.safetensors"]
-        else:
-            raise FileNotFoundError(f"{hf_path} has neither model.safetensors nor {INDEX}")
         self.entries: dict[str, Entry] = {}
-        for file in files:
-            self.entries.update(_header(hf_path, file))
+        index = _index(hf_path)
+        for file in sorted(set(index.values())) or [_SINGLE]:
+            entries = _header(hf_path, file)
+            if twice := sorted(entries.keys() & self.entries.keys()):
+                problem = f"{twice[0]} is in {self.entries[twice[0]].file} and in {file}"
+                raise _error(hf_path, problem, "remove one of them")
+            self.entries |= entries
+        if index and (apart := sorted(index.keys() ^ self.entries.keys())):
+            problem = f"{INDEX} and the files that it names disagree on {', '.join(apart[:3])}"
+            raise _error(hf_path, problem, "download the folder again, or remove what is left of another model")
 
     def names(self) -> set[str]:
         """Names of all tensors."""
@@ -110,6 +138,10 @@ class Folder:
         """Type of a tensor."""
         return self.entries[name].dtype
 
+    def tensor(self, name: str) -> torch.Tensor:
+        """A whole tensor: a view of the file."""
+        return self.read(name, 0, 0, self.shape(name)[0])
+
     def read(self, name: str, dim: int, start: int, length: int) -> torch.Tensor:
         """Entries ``[start, start + length)`` of a tensor along ``dim``: a view of the file, contiguous for ``dim`` 0."""
         entry = self.entries[name]
@@ -121,28 +153,57 @@ class Folder:
         return whole.narrow(dim, start, length)
 
 
+def _error(where: Path, problem: str, remedy: str) -> ModelError:
+    return ModelError([Refusal(problem, remedy)], str(where))
+
+
+def _index(folder: Path) -> dict[str, str]:
+    """File of every tensor, or nothing where ``model.safetensors`` has no index; beside one, the index must be its own.
+
+    transformers reads ``model.safetensors`` where both are there, others the files of the index: two different models.
+    """
+    index, single = folder / INDEX, (folder / _SINGLE).is_file()
+    if not index.is_file():
+        if not single:
+            remedy = "download it again, or convert the checkpoint to safetensors first"
+            raise _error(folder, f"has neither {_SINGLE} nor {INDEX}", remedy)
+        return {}
+    try:
+        files = {str(name): str(file) for name, file in json.loads(index.read_text())["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _error(index, f"no index of safetensors files ({error!r})", "download it again") from error
+    if single and (others := sorted(set(files.values()) - {_SINGLE})):
+        problem = f"{_SINGLE} lies beside {INDEX}, which names {', '.join(others[:3])}"
+        raise _error(folder, problem, "remove what is left of another model")
+    return files
+
+
 def _header(folder: Path, file: str) -> dict[str, Entry]:
     """The tensors of one file, which must be as long as its header says."""
-    path = folder / file
+    path, again = folder / file, "download it again"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} lacks {file}, which {INDEX} names: download it again")
+        raise _error(folder, f"lacks {file}, which {INDEX} names", again)
     size = path.stat().st_size
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, _HEADER_LIMIT):
-            raise ValueError(f"{path} is truncated, or no safetensors file: {size} bytes, header of {length}")
+            raise _error(
+                folder, f"{file} is truncated, or no safetensors file: {size} bytes, header of {length}", again
+            )
         try:
             header = json.loads(stream.read(length))
         except ValueError as error:
-            raise ValueError(f"{path} has a damaged header ({error}): download it again") from error
+            raise _error(folder, f"{file} has a damaged header ({error})", again) from error
     header.pop("__metadata__", None)
     expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size != expected:
-        raise ValueError(f"{path} is truncated or damaged: its header describes {expected} bytes, it has {size}")
+        problem = f"{file} is truncated or damaged: its header describes {expected} bytes, it has {size}"
+        raise _error(folder, problem, again)
     entries = {}
     for name, entry in header.items():
         if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{path}: {name} has type {entry['dtype']}, which is not one of {', '.join(DTYPES)}")
+            problem = f"{file}: {name} has type {entry['dtype']}, which is not one of {', '.join(DTYPES)}"
+            raise _error(folder, problem, "give the folder of the same model in 16 or 32 bits")
         start = 8 + length + entry["data_offsets"][0]
         entries[name] = Entry(file, start, DTYPES[entry["dtype"]], tuple(entry["shape"]))
     return entries
@@ -151,28 +212,47 @@ def _header(folder: Path, file: str) -> dict[str, Entry]:
 def check(folder: Folder, rows: Sequence[Row], model: Architecture) -> None:
     """Refuse a folder whose tensors are not exactly those of ``rows``, the whole model's.
 
-    Raises ``ValueError`` that names the tensor, both shapes and the layout row.
+    Raises ``ModelError`` that names the tensor, both shapes and the layout row.
     """
-    present = folder.names()
+    present, restore = folder.names(), "restore the folder, or its config.json"
     for row in rows:
         for source in row.sources:
             if source.name not in present:
-                raise ValueError(f"{folder.path} lacks the tensor {source.name}; needed by {row}")
-            if folder.dtype(source.name).itemsize == 1:
-                raise ValueError(
-                    f"{folder.path}: {source.name} is {folder.dtype(source.name)}: give the folder of the same model in 16 or 32 bits"
-                )
-            if folder.shape(source.name) != source.shape:
-                raise ValueError(
-                    f"{folder.path}: {source.name} has shape {list(folder.shape(source.name))}, "
-                    f"config.json asks for {list(source.shape)}; needed by {row}"
-                )
+                raise _error(folder.path, f"lacks the tensor {source.name}; needed by {row}", restore)
+            if (dtype := folder.dtype(source.name)).itemsize == 1:
+                remedy = "give the folder of the same model in 16 or 32 bits"
+                raise _error(folder.path, f"{source.name} is {dtype}", remedy)
+            if (shape := folder.shape(source.name)) != source.shape:
+                problem = f"{source.name} has shape {list(shape)}, config.json asks for {list(source.shape)}"
+                raise _error(folder.path, f"{problem}; needed by {row}", restore)
     known = {source.name for row in rows for source in row.sources}
     if extra := sorted(name for name in present - known if not ignored(name, model)):
-        raise ValueError(
-            f"{folder.path} holds {len(extra)} tensors that {model.family.name} does not have: {', '.join(extra[:5])}"
-            f"{', ...' if len(extra) > 5 else ''}; is architectures in config.json right?"
+        problem = f"holds {len(extra)} tensors that {model.family.name} does not have: {', '.join(extra[:5])}"
+        more = ", ..." if len(extra) > 5 else ""
+        raise _error(folder.path, problem + more, "is architectures in config.json right?")
+    if model.tied:
+        _check_tied(folder, model)
+    if ahead := sum(predicts_ahead(name, model) for name in present):
+        logger.warning("%s: %d tensors of its multi-token-prediction layers are left out", folder.path, ahead)
+
+
+def _check_tied(folder: Folder, model: Architecture) -> None:
+    """Refuse a stored output layer that is not the embedding, although config.json ties them."""
+    head, embedding = renamed(HEAD, model), renamed(EMBEDDING, model)
+    if head not in folder.names():
+        return
+    if folder.shape(head) == folder.shape(embedding):
+        bands = range(0, model.vocab, _TIED_ROWS)
+        pairs = (
+            [folder.read(name, 0, i, min(_TIED_ROWS, model.vocab - i)) for name in (head, embedding)] for i in bands
         )
+        if all(torch.equal(left, right.to(left.dtype)) for left, right in pairs):
+            return
+    raise _error(
+        folder.path,
+        f"tie_word_embeddings is true in config.json, but {head} differs from {embedding}",
+        f"set tie_word_embeddings to false, or remove {head}",
+    )
 
 
 class Files:
@@ -194,7 +274,7 @@ class Files:
         self._headers: dict[str, bytes] = {}
         for number, names in enumerate(groups, 1):
             single = len(groups) == 1
-            file = "model.safetensors" if single else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+            file = _SINGLE if single else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
             # As safetensors' own writer: the widest types first, so that every tensor is aligned.
             order = sorted(names, key=lambda name: -tensors[name][0].itemsize)
             self._headers[file] = self._place(file, {name: tensors[name] for name in order})
@@ -228,9 +308,7 @@ class Files:
                 os.posix_fallocate(stream.fileno(), 0, end)
                 stream.write(header)
         if len(self._headers) > 1:
-            weight_map = {name: entry.file for name, entry in self.entries.items()}
-            index = {"metadata": {"total_size": self.nbytes}, "weight_map": dict(sorted(weight_map.items()))}
-            (self.folder / INDEX).write_text(json.dumps(index, indent=2))
+            write_index(self.folder, {name: entry.file for name, entry in self.entries.items()}, self.nbytes)
 
     def write(self, name: str, tensor: torch.Tensor) -> int:
         """Put a contiguous tensor in its place; returns its checksum. Safe to call from several threads."""

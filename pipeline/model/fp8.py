@@ -19,8 +19,9 @@ import torch
 from pipeline.model import blocks
 from pipeline.model.blocks import Block
 from pipeline.model.layout import Row
+from pipeline.units import FP8_BLOCK
 
-BLOCK: Block = (128, 128)
+BLOCK: Block = (FP8_BLOCK, FP8_BLOCK)
 CODES = torch.float8_e4m3fn
 _LARGEST = 448.0  # of e4m3fn
 # The smallest normal float32. Blocks of zeros get it, and those so small that amax / 448 has lost bits: a scale of 0 would give NaN, a

@@ -1,10 +1,9 @@
-"""Which model a checkpoint is of: recorded beside it, compared with the ``config.json`` it is used with. No megatron here."""
+"""Which model a checkpoint is of: recorded beside it, compared with the ``config.json`` it is used with. No torch here."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ FILE = "architecture.json"
 
 def record(directory: Path, model: Architecture) -> None:
     """Write the model's architecture into a checkpoint's folder."""
-    (directory / FILE).write_text(json.dumps(asdict(model), indent=1))
+    (directory / FILE).write_text(json.dumps(model.record(), indent=1))
 
 
 def check(directory: Path, model: Architecture, config: str) -> None:
@@ -26,7 +25,7 @@ def check(directory: Path, model: Architecture, config: str) -> None:
     path = directory / FILE
     if not path.is_file():
         return
-    recorded, given = dict(_fields(json.loads(path.read_text()))), dict(_fields(json.loads(json.dumps(asdict(model)))))
+    recorded, given = dict(_fields(json.loads(path.read_text()))), dict(_fields(model.record()))
     names = [name for name in sorted(recorded | given) if recorded.get(name) != given.get(name)]
     if names:
         lines = (f"  {name}: checkpoint {recorded.get(name)!r}, config.json {given.get(name)!r}" for name in names)

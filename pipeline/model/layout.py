@@ -1,11 +1,11 @@
-"""How each Megatron parameter is made of slices of Hugging Face tensors: one table per family, every use derived from it.
+"""How each Megatron parameter is made of slices of Hugging Face tensors: one table, every use derived from it.
 
 A parameter divided over ``n`` tensor-parallel ranks holds, on rank ``r``, the ``r``-th equal part of each of its sources along one
 dimension; several sources are interleaved in groups: query, key and value rows per key-value head (``linear_qkv``), gate and up
 halves per rank (``linear_fc1``). Loading, export, conversion, resharding plans and memory estimates all follow from
-:meth:`Row.slices`. No megatron here.
+:meth:`Row.slices`. No torch and no megatron here.
 
-A family of dense models costs its entry in ``TABLES``, made of the groups of templates below.
+A family's switches and names (``pipeline.model.architecture.FAMILIES``) say which templates it has, and what its tensors are called.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.model.architecture import Architecture
 from pipeline.model.grid import Grid
@@ -21,10 +21,10 @@ from pipeline.model.grid import Grid
 
 @dataclass(frozen=True)
 class Template:
-    """One line of a family's table; ``{layer}`` and ``{expert}`` stand for global numbers, sizes for :func:`_sizes`' keys."""
+    """One line of the table; ``{layer}`` and ``{expert}`` stand for global numbers, sizes for keys of ``Architecture.sizes``."""
 
     parameter: str  # megatron-core's name (local layer spec, sequential experts)
-    sources: tuple[str, ...]  # Hugging Face names, in the order in which they are interleaved
+    sources: tuple[str, ...]  # Llama's Hugging Face names, in the order in which they are interleaved
     shapes: tuple[tuple[str, ...], ...]  # full shape of each source
     split: int | None = None  # dimension divided over TP (experts: expert-TP) ranks; None: every one holds the whole
     grouped: bool = False  # interleaved per key-value head rather than once per rank
@@ -41,10 +41,15 @@ _CONDITIONS: Mapping[str, Callable[[Architecture, int | None], bool]] = {
     "moe": lambda model, layer: model.is_moe(layer),
     "expert bias": lambda model, layer: model.moe is not None and model.is_moe(layer) and model.moe.expert_bias,
     "shared experts": lambda model, layer: model.moe is not None and model.is_moe(layer) and model.moe.shared_ffn > 0,
+    "heads": lambda model, layer: model.mla is None,
+    "biases": lambda model, layer: model.family.qkv_bias,
+    "head norms": lambda model, layer: model.family.qk_norm,
+    "latent": lambda model, layer: model.mla is not None,
     "query compression": lambda model, layer: model.mla is not None and model.mla.q_lora > 0,
     "plain query": lambda model, layer: model.mla is not None and model.mla.q_lora == 0,
 }
 
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"  # Llama's names
 _LAYER = "decoder.layers.{layer}."
 _ATTENTION = _LAYER + "self_attention."
 _HF = "model.layers.{layer}."
@@ -69,14 +74,10 @@ def _feed_forward(megatron: str, hf: str, width: str, when: str) -> tuple[Templa
 
 
 ENDS = (
-    Template(
-        "embedding.word_embeddings.weight", ("model.embed_tokens.weight",), (("vocab", "hidden"),), 0, place="first"
-    ),
+    Template("embedding.word_embeddings.weight", (EMBEDDING,), (("vocab", "hidden"),), 0, place="first"),
     Template("decoder.final_layernorm.weight", ("model.norm.weight",), (("hidden",),), place="last"),
-    Template("output_layer.weight", ("lm_head.weight",), (("vocab", "hidden"),), 0, place="last", when="untied"),
-    Template(
-        "output_layer.weight", ("model.embed_tokens.weight",), (("vocab", "hidden"),), 0, place="last", when="tied"
-    ),
+    Template("output_layer.weight", (HEAD,), (("vocab", "hidden"),), 0, place="last", when="untied"),
+    Template("output_layer.weight", (EMBEDDING,), (("vocab", "hidden"),), 0, place="last", when="tied"),
 )
 NORMS = (
     Template(_LAYER + "input_layernorm.weight", (_HF + "input_layernorm.weight",), (("hidden",),)),
@@ -159,15 +160,22 @@ MLA = (  # multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): low-rank
     ),
     Template(_ATTENTION + "linear_proj.weight", (_HF_ATTENTION + "o_proj.weight",), (("hidden", "mla_o"),), split=1),
 )
-LLAMA = (*ENDS, *NORMS, *ATTENTION, *DENSE)
-TABLES: Mapping[str, Sequence[Template]] = {
-    "llama": LLAMA,
-    "mistral": LLAMA,
-    "qwen2": (*LLAMA, *QKV_BIAS),
-    "qwen3": (*LLAMA, *QK_NORM),
-    "qwen3_moe": (*LLAMA, *QK_NORM, *EXPERTS),
-    "deepseek_v3": (*ENDS, *NORMS, *MLA, *DENSE, *EXPERTS),
-}
+
+
+def _when(condition: str, templates: Sequence[Template]) -> tuple[Template, ...]:
+    """``templates`` for the models of ``condition``, where they have none of their own."""
+    return tuple(replace(each, when=condition) if each.when == "always" else each for each in templates)
+
+
+TEMPLATES = (
+    *(*ENDS, *NORMS),
+    *_when("heads", ATTENTION),
+    *_when("latent", MLA),
+    *DENSE,
+    *_when("biases", QKV_BIAS),
+    *_when("head norms", QK_NORM),
+    *EXPERTS,
+)
 
 # Transformer Engine's modules name some of the same parameters otherwise: norms fused into the linear layer that follows, and the
 # experts of one rank in one grouped layer.
@@ -179,9 +187,8 @@ ALIASES = (
     (r"\.mlp\.experts\.(linear_fc[12])\.weight(\d+)$", r".mlp.experts.local_experts.\2.\1.weight"),
 )
 
-# Tensors that some checkpoints carry beside the parameters: recomputed buffers, and the copy of a tied embedding.
-IGNORED = ("*.rotary_emb.inv_freq",)
-IGNORED_WHEN_TIED = ("lm_head.weight",)
+# Tensors that some checkpoints carry beside the parameters: recomputed buffers.
+_IGNORED = ("*.rotary_emb.inv_freq",)
 
 
 @dataclass(frozen=True)
@@ -305,7 +312,7 @@ def rows(model: Architecture, grid: Grid = _ALONE) -> tuple[Row, ...]:
     if experts % grid.ep:
         raise ValueError(f"{experts} experts cannot be divided over ep={grid.ep}: choose a divisor")
     found = []
-    for template in TABLES[model.family.name]:
+    for template in TEMPLATES:
         for layer in range(model.layers) if template.place == "layer" else (None,):
             # A tied output layer is a parameter of its own only where the embedding is on another stage.
             if not _CONDITIONS[template.when](model, layer) or (template.when == "tied" and grid.pp == 1):
@@ -325,10 +332,29 @@ def canonical(name: str) -> str:
     return name
 
 
+def tensor_shapes(model: Architecture) -> dict[str, tuple[int, ...]]:
+    """Hugging Face name -> shape of every parameter of a model."""
+    return {source.name: source.shape for row in rows(model) for source in row.sources}
+
+
+def renamed(name: str, model: Architecture) -> str:
+    """What the tensor that Llama calls ``name`` is called in the model's family."""
+    for old, new in model.family.renamed:
+        name = name.replace(old, new)
+    return name
+
+
 def ignored(name: str, model: Architecture) -> bool:
     """Whether a Hugging Face tensor that no row uses may be passed over."""
-    patterns = IGNORED + (IGNORED_WHEN_TIED if model.tied else ())
-    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+    if model.tied and name == renamed(HEAD, model):
+        return True
+    return predicts_ahead(name, model) or any(fnmatch.fnmatch(name, pattern) for pattern in _IGNORED)
+
+
+def predicts_ahead(name: str, model: Architecture) -> bool:
+    """Whether a tensor belongs to a multi-token-prediction layer (DeepSeek-V3, arXiv 2412.19437), which is left out."""
+    numbers = range(model.layers, model.layers + model.extra_layers)
+    return any(name.startswith(f"model.layers.{number}.") for number in numbers)
 
 
 def _place(template: Template, layer: int | None, stages: Sequence[int], pp: int) -> tuple[int, int]:
@@ -351,7 +377,7 @@ def _row(
     return Row(
         parameter=template.parameter.format(layer=layer, expert=expert),
         sources=tuple(
-            Source(name.format(layer=layer, expert=expert), tuple(sizes[size] for size in shape))
+            Source(renamed(name, model).format(layer=layer, expert=expert), tuple(sizes[size] for size in shape))
             for name, shape in zip(template.sources, template.shapes, strict=True)
         ),
         split=template.split,

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from pipeline.rollout import hf_folder
+from pipeline.model.folder import is_weights, write_index
 from pipeline.rollout.engine import EngineError
 from pipeline.rollout.sglang.server import SglangServer
 from pipeline.rollout.transport import Deadline
 from pipeline.types import WeightBucket
-
-_INDEX = "model.safetensors.index.json"
 
 
 class DiskTransport:
@@ -59,10 +56,9 @@ class DiskTransport:
 
     def verify(self, deadline: Deadline) -> None:
         """Complete the folder and have the server load it."""
-        index = {"metadata": {"total_size": self._bytes}, "weight_map": self._shards}
-        (self._partial / _INDEX).write_text(json.dumps(index, indent=2))
+        write_index(self._partial, self._shards, self._bytes)
         for path in self._hf_path.iterdir():
-            if path.is_file() and not hf_folder.is_weights(path):
+            if path.is_file() and not is_weights(path):
                 (self._partial / path.name).symlink_to(path.resolve())
         folder = self._partial.rename(self._scratch / f"version-{self._version}")
         self._server.post(

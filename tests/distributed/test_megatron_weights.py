@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-from pathlib import Path
 
 import megatron_ranks as ranks
 import new_family
@@ -14,6 +13,7 @@ from pipeline.model import architecture, fp8, layout
 from pipeline.model.checksum import checksum
 from pipeline.model.grid import Grid
 from pipeline.reshard import buckets
+from pipeline.rollout.native.decoder import Decoder
 
 DENSE = {"TP1": (1, 1, 1, 1, None), "TP2": (2, 2, 1, 1, None), "TP2xPP2": (4, 2, 2, 1, None)}
 EXPERTS = DENSE | {
@@ -65,10 +65,8 @@ def test_logits_equal_transformers_and_export_equals_the_folder(gang, tmp_path, 
 
 
 @pytest.mark.parametrize("layout", ["TP1", "TP2xPP2"])
-def test_a_new_dense_family_costs_its_table(gang, tmp_path, layout):
-    """EXAONE's names for Llama's computation: its table is less than 40 lines, and nothing else is asked."""
-    lines = Path(new_family.__file__).read_text().splitlines()
-    assert lines.index(")", lines.index("TABLE = (")) - lines.index("TABLE = (") < 39
+def test_a_new_dense_family_costs_one_entry(gang, tmp_path, layout):
+    """EXAONE's names for Llama's computation, in the learner and in the native engine: nothing else is asked."""
     config = tiny_models.config("llama")
     llama = tiny_models.weights(config)
     with torch.no_grad():
@@ -77,17 +75,23 @@ def test_a_new_dense_family_costs_its_table(gang, tmp_path, layout):
         expected = torch.log_softmax(reference(tokens).logits, -1)[:, :-1, [3, 30]]
     source = {_renamed(name): tensor for name, tensor in llama.items()}
     assert not source.keys() & (llama.keys() - {"lm_head.weight"})
-    folder = tiny_models.write(tmp_path / "exaone", config | {"architectures": ["ExaoneForCausalLM"]}, source)
+    assert {"transformer.h.3.attn.attention.out_proj.weight", "transformer.h.0.ln_2.weight"} <= source.keys()
+    named = {"model_type": "exaone", "architectures": ["ExaoneForCausalLM"]}
+    folder = tiny_models.write(tmp_path / "exaone", config | named, source)
     world, tp, pp, *_ = DENSE[layout]
     results = gang.run(ranks.inspect_new_family, world, folder, {"tp": tp, "pp": pp}, tokens, [3, 30])
     assert all((table - expected).abs().max() < 1e-4 for table, *_ in results)
     exported = ranks.tensors_of(results[0][1])
     assert exported.keys() == source.keys()
     assert all(torch.equal(exported[name], source[name]) for name in source)
+    with new_family.registered(), torch.no_grad():
+        decoder = Decoder(architecture.read(folder), source)
+        logits = decoder.logits(decoder.prefill(tokens)[0])
+    assert (torch.log_softmax(logits, -1)[:, :-1, [3, 30]] - expected).abs().max() < 1e-4
 
 
 def _renamed(name):
-    for old, new in new_family.RENAMED.items():
+    for old, new in new_family.RENAMED:
         name = name.replace(old, new)
     return name
 

@@ -13,6 +13,7 @@ FLOORS = {
     "pipeline.packing": 1,
     "pipeline.ports": 1,
     "pipeline.http_client": 1,
+    "pipeline.units": 1,
     "pipeline.student": 1,
     "pipeline.disk": 1,
     "pipeline.methods": 1,

@@ -11,15 +11,17 @@ import numpy as np
 import torch
 
 from pipeline.data.special_tokens import eos_token_ids
-from pipeline.model import fp8
-from pipeline.rollout import hf_folder
+from pipeline.model import architecture, fp8, layout
+from pipeline.model import folder as model_folder
+from pipeline.model.architecture import Architecture, ModelError
 from pipeline.rollout.engine import EngineError, WeightUpdateError
-from pipeline.rollout.native.decoder import Decoder, DecoderConfig, KeyValues
+from pipeline.rollout.native.decoder import Decoder, KeyValues, computes
 from pipeline.rollout.native.sampling import draw, nucleus, uniform_top, uniforms
 from pipeline.rollout.update_session import UpdateSession
 from pipeline.types import Cuts, EngineHealth, GenerateRequest, Sample, SampleGroup, WeightBucket, WeightSpan
+from pipeline.units import GIB
 
-_CACHE_BYTES = 2 << 30  # key-value cache of one batch, at most
+_CACHE_BYTES = 2 * GIB  # key-value cache of one batch, at most
 _PREFILL_TOKENS = 16384  # prompt tokens of one forward pass, at most
 
 
@@ -47,7 +49,7 @@ class NativeEngine:
         self._max_batch_rows = max_batch_rows
         self._lock = threading.Lock()  # an update waits for the running batch, and the other way round
         self._abort = threading.Event()
-        self._config: DecoderConfig | None = None
+        self._model: Architecture | None = None
         self._eos: tuple[int, ...] = ()
         self._decoder: Decoder | None = None  # None: nothing consistent is loaded
         self._version = 0
@@ -57,14 +59,17 @@ class NativeEngine:
 
     def start(self, hf_path: Path) -> None:
         """Load a Hugging Face folder as version 0. Raises ``EngineError`` naming what the folder lacks."""
-        config = DecoderConfig.from_hf(hf_folder.read_config(hf_path))
-        expected = config.tensor_shapes()
-        tensors = hf_folder.read_tensors(hf_path, set(expected))
-        for name, shape in expected.items():
-            if name not in tensors or tuple(tensors[name].shape) != shape:
-                found = f"shape {tuple(tensors[name].shape)}" if name in tensors else "no such tensor"
-                raise EngineError(f"{hf_path}: {name}: config.json promises shape {shape}, the checkpoint has {found}")
-        self._config, self._decoder, self._version = config, Decoder(config, tensors), 0
+        try:
+            model = architecture.read(hf_path)
+            if not computes(model):
+                problem = f"it computes dense models only, not {model.family.name}"
+                raise EngineError(f"native engine: {problem}; use rollout.engine=sglang")
+            folder = model_folder.Folder(hf_path)
+            model_folder.check(folder, layout.rows(model), model)
+        except ModelError as error:
+            raise EngineError(f"native engine: {error}") from error
+        tensors = {name: folder.tensor(name) for name in layout.tensor_shapes(model)}
+        self._model, self._decoder, self._version = model, Decoder(model, tensors), 0
         self._eos = eos_token_ids(hf_path) if self._eos_override is None else self._eos_override
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[SampleGroup]:
@@ -78,14 +83,14 @@ class NativeEngine:
             self._abort.clear()
             rows = [row for request in requests for row in _rows(request)]
             drawn: list[_Drawn] = []
-            size = self._batch_rows(decoder.config, rows)
+            size = self._batch_rows(decoder.model, rows)
             for first in range(0, len(rows), size):
                 drawn += _decode(decoder, rows[first : first + size], self._eos, self._abort)
             return _as_groups(requests, drawn, version)
 
     def begin_update(self, version: int) -> None:
         """Wait for the running batch, then refuse to generate until version ``version`` is committed."""
-        if self._config is None:
+        if self._model is None:
             raise EngineError("native engine: begin_update before start")
         self.abort_update()  # from here on the next batch is refused
         if not self._lock.acquire(timeout=self._timeout_s):
@@ -94,7 +99,7 @@ class NativeEngine:
                 f"{self._timeout_s:g} s; raise rollout.weight_sync_timeout_s or lower rollout.max_new_tokens"
             )
         self._lock.release()
-        self._session = UpdateSession("native engine", version, self._config.tensor_shapes())
+        self._session = UpdateSession("native engine", version, layout.tensor_shapes(self._model))
 
     def load_bucket(self, bucket: WeightBucket) -> None:
         """Check and take one bucket; on ``WeightUpdateError`` the whole update must start again."""
@@ -108,8 +113,8 @@ class NativeEngine:
         """Check that everything arrived; every tensor's bytes were verified by checksum on arrival."""
         session, self._session = self._open_session("verify_update"), None
         session.finish(version)
-        assert self._config is not None  # begin_update saw to it
-        self._verified, self._arrived = Decoder(self._config, fp8.values(self._arrived)), {}
+        assert self._model is not None  # begin_update saw to it
+        self._verified, self._arrived = Decoder(self._model, fp8.values(self._arrived)), {}
         session.verified()
         self._session = session
 
@@ -134,12 +139,12 @@ class NativeEngine:
         """Alive once started; the version is None while no consistent weights are loaded."""
         serving = self._decoder is not None
         return EngineHealth(
-            self._config is not None, self._version if serving else None, "" if serving else self._refusal()
+            self._model is not None, self._version if serving else None, "" if serving else self._refusal()
         )
 
     def close(self) -> None:
         """Drop the weights."""
-        self._config = None
+        self._model = None
         self.abort_update()
 
     def _open_session(self, operation: str) -> UpdateSession:
@@ -148,13 +153,13 @@ class NativeEngine:
         return self._session
 
     def _refusal(self) -> str:
-        if self._config is None:
+        if self._model is None:
             return "not started (or closed)"
         return f"a weight update after version {self._version} began and has not been committed; push the weights again"
 
-    def _batch_rows(self, config: DecoderConfig, rows: Sequence[_Row]) -> int:
+    def _batch_rows(self, model: Architecture, rows: Sequence[_Row]) -> int:
         columns = max((len(row.prompt) for row in rows), default=0) + max((row.limit for row in rows), default=0)
-        row_bytes = 2 * 4 * config.layers * config.kv_heads * config.head_dim * columns
+        row_bytes = 2 * 4 * model.layers * model.kv_heads * model.head_dim * columns
         return max(1, min(self._max_batch_rows, _CACHE_BYTES // max(row_bytes, 1)))
 
 
@@ -285,16 +290,16 @@ class _Batch:
 
 def _prefill(decoder: Decoder, prompts: Sequence[tuple[int, ...]], new_tokens: int) -> _Batch:
     """Run every distinct prompt once, among prompts of its own length so that nothing is padded, and copy to its rows."""
-    config = decoder.config
+    model = decoder.model
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     width = int(lengths.max())
     decoder.reserve(width + new_tokens)
-    shape = (len(prompts), config.kv_heads, width + new_tokens, config.head_dim)
+    shape = (len(prompts), model.kv_heads, width + new_tokens, model.head_dim)
     ragged = bool((lengths != width).any())
     # Empty columns hold zeros and not garbage: masked, they still enter the sum with weight 0, and 0 * NaN is NaN.
     allocate = torch.zeros if ragged else torch.empty
-    cache = [(allocate(shape), allocate(shape)) for _ in range(config.layers)]
-    logits = torch.empty(len(prompts), config.vocab)
+    cache = [(allocate(shape), allocate(shape)) for _ in range(model.layers)]
+    logits = torch.empty(len(prompts), model.vocab)
     rows_of: dict[int, dict[tuple[int, ...], list[int]]] = {}  # length -> prompt -> its rows
     for row, prompt in enumerate(prompts):
         rows_of.setdefault(len(prompt), {}).setdefault(prompt, []).append(row)

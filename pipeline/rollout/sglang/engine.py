@@ -19,7 +19,9 @@ import torch
 
 from pipeline.config.schema import RolloutConfig
 from pipeline.data.special_tokens import eos_token_ids
-from pipeline.rollout import hf_folder
+from pipeline.model import architecture, layout
+from pipeline.model import folder as model_folder
+from pipeline.model.architecture import ModelError
 from pipeline.rollout.engine import EngineError, EngineTimeoutError, WeightUpdateError
 from pipeline.rollout.sglang import fp8 as sglang_fp8
 from pipeline.rollout.sglang.server import SglangServer
@@ -75,12 +77,16 @@ class SglangEngine:
         """Launch the server on the folder's weights. Raises ``EngineError`` with the end of the server's log."""
         if self._fp8:
             sglang_fp8.require_device()
-        model_config = hf_folder.read_config(hf_path)
-        self._shapes = hf_folder.tensor_shapes(hf_path)
+        try:
+            model, stored = architecture.read(hf_path), architecture.read_config(hf_path)
+            model_folder.check(model_folder.Folder(hf_path), layout.rows(model), model)
+        except ModelError as error:
+            raise EngineError(f"{self._name}: {error}") from error
+        self._shapes = layout.tensor_shapes(model)
         self._eos = eos_token_ids(hf_path)
         dtype = self._config.sglang.dtype
         if dtype == "auto":  # said outright, because SGLang's own auto makes float16 of float32
-            dtype = str(model_config.get("dtype") or model_config.get("torch_dtype") or "bfloat16")
+            dtype = str(stored.get("dtype") or stored.get("torch_dtype") or "bfloat16")
             dtype = "bfloat16" if self._fp8 and dtype == "float32" else dtype  # FP8 layers have 16-bit activations
         served = sglang_fp8.make_folder(hf_path, self._fp8_folder) if self._fp8 else hf_path
         with ExitStack() as on_failure:
@@ -98,7 +104,7 @@ class SglangEngine:
             self._kv_tokens = int(server.get("/server_info")["max_total_num_tokens"])
             ranks = self._config.tensor_parallel_size
             self._verifier = UpdateVerifier(
-                self._name, server, model_config, self._shapes, dtype=getattr(torch, dtype), ranks=ranks
+                self._name, server, model, self._shapes, dtype=getattr(torch, dtype), ranks=ranks
             )
             self._transport = build_transport(self._config, server, served, self._scratch)
             with self._phase("connect"):

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
+from pipeline.model.architecture import read_config
+from pipeline.model.folder import is_weights
 from pipeline.model.fp8 import quantization_config
-from pipeline.rollout import hf_folder
 from pipeline.rollout.engine import EngineError
 
 _OLDEST, _TOO_NEW = (8, 9), (10, 0)
@@ -42,8 +43,8 @@ def make_folder(hf_path: Path, folder: Path) -> Path:
     shutil.rmtree(folder, ignore_errors=True)  # an engine that is started again
     folder.mkdir(parents=True)
     for path in hf_path.iterdir():
-        if path.is_file() and path.name != "config.json" and not hf_folder.is_weights(path):
+        if path.is_file() and path.name != "config.json" and not is_weights(path):
             (folder / path.name).symlink_to(path.resolve())
-    config = hf_folder.read_config(hf_path) | {"quantization_config": quantization_config()}
+    config = read_config(hf_path) | {"quantization_config": quantization_config()}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     return folder

@@ -5,22 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
-from typing import Any
 
 import numpy as np
 import torch
 
 from pipeline.model import fp8
+from pipeline.model.architecture import Architecture
 from pipeline.rollout.engine import EngineError
-from pipeline.rollout.native.decoder import FAMILIES, Decoder, DecoderConfig, token_log_probs
+from pipeline.rollout.native.decoder import Decoder, computes, token_log_probs
 from pipeline.rollout.sglang.server import SglangServer
 from pipeline.rollout.transport import Deadline
+from pipeline.units import GIB
 
 logger = logging.getLogger(__name__)
 
 _READ_BACK_TENSORS = 4  # per update; another handful at each version
 _READ_BACK_ROWS = 64
-_PROBE_BYTES = 1 << 30  # larger models are not recomputed here to verify an update
+_PROBE_BYTES = GIB  # larger models are not recomputed here to verify an update
 _PROBE_TOKENS = 16
 _PROBE_TOLERANCE = {torch.float32: 0.02}  # nats, mean over the probe's tokens
 _PROBE_TOLERANCE_16_BIT = 0.2  # SGLang also computes in 16 bits; a random 2-layer model showed 0.03
@@ -39,7 +40,7 @@ class UpdateVerifier:
         self,
         name: str,
         server: SglangServer,
-        model_config: Mapping[str, Any],
+        model: Architecture,
         shapes: Mapping[str, tuple[int, ...]],
         *,
         dtype: torch.dtype,
@@ -48,15 +49,15 @@ class UpdateVerifier:
         """``name``: the engine's, in messages. ``dtype``: what the server computes in. ``ranks``: its tensor parallelism."""
         self._server, self._dtype = server, dtype
         self._names = sorted(shapes)
-        self._reads_back = _tells_rows(model_config) and self._read_back("model.norm.weight", None) is not None
-        self._probed: DecoderConfig | None = None
+        self._reads_back = _tells_rows(model) and self._read_back("model.norm.weight", None) is not None
+        self._probed: Architecture | None = None
         self._expected: dict[str, torch.Tensor] = {}  # rows to read back
         self._arrived: dict[str, torch.Tensor] = {}  # everything, for the probe
         if self._reads_back and ranks == 1:
             return
         size = 4 * sum(torch.Size(shape).numel() for shape in shapes.values())
-        if size <= _PROBE_BYTES and model_config.get("model_type") in FAMILIES:
-            self._probed = DecoderConfig.from_hf(dict(model_config))
+        if size <= _PROBE_BYTES and computes(model):
+            self._probed = model
         elif not self._reads_back:
             logger.warning(
                 "%s: SGLang cannot read back weights of this model, which is too large or too new to recompute here; updates are "
@@ -107,10 +108,10 @@ class UpdateVerifier:
             finally:
                 self._server.post("/pause_generation", mode=mode, timeout_s=deadline.remaining_s())
 
-    def _check_log_probs(self, config: DecoderConfig, deadline: Deadline) -> None:
+    def _check_log_probs(self, model: Architecture, deadline: Deadline) -> None:
         arrived = {name: tensor.to(self._dtype) for name, tensor in fp8.values(self._arrived).items()}
-        decoder = Decoder(config, arrived)
-        tokens = torch.randint(config.vocab, (1, _PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+        decoder = Decoder(model, arrived)
+        tokens = torch.randint(model.vocab, (1, _PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
         ours = token_log_probs(decoder, tokens)[0].numpy()
         theirs = server_log_probs(self._server, tokens[0].tolist(), timeout_s=deadline.remaining_s())
         difference = float(np.abs(theirs - ours).mean())
@@ -144,7 +145,6 @@ def server_log_probs(server: SglangServer, token_ids: Sequence[int], *, timeout_
     return np.array([entry[0] for entry in reply["meta_info"]["input_token_logprobs"][1:]], dtype=np.float32)
 
 
-def _tells_rows(model_config: Mapping[str, Any]) -> bool:
+def _tells_rows(model: Architecture) -> bool:
     """SGLang cuts q, k and v out of the fused tensor with ``hidden_size / heads`` rows a head, whatever ``head_dim`` says."""
-    heads, hidden = model_config.get("num_attention_heads", 0), model_config.get("hidden_size", 0)
-    return int(model_config.get("head_dim") or 0) in (0, hidden // max(heads, 1))
+    return model.head_dim == model.hidden // model.heads

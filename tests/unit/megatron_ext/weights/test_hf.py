@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 
 from megatron_ext.weights import hf
 from pipeline.model import layout
-from pipeline.model.architecture import FAMILIES, Architecture
+from pipeline.model.architecture import FAMILIES, Architecture, ModelError
 from pipeline.model.grid import Grid
 
 MODEL = Architecture(FAMILIES["Qwen2ForCausalLM"], 2, 6, 8, 4, 2, 2, 7, 16, 1e-6, 1e4, None, False)
@@ -72,5 +72,5 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path, change, message):
 
 
 def test_an_empty_folder_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor"):
+    with pytest.raises(ModelError, match=r"neither model\.safetensors nor"):
         load(tmp_path)

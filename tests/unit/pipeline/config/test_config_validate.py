@@ -388,7 +388,7 @@ def test_model_folders_that_cannot_be_used(tmp_path, files, words):
     assert words in problem.problem
 
 
-ROPE = {"rope_type": "llama3", "factor": 8.0}
+ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
 UNSUPPORTED = {
     "architecture": ({"architectures": ["LlamaForSequenceClassification"]}, "'LlamaForSequenceClassification'"),
@@ -403,9 +403,11 @@ UNSUPPORTED = {
     "yarn": ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type='yarn'"),
     "yarn, transformers 5": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type='yarn'"),
     "Mistral's sliding window": (MISTRAL | {"sliding_window": 4096}, "sliding_window=4096"),
-    "Mistral's sliding window, by default": (MISTRAL, "sliding_window=4096"),
-    "llama3 frequency": ({"rope_scaling": ROPE | {"low_freq_factor": 2.0}}, "low_freq_factor=2.0"),
-    "llama3 without factor": ({"rope_scaling": {"rope_type": "llama3"}}, "without a factor"),
+    "Mistral's sliding window, by default": (MISTRAL, "sliding_window, which is absent and then 4096,"),
+    "llama3 frequency": ({"rope_scaling": ROPE | {"low_freq_factor": 5.0}}, "low_freq_factor=5"),
+    "llama3 without factor": ({"rope_scaling": {"rope_type": "llama3"}}, "has factor=None"),
+    "two ropes": ({"rope_scaling": ROPE, "rope_parameters": {"rope_type": "default"}}, "contradict one another"),
+    "quantised": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config (quant_method 'fp8')"),
 }
 for name, change, words in (
     ("choice of experts", {"topk_method": "greedy"}, "topk_method='greedy'"),
@@ -419,6 +421,7 @@ UNSUPPORTED["no experts"] = (hf_config("qwen3_moe") | {"num_experts": None}, "do
 SUPPORTED = {
     "plain": {},
     "llama3": {"rope_scaling": ROPE},
+    "linear": {"rope_scaling": {"type": "linear", "factor": 2.0}},
     "default rope, transformers 5": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "qwen2 biases": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "attention_bias": True},
     "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 16},

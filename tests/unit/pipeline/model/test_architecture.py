@@ -1,13 +1,17 @@
 import json
+import pickle
+import subprocess
+import sys
 
 import pytest
 
 from pipeline.model import architecture
-from pipeline.model.architecture import Mla, Moe, Yarn
+from pipeline.model.architecture import FAMILIES, Llama3Scaling, Mla, ModelError, Moe, Yarn
 from pipeline.model.grid import Grid
-from tests.tiny_folder import hf_config
+from tests.tiny_folder import ARCHITECTURES, hf_config
 
 LLAMA = {
+    "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -25,14 +29,40 @@ LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "origi
 def test_reads_a_config(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     model = architecture.read(tmp_path)
-    assert (model.layers, model.head_dim, model.rope_theta, model.rope_factor) == (6, 8, 1000.0, None)
+    assert (model.layers, model.head_dim, model.rope_theta, model.rope_scaling) == (6, 8, 1000.0, None)
     assert not model.tied
     assert [model.padded_vocab(tp) for tp in (1, 2, 4)] == [101, 102, 104]
 
 
-def test_missing_folder_names_the_key(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"model\.hf_path=.*config\.json"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "this folder has no config.json"),
+        ("{", "config.json is not JSON"),
+        ("[]", "config.json is not a JSON object"),
+        (json.dumps(LLAMA | {"hidden_act": "gelu"}), "hidden_act='gelu'"),
+    ],
+)
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, text, message):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ModelError, match=f"^{tmp_path}: .*{message}"):
+        architecture.read(tmp_path)
+    with pytest.raises(ModelError, match=r"nowhere: no such folder: .*download or convert"):
         architecture.read(tmp_path / "nowhere")
+
+
+def test_every_refusal_is_told_at_once_and_survives_pickling():
+    """Learners raise it in other processes."""
+    with pytest.raises(ModelError) as caught:
+        architecture.parse(LLAMA | {"hidden_act": "gelu", "mlp_bias": True, "hidden_size": None, "vocab_size": -1})
+    error = pickle.loads(pickle.dumps(caught.value))
+    assert str(error) == str(caught.value)
+    problems = [refusal.problem for refusal in error.refusals]
+    assert len(problems) == 4
+    assert all(refusal.remedy for refusal in error.refusals)
+    for words in ("hidden_act='gelu'", "mlp_bias=True", "vocab_size=-1 is not a whole", "does not say hidden_size"):
+        assert sum(words in problem for problem in problems) == 1
 
 
 @pytest.mark.parametrize(
@@ -44,7 +74,7 @@ def test_missing_folder_names_the_key(tmp_path):
 )
 def test_both_spellings_of_rotary_scaling(rope):
     model = architecture.parse({**LLAMA, **rope})
-    assert (model.rope_theta, model.rope_factor) == (5e5, 8.0)
+    assert (model.rope_theta, model.rope_scaling) == (5e5, Llama3Scaling(8.0, 1.0, 4.0, 8192))
 
 
 @pytest.mark.parametrize(
@@ -52,17 +82,35 @@ def test_both_spellings_of_rotary_scaling(rope):
     [
         (
             {"architectures": ["MambaForCausalLM"]},
-            r"MambaForCausalLM.*LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, .*DeepseekV3ForCausalLM",
+            r"architectures \['MambaForCausalLM'\] is not supported for model_type 'llama'.*'LlamaForCausalLM'",
         ),
-        ({"architectures": None}, r"no architectures key.*known"),
+        ({"architectures": None}, r"architectures None"),
+        ({"architectures": "LlamaForCausalLM"}, r"architectures 'LlamaForCausalLM'"),
+        ({"model_type": "mamba"}, r"model_type 'mamba'.*llama, mistral, qwen2, .*deepseek_v3"),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\]"),
         ({"hidden_act": "gelu"}, r"hidden_act='gelu'.*'silu'"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types with sliding_attention"),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            r"quantization_config \(quant_method 'fp8'\).*16 or 32 bits",
+        ),
+        ({"head_dim": None, "hidden_size": 68}, r"hidden_size=68 is not a multiple of num_attention_heads=8"),
+        ({"num_attention_heads": 8.0}, r"num_attention_heads=8\.0 is not a whole number"),
+        ({"rms_norm_eps": 0}, r"rms_norm_eps=0 is not a number above 0"),
+        ({"rope_theta": None}, r"rope_theta=None is not a number"),
+        ({"rope_scaling": "llama3"}, r"rope_scaling='llama3'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, r"one set of numbers for all layers"),
+        ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5"),
         ({"mlp_bias": True}, r"mlp_bias=True"),
         ({"use_sliding_window": True}, r"use_sliding_window=True"),
         ({"attention_bias": True}, r"attention_bias=True"),
         ({"num_key_value_heads": 3}, r"num_key_value_heads=3 does not divide num_attention_heads=8"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4}}, r"rope_type='yarn'.*default, llama3"),
-        ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 2.0}}, r"low_freq_factor=2\.0.*1\.0"),
-        ({"rope_scaling": {"rope_type": "llama3"}}, r"rope_type='llama3' lacks its factor"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4}}, r"rope_type='yarn'.*default or linear or llama3"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 4.0}},
+            r"high_freq_factor=4 at or below",
+        ),
+        ({"rope_scaling": {"rope_type": "llama3"}}, r"llama3 rope needs .*factor=None, low_freq_factor=None, high"),
     ],
 )
 def test_refuses_what_it_cannot_build(change, message):
@@ -71,7 +119,7 @@ def test_refuses_what_it_cannot_build(change, message):
 
 
 def test_names_every_missing_key():
-    with pytest.raises(ValueError, match="lacks hidden_size, vocab_size"):
+    with pytest.raises(ValueError, match="does not say hidden_size, vocab_size"):
         architecture.parse({key: value for key, value in LLAMA.items() if key not in ("vocab_size", "hidden_size")})
 
 
@@ -119,27 +167,30 @@ YARN = {"factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_al
 )
 def test_deepseek_v3_s_rotary_scaling(rope):
     model = architecture.parse(hf_config("deepseek_v3", **rope))
-    assert model.yarn == Yarn(40.0, 4096, 32.0, 1.0, 1.0, 1.0)
-    assert (model.rope_theta, model.rope_factor) == (1000.0, None)
+    assert model.rope_scaling == Yarn(40.0, 4096, 32.0, 1.0, 1.0, 1.0)
+    assert model.rope_theta == 1000.0
 
 
 @pytest.mark.parametrize(
     ("family", "change", "message"),
     [
-        ("mistral", {"sliding_window": 4096}, "sliding_window=4096 is not supported.*expected null"),
-        ("qwen3_moe", {"num_experts": None, "num_local_experts": ...}, "lacks num_experts"),
-        ("qwen3_moe", {"moe_intermediate_size": ...}, "lacks moe_intermediate_size"),
-        ("deepseek_v3", {"n_group": ..., "kv_lora_rank": ...}, "lacks n_group"),
-        ("deepseek_v3", {"kv_lora_rank": ...}, "lacks kv_lora_rank"),
+        ("mistral", {"sliding_window": ...}, "sliding_window, which is absent and then 4096, is not supported"),
+        ("mistral", {"sliding_window": 4096}, "sliding_window=4096 is not supported.*sliding_window is null"),
+        ("qwen3_moe", {"num_experts": None, "num_local_experts": ...}, "does not say num_experts"),
+        ("qwen3_moe", {"moe_intermediate_size": ...}, "does not say moe_intermediate_size"),
+        ("deepseek_v3", {"n_group": ..., "kv_lora_rank": ...}, "does not say kv_lora_rank, n_group"),
+        ("deepseek_v3", {"kv_lora_rank": ...}, "does not say kv_lora_rank"),
         ("deepseek_v3", {"topk_method": "greedy"}, "topk_method='greedy'.*'noaux_tc'"),
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func='softmax'.*'sigmoid'"),
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave=False"),
         ("deepseek_v3", {"norm_topk_prob": False}, "norm_topk_prob=False with num_experts_per_tok=2"),
         ("deepseek_v3", {"n_group": 2, "topk_group": 2}, "num_experts_per_tok=2 with n_group=2, topk_group=2.*=4"),
-        ("deepseek_v3", {"rope_scaling": {"type": "yarn", "factor": 4}}, "lacks original_max_position_embeddings"),
+        ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq=2"),
+        ("deepseek_v3", {"norm_topk_prob": ..., "num_experts_per_tok": 1}, r"norm_topk_prob \(absent, so True\) with"),
+        ("deepseek_v3", {"rope_scaling": {"type": "yarn"}}, "yarn rope needs numbers above 0, but has factor=None"),
         ("deepseek_v3", {"rope_scaling": {"type": "yarn", "factor": 4, "mscale": 1.0}}, "only one of mscale"),
         ("deepseek_v3", {"rope_scaling": {"type": "yarn", "factor": 4, "truncate": False}}, "truncate=False"),
-        ("deepseek_v3", {"rope_scaling": {"type": "linear", "factor": 4}}, "rope_type='linear'.*default, yarn"),
+        ("deepseek_v3", {"rope_scaling": {"type": "linear", "factor": 4}}, "rope_type='linear'.*default or yarn"),
     ],
 )
 def test_refuses_what_it_cannot_build_of_a_family(family, change, message):
@@ -160,18 +211,26 @@ LAYOUT = {
 @pytest.mark.parametrize(
     ("family", "grid", "message"),
     [
-        ("llama", Grid(tp=3), r"tensor_model_parallel_size=3 does not divide num_attention_heads=8: choose a divisor"),
-        ("llama", Grid(tp=8), r"tensor_model_parallel_size=8 does not divide query, key and value rows=12"),
-        ("llama", Grid(pp=4), r"pipeline_model_parallel_size=4 does not divide num_hidden_layers=6"),
+        (
+            "llama",
+            Grid(tp=3),
+            r"tensor_model_parallel_size=3 does not divide the model's 8 attention heads: choose a divisor",
+        ),
+        ("llama", Grid(tp=8), r"tensor_model_parallel_size=8 does not divide the model's 12 query, key and value rows"),
+        ("llama", Grid(pp=4), r"pipeline_model_parallel_size=4 does not divide the model's 6 layers"),
         ("llama", Grid(pp=3, first_stage_layers=1), r"6 layers cannot be divided over 3 stages, of which first 1"),
-        ("llama", Grid(dp=2, ep=2), r"expert-parallel size \(ep\)=2: llama has no experts"),
-        ("qwen3_moe", Grid(dp=3, ep=3), r"expert-parallel size \(ep\)=3 does not divide experts=4"),
+        ("llama", Grid(dp=2, ep=2), r"expert-parallel size \(ep\)=2: a llama model has no experts"),
+        ("qwen3_moe", Grid(dp=3, ep=3), r"expert-parallel size \(ep\)=3 does not divide the model's 4 experts"),
         (
             "qwen3_moe",
             Grid(dp=5, etp=5),
-            r"expert tensor-parallel size \(etp\)=5 does not divide moe_intermediate_size=32",
+            r"expert tensor-parallel size \(etp\)=5 does not divide the model's 32 feed-forward columns of an expert",
         ),
-        ("deepseek_v3", Grid(tp=8), r"tensor_model_parallel_size=8 does not divide shared experts' columns=12"),
+        (
+            "deepseek_v3",
+            Grid(tp=8),
+            r"tensor_model_parallel_size=8 does not divide the model's 12 shared experts' columns",
+        ),
     ],
 )
 def test_refuses_a_layout_that_does_not_fit(family, grid, message):
@@ -184,5 +243,20 @@ def test_refuses_a_layout_that_does_not_fit(family, grid, message):
 def test_key_value_heads_may_be_fewer_than_ranks_that_they_divide():
     model = architecture.parse(hf_config("llama", num_attention_heads=12, num_key_value_heads=3))
     model.check_layout(Grid(tp=6))
-    with pytest.raises(ValueError, match="tensor_model_parallel_size=4 does not divide num_key_value_heads=3"):
+    with pytest.raises(ValueError, match="tensor_model_parallel_size=4 does not divide the model's 3 key-value heads"):
         model.check_layout(Grid(tp=4))
+
+
+TORCH_FREE = ("architecture", "layout", "grid", "identity")
+
+
+@pytest.mark.parametrize("module", [*(f"pipeline.model.{name}" for name in TORCH_FREE), "pipeline.config.model_rules"])
+def test_reading_a_model_needs_no_torch(module):
+    """A configuration is checked where torch may take seconds to import, or not be there."""
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_family_is_one_entry():
+    assert {family.name for family in FAMILIES.values()} == set(ARCHITECTURES)
+    assert {family.name: name for name, family in FAMILIES.items()} == ARCHITECTURES

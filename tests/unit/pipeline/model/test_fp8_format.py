@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from pipeline.config import model_rules
 from pipeline.model import fp8
 from pipeline.model.fp8 import quantise
 from pipeline.packing import pack, unpack
@@ -52,7 +51,3 @@ def test_a_bucket_of_codes_travels_as_one_buffer():
     for name, tensor in tensors.items():
         assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
         assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8))
-
-
-def test_the_configuration_knows_the_block():
-    assert fp8.BLOCK == (model_rules._FP8_BLOCK, model_rules._FP8_BLOCK)

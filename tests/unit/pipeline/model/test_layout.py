@@ -193,9 +193,8 @@ def test_an_unused_or_misspelt_condition_does_not_pass():
         moe=Moe((True, True), 2, 8, 1, shared_ffn=8, expert_bias=True),
         mla=Mla(2, 2, 2, 2, 2),
     )
-    for table in layout.TABLES.values():
-        for template in table:
-            assert template.when in layout._CONDITIONS
-            assert template.place in ("first", "layer", "last")
-            assert {size for shape in template.shapes for size in shape} <= set(model.sizes())
-            assert len({shape[1 - (template.split or 0) :] for shape in template.shapes if len(shape) > 1}) <= 1
+    assert {template.when for template in layout.TEMPLATES} == set(layout._CONDITIONS)
+    for template in layout.TEMPLATES:
+        assert template.place in ("first", "layer", "last")
+        assert {size for shape in template.shapes for size in shape} <= set(model.sizes())
+        assert len({shape[1 - (template.split or 0) :] for shape in template.shapes if len(shape) > 1}) <= 1

@@ -8,8 +8,9 @@ import time
 import pytest
 import torch
 
+from pipeline.model.architecture import read_config
 from pipeline.model.checksum import checksum
-from pipeline.rollout import hf_folder
+from pipeline.model.folder import Folder
 from pipeline.rollout.engine import EngineError, EngineTimeoutError
 from pipeline.rollout.transport import Deadline
 from pipeline.rollout.transport_disk import DiskTransport
@@ -87,10 +88,11 @@ def test_the_folder_is_complete_when_it_gets_its_name_and_gone_after_the_commit(
     shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     assert seen["files"] == sorted(["config.json", "model.safetensors.index.json", "tokenizer.json", *shards])
     expected = random_tensors(hf_config("llama"), 7)
-    found = hf_folder.read_tensors(written, set(expected))
+    stored = Folder(written)
+    found = {name: stored.tensor(name) for name in stored.names()}
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert hf_folder.read_config(written) == hf_config("llama")
+    assert read_config(written) == hf_config("llama")
     index = json.loads((written / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in expected.values())
     transport.commit()

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from pipeline.rollout.engine import EngineError
-from pipeline.rollout.native.decoder import Decoder, DecoderConfig, rope_frequencies, token_log_probs
+from pipeline.model.architecture import parse
+from pipeline.rollout.native.decoder import Decoder, token_log_probs
 from tests.tiny_folder import hf_config, write_folder
 
 LLAMA3 = {
@@ -24,7 +24,7 @@ def transformers():
     [
         ("llama", {}),
         ("llama", {"tie_word_embeddings": True, "rope_scaling": LLAMA3}),
-        ("llama", {"attention_bias": True, "num_key_value_heads": 4}),
+        ("llama", {"num_key_value_heads": 4}),
         ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
         ("mistral", {}),
         ("qwen2", {"num_key_value_heads": 1}),
@@ -36,7 +36,7 @@ def test_logits_equal_transformers(transformers, tmp_path, family, changes):
     folder, tensors = write_folder(tmp_path, family, **changes)
     reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokens = torch.randint(48, (3, 100), generator=torch.Generator().manual_seed(1))
-    decoder = Decoder(DecoderConfig.from_hf(hf_config(family, **changes)), tensors)
+    decoder = Decoder(parse(hf_config(family, **changes)), tensors)
     with torch.inference_mode():
         expected = reference(tokens).logits
         hidden, _ = decoder.prefill(tokens)
@@ -49,14 +49,11 @@ def test_reads_the_config_that_transformers_writes(transformers, tmp_path):
     """transformers 5 writes rope_parameters where 4 wrote rope_theta and rope_scaling."""
     changes = {"rope_scaling": LLAMA3, "rope_theta": 5000.0}
     config = transformers.AutoConfig.for_model(**hf_config("llama", **changes))
-    ours = DecoderConfig.from_hf(hf_config("llama", **changes))
-    theirs = DecoderConfig.from_hf(config.to_dict())
-    torch.testing.assert_close(rope_frequencies(theirs.rope, 16), rope_frequencies(ours.rope, 16), atol=0, rtol=0)
-    assert theirs.tensor_shapes() == ours.tensor_shapes()
+    assert parse(config.to_dict()) == parse(hf_config("llama", **changes))
 
 
 def test_steps_through_a_cache_equal_one_pass():
-    config = DecoderConfig.from_hf(hf_config("qwen3"))
+    config = parse(hf_config("qwen3"))
     from tests.tiny_folder import random_tensors
 
     decoder = Decoder(config, random_tensors(hf_config("qwen3"), 0))
@@ -72,23 +69,3 @@ def test_steps_through_a_cache_equal_one_pass():
         positions = torch.full((2,), column)
         logits = decoder.step(tokens[:, column], positions, cache, column, None)
         torch.testing.assert_close(logits, full[:, column], atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"model_type": "mamba"}, "mamba"),
-        ({"mlp_bias": True}, "mlp_bias"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
-        ({"hidden_act": "gelu"}, "gelu"),
-        ({"model_type": "mistral"}, "sliding_window"),
-    ],
-)
-def test_refuses_what_it_does_not_compute(changes, named):
-    with pytest.raises(EngineError, match=named):
-        DecoderConfig.from_hf(hf_config("llama") | changes)
-
-
-def test_refuses_unknown_rope():
-    with pytest.raises(EngineError, match="yarn"):
-        rope_frequencies({"rope_theta": 1e4, "rope_type": "yarn"}, 16)

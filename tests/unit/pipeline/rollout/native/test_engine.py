@@ -8,12 +8,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline.model import fp8
+from pipeline.model import fp8, layout
+from pipeline.model.architecture import parse
 from pipeline.model.checksum import checksum
 from pipeline.model.fp8 import quantise_tensors
 from pipeline.rollout.engine import EngineError, WeightUpdateError
 from pipeline.rollout.native import engine as native
-from pipeline.rollout.native.decoder import Decoder, DecoderConfig, token_log_probs
+from pipeline.rollout.native.decoder import Decoder, token_log_probs
 from pipeline.rollout.native.engine import NativeEngine
 from pipeline.rollout.update_session import UpdateSession
 from pipeline.types import Cuts, GenerateRequest, Prompt, Role, WeightBucket, WeightSpan
@@ -64,7 +65,7 @@ def mixed_requests():
 
 
 def test_log_probs_are_exact_at_the_drawn_temperature(engine, folder):
-    decoder = Decoder(DecoderConfig.from_hf(hf_config("qwen3")), random_tensors(hf_config("qwen3"), 0))
+    decoder = Decoder(parse(hf_config("qwen3")), random_tensors(hf_config("qwen3"), 0))
     requests = mixed_requests()
     groups = engine.generate(requests)
     assert [g.prompt for g in groups] == [r.prompt for r in requests]
@@ -107,7 +108,7 @@ def test_a_sample_depends_on_its_seed_alone(engine):
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
 def test_tokens_follow_the_tempered_distribution(engine, temperature):
     prompt, draws = (9, 4, 20), 20_000
-    decoder = Decoder(DecoderConfig.from_hf(hf_config("qwen3")), random_tensors(hf_config("qwen3"), 0))
+    decoder = Decoder(parse(hf_config("qwen3")), random_tensors(hf_config("qwen3"), 0))
     hidden, _ = decoder.prefill(torch.tensor([prompt]))
     probabilities = (decoder.logits(hidden[0, -1]) / temperature).softmax(-1).double().numpy()
     (group,) = engine.generate([request(prompt, range(draws), temperature, new=1)])
@@ -123,7 +124,7 @@ def test_tokens_follow_the_tempered_distribution(engine, temperature):
 def test_cuts_tokens_are_uniform_and_keep_the_policys_log_probs(engine):
     """After the warm-up; rows that leave the batch early do not shift the rule to others."""
     prompt, draws = (9, 4, 20), 4000
-    decoder = Decoder(DecoderConfig.from_hf(hf_config("qwen3")), random_tensors(hf_config("qwen3"), 0))
+    decoder = Decoder(parse(hf_config("qwen3")), random_tensors(hf_config("qwen3"), 0))
     hidden, _ = decoder.prefill(torch.tensor([prompt]))
     log_p = decoder.logits(hidden[0, -1]).log_softmax(-1)
     allowed = [i for i in log_p.topk(4).indices.tolist() if log_p[i].exp() >= 0.05]
@@ -332,8 +333,8 @@ def test_fp8_weights_are_used_at_their_values(engine):
     engine.verify_update(7)
     engine.commit_update(7)
     (group,) = engine.generate([request([5, 6], range(4))])
-    decoder = Decoder(DecoderConfig.from_hf(hf_config("qwen3")), fp8.values(tensors))
-    rounded = Decoder(DecoderConfig.from_hf(hf_config("qwen3")), random_tensors(hf_config("qwen3"), 7))
+    decoder = Decoder(parse(hf_config("qwen3")), fp8.values(tensors))
+    rounded = Decoder(parse(hf_config("qwen3")), random_tensors(hf_config("qwen3"), 7))
     for sample in group.samples:
         tokens = torch.tensor([[5, 6, *sample.token_ids.tolist()]])
         np.testing.assert_allclose(sample.log_probs, token_log_probs(decoder, tokens)[0, 1:].numpy(), atol=1e-5)
@@ -360,7 +361,7 @@ def test_broken_fp8_buckets_are_refused(engine, change, message):
 
 
 def test_an_engine_without_fp8_refuses_codes():
-    session = UpdateSession("engine 3", 7, DecoderConfig.from_hf(hf_config("qwen3")).tensor_shapes(), codes=False)
+    session = UpdateSession("engine 3", 7, layout.tensor_shapes(parse(hf_config("qwen3"))), codes=False)
     with pytest.raises(WeightUpdateError, match=r"engine 3.*came as FP8 codes, but the engine was started without"):
         session.admit(in_fp8(7)[1][0])
 
@@ -494,3 +495,20 @@ def test_life_cycle_errors(engine, tmp_path):
     assert engine.health().weight_version is None
     with pytest.raises(EngineError, match="not started"):
         engine.generate([request([5])])
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "named"),
+    [
+        ("llama", {"mlp_bias": True}, "mlp_bias=True is not supported"),
+        ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ("mistral", {"sliding_window": 4096}, "sliding_window=4096"),
+        ("qwen3_moe", {}, "dense models only, not qwen3_moe; use rollout.engine=sglang"),
+        ("deepseek_v3", {}, "dense models only, not deepseek_v3"),
+    ],
+)
+def test_start_refuses_what_it_does_not_compute(tmp_path, family, changes, named):
+    folder, _ = write_folder(tmp_path, family)
+    (folder / "config.json").write_text(json.dumps(hf_config(family, **changes)))
+    with pytest.raises(EngineError, match=named):
+        NativeEngine().start(folder)

@@ -1,0 +1,4 @@
+"""Sizes that many rooms share. No torch here."""
+
+GIB = 2**30  # bytes
+FP8_BLOCK = 128  # rows and columns of a matrix in FP8 that share a scale (DeepSeek-V3, arXiv 2412.19437, section 3.3.2)

@@ -1,0 +1,111 @@
+"""Folders that are not what they say: refused by name, with what to do."""
+
+import json
+import logging
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pipeline.model import architecture, layout
+from pipeline.model.architecture import ModelError
+from pipeline.model.folder import INDEX, Folder, check, is_weights, write_index
+from tests.tiny_folder import hf_config, write_folder
+
+
+def checked(path):
+    model = architecture.read(path)
+    folder = Folder(path)
+    check(folder, layout.rows(model), model)
+    return folder
+
+
+def test_a_stale_index_beside_one_file_is_refused(tmp_path):
+    """transformers would read the one file, others the files of the index."""
+    path, tensors = write_folder(tmp_path, "llama")
+    shards = dict.fromkeys(tensors, "model-00001-of-00001.safetensors")
+    save_file({name: tensor + 1 for name, tensor in tensors.items()}, path / "model-00001-of-00001.safetensors")
+    write_index(path, shards, 0)
+    with pytest.raises(ModelError, match=rf"{path}: model\.safetensors lies beside .*00001-of-00001.*: remove"):
+        checked(path)
+    (path / "model.safetensors").unlink()
+    assert torch.equal(checked(path).tensor("model.norm.weight"), tensors["model.norm.weight"] + 1)
+
+
+def test_the_index_of_the_one_file_itself_is_fine(tmp_path):
+    path, tensors = write_folder(tmp_path, "llama")
+    write_index(path, dict.fromkeys(tensors, "model.safetensors"), 0)
+    assert checked(path).names() == set(tensors)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "no index"), ("{}", "no index"), ('{"weight_map": []}', "no index"), ('"x"', "no index")],
+)
+def test_a_damaged_index_is_refused(tmp_path, text, message):
+    path, _ = write_folder(tmp_path, "llama")
+    (path / INDEX).write_text(text)
+    with pytest.raises(ModelError, match=rf"index\.json: {message}.*download it again"):
+        Folder(path)
+
+
+def test_an_index_of_other_tensors_is_refused(tmp_path):
+    path, tensors = write_folder(tmp_path, "llama")
+    (path / "model.safetensors").rename(path / "a.safetensors")
+    write_index(path, dict.fromkeys(tensors.keys() - {"model.norm.weight"}, "a.safetensors"), 0)
+    with pytest.raises(ModelError, match=r"disagree on model\.norm\.weight"):
+        Folder(path)
+    save_file({"model.norm.weight": tensors["model.norm.weight"]}, path / "b.safetensors")
+    write_index(path, dict.fromkeys(tensors, "a.safetensors") | {"model.norm.weight": "b.safetensors"}, 0)
+    with pytest.raises(ModelError, match=r"model\.norm\.weight is in a\.safetensors and in b\.safetensors"):
+        Folder(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tied_output_layer_must_be_the_embedding(tmp_path, dtype):
+    """45 nats off otherwise: transformers takes the embedding, the stored head is dropped."""
+    path, tensors = write_folder(tmp_path, "llama", tie_word_embeddings=True)
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file({**tensors, "lm_head.weight": head}, path / "model.safetensors")
+    checked(path)
+    head[-1, -1] += 1
+    save_file({**tensors, "lm_head.weight": head}, path / "model.safetensors")
+    said = r"tie_word_embeddings is true .* lm_head\.weight differs from model\.embed_tokens\.weight: set .* to false"
+    with pytest.raises(ModelError, match=said):
+        checked(path)
+    save_file({**tensors, "lm_head.weight": head[:3].clone()}, path / "model.safetensors")
+    with pytest.raises(ModelError, match=said):
+        checked(path)
+
+
+def test_multi_token_prediction_is_left_out_and_said_so(tmp_path, caplog):
+    path, tensors = write_folder(tmp_path, "deepseek_v3", num_nextn_predict_layers=1)
+    ahead = {f"model.layers.2.{name}": torch.ones(2) for name in ("eh_proj.weight", "self_attn.o_proj.weight")}
+    save_file({**tensors, **ahead}, path / "model.safetensors")
+    with caplog.at_level(logging.WARNING):
+        checked(path)
+    assert f"{path}: 2 tensors of its multi-token-prediction layers are left out" in caplog.text
+    (path / "config.json").write_text(json.dumps(hf_config("deepseek_v3")))
+    with pytest.raises(ModelError, match="2 tensors that deepseek_v3 does not have"):
+        checked(path)
+
+
+def test_tensors_of_eight_bits_are_refused(tmp_path):
+    path, tensors = write_folder(tmp_path, "llama")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"up_proj\.weight is torch\.float8_e4m3fn: give the folder .* 16 or 32 bits"):
+        checked(path)
+
+
+def test_which_files_are_weights(tmp_path):
+    weights = (
+        "model.safetensors",
+        INDEX,
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "a-00001-of-00002.safetensors",
+    )
+    assert all(is_weights(tmp_path / name) for name in weights)
+    assert not any(is_weights(tmp_path / name) for name in ("config.json", "tokenizer.json", "vocab.txt", "merges.txt"))
