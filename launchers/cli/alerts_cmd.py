@@ -106,6 +106,7 @@ def _deliver(config: RunConfig) -> None:
     event = {
         "rule": "test",
         "severity": "info",
+        "state": "begin",
         "step": 0,
         "time": time.time(),
         "reason": "this is a test, nothing is wrong",

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.monitoring.events import FILE_NAME, read_events
+from pipeline.monitoring.events import FILE_NAME, EventReader
 
 LAUNCH = "launch"  # folder in a run's
 FILE = "attempts.jsonl"
@@ -48,10 +48,13 @@ def progress(run_dir: Path) -> Progress:
     """What the event log of ``run_dir`` says; step 0 where there is none yet."""
     if not (run_dir / FILE_NAME).exists():
         return Progress(0, "")
-    events = read_events(run_dir / FILE_NAME)
-    done = max((event["step"] + 1 for event in events if event["kind"] == "step"), default=0)
-    last = events[-1] if events and events[-1]["kind"] == "run_end" else {}
-    return Progress(done, last.get("status", ""), last.get("error", ""))
+    done, last = 0, dict[str, Any]()
+    for last in EventReader(run_dir / FILE_NAME):
+        if last["kind"] == "step":
+            done = last["step"] + 1
+        elif last["kind"] == "resume":
+            done = min(done, last["step"])
+    return Progress(done, last.get("status", ""), last.get("error", ""))  # none but run_end has these
 
 
 def begun(run_dir: Path) -> bool:

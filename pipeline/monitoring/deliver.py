@@ -28,8 +28,7 @@ from typing import IO, TypeVar
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
-from pipeline.monitoring.events import FILE_NAME, EventLogError
-from pipeline.monitoring.follow import EventReader
+from pipeline.monitoring.events import FILE_NAME, EventLogError, EventReader
 from pipeline.monitoring.sinks import Sink
 from pipeline.monitoring.sinks.factory import build_sinks, problems
 
@@ -60,15 +59,17 @@ class Follower(threading.Thread):
         if sink is None:
             log.error("%s: switched off until the run is resumed", self.name)
             return
-        ended = False
+        ended, saved = False, self._reader.offset
         try:
             while True:
                 over = self._over.is_set()  # asked before the log is: what was appended until then is delivered
                 events = self._reader.poll(limit_bytes=1)  # a single event: the position is exact
                 for event in events:
                     self._attempt(partial(sink.event, event))
-                    self._save()
                     ended = event["kind"] == "run_end"
+                if self._reader.offset != saved:
+                    self._save()
+                    saved = self._reader.offset
                 if not events:
                     if ended or over:
                         break

@@ -1,78 +1,34 @@
 """The event log of a run: ``events.jsonl``, one JSON object per line, described in docs/events.md.
 
 Appends are crash-safe: one ``write`` per line on a descriptor opened with O_APPEND, so a crash can tear only the last line.
-Readers skip a torn last line; opening the log to write cuts it off. Nothing is ever rewritten: after a resume at step k the lost
-steps stay in the file, and ``read_events`` leaves them out.
+Readers leave a torn last line alone; opening the log to write cuts it off. A damaged line before the last is skipped, counted and
+reported: what a run has done must not depend on one bad line. Nothing is ever rewritten: after a resume at step k the lost steps
+stay in the file, and ``read_events`` leaves them out.
 """
 
 from __future__ import annotations
 
 import errno
-import json
-import math
+import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-SCHEMA = 1
+import msgspec
+
+from pipeline.monitoring.event_kinds import SCHEMA, DamagedLineError, parse_event
+
+log = logging.getLogger(__name__)
+
 FILE_NAME = "events.jsonl"
 _BLOCK = 1 << 20  # bytes
+_ENCODER = msgspec.json.Encoder(enc_hook=lambda value: value.item())  # of NumPy numbers
 
 
 class EventLogError(RuntimeError):
-    """An event log cannot be read; the message names file, line and remedy."""
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One training step as the log holds it. Means are over main rows; entropies are nats per token at T=1."""
-
-    step: int  # 0-based: the weights after it have version step + 1
-    time: float  # Unix seconds at the end of the step
-    entropy_sum: float  # nats, over main response tokens
-    entropy_count: float  # main response tokens
-    entropy_filtered: float  # what the controller acted on; NaN without a reading
-    band_low: float
-    band_high: float
-    target: float  # ramped set-point; NaN without control
-    temperature: float  # T+ used by this step's positives; 1 where the actuator is not a temperature
-    command: float  # actuator command used by this step, in the actuator's unit
-    actuator: str
-    state: str  # of the controller after this step's reading, see ControlDecision
-    reason: str
-    reward: float  # mean over main rows
-    positives: int  # correct rows that the actuator consumed
-    all_equal_groups: float  # share of main groups whose rewards are all equal: they carry no advantage (ACR)
-    response_length: float  # tokens
-    truncated: float  # share of main rows that hit the length limit
-    stale_samples: int  # dropped because weights of another version drew them
-    verifier_errors: int  # samples that no verifier could judge
-    loss: float
-    grad_norm: float
-    learning_rate: float
-    weight_version: int  # version that drew this step's samples
-    gain: float = math.nan  # of ln H per unit of the controller's u and step, as the law learnt it; NaN: none
-    metrics: Mapping[str, float] = field(default_factory=dict)  # what the learner reported beyond
-    seconds: Mapping[str, float] = field(
-        default_factory=dict
-    )  # sample, verify, batch, train (of it inside: learner), sync, other, total
-    tokens: Mapping[str, int] = field(default_factory=dict)  # response tokens drawn: main, auxiliary, repeated
-    sync: Mapping[str, float] = field(default_factory=dict)  # of the weight sync: bytes, buckets
-    memory: Mapping[str, float] = field(default_factory=dict)  # GiB: driver, learner (largest rank), gpu (largest rank)
-    engines: Mapping[str, float] = field(default_factory=dict)  # alive, total
-
-    @property
-    def entropy(self) -> float:
-        """Nats per token; NaN when no token was seen."""
-        return self.entropy_sum / self.entropy_count if self.entropy_count > 0 else math.nan
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON form; ``entropy`` is added. Numbers that are not finite become null when the event is written."""
-        plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        return plain | {"entropy": self.entropy}
+    """An event log cannot be read; the message names the file and the remedy."""
 
 
 class EventLog:
@@ -116,26 +72,82 @@ class EventLog:
 
 def to_json(values: Mapping[str, Any] | Sequence[Any]) -> str:
     """One line of strict JSON: NaN and infinities, which JSON lacks, become null."""
-    try:
-        return json.dumps(values, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
-    except ValueError:
-        return json.dumps(_finite(values), allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+    return _ENCODER.encode(values).decode()
+
+
+class EventReader:
+    """The complete events of a log, once each, in the order written; superseded ones included, as nobody can know yet.
+
+    Holds no file open between polls. Memory and time of a poll go with what is new. Starts behind the first ``lines`` lines,
+    which are ``offset`` bytes. A damaged line is skipped and counted; the first one is said in the log of the process.
+    """
+
+    def __init__(self, path: Path, offset: int = 0, lines: int = 0) -> None:
+        self.path = path
+        self.offset = offset  # bytes read, always the start of a line
+        self.lines = lines
+        self.damaged = 0  # lines that are no events
+        self.damage = ""  # which is the first of them, and why
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """What the log holds now from here on, held in memory a piece at a time. Errors as ``poll``."""
+        while found := self.poll(_BLOCK):
+            yield from found
+
+    def poll(self, limit_bytes: int = 1 << 26) -> list[dict[str, Any]]:
+        """Events appended since the last poll, of about ``limit_bytes`` at most, so poll until nothing comes.
+
+        Raises ``EventLogError`` for a missing file or a log that became shorter than what was read.
+        """
+        return [event for _, event in self.poll_placed(limit_bytes)]
+
+    def poll_placed(self, limit_bytes: int) -> list[tuple[int, dict[str, Any]]]:
+        """As ``poll``, each event with the byte at which its line begins."""
+        while content := self._complete_lines(limit_bytes):
+            if found := list(self._events(content)):
+                return found
+        return []
+
+    def _events(self, content: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+        for line in content.split(b"\n")[:-1]:
+            begin = self.offset
+            self.offset += len(line) + 1
+            self.lines += 1
+            try:
+                yield begin, parse_event(line)
+            except DamagedLineError as error:
+                self._skip(error)
+
+    def _skip(self, error: DamagedLineError) -> None:
+        self.damaged += 1
+        if self.damaged == 1:
+            self.damage = f"line {self.lines} is no event: {error}"
+            log.warning("%s, %s; such lines are skipped, what they told is lost", self.path, self.damage)
+
+    def _complete_lines(self, limit_bytes: int) -> bytes:
+        if not self.path.is_file():
+            raise EventLogError(f"{self.path} does not exist: give the folder of a run that was started")
+        with self.path.open("rb") as file:
+            if file.seek(0, os.SEEK_END) < self.offset:
+                raise EventLogError(f"{self.path} became shorter while it was read: was it replaced? Start again")
+            file.seek(self.offset)
+            content = file.read(limit_bytes)
+            if content and b"\n" not in content:
+                content += file.readline()  # a line longer than the limit
+        return content[: content.rfind(b"\n") + 1]  # what follows the last newline is nothing, or torn
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The history in force: the events of ``path`` in order, less a torn last line and what a resume has superseded.
+    """The history in force: the events of ``path`` in order, less what a resume has superseded.
 
-    Raises ``EventLogError`` for a missing file, a damaged line before the last, or a newer schema.
+    Raises ``EventLogError`` for a missing file.
     """
     return in_force(read_all_events(path))
 
 
 def read_all_events(path: Path) -> list[dict[str, Any]]:
-    """Every complete event ever written, superseded ones included. Errors as ``read_events``."""
-    if not path.is_file():
-        raise EventLogError(f"{path} does not exist: give the folder of a run that was started")
-    lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline is nothing, or torn
-    return [parse_event(line, number, path) for number, line in enumerate(lines, start=1)]
+    """Every complete event ever written, superseded ones included. Raises ``EventLogError`` for a missing file."""
+    return list(EventReader(path))
 
 
 def in_force(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -169,24 +181,9 @@ def _lost(event: dict[str, Any], resumed: int) -> bool:
     return event["kind"] == "run_end"
 
 
-def parse_event(line: bytes, number: int, path: Path) -> dict[str, Any]:
-    """One line of a log. Raises ``EventLogError`` for a line that is no event, or of a newer schema."""
-    try:
-        event = json.loads(line)
-        schema = event["schema"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise EventLogError(
-            f"{path}, line {number}, is not an event ({error}): remove the line to read the rest"
-        ) from error
-    if schema > SCHEMA:
-        raise EventLogError(
-            f"{path}, line {number}: event schema {schema}, this version reads up to {SCHEMA}: update isentrope"
-        )
-    return event
-
-
 def cut_torn_line(path: Path) -> None:
-    """Remove what a crash left after the last newline, so that the next line starts on its own; reads the end of the file only."""
+    """Remove what a crash left after the last newline, so that the next line starts on its own; reads the end of the file
+    only."""
     if not path.is_file():
         return
     with path.open("rb+") as file:
@@ -199,13 +196,3 @@ def cut_torn_line(path: Path) -> None:
             kept = start + newline + 1 if newline >= 0 else 0
         if kept < end:
             file.truncate(kept)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
-    return value

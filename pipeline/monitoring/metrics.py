@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 # Fields of a step event and their names; mappings of a step event keep their keys below a prefix.
@@ -46,15 +47,32 @@ def scalars(event: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
 
 
+def step_columns(events: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
+    """The figures of several ``step`` events by name, one entry per event; None: no number."""
+    found = {name: [event.get(field) for event in events] for field, name in STEP_FIELDS.items()}
+    for field, prefix in STEP_MAPPINGS.items():
+        mappings = [event.get(field, {}) for event in events]
+        for key in dict.fromkeys(key for mapping in mappings for key in mapping):
+            found[_named(prefix, key)] = [mapping.get(key) for mapping in mappings]
+    derived = [_derived(event) for event in events]
+    return found | {name: [figures[name] for figures in derived] for name in derived[0]}
+
+
 def _step(event: Mapping[str, Any]) -> dict[str, Any]:
     found = {name: event.get(field) for field, name in STEP_FIELDS.items()}
     for field, prefix in STEP_MAPPINGS.items():
         found |= {_named(prefix, key): value for key, value in event.get(field, {}).items()}
+    return found | _derived(event)
+
+
+def _derived(event: Mapping[str, Any]) -> dict[str, float | None]:
+    """The figures of a step that follow from its fields."""
     low, entropy, high = event["band_low"], event["entropy"], event["band_high"]
-    found["control/in_band"] = float(low <= entropy <= high) if _finite(low, entropy, high) else None
-    found["control/saturated"] = float(event["state"] == "saturated")
-    found["train/not_finite"] = sum(not _finite(event.get(name, 0.0)) for name in ("entropy", "loss", "grad_norm"))
-    return found
+    return {
+        "control/in_band": float(low <= entropy <= high) if _finite(low, entropy, high) else None,
+        "control/saturated": float(event["state"] == "saturated"),
+        "train/not_finite": sum(not _finite(event.get(name, 0.0)) for name in ("entropy", "loss", "grad_norm")),
+    }
 
 
 def learner_metric(key: str) -> str:
@@ -67,6 +85,7 @@ def _finite(*values: float | None) -> bool:
     return all(value is not None and math.isfinite(value) for value in values)
 
 
+@cache
 def _named(prefix: str, key: str) -> str:
     group, _, rest = key.partition("_")
     return f"{group}/{rest}" if prefix == "train/" and group in GROUPS and rest else prefix + key

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.config.entropy_rules import TEMPERATURE_ACTUATORS
-from pipeline.monitoring.events import StepRecord
+from pipeline.monitoring.event_kinds import StepRecord
 
 PERIOD = 0.25  # seconds between two refreshes of the panel
 LINES = 20  # plain lines over a whole run

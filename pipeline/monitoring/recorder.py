@@ -25,10 +25,9 @@ from pipeline.entropy.band import Band
 from pipeline.monitoring.activity import Activity
 from pipeline.monitoring.alerts.engine import Alert, AlertEngine, replayed
 from pipeline.monitoring.alerts.rules import constants_of, rules_of
-from pipeline.monitoring.events import FILE_NAME, EventLog, EventLogError
+from pipeline.monitoring.events import FILE_NAME, EventLog, EventReader, in_force
 from pipeline.monitoring.progress import Progress
 from pipeline.monitoring.samples import write_samples
-from pipeline.monitoring.series import Series
 from pipeline.monitoring.step_record import step_record
 from pipeline.types import StepOutcome
 
@@ -36,7 +35,6 @@ log = logging.getLogger(__name__)
 
 PACKAGES = ("isentrope", "torch", "megatron-core", "transformers", "sglang", "ray")
 LEVELS = {"info": logging.INFO, "warning": logging.WARNING, "critical": logging.ERROR}
-INDEX_EVERY = 256  # steps
 
 
 class Recorder:
@@ -63,7 +61,6 @@ class Recorder:
         self._prompts: dict[str, int] = {}
         self._tokenizer: Tokenizer | None = None
         self._alerts = AlertEngine(rules_of(config), constants_of(config))
-        self._series: Series | None = None  # None: the index beside the log is not kept
         self._own_seconds = 0.0  # what recording the step before took; counted as "other" of the next
         (run_dir / "samples").mkdir(parents=True, exist_ok=True)
         self._lock = _lock(run_dir)
@@ -113,15 +110,14 @@ class Recorder:
         """
         self._write_config()
         opened, self._done = EventLog(self.run_dir / FILE_NAME), step
-        self._series = self._open_index()
-        past = self._series.events if self._series else []
+        past = in_force(event for event in EventReader(opened.path) if event["kind"] != "step")
         if checkpoint is not None and ("checkpoint", step) not in [
             (event["kind"], event.get("step")) for event in past
         ]:
             # The process before was killed between publishing the checkpoint and saying so.
             opened.append("checkpoint", {"time": time.time(), **self._published(checkpoint)})
         if self._resumed:
-            self._alerts = replayed(self._alerts, self.run_dir / FILE_NAME, step)
+            self._alerts = replayed(self._alerts, opened.path, step)
         self._log = opened  # only now: a watchdog's ``tick`` must not meet alerts that have forgotten the log
         starts = [event for event in past if event["kind"] in ("run_start", "resume")]
         self.event(
@@ -155,7 +151,6 @@ class Recorder:
         record = step_record(outcome, self._band, self._config.entropy.actuator, seconds)
         self.event("step", **record.to_dict())
         self._done = outcome.step + 1
-        self._index_log()
         write_samples(self.run_dir / "samples", outcome.step, outcome.kept, self._tokenizer)
         if self._progress is not None:
             self._progress.step(record)
@@ -210,23 +205,6 @@ class Recorder:
     def _published(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """The fields of its event."""
         return {"step": checkpoint.step, "path": str(checkpoint.path.relative_to(self.run_dir))}
-
-    def _open_index(self) -> Series | None:
-        try:
-            return Series(self.run_dir)
-        except (EventLogError, OSError) as error:  # a damaged line must not stop the run that goes on with its log
-            log.warning("%s: no index of the log is kept: %s", self.run_dir, error)
-            return None
-
-    def _index_log(self) -> None:
-        """Every so often add to the index what was logged, so that nobody ever has to read all of a long log."""
-        if self._series is None or self._done % INDEX_EVERY:
-            return
-        try:
-            self._series.update()
-        except OSError as error:  # a disk that is full for the index must not end the run
-            log.warning("%s: the index is no longer kept: %s", self.run_dir, error)
-            self._series = None
 
     def _raise(self, alerts: Sequence[Alert]) -> None:
         """Each alert that begins or ends as an event and a line in the log; who else is told follows the events."""

@@ -222,7 +222,7 @@ def _samples(runs: Sequence[RunHistory]) -> str:
 
 def _sample_row(sample: Mapping[str, Any]) -> list[str]:
     texts = [escape(str(sample[name])[-200:]) for name in ("prompt", "response")]
-    entropies = sample.get("entropies")  # nine steps of ten, and older runs, have none
+    entropies = sample.get("entropies")  # nine steps of ten have none
     entropy = sum(entropies) / len(entropies) if entropies else None  # nats per token
     figures = [_number(sample["temperature"]), _number(entropy)]
     return [*texts, _number(sample["reward"]), escape(sample["role"]), *figures]

@@ -67,7 +67,7 @@ def status_of(series: Series) -> dict[str, Any]:
     the goal; ``status`` is running, silent (no event for long: stalled or killed), completed, stopped or failed, ``silent_seconds``
     since the last event; ``alerts`` are those in force, oldest first: dicts with ``step``, ``rule``, ``severity``, ``reason`` and
     ``active``; ``pass_at_k`` {k: value} and ``evaluation_step`` are of the last evaluation; ``eta_seconds`` counts evaluations and
-    checkpoints in.
+    checkpoints in; ``damaged_lines`` of the log were skipped, ``damage`` says what is wrong with the first.
     """
     events = series.events
     starts = [event for event in events if event["kind"] in ("run_start", "resume")]
@@ -91,6 +91,8 @@ def status_of(series: Series) -> dict[str, Any]:
         "faults": sum(event["kind"] == "fault" for event in events),
         "stalls": sum(event["kind"] == "stall" for event in events),
         "alerts": alerts(events),
+        "damaged_lines": series.damage[0],
+        "damage": series.damage[1],
     }
     left = max(0, goal - series.steps)
     found["eta_seconds"] = left * pace if found["status"] == "running" and pace else None
@@ -98,18 +100,15 @@ def status_of(series: Series) -> dict[str, Any]:
 
 
 def alerts(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Alerts that began, with whether each still holds; an ``end`` closes the last one of its rule. Old logs know no end."""
+    """Alerts that began, with whether each still holds; an ``end`` closes the last one of its rule."""
     found: list[dict[str, Any]] = []
     for event in events:
         if event["kind"] != "alert":
             continue
-        rule = event.get("rule", event.get("condition", ""))
         for earlier in found:
-            earlier["active"] = earlier["active"] and earlier["rule"] != rule
-        if event.get("state") != "end":
-            severity, lasting = event.get("severity", "warning"), event.get("state") == "begin"
-            shown = {"step": event["step"], "rule": rule, "severity": severity, "reason": event.get("reason", "")}
-            found.append({**shown, "active": lasting})
+            earlier["active"] = earlier["active"] and earlier["rule"] != event["rule"]
+        if event["state"] == "begin":
+            found.append({name: event[name] for name in ("step", "rule", "severity", "reason")} | {"active": True})
     return found
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.entropy.band import Band
-from pipeline.monitoring.events import StepRecord
+from pipeline.monitoring.event_kinds import StepRecord
 from pipeline.monitoring.memory import resident_gib
 from pipeline.types import StepOutcome, StepSamples
 

@@ -80,7 +80,7 @@ class RunHistory:
 
 
 def read_run(run_dir: Path) -> RunHistory:
-    """Read a run folder. Raises ``EventLogError`` (no or damaged events) and ``ConfigError`` (no or bad config.yaml)."""
+    """Read a run folder. Raises ``EventLogError`` (no events) and ``ConfigError`` (no or bad config.yaml)."""
     series = Series(run_dir)
     return RunHistory(run_dir, load_config(run_dir / "config.yaml", check=False), series)
 
@@ -115,7 +115,7 @@ def summarize_run(run: RunHistory) -> dict[str, Any]:
         "mismatch": {name: _over_steps(run, name) for name in MISMATCH},
         "seconds": totals(run, "time/") | {"evaluation": sum(e.get("seconds", 0.0) for e in run.evaluations)},
         "tokens": {key: int(total) for key, total in totals(run, "tokens/").items()},
-        "alerts": [f"step {e['step']}: {e['reason']}" for e in run.of_kind("alert") if e.get("state") != "end"],
+        "alerts": [f"step {e['step']}: {e['reason']}" for e in run.of_kind("alert") if e["state"] == "begin"],
         "restarts": [event["step"] for event in run.restarts],
         "controller": run.config.entropy.controller,
         "actuator": "none" if run.is_baseline else run.config.entropy.actuator,

@@ -56,7 +56,8 @@ def _panel(series: Series, console: Console, width: int, height: int) -> Panel:
         (str(found["name"]), "bold"), f" (seed {found['seed']}) " if found["seed"] is not None else " "
     )
     title.append(_life(found), LIFE.get(found["status"], ""))
-    return Panel(Group(_head(found, inner), *charts, _state(found), figures, *alerts), title=title, title_align="left")
+    notes = [*alerts, *_damage(found)]
+    return Panel(Group(_head(found, inner), *charts, _state(found), figures, *notes), title=title, title_align="left")
 
 
 def _head(found: Mapping[str, Any], width: int) -> RenderableType:
@@ -174,6 +175,14 @@ def _alerts(found: Mapping[str, Any]) -> list[Text]:
         )
         for alert in known
     ]
+
+
+def _damage(found: Mapping[str, Any]) -> list[Text]:
+    """What of the log could not be read."""
+    count = found["damaged_lines"]
+    return [Text(f"{count} damaged line{'s' * (count > 1)} of the log skipped: {found['damage']}", "yellow")] * (
+        count > 0
+    )
 
 
 def _life(found: Mapping[str, Any]) -> str:

@@ -1,12 +1,11 @@
 """How long it takes to read a long run's log for a chart, against TensorBoard's own loading of the same scalars.
 
-    python tools/bench/event_log.py                     # 1,000,000 steps; needs 5 GB in --out and some minutes to write them
-    python tools/bench/event_log.py --steps 100000 --json out.json
+    python tools/bench/event_log.py --json out.json     # 100,000 steps; needs 0.5 GB in --out
 
-Writes one log through the event log, its index kept as the recorder keeps it, and the same scalars as TensorBoard event files. Each
-reading is a new process: seconds until the figures are there, those its processor worked, and its peak memory above that of the
-imports; what was just written is still in the page cache. Also what one recorded
-step costs the training loop. Prints a table; with --json also a file. Needs tensorboard for the comparison.
+Writes one log through the event log, and the same scalars as TensorBoard event files. Each reading is a new process: seconds
+until the figures are there, those its processor worked, and its peak memory; what was just written is still in the page cache.
+Also what one recorded step costs the training loop, and what one new step costs a viewer that follows. Prints a table; with --json
+also a file. Needs tensorboard for the comparison.
 """
 
 from __future__ import annotations
@@ -15,21 +14,20 @@ import argparse
 import json
 import math
 import random
-import resource
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pipeline.monitoring.events import FILE_NAME, EventLog, StepRecord
+from pipeline.monitoring.event_kinds import StepRecord
+from pipeline.monitoring.events import FILE_NAME, EventLog
 from pipeline.monitoring.metrics import scalars
-from pipeline.monitoring.recorder import INDEX_EVERY
-from pipeline.monitoring.series import FOLDER, Series
+from pipeline.monitoring.series import Series
 
 CHART = ("entropy/mean", "entropy/filtered", "entropy/band_low", "entropy/band_high", "control/temperature")
 STEP_MS = 110.0  # of the quickstart, docs/benchmarks.md
@@ -77,25 +75,31 @@ def records(steps: int) -> Iterator[StepRecord]:
         )
 
 
-def write_log(run: Path, steps: int) -> dict[str, float]:
-    """The log and its index; milliseconds that a step's event and its share of the index take, by the clock and computing."""
+def write_log(run: Path, steps: int) -> float:
+    """The log; milliseconds of computing that a step's event takes."""
     run.mkdir(parents=True)
-    spent = dict.fromkeys(("append_ms", "append_cpu_ms", "index_ms", "index_cpu_ms"), 0.0)
-
-    def timed(what: str, act: Callable[[], Any]) -> None:
-        start, worked = time.perf_counter(), time.process_time()
-        act()
-        spent[f"{what}_ms"] += 1e3 * (time.perf_counter() - start) / steps
-        spent[f"{what}_cpu_ms"] += 1e3 * (time.process_time() - worked) / steps
-
     with EventLog(run / FILE_NAME) as log:
         log.append("run_start", {"time": 1.7e9, "step": 0, "steps": steps, "name": "long"})
-        series = Series(run)
-        for record in records(steps):
-            timed("append", lambda record=record: log.append("step", record.to_dict()))
-            if (record.step + 1) % INDEX_EVERY == 0:
-                timed("index", series.update)
-    return spent
+        made, worked = list(records(steps)), time.process_time()
+        for record in made:
+            log.append("step", record.to_dict())
+        return 1e3 * (time.process_time() - worked) / steps
+
+
+def follow(run: Path, steps: int, more: int = 200) -> float:
+    """Milliseconds of computing until a viewer that follows has a new step in its status, chart and marks."""
+    from pipeline.monitoring.status import status_of
+
+    series, spent = Series(run), 0.0
+    with EventLog(run / FILE_NAME) as log:
+        for number, record in enumerate(records(more)):
+            log.append("step", record.to_dict() | {"step": steps + number})
+            worked = time.process_time()
+            series.update()
+            status_of(series)
+            series.read(CHART)
+            spent += time.process_time() - worked
+    return 1e3 * spent / more
 
 
 def write_tensorboard(folder: Path, steps: int) -> None:
@@ -155,11 +159,11 @@ def measure(reader: str, what: Path) -> dict[str, Any]:
 
 
 def _read(reader: str, what: str) -> None:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start, worked = time.perf_counter(), time.process_time()
     found = READERS[reader](what)
     seconds, cpu = time.perf_counter() - start, time.process_time() - worked
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    lines = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))  # KiB
     print(
         json.dumps({"seconds": round(seconds, 3), "cpu": round(cpu, 3), "mib": round(peak / 1024, 1), "found": found})
     )
@@ -168,7 +172,7 @@ def _read(reader: str, what: str) -> None:
 def main() -> None:
     """Write, read, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1_000_000)
+    parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--out", type=Path, default=Path("runs/bench/event_log"))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--no-tensorboard", action="store_true", help="only our own")
@@ -180,29 +184,22 @@ def main() -> None:
         return
     shutil.rmtree(arguments.out, ignore_errors=True)
     run, board = arguments.out / "run", arguments.out / "tensorboard"
-    result: dict[str, Any] = {"steps": arguments.steps, "recorder": write_log(run, arguments.steps)}
-    result["share"] = (result["recorder"]["append_ms"] + result["recorder"]["index_ms"]) / STEP_MS
+    result: dict[str, Any] = {"steps": arguments.steps, "append_ms": write_log(run, arguments.steps)}
+    result["share"] = result["append_ms"] / STEP_MS
     result["log_bytes"] = (run / FILE_NAME).stat().st_size
-    result["index_bytes"] = sum(path.stat().st_size for path in (run / FOLDER).iterdir())
-    rows = {"chart, index at hand": measure("read_series", run), "status, index at hand": measure("read_status", run)}
-    shutil.rmtree(run / FOLDER)
-    rows["chart, index made first (a log copied without it)"] = measure("read_series", run)
+    rows = {"chart": measure("read_series", run), "status": measure("read_status", run)}
     if not arguments.no_tensorboard:
         write_tensorboard(board, arguments.steps)
         rows["TensorBoard, 1000 points a tag"] = measure("read_tensorboard", board)
         if arguments.every_point:
             rows["TensorBoard, every point"] = measure("read_tensorboard_all", board)
     result["readings"] = rows
+    result["follow_ms"] = follow(run, arguments.steps)
     if arguments.json:
         arguments.json.write_text(json.dumps(result, indent=1))
-    recorder = result["recorder"]
-    print(
-        f"{arguments.steps} steps: log {result['log_bytes'] / 1e6:.0f} MB, index {result['index_bytes'] / 1e6:.0f} MB"
-    )
-    print(
-        f"a recorded step: event {recorder['append_ms']:.3f} ms ({recorder['append_cpu_ms']:.3f} computing), index "
-        f"{recorder['index_ms']:.3f} ms ({recorder['index_cpu_ms']:.3f}), together {result['share']:.2%} of {STEP_MS:g} ms"
-    )
+    print(f"{arguments.steps} steps: log {result['log_bytes'] / 1e6:.0f} MB")
+    print(f"a recorded step: {result['append_ms']:.3f} ms of computing, {result['share']:.2%} of {STEP_MS:g} ms")
+    print(f"a new step seen by a viewer (status, chart): {result['follow_ms']:.1f} ms of computing")
     print("| reading | seconds | of them computing | MiB |\n|---|---|---|---|")
     for name, row in rows.items():
         print(f"| {name} | {row.get('seconds', row.get('failed'))} | {row.get('cpu', '-')} | {row.get('mib', '-')} |")

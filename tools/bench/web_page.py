@@ -2,8 +2,8 @@
 
     python tools/bench/web_page.py --steps 100000
 
-Needs chromium and requirements/browser.txt. Writes a run of that length first, then serves it twice: the first server reads the whole
-log, the second one finds the index beside it. Prints one JSON object.
+Needs chromium and requirements/browser.txt. Writes a run of that length first, then serves it. Prints
+one JSON object.
 """
 
 from __future__ import annotations
@@ -156,10 +156,9 @@ def main() -> None:
         run_dir = Path(folder) / "run"
         write_long_run(run_dir, arguments.steps)
         result: dict[str, Any] = {"steps": arguments.steps, "log_mb": round((run_dir / FILE_NAME).stat().st_size / 1e6)}
-        for name in ("first", "again"):
-            with served(run_dir) as (url, figures):
-                figures |= visit(url, arguments.chromium)
-            result[name] = figures
+        with served(run_dir) as (url, figures):
+            figures |= visit(url, arguments.chromium)
+        result |= figures
     print(json.dumps(result, indent=1))
 
 

@@ -7,10 +7,9 @@ it had, so that a resumed run goes on where its checkpoint was made.
 from __future__ import annotations
 
 import copy
-import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,11 +20,8 @@ from pipeline.monitoring.alerts.figures import Clock
 from pipeline.monitoring.alerts.messages import fill
 from pipeline.monitoring.alerts.rules import Rule
 from pipeline.monitoring.alerts.schema import ConditionConfig
-from pipeline.monitoring.events import EventLogError
-from pipeline.monitoring.follow import EventReader
+from pipeline.monitoring.events import EventReader
 from pipeline.monitoring.metrics import scalars
-
-log = logging.getLogger(__name__)
 
 EMA = 0.8  # weight of the past where the entropy is said to have entered its band, as in ``tracking``
 SNAPSHOTS = 8  # checkpoints whose state is kept: a run resumes from one of the newest
@@ -43,14 +39,13 @@ class Alert:
     reason: str  # at the beginning what is wrong and the remedy, at the end for how long it was so
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields of an ``alert`` event; ``condition`` is what old readers know the rule by."""
-        return vars(self) | {"condition": self.rule}
+        """The fields of an ``alert`` event."""
+        return dict(vars(self))
 
     @classmethod
     def of(cls, event: Mapping[str, Any]) -> Alert:
-        """An ``alert`` event read back, also of a log from before there were rules."""
-        rule, severity = event.get("rule") or event["condition"], event.get("severity", "critical")
-        return cls(rule, severity, event.get("state", "begin"), event["step"], event["time"], event["reason"])
+        """An ``alert`` event read back."""
+        return cls(**{f.name: event[f.name] for f in fields(cls)})
 
 
 class Watch:
@@ -258,25 +253,16 @@ class AlertEngine:
 
 
 def replayed(fresh: AlertEngine, path: Path, step: int) -> AlertEngine:
-    """``fresh`` as a run finds it that is about to resume at ``step`` of a log.
-
-    Of a log that cannot be read: as it was, which the log of the process says; training goes on.
-    """
-    engine, reader, alerts = copy.deepcopy(fresh), EventReader(path), list[Alert]()
-    last: dict[str, Any] = {"time": 0.0}
-    try:
-        while events := reader.poll():
-            for event in events:
-                engine.observe(event)
-                if event["kind"] == "alert":
-                    alerts.append(Alert.of(event))
-                elif event["kind"] == "resume":
-                    alerts = [alert for alert in alerts if alert.step < event["step"]]
-            last = events[-1]
-    except EventLogError as error:
-        log.warning("alerts start afresh: %s", error)
-        return fresh
-    engine.observe({"kind": "resume", "step": step, "time": last["time"]})
+    """``fresh`` as a run finds it that is about to resume at ``step`` of a log."""
+    engine, alerts, time = copy.deepcopy(fresh), list[Alert](), 0.0
+    for event in EventReader(path):
+        engine.observe(event)
+        time = event["time"]
+        if event["kind"] == "alert":
+            alerts.append(Alert.of(event))
+        elif event["kind"] == "resume":
+            alerts = [alert for alert in alerts if alert.step < event["step"]]
+    engine.observe({"kind": "resume", "step": step, "time": time})
     newest = {alert.rule: alert for alert in alerts if alert.step < step}
     engine.adopt({rule: alert for rule, alert in newest.items() if alert.state == "begin"})
     return engine

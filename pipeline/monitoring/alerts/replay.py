@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.load import load_config
 from pipeline.monitoring.alerts.engine import Alert, AlertEngine
 from pipeline.monitoring.alerts.rules import Rule, constants_of, load_rules
-from pipeline.monitoring.events import FILE_NAME
-from pipeline.monitoring.follow import EventReader
+from pipeline.monitoring.events import FILE_NAME, EventReader
 from pipeline.monitoring.metrics import scalars
 
 TICK = 30.0  # seconds between two looks at the time, where no event came
@@ -52,11 +52,11 @@ def replay_run(run_dir: Path, rules: str = "") -> Replay:
 
     Raises ``EventLogError`` and ``ConfigError``.
     """
-    reader = EventReader(run_dir / FILE_NAME)
-    events = reader.poll()
+    log = EventReader(run_dir / FILE_NAME)
+    begun = log.poll(limit_bytes=1)  # so that a folder that is no run is called that, whatever else it lacks
     config = load_config(run_dir / "config.yaml", check=False)
     alerts = replace(config.monitoring.alerts, rules=rules) if rules else config.monitoring.alerts
-    return replay(_all(reader, events), load_rules(alerts), constants_of(config))
+    return replay(chain(begun, log), load_rules(alerts), constants_of(config))
 
 
 def replay(events: Iterable[Mapping[str, Any]], rules: Sequence[Rule], constants: Mapping[str, float]) -> Replay:
@@ -76,12 +76,6 @@ def replay(events: Iterable[Mapping[str, Any]], rules: Sequence[Rule], constants
         seen |= scalars(event).keys()
         before = time
     return Replay(_pairs(alerts), list(_blind(rules, seen)))
-
-
-def _all(reader: EventReader, events: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    while events:
-        yield from events
-        events = reader.poll()
 
 
 def _pairs(alerts: Iterable[Alert]) -> list[Firing]:

@@ -132,10 +132,9 @@ class AlertDelivery:
 
 def describe(event: Mapping[str, Any], run: str) -> tuple[str, str]:
     """Subject and text of an alert event. ``run``: its name and folder, for people."""
-    rule = event.get("rule") or event.get("condition", "alert")
-    if event.get("state") == "end":
+    rule, severity = event["rule"], event["severity"]
+    if event["state"] == "end":
         return f"isentrope: {rule} is over", f"[over] {run}, step {event['step']}: {rule} is {event['reason']}"
-    severity = event.get("severity", "warning")
     return f"isentrope: {severity}: {rule}", f"[{severity}] {run}, step {event['step']}: {rule}: {event['reason']}"
 
 

@@ -14,7 +14,7 @@ from pipeline.monitoring.events import FILE_NAME
 
 @dataclass(frozen=True)
 class Alert:
-    """An ``alert`` event, also one of an old log."""
+    """An ``alert`` event."""
 
     rule: str
     severity: str  # info | warning | critical
@@ -24,8 +24,7 @@ class Alert:
     @classmethod
     def of(cls, event: Mapping[str, Any]) -> Alert:
         """Read it from its event."""
-        rule = event.get("rule") or event["condition"]
-        return cls(rule, event.get("severity", "warning"), event["reason"], event.get("state", "begin") == "begin")
+        return cls(event["rule"], event["severity"], event["reason"], event["state"] == "begin")
 
 
 def run_id(run_dir: Path) -> str:

@@ -88,7 +88,7 @@ def test_an_event_that_fits_in_part_is_taken_back(tmp_path):
     path = tmp_path / "events.jsonl"
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     with EventLog(path) as log:
-        log.append("run_start", {"step": 0})
+        log.append("run_start", {"time": 0, "step": 0})
         resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, hard))
         try:
             with pytest.raises(OSError, match="written in part") as error:
@@ -96,5 +96,5 @@ def test_an_event_that_fits_in_part_is_taken_back(tmp_path):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert is_full(error.value)
-        log.append("run_end", {"status": "failed"})
+        log.append("run_end", {"time": 0, "status": "failed"})
     assert [event["kind"] for event in read_events(path)] == ["run_start", "run_end"]

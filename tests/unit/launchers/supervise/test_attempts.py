@@ -52,8 +52,10 @@ def test_the_log_pairs_starts_with_ends_and_survives_a_torn_line(tmp_path):
 def test_progress_counts_steps_of_the_event_log(tmp_path):
     assert progress(tmp_path).step == 0
     kinds = [("run_start", 0), ("step", 0), ("step", 1), ("resume", 1), ("step", 1)]
-    lines = [json.dumps({"schema": 1, "kind": kind, "step": step}) for kind, step in kinds]
-    end = json.dumps({"schema": 1, "kind": "run_end", "status": "failed", "error": "boom"})
+    step_fields = {"entropy": 0.3, "band_low": 0.2, "band_high": 0.4, "state": "tracking"}
+    lines = [json.dumps({"schema": 1, "kind": kind, "time": 1, "step": step, **step_fields}) for kind, step in kinds]
+    end = json.dumps({"schema": 1, "kind": "run_end", "time": 1, "status": "failed", "error": "boom"})
+    lines.insert(3, "a damaged line, after which the run is as far as it was")
     (tmp_path / "events.jsonl").write_text("\n".join([*lines, end, ""]))
     found = progress(tmp_path)
     assert (found.step, found.status, found.error) == (2, "failed", "boom")

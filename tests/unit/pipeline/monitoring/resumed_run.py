@@ -4,14 +4,14 @@ import sys
 from pathlib import Path
 
 from pipeline.checkpoints import Checkpoint
-from pipeline.monitoring.follow import EventReader
+from pipeline.monitoring.events import EventReader
 
 sys.path.append(str(Path(__file__).parent))
 import run_writer as runs
 
 FAULT = "engine 0 died and was started again"
 NO_MORE = "monitoring.alerts.off=[fault]"  # that the fault raises
-ALERT = {"step": 3, "condition": "exploding", "rule": "exploding", "severity": "critical", "reason": "lower the target"}
+ALERT = {"step": 3, "rule": "exploding", "severity": "critical", "state": "begin", "reason": "lower the target"}
 
 
 def first_attempt(run_dir, *overrides):

@@ -110,7 +110,7 @@ def test_a_sink_that_cannot_be_made_is_off_and_a_damaged_log_is_said(run_dir, ca
         "off: ValueError: wrong key; going on without this",
         "off: switched off until the run is resumed",
     ]
-    assert f"line {len(KINDS) + 1}, is not an event" in caplog.messages[2]
+    assert f"line {len(KINDS) + 1} is no event" in caplog.messages[2]
 
 
 def test_a_sink_that_hangs_holds_up_no_other_and_run_end_ends_the_rest(run_dir):

@@ -1,19 +1,12 @@
-"""The event log: appends, torn lines, resumes."""
+"""The event log: appends, torn lines, resumes, damaged lines."""
 
 import json
 import math
 
 import pytest
 
-from pipeline.monitoring.events import (
-    SCHEMA,
-    EventLog,
-    EventLogError,
-    StepRecord,
-    in_force,
-    read_all_events,
-    read_events,
-)
+from pipeline.monitoring.event_kinds import SCHEMA, StepRecord
+from pipeline.monitoring.events import EventLog, EventLogError, EventReader, in_force, read_events
 
 RECORD = StepRecord(
     step=3,
@@ -51,10 +44,10 @@ def events_of(*kinds_and_steps):
 def test_round_trip_and_null_for_numbers_that_are_not_finite(tmp_path):
     path = tmp_path / "events.jsonl"
     with EventLog(path) as log:
-        log.append("run_start", {"step": 0})
+        log.append("run_start", {"time": 1, "step": 0})
         log.append("step", RECORD.to_dict())
     first, step = read_events(path)
-    assert first == {"schema": SCHEMA, "kind": "run_start", "step": 0}
+    assert first == {"schema": SCHEMA, "kind": "run_start", "time": 1.0, "step": 0}
     assert step["entropy"] == 0.3
     assert step["entropy_filtered"] is None
     assert step["metrics"] == {"kl": None}
@@ -68,15 +61,15 @@ def test_entropy_of_no_token_is_nan():
 def test_a_crash_at_any_byte_loses_at_most_the_last_event(tmp_path):
     path = tmp_path / "events.jsonl"
     with EventLog(path) as log:
-        log.append("step", {"step": 0, "text": "é\n"})
-        log.append("step", {"step": 1})
+        log.append("step", {**RECORD.to_dict(), "step": 0, "reason": "é\n"})
+        log.append("step", {**RECORD.to_dict(), "step": 1})
     whole = path.read_bytes()
     first = whole.index(b"\n") + 1
     for size in range(first, len(whole)):
         path.write_bytes(whole[:size])
         assert [event["step"] for event in read_events(path)] == [0]
         with EventLog(path) as log:
-            log.append("step", {"step": 9})
+            log.append("step", {**RECORD.to_dict(), "step": 9})
         assert [event["step"] for event in read_events(path)] == [0, 9]
 
 
@@ -110,19 +103,53 @@ def test_two_resumes():
     assert [event["n"] for event in in_force(events) if event["kind"] == "step"] == [6]
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ('{"schema": 1, "kind": "step"}\nbroken\n', "line 2, is not an event"),
-        ('{"kind": "step"}\n', "line 1, is not an event"),
-        (json.dumps({"schema": SCHEMA + 1, "kind": "x"}) + "\n", "update isentrope"),
-    ],
-)
-def test_damaged_logs_are_refused_with_the_place(tmp_path, text, words):
+def line(kind, **values):
+    return json.dumps({"schema": SCHEMA, "kind": kind, "time": 1.0, **values}).encode()
+
+
+DAMAGED = {
+    b"broken": "malformed",
+    b"": "truncated",
+    b'{"kind": "step"}': "missing required field `schema`",
+    b'{"schema": 1, "time": 1.0, "step": 3}': "missing required field `kind`",
+    b'{"schema": null}': "Expected `int`, got `null`",
+    line("step", schema=SCHEMA + 1): "update isentrope",
+    line("stfp"): "unknown kind",
+    line("step"): "missing required field",
+    line("resume", step="2"): "Expected `int`, got `str`",
+    line("resume", step=-5): "Expected `int` >= 0",
+    line("resume", step=10**25): "Expected `int` <= 10000000",
+    line("run_end", status=3): "Expected `str`",
+    line("run_end", status="well"): "Invalid enum value",
+    line("evaluation", step=1, pass_at_k={"1": 0.5}): "Expected `object`, got `float`",
+    line("evaluation", step=1, pass_at_k={"one": {"value": 1, "low": 0, "high": 1}}): "matching regex",
+    b"[" * 100_000: "Expected `object`",
+    b'{"schema": 1, "kind": ' + b"[" * 100_000: "Expected `str`",
+    b'{"schema": 1, "more": ' + b"[" * 100_000: "recursion",
+    b"\xff\xfe": "malformed",
+}
+
+
+@pytest.mark.parametrize("damaged", DAMAGED, ids=lambda line: str(line[:40]))
+def test_a_damaged_line_is_skipped_counted_and_said_once(tmp_path, caplog, damaged):
     path = tmp_path / "events.jsonl"
-    path.write_text(text)
-    with pytest.raises(EventLogError, match=words):
-        read_all_events(path)
+    end = line("run_end", status="completed")
+    path.write_bytes(b"\n".join([line("run_start", step=0), damaged, damaged, end, b""]))
+    reader = EventReader(path)
+    assert [event["kind"] for event in reader] == ["run_start", "run_end"]
+    assert (reader.damaged, reader.lines, reader.offset) == (2, 4, path.stat().st_size)
+    assert reader.damage.startswith("line 2 is no event: ")
+    assert DAMAGED[damaged] in reader.damage
+    (record,) = caplog.records
+    assert (record.levelname, str(path) in record.getMessage()) == ("WARNING", True)
+
+
+def test_a_reader_that_takes_line_by_line_passes_damaged_ones(tmp_path):
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(b"broken\nbroken\n" + line("run_start", step=0) + b"\nbroken\n")
+    reader = EventReader(path)
+    assert [len(reader.poll(limit_bytes=1)) for _ in range(3)] == [1, 0, 0]
+    assert reader.offset == path.stat().st_size
 
 
 def test_a_missing_log_names_the_remedy(tmp_path):

@@ -6,7 +6,6 @@ import struct
 import sys
 import time
 import urllib.request
-from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from pipeline.config.load import load_config
 from pipeline.config.schema import SINKS
 from pipeline.monitoring.events import read_all_events
 from pipeline.monitoring.sinks import factory
-from pipeline.monitoring.sinks.common import Alert, flat, run_id
+from pipeline.monitoring.sinks.common import flat, run_id
 from pipeline.ports import free_port
 
 sys.path.append(str(Path(__file__).parent))
@@ -318,13 +317,6 @@ def test_without_sinks_there_is_no_process(tmp_path):
         sidecar.start()
         assert sidecar._process is None
     assert not list(tmp_path.iterdir())
-
-
-def test_old_and_new_alerts_are_read():
-    old = {"step": 1, "condition": "exploding", "reason": "why"}
-    assert Alert.of(old) == Alert("exploding", "warning", "why", True)
-    new = {**old, "rule": "collapse", "severity": "critical", "state": "end"}
-    assert Alert.of(new) == replace(Alert.of(old), rule="collapse", severity="critical", begins=False)
 
 
 def test_the_identity_follows_the_first_event(tmp_path):

@@ -31,7 +31,6 @@ def alert(state="begin", rule="reward_drop", seconds_ago=0.0):
         "time": time.time() - seconds_ago,
         "step": 7,
         "rule": rule,
-        "condition": rule,
         "severity": "critical",
         "state": state,
         "reason": "reward < best & falling. Remedy: look"
@@ -97,7 +96,6 @@ def test_what_people_read():
         "isentrope: reward_drop is over",
         "[over] pi (/runs/pi), step 7: reward_drop is over after 0:01:00, begun at step 3",
     )
-    assert "not_reachable" in describe({"condition": "not_reachable", "step": 1, "reason": "x"}, "old log")[1]
 
 
 def test_a_webhook_takes_what_slack_takes(webhook_file):

@@ -47,7 +47,6 @@ def test_an_alert_event_has_the_fields_that_readers_know():
     (alert,) = [x for e in [*steps(0, 1), *exploding(1, 1)] for x in engine().observe(e)]
     assert alert.to_dict() == {
         "rule": "exploding",
-        "condition": "exploding",
         "severity": "critical",
         "state": "begin",
         "step": 1,
@@ -263,7 +262,7 @@ def test_rules_that_changed_since_take_over_what_the_log_says(tmp_path):
     """What a new rule finds is told; what a rule that is gone began is ended; what only time began goes on until then."""
 
     def begun(rule, state="begin"):
-        return {"kind": "alert", "time": a.START, "step": 3, "rule": rule, "condition": rule, "severity": "info"} | {
+        return {"kind": "alert", "time": a.START, "step": 3, "rule": rule, "severity": "info"} | {
             "state": state,
             "reason": "because",
         }
@@ -274,12 +273,6 @@ def test_rules_that_changed_since_take_over_what_the_log_says(tmp_path):
     assert list(made.active) == ["unsaved_work"], "nobody was told that it explodes"
     assert sorted(a.run(made, [resume(12)])) == [(11, "gone", "end"), (11, "unsaved_work", "end")]
     assert a.run(made, exploding(12, 1)) == [(12, "exploding", "begin")]
-
-
-def test_alerts_of_a_log_from_before_there_were_rules_end(tmp_path):
-    old = {"kind": "alert", "time": a.START, "step": 2, "condition": "not_reachable", "reason": "target not reachable"}
-    made = replayed(engine(), logged(tmp_path / "events.jsonl", [*steps(0, 5), old]), 5)
-    assert a.run(made, [resume(5), *steps(5, 30)]) == [(24, "not_reachable", "end")]
 
 
 @pytest.mark.parametrize("order", [1, -1])

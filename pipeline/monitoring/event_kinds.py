@@ -1,0 +1,192 @@
+"""What a line of ``events.jsonl`` may hold: the fields of each kind of event and their types, and the one parser of such a line.
+
+Everybody who reads a log gets events through ``parse_event``, so a reader may trust the types that stand here. docs/events.md says
+what the fields mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Annotated, Any, Literal, Required, TypedDict, get_type_hints
+
+import msgspec
+from msgspec import Meta
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One training step as the log holds it. Means are over main rows; entropies are nats per token at T=1."""
+
+    step: int  # 0-based: the weights after it have version step + 1
+    time: float  # Unix seconds at the end of the step
+    entropy_sum: float  # nats, over main response tokens
+    entropy_count: float  # main response tokens
+    entropy_filtered: float  # what the controller acted on; NaN without a reading
+    band_low: float
+    band_high: float
+    target: float  # ramped set-point; NaN without control
+    temperature: float  # T+ used by this step's positives; 1 where the actuator is not a temperature
+    command: float  # actuator command used by this step, in the actuator's unit
+    actuator: str
+    state: str  # of the controller after this step's reading, see ControlDecision
+    reason: str
+    reward: float  # mean over main rows
+    positives: int  # correct rows that the actuator consumed
+    all_equal_groups: float  # share of main groups whose rewards are all equal: they carry no advantage (ACR)
+    response_length: float  # tokens
+    truncated: float  # share of main rows that hit the length limit
+    stale_samples: int  # dropped because weights of another version drew them
+    verifier_errors: int  # samples that no verifier could judge
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    weight_version: int  # version that drew this step's samples
+    gain: float = math.nan  # of ln H per unit of the controller's u and step, as the law learnt it; NaN: none
+    metrics: Mapping[str, float] = field(default_factory=dict)  # what the learner reported beyond
+    # sample, verify, batch, train (of it inside: learner), sync, other, total
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    tokens: Mapping[str, int] = field(default_factory=dict)  # response tokens drawn: main, auxiliary, repeated
+    sync: Mapping[str, float] = field(default_factory=dict)  # of the weight sync: bytes, buckets
+    memory: Mapping[str, float] = field(default_factory=dict)  # GiB: driver, learner (largest rank), gpu (largest rank)
+    engines: Mapping[str, float] = field(default_factory=dict)  # alive, total
+
+    @property
+    def entropy(self) -> float:
+        """Nats per token; NaN when no token was seen."""
+        return self.entropy_sum / self.entropy_count if self.entropy_count > 0 else math.nan
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form; ``entropy`` is added. Numbers that are not finite become null when the event is written."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self)}
+        return plain | {"entropy": self.entropy}
+
+
+class DamagedLineError(ValueError):
+    """A line is no event; the message says why."""
+
+
+Step = Annotated[int, Meta(ge=0, le=10_000_000)]  # or updates done; more are no number of steps but damage
+Number = float | None  # null: not finite
+Figures = dict[str, Number]
+# In an event each field of StepRecord has the type of its JSON form.
+_JSON: dict[Any, Any] = {
+    int: Annotated[int, Meta(ge=-(2**53), le=2**53)],
+    float: Number,
+    Mapping[str, float]: Figures,
+    Mapping[str, int]: Figures,
+}
+_STEP: dict[str, Any] = {name: _JSON.get(kind, kind) for name, kind in get_type_hints(StepRecord).items()}
+_STEP |= {"entropy": Required[Number], "band_low": Required[Number], "band_high": Required[Number]}
+_STEP |= {"state": Required[str], "step": Required[Step], "time": Required[float]}
+
+
+class _Event(TypedDict, total=False):
+    schema: Required[int]
+    kind: Required[str]
+    time: Required[float]
+
+
+class _Start(_Event, total=False):
+    step: Required[Step]
+    steps: Annotated[int, Meta(ge=0)]
+    name: str
+    seed: int
+    config_hash: str
+    prompts: dict[str, int]
+    versions: dict[str, str]
+    attempt: int
+    host: str
+
+
+class _Estimate(TypedDict):
+    value: float
+    low: float
+    high: float
+
+
+class _Evaluation(_Event, total=False):
+    step: Required[Step]
+    pass_at_k: Required[dict[Annotated[str, Meta(pattern="^[0-9]{1,9}$")], _Estimate]]
+    maj_at_k: Figures
+    avg: Number
+    distinct_correct: Number
+    mean_reward: Number
+    mean_length: Number
+    questions: int
+    samples: int
+    verifier_errors: Number
+    seconds: float
+
+
+class _Checkpoint(_Event):
+    step: Step
+    path: str
+
+
+class _Alert(_Event):
+    step: Step
+    rule: str
+    severity: Literal["info", "warning", "critical"]
+    state: Literal["begin", "end"]
+    reason: str
+
+
+class _Fault(_Event, total=False):
+    step: Step
+    description: Required[str]
+
+
+class _Stall(_Event, total=False):
+    step: Required[Step]
+    seconds: Required[float]
+    activity: str
+    phase: str
+    factor: float
+    stacks: list[str]
+    silent: list[str]
+    action: str
+
+
+class _RunEnd(_Event, total=False):
+    status: Required[Literal["completed", "stopped", "failed"]]
+    error: str
+
+
+_KINDS: dict[str, Any] = {
+    "run_start": _Start,
+    "resume": _Start,
+    "step": TypedDict("_Step", {"schema": int, "kind": str, **_STEP}, total=False),  # type: ignore[operator]
+    "evaluation": _Evaluation,
+    "checkpoint": _Checkpoint,
+    "alert": _Alert,
+    "fault": _Fault,
+    "stall": _Stall,
+    "run_end": _RunEnd,
+}
+
+
+class _Head(msgspec.Struct):
+    schema: int
+    kind: str
+
+
+_HEAD = msgspec.json.Decoder(_Head)
+_DECODERS = {kind: msgspec.json.Decoder(fields) for kind, fields in _KINDS.items()}
+
+
+def parse_event(line: bytes) -> dict[str, Any]:
+    """The event of a line, its fields of the types above, fields unknown here left out. Raises ``DamagedLineError``."""
+    try:
+        head = _HEAD.decode(line)
+        if head.schema != SCHEMA:
+            raise DamagedLineError(f"event schema {head.schema}, this version reads {SCHEMA}: update isentrope")
+        if head.kind not in _DECODERS:
+            raise DamagedLineError(f"unknown kind {head.kind!r}")
+        found: dict[str, Any] = _DECODERS[head.kind].decode(line)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise DamagedLineError(str(error)) from error
+    return found
