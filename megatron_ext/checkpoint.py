@@ -20,6 +20,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ext.topology import Topology
+from megatron_ext.weights import unpickle
 
 # The distributed optimizer's state, gathered over DP: the one format that megatron can load at another layout.
 _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -75,8 +76,9 @@ def restore(
 ) -> None:
     """Load what :func:`save` wrote, in place, but for hyper-parameters: those stay as ``optimizer`` was configured.
 
-    Raises ``ValueError`` where the checkpoint has another layout.
+    Raises ``ValueError`` where the checkpoint has another layout, or would execute code.
     """
+    unpickle.check(directory)
     saved = dist_checkpointing.load_common_state_dict(str(directory)).get("layout")
     if saved != _layout(topology):
         raise ValueError(

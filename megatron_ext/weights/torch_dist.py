@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.serialization import skip_data
 from torch.utils.serialization import config as serialization
 
+from megatron_ext.weights.unpickle import read_metadata
 from pipeline.model.architecture import Architecture
 from pipeline.model.folder import mapped, put
 from pipeline.model.layout import Row, Slice, canonical
@@ -249,7 +250,7 @@ class Checkpoint:
             raise ValueError(f"{directory} has format {config.get('sharded_backend')!r}; only 'torch_dist' can be read")
         self.path = directory
         self._described = functools.lru_cache(maxsize=4096)(_described)  # interleaved tensors share a record
-        metadata = FileSystemReader(directory).read_metadata()
+        metadata = read_metadata(directory)
         self._tensors = {
             canonical(key): (key, entry)
             for key, entry in metadata.state_dict_metadata.items()
