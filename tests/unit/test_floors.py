@@ -17,6 +17,7 @@ FLOORS = {
     "pipeline.student": 1,
     "pipeline.disk": 1,
     "pipeline.methods": 1,
+    "pipeline.registry": 1,
     "pipeline.config": 1,
     "pipeline.model": 1,
     "pipeline.entropy": 2,
