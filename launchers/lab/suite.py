@@ -10,9 +10,11 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from pipeline.config.check import key_problems
 from pipeline.config.errors import ConfigError, Problem
+from pipeline.config.key import COUNT, key
 from pipeline.config.load import PACKAGED, config_hash, load, load_config
-from pipeline.config.schema import RunConfig, key
+from pipeline.config.schema import RunConfig
 
 
 @dataclass
@@ -27,8 +29,10 @@ class SuiteConfig:
         {}, "methods of this suite alone: a name, and a list of a method and its further key=value"
     )
     baseline: str = key("grpo", "the method that the others are measured against: its tokens are the budget")
-    stopped_at: list[int] = key([], "steps after which the baseline is shown as if it had been stopped there")
-    seeds: int = key(3, "runs of each method, with seeds 0, 1, ...")
+    stopped_at: list[int] = key(
+        [], "when the baseline is shown as if it had been stopped there", range=COUNT, unit="steps"
+    )
+    seeds: int = key(3, "runs of each method, with seeds 0, 1, ...", range=COUNT, unit="runs")
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ def _cell(suite: SuiteConfig, method: str, seed: int, known: Mapping[str, Sequen
 
 
 def _problems(suite: SuiteConfig, known: Mapping[str, Sequence[str]]) -> Iterator[Problem]:
+    yield from key_problems(suite)
     for name, words in suite.variants.items():
         place = f"variants.{name}"
         if name in known:
@@ -96,8 +101,6 @@ def _problems(suite: SuiteConfig, known: Mapping[str, Sequence[str]]) -> Iterato
     for name in [*suite.methods, suite.baseline]:
         if name not in known and name not in suite.variants:
             yield _unknown("methods", name, [*known, *suite.variants])
-    if suite.seeds < 1:
-        yield Problem("seeds", suite.seeds, "there must be at least one run of each method", "use 3 or more")
     if not suite.methods:
         yield Problem("methods", [], "there is nothing to compare", "name some, e.g. [grpo, isentrope_reweight]")
 

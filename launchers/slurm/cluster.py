@@ -10,16 +10,17 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from pipeline.config.check import key_problems
 from pipeline.config.errors import Problem
+from pipeline.config.key import COUNT, NOT_NEGATIVE, Form, Range, key
 from pipeline.config.load import load
-from pipeline.config.schema import key
 
-RUNTIMES = ("none", "pyxis", "apptainer")
 _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASS|PWD|CREDENTIAL|AUTH|WEBHOOK|COOKIE", re.I)
 _SECRET_VALUE = re.compile(
     r"://[^/\s@]*:[^/\s@]+@|://hooks\.|/webhooks?/|PRIVATE KEY", re.I
 )  # passwords in URLs, webhooks
 OVERRIDE = "cluster."  # prefix of an override that means the cluster, not the run
+VARIABLE = Form(r"[A-Za-z_]\w*", "not the name of an environment variable", "use letters, digits and '_'")
 
 
 @dataclass
@@ -28,39 +29,74 @@ class SshConfig:
 
     host: str = key("", "login node to submit from over SSH; empty: this machine submits")
     user: str = key("", "user there")
-    port: int = key(0, "port of its sshd; 0: what your ssh configuration says, or 22")
+    port: int = key(0, "port of its sshd; 0: what your ssh configuration says, or 22", range=Range(0, 2**16 - 1))
     identity: str = key("", "private key file; empty: the SSH agent, then a password")
-    job_dir: str = key("", "folder there, on a file system that the nodes share, for code and job scripts")
+    job_dir: str = key(
+        "",
+        "folder there, on a file system that the nodes share, for code and job scripts",
+        form=Form(r"\S*", "nemo-run does not quote this path", "use one without spaces"),
+    )
 
 
 @dataclass
 class ContainerConfig:
     """The container that every process of the run lives in."""
 
-    runtime: str = key("none", "none (plain hosts) | pyxis (enroot, srun --container-image) | apptainer")
+    runtime: str = key(
+        "none",
+        "what runs the image",
+        choices={"none": "plain hosts", "pyxis": "enroot, srun --container-image", "apptainer": ""},
+    )
     image: str = key("", "image: a registry name or .sqsh file (pyxis), a .sif file (apptainer)")
-    mounts: list[str] = key([], "further bind mounts, source:target; scratch and the code are mounted by themselves")
+    mounts: list[str] = key(
+        [],
+        "further bind mounts, source:target; scratch and the code are mounted by themselves",
+        form=Form(
+            r"/[^:,]*(:/[^:,]*){0,1}(:[a-z]+)?", "not a mount", "write /source:/target, absolute, without ',' or ':'"
+        ),
+    )
 
 
 @dataclass
 class ClusterConfig:
     """A Slurm cluster, as one user may use it."""
 
-    account: str = key(MISSING, "account that is charged (sbatch --account)")
-    partition: str = key(MISSING, "partition (sbatch --partition)")
-    scratch: str = key(MISSING, "absolute folder that every node shares; runs go to <scratch>/runs/<name>-<date>")
-    nodes: int = key(1, "nodes of a job; --nodes wins over it")
-    gpus_per_node: int = key(8, "GPUs of a node that a job takes; 0: a cluster without GPUs")
-    gpu_gib: float = key(80.0, "memory of one GPU, GiB; the plan compares with it")
+    account: str = key(
+        MISSING,
+        "account that is charged (sbatch --account)",
+        form=Form(r"\S+", "not a name", "ask `sacctmgr show assoc` for your accounts"),
+    )
+    partition: str = key(
+        MISSING, "partition (sbatch --partition)", form=Form(r"\S+", "not a name", "ask `sinfo` for your partitions")
+    )
+    scratch: str = key(
+        MISSING,
+        "absolute folder that every node shares; runs go to <scratch>/runs/<name>-<date>",
+        form=Form(r"/(?s:.*)", "not an absolute path", "name a folder that every node shares"),
+    )
+    nodes: int = key(1, "nodes of a job; --nodes wins over it", range=COUNT, unit="nodes")
+    gpus_per_node: int = key(
+        8, "GPUs of a node that a job takes; 0: a cluster without GPUs", range=NOT_NEGATIVE, unit="GPUs"
+    )
+    gpu_gib: float = key(80.0, "memory of one GPU; the plan compares with it", range=Range(1), unit="GiB")
     gpu_tflops: float = key(
-        989.0, "dense bf16 peak of one GPU, 10^12 operations a second (H100 SXM); for the plan's times"
+        989.0, "dense bf16 peak of one GPU (H100 SXM); for the plan's times", range=Range(1), unit="TFLOP/s"
     )
-    gpu_memory_gb_s: float = key(3350.0, "memory bandwidth of one GPU, GB/s (H100 SXM); for the plan's times")
-    host_gb_s: float = key(25.0, "GB/s between a GPU and its node's memory; for the plan's weight sync")
+    gpu_memory_gb_s: float = key(
+        3350.0, "memory bandwidth of one GPU (H100 SXM); for the plan's times", range=Range(1), unit="GB/s"
+    )
+    host_gb_s: float = key(
+        25.0, "between a GPU and its node's memory; for the plan's weight sync", range=Range(0.001), unit="GB/s"
+    )
     network_gb_s: float = key(
-        5.0, "GB/s that Ray moves into a node over TCP, far below an InfiniBand figure; for the plan's weight sync"
+        5.0,
+        "what Ray moves into a node over TCP, far below an InfiniBand figure; for the plan's weight sync",
+        range=Range(0.001),
+        unit="GB/s",
     )
-    cpus_per_node: int = key(0, "CPUs of a node that a job takes; 0: all of an exclusive node")
+    cpus_per_node: int = key(
+        0, "CPUs of a node that a job takes; 0: all of an exclusive node", range=NOT_NEGATIVE, unit="CPUs"
+    )
     memory_per_node: str = key("0", "memory of a node that a job takes, e.g. 200G; 0: all of it")
     exclusive: bool = key(True, "no other jobs on the nodes")
     walltime: str = key("04:00:00", "time limit of one attempt, [days-]hours:minutes:seconds")
@@ -68,18 +104,38 @@ class ClusterConfig:
     constraint: str = key("", "node features (sbatch --constraint)")
     sbatch: dict[str, Any] = key({}, "further sbatch options, e.g. {reservation: week7}")
     container: ContainerConfig = key(ContainerConfig(), "container")
-    python: str = key("python3", "Python (inside the container, if any) with Isentrope's requirements installed")
+    python: str = key(
+        "python3",
+        "Python (inside the container, if any) with Isentrope's requirements installed",
+        form=Form(r"(?s:.*)python(?s:.*)", "not a Python", "give the interpreter, e.g. /opt/venv/bin/python"),
+    )
     env: dict[str, Any] = key({}, "environment variables of the run; never secrets")
     secrets: list[str] = key(
         [],
-        "names of environment variables to take from yours, e.g. [WANDB_API_KEY, HF_TOKEN]; travel in a file of mode 600",
+        "names of environment variables to take from yours, e.g. [WANDB_API_KEY, HF_TOKEN]; travel in a "
+        "file of mode 600",
+        form=VARIABLE,
     )
     setup: list[str] = key([], "shell lines to run on the first node before anything else, e.g. module load cuda")
-    save_before_s: int = key(300, "seconds before the time limit at which the run saves and is requeued")
+    save_before_s: int = key(
+        300, "how long before the time limit the run saves and is requeued", range=NOT_NEGATIVE, unit="seconds"
+    )
     requeue: bool = key(True, "put the job back into the queue when its time is up or it is lost")
-    chain: int = key(1, "jobs submitted one behind the other, for clusters that forbid requeueing (requeue: false)")
-    attempts_without_progress: int = key(3, "attempts in a row that complete no further step, after which it stops")
-    object_store_gib: float = key(0.0, "Ray's object store on each node, GiB; 0: Ray's default")
+    chain: int = key(
+        1,
+        "jobs submitted one behind the other, for clusters that forbid requeueing (requeue: false)",
+        range=COUNT,
+        unit="jobs",
+    )
+    attempts_without_progress: int = key(
+        3, "attempts in a row that complete no further step, after which it stops", range=COUNT, unit="attempts"
+    )
+    object_store_gib: float = key(
+        0.0,
+        "Ray's object store on each node; 0: Ray's default",
+        range=Range(0, 2**20, open_high=True),
+        unit="GiB",
+    )
     ssh: SshConfig = key(SshConfig(), "login node")
 
 
@@ -110,19 +166,19 @@ def seconds(walltime: str) -> int:
 def problems_of(cluster: ClusterConfig) -> Iterator[Problem]:
     """Every rule that ``cluster`` breaks."""
     yield from _lines(asdict(cluster))
-    yield from _words(cluster)
-    yield from _numbers(cluster)
+    yield from key_problems(cluster)
+    yield from _time(cluster)
     yield from _container(cluster.container)
     yield from _environment(cluster)
+    if cluster.chain > 1 and cluster.requeue:
+        yield Problem(
+            "chain", cluster.chain, "one job that requeues itself needs no chain", "set requeue: false, or chain: 1"
+        )
+    if not cluster.exclusive and not cluster.cpus_per_node:
+        yield Problem("cpus_per_node", 0, "a shared node is not yours as a whole", "give a number, or exclusive: true")
     if cluster.ssh.host and not (cluster.ssh.user and PurePosixPath(cluster.ssh.job_dir).is_absolute()):
         yield Problem(
             "ssh", cluster.ssh.host, "a login node without user or absolute job_dir", "give ssh.user and ssh.job_dir"
-        )
-    if cluster.ssh.job_dir and re.search(r"\s", cluster.ssh.job_dir):
-        yield Problem("ssh.job_dir", cluster.ssh.job_dir, "nemo-run does not quote this path", "use one without spaces")
-    if not 0 <= cluster.ssh.port < 2**16:
-        yield Problem(
-            "ssh.port", cluster.ssh.port, "not a port", "give a number up to 65535, or 0 for ssh's own choice"
         )
     if cluster.ssh.identity and not Path(cluster.ssh.identity).expanduser().is_file():
         yield Problem(
@@ -145,15 +201,7 @@ def _lines(values: Mapping[str, Any], section: str = "") -> Iterator[Problem]:
                 yield Problem(key, text, "holds a line break or another control character", remedy)
 
 
-def _words(cluster: ClusterConfig) -> Iterator[Problem]:
-    for name in ("account", "partition"):
-        value = getattr(cluster, name)
-        if not value or re.search(r"\s", value):
-            yield Problem(name, value, "not a name", f"ask `sinfo` and `sacctmgr show assoc` for your {name}s")
-    if "python" not in cluster.python:  # nemo-run looks for the word
-        yield Problem("python", cluster.python, "not a Python", "give the interpreter, e.g. /opt/venv/bin/python")
-    if not PurePosixPath(cluster.scratch).is_absolute():
-        yield Problem("scratch", cluster.scratch, "not an absolute path", "name a folder that every node shares")
+def _time(cluster: ClusterConfig) -> Iterator[Problem]:
     try:
         limit = seconds(cluster.walltime)
     except ValueError:
@@ -164,52 +212,16 @@ def _words(cluster: ClusterConfig) -> Iterator[Problem]:
         yield Problem("save_before_s", cluster.save_before_s, f"not between 30 and walltime ({limit} s)", remedy)
 
 
-def _numbers(cluster: ClusterConfig) -> Iterator[Problem]:
-    least: dict[str, float] = {
-        "nodes": 1,
-        "gpus_per_node": 0,
-        "gpu_gib": 1,
-        "gpu_tflops": 1,
-        "gpu_memory_gb_s": 1,
-        "host_gb_s": 0.001,
-        "network_gb_s": 0.001,
-        "cpus_per_node": 0,
-        "chain": 1,
-        "attempts_without_progress": 1,
-    }
-    for name, low in least.items():
-        if getattr(cluster, name) < low:
-            yield Problem(name, getattr(cluster, name), "out of range", f"give a number of at least {low:g}")
-    if not 0 <= cluster.object_store_gib < 2**20:
-        yield Problem("object_store_gib", cluster.object_store_gib, "out of range", "give GiB, or 0 for Ray's default")
-    if cluster.chain > 1 and cluster.requeue:
-        yield Problem(
-            "chain", cluster.chain, "one job that requeues itself needs no chain", "set requeue: false, or chain: 1"
-        )
-    if not cluster.exclusive and not cluster.cpus_per_node:
-        yield Problem("cpus_per_node", 0, "a shared node is not yours as a whole", "give a number, or exclusive: true")
-
-
 def _container(container: ContainerConfig) -> Iterator[Problem]:
-    if container.runtime not in RUNTIMES:
-        choices = ", ".join(RUNTIMES)
-        yield Problem("container.runtime", container.runtime, f"not one of {choices}", f"choose one of {choices}")
-    elif (container.runtime == "none") != (not container.image):
+    if (container.runtime == "none") != (not container.image):
         remedy = "give both runtime (pyxis or apptainer) and image, or neither"
         yield Problem("container.image", container.image, f"does not fit container.runtime={container.runtime}", remedy)
-    for mount in container.mounts:
-        if not re.fullmatch(r"/[^:,]*(:/[^:,]*){0,1}(:[a-z]+)?", mount):
-            yield Problem(
-                "container.mounts", mount, "not a mount", "write /source:/target, absolute, without ',' or ':'"
-            )
 
 
 def _environment(cluster: ClusterConfig) -> Iterator[Problem]:
-    for section in ("env", "secrets"):
-        for name in getattr(cluster, section):
-            if not re.fullmatch(r"[A-Za-z_]\w*", name):
-                yield Problem(section, name, "not the name of an environment variable", "use letters, digits and '_'")
     for name, value in cluster.env.items():
+        if not re.fullmatch(VARIABLE.pattern, name):
+            yield Problem("env", name, VARIABLE.problem, VARIABLE.remedy)
         if _SECRET_NAME.search(name) or _SECRET_VALUE.search(str(value)):
             remedy = f"move {name} to `secrets`, which names it and takes its value from your environment"
             yield Problem("env", name, "looks like a secret, and env is written into scripts and logs", remedy)

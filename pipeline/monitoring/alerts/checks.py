@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
+from pipeline.config.check import key_problems
 from pipeline.config.errors import Problem
 from pipeline.monitoring.alerts.bounds import parse_bound
-from pipeline.monitoring.alerts.schema import AFTER, CLOCK, SEVERITIES, TAKES, ConditionConfig, RuleConfig
+from pipeline.monitoring.alerts.schema import CLOCK, ConditionConfig, RuleConfig
 
 
 def problems_of(rule: RuleConfig) -> Iterator[Problem]:
     """What is wrong with a rule beyond keys and types."""
-    yield from _choice("severity", rule.severity, SEVERITIES)
-    yield from _choice("after", rule.after, AFTER)
-    for name, least in (("steps", 1), ("settle", 0)):
-        yield from _at_least(name, getattr(rule, name), least)
-    yield from _at_least("clear.steps", rule.clear.steps, 1)
+    yield from key_problems(rule)
     yield from _message_problems(rule.message)
     yield from _condition_problems("when", rule.when)
     if rule.guard != ConditionConfig():
@@ -33,18 +29,6 @@ def problems_of(rule: RuleConfig) -> Iterator[Problem]:
         yield Problem(
             "steps", rule.steps, f"{rule.when.metric} goes by time, not by steps", "set steps to 1, raise above"
         )
-
-
-def _choice(name: str, value: str, choices: Sequence[str]) -> Iterator[Problem]:
-    if value not in choices:
-        nearest = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
-        remedy = f"did you mean {nearest[0]}?" if nearest else f"choose one of {', '.join(choices)}"
-        yield Problem(name, value, f"not one of {', '.join(choices)}", remedy)
-
-
-def _at_least(name: str, value: int, least: int) -> Iterator[Problem]:
-    if value < least:
-        yield Problem(name, value, "out of range", f"give a number of at least {least}")
 
 
 def _bound_problems(name: str, text: str) -> Iterator[Problem]:
@@ -63,11 +47,8 @@ def _condition_problems(name: str, condition: ConditionConfig) -> Iterator[Probl
         what = "looks at nothing" if not looked_at else f"looks at {' and '.join(looked_at)}"
         yield Problem(name, ", ".join(looked_at), what, "give one of metric, event, or state with reason")
         return
-    yield from _choice(f"{name}.take", condition.take, TAKES)
-    yield from _at_least(f"{name}.window", condition.window, 2 if condition.take == "rate" else 1)
-    yield from _at_least(f"{name}.swings", condition.swings, 0)
-    if not 0 <= condition.smooth < 1:
-        yield Problem(f"{name}.smooth", condition.smooth, "out of range", "give a number from 0 to less than 1")
+    if condition.take == "rate" and condition.window == 1:
+        yield Problem(f"{name}.window", 1, "one step has no rate of change", "give a number of at least 2")
     for edge in ("above", "below"):
         yield from _bound_problems(f"{name}.{edge}", getattr(condition, edge))
     edges = bool(condition.above) + bool(condition.below)

@@ -119,7 +119,7 @@ def test_cells_are_named_by_what_they_compute(tmp_path):
 
 @pytest.mark.parametrize(
     ("methods", "seeds", "said"),
-    [(["grpp"], None, "did you mean 'grpo'"), ([], 0, "at least one run"), (["pi"], 1, "")],
+    [(["grpp"], None, "did you mean 'grpo'"), ([], 0, "seeds: 0(?s:.)*at least 1"), (["pi"], 1, "")],
 )
 def test_a_choice_is_checked_and_keeps_the_baseline(methods, seeds, said):
     suite = SuiteConfig(base="recipe/pm4.yaml", methods=["grpo"])

@@ -51,7 +51,7 @@ def test_there_is_an_example_of_every_runtime():
         ("python=/opt/bin/run", "python", "interpreter"),
         ("ssh={host: login, user: me}", "ssh", "absolute job_dir"),
         ("ssh={host: login, user: me, job_dir: /home/a b}", "ssh.job_dir", "without spaces"),
-        ("ssh={host: login, user: me, job_dir: /home/a, port: 70000}", "ssh.port", "up to 65535"),
+        ("ssh={host: login, user: me, job_dir: /home/a, port: 70000}", "ssh.port", "at most 65535"),
         ("ssh={host: login, user: me, job_dir: /home/a, identity: /nowhere/key}", "ssh.identity", "no such file"),
         ("network_gb_s=0", "network_gb_s", "at least 0.001"),
     ],
