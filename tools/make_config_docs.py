@@ -26,7 +26,10 @@ later ones win, the file itself wins over them, and `key=value` on the command l
 
 Every key must exist and fit its type; values and combinations that cannot work are refused before anything starts, each with its key, its value, what is
 wrong and a remedy (exit code 2). `isentrope config show` prints the resolved configuration with meaning, choices, unit and range of every key,
-`isentrope config validate` only checks it. An integer without an upper limit of its own ends at 10^9. `${other.key}` refers to another key. The resolved configuration is
+`isentrope config validate` only checks it. An integer without an upper limit of its own ends at 10^9.
+
+Files and values follow YAML 1.2: `010` is 10, `0o17` is 15, `12:00:00`, `on` and `no` are texts, `true` and `false` alone are true and false.
+A key that takes text keeps a number as it was written (`name: 007`). `${other.key}` refers to another key. The resolved configuration is
 written to the run folder as `config.yaml`, under its SHA-256 (over everything but `name` and `run_dir`).
 """
 

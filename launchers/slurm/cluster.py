@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from omegaconf import MISSING
 
@@ -102,14 +101,16 @@ class ClusterConfig:
     walltime: str = key("04:00:00", "time limit of one attempt, [days-]hours:minutes:seconds")
     qos: str = key("", "quality of service (sbatch --qos)")
     constraint: str = key("", "node features (sbatch --constraint)")
-    sbatch: dict[str, Any] = key({}, "further sbatch options, e.g. {reservation: week7}")
+    sbatch: dict[str, str | bool] = key(
+        {}, "further sbatch options, e.g. {reservation: week7}; true: an option without a value"
+    )
     container: ContainerConfig = key(ContainerConfig(), "container")
     python: str = key(
         "python3",
         "Python (inside the container, if any) with Isentrope's requirements installed",
         form=Form(r"(?s:.*)python(?s:.*)", "not a Python", "give the interpreter, e.g. /opt/venv/bin/python"),
     )
-    env: dict[str, Any] = key({}, "environment variables of the run; never secrets")
+    env: dict[str, str] = key({}, "environment variables of the run; never secrets")
     secrets: list[str] = key(
         [],
         "names of environment variables to take from yours, e.g. [WANDB_API_KEY, HF_TOKEN]; travel in a "

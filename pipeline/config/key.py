@@ -61,9 +61,9 @@ def key(
     """A field of a configuration's dataclass, with all that one key says about its own values.
 
     Args:
-        default: the value where none is given; ``omegaconf.MISSING`` where one must be given; a section where the key is one.
+        default: the value where none is given; ``omegaconf.MISSING`` where one must be given; or a section.
         help: what the key means.
-        choices: permitted words, each with its meaning where the word does not say it. Of a list: the words of its entries.
+        choices: permitted words, with meanings where the words do not say them. Of a list: those of its entries.
         range: permitted numbers. Of a list: those of its entries.
         unit: what a number counts or measures, e.g. "seconds".
         form: what texts look like; a text may be one of ``choices`` instead. Of a list: its entries.

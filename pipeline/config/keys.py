@@ -36,13 +36,18 @@ class Key:
         return "a section of keys" if self.is_section else _type_name(self.type)
 
     @property
+    def free_form(self) -> bool:
+        """Whether the value is a mapping with any keys."""
+        return get_origin(self.type) is dict
+
+    @property
     def limits(self) -> str:
         """Unit and range in words, e.g. "seconds, above 0"; empty where the key has neither."""
         return ", ".join(str(part) for part in (self.unit, self.range) if part)
 
     @property
     def words(self) -> str:
-        """The choices in words, e.g. "native (in process, torch) | sglang (real server over HTTP)"; empty where there are none."""
+        """The choices, e.g. "native (in process, torch) | sglang (real server over HTTP)"; empty where there are none."""
         return " | ".join(f"{word} ({meaning})" if meaning else word for word, meaning in self.choices.items())
 
     @property
@@ -68,6 +73,11 @@ def schema_keys(schema: type = RunConfig) -> dict[str, Key]:
 def leaf_keys(schema: type = RunConfig) -> dict[str, Key]:
     """Every key that takes a value, by dotted name."""
     return {name: key for name, key in schema_keys(schema).items() if not key.is_section}
+
+
+def free_form_key(name: str, schema: type = RunConfig) -> Key | None:
+    """The key whose mapping ``name`` is an entry of, if there is one."""
+    return next((key for key in leaf_keys(schema).values() if key.free_form and name.startswith(f"{key.name}.")), None)
 
 
 def _walk(section: Any, prefix: str) -> Iterator[Key]:
@@ -108,9 +118,9 @@ def _distance(name: str, candidate: str, limit: float) -> float:
 
 
 def typing_slips(a: str, b: str, limit: float = math.inf) -> int:
-    """Letters inserted, dropped, changed, or swapped with their neighbour to make ``b`` of ``a`` (optimal string alignment).
+    """Letters inserted, dropped, changed, or swapped with their neighbour to make ``b`` of ``a``.
 
-    Counting stops above ``limit``: then the result is only known to exceed it.
+    The distance is called optimal string alignment. Counting stops above ``limit``: then the result is only known to exceed it.
     """
     if abs(len(a) - len(b)) > limit:
         return abs(len(a) - len(b))

@@ -8,6 +8,7 @@ or a wrong type is reported with the place that gave it.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
@@ -16,11 +17,13 @@ from typing import Any, TypeVar, get_args, get_origin
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml.nodes import MappingNode, Node
 
 from pipeline.config.errors import ConfigError, Problem
-from pipeline.config.keys import Key, leaf_keys, nearest_keys, schema_keys
+from pipeline.config.keys import Key, free_form_key, nearest_keys, schema_keys
 from pipeline.config.schema import RunConfig
 from pipeline.config.validate import problems_of
+from pipeline.config.yaml12 import Dumper, UnreadableError, compose, entry_of, value_of
 
 PACKAGED = Path(__file__).resolve().parents[2] / "configs"  # the same in a checkout and in an installed wheel
 Schema = TypeVar("Schema")
@@ -89,7 +92,7 @@ def resolve_path(value: str | Path) -> Path:
 
 def to_yaml(config: RunConfig) -> str:
     """The resolved configuration; ``load_config`` reads it back to an equal one."""
-    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(asdict(config), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def config_hash(config: RunConfig) -> str:
@@ -113,7 +116,9 @@ def _document_section(section: Any, prefix: str, keys: Mapping[str, Key]) -> Ite
             yield f"{indent}{name}:  # {comment}"
             yield from _document_section(value, f"{prefix}{name}.", keys)
         else:
-            text = yaml.safe_dump({name: value}, default_flow_style=True, width=10**6, allow_unicode=True).strip()[1:-1]
+            text = yaml.dump(
+                {name: value}, Dumper=Dumper, default_flow_style=True, width=10**6, allow_unicode=True
+            ).strip()[1:-1]
             yield f"{indent}{text}  # {comment}"
 
 
@@ -124,28 +129,33 @@ def _read_file(path: Path, parents: tuple[Path, ...], schema: type) -> list[Assi
         chain = " -> ".join(str(p) for p in (*parents, path))
         raise ConfigError("defaults", str(path), f"files include each other in a circle: {chain}", "remove one of them")
     content = _parse_file(path)
-    defaults = content.pop("defaults", [])
+    defaults: Any = next((value_of(node) for key, node in content.value if key.value == "defaults"), [])
+    content.value = [(key, node) for key, node in content.value if key.value != "defaults"]
     if not isinstance(defaults, list) or not all(isinstance(entry, str) for entry in defaults):
         raise ConfigError("defaults", defaults, "not a list of file names", "write defaults: [base.yaml]", str(path))
     assignments: list[Assignment] = []
     for entry in defaults:
         assignments += _read_file(_find_default(entry, path), (*parents, path), schema)
-    return assignments + list(_flatten(content, "", str(path), schema))
+    return assignments + list(_flatten("", content, str(path), schema))
 
 
-def _parse_file(path: Path) -> dict[str, Any]:
+def _parse_file(path: Path) -> MappingNode:
     if not path.is_file():
         raise ConfigError(
             "config file", str(path), "no such file", f"give an existing YAML file; examples are in {PACKAGED}"
         )
     try:
-        content = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        remedy = "mend the file at the place named"
-        raise ConfigError("config file", str(path), f"not readable as YAML: {error}", remedy) from error
-    if not isinstance(content, DictConfig):
+        content = compose(path.read_text("utf-8"))
+    except UnreadableError as error:
+        raise ConfigError("config file", str(path), f"not readable as YAML: {error.problem}", error.remedy) from error
+    except (UnicodeDecodeError, OSError) as error:
+        said = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError("config file", str(path), f"not readable: {said}", "give a text file") from error
+    if content is None:
+        return MappingNode("", [])
+    if not isinstance(content, MappingNode):
         raise ConfigError("config file", str(path), "not a mapping of keys to values", "write key: value lines")
-    return {str(name): value for name, value in OmegaConf.to_container(content, resolve=False).items()}  # type: ignore[union-attr]
+    return content
 
 
 def _find_default(entry: str, including: Path) -> Path:
@@ -156,21 +166,18 @@ def _find_default(entry: str, including: Path) -> Path:
     raise ConfigError("defaults", entry, "no such file", remedy, str(including))
 
 
-def _flatten(values: Mapping[str, Any], prefix: str, source: str, schema: type) -> Iterator[Assignment]:
+def _flatten(key: str, node: Node | None, source: str, schema: type) -> Iterator[Assignment]:
     """Dotted assignments; a mapping is entered where the schema has a section or free-form entries."""
-    keys = schema_keys(schema)
-    for name, value in values.items():
-        key = f"{prefix}{name}"
-        known = keys.get(key)
-        if (
-            known is not None
-            and (known.is_section or known.type == dict[str, Any])
-            and isinstance(value, dict)
-            and value
-        ):
-            yield from _flatten(value, key + ".", source, schema)
-        else:
-            yield Assignment(key, value, source)
+    known = schema_keys(schema).get(key)
+    if isinstance(node, MappingNode) and (not key or (node.value and known and (known.is_section or known.free_form))):
+        for name, child in node.value:
+            yield from _flatten(f"{key}.{name.value}" if key else name.value, child, source, schema)
+        return
+    mapping = free_form_key(key, schema)
+    value = (
+        entry_of(node, get_args(mapping.type)[1]) if mapping and node else value_of(node, known.type if known else Any)
+    )
+    yield Assignment(key, value, source)
 
 
 def _parse_override(text: str, schema: type) -> Iterator[Assignment]:
@@ -181,13 +188,11 @@ def _parse_override(text: str, schema: type) -> Iterator[Assignment]:
             text, None, "an override is key=value", "write e.g. learner.optimizer.lr=3e-4", "command line"
         )
     try:
-        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={value}"]), resolve=False)
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            name, value, f"not a YAML value: {reason}", "quote it, e.g. 'key=\"text\"'", "command line"
-        ) from error
-    yield from _flatten({name.strip(): parsed["value"]}, "", "command line", schema)  # type: ignore[index, call-overload]
+        node = compose(value)
+    except UnreadableError as error:
+        remedy = f"{error.remedy}, e.g. 'key=\"text\"'"
+        raise ConfigError(name, value, f"not a YAML value: {error.problem}", remedy, "command line") from error
+    yield from _flatten(name.strip(), node, "command line", schema)
 
 
 def _build(assignments: Sequence[Assignment], schema: type) -> Any:
@@ -199,9 +204,8 @@ def _build(assignments: Sequence[Assignment], schema: type) -> Any:
     try:
         missing = sorted(OmegaConf.missing_keys(tree))
         config = None if missing else OmegaConf.to_object(tree)
-    except OmegaConfBaseException as error:
-        remedy = "mend the ${...} reference"
-        raise ConfigError(error.full_key or "", None, str(error).splitlines()[0], remedy) from error
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise _bad_reference(error, assignments) from error
     if missing:
         keys = schema_keys(schema)
         raise ConfigError.of(
@@ -214,20 +218,30 @@ def _build(assignments: Sequence[Assignment], schema: type) -> Any:
 def _apply(tree: DictConfig, assignment: Assignment, schema: type) -> Problem | None:
     """Set one value; the problem, if it has one."""
     key, value, source = assignment.key, assignment.value, assignment.source
-    free_form = _inside_free_form(key, schema)
+    mapping = free_form_key(key, schema)
     known = schema_keys(schema).get(key)
-    if known is None and not free_form:
+    if known is None and mapping is None:
         return _unknown(assignment, schema)
     wrong_type = Problem(key, value, "wrong type", f"give {known.type_name}" if known else "give a plain value", source)
     if known is not None and not _plausible(known, value):
         return wrong_type
     if known is not None:
-        value = _whole(known.type, value)
+        value = _number(known.type, value)
     try:
-        OmegaConf.update(tree, key, value, merge=True, force_add=free_form)
-    except (OmegaConfBaseException, AssertionError):
-        return wrong_type
+        OmegaConf.update(tree, key, value, merge=True, force_add=mapping is not None)
+    except (OmegaConfBaseException, AssertionError, RecursionError):
+        if "${" not in str(value):
+            return wrong_type
+        remedy = "refer to another key as ${other.key}, or write \\${ for the two characters themselves"
+        return Problem(key, value, "holds ${, which begins a reference, and is none", remedy, source)
     return None
+
+
+def _bad_reference(error: Exception, assignments: Sequence[Assignment]) -> ConfigError:
+    key = getattr(error, "full_key", None) or ""
+    given = [a for a in reversed(assignments) if (a.key == key if key else "${" in str(a.value))]
+    key, value, source = (given[0].key, given[0].value, given[0].source) if given else (key, None, "")
+    return ConfigError(key, value, "a reference that leads nowhere", "name another key, as ${section.key}", source)
 
 
 def _plausible(key: Key, value: Any) -> bool:
@@ -236,7 +250,7 @@ def _plausible(key: Key, value: Any) -> bool:
 
 
 def _fits(expected: Any, value: Any) -> bool:
-    """Whether a YAML value can stand for a type; numbers and ``${...}`` references are left to OmegaConf."""
+    """Whether a YAML value can stand for a type; ``${...}`` references are left to OmegaConf."""
     if isinstance(value, str) and "${" in value:
         return True
     if get_origin(expected) is list:
@@ -245,13 +259,15 @@ def _fits(expected: Any, value: Any) -> bool:
         return isinstance(value, dict)
     if expected is bool:
         return isinstance(value, bool)
-    return isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    return isinstance(value, str if expected is str else (int, float)) and not isinstance(value, bool)
 
 
-def _whole(expected: Any, value: Any) -> Any:
-    """The value with 1e3 and 2.0 as the integers that they are, where integers are expected."""
+def _number(expected: Any, value: Any) -> Any:
+    """The value with 1e3 and 2.0 as the integers that they are, where integers are expected, and 10^400 as infinite."""
     if get_origin(expected) is list and isinstance(value, list):
-        return [_whole(get_args(expected)[0], entry) for entry in value]
+        return [_number(get_args(expected)[0], entry) for entry in value]
+    if expected is float and isinstance(value, int) and abs(value) >= 2**1023:
+        return math.copysign(math.inf, value)
     return int(value) if expected is int and isinstance(value, float) and value.is_integer() else value
 
 
@@ -259,10 +275,6 @@ def _unknown(assignment: Assignment, schema: type) -> Problem:
     nearest = nearest_keys(assignment.key, schema)
     remedy = f"did you mean {' or '.join(nearest)}?" if nearest else "see `isentrope config show` for every key"
     return Problem(assignment.key, assignment.value, "unknown key", remedy, assignment.source)
-
-
-def _inside_free_form(key: str, schema: type) -> bool:
-    return any(leaf.type == dict[str, Any] and key.startswith(f"{name}.") for name, leaf in leaf_keys(schema).items())
 
 
 def _source(key: str, assignments: Sequence[Assignment]) -> str:

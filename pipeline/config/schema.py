@@ -1,4 +1,4 @@
-"""Every configuration key: type, default, meaning, choices, range and unit. ``isentrope config show`` prints from here."""
+"""Every key of a run's configuration: type, default, meaning, choices, range and unit. The documentation prints it."""
 
 from __future__ import annotations
 

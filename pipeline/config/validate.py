@@ -1,4 +1,4 @@
-"""The rules that a configuration must keep beyond types: each key's own constraints, then what combinations can work at all.
+"""Everything a configuration must keep beyond types: each key's own constraints, then what combinations can work at all.
 
 Rules between keys stand in ``<section>_rules``, what the model's folder allows in ``model_rules``.
 """
