@@ -98,7 +98,7 @@ def test_texts_come_back_as_they_were(value, tmp_path):
         ("a: 1\n\tb: 1\n", "line 2 has a tab", "indent with spaces"),
         ("steps:\t\t1\n", "line 1 has a tab", "indent with spaces"),
         ("steps: [1\n", "line 2, column 1", "mend it"),
-        (": 1\n", "an empty key", "write key: value"),
+        ("'': 1\n", "an empty key", "write key: value"),
         (
             "a: !!python/name:os.system x\n",
             "line 1, column 4: the tag tag:yaml.org,2002:python/name:os.system",
