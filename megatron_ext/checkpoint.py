@@ -152,28 +152,26 @@ def _count_padding(optimizer: MegatronOptimizer) -> None:
 def _with_torch_adam(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """The parts of ``optimizer`` that run torch's AdamW, for want of Transformer Engine and Apex.
 
-    megatron 0.16 to 0.19 saves and restores these wrongly in four ways, all about ``step``; the next functions mend them.
+    AdamW keeps ``step`` with every parameter, where Transformer Engine's FusedAdam keeps one in each parameter group. megatron 0.16 to
+    0.19 saves and restores AdamW's ``step`` wrongly in four ways; the next functions mend them, and leave FusedAdam's alone.
     """
     return [part for part in _parts(optimizer) if isinstance(part.optimizer, torch.optim.AdamW)]
 
 
 def _allocate(optimizer: MegatronOptimizer) -> None:
-    """Give AdamW its zero state before the first step: the distributed optimizer cannot describe itself without."""
+    """Give Adam its zero state before the first step: no optimizer can describe itself without."""
+    for part in _parts(optimizer):
+        part.init_state_fn(part.optimizer, part.config)
     for part in _with_torch_adam(optimizer):
-        for group in part.optimizer.param_groups:
-            for parameter in group["params"]:
-                state = part.optimizer.state[parameter]
-                state.setdefault("step", torch.tensor(0.0))
-                for name in ("exp_avg", "exp_avg_sq"):
-                    if name not in state:
-                        state[name] = torch.zeros_like(parameter)
+        for state in part.optimizer.state.values():
+            state.setdefault("step", torch.tensor(0.0))
 
 
 def _lend(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     """Let loading find what it looks for.
 
-    ``step``: DistributedOptimizer keeps it elsewhere, the others do not save a step of 0 at all. Groups of parameters: from 0.19 on
-    they are known by their learning rates too, which are this configuration's.
+    ``step`` of AdamW: DistributedOptimizer keeps it elsewhere, the others do not save a step of 0 at all. Groups of parameters: from 0.19
+    on they are known by their learning rates too, which are this configuration's.
     """
     parts = _parts(optimizer)
     for index, part in enumerate(parts):
@@ -182,9 +180,11 @@ def _lend(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
         adam = own.get("optimizer", own)
         for group in adam["param_groups"]:
             group.update({key: part.param_groups[0][key] for key in ("max_lr", "min_lr") if part.param_groups})
+        if part not in _with_torch_adam(part):
+            continue
         if isinstance(part, DistributedOptimizer):
             part._set_main_param_and_optimizer_states = partial(_set_states, part)
-        elif part in _with_torch_adam(part):
+        else:
             adam["state"].setdefault("common_step", torch.tensor(0.0))
 
 

@@ -344,6 +344,16 @@ def save_and_continue(rank, world, address, folder, directory, tp, pp, batches, 
     return result
 
 
+def with_fused_adam(rank, world, address, function, *arguments):
+    """``function`` where megatron-core has Transformer Engine's optimizer (its stand-in)."""
+    import fused_adam
+
+    import megatron_ext  # noqa: F401 (makes megatron-core import on a CPU)
+
+    with fused_adam.installed():
+        return function(rank, world, address, *arguments)
+
+
 def poisoned_gradient(rank, world, address, folder, tp, pp, config):
     """A NaN in one gradient of the last rank alone: what each rank says, and the learner beside one that was spared."""
     made = learner(rank, world, address, folder, tp, pp, **config)

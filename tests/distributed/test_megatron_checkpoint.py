@@ -24,12 +24,30 @@ CASES = {
 }
 
 
+# Transformer Engine's optimizer in torch's place, by which kind of megatron's it is wrapped in.
+FUSED_CASES = {
+    "one process, float32": ("qwen2", 1, 1, 1, {"optimizer": {"lr_schedule": "cosine"}}),
+    "PP2, bf16": CASES["PP2, bf16"],
+    "DP2, distributed optimizer": CASES["DP2, distributed optimizer"],
+    "EP2 x PP2, bf16, distributed optimizer": CASES["EP2 x PP2, bf16, distributed optimizer"],
+}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_continues_bit_for_bit(gang, tmp_path, case):
-    name, world, tp, pp, config = CASES[case]
+    continues_bit_for_bit(gang, tmp_path, *CASES[case])
+
+
+@pytest.mark.parametrize("case", FUSED_CASES)
+def test_continues_bit_for_bit_with_fused_adam(gang, tmp_path, case):
+    continues_bit_for_bit(gang, tmp_path, *FUSED_CASES[case], wrap=(ranks.with_fused_adam,))
+
+
+def continues_bit_for_bit(gang, tmp_path, name, world, tp, pp, config, wrap=()):
     folder = tiny_models.write(tmp_path / "hf", tiny_models.config(name))
     batches = [ranks.batch(seed=seed, reference_log_probs=-torch.rand(10, 11)) for seed in range(4)]
-    results = gang.run(ranks.save_and_continue, world, folder, tmp_path / "checkpoint", tp, pp, batches, config)
+    first, *rest = (*wrap, ranks.save_and_continue)
+    results = gang.run(first, world, *rest, folder, tmp_path / "checkpoint", tp, pp, batches, config)
     for expected, repeated, weights, again, reference, reference_again in results:
         for old, new in zip(expected, repeated, strict=True):
             assert (old.loss, old.entropy, old.grad_norm, old.learning_rate) == (
@@ -51,15 +69,17 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.parametrize("wrap", [(), (ranks.with_fused_adam,)], ids=["AdamW", "FusedAdam"])
 @pytest.mark.parametrize("case", OPTIMIZERS)
-def test_untrained_checkpoint_under_another_configuration(gang, tmp_path, case):
+def test_untrained_checkpoint_under_another_configuration(gang, tmp_path, case, wrap):
     """With no update behind it, a learner restored under other hyper-parameters is a new learner of those, bit for bit."""
     world, config, more = OPTIMIZERS[case]
     folder = tiny_models.write(tmp_path / "hf", tiny_models.config("llama"))
     optimizers = [{"lr": 1e-2, "weight_decay": 0.1, **more}, {**OTHER, **more}]
-    _, restored = gang.run(ranks.restore_with, world, folder, tmp_path / "save", optimizers, 0, config)[0]
+    restore, update = ((*wrap, function) for function in (ranks.restore_with, ranks.first_update))
+    _, restored = gang.run(restore[0], world, *restore[1:], folder, tmp_path / "save", optimizers, 0, config)[0]
     for optimizer, (stats, weights) in zip(optimizers, restored, strict=True):
-        new_stats, new_weights = gang.run(ranks.first_update, world, folder, optimizer, config)[0]
+        new_stats, new_weights = gang.run(update[0], world, *update[1:], folder, optimizer, config)[0]
         assert replace(stats, seconds=0.0) == replace(new_stats, seconds=0.0)
         assert all(torch.equal(weights[name], new_weights[name]) for name in new_weights)
 
