@@ -24,9 +24,15 @@ def show(config: Path | None = CONFIG, overrides: list[str] = OVERRIDES, as_json
 
 @app.command(epilog="Example: isentrope config validate --config configs/quickstart.yaml learner.optimizer.lr=1e-4")
 def validate(config: Path | None = CONFIG, overrides: list[str] = OVERRIDES, as_json: bool = JSON) -> None:
-    """Check keys, types, values and combinations; exit with 2 and the list of problems if there are any."""
+    """Check keys, values and combinations, then open what the run would read: packages, model, tokenizer, data.
+
+    Exit code 2 and the list of problems if there are any. What only a GPU can tell is left to the run itself.
+    """
     resolved = load_config(config, overrides)
     rules_of(resolved)
+    from launchers.run.inputs import check_inputs  # torch: only once the configuration is known to be good
+
+    check_inputs(resolved)
     if as_json:
         typer.echo(json.dumps({"valid": True, "name": resolved.name, "config_hash": config_hash(resolved)}))
     else:

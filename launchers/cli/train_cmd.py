@@ -17,6 +17,9 @@ def train(
     resume: Path | None = typer.Option(
         None, "--resume", metavar="RUN", help="Run folder to continue from its newest checkpoint, with its own config."
     ),
+    allow_change: bool = typer.Option(
+        False, "--allow-change", help="With --resume: go on although model, data or seed have changed."
+    ),
     as_json: bool = JSON,
 ) -> None:
     """Train a model with GRPO while its policy entropy is held in a band.
@@ -29,11 +32,24 @@ def train(
     """
     if (config is None) == (resume is None):
         raise typer.BadParameter("give either --config FILE or --resume RUN")
+    if resume is not None:
+        from launchers.run.resume import resumption, run_to_resume
+
+        resume = run_to_resume(resume)
     resolved = load_config(resume / "config.yaml" if resume else config, overrides)
+    if resume is not None:
+        found = resumption(resume, resolved, allow_change=allow_change)
+        if found.complete:
+            from pipeline.monitoring.report import build_report
+
+            typer.echo(f"{resume}: already complete after {found.step} steps; give more steps to go on", err=True)
+            print_result(build_report([resume], resume / "report.html")["runs"][0], as_json)
+            return
+        typer.echo(f"resuming {resume} {found}", err=True)
     with stop_requested() as asked:
         from launchers.run import assemble  # torch, Ray: only once the configuration is known to be good
 
-        result = assemble.train(resolved, resume, asked)
+        result = assemble.train(resolved, resume, asked, allow_change=allow_change)
     print_result(result, as_json)
     if result["status"] != "completed":
         done = f"stopped after {result['steps']} of {resolved.steps} steps, checkpoint saved"

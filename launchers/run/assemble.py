@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from launchers.placement import PlacementError, place
+from launchers.run.inputs import check_start
 from launchers.supervise.sidecar import Sidecar
 from launchers.supervise.watchdog import Others, Watchdog
 from pipeline.checkpoints import Checkpoint, CheckpointError, CheckpointStore
@@ -43,12 +44,16 @@ if TYPE_CHECKING:
     from launchers.run.ray_cluster import Node
 
 
-def train(config: RunConfig, resume: Path | None, stop_requested: Callable[[], bool]) -> dict[str, Any]:
+def train(
+    config: RunConfig, resume: Path | None, stop_requested: Callable[[], bool], *, allow_change: bool = False
+) -> dict[str, Any]:
     """Run training to its end, or on from ``resume`` (a run directory); returns the run's summary.
 
     Once ``stop_requested``, what is in progress is ended (the start, too), then a checkpoint is written. A run killed before its
-    first checkpoint resumes at step 0, which repeats the same steps.
+    first checkpoint resumes at step 0, which repeats the same steps. With ``allow_change`` other data than the run was trained on
+    are begun from their first epoch.
     """
+    check_start(config)
     named = Path(config.run_dir or f"runs/{config.name}-{datetime.now():%Y%m%d-%H%M%S}")
     run_dir = (resume or named).resolve()  # actors may live in another working directory
     with ExitStack() as stack:
@@ -61,7 +66,7 @@ def train(config: RunConfig, resume: Path | None, stop_requested: Callable[[], b
         loop = build_loop(config, recorder, stack)
         if checkpoint:
             checkpoints.prune()
-            restore(loop, checkpoint)
+            restore(loop, checkpoint, allow_change=allow_change)
         else:
             loop.learner.load(hf_path(config))
         recorder.start(loop.step, checkpoint)
@@ -136,10 +141,11 @@ def build_loop(config: RunConfig, recorder: Recorder, stack: ExitStack) -> Train
     )
 
 
-def restore(loop: TrainingLoop, checkpoint: Checkpoint) -> None:
-    """Put every stateful part back to where ``checkpoint`` was taken."""
+def restore(loop: TrainingLoop, checkpoint: Checkpoint, *, allow_change: bool = False) -> None:
+    """Put every stateful part back to where ``checkpoint`` was taken; with ``allow_change`` not the place in other data."""
     state = checkpoint.state()
-    loop.cursor.load_state_dict(state["cursor"])
+    if not allow_change or loop.cursor.fits(state["cursor"]):
+        loop.cursor.load_state_dict(state["cursor"])
     loop.queue.load_state_dict(state["queue"], checkpoint.arrays())
     loop.controller.load_state_dict(state["controller"])
     loop.decision = ControlDecision(**state["decision"])

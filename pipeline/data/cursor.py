@@ -61,13 +61,17 @@ class DataCursor:
             "fingerprint": self._fingerprint,
         }
 
+    def fits(self, state: Mapping[str, Any]) -> bool:
+        """Whether a saved state belongs to these prompts and this seed."""
+        return bool(state["fingerprint"] == self._fingerprint and state["seed"] == self._seed)
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state. Raises ``DataError`` when it was saved on other prompts or with another seed."""
         if state["fingerprint"] != self._fingerprint:
             raise DataError(
                 f"the checkpoint was trained on {state['prompts']} prompts with fingerprint {state['fingerprint']}, this run "
                 f"has {len(self._prompts)} with fingerprint {self._fingerprint}: resume with the same data (source, held_out, "
-                "chat template, tokenizer and rollout.max_prompt_tokens), or start a new run"
+                "chat template, tokenizer and rollout.max_prompt_tokens), start a new run, or say --allow-change"
             )
         if state["seed"] != self._seed:
             raise DataError(

@@ -142,7 +142,7 @@ def test_failures_are_one_line_and_debug_shows_the_traceback(tmp_path):
     assert "Traceback" in debug.stderr
 
 
-@pytest.mark.parametrize("words", ["['--help']", "['config', 'validate', '--config', 'quickstart.yaml']"])
+@pytest.mark.parametrize("words", ["['--help']", "['config', 'show', '--config', 'quickstart.yaml']"])
 def test_light_commands_import_nothing_heavy(tmp_path, words):
     code = (
         "import sys\nfrom launchers.cli.main import run\n"

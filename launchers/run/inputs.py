@@ -1,0 +1,69 @@
+"""Opens everything that a run reads, before anything starts: packages, the run's folder, the model's files, the data."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from operator import attrgetter
+from pathlib import Path
+
+from pipeline.config.errors import ConfigError, Problem
+from pipeline.config.load import resolve_path
+from pipeline.config.schema import RunConfig
+from pipeline.data.sources import check_prompts, load_prompts
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.model import folder as model_folder
+from pipeline.model.architecture import ModelError, read
+from pipeline.model.folder import Folder
+from pipeline.model.layout import rows
+from pipeline.monitoring.sinks.factory import problems as sink_problems
+
+
+def check_start(config: RunConfig) -> None:
+    """Raise ``ConfigError`` with every reason why a run on this machine could not start; data are not read."""
+    problems = [*_packages(config), *_run_dir(config), *_model(config), *sink_problems(config)]
+    if problems:
+        raise ConfigError.of(problems)
+
+
+def check_inputs(config: RunConfig) -> None:
+    """``check_start``, then read tokenizer and data as the run would. Raises ``ConfigError`` and ``DataError``."""
+    check_start(config)
+    tokenizer = load_tokenizer(resolve_path(config.model.hf_path))
+    check_prompts(load_prompts(config.data, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens), config)
+
+
+def _packages(config: RunConfig) -> Iterator[Problem]:
+    needed = {
+        "sglang": ("rollout.engine", config.rollout.engine == "sglang", "sglang"),
+        "ray": ("runtime", config.runtime == "ray", ""),
+        "transformer_engine": (
+            "learner.transformer_impl",
+            config.learner.transformer_impl == "transformer_engine",
+            "gpu",
+        ),
+    }
+    for package, (key, wanted, extra) in needed.items():
+        if wanted and importlib.util.find_spec(package) is None:
+            command = f"pip install 'isentrope[{extra}]'" if extra else f"pip install {package}"
+            yield Problem(key, attrgetter(key)(config), f"the package {package} is not installed", command)
+
+
+def _run_dir(config: RunConfig) -> Iterator[Problem]:
+    folder = Path(config.run_dir or "runs").expanduser().absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        yield Problem("run_dir", config.run_dir, f"{existing} is a file", "choose another run_dir")
+    elif not os.access(existing, os.W_OK | os.X_OK):
+        yield Problem("run_dir", config.run_dir, f"{existing} cannot be written to", "choose another run_dir")
+
+
+def _model(config: RunConfig) -> Iterator[Problem]:
+    path = resolve_path(config.model.hf_path)
+    try:
+        architecture = read(path)
+        model_folder.check(Folder(path), rows(architecture), architecture)
+    except ModelError as error:
+        for refusal in error.refusals:
+            yield Problem("model.hf_path", config.model.hf_path, f"{path}: {refusal.problem}", refusal.remedy)

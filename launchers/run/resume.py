@@ -1,0 +1,102 @@
+"""Examines how a run would be resumed, before anything starts: from which step, what has changed, and whether it can."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from launchers.supervise.attempts import begun, progress
+from pipeline.checkpoints import CheckpointStore
+from pipeline.config.errors import ConfigError, Problem
+from pipeline.config.keys import leaf_keys
+from pipeline.config.load import UNHASHED, load_config
+from pipeline.config.schema import RunConfig
+
+# A checkpoint is restored by as many ranks, each with the same part, that wrote it, in the same number format.
+_FIXED = (
+    "model.dtype",
+    "learner.tensor_model_parallel_size",
+    "learner.pipeline_model_parallel_size",
+    "learner.virtual_pipeline_model_parallel_size",
+    "learner.num_layers_in_first_pipeline_stage",
+    "learner.num_layers_in_last_pipeline_stage",
+    "learner.data_parallel_size",
+    "learner.context_parallel_size",
+    "learner.expert_model_parallel_size",
+    "learner.expert_tensor_parallel_size",
+    "learner.optimizer.distributed",
+)
+# What makes it another experiment under the same name.
+_IDENTITY = ("seed", "model.hf_path", "data.source", "data.held_out", "data.chat_template", "data.system_prompt")
+_IDENTITY += ("data.examples", "data.verifier", "rollout.max_prompt_tokens")
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """How a run goes on."""
+
+    step: int  # updates in its newest checkpoint
+    steps: int  # at which it will be complete
+    changed: dict[str, tuple[Any, Any]]  # key -> value so far, value from now on
+    complete: bool  # nothing is left to do
+
+    def __str__(self) -> str:
+        """In one line."""
+        changes = ", ".join(f"{key} {before!r} -> {after!r}" for key, (before, after) in self.changed.items())
+        return f"from step {self.step} of {self.steps}; changed: {changes or 'nothing'}"
+
+
+def run_to_resume(folder: Path) -> Path:
+    """``folder``, which holds a run. Raises ``ConfigError`` naming the nearest that does."""
+    folder = folder.expanduser()
+    if begun(folder):
+        return folder
+    beside = [path for path in folder.absolute().parent.glob("*") if begun(path)]
+    near = difflib.get_close_matches(folder.name, [path.name for path in beside], n=1, cutoff=0.4)
+    remedy = f"did you mean {folder.parent / near[0]}?" if near else "`isentrope train --config` starts a new run"
+    what = "this folder holds no run" if folder.is_dir() else "no such run"
+    raise ConfigError("--resume", str(folder), f"{what} ({folder.absolute()})", remedy)
+
+
+def resumption(run: Path, config: RunConfig, *, allow_change: bool) -> Resumption:
+    """How ``run`` would go on with ``config``. Raises ``ConfigError`` where it cannot, or only by ``allow_change``."""
+    before = load_config(run / "config.yaml", check=False)
+    changed = _changed(before, config)
+    at = progress(run)
+    saved = CheckpointStore(run / "checkpoints", keep_last=1).complete()
+    step = saved[-1].step if saved else 0
+    problems = [*_steps(config, step), *_restorable(changed), *(() if allow_change else _identity(changed))]
+    if problems:
+        raise ConfigError.of(problems)
+    complete = at.status == "completed" and step == config.steps
+    return Resumption(step, config.steps, changed, complete)
+
+
+def _changed(before: RunConfig, after: RunConfig) -> dict[str, tuple[Any, Any]]:
+    pairs = {key: (attrgetter(key)(before), attrgetter(key)(after)) for key in leaf_keys() if key not in UNHASHED}
+    return {key: (old, new) for key, (old, new) in pairs.items() if old != new}
+
+
+def _steps(config: RunConfig, step: int) -> Iterator[Problem]:
+    if config.steps < step:
+        yield Problem("steps", config.steps, f"the run has done {step} steps already", f"give more than {step}")
+
+
+def _restorable(changed: dict[str, tuple[Any, Any]]) -> Iterator[Problem]:
+    for key in (key for key in changed if key in _FIXED):
+        old, new = changed[key]
+        what = f"the run's checkpoints were written with {old!r} and can only be restored so"
+        remedy = f"keep {key}={old}, or start a new run from `isentrope convert megatron-to-hf`"
+        yield Problem(key, new, what, remedy)
+
+
+def _identity(changed: dict[str, tuple[Any, Any]]) -> Iterator[Problem]:
+    for key in changed:
+        if any(key == name or key.startswith(f"{name}.") for name in _IDENTITY):
+            old, new = changed[key]
+            remedy = "keep it, start a new run, or say --allow-change to go on under the same name"
+            yield Problem(key, new, f"the run was trained with {old!r}: this makes it another experiment", remedy)

@@ -1,0 +1,79 @@
+"""What `config validate` and `train` open before anything starts."""
+
+import importlib.util
+import json
+import shutil
+
+import pytest
+
+from launchers.run.inputs import check_inputs, check_start
+from pipeline.config.errors import ConfigError
+from pipeline.config.load import PACKAGED, load_config
+from pipeline.data import DataError
+from tests.command_line import call
+
+
+@pytest.fixture
+def model(tmp_path):
+    shutil.copytree(PACKAGED / "model" / "pm4-100k", tmp_path / "model")
+    return tmp_path / "model"
+
+
+def config(model, *overrides):
+    return load_config("quickstart.yaml", [f"model.hf_path={model}", *overrides])
+
+
+def test_a_good_configuration_opens(model, tmp_path):
+    check_inputs(config(model, f"run_dir={tmp_path}/runs/new"))
+
+
+def truncated(model):
+    data = (model / "model.safetensors").read_bytes()
+    (model / "model.safetensors").write_bytes(data[:-100])
+
+
+def absent(model):
+    (model / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize("damage", [truncated, absent])
+def test_a_damaged_model_is_refused(model, damage, capsys):
+    damage(model)
+    with pytest.raises(ConfigError) as error:
+        check_start(config(model))
+    assert error.value.problems[0].key == "model.hf_path"
+    assert "model.safetensors" in error.value.problems[0].problem
+    code, _, err = call(capsys, "config", "validate", "--config", "quickstart.yaml", f"model.hf_path={model}")
+    assert (code, "model.safetensors" in err) == (2, True)
+
+
+def test_a_missing_tokenizer_and_bad_data_are_data_errors(model, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"id": 1}\n')
+    jsonl = ["data.source.kind=jsonl", f"data.source.path={tmp_path}/a.jsonl"]
+    with pytest.raises(DataError, match=r"a\.jsonl:1: 'answer' is missing"):
+        check_inputs(config(model, *jsonl))
+    (model / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match=r"no tokenizer\.json"):
+        check_inputs(config(model))
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(model, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "sglang" else real(name, *a))
+    with pytest.raises(
+        ConfigError, match=r"the package sglang is not installed(.|\n)*pip install 'isentrope\[sglang\]'"
+    ):
+        check_start(config(model, "rollout.engine=sglang"))
+
+
+def test_a_run_dir_that_cannot_be_written_is_refused(model, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=f"run_dir: (.|\n)*{tmp_path}/file is a file"):
+        check_start(config(model, f"run_dir={tmp_path}/file/run"))
+
+
+def test_a_tokenizer_of_another_model_is_refused(model):
+    settings = json.loads((model / "config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": settings["vocab_size"]}))
+    with pytest.raises(DataError, match="beyond the model's vocabulary"):
+        check_inputs(config(model))

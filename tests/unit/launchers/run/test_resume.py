@@ -1,0 +1,81 @@
+"""What `train --resume` says and refuses before anything starts."""
+
+import json
+
+import pytest
+
+from launchers.run.resume import resumption, run_to_resume
+from pipeline.config.errors import ConfigError
+from pipeline.config.load import load_config, to_yaml
+from tests.command_line import call
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of which three steps of four are done and saved."""
+    folder = tmp_path / "runs" / "mine-20260101"
+    (folder / "checkpoints" / "step-00000003").mkdir(parents=True)
+    (folder / "config.yaml").write_text(to_yaml(load_config("quickstart.yaml", ["steps=4", "name=mine"])))
+    kinds = [{"kind": "run_start", "step": 0, "attempt": 1}, *({"kind": "step", "step": step} for step in range(3))]
+    lines = [json.dumps({"schema": 1, "time": 1.0, **entry}) + "\n" for entry in kinds]
+    (folder / "events.jsonl").write_text("".join(lines))
+    return folder
+
+
+def given(run, *overrides, allow_change=False):
+    return resumption(run, load_config(run / "config.yaml", overrides), allow_change=allow_change)
+
+
+def test_it_says_where_it_goes_on_and_what_has_changed(run):
+    assert str(given(run)) == "from step 3 of 4; changed: nothing"
+    found = given(run, "steps=9", "learner.optimizer.lr=0.001")
+    assert str(found) == "from step 3 of 9; changed: steps 4 -> 9, learner.optimizer.lr 0.0003 -> 0.001"
+    assert not found.complete
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "remedy"),
+    [
+        ("steps=2", "steps", "give more than 3"),
+        ("learner.tensor_model_parallel_size=1", "learner.tensor_model_parallel_size", "keep learner.tensor"),
+        ("model.dtype=bf16", "model.dtype", "keep model.dtype=fp32"),
+        ("learner.optimizer.distributed=true", "learner.optimizer.distributed", "convert megatron-to-hf"),
+        ("seed=1", "seed", "--allow-change"),
+        ("data.held_out=0.2", "data.held_out", "--allow-change"),
+        ("data.source.task=pm3", "data.source.task", "--allow-change"),
+        ("model.hf_path=model/cd3-100k", "model.hf_path", "--allow-change"),
+    ],
+)
+def test_what_cannot_go_on_is_refused(run, override, key, remedy):
+    with pytest.raises(ConfigError) as error:
+        given(run, override)
+    assert [problem.key for problem in error.value.problems] == [key]
+    assert remedy in error.value.problems[0].remedy
+
+
+def test_another_experiment_is_allowed_when_asked_for(run):
+    assert given(run, "seed=1", allow_change=True).changed == {"seed": (0, 1)}
+    with pytest.raises(ConfigError, match="can only be restored so"):
+        given(run, "model.dtype=bf16", allow_change=True)
+
+
+def test_the_nearest_run_is_named(run, capsys):
+    with pytest.raises(ConfigError, match=r"no such run \(/(.|\n)*did you mean .*mine-20260101\?"):
+        run_to_resume(run.parent / "mine-2026010")
+    with pytest.raises(ConfigError, match="this folder holds no run"):
+        run_to_resume(run.parent)
+    code, _, err = call(capsys, "train", "--resume", str(run.parent / "nope"))
+    assert (code, "no such run" in err) == (2, True)
+
+
+def test_a_complete_run_says_so_at_once(run, capsys):
+    with (run / "events.jsonl").open("a") as log:
+        log.write('{"schema":1,"kind":"run_end","time":2.0,"status":"completed","error":""}\n')
+    (run / "config.yaml").write_text(to_yaml(load_config("quickstart.yaml", ["steps=3", "name=mine"])))
+    assert given(run).complete
+    assert not given(run, "steps=4").complete
+
+
+def test_resumed_with_a_terminal_the_words_come_first(run, capsys):
+    code, _, err = call(capsys, "train", "--resume", str(run), "steps=1")
+    assert (code, "the run has done 3 steps already" in err) == (2, True)
