@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from pipeline.disk import naming, require
 
@@ -74,10 +73,10 @@ class CheckpointStore:
     ) -> Checkpoint:
         """Write everything under one manifest, publish it by a rename, then ``prune``.
 
-        ``state`` is JSON-serialisable; ``arrays`` are what it has no room for. ``save_learner`` gets an empty folder. A step
-        that is already published is left as it is. If anything raises, earlier checkpoints are untouched, and what was
-        written is removed. Raises ``DiskFullError`` before anything is written where there is no room for as much as the
-        newest checkpoint takes.
+        ``state`` is JSON-serialisable; ``arrays`` are too large for JSON. ``save_learner`` gets an empty folder.
+        A step that is already published is left as it is. If anything raises, earlier checkpoints are untouched, and
+        what was written is removed. Raises ``DiskFullError`` before anything is written where there is no room for as
+        much as the newest checkpoint takes.
         """
         final = self.root / f"step-{step:08d}"
         if not final.exists():
@@ -117,7 +116,8 @@ class CheckpointStore:
                 save_learner(writing / "learner")
             with naming(writing / "state.json"):
                 (writing / "state.json").write_text(json.dumps(state))
-            _write_arrays(writing / "state.safetensors", arrays)
+            with naming(writing / "state.safetensors"):  # safetensors' own ``save_file`` makes files of mode 0600
+                (writing / "state.safetensors").write_bytes(save(dict(arrays)))
             _write_manifest(writing, step)
         except BaseException:
             shutil.rmtree(writing, ignore_errors=True)
@@ -148,13 +148,6 @@ def _hidden(path: Path) -> Path:
         return path
     names = (path.with_name(f"{_REMOVING}{path.name.lstrip('.')}{'+' * n}") for n in count())
     return path.rename(next(name for name in names if not name.exists()))
-
-
-def _write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    try:
-        save_file(dict(arrays), path)
-    except SafetensorError as error:  # also what the operating system said, in words alone
-        raise OSError(f"{path}: {error}") from error
 
 
 def _write_manifest(folder: Path, step: int) -> None:

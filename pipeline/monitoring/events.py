@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 
+from pipeline.disk import naming
 from pipeline.monitoring.event_kinds import SCHEMA, DamagedLineError, parse_event
 
 log = logging.getLogger(__name__)
@@ -45,14 +46,16 @@ class EventLog:
         Raises ``OSError`` when the disk is full; the log then ends with the event before.
         """
         line = to_json({"schema": SCHEMA, "kind": kind, **values}).encode() + b"\n"
-        written = os.write(self._descriptor, line)
+        with naming(self.path):
+            written = os.write(self._descriptor, line)
         if written != len(line):
             os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - written)
             raise OSError(errno.ENOSPC, "an event was written in part", str(self.path))
 
     def sync(self) -> None:
         """Flush everything appended so far to the disk."""
-        os.fsync(self._descriptor)
+        with naming(self.path):
+            os.fsync(self._descriptor)
 
     def close(self) -> None:
         """Flush and close. Idempotent."""

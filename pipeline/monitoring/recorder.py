@@ -92,28 +92,27 @@ class Recorder:
         return self._clock
 
     def heartbeat(self) -> dict[str, Any]:
-        """What the run is at: ``step`` (updates done), ``activity`` and ``phase`` (of a step, as in ``StepRecord.seconds``)."""
+        """What the run is at: ``step`` (updates done), ``activity``, and a step's ``phase`` (as in its seconds)."""
         phase = self._clock.phase if self.activity.kind == "step" else ""
         return {"step": self._done, "activity": self.activity.kind, "phase": phase}
 
     def tick(self, now: float) -> None:
-        """Time passes (``now``: Unix seconds), told every few seconds by a watchdog: what depends on time alone is judged here."""
+        """Judge what depends on time alone; a watchdog calls this every few seconds. ``now``: Unix seconds."""
         free = shutil.disk_usage(self.run_dir).free  # before the lock: a file system that hangs must not stop training
         with self._writing:
             if self._log is not None:
                 self._raise(self._alerts.tick(now, free))
 
     def start(self, step: int, checkpoint: Checkpoint | None = None) -> None:
-        """Open the log with ``run_start``, or with ``resume`` at ``step`` updates done, from ``checkpoint`` if there is one.
+        """Open the log with ``run_start``, or with ``resume`` at ``step`` updates done.
 
-        From here on config.yaml is this run's.
+        ``checkpoint``: what the run resumes from, if there is one. From here on config.yaml is this run's.
         """
         self._write_config()
         opened, self._done = EventLog(self.run_dir / FILE_NAME), step
         past = in_force(event for event in EventReader(opened.path) if event["kind"] != "step")
-        if checkpoint is not None and ("checkpoint", step) not in [
-            (event["kind"], event.get("step")) for event in past
-        ]:
+        saved = [event["step"] for event in past if event["kind"] == "checkpoint"]
+        if checkpoint is not None and step not in saved:
             # The process before was killed between publishing the checkpoint and saying so.
             opened.append("checkpoint", {"time": time.time(), **self._published(checkpoint)})
         if self._resumed:
@@ -136,7 +135,7 @@ class Recorder:
             self._progress = Progress(self._config.name, self._config.steps, first=step)
 
     def event(self, kind: str, **values: Any) -> None:
-        """Append any event, and the alerts that it raises; the time is added. Raises ``RuntimeError`` before ``start``."""
+        """Append an event, with the time, and the alerts that it raises. Raises ``RuntimeError`` before ``start``."""
         event = {"time": time.time(), **values}
         with self._writing:
             if self._log is None:
@@ -145,7 +144,7 @@ class Recorder:
             self._raise(self._alerts.observe({"kind": kind, **event}))
 
     def step(self, outcome: StepOutcome) -> None:
-        """Record one step: its event, the samples to keep, the progress line. Its time is that of the clock last given out."""
+        """Record one step: its event, the samples to keep, the progress line. ``clock`` has counted its seconds."""
         seconds = self._clock.seconds(self._own_seconds)
         started = time.perf_counter()
         record = step_record(outcome, self._band, self._config.entropy.actuator, seconds)
@@ -180,7 +179,7 @@ class Recorder:
         return build_report([self.run_dir], self.run_dir / "report.html")["runs"][0]
 
     def stall(self, values: Mapping[str, Any], ended: str) -> None:
-        """Record that the run stands still; with ``values["action"]`` restart, end the log with ``ended`` as the reason."""
+        """Record that the run stands still; where ``values["action"]`` is restart, end the log because of ``ended``."""
         with self._writing:
             if self._log is not None:  # at the very beginning and end there is no log, but there may be a stall
                 self.event("stall", **values)

@@ -14,7 +14,10 @@ from pipeline.types import StepOutcome, StepSamples
 
 
 def step_record(outcome: StepOutcome, band: Band, actuator: str, seconds: Mapping[str, float]) -> StepRecord:
-    """The record of a step that has just ended, under ``entropy.actuator``; ``seconds`` as ``StepClock`` counted them."""
+    """The record of a step that has just ended.
+
+    ``actuator``: the configured one. ``seconds``: by phase, as ``StepClock`` counted them.
+    """
     stats, decision, following = outcome.stats, outcome.decision, outcome.following
     low, high = band.at(outcome.step)
     return StepRecord(

@@ -1,4 +1,4 @@
-"""From verified samples to the rows of one update, with the whole normalisation in their weights."""
+"""Turns verified samples into the rows of one update, with the whole normalisation in their weights."""
 
 from __future__ import annotations
 
@@ -27,16 +27,19 @@ def build_batch(
     """The rows of one update: every usable main sample, then the correct auxiliary ones.
 
     Aborted and empty samples are left out everywhere, from the advantages of their group and from every denominator:
-    nothing is known of them. Incorrect auxiliary samples give no row; ``entropy.positive_mean`` decides whether they count:
+    nothing is known of them. Incorrect auxiliary samples give no row; ``entropy.positive_mean`` decides whether they
+    count:
 
     - ``positives``: alpha / (tokens of all correct rows), so the push does not depend on the success rate;
     - ``samples``: alpha / G' / |o_i| with G' all auxiliary samples, SCOPE-RL's own (arXiv 2510.08141);
-    - ``main``: alpha times what a main row of that length weighs (AEPO: positives are rows like others, of advantage 1).
+    - ``main``: alpha times what a main row of that length weighs (AEPO: positives are rows like others, advantage 1).
 
-    ``reweight`` averages its positive term over the correct main rows in the same ways (``samples``: over all main rows that count).
+    ``reweight`` averages its positive term over the correct main rows in the same ways (``samples``: over all main rows
+    that count).
 
-    ``objective.overlong`` punishes or leaves out responses that came near the length limit or to it (DAPO, arXiv 2503.14476,
-    sections 3.4 and equation 13). Rows left out have weight 0 and count in no denominator; they are still measured.
+    ``objective.overlong`` punishes or leaves out responses that came near the length limit or to it (DAPO, arXiv
+    2503.14476, sections 3.4 and equation 13). Rows left out have weight 0 and count in no denominator;
+    they are still measured.
 
     Raises:
         ValueError: no main sample can be trained on; a main sample not at T=1; a prompt without tokens.
@@ -115,7 +118,7 @@ def _actuation(decision: ControlDecision, config: RunConfig, accuracy: float) ->
 
 
 def _dcpo_share(gap: float, alpha: float, accuracy: float) -> float:
-    """DCPO's mixing share (arXiv 2601.12730; public code read): a = alpha min(|H0 - H|, 0.1) / accuracy, then a / (1 + a).
+    """DCPO's mixing share a / (1 + a), with a = alpha min(|H0 - H|, 0.1) / accuracy (arXiv 2601.12730, public code).
 
     0 without a reading, and where no sample is correct (there the published code divides by zero).
     """
@@ -146,7 +149,10 @@ def _overlong_penalty(sample: Sample, config: RunConfig) -> float:
 
 
 def _mean_weights(lengths: np.ndarray, over: np.ndarray, config: RunConfig) -> np.ndarray:
-    """What rows of these lengths weigh in the configured mean over rows of lengths ``over``; float64, 0 where those are none."""
+    """What rows of these lengths weigh in the configured mean over rows of lengths ``over``; float64.
+
+    0 where ``over`` is empty.
+    """
     if not len(over):
         return np.zeros(len(lengths))
     match config.objective.aggregation:

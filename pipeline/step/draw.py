@@ -1,4 +1,4 @@
-"""Draws and verifies the samples of one step: main ones at T=1, auxiliary ones at T+; with dynamic sampling, in rounds."""
+"""Draws and verifies the samples of one step: main ones at T=1 and auxiliary ones at T+."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Sampler:
     def draw(self, decision: ControlDecision, step: int, version: int, clock: StepClock) -> StepSamples:
         """Draw ``rollout.prompts_per_step`` prompts, and further ones while too few of their groups teach anything.
 
-        ``step`` gives the seeds. ``version`` is that of the weights that the engines hold; samples of others are dropped.
+        ``step`` gives the seeds. The engines hold weights ``version``; samples of other weights are dropped.
 
-        DAPO's dynamic sampling (arXiv 2503.14476, section 3.2; public code read): a group whose rewards are all equal has
-        advantage 0. So prompts are drawn until ``prompts_per_step`` groups differ within, in at most
+        DAPO's dynamic sampling (arXiv 2503.14476, section 3.2; public code read): a group whose rewards are all equal
+        has advantage 0. So prompts are drawn until ``prompts_per_step`` groups differ within, in at most
         ``rollout.sampling_rounds`` rounds. If too few differ even then, the step goes on with all that were drawn
         (DAPO's code ends the run). Auxiliary and ``repeated`` samples belong to the first round. A prompt that comes up
         again in the same step, at the end of an epoch, is not drawn again: its seeds would be the same.
@@ -61,7 +61,7 @@ class Sampler:
 def to_train_on(main: Sequence[SampleGroup], config: RunConfig) -> Sequence[SampleGroup]:
     """The main groups to learn from: all of them.
 
-    With dynamic sampling: the first ``rollout.prompts_per_step`` that differ within, filled up with others where too few do.
+    With dynamic sampling: the first ``rollout.prompts_per_step`` that differ within, then others where these are few.
     """
     if config.rollout.sampling_rounds == 1:
         return main

@@ -1,4 +1,4 @@
-"""Chooses the rollouts that a run keeps in ``samples/``, and asks the learner for the entropy at each of their tokens."""
+"""Chooses the rollouts that a run writes down, and asks the learner for the entropy at each of their tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ def choose(samples: StepSamples, count: int, step: int) -> list[tuple[Prompt, Sa
 
 
 def measure(chosen: Sequence[tuple[Prompt, Sample]], learner: Learner, step: int) -> list[KeptSample]:
-    """Ask the learner for the entropies, every tenth step: one forward pass over these rows alone, as not all of them are trained on."""
+    """Add the entropies, which the learner is asked for every tenth step.
+
+    That takes one forward pass over these rows alone: not all of them are trained on.
+    """
     if not chosen or step % MEASURED_EVERY:
         return [KeptSample(prompt, sample, None) for prompt, sample in chosen]
     batch = rows_to_measure(chosen)

@@ -1,4 +1,4 @@
-"""What a batch needs that takes a forward pass of its own, before the step's first update."""
+"""Adds to a batch what takes a forward pass of its own, before the step's first update."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.types import TrainBatch
 
 
 def prepare(batch: TrainBatch, learner: Learner, config: RunConfig, step: int) -> TrainBatch:
-    """Add reference log-probs, old log-probs, and what ``shaping`` makes of single tokens; each only where something reads it.
+    """Add reference log-probs, old log-probs, and what ``shaping`` makes of tokens; each only where something reads it.
 
     Old log-probs that are there already stay: they are those of the weights that drew the rows.
     """
@@ -30,7 +30,10 @@ def prepare(batch: TrainBatch, learner: Learner, config: RunConfig, step: int) -
 
 
 def _teacher(batch: TrainBatch, student: torch.Tensor, learner: Learner) -> torch.Tensor:
-    """Log-probs of every token as the teacher of ``rlrt`` sees it; the student's own where it has none. ``[rows, seq - 1]``."""
+    """Log-probs ``[rows, seq - 1]`` of every token as the teacher of ``rlrt`` sees it.
+
+    Rows that the teacher is not shown keep the student's own.
+    """
     shown = rlrt.teacher_batch(batch)
     if shown is None:
         return student

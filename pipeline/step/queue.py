@@ -2,8 +2,8 @@
 
 With staleness s the samples of step k + s are drawn at step k, with weights version k, so that engines could work while
 the learner trains. Old log-probs are taken from the learner when the samples are drawn, at T=1 and at the weights that
-drew them: the loss then sees the ratio as it is, and clips it. A checkpoint holds what is waiting, so that a resumed run
-trains on the very same samples.
+drew them: the loss then sees the ratio as it is, and clips it. A checkpoint holds what is waiting, so that a resumed
+run trains on the very same samples.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class RolloutQueue:
     def next(self, step: int, decision: ControlDecision, clock: StepClock) -> Drawn:
         """The samples of ``step``, whose weights version the engines hold; first draws those that are to wait.
 
-        The decision that comes with them is the one they are trained under: of a second rollout the one that drew it, else
-        ``decision``.
+        The decision that comes with them is the one they are trained under: with a second rollout the decision that
+        drew them, else ``decision``.
         """
         while len(self._waiting) <= self._config.rollout.staleness:
             self._waiting.append(self._draw(step, step + len(self._waiting), decision, clock))

@@ -1,9 +1,10 @@
-"""A reading whose noise is the policy's alone: the same prompts, answered at every step with the same seeds.
+"""Reads the entropy over prompts that are answered at every step with the same seeds: its noise is the policy's alone.
 
-Most of what a reading over the step's own rows varies by is which prompts and which samples were drawn (on the tasks of docs/lab.md 84 to 97 % of
-its variance: runs of different methods with the same seed show the same noise). Common random numbers (Glasserman and Yao 1992,
-Management Science 38(6)) take that away: a sample changes only where the policy has changed enough to move its draw to another token. What is left is an
-offset, since these prompts are not the step's; ``Sensor`` learns it. Exact only with engines that honour a sample's seed.
+Most of the variance of a reading over the step's own rows comes from which prompts and samples were drawn (on the tasks
+of docs/lab.md 84 to 97 %: runs of different methods with the same seed show the same noise). Common random numbers
+(Glasserman and Yao 1992, Management Science 38(6)) take that away: a sample changes only where the policy has changed
+enough to move its draw to another token. What is left is an offset, since these prompts are not the step's; ``Sensor``
+learns it. Exact only with engines that honour a sample's seed.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from pipeline.types import SampleGroup, StepStats
 
 
 def repeated_entropy(groups: Sequence[SampleGroup], learner: Learner) -> float | None:
-    """Mean exact entropy at T=1 over the response tokens of ``groups``, nats per token, at the learner's weights; one forward pass.
+    """Mean exact entropy at T=1 over the response tokens of ``groups``, nats per token, at the learner's weights.
 
-    None where there are no groups, or one lost its sample: without it the others are another measure.
+    One forward pass. None where there are no groups, or one lost its sample: the others alone are another measure.
     """
     rows = [(group.prompt, sample) for group in groups for sample in group.samples if len(sample.token_ids)]
     if not rows or len(rows) < len(groups):

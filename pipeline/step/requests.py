@@ -1,4 +1,4 @@
-"""What one step asks of the engines, and which of the answers it may use."""
+"""Builds the requests that one step sends to the engines, and drops answers drawn by other weights."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Samples that wait for a later step, and the form in which a checkpoint keeps them.
 
-What grows with the tokens is kept in flat arrays, one behind the other over all samples, with the length of each:
-``token_ids`` int32, ``log_probs`` float32, ``text`` (UTF-8) uint8, ``weight_versions`` int64 [spans, 3] (version, start,
-end), ``old_log_probs`` float32 (of every row the part that is not 0). Prompts and the small fields of samples are JSON.
+What grows with the tokens is kept in flat arrays over all samples, one sample behind the other, with the length of
+each: ``token_ids`` int32, ``log_probs`` float32, ``text`` (UTF-8) uint8, ``weight_versions`` int64 [spans, 3] (version,
+start, end), ``old_log_probs`` float32 (of every row the part that is not 0). Prompts and the small fields of samples
+are JSON.
 """
 
 from __future__ import annotations
@@ -124,7 +125,10 @@ def _rows(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _trimmed(grid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of every row of a float32 grid what lies between its first and last entry that is not 0, flat; and where: [rows, 2]."""
+    """Of every row of a float32 grid the part from the first to the last entry that is not 0, and its columns.
+
+    The parts are one flat array; the columns int64 [rows, 2], where a part begins and the column behind its end.
+    """
     filled = grid.view(np.int32) != 0  # by its bits: -0.0 stays
     width = grid.shape[1]
     start = np.where(filled.any(1), filled.argmax(1), 0)

@@ -1,9 +1,13 @@
 """A checkpoint is complete or absent, and damage is named."""
 
+import errno
 import json
+import os
 
+import numpy as np
 import pytest
 
+from pipeline import checkpoints
 from pipeline.checkpoints import CheckpointError, CheckpointStore
 
 
@@ -72,3 +76,101 @@ def test_a_published_step_is_never_rewritten(tmp_path):
         raise AssertionError("the published checkpoint was about to be replaced")
 
     assert store.save(3, {"attempt": 2}, {}, must_not_run).state() == {"attempt": 1}
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_arrays_come_back_and_are_under_the_manifest(tmp_path):
+    arrays = {"flat": np.arange(5, dtype=np.int32), "none": np.empty((0, 3), np.int64)}
+    saved = CheckpointStore(tmp_path, keep_last=1).save(1, {}, arrays, write)
+    back = saved.arrays()
+    assert {name: (a.dtype, a.shape, a.tobytes()) for name, a in back.items()} == {
+        name: (a.dtype, a.shape, a.tobytes()) for name, a in arrays.items()
+    }
+    assert (saved.path / "state.safetensors").stat().st_mode == (saved.path / "state.json").stat().st_mode
+    assert "state.safetensors" in json.loads((saved.path / "manifest.json").read_text())["files"]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_ends_no_run_and_goes_later(tmp_path, monkeypatch, caplog):
+    """As NFS refuses it while someone reads a file: ENOTEMPTY, for the .nfsXXXX that stays."""
+    store = CheckpointStore(tmp_path, keep_last=1)
+    store.save(1, {}, {}, write)
+
+    def busy(path):
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoints.shutil, "rmtree", busy)
+        assert store.save(2, {"step": 2}, {}, write).state() == {"step": 2}
+    assert "step-00000001: cannot be deleted" in caplog.text
+    assert [checkpoint.step for checkpoint in store.complete()] == [2], "half deleted, it would pass for complete"
+    assert names(tmp_path) == [".removing-step-00000001", "step-00000002"]
+    store.save(3, {}, {}, write)
+    assert names(tmp_path) == ["step-00000003"]
+
+
+def test_an_old_checkpoint_that_cannot_even_be_renamed_ends_no_run(tmp_path, monkeypatch, caplog):
+    store = CheckpointStore(tmp_path, keep_last=1)
+    store.save(1, {}, {}, write)
+
+    def refused(path):
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(checkpoints, "_hidden", refused)
+    store.save(2, {}, {}, write)
+    assert [checkpoint.step for checkpoint in store.complete()] == [1, 2]
+    assert f"{tmp_path / 'step-00000001'}: cannot be deleted" in caplog.text
+
+
+def test_what_is_left_of_the_same_step_stands_in_nobodys_way(tmp_path):
+    (tmp_path / ".removing-step-00000001").mkdir()
+    (tmp_path / ".removing-writing-step-00000002").mkdir()
+    (tmp_path / ".writing-step-00000002/learner").mkdir(parents=True)
+    store = CheckpointStore(tmp_path, keep_last=1)
+    store.save(1, {}, {}, write)
+    store.save(2, {}, {}, write)
+    assert names(tmp_path) == ["step-00000002"]
+
+
+@pytest.mark.parametrize("when", ["next save", "same save", "resume"])
+def test_a_kill_before_the_last_removal_leaves_nothing_for_good(tmp_path, when):
+    published = CheckpointStore(tmp_path, keep_last=3)
+    for step in (1, 2, 3):
+        published.save(step, {}, {}, write)
+    store = CheckpointStore(tmp_path, keep_last=2)  # as it would have pruned after step 3
+    if when == "resume":
+        store.prune()
+    else:
+        store.save(4 if when == "next save" else 3, {}, {}, write)
+    assert [checkpoint.step for checkpoint in store.complete()] == ([3, 4] if when == "next save" else [2, 3])
+
+
+def test_a_failing_disk_names_the_file(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path, keep_last=1)
+
+    def failing(descriptor):
+        raise OSError(errno.EIO, "Input/output error")  # as the system call says it: of which file, it does not say
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", failing)
+        with pytest.raises(OSError, match=r"Input/output error: .*/\.writing-step-00000001/learner/shard"):
+            store.save(1, {}, {}, write)
+    assert names(tmp_path) == []
+
+
+def test_a_learner_that_meets_a_failing_disk_names_its_folder(tmp_path):
+    def failing(folder):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(OSError, match=r"Input/output error: .*/\.writing-step-00000001/learner"):
+        CheckpointStore(tmp_path, keep_last=1).save(1, {}, {}, failing)
+
+
+def test_arrays_that_meet_a_full_disk_name_their_file(tmp_path):
+    def full(folder):
+        (folder.parent / "state.safetensors").symlink_to("/dev/full")
+
+    with pytest.raises(OSError, match=r"No space left on device: .*/state\.safetensors"):
+        CheckpointStore(tmp_path, keep_last=1).save(1, {}, {"big": np.zeros(10**6)}, full)

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline import disk
 from pipeline.checkpoints import CheckpointStore
-from pipeline.disk import RESERVE, RESERVE_BYTES, DiskFullError, is_full, require, reserved
+from pipeline.disk import RESERVE, RESERVE_BYTES, DiskFullError, is_full, naming, require, reserved
 from pipeline.monitoring.events import EventLog, read_events
 
 
@@ -98,3 +98,23 @@ def test_an_event_that_fits_in_part_is_taken_back(tmp_path):
         assert is_full(error.value)
         log.append("run_end", {"time": 0, "status": "failed"})
     assert [event["kind"] for event in read_events(path)] == ["run_start", "run_end"]
+
+
+def test_a_log_that_meets_a_failing_disk_is_named(tmp_path, monkeypatch):
+    def failing(*arguments):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with EventLog(tmp_path / "events.jsonl") as log, monkeypatch.context() as patched:
+        patched.setattr("os.write", failing)
+        with pytest.raises(OSError, match=r"Input/output error: .*events\.jsonl"):
+            log.append("fault", {})
+        patched.setattr("os.fsync", failing)
+        with pytest.raises(OSError, match=r"Input/output error: .*events\.jsonl"):
+            log.sync()
+
+
+def test_only_failures_of_the_system_are_given_a_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match="other"), naming(tmp_path):
+        (tmp_path / "other").read_text()
+    with pytest.raises(DiskFullError, match=r"^no room$"), naming(tmp_path):
+        raise DiskFullError("no room")

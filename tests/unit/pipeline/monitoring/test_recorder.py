@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from pipeline.checkpoints import Checkpoint
 from pipeline.clock import StepClock
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import config_hash, load_config, resolve_path
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.monitoring.events import read_events
 from pipeline.monitoring.progress import Progress
+from pipeline.monitoring.recorder import Recorder
 from pipeline.monitoring.samples import write_samples
 from pipeline.monitoring.step_record import rollout_figures
 from pipeline.types import KeptSample, Role, StepSamples
@@ -182,6 +184,49 @@ def test_the_clock_accounts_for_every_second():
     assert 0.03 <= seconds["sample"] < seconds["total"] - 1.0
     assert seconds["other"] >= 1.0
     assert seconds["total"] == pytest.approx(sum(seconds[p] for p in ("sample", "train", "other")))
+
+
+@pytest.mark.parametrize(("broken", "said"), [("/dev/full", "No space left"), ("/proc/self/mem", "Input/output error")])
+def test_samples_that_cannot_be_written_end_no_run(tmp_path, caplog, broken, said):
+    recorder = runs.open_run(tmp_path)
+    file = tmp_path / "samples" / "step-000000.jsonl"
+    file.symlink_to(broken)
+    for step in range(2):
+        runs.record_step(recorder, step)
+    assert f"{file}: the samples of this step are not kept" in caplog.text
+    assert said in caplog.text
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step-000001.jsonl"]
+    assert kinds(tmp_path)[-2:] == ["step", "step"]
+
+
+def killed_before_its_event(run_dir):
+    """A run whose process was killed when checkpoint 8 was published and its event not yet written."""
+    words = ["checkpoint.every=4", "monitoring.progress=false"]
+    recorder = runs.open_run(run_dir, *words)
+    for step in range(8):
+        runs.record_step(recorder, step)
+        if step == 3:
+            recorder.checkpoint(Checkpoint(4, run_dir / "checkpoints/step-00000004"))
+    recorder._lock.close()
+    return Recorder(run_dir, runs.config(*words), resumed=True)
+
+
+def test_a_checkpoint_that_a_kill_kept_from_being_logged_is_logged_by_the_resume(tmp_path):
+    recorder = killed_before_its_event(tmp_path)
+    recorder.start(8, Checkpoint(8, tmp_path / "checkpoints/step-00000008"))
+    for step in range(8, 11):
+        runs.record_step(recorder, step)
+    events = read_events(tmp_path / "events.jsonl")
+    saved = [(event["step"], event["path"]) for event in events if event["kind"] == "checkpoint"]
+    assert saved == [(4, "checkpoints/step-00000004"), (8, "checkpoints/step-00000008")]
+    assert alerts_of(tmp_path) == [], "7 steps were not lost: 3 are"
+
+
+def test_a_checkpoint_that_was_logged_is_not_logged_again(tmp_path):
+    runs.write_run(tmp_path, steps=2, finish=False)
+    recorder = Recorder(tmp_path, runs.config(), resumed=True)
+    recorder.start(2, Checkpoint(2, tmp_path / "checkpoints/step-00000002"))
+    assert (tmp_path / "events.jsonl").read_text().count('"kind":"checkpoint"') == 1
 
 
 @pytest.mark.parametrize("terminal", [True, False])
