@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pipeline.config.errors import Problem
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import EntropyConfig, RunConfig
 
 DETERMINISTIC = "--enable-deterministic-inference"
 TEMPERATURE_ACTUATORS = ("resample", "reweight", "fc", "dcpo")
@@ -22,11 +22,16 @@ CONTROLLER_ACTUATORS = {
 def entropy_problems(config: RunConfig) -> Iterator[Problem]:
     """Every combination of entropy keys that cannot work, or in which one of them would have no effect."""
     yield from _band(config)
-    yield from _limits(config)
-    yield from _controller(config)
+    yield from controller_problems(config.entropy, config.rollout.prompts_per_step)
     yield from _repeated_prompts(config)
     yield from _constant(config)
-    yield from _auxiliary(config)
+
+
+def controller_problems(entropy: EntropyConfig, prompts_per_step: int) -> Iterator[Problem]:
+    """Why no controller can be built of ``entropy``, each of whose values is possible by itself."""
+    yield from _limits(entropy)
+    yield from _controller(entropy)
+    yield from _auxiliary(entropy, prompts_per_step)
 
 
 def _band(config: RunConfig) -> Iterator[Problem]:
@@ -72,8 +77,7 @@ def _band(config: RunConfig) -> Iterator[Problem]:
         yield Problem("entropy.band.points", band.points, "steps do not increase", "sort the points by step, each once")
 
 
-def _limits(config: RunConfig) -> Iterator[Problem]:
-    entropy = config.entropy
+def _limits(entropy: EntropyConfig) -> Iterator[Problem]:
     low, high = entropy.command_min, entropy.command_max
     if low == 0 and high == 0:
         return
@@ -81,7 +85,14 @@ def _limits(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "entropy.command_min", low, f"not below entropy.command_max ({high:g})", "swap or widen the limits"
         )
-    elif entropy.actuator in TEMPERATURE_ACTUATORS and not 0 < low <= 1 <= high:
+    elif entropy.actuator in TEMPERATURE_ACTUATORS and low <= 0:
+        yield Problem(
+            "entropy.command_min",
+            low,
+            f"{entropy.actuator}'s command is a temperature, which is above 0",
+            "choose limits with 0 < command_min <= 1 <= command_max, e.g. 0.8 and 1.2",
+        )
+    elif entropy.actuator in TEMPERATURE_ACTUATORS and not low <= 1 <= high:
         yield Problem(
             "entropy.command_min",
             low,
@@ -108,8 +119,7 @@ def _limits(config: RunConfig) -> Iterator[Problem]:
         )
 
 
-def _controller(config: RunConfig) -> Iterator[Problem]:
-    entropy = config.entropy
+def _controller(entropy: EntropyConfig) -> Iterator[Problem]:
     made_for = CONTROLLER_ACTUATORS.get(entropy.controller)
     if made_for and entropy.actuator not in made_for:
         what = "a temperature" if made_for == TEMPERATURE_ACTUATORS else f"the coefficient of {made_for[0]}"
@@ -182,8 +192,7 @@ def _constant(config: RunConfig) -> Iterator[Problem]:
         yield Problem("entropy.command", entropy.command, "clip_cov's command is a share of tokens", "use at most 1")
 
 
-def _auxiliary(config: RunConfig) -> Iterator[Problem]:
-    entropy, prompts = config.entropy, config.rollout.prompts_per_step
+def _auxiliary(entropy: EntropyConfig, prompts: int) -> Iterator[Problem]:
     if entropy.actuator != "resample":
         if entropy.auxiliary_replaces:
             yield Problem(

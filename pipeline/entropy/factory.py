@@ -7,8 +7,10 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from pipeline.config.entropy_rules import CONTROLLER_ACTUATORS
-from pipeline.config.schema import CONTROLLERS, EntropyConfig
+from pipeline.config.check import key_problems
+from pipeline.config.entropy_rules import controller_problems
+from pipeline.config.errors import ConfigError
+from pipeline.config.schema import EntropyConfig
 from pipeline.entropy import entropic, scope
 from pipeline.entropy.actuators import Actuator, acting, command_limits
 from pipeline.entropy.aent import AentLaw
@@ -36,10 +38,12 @@ def build_controller(config: EntropyConfig, total_steps: int, prompts_per_step: 
         prompts_per_step: most auxiliary prompts there can be.
 
     Raises:
-        ValueError: a controller, actuator, band or limit that is unknown or does not go with the rest.
+        ConfigError: a controller, actuator or limit that is unknown or does not go with the rest.
+        ValueError: a band that does not fit the run.
     """
-    if config.controller not in CONTROLLERS:
-        raise ValueError(f"entropy.controller={config.controller!r}: use {', '.join(CONTROLLERS)}")
+    problems = [*key_problems(config, "entropy.")] or [*controller_problems(config, prompts_per_step)]
+    if problems:
+        raise ConfigError.of(problems)
     actuator = acting(config)
     if actuator is None:
         off = config.controller == "none"
@@ -94,12 +98,6 @@ class Fingerprinted:
 
 
 def _law(config: EntropyConfig, actuator: Actuator, limits: tuple[float, float]) -> Law:
-    made_for = CONTROLLER_ACTUATORS.get(config.controller)
-    if made_for and actuator.name not in made_for:
-        raise ValueError(
-            f"entropy.controller={config.controller} does not drive entropy.actuator={actuator.name}: "
-            f"use {' or '.join(made_for)}, or controller=pi"
-        )
     match config.controller:
         case "scope":
             return ScopeLaw(*limits)
@@ -132,18 +130,9 @@ def _limits(config: EntropyConfig, actuator: Actuator) -> tuple[float, float]:
 def _prompts(config: EntropyConfig, actuator: Actuator, prompts_per_step: int) -> tuple[int, int]:
     """Least and most auxiliary prompts."""
     if not actuator.second_rollout:
-        if config.pi.split_range:
-            raise ValueError(
-                f"entropy.pi.split_range draws auxiliary prompts, actuator {actuator.name} has none: use false"
-            )
         return 0, 0
     least = config.auxiliary_prompts
     most = (config.auxiliary_max_prompts or prompts_per_step) if config.pi.split_range else least
-    if not 1 <= least <= most or most > prompts_per_step:
-        raise ValueError(
-            f"entropy.auxiliary_prompts={least}, auxiliary_max_prompts={config.auxiliary_max_prompts}: must be at least 1, "
-            f"in order, and at most rollout.prompts_per_step={prompts_per_step}"
-        )
     return least, most
 
 
