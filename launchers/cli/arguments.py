@@ -8,9 +8,17 @@ from typing import Any
 
 import typer
 
-CONFIG = typer.Option(None, "--config", "-c", help="YAML file; looked up here, then among the packaged configs.")
+CONFIG = typer.Option(
+    None,
+    "--config",
+    "-c",
+    help="YAML file; looked up here, then among the packaged configs. Paths in it start at its own folder.",
+)
 OVERRIDES = typer.Argument(
-    default_factory=list, show_default=False, metavar="KEY=VALUE", help="Overrides, e.g. learner.optimizer.lr=1e-4."
+    default_factory=list,
+    show_default=False,
+    metavar="KEY=VALUE",
+    help="Overrides, e.g. learner.optimizer.lr=1e-4. Paths start at the working directory.",
 )
 MEAN_RESPONSE = typer.Option(
     0, "--mean-response", min=0, help="Expected response tokens, for the predicted times; 0: rollout.max_new_tokens."

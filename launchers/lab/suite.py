@@ -22,7 +22,7 @@ class SuiteConfig:
     """One comparison."""
 
     title: str = key("", "heading of the report")
-    base: str = key(MISSING, "recipe that every run starts from")
+    base: str = key(MISSING, "recipe that every run starts from", path=True)
     overrides: list[str] = key([], "key=value of every run; a method's own come after them")
     methods: list[str] = key([], "names of methods, see `isentrope lab methods`, or of variants")
     variants: dict[str, Any] = key(

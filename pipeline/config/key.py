@@ -57,6 +57,7 @@ def key(
     range: Range | None = None,
     unit: str = "",
     form: Form | None = None,
+    path: bool = False,
 ) -> Any:
     """A field of a configuration's dataclass, with all that one key says about its own values.
 
@@ -66,10 +67,11 @@ def key(
         choices: permitted words, with meanings where the words do not say them. Of a list: those of its entries.
         range: permitted numbers. Of a list: those of its entries.
         unit: what a number counts or measures, e.g. "seconds".
+        path: whether the text is a file or folder that is read; ``load`` finds it from the file that names it.
         form: what texts look like; a text may be one of ``choices`` instead. Of a list: its entries.
     """
     words = dict(choices) if isinstance(choices, Mapping) else dict.fromkeys(choices, "")
-    metadata = {"help": help, "choices": words, "range": range, "unit": unit, "form": form}
+    metadata = {"help": help, "choices": words, "range": range, "unit": unit, "form": form, "path": path}
     if isinstance(default, (list, dict)):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     if hasattr(default, "__dataclass_fields__"):

@@ -29,6 +29,7 @@ class Key:
     range: Range | None  # permitted numbers
     unit: str
     form: Form | None  # what texts look like that are none of ``choices``
+    path: bool  # a file or folder that is read
 
     @property
     def type_name(self) -> str:

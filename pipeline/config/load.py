@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from pipeline.config.yaml12 import Dumper, UnreadableError, compose, entry_of, v
 
 PACKAGED = Path(__file__).resolve().parents[2] / "configs"  # the same in a checkout and in an installed wheel
 Schema = TypeVar("Schema")
+COMMAND_LINE = "command line"  # source of an override
 UNHASHED = ("name", "run_dir")  # labels: they do not change what a run computes
 
 
@@ -61,16 +63,26 @@ def load_config(
         folder = (model_elsewhere or resolve_path)(config.model.hf_path)
         return problems_of(config, folder, files_here=model_elsewhere is None)
 
-    return load(RunConfig, path, overrides, rules)
+    return load(RunConfig, path, overrides, rules, here=model_elsewhere is None)
 
 
 def load(
-    schema: type[Schema], path: Path | None, overrides: Sequence[str], rules: Callable[[Schema], Sequence[Problem]]
+    schema: type[Schema],
+    path: Path | None,
+    overrides: Sequence[str],
+    rules: Callable[[Schema], Sequence[Problem]],
+    *,
+    here: bool = True,
 ) -> Schema:
-    """``load_config`` for any dataclass of ``schema.key`` fields and its own ``rules``."""
+    """``load_config`` for any dataclass of ``key.key`` fields and its own ``rules``.
+
+    ``here``: whether the files that it names are on this machine, so that their paths are made absolute.
+    """
     assignments = [] if path is None else _read_file(resolve_path(path), (), schema)
     for text in overrides:
         assignments += _parse_override(text, schema)
+    if here:
+        assignments = [_found(given, schema) for given in assignments]
     config: Schema = _build(assignments, schema)
     problems = rules(config)
     if problems:
@@ -78,16 +90,29 @@ def load(
     return config
 
 
-def resolve_path(value: str | Path) -> Path:
-    """A relative path from the working directory if it exists there, else from the packaged ``configs/`` if it exists there.
+def _found(given: Assignment, schema: type) -> Assignment:
+    """A path that can be read from any folder: absolute, or below the packaged ``configs/`` where that has it.
 
-    Otherwise the path from the working directory, which does not exist: the caller says so.
+    A relative path belongs to the folder of the file that names it; on the command line, and in a packaged file, to the
+    working directory. What that folder does not have may be packaged.
     """
-    path = Path(value).expanduser()
-    if path.is_absolute() or path.exists():
-        return path
+    known = schema_keys(schema).get(given.key)
+    if known is None or not known.path or not isinstance(given.value, str) or not given.value or "${" in given.value:
+        return given
+    own = given.source != COMMAND_LINE and not Path(given.source).is_relative_to(PACKAGED)
+    path = resolve_path(given.value, Path(given.source).parent if own else Path.cwd())
+    return replace(given, value=str(path.relative_to(PACKAGED) if path.is_relative_to(PACKAGED) else path))
+
+
+def resolve_path(value: str | Path, folder: Path = Path()) -> Path:
+    """A relative path from ``folder`` if it exists there, else from the packaged ``configs/`` if it exists there.
+
+    Otherwise the path from ``folder``, which does not exist: the caller says so. ``folder``: by default the working directory.
+    """
+    path = Path(os.path.expanduser(value))  # Path's own raises where there is no such user
     inside = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
-    return PACKAGED / inside if (PACKAGED / inside).exists() else path
+    own = path.is_absolute() or os.path.exists(folder / path) or not os.path.exists(PACKAGED / inside)
+    return folder / path if own else PACKAGED / inside
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -159,11 +184,11 @@ def _parse_file(path: Path) -> MappingNode:
 
 
 def _find_default(entry: str, including: Path) -> Path:
-    for candidate in (including.parent / entry, PACKAGED / entry):
-        if candidate.is_file():
-            return candidate
+    found = resolve_path(entry, including.parent)
+    if found.is_file():
+        return found
     remedy = f"name a file relative to {including.parent} or to {PACKAGED}"
-    raise ConfigError("defaults", entry, "no such file", remedy, str(including))
+    raise ConfigError("defaults", entry, f"no such file: {including.parent / entry}", remedy, str(including))
 
 
 def _flatten(key: str, node: Node | None, source: str, schema: type) -> Iterator[Assignment]:
@@ -184,15 +209,13 @@ def _parse_override(text: str, schema: type) -> Iterator[Assignment]:
     """``dotted.key=value``; a mapping is several assignments, as in a file."""
     name, equals, value = text.partition("=")
     if not equals or not name:
-        raise ConfigError(
-            text, None, "an override is key=value", "write e.g. learner.optimizer.lr=3e-4", "command line"
-        )
+        raise ConfigError(text, None, "an override is key=value", "write e.g. learner.optimizer.lr=3e-4", COMMAND_LINE)
     try:
         node = compose(value)
     except UnreadableError as error:
         remedy = f"{error.remedy}, e.g. 'key=\"text\"'"
-        raise ConfigError(name, value, f"not a YAML value: {error.problem}", remedy, "command line") from error
-    yield from _flatten(name.strip(), node, "command line", schema)
+        raise ConfigError(name, value, f"not a YAML value: {error.problem}", remedy, COMMAND_LINE) from error
+    yield from _flatten(name.strip(), node, COMMAND_LINE, schema)
 
 
 def _build(assignments: Sequence[Assignment], schema: type) -> Any:

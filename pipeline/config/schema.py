@@ -31,8 +31,8 @@ class ModelConfig:
 
     hf_path: str = key(
         MISSING,
-        "Hugging Face folder (config.json, *.safetensors, tokenizer.json); a relative path is tried from"
-        " the working directory, then from configs/",
+        "Hugging Face folder (config.json, *.safetensors, tokenizer.json)",
+        path=True,
     )
     dtype: str = key("fp32", "parameter type of the learner", choices=("fp32", "bf16"))
 
@@ -308,7 +308,7 @@ class SourceConfig:
     task: str = key(
         "pm4", "countdown: pm<n> (+,-) or cd<n> (+,-,*) with 2 to 5 digits; reasoning_gym: dataset name, e.g. chain_sum"
     )
-    path: str = key("", "jsonl: file with one object a line: id, prompt or messages, answer, verifier, meta")
+    path: str = key("", "jsonl: file with one object a line: id, prompt or messages, answer, verifier, meta", path=True)
     size: int = key(1000, "reasoning_gym: items to generate", range=COUNT, unit="prompts")
     seed: int = key(
         0, "reasoning_gym: seed of the items; not the run's, so that every run is asked the same", range=SEED
@@ -693,11 +693,15 @@ class AlertsConfig:
     """Which alerts are raised, and who is told."""
 
     rules: str = key(
-        "", "folder with further rules, or the shipped ones changed (a file of the same name); empty: the shipped ones"
+        "",
+        "folder with further rules, or the shipped ones changed (a file of the same name); empty: the shipped ones",
+        path=True,
     )
     off: list[str] = key([], "names of rules that are not wanted, e.g. [reward_drop]")
     webhook_file: str = key(
-        "", "file that holds the URL (a secret) to which alerts are posted, in the form that Slack takes; empty: none"
+        "",
+        "file that holds the URL (a secret) to which alerts are posted, in the form that Slack takes; empty: none",
+        path=True,
     )
     mail: str = key("", "address that alerts are mailed to with the node's sendmail; empty: none")
     slurm_comment: bool = key(False, "put the newest alert into the Slurm job's comment")

@@ -177,3 +177,52 @@ def test_configuration_needs_no_torch():
     code = "import sys, pipeline.config.load; sys.exit('torch' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(PACKAGED.parent)}
     assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 0
+
+
+def own_file(tmp_path, text):
+    """A configuration in a folder of its own, with a model and data beside it."""
+    folder = tmp_path / "mine"
+    (folder / "model").mkdir(parents=True)
+    (folder / "data.jsonl").write_text("")
+    return write(folder / "run.yaml", text)
+
+
+PATHS = "model: {hf_path: model}\ndata: {source: {kind: jsonl, path: data.jsonl}}\n"
+
+
+def test_a_path_belongs_to_the_file_that_names_it(tmp_path, monkeypatch):
+    top = own_file(tmp_path, PATHS)
+    including = write(tmp_path / "top.yaml", "defaults: [mine/run.yaml]\n")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    for file in (top, including):
+        config = load_config(file, check=False)
+        assert config.model.hf_path == str(tmp_path / "mine" / "model")
+        assert config.data.source.path == str(tmp_path / "mine" / "data.jsonl")
+    write(elsewhere / "data.jsonl", "")
+    config = load_config(top, ["data.source.path=data.jsonl"], check=False)
+    assert config.data.source.path == str(elsewhere / "data.jsonl")
+    again = write(tmp_path / "mine" / "config.yaml", to_yaml(config))
+    assert load_config(again, check=False) == config
+
+
+def test_a_packaged_path_stays_one_and_home_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    path = write(tmp_path / "a.yaml", "model: {hf_path: model/pm4-100k}\n")
+    assert load_config(path, check=False).model.hf_path == "model/pm4-100k"
+    assert load(None, "model.hf_path=~/m").model.hf_path == str(tmp_path / "home" / "m")
+    assert load(None, "model.hf_path=~nobody-of-that-name/m").model.hf_path == str(
+        tmp_path / "~nobody-of-that-name" / "m"
+    )
+    write(tmp_path / "b.yaml", "defaults: ['~/base.yaml']\n")
+    assert str(tmp_path / "b.yaml") in str(problem_of(tmp_path / "b.yaml"))
+
+
+def test_a_path_that_is_not_there_is_told_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    overrides = ["data.source.kind=jsonl", "data.source.path=no.jsonl"]
+    with pytest.raises(ConfigError) as caught:
+        load_config(Path("quickstart.yaml"), overrides)
+    assert [(p.key, p.value) for p in caught.value.problems] == [("data.source.path", str(tmp_path / "no.jsonl"))]

@@ -185,7 +185,7 @@ def refused_or_read(path: Path | None, overrides: list[str], check: bool = True)
     assert all(problem.key and problem.problem and problem.remedy for problem in problems)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100)
 @given(st.text(max_size=60) | st.text("[]{}:,-&*!|>'\"%@` \n\t#?=<~0aé$", max_size=40))
 @example("\ufeffname: x")
 @example("name: \x85")
@@ -198,7 +198,7 @@ def test_any_text_is_a_configuration_or_refused(tmp_path, text):
     refused_or_read(path, [])
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(st.dictionaries(KEYS, VALUES, max_size=4), st.booleans())
 def test_any_values_are_a_configuration_or_refused(values, check):
     dumped = [
@@ -208,7 +208,7 @@ def test_any_values_are_a_configuration_or_refused(values, check):
     refused_or_read(None, ["model.hf_path=model/pm4-100k", *dumped], check)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(KEYS, st.text(max_size=20))
 def test_any_override_is_a_configuration_or_refused(key, text):
     refused_or_read(None, ["model.hf_path=model/pm4-100k", f"{key}={text}"])
