@@ -213,7 +213,7 @@ def _parse_override(text: str, schema: type) -> Iterator[Assignment]:
     try:
         node = compose(value)
     except UnreadableError as error:
-        remedy = f"{error.remedy}, e.g. 'key=\"text\"'"
+        remedy = f"{error.remedy}; a text is quoted twice: 'key=\"text\"'"
         raise ConfigError(name, value, f"not a YAML value: {error.problem}", remedy, COMMAND_LINE) from error
     yield from _flatten(name.strip(), node, COMMAND_LINE, schema)
 

@@ -236,6 +236,7 @@ def test_paths_of_another_machine_are_absolute_and_left_alone():
     assert with_absolute_paths(config, elsewhere=True) == config
     packaged = load_config(Path("quickstart.yaml"))
     assert with_absolute_paths(packaged, elsewhere=True).model.hf_path == "model/pm4-100k"
+    relative = load_config(None, ["model.hf_path=mine"], check=False, model_elsewhere=Path)
     with pytest.raises(ConfigError, match=r"model\.hf_path") as error:
-        with_absolute_paths(load_config(None, ["model.hf_path=mine"], check=False), elsewhere=True)
+        with_absolute_paths(relative, elsewhere=True)
     assert "absolute path on the cluster" in str(error.value)
