@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from pipeline.reshard.engine_grid import Placement
@@ -47,6 +48,28 @@ def place(
         return Placement(world_size, engines * engine_gpus, colocated=True, nodes=tuple(placed))
     hosts = [_group(free, engine_gpus, max(node_gpus), f"engine {i}")[0] if engine_gpus else 0 for i in range(engines)]
     return _apart(placed, hosts, max(1, engine_gpus))
+
+
+def least_nodes(
+    world_size: int, tensor_parallel: int, engines: int, engine_gpus: int, gpus: int, *, colocated: bool = False
+) -> int:
+    """The smallest number of nodes with ``gpus`` GPUs each that :func:`place` is content with; 1 without GPUs.
+
+    Raises ``PlacementError`` where no number of them would do.
+    """
+    if not gpus:
+        return 1
+    needed = world_size + (0 if colocated else engines * engine_gpus)  # with one process a node each of them fits
+    nodes = math.ceil(needed / gpus)
+    while True:
+        try:
+            place(world_size, tensor_parallel, engines, engine_gpus, [gpus] * nodes, colocated=colocated)
+        except PlacementError:
+            if nodes >= needed:
+                raise
+            nodes += 1
+        else:
+            return nodes
 
 
 def _apart(learners: Sequence[int], engines: Sequence[int], size: int) -> Placement:

@@ -21,7 +21,10 @@ OVERRIDES = typer.Argument(
     help="Overrides, e.g. learner.optimizer.lr=1e-4. Paths start at the working directory.",
 )
 MEAN_RESPONSE = typer.Option(
-    0, "--mean-response", min=0, help="Expected response tokens, for the predicted times; 0: rollout.max_new_tokens."
+    0,
+    "--mean-response",
+    min=0,
+    help="Average response tokens, for the predicted times; 0: 0.3 x rollout.max_new_tokens.",
 )
 JSON = typer.Option(False, "--json", help="Print one JSON document on stdout.")
 

@@ -15,7 +15,7 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.load import to_yaml
 
 if TYPE_CHECKING:
-    from launchers.plan.preflight import Setting
+    from launchers.plan.setting import Setting
 
 app = typer.Typer(help="Start a training run: on a Slurm cluster, or here with supervision.", no_args_is_help=True)
 
@@ -30,7 +30,9 @@ def slurm(
     config: Path | None = CONFIG,
     overrides: list[str] = OVERRIDES,
     cluster: Path = typer.Option(..., "--cluster", help="Cluster file, e.g. a copy of configs/cluster/plain.yaml."),
-    nodes: int | None = typer.Option(None, "--nodes", min=1, help="Nodes; default: what the cluster file says."),
+    nodes: int | None = typer.Option(
+        None, "--nodes", min=1, help="Nodes; default: the cluster file's, or as many as the run needs."
+    ),
     resume: Path | None = RESUME,
     dry_run: bool = DRY_RUN,
     mean_response: int = MEAN_RESPONSE,
@@ -48,7 +50,7 @@ def slurm(
 
       isentrope launch slurm --config my.yaml --cluster my_cluster.yaml steps=500 cluster.walltime=02:00:00 --detach
     """
-    from launchers.plan.preflight import prepared
+    from launchers.plan.setting import prepared
     from launchers.slurm.cluster import load_cluster, split_overrides
     from launchers.slurm.worktree import collect
 
@@ -94,7 +96,7 @@ def local(
 
       isentrope launch local --config configs/quickstart.yaml steps=50
     """
-    from launchers.plan.preflight import prepared
+    from launchers.plan.setting import prepared
     from launchers.supervise.local import supervise
 
     _one_of(config, resume)

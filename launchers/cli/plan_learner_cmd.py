@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from launchers.cli.arguments import CONFIG, JSON, OVERRIDES
+from launchers.cli.arguments import CONFIG, JSON, MEAN_RESPONSE, OVERRIDES
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import PACKAGED, load_config, resolve_path
 from pipeline.config.schema import RunConfig
@@ -29,9 +29,7 @@ def learner(
         0.45, min=1e-3, max=1.0, help="Share of the peak that is reached while computing, communication included."
     ),
     fp8_speedup: float = typer.Option(1.3, min=1e-3, help="Of products in FP8 over bf16, casts included."),
-    mean_response: int = typer.Option(
-        0, min=0, help="Expected response tokens, for the speed; 0: rollout.max_new_tokens."
-    ),
+    mean_response: int = MEAN_RESPONSE,
     expert_imbalance: float = typer.Option(
         1.25, min=1.0, help="Tokens of the busiest expert-parallel rank over the mean."
     ),
@@ -52,19 +50,20 @@ def learner(
     run, folder = _load(config, overrides)
     from launchers.plan.remedies import draw, summary
     from launchers.plan.speed import Machine
+    from launchers.plan.work import expected_response
     from pipeline.model import architecture  # only once the configuration is known to be good
 
     if mean_response > run.rollout.max_new_tokens:
         why = f"above rollout.max_new_tokens={run.rollout.max_new_tokens}: lower one or raise the other"
         raise typer.BadParameter(f"{mean_response}: {why}", param_hint="--mean-response")
     machine = Machine(tflops, utilization, fp8_speedup)
-    expected = {"mean_response": mean_response, "imbalance": expert_imbalance}
+    response = mean_response or expected_response(run)
     try:
         model = architecture.read(folder)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="model.hf_path") from error
     try:
-        result = summary(model, run, machine, gpu_gib * GIB, **expected)
+        result = summary(model, run, machine, gpu_gib * GIB, response, expert_imbalance)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="learner") from error
     result = {"name": run.name, "model": run.model.hf_path} | result
@@ -119,7 +118,7 @@ def _show(result: dict[str, Any]) -> None:
         f"update: {micro['per_update']} micro-batches per replica, at most {micro['tokens']:.0f} tokens each, rows up to {micro['longest_row']}",
         f"train phase: {step['seconds']:.1f} s for {step['rows']} rows, {step['tokens_per_second']:.0f} tokens/s, MFU {step['mfu']:.2f}, "
         f"bubble {step['bubble']:.1%}, slowest stage {step['slowest_stage']:.2f} of the mean",
-        f"assumed: {machine['tflops']:g} TFLOP/s x {machine['utilization']:g}, FP8 x {machine['fp8_speedup']:g}, "
+        f"assumed: responses of {machine['mean_response']:,} tokens on average, {machine['tflops']:g} TFLOP/s x {machine['utilization']:g}, FP8 x {machine['fp8_speedup']:g}, "
         f"{machine['context_bytes'] / GIB:g} GiB context; predicted, not measured",
     ]
     if not result["fits"]:

@@ -58,14 +58,14 @@ class Forecast:
 
 
 def forecast(
-    model: Architecture, config: RunConfig, cluster: ClusterConfig, placed: Placement, mean_response: int = 0
+    model: Architecture, config: RunConfig, cluster: ClusterConfig, placed: Placement, mean_response: int
 ) -> Forecast:
-    """Of a run whose processes are ``placed``. ``mean_response``: expected response tokens; 0: ``rollout.max_new_tokens``.
+    """One step of a run whose processes are ``placed``. Seconds are for responses of ``mean_response`` tokens, memory for the longest.
 
     Raises ``ValueError`` where the model cannot be cut as learner or engines ask.
     """
     work = from_config(model, config, mean_response=mean_response)
-    stages = memory.stages(work)
+    stages = memory.stages(from_config(model, config))
     steady = max(sum(stage.parts[name] for name in memory.STEADY) for stage in stages) / GIB
     learner = max(stage.total for stage in stages) / GIB
     colocated = config.rollout.placement == "colocated"

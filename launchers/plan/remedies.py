@@ -30,15 +30,15 @@ COLOURS = {
 
 
 def summary(
-    model: Architecture, config: RunConfig, machine: Machine, gpu_bytes: float, **expected: Any
+    model: Architecture, config: RunConfig, machine: Machine, gpu_bytes: float, mean_response: int, imbalance: float
 ) -> dict[str, Any]:
-    """Bytes per GPU of every stage, the verdict, if it does not fit remedies by what they save, and a step's operations and seconds; ready for JSON.
+    """Bytes per GPU of every stage, the verdict, remedies where the model does not fit, a step's operations and seconds; for JSON.
 
-    ``expected``: ``mean_response`` and ``imbalance`` of :func:`work.from_config`. Raises ``ValueError`` on a layout that does not fit
-    the model.
+    ``mean_response`` and ``imbalance`` are those of :func:`work.from_config`; memory is for the longest responses. Raises ``ValueError``
+    on a layout that does not fit the model.
     """
-    work = from_config(model, config, **expected)
-    stages = memory.stages(work)
+    work = from_config(model, config, mean_response, imbalance)
+    stages = memory.stages(from_config(model, config, imbalance=imbalance))
     peak = max(stage.total for stage in stages)
     return {
         "gpus": work.grid.world_size,
@@ -48,7 +48,7 @@ def summary(
         "peak_bytes": peak,
         "gpu_bytes": gpu_bytes,
         "fits": peak <= gpu_bytes,
-        "remedies": remedies(model, config, peak, **expected) if peak > gpu_bytes else [],
+        "remedies": remedies(model, config, peak, imbalance) if peak > gpu_bytes else [],
         "micro_batch": {
             "tokens": work.rows * work.length,
             "longest_row": work.length,
@@ -56,11 +56,16 @@ def summary(
             "per_update": work.micro_batches,
         },
         "step": _step(work, machine),
-        "assumptions": {"context_bytes": memory.CONTEXT_BYTES, **vars(machine), **expected},
+        "assumptions": {
+            "context_bytes": memory.CONTEXT_BYTES,
+            **vars(machine),
+            "mean_response": mean_response,
+            "imbalance": imbalance,
+        },
     }
 
 
-def remedies(model: Architecture, config: RunConfig, peak: float, **expected: Any) -> list[dict[str, Any]]:
+def remedies(model: Architecture, config: RunConfig, peak: float, imbalance: float = 1.0) -> list[dict[str, Any]]:
     """Single keys that lower the peak, the strongest first: value, bytes saved on the fullest GPU, and GPUs then needed."""
     found = []
     for key, value in _changes(config):
@@ -71,7 +76,7 @@ def remedies(model: Architecture, config: RunConfig, peak: float, **expected: An
             section = getattr(section, part)
         setattr(section, name, value)
         try:
-            work = from_config(model, changed, **expected)
+            work = from_config(model, changed, imbalance=imbalance)
             saved = peak - max(stage.total for stage in memory.stages(work))
         except ValueError:  # the model cannot be cut so
             continue

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launchers import doctor
+from launchers.slurm.cluster import ClusterConfig
 from launchers.slurm.jobs import CommandError, Shell
 from pipeline.config.load import PACKAGED, resolve_path
+from pipeline.config.schema import RunConfig
 
 _LOOK = """
 for path in {paths}; do
@@ -87,3 +89,29 @@ def versions(run: Shell, python: str, *, gpus: bool) -> list[doctor.Finding]:
         remedy = "install requirements there (docs/cluster.md)"
         return [doctor.Finding(doctor.BAD, "versions", f"{python} cannot tell them: {last}", remedy)]
     return [doctor.Finding(**finding) for finding in found]
+
+
+def packaged(path: str) -> bool:
+    """Whether a path is found below ``configs/``, wherever the code is."""
+    return not Path(path).is_absolute() and (PACKAGED / path).exists()
+
+
+def needed_paths(config: RunConfig, cluster: ClusterConfig | None) -> list[tuple[str, str, str, str]]:
+    """Key, path, kind (file, folder, any) and remedy of everything that must be there before a run starts."""
+    found = []
+    if not packaged(config.model.hf_path):
+        found.append(
+            ("model.hf_path", config.model.hf_path, "folder", "copy the model there, or give its folder there")
+        )
+    if config.data.source.kind == "jsonl":
+        found.append(
+            ("data.source.path", config.data.source.path, "file", "copy the data there, or give its path there")
+        )
+    if cluster is not None:
+        found.append(("cluster.scratch", cluster.scratch, "folder", "make it, on a file system that every node shares"))
+        image = cluster.container.image
+        if image.startswith("/"):
+            found.append(("cluster.container.image", image, "any", "import the image first (Dockerfile)"))
+        sources = [mount.partition(":")[0] for mount in cluster.container.mounts]
+        found += [("cluster.container.mounts", path, "any", "make it, or remove the mount") for path in sources]
+    return found

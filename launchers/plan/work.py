@@ -12,6 +12,9 @@ from pipeline.model.grid import Grid, grid_of
 from pipeline.model.layout import Row, rows
 
 ITEM_SIZES = {"fp32": 4, "bf16": 2}
+# Of ``rollout.max_new_tokens``: the length of an average response where nobody states one. An assumption, not a measurement: about
+# 2,500 tokens at a limit of 8,192.
+EXPECTED_SHARE = 0.3
 
 
 @functools.lru_cache(maxsize=64)
@@ -93,6 +96,11 @@ class Work:
         if self.learner.max_tokens_per_micro_batch:
             return self.rows * self.length / self.expected_length, self.expected_length
         return self.rows, self.length
+
+
+def expected_response(config: RunConfig) -> int:
+    """Tokens of an average response where nobody states them: ``EXPECTED_SHARE`` of the longest."""
+    return max(1, round(EXPECTED_SHARE * config.rollout.max_new_tokens))
 
 
 def from_config(model: Architecture, config: RunConfig, mean_response: int = 0, imbalance: float = 1.0) -> Work:

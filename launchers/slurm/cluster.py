@@ -74,7 +74,9 @@ class ClusterConfig:
         "absolute folder that every node shares; runs go to <scratch>/runs/<name>-<date>",
         form=Form(r"/(?s:.*)", "not an absolute path", "name a folder that every node shares"),
     )
-    nodes: int = key(1, "nodes of a job; --nodes wins over it", range=COUNT, unit="nodes")
+    nodes: int = key(
+        0, "nodes of a job; 0: as many as the run needs; --nodes wins over it", range=NOT_NEGATIVE, unit="nodes"
+    )
     gpus_per_node: int = key(
         8, "GPUs of a node that a job takes; 0: a cluster without GPUs", range=NOT_NEGATIVE, unit="GPUs"
     )

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launchers.placement import PlacementError, place
+from launchers.placement import PlacementError, least_nodes, place
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,31 @@ def test_no_gpu_is_taken_twice_and_no_group_is_split(groups, tp, engines, engine
         taken[node] += engine_gpus
     assert max(taken.values()) <= 4
     assert all(len(set(placed.learner_nodes[i : i + tp])) == 1 for i in range(0, groups * tp, tp))
+
+
+@given(
+    groups=st.integers(1, 6),
+    tp=st.sampled_from([1, 2, 3, 4, 8]),
+    engines=st.integers(0, 5),
+    engine_gpus=st.sampled_from([0, 1, 2, 3, 4]),
+    colocated=st.booleans(),
+)
+def test_the_least_number_of_nodes_is_enough_and_one_less_is_not(groups, tp, engines, engine_gpus, colocated):
+    layout = (groups * tp, tp, engines, engine_gpus)
+    try:
+        nodes = least_nodes(*layout, 4, colocated=colocated)
+    except PlacementError:
+        with pytest.raises(PlacementError):
+            place(*layout, [4] * 100, colocated=colocated)
+        return
+    assert max(place(*layout, [4] * nodes, colocated=colocated).nodes) == nodes - 1
+    if nodes > 1:
+        with pytest.raises(PlacementError):
+            place(*layout, [4] * (nodes - 1), colocated=colocated)
+
+
+def test_without_gpus_one_node_is_enough():
+    assert least_nodes(4, 2, 3, 0, 0) == 1
 
 
 def test_colocated_engines_share_the_gpus_of_ranks_in_order():

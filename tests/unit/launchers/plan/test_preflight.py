@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from launchers.plan.preflight import Setting, check, with_absolute_paths
+from launchers.plan.preflight import check
+from launchers.plan.setting import Setting, prepared, with_absolute_paths
 from launchers.slurm.cluster import load_cluster
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import load_config, resolve_path
@@ -52,12 +53,55 @@ def test_every_node_is_told_its_part(tmp_path):
     assert "node 1: 0 learner processes, 2 engines, 4 GPUs idle" in lines
 
 
+SHIPPED = ["qwen2.5-32b", "qwen3-32b", "qwen3-235b-a22b", "qwen3-30b-a3b", "papers/qwen2.5-32b"]
+
+
+@pytest.mark.parametrize("cluster", ["plain", "pyxis"])
+@pytest.mark.parametrize("recipe", SHIPPED)
+def test_shipped_recipes_and_clusters_fit_each_other(recipe, cluster, tmp_path):
+    """As the files are, but for the data of the papers' recipes, which is not packaged; nodes follow from the plan."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "1 + 1", "answer": "2"}\n')
+    data = [f"data.source.path={prompts}"] if recipe.startswith("papers/") else []
+    described = load_cluster(Path(f"cluster/{cluster}.yaml"))
+    with prepared(Path(f"recipe/{recipe}.yaml"), data, described) as found:
+        report = check(found)
+    assert not report.problems
+    assert not [said for said in report.lines if said.startswith("note: a step")]
+    assert line(report, "nodes:") == f"nodes: {found.nodes}, as many as the run needs (--nodes says otherwise)"
+    assert set(range(found.nodes)) == set(found.placed().nodes)
+
+
+def test_predicted_seconds_are_for_an_average_response_and_memory_for_the_longest(tmp_path):
+    more = {"recipe": "recipe/qwen3-32b.yaml", "nodes": 8}
+    assumed, longest = setting(tmp_path, **more), setting(tmp_path, **more, stated_response=8192)
+    said = line(check(assumed), "responses:")
+    assert said.startswith("responses: 2,458 tokens on average (assumed: 30% of the limit; --mean-response states it)")
+    assert assumed.forecast.step_seconds < longest.forecast.step_seconds / 3
+    assert assumed.forecast.memory == longest.forecast.memory
+
+
+def test_a_mean_response_above_the_limit_is_refused():
+    with (
+        pytest.raises(ConfigError, match=r"--mean-response: 8193\n.*above rollout.max_new_tokens=8192"),
+        prepared(Path("recipe/qwen3-32b.yaml"), [], None, mean_response=8193),
+    ):
+        pass
+
+
+def test_no_number_of_nodes_helps_an_engine_that_is_larger_than_a_node(tmp_path):
+    report = check(setting(tmp_path, recipe="recipe/qwen3-235b-a22b.yaml", nodes=0, cluster=["gpus_per_node=4"]))
+    (problem,) = [problem for problem in report.problems if problem.key == "cluster.gpus_per_node"]
+    assert "an engine needs 8 GPUs, a node has 4" in problem.problem
+    assert "rollout.tensor_parallel_size" in problem.remedy
+
+
 @pytest.mark.parametrize(
     ("overrides", "nodes", "cluster", "key", "said"),
     [
         (["learner.data_parallel_size=8"], 1, [], "cluster.nodes", "needs 16 GPUs and would get 1 node of 8"),
         ([], 2, [], "cluster.nodes", "node 1 would have nothing to do"),
-        ([], 1, ["walltime='00:10:30'"], "cluster.save_before_s", "leaves 30 s of 630"),
+        ([], 1, ["walltime='00:15:30'"], "cluster.save_before_s", "leaves 30 s of 930"),
         (["checkpoint.every=0"], 1, ["requeue=false"], "checkpoint.every", "would lose everything"),
         (["checkpoint.keep_last=100000000"], 1, [], "checkpoint.keep_last", "keep fewer, make room"),
     ],
@@ -111,7 +155,7 @@ def test_memory_of_the_learner_s_gpus(tmp_path):
 def test_seconds_and_gpu_hours_of_a_32b_run(tmp_path):
     """The parts are those of the estimates, which have their own tests; here is what the plan makes of them."""
     found = setting(
-        tmp_path, recipe="recipe/qwen3-32b.yaml", nodes=8, cluster=["save_before_s=1200"], mean_response=2500
+        tmp_path, recipe="recipe/qwen3-32b.yaml", nodes=8, cluster=["save_before_s=1200"], stated_response=2500
     )
     report, forecast = check(found), found.forecast
     assert forecast.sync.model_bytes == 32_762_123_264 * 2
@@ -123,7 +167,8 @@ def test_seconds_and_gpu_hours_of_a_32b_run(tmp_path):
     parts = forecast.rollouts.seconds, forecast.train_seconds, forecast.sync.seconds
     assert forecast.step_seconds == pytest.approx(sum(parts))
     said = line(report, "step: about")
-    assert "rollouts 70.6 s + training 110.4 s + weight sync 15.8 s, responses 2,500 tokens each" in said
+    assert "rollouts 70.6 s + training 110.4 s + weight sync 15.8 s" in said
+    assert line(report, "responses:").startswith("responses: 2,500 tokens on average (stated)")
     hours = 500 * forecast.step_seconds / 3600
     assert f"500 steps in {hours:.1f} h on 64 GPUs = {hours * 64:,.1f} GPU-hours" in line(report, "cost:")
     assert "about 8 time limits of 04:00:00" in line(report, "cost:")  # 27.3 h in pieces of 4 h - 20 min
@@ -141,6 +186,7 @@ def test_seconds_and_gpu_hours_of_a_32b_run(tmp_path):
 )
 def test_a_step_must_end_before_the_time_limit(tmp_path, save_before, every, key, said):
     more = {"recipe": "recipe/qwen3-32b.yaml", "nodes": 8, "cluster": [f"save_before_s={save_before}"]}
+    more["stated_response"] = 8192
     report = check(setting(tmp_path, f"checkpoint.every={every}", **more))
     problems = {problem.key: problem for problem in report.problems if problem.key != "checkpoint.keep_last"}
     assert set(problems) == ({key} if key else set())
@@ -151,7 +197,7 @@ def test_an_engine_s_memory(tmp_path):
     more = {"recipe": "recipe/qwen3-32b.yaml", "nodes": 8, "cluster": ["save_before_s=1200"]}
     report = check(setting(tmp_path, **more))
     # 65,524,246,528 bytes of weights on 4 GPUs; 0.8 x 80 GiB less them; 65,536 bytes a token.
-    assert "15.3 GiB of weights and 48.7 GiB of cache on every GPU: 798,620 tokens, 86 of an engine's 256" in line(
+    assert "15.3 GiB of weights and 48.7 GiB of cache on every GPU: 798,620 tokens, 229 of an engine's 256" in line(
         report, "engine memory:"
     )
     problems = check(setting(tmp_path, "rollout.sglang.mem_fraction_static=0.1", **more)).problems

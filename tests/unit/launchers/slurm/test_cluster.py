@@ -25,7 +25,7 @@ def test_there_is_an_example_of_every_runtime():
     [
         ("acount=x", "acount", "did you mean account?"),
         ("account=a b", "account", "not a name"),
-        ("nodes=0", "nodes", "at least 1"),
+        ("nodes=-1", "nodes", "at least 0"),
         ("nodes=two", "nodes", "give an integer"),
         ("scratch=runs", "scratch", "not an absolute path"),
         ("walltime='4 hours'", "walltime", "hours:minutes:seconds"),

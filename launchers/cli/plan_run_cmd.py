@@ -1,0 +1,38 @@
+"""``isentrope plan run``: what a run will do and cost, and whether it can."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from launchers.cli.arguments import MEAN_RESPONSE, OVERRIDES
+
+
+def run(
+    config: Path = typer.Option(
+        ..., "--config", "-c", help="YAML file; looked up here, then among the packaged configs."
+    ),
+    overrides: list[str] = OVERRIDES,
+    cluster: Path | None = typer.Option(None, "--cluster", help="Cluster file; without it, this machine."),
+    nodes: int | None = typer.Option(
+        None, "--nodes", min=1, help="Nodes; default: the cluster file's, or as many as the run needs."
+    ),
+    mean_response: int = MEAN_RESPONSE,
+) -> None:
+    """Say in words what a run will do, step by step and node by node, and check that it can. Exits with 2 if it cannot.
+
+    Example:
+
+      isentrope plan run --config configs/quickstart.yaml rollout.prompts_per_step=64
+    """
+    from launchers.plan.preflight import check
+    from launchers.plan.setting import prepared
+    from launchers.slurm.cluster import load_cluster, split_overrides
+
+    of_run, of_cluster = split_overrides(overrides)
+    described = load_cluster(cluster, of_cluster) if cluster else None
+    with prepared(config, of_run, described, nodes=nodes, mean_response=mean_response) as setting:
+        report = check(setting)
+    typer.echo("\n".join(report.lines))
+    report.raise_problems()

@@ -1,0 +1,149 @@
+"""Checks of a plan: memory, seconds, GPU-hours, and whether a step and its checkpoint fit into a job's time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from launchers.plan.setting import Setting
+from launchers.plan.words import count, duration, size
+from launchers.plan.work import EXPECTED_SHARE
+from launchers.slurm.cluster import ClusterConfig, seconds
+from pipeline.config.errors import Problem
+from pipeline.config.schema import RunConfig
+from pipeline.monitoring.memory import GIB
+
+if TYPE_CHECKING:
+    from launchers.plan.forecast import Forecast
+
+STOP_S = 20  # before its limit a job is requeued whatever the run does (launchers/slurm/job.sh.j2)
+
+
+def memory(setting: Setting) -> Iterator[str | Problem]:
+    """What ``isentrope plan learner`` says, in a line, and what engines hold."""
+    try:
+        forecast = setting.forecast
+    except ValueError as error:
+        yield Problem(
+            "rollout.tensor_parallel_size", setting.config.rollout.tensor_parallel_size, str(error), "change the layout"
+        )
+        return
+    if forecast is None or setting.cluster is None:
+        return
+    gib, memory = setting.cluster.gpu_gib, forecast.memory
+    yield f"memory: {memory.learner:,.1f} of {gib:g} GiB on the fullest learner GPU (predicted; isentrope plan learner has the parts)"
+    if memory.learner > gib:
+        from launchers.plan.remedies import remedies
+
+        found = remedies(setting.model, setting.config, memory.learner * GIB)
+        keys = [f"{remedy['key']}={remedy['value']}" for remedy in found[:3]]
+        what = f"a learner GPU would need {memory.learner:,.1f} GiB"
+        yield Problem("cluster.gpu_gib", gib, what, f"try {' or '.join(keys) or 'a larger layout'}")
+    yield from _engine_memory(setting.config, gib, forecast)
+
+
+def _engine_memory(config: RunConfig, gib: float, forecast: Forecast) -> Iterator[str | Problem]:
+    drawn, memory = forecast.rollouts, forecast.memory
+    if drawn is None:
+        return
+    key, share = "rollout.sglang.mem_fraction_static", config.rollout.sglang.mem_fraction_static
+    weights, length = drawn.weights_bytes / GIB, config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+    if drawn.kv_tokens < length:
+        least = (drawn.weights_bytes + length * drawn.kv_token_bytes) / GIB / memory.engine * share
+        what = f"{memory.engine:,.1f} GiB of an engine's GPU, for {weights:,.1f} GiB of weights and a cache of {length:,} tokens at least"
+        enough = f"raise it above {least:.2f}, or " if least < 0.95 else ""
+        yield Problem(key, share, what, f"{enough}raise rollout.tensor_parallel_size")
+        return
+    yield (
+        f"engine memory: {weights:,.1f} GiB of weights and {drawn.kv_bytes / GIB:,.1f} GiB of cache on every GPU: {drawn.kv_tokens:,} tokens, "
+        f"{drawn.concurrent:,} of an engine's {drawn.samples:,} samples at a time (predicted)"
+    )
+    if memory.together:
+        yield f"together: {memory.together:,.1f} of {gib:g} GiB where learner and engine share a GPU (predicted)"
+    if memory.together > gib:
+        what = f"an engine with {memory.engine:,.1f} GiB beside the learner's {memory.steady:,.1f} makes {memory.together:,.1f} of {gib:g} GiB"
+        remedy = f"lower {key}, shard the learner further, or set rollout.placement=disaggregated"
+        yield Problem("rollout.placement", config.rollout.placement, what, remedy)
+
+
+def speed(setting: Setting) -> Iterator[str | Problem]:
+    """Seconds of a step and GPU-hours of the run; the problems are ``memory``'s and ``time``'s."""
+    try:
+        forecast = setting.forecast
+    except ValueError:
+        return
+    if forecast is None or setting.cluster is None:
+        return
+    train, sync = forecast.train_seconds, forecast.sync
+    across = f", {size(sync.node_bytes)} of it into a node from others" if sync.node_bytes else ""
+    yield f"weight sync: {size(sync.model_bytes)}{across}: about {duration(sync.seconds)} (predicted)"
+    drawn, step = forecast.rollouts, forecast.step_seconds
+    if drawn is None or step is None:
+        yield f"train phase: about {duration(train)} a step (predicted); engines that compute on the CPU are not estimated"
+        return
+    yield (
+        f"step: about {duration(step)} = rollouts {duration(drawn.seconds)} + training {duration(train)} + weight sync "
+        f"{duration(sync.seconds)} (a roofline at the cluster file's speeds, not a measurement)"
+    )
+    yield f"responses: {_response(setting)}; times are for these, memory is for the longest"
+    steps, gpus = setting.config.steps, setting.nodes * setting.cluster.gpus_per_node
+    usable = seconds(setting.cluster.walltime) - setting.cluster.save_before_s
+    jobs = math.ceil(steps * step / usable)
+    yield (
+        f"cost: {steps:,} steps in {duration(steps * step)} on {gpus:,} GPUs = {steps * step / 3600 * gpus:,.1f} GPU-hours, about "
+        f"{count(jobs, 'time limit')} of {setting.cluster.walltime} (predicted; without start-up, evaluation and saving)"
+    )
+
+
+def _response(setting: Setting) -> str:
+    """How long an average response is taken to be, and who says so."""
+    stated = (
+        "stated"
+        if setting.stated_response
+        else f"assumed: {EXPECTED_SHARE:.0%} of the limit; --mean-response states it"
+    )
+    return f"{setting.response:,} tokens on average ({stated})"
+
+
+def time(setting: Setting) -> Iterator[str | Problem]:
+    """When the run saves, and whether what is in progress can end before the job does."""
+    cluster, every = setting.cluster, setting.config.checkpoint.every
+    if cluster is None:
+        return
+    limit = seconds(cluster.walltime)
+    again = "requeued" if cluster.requeue else f"followed by the next of {count(cluster.chain, 'job')}"
+    yield f"time: saves {cluster.save_before_s} s (or up to a minute more) before {cluster.walltime} is over, then is {again}"
+    saves = f"every {every} steps" if every else "only at the end and before the time limit"
+    yield f"checkpoints: {saves}, in {setting.run_dir / 'checkpoints'}, the last {setting.config.checkpoint.keep_last} kept"
+    if limit - cluster.save_before_s < 60:
+        what = f"leaves {limit - cluster.save_before_s} s of {limit} for start-up and training"
+        yield Problem("cluster.save_before_s", cluster.save_before_s, what, "lower it or raise cluster.walltime")
+    if not every and not cluster.requeue and cluster.chain == 1:
+        what = "a job that is lost, or out of time, would lose everything"
+        yield Problem("checkpoint.every", every, what, "save every so many steps, or set cluster.requeue=true")
+    yield from _save_interval(setting, cluster, limit - cluster.save_before_s)
+
+
+def _save_interval(setting: Setting, cluster: ClusterConfig, usable: int) -> Iterator[str | Problem]:
+    """Whether the step in progress ends, and checkpoints come, before the time is up."""
+    try:
+        step = setting.forecast.step_seconds if setting.forecast else None
+    except ValueError:
+        return
+    if step is None:
+        return
+    every, steps = setting.config.checkpoint.every, setting.config.steps
+    if every:
+        yield f"save interval: {every} steps = about {duration(every * step)} of the {duration(usable)} before saving begins (predicted)"
+    if step + STOP_S <= cluster.save_before_s:
+        return
+    enough = math.ceil((step + STOP_S) / 60) * 60
+    what = f"a step takes about {duration(step)} (predicted): the one in progress would not end before the job does"
+    between = min(every or steps, steps) * step
+    if between > usable:
+        saved = f"no checkpoint comes before, so that every attempt begins at the same step ({duration(between)} between checkpoints)"
+        remedy = f"raise it to {enough} or more (and cluster.walltime above that), or lower checkpoint.every"
+        yield Problem("cluster.save_before_s", cluster.save_before_s, f"{what}, and {saved}", remedy)
+    else:
+        yield f"note: {what}, and be done again; cluster.save_before_s={enough} would save it"
