@@ -97,6 +97,7 @@ def test_table_and_figure(capsys, tmp_path):
     folder.mkdir()
     config = {
         "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 2,
