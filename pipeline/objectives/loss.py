@@ -37,7 +37,7 @@ import torch
 from pipeline.config.schema import ObjectiveConfig
 from pipeline.objectives import correction, influence, mismatch
 from pipeline.objectives.losses import surrogate
-from pipeline.objectives.losses.inputs import Inputs
+from pipeline.objectives.losses.inputs import Inputs, ratio_of
 from pipeline.types import Actuation, TrainBatch
 
 FC_MAX_RATIO = 8.0  # as measured; keeps one rare token from outweighing the rest
@@ -134,7 +134,7 @@ def policy_loss(
     """
     log_probs = outputs.log_probs
     old = log_probs.detach() if rows.old_log_probs is None else rows.old_log_probs
-    ratio = torch.exp(log_probs - old)
+    ratio = ratio_of(log_probs - old)
     clipped = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)
     positive = torch.minimum(ratio, clipped)
     advantages = _advantages(outputs, rows)

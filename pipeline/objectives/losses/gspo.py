@@ -6,7 +6,7 @@ import torch
 
 from pipeline.config.schema import ObjectiveConfig
 from pipeline.objectives.losses import ppo
-from pipeline.objectives.losses.inputs import Inputs
+from pipeline.objectives.losses.inputs import Inputs, ratio_of
 
 
 def surrogate(inputs: Inputs, objective: ObjectiveConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -19,7 +19,7 @@ def surrogate(inputs: Inputs, objective: ObjectiveConfig) -> tuple[torch.Tensor,
     log_ratio = (inputs.log_probs - inputs.old).detach()
     _, index, lengths = inputs.row.unique(return_inverse=True, return_counts=True)
     means = log_ratio.new_zeros(len(lengths)).index_add(0, index, log_ratio) / lengths
-    ratio = means[index].exp() * inputs.identity
+    ratio = ratio_of(means)[index] * inputs.identity
     high = (ratio > 1 + objective.clip_high) & (inputs.advantages > 0)
     low = (ratio < 1 - objective.clip_low) & (inputs.advantages < 0)
     return ppo.clipped(ratio, inputs.advantages, objective), high | low

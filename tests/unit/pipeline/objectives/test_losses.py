@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from pipeline.config.schema import LOSSES as NAMES
 from pipeline.config.schema import CeGppoConfig, KlCovConfig, ObjectiveConfig
+from pipeline.objectives.loss import PolicyOutputs, TokenRows, policy_loss
 from pipeline.objectives.losses import LOSSES, surrogate
 from pipeline.objectives.losses.inputs import Inputs
+from pipeline.types import Actuation
 
 RANGE = ObjectiveConfig(clip_low=0.2, clip_high=0.28)
 OLD = -2.0  # log-probability before the update
@@ -64,6 +66,28 @@ def test_cispo_truncates_the_weight_and_keeps_the_gradient():
     assert losses[0] == approx(-2.56 * (OLD + math.log(1.5)))
     assert bounded == [True, False, False, True]
     assert values(replace(objective, clip_low=0.2), [0.1], [1.0])[1] == approx([-0.8])
+
+
+@pytest.mark.parametrize("loss", ["ppo", "gspo", "cispo", "ce_gppo", "htpo"])
+@pytest.mark.parametrize("log_ratio", [87.0, 89.0, 500.0])
+def test_a_huge_ratio_where_a_loss_is_bounded_gives_a_finite_gradient(loss, log_ratio):
+    """A > 0 above the range: the loss is bounded there, and so must be its gradient."""
+    log_probs = torch.tensor([0.0], requires_grad=True)
+    old = torch.tensor([-log_ratio])
+    rows = TokenRows(
+        row=torch.tensor([0]),
+        weights=torch.tensor([1.0]),
+        advantages=torch.tensor([1.0]),
+        auxiliary=torch.tensor([False]),
+        correct=torch.tensor([True]),
+        behavior_log_probs=old,
+        actuation=Actuation(),
+        old_log_probs=old,
+    )
+    total, _ = policy_loss(PolicyOutputs(log_probs, torch.tensor([0.3])), rows, replace(RANGE, loss=loss))
+    total.backward()
+    assert torch.isfinite(total)
+    assert torch.isfinite(log_probs.grad).all()
 
 
 def test_ce_gppo_keeps_a_bounded_gradient_of_clipped_tokens():
