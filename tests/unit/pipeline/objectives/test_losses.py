@@ -99,6 +99,13 @@ def test_ce_gppo_keeps_a_bounded_gradient_of_clipped_tokens():
     assert bounded == [True, True, False, False, False]
 
 
+def test_ce_gppo_bounds_a_negative_advantage_beyond_a_ratio_of_3():
+    objective = replace(RANGE, loss="ce_gppo")
+    losses, slopes, _ = values(objective, [2.9, 3.1, 40.0], [-2.0, -2.0, -2.0])
+    assert losses == approx([5.8, 6.0, 6.0])
+    assert slopes == approx([5.8, 0.0, 0.0])
+
+
 def test_kl_cov_penalises_marked_tokens_and_clips_none():
     objective = replace(RANGE, loss="kl_cov", kl_cov=KlCovConfig(coef=0.5))
     losses, slopes, bounded = values(objective, [3.0, 3.0, 0.25], [1.0, 1.0, 1.0], marks=[0, 1, 1])
