@@ -20,7 +20,7 @@ from pipeline.types import GenerateRequest, Prompt, Role, SampleGroup
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % bootstrap interval."""
+    """A value with its 95 % interval (``metrics.pass_interval``)."""
 
     value: float
     low: float

@@ -1,10 +1,11 @@
-"""pass@k, maj@k, distinct correct answers, and bootstrap intervals, from ``n`` samples of each of ``Q`` questions."""
+"""pass@k, maj@k, distinct correct answers, and their intervals, from ``n`` samples of each of ``Q`` questions."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import numpy as np
 
@@ -62,16 +63,29 @@ def distinct_correct(answers: Sequence[Sequence[str]], correct: np.ndarray) -> f
 def pass_interval(
     correct: np.ndarray, n: int, k: int, *, seed: int, resamples: int = 1000, level: float = 0.95
 ) -> tuple[float, float]:
-    """Bootstrap interval of ``pass_at_k``: questions are drawn again, then the samples of each.
+    """Interval of ``pass_at_k`` by the bootstrap: questions are drawn again, then the samples of each.
+
+    Single answers (``n`` = 1), and questions that all pass or all fail, have ``wilson``'s interval over the questions:
+    of 30 in 30 the bootstrap would say (1, 1).
 
     Drawing samples again repeats some, which lowers pass@k for k > 1; the percentile interval is therefore moved so that
     its median is the estimate. Clipped to [0, 1]. The same ``seed`` gives the same interval.
     """
+    estimate = pass_at_k(correct, n, k)
+    if n == 1 or estimate in (0.0, 1.0):
+        return wilson(estimate, len(correct), level)
     rng = np.random.default_rng(seed)
     questions = rng.integers(len(correct), size=(resamples, len(correct)))
     redrawn = rng.binomial(n, np.asarray(correct)[questions] / n)
     estimates = _pass_table(n, k)[redrawn].mean(axis=1)
     tail = (1 - level) / 2
     low, middle, high = np.quantile(estimates, [tail, 0.5, 1 - tail])
-    estimate = pass_at_k(correct, n, k)
     return max(0.0, float(estimate + low - middle)), min(1.0, float(estimate + high - middle))
+
+
+def wilson(share: float, count: int, level: float) -> tuple[float, float]:
+    """Interval of a share of ``count`` independent yes-or-no answers (Wilson 1927, JASA 22(158)), also at 0 and 1."""
+    z2 = NormalDist().inv_cdf((1 + level) / 2) ** 2
+    middle, half = share + z2 / (2 * count), math.sqrt(z2 * (share * (1 - share) + z2 / (4 * count)) / count)
+    low, high = ((middle + side * half) / (1 + z2 / count) for side in (-1, 1))
+    return min(max(0.0, low), share), max(min(1.0, high), share)

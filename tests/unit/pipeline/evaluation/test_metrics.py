@@ -81,3 +81,14 @@ def test_the_interval_counts_both_draws():
     # Every question alike, 2 of 4 right: only the samples vary, sd = sqrt(.25 / 4 / 100) = .025.
     low, high = pass_interval(np.full(100, 2), 4, 1, seed=0, resamples=4000)
     assert high - low == pytest.approx(2 * 1.96 * 0.025, rel=0.08)
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (4, 1), (4, 4)])
+def test_the_interval_is_honest_where_all_pass_or_none(n, k):
+    """30 of 30 is not certainty: Wilson's 95 % interval is [0.886, 1], that of 0 of 30 [0, 0.114]."""
+    assert pass_interval(np.full(30, n), n, k, seed=0) == (pytest.approx(0.8865, abs=1e-4), 1.0)
+    assert pass_interval(np.zeros(30, int), n, k, seed=0) == (0.0, pytest.approx(0.1135, abs=1e-4))
+
+
+def test_the_interval_of_single_answers_is_wilsons():
+    assert pass_interval((np.arange(30) < 27).astype(int), 1, 1, seed=0) == pytest.approx((0.7438, 0.9654), abs=1e-4)
