@@ -1,13 +1,18 @@
 """The methods by name: what each is, where it comes from, and the configuration that switches it on.
 
-``isentrope lab methods`` and docs/methods.md print this table. Overrides are on top of any configuration without entropy control
-(``entropy.controller=none``) and one update per step; parameters are the published defaults where there are any.
+A loss, an advantage and a token shaping say it in their own files (``METHOD``), as ``pipeline.registry`` lists them.
+``isentrope lab methods`` and docs/methods.md print the table of all of them. Overrides are on top of any
+configuration without entropy control (``entropy.controller=none``) and one update per step; parameters are the
+published defaults where there are any.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+
+from pipeline.registry import load, names
 
 GRPO = ("entropy.controller=none",)
 OFF_POLICY = (*GRPO, "learner.updates_per_step=2")  # without, every ratio is 1 and nothing is clipped
@@ -24,7 +29,9 @@ EVIDENCE = {
 
 @dataclass(frozen=True)
 class Method:
-    """One row. ``overrides`` are ``key=value`` words for the command line; empty where ``missing`` says why it is not offered."""
+    """One row. ``overrides`` are ``key=value`` words for the command line; empty where ``missing`` says why it is not
+    offered.
+    """
 
     name: str
     kind: str  # advantage | loss | token shaping | sampler | actuator | controller | recipe (several of them)
@@ -35,16 +42,21 @@ class Method:
     missing: str = ""
 
 
-def _loss(name: str, source: str, rule: str, *more: str) -> Method:
+def advantage_method(name: str, source: str, rule: str, *more: str) -> Method:
+    """A way from rewards to advantages; GRPO's is the default. ``more``: further overrides."""
+    switch = () if name == "grpo" else (f"objective.advantage={name}",)
+    return Method(name, "advantage", source, rule, "code", (*GRPO, *switch, *more))
+
+
+def loss_method(name: str, source: str, rule: str, *more: str) -> Method:
+    """A surrogate loss; ``more``: further overrides."""
     return Method(name, "loss", source, rule, "code", (*OFF_POLICY, f"objective.loss={name}", *more))
 
 
-def _advantage(name: str, source: str, rule: str, *more: str) -> Method:
-    return Method(name, "advantage", source, rule, "code", (*GRPO, f"objective.advantage={name}", *more))
-
-
-def _shaping(name: str, source: str, rule: str, evidence: str = "code", *more: str, shaping: str = "") -> Method:
-    """``shaping``: what the configuration calls it, where that is not ``name``."""
+def shaping_method(name: str, source: str, rule: str, *more: str, evidence: str = "code", shaping: str = "") -> Method:
+    """A token shaping; ``more``: further overrides. ``shaping``: what the configuration calls it, where that is not
+    ``name``.
+    """
     switch = f"objective.token_shaping=[{shaping or name}]"
     return Method(name, "token shaping", source, rule, evidence, (*GRPO, switch, *more))
 
@@ -57,86 +69,25 @@ def _absent(name: str, kind: str, source: str, rule: str, evidence: str, missing
     return Method(name, kind, source, rule, evidence, missing=missing)
 
 
-_CLIP_HIGHER = ("objective.clip_high=0.28", "objective.dual_clip=10")
+CLIP_HIGHER = ("objective.clip_high=0.28", "objective.dual_clip=10")
 
 
-def _advantages() -> Iterator[Method]:
-    """GRPO's and what may take its place."""
-    yield Method(
-        "grpo", "advantage", "2402.03300", "A = (r - mean) / std of the group; PPO's clipped loss", "code", GRPO
-    )
-    yield _advantage(
-        "dr_grpo", "2503.20783", "A = r - mean of the group; sum / max_new_tokens", "objective.aggregation=dr_grpo"
-    )
-    yield _advantage("rloo", "2402.14740", "A = r - mean of the others of the group")
-    yield _advantage("reinforce_pp", "2501.03262", "A = (r - mean) / std over the whole step")
-    yield _advantage("reinforce_pp_baseline", "2501.03262", "A = (r - mean of the group) / std over the whole step")
-    yield _advantage("pass_at_k", "2508.10751", "A = A_grpo / 2 + A_k / 2, A_k the analytic advantage of pass@4")
+def _of(package: str) -> Iterator[Method]:
+    """``METHOD`` of each file of a package; one without it is a default, whose row is another's."""
+    modules = (load(package, name) for name in names(package))
+    yield from (module.METHOD for module in modules if hasattr(module, "METHOD"))
 
 
-def _losses() -> Iterator[Method]:
-    """Surrogates, DAPO's recipe first."""
+def _recipes() -> Iterator[Method]:
+    """Several keys that are one method."""
     yield Method(
         "dapo",
         "recipe",
         "2503.14476",
         "clip-higher .2/.28, dual clip 10, token mean, overlong filter, groups of equal reward drawn anew",
         "code",
-        (*OFF_POLICY, *_CLIP_HIGHER, "objective.overlong.filter=true", "rollout.sampling_rounds=10"),
+        (*OFF_POLICY, *CLIP_HIGHER, "objective.overlong.filter=true", "rollout.sampling_rounds=10"),
     )
-    yield _loss(
-        "gspo",
-        "2507.18071",
-        "ratio of the whole sequence (geometric mean over tokens), clipped at 3e-4, 4e-4; mean of sequences",
-        *("objective.aggregation=sequence_mean", "objective.clip_low=3e-4", "objective.clip_high=4e-4"),
-    )
-    yield _loss(
-        "cispo",
-        "2506.13585",
-        "-sg(min(r, 1.2)) A log pi: truncated weights, no token loses its gradient",
-        *("objective.clip_low=1", "objective.clip_high=0.2"),
-    )
-    yield _loss("ce_gppo", "2509.20712", "clipped tokens keep a bounded gradient: .5 below the range, 1 above")
-    yield _loss("kl_cov", "2505.22617", "-A r, and |log pi - log pi_old| on the .2 % of tokens of highest covariance")
-    yield _loss(
-        "htpo",
-        "2605.08283",
-        "by difficulty, correctness and entropy: tokens left out, or pulled back beyond the range",
-        *_CLIP_HIGHER,
-    )
-
-
-def _shapings() -> Iterator[Method]:
-    """Weights and advantages of single tokens."""
-    yield _shaping(
-        "clip_cov",
-        "2505.22617",
-        "no loss on .02 % of tokens, at random among those with 1 < Cov < 5; clip 1, dual clip 10",
-        "code",
-        *("objective.clip_low=1", "objective.clip_high=1", "objective.dual_clip=10"),
-    )
-    yield _shaping("gaussian_cov", "2605.11538", "A w N / sum w, w = exp(-c^2 / (2 var c))", "summary")
-    yield _shaping("entropy_adv", "2506.14758", "A += min(.4 H, |A| / 2)", "third-party code")
-    yield _shaping(
-        "high_entropy_tokens",
-        "2506.01939",
-        "loss on the 20 % of tokens of highest entropy only",
-        shaping="high_entropy",
-    )
-    yield _shaping("stare", "2606.19236", "while H < .3: x 1.1 on positives' 10 % most surprising tokens")
-    yield _shaping(
-        "rlrt",
-        "2605.10781",
-        "in correct responses A x (.5 + .5 clip(pi / pi_shown-a-peer, .8, 1.2)); mix, clip and prompt ours",
-        "third-party code",
-    )
-    yield _shaping(
-        "opefo",
-        "2605.11491",
-        "x (1 + l) where dH > 0, x (1 - l) where dH < 0: predicted changes cancel",
-        "summary",
-    )
-    yield _shaping("entrocraft", "2604.26326", "above the band correct responses only (A = 1), below it A < 0 only")
 
 
 def _levers() -> Iterator[Method]:
@@ -225,5 +176,18 @@ def _not_offered() -> Iterator[Method]:
         yield _absent(name, "-", "-", "-", "abstract", "its formula is not public beyond the abstract")
 
 
-_KINDS = (_advantages, _losses, _shapings, _levers, _controllers, _not_offered)  # in the order in which they are shown
-METHODS: dict[str, Method] = {method.name: method for rows in _KINDS for method in rows()}
+@cache
+def all_methods() -> dict[str, Method]:
+    """Every method by its name, in the order in which they are shown. Imports the methods' files, and with them
+    torch.
+    """
+    rows = (
+        *_of("pipeline.objectives.advantages"),
+        *_recipes(),
+        *_of("pipeline.objectives.losses"),
+        *_of("pipeline.objectives.shaping"),
+        *_levers(),
+        *_controllers(),
+        *_not_offered(),
+    )
+    return {method.name: method for method in rows}

@@ -1,7 +1,7 @@
 """Methods by name: the modules of a package are its methods, one file each, listed without importing them.
 
-A module whose name starts with ``_`` is a helper of its package and no method. The check of a configuration takes its choices from
-:func:`names` and so needs no torch; what runs a method imports it with :func:`load`.
+A module whose name starts with ``_`` is a helper of its package and no method. The check of a configuration takes its
+choices from :func:`names` and so needs no torch; what runs a method imports it with :func:`load`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
+from functools import cache
 from types import ModuleType
 
 
@@ -24,8 +25,11 @@ def names(package: str) -> tuple[str, ...]:
     return tuple(sorted(module.name for module in found if not module.name.startswith("_")))
 
 
+@cache
 def load(package: str, name: str) -> ModuleType:
-    """The module of one method, imported. Raises ``ValueError`` with the names there are when there is no such method."""
+    """The module of one method, imported. Raises ``ValueError`` with the names there are when there is no such
+    method.
+    """
     known = names(package)
     if name not in known:
         raise ValueError(f"{package.rpartition('.')[2]}: no {name!r}: use one of {', '.join(known)}")

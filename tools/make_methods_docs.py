@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.methods import EVIDENCE, METHODS
+from pipeline.methods import EVIDENCE, all_methods
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "methods.md"
-BEGIN = "<!-- methods: written by tools/make_methods_docs.py from pipeline/methods.py -->"
+BEGIN = "<!-- methods: written by tools/make_methods_docs.py from the methods' files -->"
 END = "<!-- end of methods -->"
 
 
@@ -21,13 +21,13 @@ def page() -> str:
 def table() -> str:
     """Markdown of the table and of what is not offered."""
     rows = ["| name | kind | source | rule | known from | switched on by |", "|---|---|---|---|---|---|"]
-    for method in METHODS.values():
+    for method in all_methods().values():
         if method.overrides:
             switch = " ".join(f"`{word}`" for word in method.overrides)
             cells = [f"`{method.name}`", method.kind, method.source, method.rule, method.evidence, switch]
             rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     absent: dict[str, list[str]] = {}
-    for method in METHODS.values():
+    for method in all_methods().values():
         if method.missing:
             absent.setdefault(method.missing, []).append(f"`{method.name}`")
     known = "; ".join(f"{name}: {meaning}" for name, meaning in EVIDENCE.items())

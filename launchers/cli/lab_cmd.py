@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from launchers.cli.arguments import JSON
-from pipeline.methods import EVIDENCE, METHODS
 
 if TYPE_CHECKING:
     from launchers.lab.matrix import Outcome
@@ -29,10 +28,12 @@ def methods(as_json: bool = JSON) -> None:
 
     Overrides are words for `isentrope train`, on top of any configuration; what is not offered says why.
     """
+    from pipeline.methods import EVIDENCE, all_methods  # imports torch
+
     if as_json:
-        typer.echo(json.dumps([asdict(method) | {"offered": not method.missing} for method in METHODS.values()]))
+        typer.echo(json.dumps([asdict(method) | {"offered": not method.missing} for method in all_methods().values()]))
         return
-    for method in METHODS.values():
+    for method in all_methods().values():
         typer.echo(f"{method.name}: {method.kind}, {method.source} ({method.evidence})")
         typer.echo(f"    {method.rule}")
         typer.echo(f"    {' '.join(method.overrides) or f'not offered: {method.missing}'}")
@@ -61,8 +62,9 @@ def run(
     from launchers.lab.matrix import run_matrix  # reads the runs' configurations
     from launchers.lab.report import write_report  # loads matplotlib
     from launchers.lab.suite import cells, chosen, load_suite
+    from pipeline.methods import all_methods
 
-    known = {name: method.overrides for name, method in METHODS.items() if not method.missing}
+    known = {name: method.overrides for name, method in all_methods().items() if not method.missing}
     wanted = chosen(load_suite(suite, known), methods, seeds, known)
     matrix = cells(wanted, known, out)
     out.mkdir(parents=True, exist_ok=True)

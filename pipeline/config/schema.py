@@ -8,10 +8,11 @@ from typing import Any
 from omegaconf import MISSING
 
 from pipeline.config.key import COUNT, FRACTION, NOT_NEGATIVE, POSITIVE, SEED, SHARE, Form, Range, key
+from pipeline.registry import names
 
-ADVANTAGES = ("grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "pass_at_k")
-LOSSES = ("ppo", "gspo", "cispo", "ce_gppo", "kl_cov", "htpo")
-SHAPINGS = ("clip_cov", "gaussian_cov", "entropy_adv", "high_entropy", "stare", "rlrt", "entrocraft", "opefo")
+ADVANTAGES = names("pipeline.objectives.advantages")
+LOSSES = names("pipeline.objectives.losses")
+SHAPINGS = names("pipeline.objectives.shaping")
 CONTROLLERS = ("pi", "scope", "bang_bang", "skywork", "aent", "entropic", "constant", "none")
 ACTUATORS = ("resample", "reweight", "fc", "dcpo", "tok", "entropy_bonus", "high_prob", "clip_cov")
 VERIFIERS = ("auto", "exact", "math", "reasoning_gym", "countdown", "choice")

@@ -1,28 +1,31 @@
 """The policy loss of one update, token by token.
 
-Everything a token needs comes with it in ``TokenRows``, its normalisation included, so the loss is a plain sum: the same
-whatever the micro-batch size, the order of rows or the number of ranks.
+Everything a token needs comes with it in ``TokenRows``, its normalisation included, so the loss is a plain sum: the
+same whatever the micro-batch size, the order of rows or the number of ranks.
 
 The terms, each times the token's weight (``r`` = pi / pi_old, both at T=1; A the advantage):
 
-- main rows: the surrogate that ``objective.loss`` names (``losses``; by default PPO's, clipped), times the token's weight of
-  ``shaping``; k3 KL to a reference (Schulman); what the actuator adds (below). ``correction`` may multiply the surrogate, and the
-  positive term of ``reweight``, by a detached weight against the mismatch of engine and learner; KL and entropy bonus
-  are left alone, and so are all denominators: a masked token counts in them and adds 0.
-- auxiliary rows: SCOPE-RL's positive term (2510.08141 v7), ``min(r, clip(r, 1 - eps_low, 1 + eps_high))`` with the constant
-  advantage 1 and no importance weight, neither for the temperature the row was drawn at nor against the mismatch.
+- main rows: the surrogate that ``objective.loss`` names (``losses``; by default PPO's, clipped), times the token's
+  weight of ``shaping``; k3 KL to a reference (Schulman); what the actuator adds (below). ``correction`` may multiply
+  the surrogate, and the positive term of ``reweight``, by a detached weight against the mismatch of engine and
+  learner; KL and entropy bonus are left alone, and so are all denominators: a masked token counts in them and adds 0.
+- auxiliary rows: SCOPE-RL's positive term (2510.08141 v7), ``min(r, clip(r, 1 - eps_low, 1 + eps_high))`` with the
+  constant advantage 1 and no importance weight, neither for the temperature the row was drawn at nor against the
+  mismatch.
 
 Actuators, with ``u`` the command, ``c`` in {0, 1} the row's correctness, ``pi_T`` the policy at temperature T = u:
 
 - ``resample``: only through the auxiliary rows.
-- ``reweight``: correct main rows carry a positive term too, each token weighted by pi_T / pi (DCPO's idea, 2601.12730, here
-  as a sum of its own instead of a mixture with the advantage).
+- ``reweight``: correct main rows carry a positive term too, each token weighted by pi_T / pi (DCPO's idea, 2601.12730,
+  here as a sum of its own instead of a mixture with the advantage).
 - ``fc``: A += alpha c (min(pi_T / pi, 8) - 1), the same centred: exactly 0 at T=1.
 - ``tok``: A += u c clip(-(log pi + H), -3, 3), with H the token's exact entropy.
 - ``entropy_bonus``: loss -= u H.
-- ``dcpo``: A <- (1 - alpha) A + alpha c pi_T / pi (2601.12730), with alpha set by the distance to the target (``batch``).
-- ``high_prob``: A -= u |A| on tokens of probability above 0.95: loss += -u mean(-r |A|) over them (EntroPIC, 2511.15248), here inside the
-  clipped surrogate, the same where r = 1, and divided by all tokens' number, not by theirs alone.
+- ``dcpo``: A <- (1 - alpha) A + alpha c pi_T / pi (2601.12730), with alpha set by the distance to the target
+  (``batch``).
+- ``high_prob``: A -= u |A| on tokens of probability above 0.95: loss += -u mean(-r |A|) over them (EntroPIC,
+  2511.15248), here inside the clipped surrogate, the same where r = 1, and divided by all tokens' number, not by
+  theirs alone.
 - ``clip_cov``: ``token_weights`` takes the tokens of highest covariance out of the surrogate (2505.22617).
 """
 
@@ -36,8 +39,8 @@ import torch
 
 from pipeline.config.schema import ObjectiveConfig
 from pipeline.objectives import correction, influence, mismatch
-from pipeline.objectives.losses import surrogate
-from pipeline.objectives.losses.inputs import Inputs, ratio_of
+from pipeline.objectives.losses._inputs import Inputs, ratio_of
+from pipeline.registry import load
 from pipeline.types import Actuation, TrainBatch
 
 FC_MAX_RATIO = 8.0  # as measured; keeps one rare token from outweighing the rest
@@ -129,8 +132,8 @@ def policy_loss(
 
     Returns:
         The scalar to differentiate, and detached scalars to be added over micro-batches and data-parallel ranks (keys
-        that end in ``_max``: take the maximum), then given to ``reduce_metrics``. ``policy_loss``, ``positive_term`` (to be
-        maximised; alpha included) are shares of the loss, already normalised. All others count main tokens only.
+        that end in ``_max``: take the maximum), then given to ``reduce_metrics``. ``policy_loss``, ``positive_term``
+        (to be maximised; alpha included) are shares of the loss, already normalised. All others count main tokens only.
     """
     log_probs = outputs.log_probs
     old = log_probs.detach() if rows.old_log_probs is None else rows.old_log_probs
@@ -139,7 +142,7 @@ def policy_loss(
     positive = torch.minimum(ratio, clipped)
     advantages = _advantages(outputs, rows)
     inputs = Inputs(log_probs, old, ratio, advantages, rows.row, rows.marks)
-    losses, bounded = surrogate(inputs, objective)
+    losses, bounded = load("pipeline.objectives.losses", objective.loss).surrogate(inputs, objective)
     if rows.token_weights is not None:
         losses = losses * rows.token_weights
     main = ~rows.auxiliary
@@ -175,7 +178,9 @@ def policy_loss(
 
 
 def reduce_metrics(sums: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
-    """Turn summed metrics into what people read: means and quantiles over main tokens, maxima, shares of the loss as they are."""
+    """Turn summed metrics into what people read: means and quantiles over main tokens, maxima, shares of the loss as
+    they are.
+    """
     values = {name: float(value) for name, value in sums.items()}
     tokens = values.pop("main_tokens")
     values = {name: value for name, value in values.items() if name not in SENSOR_SUMS}

@@ -8,7 +8,8 @@ import torch
 
 from pipeline.config.schema import RunConfig
 from pipeline.learner import Learner
-from pipeline.objectives.shaping import rlrt, shape_tokens, shapes_tokens
+from pipeline.objectives.shape import shape_tokens, shapes_tokens
+from pipeline.objectives.shaping import rlrt
 from pipeline.types import TrainBatch
 
 

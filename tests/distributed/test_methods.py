@@ -5,9 +5,10 @@ from pathlib import Path
 import methods_ranks
 import pytest
 
-from pipeline.methods import METHODS
+from pipeline.methods import all_methods
 
 RECIPE = Path(__file__).resolve().parents[2] / "configs/recipe/pm4.yaml"
+METHODS = all_methods()
 OFFERED = [name for name, method in METHODS.items() if not method.missing]
 MORE = {"stare": ["objective.stare.target=2"]}  # else it would not act yet
 ESSENCE = ("entropy", "loss", "grad_norm", "reward")

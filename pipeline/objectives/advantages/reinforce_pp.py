@@ -7,25 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.config.schema import ObjectiveConfig
-from pipeline.objectives.advantages import dr_grpo
-from pipeline.objectives.advantages.grpo import standardised
+from pipeline.methods import advantage_method
+from pipeline.objectives.advantages._standard import over_the_step
+
+METHOD = advantage_method("reinforce_pp", "2501.03262", "A = (r - mean) / std over the whole step")
 
 
 def advantages(groups: Sequence[np.ndarray], objective: ObjectiveConfig) -> list[np.ndarray]:
     """A_i = (r_i - mean) / (std + 1e-4) over all samples of the step (arXiv 2501.03262, section 3; public code read).
 
-    Over samples, each once; some public code takes the mean and the deviation over tokens, which counts long samples more.
+    Over samples, each once; some public code takes the mean and the deviation over tokens, which counts long samples
+    more.
     """
-    return _over_the_step(groups)
-
-
-def baseline_advantages(groups: Sequence[np.ndarray], objective: ObjectiveConfig) -> list[np.ndarray]:
-    """The paper's variant for several samples a prompt: r_i - mean of the group, then the same over the step."""
-    return _over_the_step(dr_grpo.advantages(groups, objective))
-
-
-def _over_the_step(groups: Sequence[np.ndarray]) -> list[np.ndarray]:
-    if not groups:
-        return []
-    ends = np.cumsum([len(group) for group in groups])
-    return np.split(standardised(np.concatenate(groups)), ends[:-1])
+    return over_the_step(groups)

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.config.schema import ObjectiveConfig
+from pipeline.methods import advantage_method
 from pipeline.objectives.advantages import dr_grpo
+
+METHOD = advantage_method("rloo", "2402.14740", "A = r - mean of the others of the group")
 
 
 def advantages(groups: Sequence[np.ndarray], objective: ObjectiveConfig) -> list[np.ndarray]:

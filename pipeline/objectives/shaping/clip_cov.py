@@ -7,16 +7,26 @@ from dataclasses import replace
 import torch
 
 from pipeline.config.schema import RunConfig
-from pipeline.objectives.shaping.tokens import Tokens
+from pipeline.methods import shaping_method
+from pipeline.objectives.tokens import Tokens
 from pipeline.seeds import stream_seed
+
+METHOD = shaping_method(
+    "clip_cov",
+    "2505.22617",
+    "no loss on .02 % of tokens, at random among those with 1 < Cov < 5; clip 1, dual clip 10",
+    "objective.clip_low=1",
+    "objective.clip_high=1",
+    "objective.dual_clip=10",
+)
 
 
 def shape(tokens: Tokens, config: RunConfig, step: int) -> Tokens:
     """Weight 0 on max(1, int(fraction N)) tokens drawn at random among those with low < Cov < high.
 
-    arXiv 2505.22617, section 4.1 (public code read); Cov with means over the whole step, where public code takes them over a
-    micro-batch. Defaults: fraction 2e-4, 1 < Cov < 5. Nothing is PPO-clipped before the first update, so nothing is spared for that.
-    The draw depends on the run's seed and the step alone.
+    arXiv 2505.22617, section 4.1 (public code read); Cov with means over the whole step, where public code takes them
+    over a micro-batch. Defaults: fraction 2e-4, 1 < Cov < 5. Nothing is PPO-clipped before the first update, so
+    nothing is spared for that. The draw depends on the run's seed and the step alone.
     """
     limits = config.objective.clip_cov
     covariance = tokens.covariance

@@ -7,7 +7,10 @@ from dataclasses import replace
 import torch
 
 from pipeline.config.schema import RunConfig
-from pipeline.objectives.shaping.tokens import Tokens
+from pipeline.methods import shaping_method
+from pipeline.objectives.tokens import Tokens
+
+METHOD = shaping_method("entropy_adv", "2506.14758", "A += min(.4 H, |A| / 2)", evidence="third-party code")
 
 
 def shape(tokens: Tokens, config: RunConfig, step: int) -> Tokens:

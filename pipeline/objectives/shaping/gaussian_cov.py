@@ -7,7 +7,10 @@ from dataclasses import replace
 import torch
 
 from pipeline.config.schema import RunConfig
-from pipeline.objectives.shaping.tokens import Tokens
+from pipeline.methods import shaping_method
+from pipeline.objectives.tokens import Tokens
+
+METHOD = shaping_method("gaussian_cov", "2605.11538", "A w N / sum w, w = exp(-c^2 / (2 var c))", evidence="summary")
 
 
 def shape(tokens: Tokens, config: RunConfig, step: int) -> Tokens:

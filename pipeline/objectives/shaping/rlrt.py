@@ -1,4 +1,6 @@
-"""RLRT: in correct responses, tokens that a policy who has seen another correct response would take less readily count more."""
+"""RLRT: in correct responses, tokens that a policy who has seen another correct response would take less readily count
+more.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +10,25 @@ from dataclasses import replace
 import torch
 
 from pipeline.config.schema import RunConfig
-from pipeline.objectives.shaping.tokens import Tokens
+from pipeline.methods import shaping_method
+from pipeline.objectives.tokens import Tokens
 from pipeline.types import TrainBatch
+
+METHOD = shaping_method(
+    "rlrt",
+    "2605.10781",
+    "in correct responses A x (.5 + .5 clip(pi / pi_shown-a-peer, .8, 1.2)); mix, clip and prompt ours",
+    evidence="third-party code",
+)
 
 
 def shape(tokens: Tokens, config: RunConfig, step: int) -> Tokens:
-    """A <- A [(1 - mix) + mix clip(exp(sign(A) D), 1 - clip, 1 + clip)] in correct responses, D = log pi - log pi_teacher.
+    """A <- A [(1 - mix) + mix clip(exp(sign(A) D), 1 - clip, 1 + clip)] in correct responses, D = log pi - log
+    pi_teacher.
 
-    arXiv 2605.10781 (third-party code read). The teacher is the same policy, shown a correct response to the same prompt first
-    (``teacher_batch``). mix and clip are not given in what we read: 0.5 and 0.2, ours. Where there is no such peer, D = 0.
+    arXiv 2605.10781 (third-party code read). The teacher is the same policy, shown a correct response to the same
+    prompt first (``teacher_batch``). mix and clip are not given in what we read: 0.5 and 0.2, ours. Where there is no
+    such peer, D = 0.
     """
     assert tokens.teacher is not None
     parameters = config.objective.rlrt
@@ -28,8 +40,9 @@ def shape(tokens: Tokens, config: RunConfig, step: int) -> Tokens:
 def teacher_batch(batch: TrainBatch) -> tuple[TrainBatch, torch.Tensor] | None:
     """The correct main rows that have a peer, each behind its prompt and the peer's response, and which rows those are.
 
-    The sequence is prompt, peer's response, prompt, response: a worked example first, in tokens, since what the paper's own
-    prompt says is not public. The peer is the next correct response, cyclically, of the same prompt that differs. ``None``: nobody has one.
+    The sequence is prompt, peer's response, prompt, response: a worked example first, in tokens, since what the
+    paper's own prompt says is not public. The peer is the next correct response, cyclically, of the same prompt that
+    differs. ``None``: nobody has one.
     """
     pairs = sorted(pair for group in _correct_rows(batch) for pair in _peers(batch, group))
     if not pairs:

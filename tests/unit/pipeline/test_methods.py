@@ -1,4 +1,7 @@
+import json
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -6,9 +9,10 @@ import pytest
 from pipeline.config.keys import leaf_keys
 from pipeline.config.load import load_config
 from pipeline.config.schema import ACTUATORS, ADVANTAGES, CONTROLLERS, LOSSES, SHAPINGS
-from pipeline.methods import EVIDENCE, METHODS
+from pipeline.methods import EVIDENCE, all_methods
 
 ROOT = Path(__file__).resolve().parents[3]
+METHODS = all_methods()
 OFFERED = [name for name, method in METHODS.items() if not method.missing]
 
 
@@ -37,7 +41,7 @@ def test_no_two_methods_are_the_same():
     ("key", "choices"),
     [
         ("objective.advantage", ADVANTAGES),
-        ("objective.loss", LOSSES[1:]),
+        ("objective.loss", LOSSES),
         ("objective.token_shaping", SHAPINGS),
         ("entropy.actuator", ACTUATORS),
         ("entropy.controller", CONTROLLERS),
@@ -46,5 +50,53 @@ def test_no_two_methods_are_the_same():
 def test_whatever_can_be_chosen_has_a_method(key, choices):
     """The default advantage and loss are those of grpo."""
     words = {word for name in OFFERED for word in METHODS[name].overrides}
-    bare = set(choices) - {"grpo"} if key == "objective.advantage" else set(choices)
+    bare = set(choices) - {"grpo", "ppo"}
     assert {f"{key}={choice}" for choice in bare} <= {word.replace("[", "").replace("]", "") for word in words}
+
+
+TOY = """
+import torch
+from pipeline.methods import loss_method
+
+METHOD = loss_method("toy", "a test", "-3 A r")
+
+def surrogate(inputs, objective):
+    return -3 * inputs.advantages * inputs.ratio, torch.zeros_like(inputs.ratio, dtype=torch.bool)
+"""
+PROGRAM = """
+import sys
+import pipeline.objectives.losses
+pipeline.objectives.losses.__path__.append(sys.argv[1])
+from launchers.cli.main import run
+sys.argv[:] = ["isentrope", *sys.argv[2:]]
+run()
+"""
+
+
+def with_toy(folder, *words):
+    """The command line, in a house with one more file in ``losses``."""
+    command = [sys.executable, "-c", PROGRAM, str(folder), *words]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+
+
+def test_a_new_loss_is_one_file(tmp_path):
+    """It stands in the table, in the choices of its key, and it trains."""
+    (tmp_path / "losses").mkdir()
+    (tmp_path / "losses/toy.py").write_text(TOY)
+    folder = tmp_path / "losses"
+    table = {row["name"]: row for row in json.loads(with_toy(folder, "lab", "methods", "--json").stdout)}
+    assert table["toy"]["rule"] == "-3 A r"
+    wrong = with_toy(folder, "config", "validate", "--config", "quickstart.yaml", "objective.loss=toi")
+    assert wrong.returncode == 2
+    assert "toy" in wrong.stderr + wrong.stdout
+    run = tmp_path / "run"
+    switch = [*table["toy"]["overrides"], "steps=1", "evaluation.every=0", "runtime=inline", f"run_dir={run}"]
+    trained = with_toy(folder, "train", "--config", "quickstart.yaml", *switch)
+    assert trained.returncode == 0, trained.stderr
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    assert [event["kind"] for event in events].count("step") == 1
+
+
+def test_a_check_of_the_configuration_needs_no_torch():
+    program = "import sys, pipeline.config.validate, pipeline.config.schema; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

@@ -26,7 +26,7 @@ class Inputs:
     ratio: torch.Tensor  # float32, exp(log_probs - old), see ``ratio_of``
     advantages: torch.Tensor  # float32
     row: torch.Tensor  # int64
-    marks: torch.Tensor | None = None  # uint8, what ``shaping.mark`` said of each token; None: nothing
+    marks: torch.Tensor | None = None  # uint8, what the loss's ``mark`` said of each token; None: nothing
 
     @property
     def identity(self) -> torch.Tensor:

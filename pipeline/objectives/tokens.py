@@ -59,15 +59,19 @@ class Tokens:
 
     @property
     def entropy_change(self) -> torch.Tensor:
-        """First-order change of a token's own entropy per unit of step size: -A [pi (log pi + H) - sum_k pi_k^2 (log pi_k + H)].
+        """First-order change of a token's own entropy per unit of step size: -A [pi (log pi + H) - sum_k pi_k^2 (log
+        pi_k + H)].
 
-        Exact for a tabular softmax whose context is this token's alone (2505.22617 derives the expectation; docs/methods.md).
+        Exact for a tabular softmax whose context is this token's alone (2505.22617 derives the expectation;
+        docs/methods.md).
         """
         slope = self.log_probs.exp() * (self.log_probs + self.entropy) - self.moment
         return -self.advantages * self.scale * slope
 
     def top(self, values: torch.Tensor, count: int, among: torch.Tensor | None = None) -> torch.Tensor:
-        """Bool ``[n]``: the ``count`` tokens of largest ``values`` (at most all), of those ``among`` (bool ``[n]``). Ties: earlier first."""
+        """Bool ``[n]``: the ``count`` tokens of largest ``values`` (at most all), of those ``among`` (bool ``[n]``).
+        Ties: earlier first.
+        """
         if among is not None:
             values = torch.where(among, values, -math.inf)
             count = min(count, int(among.sum()))
