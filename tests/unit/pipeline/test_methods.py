@@ -90,8 +90,14 @@ def test_a_new_loss_is_one_file(tmp_path):
     assert wrong.returncode == 2
     assert "toy" in wrong.stderr + wrong.stdout
     run = tmp_path / "run"
-    switch = [*table["toy"]["overrides"], "steps=1", "evaluation.every=0", "runtime=inline", f"run_dir={run}"]
-    trained = with_toy(folder, "train", "--config", "quickstart.yaml", *switch)
+    switch = [
+        *table["toy"]["overrides"],
+        "steps=1",
+        "evaluation.every=0",
+        "runtime=inline",
+        "learner.tensor_model_parallel_size=1",
+    ]
+    trained = with_toy(folder, "train", "--config", "quickstart.yaml", *switch, f"run_dir={run}")
     assert trained.returncode == 0, trained.stderr
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert [event["kind"] for event in events].count("step") == 1
