@@ -13,6 +13,7 @@ from functools import cache
 from types import ModuleType
 
 
+@cache
 def names(package: str) -> tuple[str, ...]:
     """The methods of a package, in alphabetical order: its modules' names. Imports the package's parents alone.
 

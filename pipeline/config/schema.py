@@ -15,7 +15,7 @@ LOSSES = names("pipeline.objectives.losses")
 SHAPINGS = names("pipeline.objectives.shaping")
 CONTROLLERS = ("pi", "scope", "bang_bang", "skywork", "aent", "entropic", "constant", "none")
 ACTUATORS = ("resample", "reweight", "fc", "dcpo", "tok", "entropy_bonus", "high_prob", "clip_cov")
-VERIFIERS = ("auto", "exact", "math", "reasoning_gym", "countdown", "choice")
+VERIFIERS = ("auto", *names("pipeline.rewards.verifiers"))
 SINKS = ("tensorboard", "wandb", "mlflow", "prometheus")
 
 FOLDER_NAME = Form(r"[\w.+-][\w.+ -]*", "cannot be part of a folder name", "use letters, digits, '_', '-', '.' and '+'")

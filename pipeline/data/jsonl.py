@@ -12,7 +12,7 @@ from typing import Any
 
 from pipeline.data import DataError
 from pipeline.data.questions import Question
-from pipeline.rewards.verifiers import UnknownVerifierError, check_verifier
+from pipeline.rewards.verifier import UnknownVerifierError, check_verifier
 
 _KEYS = ("id", "prompt", "messages", "answer", "verifier", "meta")
 _ROLES = ("system", "user", "assistant")

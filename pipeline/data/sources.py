@@ -13,7 +13,7 @@ from pipeline.data.gym import generate_questions
 from pipeline.data.jsonl import read_jsonl
 from pipeline.data.questions import Question
 from pipeline.data.tokenizer import Message, Tokenizer
-from pipeline.rewards.verifiers import check_verifier
+from pipeline.rewards.verifier import check_verifier
 from pipeline.types import Prompt
 
 

@@ -9,7 +9,7 @@ from functools import partial
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
-from pipeline.rewards.verifiers import library_of, make_verifier
+from pipeline.rewards.verifier import library_of, make_verifier
 from pipeline.types import Prompt
 
 Outcome = float | str  # a reward, or why there is none

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.config.schema import DataConfig
 from pipeline.rewards.pool import Outcome, VerifierPool, describe
-from pipeline.rewards.verifiers import INLINE, Verifier, check_verifier, make_verifier
+from pipeline.rewards.verifier import Verifier, check_verifier, inline, make_verifier
 from pipeline.types import Prompt, Sample, SampleGroup
 
 # What a built-in verifier can raise on a prompt whose answer it cannot read.
@@ -45,7 +45,7 @@ class VerifierStage:
         for index, (prompt, sample) in enumerate(calls):
             if sample.finish_reason == "abort":
                 outcomes[index] = "aborted before it was finished"
-            elif prompt.verifier in INLINE:
+            elif inline(prompt.verifier):
                 outcomes[index] = _judge(make_verifier(prompt.verifier), prompt, texts[index])
             else:
                 apart.setdefault(prompt.verifier, []).append(index)

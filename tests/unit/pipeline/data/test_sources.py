@@ -7,7 +7,7 @@ from pipeline.config.schema import DataConfig, EntropyConfig, EvaluationConfig, 
 from pipeline.data import DataError
 from pipeline.data.sources import PromptSet, check_prompts, load_prompts
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.rewards.verifiers import UnknownVerifierError, make_verifier
+from pipeline.rewards.verifier import UnknownVerifierError, make_verifier
 
 PM4 = Path(__file__).resolve().parents[4] / "configs/model/pm4-100k"
 

@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.config.schema import DataConfig
 from pipeline.rewards.stage import VerifierStage
-from pipeline.rewards.verifiers import UnknownVerifierError
+from pipeline.rewards.verifier import UnknownVerifierError
 from pipeline.types import Prompt, Role, Sample, SampleGroup, WeightSpan
 
 SYMBOLS = "0123456789+-*=,$"

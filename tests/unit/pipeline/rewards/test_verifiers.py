@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.countdown import countdown_task
 from pipeline.rewards.answers import boxed_answer, canonical_answer, tagged_answer
-from pipeline.rewards.verifiers import UnknownVerifierError, check_verifier, make_verifier
+from pipeline.rewards.verifier import UnknownVerifierError, check_verifier, make_verifier
 from pipeline.types import Prompt
 
 
