@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +36,22 @@ def own_address(peer: str) -> str:
 def ray_address() -> str | None:
     """Address (host:port) of the Ray cluster to join, from ``RAY_ADDRESS``; None: start one on this machine."""
     return os.environ.get("RAY_ADDRESS") or None
+
+
+def guard_ray_token() -> None:
+    """See that nobody else on this machine can read Ray's token, with which anybody may run code in the cluster.
+
+    Ray's servers listen on every interface and have no key that says otherwise: the token is what keeps others out. Ray
+    makes the file where there is none, readable by all.
+    """
+    if "RAY_AUTH_TOKEN" in os.environ:
+        return
+    path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token").expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError), open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
+    if path.stat().st_uid == os.getuid() and path.stat().st_mode & 0o077:
+        path.chmod(0o600)
 
 
 def nodes() -> int:

@@ -15,12 +15,12 @@ from typing import Any
 
 import ray
 import torch
+import torch.distributed as dist
 
 from launchers.run.ray_cluster import most_on_one_node, use_interface_of
 from launchers.supervise.roll_call import ROLL_CALL, Whereabouts, whereabouts
 from pipeline.learner import Learner
 from pipeline.monitoring.memory import GIB, resident_gib
-from pipeline.ports import free_port
 from pipeline.rollout.engine import EngineError, EngineTimeoutError, RolloutEngine, WeightUpdateError
 from pipeline.types import EngineHealth, GenerateRequest, SampleGroup, StepStats, TrainBatch, WeightBucket
 
@@ -72,9 +72,11 @@ class LearnerRank:
         """IPv4 address of this rank's node."""
         return ray.util.get_node_ip_address()
 
-    def free_port(self, host: str) -> int:
-        """A port of this node that rank 0 can listen on."""
-        return free_port(host)
+    def rendezvous(self, host: str) -> int:
+        """The port at which the ranks meet, on ``host``, which is rank 0's: this process listens already, so nobody else can."""
+        # multi_tenant: init_process_group finds this process's server at the port, instead of starting one.
+        self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, multi_tenant=True)
+        return self.store.port
 
     def gpu(self) -> str:
         """What CUDA_VISIBLE_DEVICES calls this rank's GPU; "" without one."""
@@ -116,7 +118,7 @@ class RayLearner:
         hosts = self._answer([rank.host.remote() for rank in self.ranks])
         # Ranks meet at rank 0's node; on one machine without its outside address, which a container may not reach.
         host = hosts[0] if len(set(hosts)) > 1 else LOCALHOST
-        address = (host, self._answer(self.ranks[0].free_port.remote(host)))
+        address = (host, self._answer(self.ranks[0].rendezvous.remote(host)))
         threads = max(1, (os.cpu_count() or 1) // most_on_one_node(hosts))
         self._answer([rank.build.remote(build, i, address, threads) for i, rank in enumerate(self.ranks)])
 

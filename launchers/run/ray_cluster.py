@@ -60,13 +60,15 @@ def join() -> list[Node]:
 def _connect() -> None:
     """``ray.init``, and the handler of SIGTERM as it was: Ray replaces it, at the beginning already, by one that ends the process."""
     environment.default("RAY_USAGE_STATS_ENABLED", "0")
+    environment.guard_ray_token()
     address, handler = environment.ray_address(), signal.getsignal(signal.SIGTERM)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address:
             ray.init(address=address, _node_ip_address=environment.own_address(address.partition(":")[0]), **quiet)
         else:
-            ray.init(include_dashboard=False, **quiet)
+            # "local": never somebody else's cluster, which /tmp/ray/ray_current_cluster may name.
+            ray.init(address="local", include_dashboard=False, **quiet)
     except SystemExit as error:
         raise SystemExit("stopped by SIGTERM while Ray was starting; the run had not begun, nothing is lost") from error
     if threading.current_thread() is threading.main_thread():
