@@ -5,11 +5,12 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import count, pairwise
+from functools import lru_cache
+from itertools import pairwise
 
 import torch
 
-from megatron_ext.partition import partition
+from megatron_ext.partition import best_fit, partition
 from pipeline.types import TrainBatch
 
 PADDING = -1  # stands for a dummy row in a tensor of row indices
@@ -47,6 +48,10 @@ class Cut:
         """Tokens computed for one micro-batch of rows of these lengths, padding included."""
         return self.aligned(sum(lengths)) if self.packed else len(lengths) * self.aligned(max(lengths, default=0))
 
+    def micro_batches(self, needed: int) -> int:
+        """The number of micro-batches of each rank where ``needed`` would do."""
+        return -(-needed // self.multiple_of) * self.multiple_of
+
     def aligned(self, tokens: int) -> int:
         """``tokens`` and the padding behind them."""
         return -(-tokens // self.align) * self.align
@@ -69,14 +74,13 @@ def micro_batches(lengths: Sequence[int], ranks: int, cut: Cut) -> list[list[lis
 
     Raises ``ValueError`` on a row longer than the budget.
     """
-    budget = _budget(lengths, cut)
-    fewest = max(-(-sum(lengths) // budget), -(-len(lengths) // (cut.max_rows or len(lengths))))
-    fewest_per_rank = -(-fewest // (ranks * cut.multiple_of)) * cut.multiple_of
-    divide = _pack if cut.packed else _runs
-    for each in count(fewest_per_rank, cut.multiple_of):
-        dealt = divide(lengths, ranks, each, budget, cut)
-        if dealt is not None:
-            break
+    return [[list(rows) for rows in own] for own in _dealt(tuple(lengths), ranks, cut)]
+
+
+@lru_cache(maxsize=1)  # the log-probs of a step, its reference's and its update cut the same rows
+def _dealt(lengths: tuple[int, ...], ranks: int, cut: Cut) -> list[list[list[int]]]:
+    """What :func:`micro_batches` promises."""
+    dealt = (_pack if cut.packed else _runs)(lengths, ranks, _budget(lengths, cut), cut)
     return [sorted(map(sorted, own), key=lambda rows: -cut.positions([lengths[row] for row in rows])) for own in dealt]
 
 
@@ -93,27 +97,30 @@ def _budget(lengths: Sequence[int], cut: Cut) -> int:
     return cut.aligned(cut.max_tokens)
 
 
-def _pack(lengths: Sequence[int], ranks: int, each: int, budget: int, cut: Cut) -> list[list[list[int]]] | None:
-    """``each`` packed micro-batches per rank, or None where one would exceed the ``budget``."""
+def _pack(lengths: Sequence[int], ranks: int, budget: int, cut: Cut) -> list[list[list[int]]]:
+    """Packed micro-batches per rank: as many as best fit needs on the rank that needs most, of even work where that fits the ``budget``."""
+    shares = partition(lengths, ranks)
+    loads = [[lengths[row] for row in own] for own in shares]
+    fitted = [best_fit(own, budget) for own in loads]
+    each = cut.micro_batches(max(map(len, fitted)))
     dealt = []
-    for own in partition(lengths, ranks):
-        packs = partition([lengths[row] for row in own], each)
+    for own, load, fit in zip(shares, loads, fitted, strict=True):
+        packs = partition(load, each)
+        if max(sum(load[i] for i in pack) for pack in packs) > budget:
+            packs = fit + [[] for _ in range(each - len(fit))]
         dealt.append([[own[i] for i in pack] for pack in packs])
-        if max(cut.positions([lengths[row] for row in pack]) for pack in dealt[-1]) > budget:
-            return None
     return dealt
 
 
-def _runs(lengths: Sequence[int], ranks: int, each: int, budget: int, cut: Cut) -> list[list[list[int]]] | None:
-    """``each`` grids per rank, or None where one would exceed the ``budget``.
+def _runs(lengths: Sequence[int], ranks: int, budget: int, cut: Cut) -> list[list[list[int]]]:
+    """As few grids per rank as hold the rows within the ``budget``.
 
     Grids are runs of the rows in order of length (neighbours waste the least padding), cut so that the largest is as small as can be.
     """
-    parts = ranks * each
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     widths = [cut.aligned(lengths[row]) for row in order]
-    if len(_starts(widths, parts, budget, cut.max_rows)) > parts:
-        return None
+    fewest = len(_starts(widths, 1, budget, cut.max_rows))
+    parts = ranks * cut.micro_batches(-(-fewest // ranks))
     caps = range(widths[0], budget)
     cap = widths[0] + bisect_left(caps, True, key=lambda cap: len(_starts(widths, parts, cap, cut.max_rows)) <= parts)
     starts = _starts(widths, parts, cap, cut.max_rows)

@@ -189,20 +189,22 @@ class MegatronLearner:
     def _grids(self, batch: TrainBatch, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Fields of ``PolicyOutputs`` as float32 grids ``[rows, seq - 1]`` on the CPU, 0 outside the mask, on every rank."""
         topology = self._topology
-        grids = torch.zeros(*batch.loss_mask.shape, len(names), device=topology.device)
+        grids = torch.zeros(len(names), *batch.loss_mask.shape, device=topology.device)
         indices = self._micro_batches(batch)
         outputs = self._run(batch, indices, forward_only=True, names=names)
         for rows, values in zip(indices, outputs, strict=False):  # no outputs but on the last stage
-            real = rows[rows != batching.PADDING].to(topology.device)
-            mask = batch.loss_mask.to(topology.device)[real]
+            real = rows[rows != batching.PADDING]
+            # These rows' mask alone: the whole step's would cross to the device once per micro-batch.
+            mask = batch.loss_mask[real].to(topology.device)
             # In-place assignment through two masks does not write; fill the rows, then put them back.
-            filled = torch.zeros(*mask.shape, len(names), device=topology.device)
-            filled[mask] = values[: int(mask.sum())]
-            grids[real] = filled
+            filled = torch.zeros(len(names), *mask.shape, device=topology.device)
+            filled[:, mask] = values[: int(mask.sum())].T
+            grids[:, real.to(topology.device)] = filled
         for group, size in ((topology.dp_group, topology.dp_size), (topology.pp_group, topology.pp_size)):
             if size > 1:
                 dist.all_reduce(grids, group=group)
-        return dict(zip(names, grids.cpu().unbind(-1), strict=True))
+        # Copies: pickled, a view takes the storage of all grids with it.
+        return {name: grid.to("cpu", copy=True) for name, grid in zip(names, grids, strict=True)}
 
     def _accumulate(self, batch: TrainBatch) -> dict[str, float]:
         """Gradients of one mini-batch into the main gradients; its metric sums, the same on every rank."""

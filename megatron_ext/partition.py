@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 Part = tuple[int, list[int]]  # sum, and the items that make it up
@@ -35,6 +36,25 @@ def partition(loads: Sequence[int], parts: int, *, equal_counts: bool = False) -
         heapq.heappush(heap, (-_spread(merged, parts), first, merged))
     filled = [items for _, items in heap[0][2]] if heap else []
     return filled + [[] for _ in range(parts - len(filled))]
+
+
+def best_fit(loads: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of ``loads`` (each at most ``capacity``) in few lists of at most ``capacity`` each: best fit, largest first.
+
+    Every load goes where it leaves the least room. Promised: no more than 11/9 of the fewest lists there can be, and one (Johnson 1974);
+    any two lists together hold more than ``capacity``.
+    """
+    parts: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # what is left of the capacity, and the list; in order
+    for index in sorted(range(len(loads)), key=lambda index: -loads[index]):
+        at = bisect_left(rooms, (loads[index],))
+        if at == len(rooms):
+            rooms.append((capacity, len(parts)))
+            parts.append([])
+        room, part = rooms.pop(at)
+        parts[part].append(index)
+        insort(rooms, (room - loads[index], part))
+    return parts
 
 
 def _spread(solution: list[Part], parts: int) -> int:

@@ -65,7 +65,7 @@ class LearnerRank:
         torch.set_num_threads(threads)
         if address[0] != LOCALHOST:
             use_interface_of(ray.util.get_node_ip_address())
-        self.learner = build(rank, address)
+        self.rank, self.learner = rank, build(rank, address)
         self.export: Iterator[WeightBucket | None] = iter(())
 
     def host(self) -> str:
@@ -83,8 +83,9 @@ class LearnerRank:
         return ",".join(map(str, ray.get_runtime_context().get_accelerator_ids()["GPU"]))
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Run one method of the learner on this rank."""
-        return getattr(self.learner, method)(*args, **kwargs)
+        """Run one method of the learner on this rank. Rank 0 alone answers: all would send the driver the same grids."""
+        answer = getattr(self.learner, method)(*args, **kwargs)
+        return answer if self.rank == 0 else None
 
     def update(self, batch: TrainBatch, step: int) -> StepStats:
         """``Learner.update``, with this rank's memory; a method of its own so that Ray hands it the batch by shared memory."""

@@ -1,10 +1,32 @@
 """What each rank does in the tests of micro-batches; run by ``gang.Gang``."""
 
+import pickle
 from dataclasses import replace
 
+import torch
 from megatron_ranks import batch, exported, gradients, learner
 
 from pipeline.step.kept import measure
+
+
+class MasksMoved(torch.overrides.TorchFunctionMode):
+    """Counts the elements of masks that are asked to another device."""
+
+    elements = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.to and args[0].dtype == torch.bool and args[0].dim() == 2:
+            self.elements += args[0].numel()
+        return function(*args, **(kwargs or {}))
+
+
+def traffic(rank, world, address, folder, config):
+    """What ``statistics`` of a batch moves and returns: mask elements to the device, bytes pickled and bytes of the grids."""
+    made = learner(rank, world, address, folder, 1, 1, **config)
+    with MasksMoved() as moved:
+        grids = made.statistics(batch())
+    made.close()
+    return moved.elements, len(pickle.dumps(grids)), sum(grid.nbytes for grid in grids.values())
 
 
 def train(rank, world, address, folder, tp, pp, batches, config):

@@ -193,3 +193,11 @@ def test_metrics_say_what_was_computed(gang, folders):
 def test_a_row_beyond_the_budget_is_refused(gang, folders):
     said = gang.run(batching_ranks.too_long, 1, folders["qwen3"])[0]
     assert "learner.max_tokens_per_micro_batch=5 cannot hold a row of" in said
+
+
+def test_statistics_move_no_more_than_their_rows(gang, folders):
+    """The loss mask crosses to the device by the micro-batch, however many there are; a grid is pickled alone."""
+    config = {"micro_batch_size": 1}
+    moved, pickled, size = gang.run(batching_ranks.traffic, 1, folders["qwen3"], config)[0]
+    assert moved <= 3 * ranks.batch().loss_mask.numel()  # with the rows, as the model's targets, for the grids
+    assert pickled < 1.5 * size + 2000

@@ -1,7 +1,7 @@
 """What cutting rows into micro-batches saves: padding, balance over ranks, and the CPU time of real updates.
 
     python tools/bench/batching.py                  # both tables
-    python tools/bench/batching.py --rows 4096 --ranks 64
+    python tools/bench/batching.py --no-updates --rows 16384 --ranks 64
     python tools/bench/batching.py --no-updates --json
 
 Responses have log-normal lengths, cut off at a limit. The first table is arithmetic; "in turn" is what one does without a schedule: row
@@ -29,6 +29,7 @@ from megatron_ext.batching import Cut
 from megatron_ext.learner import MegatronLearner
 from pipeline.config.schema import LearnerConfig, ModelConfig, ObjectiveConfig
 from pipeline.model import architecture, layout
+from pipeline.model.grid import Grid
 from pipeline.ports import free_port
 from pipeline.types import TrainBatch
 
@@ -82,10 +83,12 @@ def arithmetic(rows: int, ranks: int) -> dict[str, dict[str, float]]:
         "rows in turn, as wide as the step": ([longest] * rows, by_rows, fixed),
         "rows in turn, as wide as the micro-batch": (tokens, by_rows, fixed),
         "packed in turn": (tokens, in_turn(tokens, ranks, budget), packed),
-        "micro_batch_size": (tokens, batching.micro_batches(tokens, ranks, fixed), fixed),
-        "max_tokens_per_micro_batch": (tokens, batching.micro_batches(tokens, ranks, grid), grid),
-        "with packing": (tokens, batching.micro_batches(tokens, ranks, packed), packed),
     }
+    seconds = dict.fromkeys(ways, 0.0)
+    for name, cut in {"micro_batch_size": fixed, "max_tokens_per_micro_batch": grid, "with packing": packed}.items():
+        start = time.process_time()
+        ways[name] = tokens, batching.micro_batches(tokens, ranks, cut), cut
+        seconds[name] = time.process_time() - start
     table = {}
     for name, (widths, dealt, cut) in ways.items():
         work = [[cut.positions([widths[row] for row in micro]) for micro in own] for own in dealt]
@@ -96,6 +99,7 @@ def arithmetic(rows: int, ranks: int) -> dict[str, dict[str, float]]:
             "padding": round(1 - sum(tokens) / total, 4),
             "busiest rank / mean": round(busiest * ranks / total, 4),
             "useful share of the busiest rank's time": round(sum(tokens) / (ranks * busiest), 4),
+            "CPU seconds to cut": round(seconds[name], 3),
         }
     return table
 
@@ -115,7 +119,7 @@ def updates(rows: int, repeat: int) -> dict[str, dict[str, float]]:
     }
     with tempfile.TemporaryDirectory() as folder:
         _write(Path(folder))
-        placed = topology.initialize(0, 1, ("127.0.0.1", free_port()), 1, 1, seed=0)
+        placed = topology.initialize(0, ("127.0.0.1", free_port()), Grid(), seed=0)
         runs = {name: (_learner(Path(folder), placed, config), given) for name, (config, given) in ways.items()}
         seconds: dict[str, list[float]] = {name: [] for name in ways}
         stats = {}

@@ -1,10 +1,11 @@
 import itertools
+import math
 import random
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ext.partition import partition
+from megatron_ext.partition import best_fit, partition
 
 LOADS = st.lists(st.integers(0, 1000), max_size=60)
 
@@ -62,3 +63,20 @@ def test_responses_of_real_lengths():
         lengths = [min(8192, 200 + int(draw.lognormvariate(7, 0.8))) for _ in range(128)]
         totals = sums(lengths, partition(lengths, 8))
         assert max(totals) <= 1.01 * sum(totals) / 8
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 50), max_size=60), st.integers(50, 120))
+def test_best_fit(loads, capacity):
+    parts = best_fit(loads, capacity)
+    assert sorted(itertools.chain(*parts)) == list(range(len(loads)))
+    totals = sorted(sums(loads, parts))
+    assert all(total <= capacity for total in totals)
+    assert len(totals) < 2 or sum(totals[:2]) > capacity
+    assert len(parts) <= 2 * math.ceil(sum(loads) / capacity)
+
+
+def test_best_fit_known_answers():
+    """First fit would put the 2 with the 6; best fit leaves no room beside the 8."""
+    assert best_fit([6, 8, 2], 10) == [[1, 2], [0]]
+    assert best_fit([], 10) == []
