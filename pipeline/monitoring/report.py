@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -15,6 +14,7 @@ from pipeline.config.load import to_yaml
 from pipeline.monitoring.charts import CHARTS, svg, write_png
 from pipeline.monitoring.differences import config_differences, result_differences
 from pipeline.monitoring.page import document, html_list, html_table
+from pipeline.monitoring.samples import read_samples
 from pipeline.monitoring.summary import COMPARED, RunHistory, by_method, cost_sentences, read_run, summarize_run
 from pipeline.monitoring.table import write_csv
 
@@ -212,8 +212,7 @@ def _samples(runs: Sequence[RunHistory]) -> str:
     blocks = []
     for run in runs:
         files = sorted((run.run_dir / "samples").glob("step-*.jsonl"))
-        lines = files[-1].read_text(encoding="utf-8").splitlines()[:SHOWN_SAMPLES] if files else []
-        rows = [_sample_row(json.loads(line)) for line in lines]
+        rows = [_sample_row(sample) for sample in (read_samples(files[-1])[:SHOWN_SAMPLES] if files else [])]
         if rows:
             header = ["prompt", "response", "reward", "role", "T", "entropy"]
             blocks.append(f"<h3>{escape(run.label)}, step {int(files[-1].stem[5:])}</h3>" + html_table(header, rows))
@@ -222,7 +221,7 @@ def _samples(runs: Sequence[RunHistory]) -> str:
 
 def _sample_row(sample: Mapping[str, Any]) -> list[str]:
     texts = [escape(str(sample[name])[-200:]) for name in ("prompt", "response")]
-    entropies = sample.get("entropies")  # nine steps of ten have none
+    entropies = [value for value in sample.get("entropies", []) if value is not None]  # nine steps of ten have none
     entropy = sum(entropies) / len(entropies) if entropies else None  # nats per token
     figures = [_number(sample["temperature"]), _number(entropy)]
     return [*texts, _number(sample["reward"]), escape(sample["role"]), *figures]

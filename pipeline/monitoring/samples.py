@@ -1,4 +1,4 @@
-"""Writes the rollouts that a run keeps: ``samples/step-N.jsonl``, one JSON object per rollout."""
+"""Writes and reads the rollouts that a run keeps: ``samples/step-N.jsonl``, one JSON object per rollout."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, Required, TypedDict
 
+import msgspec
 import numpy as np
 
 from pipeline.data.tokenizer import Tokenizer
@@ -54,6 +56,39 @@ def described(kept: KeptSample, step: int, tokenizer: Tokenizer | None) -> dict[
         "log_probs": _rounded(sample.log_probs),
         **({} if kept.entropies is None else {"entropies": _rounded(kept.entropies)}),
     }
+
+
+class _Kept(TypedDict, total=False):
+    """What readers may trust of a line; the fields are those of ``described``."""
+
+    step: Required[int]
+    prompt_id: str
+    prompt: Required[str]
+    answer: Any
+    response: Required[str]
+    reward: Required[float | None]
+    role: Required[str]
+    temperature: Required[float]
+    tokens: Required[int]
+    finish_reason: str
+    weight_versions: list[list[int]]
+    verifier_error: str
+    seed: Required[int]
+    pieces: list[str]
+    log_probs: list[float | None]
+    entropies: list[float | None]
+
+
+_DECODER = msgspec.json.Decoder(_Kept)
+
+
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """The rollouts of a file with the number of their line as ``index``; lines that are none, or not yet whole, are left out."""
+    found = []
+    for index, line in enumerate(path.read_bytes().splitlines() if path.is_file() else []):
+        with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            found.append({"index": index, **_DECODER.decode(line)})
+    return found
 
 
 def _rounded(values: np.ndarray) -> list[float]:

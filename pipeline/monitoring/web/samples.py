@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pipeline.monitoring.samples import read_samples
 
 FILES_PER_SEARCH = 2000  # a search that finds nothing in so many steps answers, and can be continued
 EXCERPT = 240  # characters of a prompt's end and of a response's start in a listing
@@ -46,15 +47,8 @@ def _steps(run_dir: Path) -> Iterator[int]:
             yield int(path.stem[5:])
 
 
-def _read(run_dir: Path, step: int) -> Iterator[dict[str, Any]]:
-    """The samples of a step; a line still being written is left out."""
-    path = run_dir / "samples" / f"step-{step:06d}.jsonl"
-    lines = path.read_bytes().splitlines() if path.is_file() else []
-    for index, line in enumerate(lines):
-        try:
-            yield {"index": index, **json.loads(line)}
-        except ValueError:
-            continue
+def _read(run_dir: Path, step: int) -> list[dict[str, Any]]:
+    return read_samples(run_dir / "samples" / f"step-{step:06d}.jsonl")
 
 
 def _matches(sample: dict[str, Any], query: Query) -> bool:

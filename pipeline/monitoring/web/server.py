@@ -9,7 +9,8 @@
     GET /api/sample           ?run=0&step=3&index=0: samples.read_sample()
     GET /api/events           server-sent events: {"run": 0, "status": RunView.status()} whenever a run's log grew
 
-A bad query gets 400 and ``{"error": ...}``, an unknown path 404. With a token, the first request must carry it (``?token=``, as in
+At most ``CONNECTIONS`` are open at a time: for one more, that which has kept still the longest is hung up, so that silent ones shut
+nobody out. A bad query gets 400 and ``{"error": ...}``, an unknown path 404. With a token, the first request must carry it (``?token=``, as in
 the printed address); it is then kept in a cookie. Without one, only requests addressed to this machine are answered, so that no
 page from elsewhere can read the runs under a name of its own that resolves to 127.0.0.1.
 """
@@ -21,13 +22,14 @@ import hmac
 import json
 import logging
 import mimetypes
+import re
 import secrets
+import socket
 import socketserver
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from http.cookies import SimpleCookie
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,8 @@ LOCAL = ("127.0.0.1", "localhost")
 POLL_S = 1.0
 KEEP_ALIVE_S = 15.0  # between comments on a quiet stream: a browser that left is noticed then
 MAX_POINTS = 5000
+CONNECTIONS = 128  # at a time: each takes a thread and a file, of which some logins allow 256
+REQUEST_S = 10  # that a connection may keep still before and within a request
 SMALL = 1024  # bytes not worth compressing
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -68,6 +72,8 @@ class PageServer(ThreadingHTTPServer):
         self._changes = [0] * len(runs)
         self._changed = threading.Condition()
         self._closing = threading.Event()
+        self._connections: dict[socket.socket, bool] = {}  # those open, oldest first: whether one waits for a request
+        self._counting = threading.Lock()
         try:
             super().__init__((host, port), _Request)
         except OSError as error:
@@ -94,10 +100,42 @@ class PageServer(ThreadingHTTPServer):
             self._changed.notify_all()
         super().server_close()
 
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer a connection in a thread of its own, where there is room for it."""
+        with self._counting:
+            if len(self._connections) >= CONNECTIONS:
+                silent = next((other for other, waits in self._connections.items() if waits), request)
+                with suppress(OSError):
+                    silent.shutdown(socket.SHUT_RDWR)  # its thread sees the end of it, and closes it
+                self._connections.pop(silent, None)
+            self._connections[request] = True
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection."""
+        with self._counting:
+            self._connections.pop(request, None)
+        super().shutdown_request(request)
+
+    @contextmanager
+    def answering(self, request: socket.socket) -> Iterator[None]:
+        """Within, a connection is at work and not hung up."""
+        with self._counting:
+            self._connections.pop(request, None)
+            self._connections[request] = False
+        try:
+            yield
+        finally:
+            with self._counting:
+                if self._connections.pop(request, None) is not None:
+                    self._connections[request] = True  # the last that kept still
+
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A browser that hangs up is no news; anything else is logged."""
-        if not isinstance(sys.exception(), (ConnectionError, TimeoutError)):
-            log.exception("request of %s failed", client_address)
+        """A browser that hangs up is no news; of anything else one line is logged, its traceback when debugging."""
+        error = sys.exception()
+        if not isinstance(error, (ConnectionError, TimeoutError)):
+            log.error("request of %s failed: %s: %s", client_address, type(error).__name__, error)
+            log.debug("traceback", exc_info=error)
 
     def changes_since(self, seen: Sequence[int]) -> list[int] | None:
         """Change counters of the runs once they differ from ``seen``, or after a while; None when the server closes."""
@@ -135,23 +173,31 @@ class _BadQueryError(ValueError):
 class _Request(BaseHTTPRequestHandler):
     server: PageServer
     protocol_version = "HTTP/1.1"
-    timeout = 60  # of a connection kept open without a request
+    timeout = REQUEST_S
 
     def do_GET(self) -> None:  # the name http.server asks for
+        """Answer what can be understood."""
+        with self.server.answering(self.connection):
+            try:
+                url = urlsplit(self.path)
+            except ValueError as error:
+                self._send(400, f"This is no address: {error}.\n".encode(), "text/plain; charset=utf-8")
+                return
+            self._answer(url.path, dict(parse_qsl(url.query)))
+
+    def _answer(self, path: str, query: Mapping[str, str]) -> None:
         """Check who asks, then answer."""
-        url = urlsplit(self.path)
-        query = dict(parse_qsl(url.query))
         if self.server.token and "token" in query and self._is_token(query["token"]):
             cookie = f"{self._cookie}={self.server.token}; HttpOnly; SameSite=Strict; Path=/"
             self._send(303, b"", "text/plain", {"Location": ".", "Set-Cookie": cookie})
         elif refusal := self._refusal(query):
             self._send(refusal[0], refusal[1].encode(), "text/plain; charset=utf-8")
-        elif url.path == "/api/events":
+        elif path == "/api/events":
             self._stream()
-        elif answer := _DOCUMENTS.get(url.path):
+        elif answer := _DOCUMENTS.get(path):
             self._document(answer, query)
         else:
-            self._static(url.path)
+            self._static(path)
 
     def log_message(self, format: str, *values: Any) -> None:
         """Requests are nobody's news, except when debugging."""
@@ -162,16 +208,22 @@ class _Request(BaseHTTPRequestHandler):
         return f"isentrope-{self.server.server_port}"  # cookies do not tell ports apart
 
     def _is_token(self, given: str) -> bool:
-        return hmac.compare_digest(given.encode(), self.server.token.encode())
+        return hmac.compare_digest(given.encode(errors="replace"), self.server.token.encode())
+
+    def _kept(self) -> list[str]:
+        """The values that the browser keeps under this page's cookie; others' cookies may hold anything."""
+        pairs = ";".join(self.headers.get_all("Cookie", [])).split(";")
+        named = (pair.strip().partition("=") for pair in pairs)
+        return [value.strip('"') for name, _, value in named if name == self._cookie]
 
     def _refusal(self, query: Mapping[str, str]) -> tuple[int, str] | None:
         if not self.server.token:
             host = self.headers.get("Host", "").rpartition(":")[0] or self.headers.get("Host", "")
             return None if host in LOCAL else (403, f"Open this page as {self.server.url}\n")
-        kept = SimpleCookie(self.headers.get("Cookie", "")).get(self._cookie)
-        if "token" not in query and kept is None:
+        kept = self._kept()
+        if "token" not in query and not kept:
             return 401, "This page needs its token: open the address that `isentrope monitor` printed.\n"
-        if "token" in query or kept is None or not self._is_token(kept.value):
+        if "token" in query or not any(map(self._is_token, kept)):
             return 403, "This is not the token of this page: open the address that `isentrope monitor` printed last.\n"
         return None
 
@@ -181,12 +233,14 @@ class _Request(BaseHTTPRequestHandler):
             document = answer(self.server, query)
         except _BadQueryError as error:
             status, document = 400, {"error": str(error)}
-        body = json.dumps(document, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+        except OSError as error:  # the run's folder went away
+            status, document = 500, {"error": str(error)}
+        body = json.dumps(document, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode(errors="replace")
         self._send(status, body, "application/json")
 
     def _static(self, path: str) -> None:
-        file = (STATIC / ("index.html" if path == "/" else path.removeprefix("/static/"))).resolve()
-        if not file.is_relative_to(STATIC) or not file.is_file() or (path != "/" and not path.startswith("/static/")):
+        file = _FILES.get(path)
+        if file is None:
             self._send(404, b"There is nothing here.\n", "text/plain")
             return
         kind = mimetypes.guess_type(file.name)[0] or "text/plain"
@@ -218,6 +272,11 @@ class _Request(BaseHTTPRequestHandler):
                     lines.append(f"data: {json.dumps({'run': index, 'status': run.status()}, allow_nan=False)}\n\n")
             self.wfile.write("".join(lines).encode())
             seen = counts
+
+
+# What is served as it is, by path.
+_FILES = {f"/static/{file.relative_to(STATIC).as_posix()}": file for file in STATIC.rglob("*") if file.is_file()}
+_FILES["/"] = STATIC / "index.html"
 
 
 def _runs(server: PageServer, query: Mapping[str, str]) -> Any:
@@ -276,8 +335,7 @@ def _range(query: Mapping[str, str]) -> tuple[int, int | None]:
 
 
 def _number(query: Mapping[str, str], name: str, default: int | None = None) -> int:
-    value = query.get(name, default)
-    try:
-        return int(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise _BadQueryError(f"{name}={value}: give a whole number") from None
+    value = str(query.get(name, default))
+    if not re.fullmatch("[0-9]{1,19}", value):
+        raise _BadQueryError(f"{name}={value}: give a whole number")
+    return min(int(value), sys.maxsize)

@@ -5,13 +5,14 @@ import http.client
 import json
 import socket
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import pytest
 
 from pipeline.config.errors import ConfigError
+from pipeline.monitoring.report import build_report
 from pipeline.monitoring.web.samples import Query, list_samples, read_sample
-from pipeline.monitoring.web.server import PageServer
+from pipeline.monitoring.web.server import CONNECTIONS, PageServer, _Request
 from pipeline.monitoring.web.view import RunView
 from tests.command_line import call
 from tests.unit.pipeline.monitoring.run_writer import group, open_run, record_step, sample, write_run
@@ -150,6 +151,60 @@ def test_a_token_is_asked_for(run_dir, options):
         assert ask(server, "/api/runs", Cookie=kept, Host="login1.cluster:80")[0].status == 200
 
 
+@pytest.mark.parametrize("other", ['a="x\\', "a=b; =; @@", "{json: [1,2]}", "a=\xe9\x80", "x" * 5000, ";;;="])
+def test_a_malformed_cookie_of_another_application_locks_nobody_out(run_dir, other):
+    with serving(run_dir, with_token=True) as server:
+        own = f"isentrope-{server.server_port}={server.token}"
+        assert ask(server, "/", Cookie=f"{other}; {own}")[0].status == 200
+        assert ask(server, "/", Cookie=f"{own}; {other}")[0].status == 200
+        assert ask(server, "/", Cookie=other)[0].status == 401
+
+
+def test_silent_connections_shut_nobody_out(run_dir):
+    with serving(run_dir) as server, ExitStack() as stack:
+        for _ in range(CONNECTIONS + 30):
+            silent = stack.enter_context(socket.create_connection(("127.0.0.1", server.server_port)))
+            silent.sendall(b"GET / HT")
+        assert ask(server, "/")[0].status == 200
+        assert len(server._connections) <= CONNECTIONS
+
+
+def test_a_connection_that_keeps_still_is_hung_up(run_dir, monkeypatch):
+    monkeypatch.setattr(_Request, "timeout", 0.05)
+    with serving(run_dir) as server, socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as silent:
+        silent.sendall(b"GET / HTTP/1.1\r\nHost: ")
+        assert silent.recv(1) == b""
+
+
+@pytest.mark.parametrize(
+    "request_line",
+    [
+        b"GET //[ HTTP/1.1",
+        b"GET /\x00 HTTP/1.1",
+        b"GET /static/\x00 HTTP/1.1",
+        b"GET /api/series?run=0&names=a&first=" + b"9" * 5000 + b" HTTP/1.1",
+        b"GET /api/series?run=0&names=a&first=9999999999999999999&last=9999999999999999999 HTTP/1.1",
+        b"GET /api/series?run=-1&names=a HTTP/1.1",
+        b"GET /api/series?run=0&names=%ED%A0%80%ff HTTP/1.1",
+        b"GET /api/sample?run=0&step=" + b"9" * 19 + b"&index=0 HTTP/1.1",
+        b"GET /api/law?run=0&first=9999999999999999999 HTTP/1.1",
+        b"GET /api/runs HTTP/77.7",
+        b"\xff\xfe\x00",
+        b"POST / HTTP/1.1",
+        b"GET",
+    ],
+)
+def test_a_bad_request_gets_an_answer_and_no_traceback(server, caplog, capfd, request_line):
+    with socket.create_connection(("127.0.0.1", server.server_port), timeout=20) as asking:
+        host = f"\r\nHost: localhost:{server.server_port}\r\nConnection: close\r\n\r\n"
+        asking.sendall(request_line + host.encode())
+        answer = asking.makefile("rb").read()
+    assert answer
+    assert not caplog.records
+    assert "Traceback" not in capfd.readouterr().err
+    assert ask(server, "/api/runs")[0].status == 200
+
+
 def test_the_stream_tells_each_run_then_what_changed(tmp_path):
     recorder = open_run(tmp_path / "run")
     record_step(recorder, 0)
@@ -225,6 +280,14 @@ def test_a_line_still_being_written_is_left_out(samples):
     path.write_bytes(path.read_bytes()[:-20])
     assert listed(samples, before=5, limit=1) == ([(4, 0)], 4)
     assert read_sample(samples, 4, 1) is None
+
+
+@pytest.mark.parametrize("line", ["5", "[]", "{}", '{"step": 4, "prompt": null}', "[" * 100_000, '"\\ud800"'])
+def test_a_line_that_is_no_sample_is_left_out(samples, line):
+    path = samples / "samples" / "step-000004.jsonl"
+    path.write_text(line + "\n" + path.read_text())
+    assert listed(samples, limit=2) == ([(4, 1), (4, 2)], 4)
+    build_report([samples], samples / "report.html")
 
 
 def test_one_sample_has_its_tokens_and_an_exact_seed(samples):
