@@ -8,6 +8,8 @@ from typing import Any
 
 import typer
 
+from pipeline.monitoring.console import clean
+
 CONFIG = typer.Option(
     None,
     "--config",
@@ -36,14 +38,14 @@ def print_result(result: Mapping[str, Any], as_json: bool) -> None:
         return
     for name, value in result.items():
         if value not in (None, [], {}, ""):
-            typer.echo(f"{name}: {_plain(value)}")
+            typer.echo(clean(f"{name}: {_plain(value)}"))
 
 
 def _plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_plain(entry)}" for name, entry in value.items())
+        return ", ".join(f"{name} {_plain(entry)}" for name, entry in value.items() if entry is not None)
     if isinstance(value, list):
         return "; ".join(map(_plain, value))
     return str(value)

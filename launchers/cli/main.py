@@ -30,6 +30,7 @@ from launchers.cli import (
 )
 from pipeline.config.errors import ConfigError
 from pipeline.data import DataError
+from pipeline.monitoring.console import clean
 from pipeline.monitoring.events import EventLogError
 
 USAGE_ERROR = 2  # wrong command line or configuration; anything else that fails exits with 1
@@ -86,13 +87,13 @@ def run(arguments: Sequence[str] | None = None) -> None:
     except (ConfigError, DataError, EventLogError) as error:
         if debug:
             raise
-        typer.echo(str(error), err=True)
+        typer.echo(clean(str(error)), err=True)
         sys.exit(USAGE_ERROR)
 
 
 def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """What an unexpected exception prints; Python then exits with 1."""
-    typer.echo(f"error: {kind.__name__}: {error}\n(run again with --debug to see where)", err=True)
+    typer.echo(f"error: {kind.__name__}: {clean(str(error))}\n(run again with --debug to see where)", err=True)
 
 
 if __name__ == "__main__":

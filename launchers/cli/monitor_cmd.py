@@ -48,11 +48,12 @@ def monitor(
 
       isentrope monitor runs/quickstart/grpo runs/quickstart/pi --web --port 8421
     """
+    from pipeline.monitoring.console import CleanConsole
     from pipeline.monitoring.series import Series  # loads NumPy
     from pipeline.monitoring.status import status_of
     from pipeline.monitoring.terminal import view
 
-    console = Console()
+    console = CleanConsole()
     live = not (once or as_json) and console.is_terminal
     with local_folders(runs, follow=live or web) as folders:
         if web:

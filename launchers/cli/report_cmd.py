@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 
 from launchers.cli.arguments import JSON, print_result
+from pipeline.monitoring.console import clean
 
 SHOWN = ("method", "seed", "steps", "status", "final_entropy", "time_in_band", "rms_error", "pass_at_1", "pass_at_16")
 
@@ -38,5 +39,5 @@ def report(
         print_result({name: summary[name] for name in SHOWN}, as_json=False)
         typer.echo()
     for sentence in result["cost"]:
-        typer.echo(sentence)
+        typer.echo(clean(sentence))
     typer.echo(f"wrote {', '.join(str(path) for path in (out, *beside.values()) if path)}")

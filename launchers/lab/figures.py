@@ -112,7 +112,7 @@ def measure(run: RunHistory, baseline: RunHistory | None, steps: int | None = No
         "time_in_band": tracking.time_in_band if steered else math.nan,
         "rms_error": tracking.rms_error if steered else math.nan,
         "overshoot": tracking.overshoot if steered else math.nan,
-        "settled": float(tracking.settling_step if tracking.settling_step >= 0 else last) if steered else math.nan,
+        "settled": float(last if tracking.settling_step is None else tracking.settling_step) if steered else math.nan,
         "reward_cost": _reward_cost(run, generated, baseline, theirs) if baseline and baseline is not run else math.nan,
         "extra_tokens": float(generated[last]) / main - 1 if main else math.nan,
         "seconds": float(np.nansum(run.column("time/total")[:last])),

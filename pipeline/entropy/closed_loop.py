@@ -129,7 +129,8 @@ class ClosedLoop(Stateful):
         if self.bad_readings > PATIENCE_READING:
             self.u *= DECAY
         reason = (
-            f"no usable entropy reading for {self.bad_readings} steps: {reading.mean} over {reading.count:g} tokens"
+            f"no usable entropy reading for {self.bad_readings} step{'s' * (self.bad_readings != 1)}: "
+            f"{reading.mean} over {reading.count:g} tokens"
         )
         return self._decision("holding", reason, self._band.target(step))
 
@@ -138,7 +139,9 @@ class ClosedLoop(Stateful):
             self._more_prompts()
         if self.no_positives > PATIENCE_POSITIVES:
             self.u *= DECAY
-        return self._decision("holding", f"no positives for {self.no_positives} steps", goal, entropy)
+        return self._decision(
+            "holding", f"no positives for {self.no_positives} step{'s' * (self.no_positives != 1)}", goal, entropy
+        )
 
     def _split_range(self) -> None:
         """Distinct prompts carry what the command no longer can."""

@@ -94,17 +94,10 @@ def colour_of(run: RunHistory, runs: Sequence[RunHistory]) -> str:
 
 def entropy_chart(axes: Axes, runs: Sequence[RunHistory]) -> None:
     """Entropy of every run against the band: thin as measured, bold filtered."""
-    longest = max(runs, key=lambda run: run.steps)
-    band = longest.series.read(["entropy/band_low", "entropy/band_high"])
-    axes.fill_between(
-        band["step"],
-        band["entropy/band_low"]["mean"],
-        band["entropy/band_high"]["mean"],
-        color=BAND,
-        alpha=0.2,
-        linewidth=0,
-        label="target band",
-    )
+    for run, colour, label in _bands(runs):
+        band = run.series.read(["entropy/band_low", "entropy/band_high"])
+        edges = (band[name]["mean"] for name in ("entropy/band_low", "entropy/band_high"))
+        axes.fill_between(band["step"], *edges, color=colour, alpha=0.2, linewidth=0, label=label)
     for run in runs:
         chart, colour = run.series.read(["entropy/mean"]), colour_of(run, runs)
         raw = chart["entropy/mean"]
@@ -114,6 +107,24 @@ def entropy_chart(axes: Axes, runs: Sequence[RunHistory]) -> None:
     axes.set(title="Policy entropy", ylabel="nats per token, T=1", xlabel="step")
     _bottom_at_zero(axes)
     _legend(axes)
+
+
+def _bands(runs: Sequence[RunHistory]) -> list[tuple[RunHistory, str, str]]:
+    """For each band that runs steer to, the longest run with it, its colour and its legend; a run without control steers to none."""
+    steering = [run for run in runs if not run.is_baseline] or list(runs)
+    longest: dict[str, RunHistory] = {}
+    for run in sorted(steering, key=lambda run: run.steps):
+        longest[repr(run.config.entropy.band)] = run
+    if len(longest) == 1:
+        return [(run, BAND, "target band") for run in longest.values()]
+    return [
+        (
+            run,
+            colour_of(run, runs),
+            "band of " + ", ".join(dict.fromkeys(r.label for r in steering if repr(r.config.entropy.band) == key)),
+        )
+        for key, run in longest.items()
+    ]
 
 
 def command_chart(axes: Axes, runs: Sequence[RunHistory]) -> None:
@@ -171,7 +182,7 @@ def time_chart(axes: Axes, runs: Sequence[RunHistory]) -> None:
             left += seconds
         axes.text(left, row, f" {left:.3g} s", va="center", color=INK)
     axes.set(title="Mean time of a step", xlabel="seconds")
-    axes.set_yticks(range(len(runs)), [f"{run.label} s{run.config.seed}" for run in runs])
+    axes.set_yticks(range(len(runs)), [run.title for run in runs])
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.grid(visible=False, axis="y")

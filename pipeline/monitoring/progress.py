@@ -12,11 +12,19 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.config.entropy_rules import TEMPERATURE_ACTUATORS
+from pipeline.monitoring.console import CleanConsole
 from pipeline.monitoring.event_kinds import StepRecord
+from pipeline.monitoring.tracking import waiting
 
 PERIOD = 0.25  # seconds between two refreshes of the panel
 LINES = 20  # plain lines over a whole run
-STATE_STYLES = {"tracking": "green", "saturated": "yellow", "holding": "yellow", "exploding": "bold red"}
+STATE_STYLES = {
+    "tracking": "green",
+    "waiting": "cyan",
+    "saturated": "yellow",
+    "holding": "yellow",
+    "exploding": "bold red",
+}
 
 
 class Progress:
@@ -24,7 +32,9 @@ class Progress:
 
     def __init__(self, name: str, steps: int, *, first: int = 0, console: Console | None = None) -> None:
         self._name, self._steps, self._first = name, steps, first
-        self._console = console or Console(stderr=True)
+        self._console = console or CleanConsole(stderr=True)
+        self._entropies: list[float] = []  # of a run that began here and, as far as was shown, has not come to its band
+        self._waits = first == 0
         self._every = max(1, steps // LINES)
         self._started = self._drawn = time.monotonic()
         self._live: Live | None = None
@@ -34,6 +44,7 @@ class Progress:
 
     def step(self, record: StepRecord) -> None:
         """Show a step, if it is time to."""
+        self._entropies += [record.entropy] if self._waits else []
         last = record.step + 1 == self._steps
         if self._live is not None:
             now = time.monotonic()
@@ -48,15 +59,23 @@ class Progress:
         if self._live is not None:
             self._live.stop()
 
+    def _standing(self, record: StepRecord) -> tuple[str, str]:
+        """State and reason of the controller, as the monitor says them."""
+        said = waiting(self._entropies, record.band_low, record.band_high) if self._waits else ""
+        self._waits = bool(said)
+        return ("waiting", said) if said and record.state == "tracking" else (record.state, record.reason)
+
     def _remaining(self, record: StepRecord) -> str:
         done = record.step + 1 - self._first
         seconds = (time.monotonic() - self._started) / done * (self._steps - record.step - 1)
         return str(timedelta(seconds=round(seconds)))
 
     def _line(self, record: StepRecord) -> str:
+        name, reason = self._standing(record)
+        state = f"{name}: {reason}" if name == "waiting" else name
         return (
             f"{self._name} step {record.step + 1}/{self._steps}: entropy {record.entropy:.3f} "
-            f"(band {record.band_low:.3f}-{record.band_high:.3f}), {_command(record)}, {record.state}, "
+            f"(band {record.band_low:.3f}-{record.band_high:.3f}), {_command(record)}, {state}, "
             f"reward {record.reward:.3f}, {record.seconds.get('total', 0.0):.2f} s, {self._remaining(record)} left"
         )
 
@@ -70,13 +89,14 @@ class Progress:
             bar,
             f"{total:.2f} s/step, {self._remaining(record)} left",
         )
+        state, reason = self._standing(record)
         inside = record.band_low <= record.entropy <= record.band_high
         entropy = Text.assemble(
             "entropy ",
             (f"{record.entropy:.3f}", "green" if inside else "yellow"),
             f"  band {record.band_low:.3f}-{record.band_high:.3f}  {_command(record)}  ",
-            (record.state, STATE_STYLES.get(record.state, "dim")),
-            (f"  {record.reason}", "dim"),
+            (state, STATE_STYLES.get(state, "dim")),
+            (f"  {reason}", "dim"),
         )
         split = "  ".join(f"{name} {value:.3f}" for name, value in record.seconds.items() if name != "total")
         reward = Text.assemble(

@@ -13,14 +13,15 @@ import numpy as np
 from pipeline.config.load import to_yaml
 from pipeline.monitoring.charts import CHARTS, svg, write_png
 from pipeline.monitoring.differences import config_differences, result_differences
+from pipeline.monitoring.naming import counted
 from pipeline.monitoring.page import document, html_list, html_table
 from pipeline.monitoring.samples import read_samples
-from pipeline.monitoring.summary import COMPARED, RunHistory, by_method, cost_sentences, read_run, summarize_run
+from pipeline.monitoring.summary import COMPARED, RunHistory, by_method, cost_sentences, named, read_run, summarize_run
 from pipeline.monitoring.table import write_csv
 
 PHASES = ("sample", "verify", "batch", "train", "sync", "other", "total", "evaluation")
 COLUMNS = {
-    "method": "method",
+    "title": "run",
     "seed": "seed",
     "steps": "steps",
     "final_entropy": "final entropy",
@@ -61,7 +62,7 @@ def build_report(
     Returns ``{"runs": [summary of each run], "methods": {name: means over its runs}, "cost": [sentences]}``. Raises
     ``EventLogError`` or ``ConfigError`` where a folder holds no readable run.
     """
-    runs = [read_run(Path(run_dir)) for run_dir in run_dirs]
+    runs = named([read_run(Path(run_dir)) for run_dir in run_dirs])
     summaries = [summarize_run(run) for run in runs]
     result = {"runs": summaries, "methods": by_method(summaries), "cost": cost_sentences(runs, summaries)}
     out_html.parent.mkdir(parents=True, exist_ok=True)
@@ -98,11 +99,11 @@ def _page(runs: Sequence[RunHistory], result: Mapping[str, Any]) -> str:
 
 def _verdict(run: RunHistory, summary: Mapping[str, Any]) -> str:
     """One sentence: did this run hold its band?"""
-    name = f"<b>{escape(run.label)}</b> (seed {run.config.seed}, {summary['steps']} of {run.config.steps} steps, {summary['status']})"
+    name = f"<b>{escape(run.title)}</b> (seed {run.config.seed}, {summary['steps']} of {run.config.steps} steps, {summary['status']})"
     end = f"final entropy {_number(summary['final_entropy'])}"
     if run.is_baseline:
         return f"{name}: no control, {end}."
-    if summary["entry_step"] < 0:
+    if summary["entry_step"] is None:
         return f"{name}: never entered its band, {end}." + _saturation(run, summary)
     share = f'<span class="good">{summary["time_in_band"]:.0%}</span>'
     return (
@@ -133,8 +134,8 @@ def _figures(result: Mapping[str, Any]) -> str:
         table += html_table(["method", "runs", *(COLUMNS[figure] for figure in COMPARED)], means)
     note = (
         "Final entropy: mean of the last 20 steps, nats per token at T=1. Time in band and RMS error: filtered entropy (EMA 0.8), from "
-        "its first step in the band on, the error relative to the band's geometric middle. Settled: first step from which it stays 20 steps; "
-        "-1 never. pass@k: last evaluation on held-out prompts."
+        "its first step in the band on, the error relative to the band's geometric middle. Settled: first step from which it stays 20 steps. "
+        "pass@k: last evaluation on held-out prompts."
     )
     return f'<h2>Figures</h2>{table}<p class="muted">{note}</p>'
 
@@ -146,18 +147,12 @@ def _cost(sentences: Sequence[str]) -> str:
 
 
 def _seconds(summaries: Sequence[Mapping[str, Any]]) -> str:
-    rows = [
-        [escape(f"{run['method']} s{run['seed']}"), *(f"{run['seconds'].get(phase, 0.0):.1f}" for phase in PHASES)]
-        for run in summaries
-    ]
+    rows = [[escape(run["title"]), *(f"{run['seconds'].get(phase, 0.0):.1f}" for phase in PHASES)] for run in summaries]
     return html_table(["run", *PHASES], rows)
 
 
 def _mismatch(summaries: Sequence[Mapping[str, Any]]) -> str:
-    rows = [
-        [escape(f"{run['method']} s{run['seed']}"), *(_small(run["mismatch"][name]) for name in MISMATCH)]
-        for run in summaries
-    ]
+    rows = [[escape(run["title"]), *(_small(run["mismatch"][name]) for name in MISMATCH)] for run in summaries]
     note = (
         "d: log-probability of the same token at the same weights, learner's less engine's, nats; means over steps, the largest of all. "
         "Weights: of objective.correction, where it is on."
@@ -169,7 +164,7 @@ def _differences(runs: Sequence[RunHistory], summaries: Sequence[Mapping[str, An
     """What the runs were told to do differently, and what came of it; nothing for a single run."""
     if len(runs) < 2:
         return ""
-    header = ["", *(f"{run.label} s{run.config.seed}" for run in runs)]
+    header = ["", *(run.title for run in runs)]
     keys = [[escape(key), *map(escape, values)] for key, values in config_differences([r.config for r in runs]).items()]
     told = html_table(header, keys) if keys else '<p class="muted">None: the configurations are the same.</p>'
     results = [
@@ -196,14 +191,13 @@ def _happened(runs: Sequence[RunHistory]) -> str:
         marks = [mark for mark in run.series.marks() if mark["kind"] in HAPPENED]
         left_out = len(marks) - SHOWN_EVENTS
         lines = [f"{left_out} earlier ones are in the event log"] if left_out > 0 else []
+        damaged, damage = run.series.damage
+        lines += [escape(f"{counted(damaged, 'damaged line')} of the log skipped: {damage}")] if damaged else []
         lines += [
             f"step {mark['step']}: {mark['kind']}, {mark['severity']}: {escape(mark['text'])}"
             for mark in marks[-SHOWN_EVENTS:]
         ]
-        blocks.append(
-            f"<h3>{escape(run.label)} (seed {run.config.seed})</h3>"
-            + (html_list(lines) if lines else "<p>Nothing.</p>")
-        )
+        blocks.append(f"<h3>{escape(run.title)}</h3>" + (html_list(lines) if lines else "<p>Nothing.</p>"))
     return "<h2>What happened</h2>" + "".join(blocks)
 
 
@@ -215,7 +209,7 @@ def _samples(runs: Sequence[RunHistory]) -> str:
         rows = [_sample_row(sample) for sample in (read_samples(files[-1])[:SHOWN_SAMPLES] if files else [])]
         if rows:
             header = ["prompt", "response", "reward", "role", "T", "entropy"]
-            blocks.append(f"<h3>{escape(run.label)}, step {int(files[-1].stem[5:])}</h3>" + html_table(header, rows))
+            blocks.append(f"<h3>{escape(run.title)}, step {int(files[-1].stem[5:])}</h3>" + html_table(header, rows))
     return f"<details><summary>Samples of the last step</summary>{''.join(blocks)}</details>" if blocks else ""
 
 
@@ -233,7 +227,7 @@ def _configuration(run: RunHistory) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in used.items())
     text = escape(to_yaml(run.config))
     return (
-        f"<details><summary>Configuration and versions of {escape(run.label)} (seed {run.config.seed})</summary>"
+        f"<details><summary>Configuration and versions of {escape(run.title)}</summary>"
         f"<p>{escape(versions)}</p><pre>{text}</pre></details>"
     )
 

@@ -15,6 +15,7 @@ import numpy as np
 from pipeline.monitoring.event_kinds import parse_event
 from pipeline.monitoring.events import FILE_NAME, EventReader, in_force
 from pipeline.monitoring.metrics import scalars, step_columns
+from pipeline.monitoring.naming import counted
 
 CHUNK = 1 << 18  # bytes of the log that are parsed at a time: few live objects cost the garbage collector little
 # Columns beside those of metrics.py: Unix seconds, where the event begins in the log, the controller's state as a number.
@@ -256,7 +257,7 @@ def _end(event: Mapping[str, Any]) -> tuple[str, str, str]:
 
 # Kind of mark, text and severity, by kind of event.
 _MARKS: dict[str, Callable[[Mapping[str, Any]], tuple[str, str, str]]] = {
-    "resume": lambda event: ("restart", f"resumed after {event['step']} steps", "info"),
+    "resume": lambda event: ("restart", f"resumed after {counted(event['step'], 'step')}", "info"),
     "alert": _alert,
     "fault": lambda event: ("fault", event["description"], "warning"),
     "stall": lambda event: ("stall", f"no step for {event['seconds']:.0f} s", "critical"),

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.monitoring.series import TIME, Series
-from pipeline.monitoring.tracking import of_series
+from pipeline.monitoring.tracking import Tracking, of_series, waiting
 
 RECENT = 20  # steps that "recent" figures average
 PACE = 100  # steps that the time left is judged by
@@ -62,7 +62,8 @@ def status(run_dir: Path) -> dict[str, Any]:
 def status_of(series: Series) -> dict[str, Any]:
     """How a run stands as of the last ``series.update()``: a JSON object, null for what there is not (yet).
 
-    ``LAST`` are the last step's, as docs/events.md has them (``step`` is its number); ``AVERAGED`` and ``seconds`` (by phase) are means
+    ``LAST`` are the last step's, as docs/events.md has them (``step`` is its number; ``state`` is ``waiting`` where the controller is
+    ready to track but the entropy has not come to the band yet); ``AVERAGED`` and ``seconds`` (by phase) are means
     over the last ``RECENT`` steps; tracking figures (``time_in_band``, ``rms_error``, ...) those of ``tracking.Tracking``. ``steps`` is
     the goal; ``status`` is running, silent (no event for long: stalled or killed), completed, stopped or failed, ``silent_seconds``
     since the last event; ``alerts`` are those in force, oldest first: dicts with ``step``, ``rule``, ``severity``, ``reason`` and
@@ -82,7 +83,8 @@ def status_of(series: Series) -> dict[str, Any]:
         "steps": goal,
         **_life(events, last, pace),
         **{name: last.get(name) for name in LAST},
-        **asdict(of_series(series)),
+        **asdict(tracking := of_series(series)),
+        **_standing(series, last, tracking),
         **{name: _recent(series, metric) for name, metric in AVERAGED.items()},
         "seconds": _recent_group(series, "time/"),
         "pass_at_k": {k: v["value"] for k, v in evaluations[-1]["pass_at_k"].items()} if evaluations else {},
@@ -110,6 +112,15 @@ def alerts(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if event["state"] == "begin":
             found.append({name: event[name] for name in ("step", "rule", "severity", "reason")} | {"active": True})
     return found
+
+
+def _standing(series: Series, last: Mapping[str, Any], tracking: Tracking) -> dict[str, Any]:
+    """State and reason of the controller for people: one that waits for the entropy to come to the band does not track it yet."""
+    low, high = last.get("band_low"), last.get("band_high")
+    if last.get("state") != "tracking" or tracking.entry_step is not None or low is None or high is None:
+        return {}
+    said = waiting(series.column("entropy/mean"), low, high)
+    return {"state": "waiting", "reason": said} if said else {}
 
 
 def _life(events: Sequence[Mapping[str, Any]], last: Mapping[str, Any], pace: float) -> dict[str, Any]:

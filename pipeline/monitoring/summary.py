@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -14,6 +14,7 @@ import numpy as np
 from pipeline.config.load import config_hash, load_config
 from pipeline.config.schema import RunConfig
 from pipeline.monitoring.metrics import learner_metric
+from pipeline.monitoring.naming import counted, titles
 from pipeline.monitoring.series import Series
 from pipeline.monitoring.tracking import of_series
 
@@ -38,11 +39,8 @@ class RunHistory:
     run_dir: Path
     config: RunConfig
     series: Series
-
-    @property
-    def label(self) -> str:
-        """The run's name."""
-        return self.config.name
+    label: str  # its method: the run's name, unless another run of that name does something else
+    title: str  # tells it from every run beside it
 
     @property
     def is_baseline(self) -> bool:
@@ -82,7 +80,22 @@ class RunHistory:
 def read_run(run_dir: Path) -> RunHistory:
     """Read a run folder. Raises ``EventLogError`` (no events) and ``ConfigError`` (no or bad config.yaml)."""
     series = Series(run_dir)
-    return RunHistory(run_dir, load_config(run_dir / "config.yaml", check=False), series)
+    config = load_config(run_dir / "config.yaml", check=False)
+    return RunHistory(run_dir, config, series, config.name, config.name)
+
+
+def named(runs: Sequence[RunHistory]) -> list[RunHistory]:
+    """Runs to be shown together, with labels and titles that tell them apart. Seeds of one configuration share their label."""
+    found = titles([(run.config.name, run.config.seed, run.run_dir) for run in runs])
+    return [
+        replace(run, title=title, label=run.config.name if _one_method(run, runs) else title)
+        for run, title in zip(runs, found, strict=True)
+    ]
+
+
+def _one_method(run: RunHistory, runs: Sequence[RunHistory]) -> bool:
+    """Whether runs of this name differ in nothing but their seeds."""
+    return len({config_hash(replace(r.config, seed=0)) for r in runs if r.config.name == run.config.name}) == 1
 
 
 def summarize(run_dir: Path) -> dict[str, Any]:
@@ -100,6 +113,7 @@ def summarize_run(run: RunHistory) -> dict[str, Any]:
     last = run.evaluations[-1] if run.evaluations else {}
     figures = {
         "method": run.label,
+        "title": run.title,
         "seed": run.config.seed,
         "steps": run.steps,
         "status": run.status,
@@ -193,7 +207,9 @@ def _cost(method: str, baseline: str, summaries: Sequence[dict[str, Any]], metho
         text += f" (means of {ours['runs']} and {theirs['runs']} runs)"
     steps = sorted({summary["evaluation_step"] for summary in summaries})
     return text + (
-        f", after {steps[0]} steps." if len(steps) == 1 else f", evaluated after {', '.join(map(str, steps))} steps."
+        f", after {counted(steps[0], 'step')}."
+        if len(steps) == 1
+        else f", evaluated after {', '.join(map(str, steps))} steps."
     )
 
 

@@ -43,7 +43,7 @@ def _rows(run: RunHistory, names: Sequence[str]) -> Iterator[list[Any]]:
             if offset == offset:  # not NaN: the log has this step
                 found = evaluated.get(step, {})
                 cells = [_cell(found.get(name, value)) for name, value in zip(names, values, strict=True)]
-                yield [run.label, run.config.seed, step, time, states[int(state)], *cells]
+                yield [run.title, run.config.seed, step, time, states[int(state)], *cells]
 
 
 def _cell(value: float) -> Any:

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.config.entropy_rules import TEMPERATURE_ACTUATORS
+from pipeline.monitoring.naming import counted, titles
 from pipeline.monitoring.progress import STATE_STYLES
 from pipeline.monitoring.series import Series
 from pipeline.monitoring.status import status_of
@@ -38,23 +39,24 @@ def view(runs: Sequence[Series], console: Console) -> RenderableType:
     table = Table.grid(expand=True)
     for _ in range(across):
         table.add_column(ratio=1)
-    panels = [_panel(run, console, width, height) for run in runs]
+    found = [status_of(run) for run in runs]
+    named = titles([(one["name"], one["seed"], run.run_dir) for one, run in zip(found, runs, strict=True)])
+    panels = [
+        _panel(run, one, title, console, width, height) for run, one, title in zip(runs, found, named, strict=True)
+    ]
     for row in range(down):
         table.add_row(*panels[row * across : (row + 1) * across])
     return table
 
 
-def _panel(series: Series, console: Console, width: int, height: int) -> Panel:
+def _panel(series: Series, found: Mapping[str, Any], name: str, console: Console, width: int, height: int) -> Panel:
     inner = width - 4
-    found = status_of(series)
     figures = _figures(found, inner)
     alerts = _alerts(found)
     taken = len(figures.rows) + len(alerts) + 8
     rows = min(14, max(5, height - taken - 5))
     charts = _charts(series, found, console, inner - LABEL, rows)
-    title = Text.assemble(
-        (str(found["name"]), "bold"), f" (seed {found['seed']}) " if found["seed"] is not None else " "
-    )
+    title = Text.assemble((name, "bold"), f" (seed {found['seed']}) " if found["seed"] is not None else " ")
     title.append(_life(found), LIFE.get(found["status"], ""))
     notes = [*alerts, *_damage(found)]
     return Panel(Group(_head(found, inner), *charts, _state(found), figures, *notes), title=title, title_align="left")
@@ -180,9 +182,8 @@ def _alerts(found: Mapping[str, Any]) -> list[Text]:
 def _damage(found: Mapping[str, Any]) -> list[Text]:
     """What of the log could not be read."""
     count = found["damaged_lines"]
-    return [Text(f"{count} damaged line{'s' * (count > 1)} of the log skipped: {found['damage']}", "yellow")] * (
-        count > 0
-    )
+    said = f"{counted(count, 'damaged line')} of the log skipped: {found['damage']}"
+    return [Text(said, "yellow")] if count else []
 
 
 def _life(found: Mapping[str, Any]) -> str:

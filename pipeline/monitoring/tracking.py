@@ -19,6 +19,7 @@ from pipeline.monitoring.series import Series
 
 Floats = Sequence[float] | np.ndarray
 EMA = 0.8  # weight of the past
+DRIFT = 20  # steps that the drift towards the band is taken over
 STAY = 20  # steps in the band that count as settled
 
 
@@ -26,8 +27,10 @@ STAY = 20  # steps in the band that count as settled
 class Tracking:
     """Band tracking of one run. NaN where a figure does not exist, e.g. the RMS error of a run that never entered its band."""
 
-    entry_step: int  # first step with the filtered entropy in the band; -1: never
-    settling_step: int  # first step from which the filtered entropy stays in the band for 20 steps; -1: never
+    entry_step: int | None  # first step with the filtered entropy in the band; None: not yet
+    settling_step: (
+        int | None
+    )  # first step from which the filtered entropy stays in the band for 20 steps; None: not yet
     time_in_band: float  # share of the steps from entry on with the filtered entropy in the band; 0 if it never entered
     rms_error: float  # root mean square of the filtered entropy's relative error, from entry on
     rms_error_raw: float  # the same of the unfiltered entropy
@@ -63,17 +66,17 @@ def track(
     raw, lower, upper = (np.asarray(values, dtype=float) for values in (entropies, low, high))
     smooth = filtered(raw)
     inside = (smooth >= lower) & (smooth <= upper)
-    entry = int(np.argmax(inside)) if inside.any() else -1
+    entry = int(np.argmax(inside)) if inside.any() else None
     target = np.sqrt(lower * upper)
     error, raw_error = smooth / target - 1, raw / target - 1
     known = np.isfinite(error)
-    later = known & (np.arange(len(error)) >= entry) if entry >= 0 else np.zeros(len(error), bool)
+    later = known & (np.arange(len(error)) >= entry) if entry is not None else np.zeros(len(error), bool)
     after, raw_after, seen = error[later], raw_error[later], error[known]
     side = np.sign(seen[0]) if len(seen) else 0.0
     return Tracking(
         entry_step=entry,
         settling_step=_first_stay(inside, known),
-        time_in_band=float(inside[later].mean()) if entry >= 0 else 0.0,
+        time_in_band=float(inside[later].mean()) if entry is not None else 0.0,
         rms_error=_rms(after),
         rms_error_raw=_rms(raw_after[np.isfinite(raw_after)]),
         bias=float(after.mean()) if len(after) else math.nan,
@@ -84,6 +87,22 @@ def track(
     )
 
 
+def waiting(entropies: Floats, low: float, high: float) -> str:
+    """What to say of a controller that "tracks" while the entropy has not come to the band yet; "" where it has.
+
+    ``entropies``: of every step so far, the band's edges as they are now. The drift is that of the last ``DRIFT`` steps, filtered.
+    """
+    smooth = filtered(entropies)
+    smooth = smooth[np.isfinite(smooth)]
+    if not len(smooth) or ((smooth >= low) & (smooth <= high)).any():
+        return ""
+    recent = smooth[-DRIFT:]
+    now, drift = float(recent[-1]), float(recent[-1] - recent[0]) / max(1, len(recent) - 1)
+    way = (high if now > high else low) - now
+    when = f"about {math.ceil(way / drift):,} steps at this drift" if way * drift > 0 else "not coming nearer"
+    return f"H {now:.3g}, band {low:.3g} to {high:.3g}, {when}"
+
+
 def of_series(series: Series) -> Tracking:
     """The figures of all steps in force."""
     names = ("entropy/mean", "entropy/band_low", "entropy/band_high", "control/temperature")
@@ -91,11 +110,11 @@ def of_series(series: Series) -> Tracking:
     return track(entropy, low, high, temperature, series.in_state("saturated"))
 
 
-def _first_stay(inside: np.ndarray, known: np.ndarray) -> int:
-    """First index that starts ``STAY`` true entries in a row, those not known left out; -1 if there is none."""
+def _first_stay(inside: np.ndarray, known: np.ndarray) -> int | None:
+    """First index that starts ``STAY`` true entries in a row, those not known left out; None if there is none."""
     passed = np.concatenate([[0], np.cumsum(inside[known])])
     stays = passed[STAY:] - passed[:-STAY] == STAY
-    return int(np.flatnonzero(known)[np.argmax(stays)]) if stays.any() else -1
+    return int(np.flatnonzero(known)[np.argmax(stays)]) if stays.any() else None
 
 
 def _rms(values: np.ndarray) -> float:

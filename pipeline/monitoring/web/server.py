@@ -1,7 +1,7 @@
 """The server of the page: static files, JSON documents, and one stream of what changed. Nothing is fetched from elsewhere.
 
     GET /                     the page; static/... are its parts
-    GET /api/runs             {"runs": [RunView.status(), ...]}, in the order of the command line
+    GET /api/runs             {"runs": [RunView.status(), ...]}, each with its "title" among them, in the order of the command line
     GET /api/series           ?run=0[&names=reward/mean,...][&spread=entropy/mean,...][&first=0][&last=99][&points=1000]: RunView.read()
     GET /api/marks            ?run=0: {"marks": RunView.marks()}
     GET /api/law              ?run=0[&first=0][&last=99]: RunView.law()
@@ -37,6 +37,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from pipeline.config.errors import ConfigError
 from pipeline.monitoring.events import EventLogError
+from pipeline.monitoring.naming import titles
 from pipeline.monitoring.web.samples import Query, list_samples, read_sample
 from pipeline.monitoring.web.view import RunView
 
@@ -280,7 +281,9 @@ _FILES["/"] = STATIC / "index.html"
 
 
 def _runs(server: PageServer, query: Mapping[str, str]) -> Any:
-    return {"runs": [run.status() for run in server.runs]}
+    found = [run.status() for run in server.runs]
+    named = titles([(status["name"], status["seed"], Path(status["run"])) for status in found])
+    return {"runs": [status | {"title": title} for status, title in zip(found, named, strict=True)]}
 
 
 def _series(server: PageServer, query: Mapping[str, str]) -> Any:

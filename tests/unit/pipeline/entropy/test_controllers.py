@@ -326,7 +326,7 @@ def test_the_alarm_outlasts_steps_without_positives():
     control = controller(actuator="resample")
     feed(control, [0.28 * 0.995**k for k in range(60)])
     (decision,) = feed(control, [0.2], positives=0, start=60)
-    assert decision.reason.startswith("no positives for 1 steps")
+    assert decision.reason.startswith("no positives for 1 step")
     assert WRONG in decision.reason
 
 

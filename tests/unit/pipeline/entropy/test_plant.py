@@ -46,7 +46,7 @@ def test_delay_momentum_fading_gain_and_drift_power_by_hand():
 def test_a_spell_without_positives_leaves_the_drift_alone_and_is_told_to_the_controller():
     trace = simulate(RESAMPLE, Scenario("s", QUIET, start=0.3, no_positives=((5, 9),), steps=20), 0)
     assert np.diff(np.log(trace.entropy))[5:9] == pytest.approx(-0.004)
-    assert [d.reason for d in trace.decisions[5:7]] == ["no positives for 1 steps", "no positives for 2 steps"]
+    assert [d.reason for d in trace.decisions[5:7]] == ["no positives for 1 step", "no positives for 2 steps"]
 
 
 def test_sensor_lag_outliers_and_changes():

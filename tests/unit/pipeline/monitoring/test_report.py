@@ -46,7 +46,7 @@ def test_summary_by_hand(folders):
         "restarts": [],
         "entry_step": 13,  # 0.3 + 0.2 * 0.8^k <= 0.33 from k = 9, the ninth step at 0.3
         "time_in_band": 1.0,
-        "settling_step": -1,  # only 17 steps remain
+        "settling_step": None,  # only 17 steps remain
     }
     assert {key: summary[key] for key in expected} == expected
     assert summary["final_entropy"] == pytest.approx(0.3)
@@ -246,3 +246,44 @@ def test_samples_tell_their_mean_entropy_where_it_was_recorded(tmp_path):
 def build(run_dir):
     build_report([run_dir], run_dir / "report.html")
     return (run_dir / "report.html").read_text()
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    """Two seeds are one method; two configurations of one name and seed are two, called by their folders."""
+    for place, *overrides in (("a", "seed=0"), ("b", "seed=1")):
+        runs.write_run(tmp_path / place / "pi", "name=pi", *overrides, steps=2)
+    build_report([tmp_path / "a" / "pi", tmp_path / "b" / "pi"], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "<b>pi s0</b>" in page
+    assert "<b>pi s1</b>" in page
+    runs.write_run(tmp_path / "c" / "pi", "name=pi", "learner.optimizer.lr=1e-3", steps=2)
+    result = build_report([tmp_path / "a" / "pi", tmp_path / "c" / "pi"], tmp_path / "report.html")
+    assert list(result["methods"]) == ["pi s0 (a/pi)", "pi s0 (c/pi)"]
+    page = (tmp_path / "report.html").read_text()
+    assert "<th></th><th>pi s0 (a/pi)</th><th>pi s0 (c/pi)</th>" in page
+
+
+def bands_of(root, *runs_with_overrides):
+    folders = []
+    for number, overrides in enumerate(runs_with_overrides):
+        folders.append(root / str(number))
+        runs.write_run(folders[-1], f"name=run{number}", *overrides, steps=2)
+    build_report(folders, root / "report.html")
+    chart = re.findall(r"<svg .*?</svg>", (root / "report.html").read_text(), flags=re.DOTALL)[0]
+    return sorted(re.findall(r">(target band|band of [^<]*)<", chart))
+
+
+def test_each_band_is_drawn_and_named(tmp_path):
+    low, high = ["entropy.band.low=0.1", "entropy.band.high=0.2"], ["entropy.band.low=0.5", "entropy.band.high=0.6"]
+    free = ["entropy.controller=none"]
+    assert bands_of(tmp_path / "one", low, low) == ["target band"]
+    assert bands_of(tmp_path / "two", low, high, low) == ["band of run0, run2", "band of run1"]
+    assert bands_of(tmp_path / "free", low, free) == ["target band"], "the run without control steers to none"
+
+
+def test_damaged_lines_are_told(tmp_path):
+    runs.write_run(tmp_path / "run", steps=2, finish=False)
+    with (tmp_path / "run" / "events.jsonl").open("a") as log:
+        log.write("<b>broken\n")
+    page = build(tmp_path / "run")
+    assert "1 damaged line of the log skipped: line 7 is no event" in page

@@ -229,7 +229,7 @@ def test_marks_in_order(tmp_path):
         (0, "evaluation", "pass@1 1.000", "info"),
         (0, "alert", "x: value 2", "warning"),
         (1, "checkpoint", "checkpoints/step-1", "info"),
-        (1, "restart", "resumed after 1 steps", "info"),
+        (1, "restart", "resumed after 1 step", "info"),
         (1, "fault", "engine 0", "warning"),
         (1, "alert", "stall is over", "info"),
         (2, "stall", "no step for 700 s", "critical"),

@@ -1,6 +1,8 @@
 """``isentrope monitor``: figures for scripts, panels for people, one line for what cannot be read."""
 
 import io
+import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from pipeline.monitoring.console import CleanConsole
 from pipeline.monitoring.events import EventLog
 from pipeline.monitoring.series import Series
 from pipeline.monitoring.status import alerts, status
@@ -124,8 +127,8 @@ def test_a_panel_shows_the_band_the_state_and_the_figures(folder):
 def test_it_fits_any_width(folder, width):
     text = rendered(folder, folder, width=width)
     assert max(map(len, text.splitlines())) <= width
-    assert text.count("(seed 0)") == 2
-    assert any(line.count("(seed 0)") == 2 for line in text.splitlines()) == (width == 200)  # side by side
+    assert text.count("─ pi s0") == 2
+    assert any(line.count("─ pi s0") == 2 for line in text.splitlines()) == (width == 200)  # side by side
 
 
 def test_a_run_without_a_step(tmp_path):
@@ -165,3 +168,53 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path, capsys, monkeypatch, co
 
 def test_bytes_for_people():
     assert [size(n) for n in (0, 1023, 1536, 5 * 2**40)] == ["0 B", "1023 B", "1.5 KiB", "5 TiB"]
+
+
+ESCAPES = "\x1b]0;owned\x07\x1b[2J\x9b31m\r\x08"
+
+
+def test_control_characters_never_reach_the_terminal(tmp_path, capsys):
+    recorder = runs.open_run(tmp_path)
+    runs.record_step(recorder, 0, state="saturated", reason=ESCAPES)
+    recorder.event("alert", step=0, rule=ESCAPES, severity="critical", reason=ESCAPES, state="begin")
+    recorder.event("run_end", status="failed", error=ESCAPES)
+    recorder._lock.close()
+    log = tmp_path / "events.jsonl"
+    log.write_text(log.read_text().replace('"name":"pm4"', f'"name":{json.dumps("evil" + ESCAPES)}'))
+    for words in (["monitor", str(tmp_path), "--once"], ["report", str(tmp_path), "-o", str(tmp_path / "r.html")]):
+        code, out, err = call(capsys, *words)
+        assert code == 0
+        assert not set(out + err) & set("\x1b\x07\x9b\r\x08")
+    console = CleanConsole(file=io.StringIO(), width=80, force_terminal=True, color_system="standard")
+    console.print(view([Series(tmp_path)], console))
+    text = re.sub(r"\x1b\[[0-9;]*m", "", console.file.getvalue())  # its own colours
+    assert not set(text) & set("\x1b\x07\x9b\r\x08")
+    assert "evil]0;owned" in text
+    code, _, err = call(capsys, "monitor", "/no/" + ESCAPES)
+    assert (code, set(err) & set("\x1b\x07")) == (2, set())
+
+
+def test_damaged_lines_are_shown(tmp_path, capsys):
+    runs.write_run(tmp_path, steps=2, finish=False)
+    with (tmp_path / "events.jsonl").open("a") as log:
+        log.write("broken\n[\n")
+    (found,) = answer(capsys, "monitor", str(tmp_path))
+    assert found["damaged_lines"] == 2
+    assert "line 7 is no event" in found["damage"]
+    assert "2 damaged lines of the log skipped: line 7" in " ".join(rendered(tmp_path).split())
+
+
+def test_a_controller_that_waits_for_its_band_is_not_said_to_track(tmp_path, capsys):
+    runs.write_run(tmp_path, steps=30, finish=False, entropy=lambda step: 6 - step / 100)
+    (found,) = answer(capsys, "monitor", str(tmp_path))
+    assert found["state"] == "waiting"
+    assert re.fullmatch(r"H 5\.7\d, band 0.27 to 0.33, about 5\d\d steps at this drift", found["reason"])
+    assert "waiting: H 5.7" in rendered(tmp_path)
+
+
+def test_runs_of_one_name_have_different_titles(tmp_path):
+    for place in "ab":
+        runs.write_run(tmp_path / place / "pi", "name=pi", steps=1, finish=False)
+    text = rendered(tmp_path / "a" / "pi", tmp_path / "b" / "pi")
+    assert "pi s0 (a/pi)" in text
+    assert "pi s0 (b/pi)" in text

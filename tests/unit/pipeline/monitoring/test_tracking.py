@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.monitoring.tracking import STAY, filtered, track
+from pipeline.monitoring.tracking import STAY, filtered, track, waiting
 
 
 def figures(entropies, **more):
@@ -48,18 +48,18 @@ def test_overshoot_is_the_far_side_of_the_start():
 
 def test_leaving_the_band_counts_after_entry_only():
     result = figures([1.0] * 10 + [5.0] * 30)
-    assert (result.entry_step, result.settling_step) == (0, -1)
+    assert (result.entry_step, result.settling_step) == (0, None)
     assert result.time_in_band == pytest.approx(10 / 40)
 
 
 def test_settling_needs_twenty_steps():
-    assert figures([1.0] * (STAY - 1)).settling_step == -1
+    assert figures([1.0] * (STAY - 1)).settling_step is None
     assert figures([1.0] * STAY).settling_step == 0
 
 
 def test_a_run_that_never_enters():
     result = figures([3.0] * 30)
-    assert (result.entry_step, result.settling_step, result.time_in_band) == (-1, -1, 0.0)
+    assert (result.entry_step, result.settling_step, result.time_in_band) == (None, None, 0.0)
     assert math.isnan(result.rms_error)
 
 
@@ -86,7 +86,24 @@ def test_command_figures_by_hand():
 def test_figures_stay_in_their_ranges(entropies):
     result = figures(entropies)
     assert 0 <= result.time_in_band <= 1
-    assert (result.entry_step < 0) == (result.time_in_band == 0)
-    if result.entry_step >= 0:
+    assert (result.entry_step is None) == (result.time_in_band == 0)
+    if result.entry_step is not None:
         assert result.rms_error >= abs(result.bias) - 1e-12
-        assert result.settling_step == -1 or result.settling_step >= result.entry_step
+        assert result.settling_step is None or result.settling_step >= result.entry_step
+
+
+@pytest.mark.parametrize(
+    ("entropies", "said"),
+    [
+        ([], ""),
+        ([0.3], ""),
+        ([5.0] * 30 + [0.3] * 30 + [5.0] * 30, ""),  # it has been there
+        ([5.75] * 3, "H 5.75, band 0.25 to 0.35, not coming nearer"),
+        ([5.0, 5.5], "H 5.1, band 0.25 to 0.35, not coming nearer"),
+        ([6.0, 5.0], "H 5.8, band 0.25 to 0.35, about 28 steps at this drift"),  # (5.8 - 0.35) / 0.2
+        ([0.05, 0.1], "H 0.06, band 0.25 to 0.35, about 19 steps at this drift"),
+        ([math.nan, 5.75], "H 5.75, band 0.25 to 0.35, not coming nearer"),
+    ],
+)
+def test_what_a_controller_that_waits_is_said_to_do(entropies, said):
+    assert waiting(entropies, 0.25, 0.35) == said

@@ -44,9 +44,9 @@ export function smoothed(values) {
 export class Chart {
   constructor(
     parent,
-    { title, unit = "", x = "step", height = 170, format = number, log = false, axisBelow = true, zoom },
+    { title, unit = "", x = "step", height = 170, format = number, log = false, zoom },
   ) {
-    this.options = { title, x, height, format, log, axisBelow, zoom };
+    this.options = { title, x, height, format, log, zoom };
     this.legend = element("div", { class: "legend" });
     this.plotArea = element("div", { class: "plot", role: "img", "aria-label": title });
     this.empty = element("p", { class: "empty muted" });
@@ -107,19 +107,18 @@ export class Chart {
   }
 
   #uplotOptions(columns, overlay) {
-    const { x, height, format, log, axisBelow } = this.options;
+    const { x, height, format, log } = this.options;
     const ink = colour("--muted");
     const grid = { stroke: colour("--line"), width: 1 };
     const axis = { stroke: ink, grid, ticks: { show: false }, font: "11px system-ui, sans-serif" };
     return {
       width: this.plotArea.clientWidth || 300,
       height,
-      padding: [6, 14, axisBelow ? 0 : 4, 0],
+      padding: [6, 14, 0, 0],
       scales: { x: { time: false, auto: false }, y: log ? { distr: 3 } : {} },
       axes: [
         {
           ...axis,
-          show: axisBelow,
           size: 24,
           gap: 2,
           values: (_, ticks) => ticks.map(axisNumber),

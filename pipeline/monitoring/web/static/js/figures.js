@@ -3,7 +3,7 @@
 import { colour } from "./chart.js";
 import { NONE, duration, element, fixed, number, percent } from "./format.js";
 
-const never = (step) => (step === null || step === undefined || step < 0 ? "not yet" : number(step));
+const never = (step) => (step === null ? "not yet" : number(step));
 
 // label, its explanation, value and a second line
 const FIGURES = [
@@ -29,7 +29,7 @@ const FIGURES = [
     "In band",
     "Share of the steps since the filtered entropy first entered the band",
     ({ status }) => percent(status.time_in_band),
-    ({ status }) => (status.entry_step >= 0 ? `since step ${number(status.entry_step)}` : "not entered yet"),
+    ({ status }) => (status.entry_step !== null ? `since step ${number(status.entry_step)}` : "not entered yet"),
   ],
   [
     "RMS error",

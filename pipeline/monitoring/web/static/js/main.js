@@ -19,10 +19,7 @@ const page = { runs: [], focus: null, range: null, charts: new Map(), samples: n
 async function start() {
   setTheme(localStorage.getItem("theme") ?? "system");
   const statuses = await api.runs();
-  const names = statuses.map((status) => status.name);
-  page.runs = statuses.map(
-    (status, id) => new Run(id, status, names.indexOf(status.name) !== names.lastIndexOf(status.name)),
-  );
+  page.runs = statuses.map((status, id) => new Run(id, status));
   page.focus = page.runs.find((run) => run.controlled) ?? page.runs[0];
   for (const panel of BAND) addChart(by("band"), panel);
   for (const panel of CHARTS) addChart(by("charts"), panel);
@@ -87,6 +84,8 @@ function draw() {
   if (!runs.includes(focus) && focus.steps.length) runs.push(focus);
   const marks = focus.marks.filter((mark) => DRAWN.includes(mark.kind));
   const missing = [];
+  const steps = runs.flatMap((run) => [run.steps[0], run.steps.at(-1)]);
+  const range = page.range ?? (runs.length ? [Math.min(...steps), Math.max(...steps)] : undefined); // of every chart
   for (const [panel, chart] of page.charts) {
     const drawn = runs.length ? panel.build({ runs, focus, marks }) : { x: [], columns: [], nothing: "No step yet." };
     const structure = JSON.stringify([
@@ -94,7 +93,7 @@ function draw() {
       DARK.matches,
       drawn.columns.map(({ label, colour, dash }) => [label, colour, dash]),
     ]);
-    const seen = chart.draw({ ...drawn, structure, range: panel.x ? undefined : page.range });
+    const seen = chart.draw({ ...drawn, structure, range: panel.x ? undefined : range });
     if (!seen && !drawn.nothing) missing.push(panel.title.toLowerCase());
     if (CHARTS.includes(panel)) chart.root.parentElement.hidden = !seen && !drawn.nothing;
   }
@@ -111,6 +110,8 @@ function drawStatus() {
   by("title").title = focus.status.run;
   document.title = `${focus.status.name}: ${focus.status.state ?? "starting"} · isentrope`;
   page.word = focus.status.status;
+  by("damage").hidden = !focus.status.damaged_lines;
+  setText(by("damage"), `Damaged lines of the log, skipped: ${focus.status.damaged_lines}. ${focus.status.damage}`);
   if (page.connected) onConnected(true);
 }
 

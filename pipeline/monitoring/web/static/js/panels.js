@@ -21,7 +21,6 @@ export const BAND = [
     title: "Policy entropy",
     unit: "nats per token at T = 1",
     height: 320,
-    axisBelow: false,
     format: fixed(4),
     names: ["entropy/filtered", "entropy/target", "entropy/band_low", "entropy/band_high", "control/saturated"],
     spread: ["entropy/mean"],

@@ -3,10 +3,10 @@
 const TEMPERATURES = ["resample", "reweight", "fc", "dcpo"]; // actuators whose command is T+
 
 export class Run {
-  constructor(id, status, duplicated) {
+  constructor(id, status) {
     this.id = id;
     this.status = status; // see pipeline/monitoring/status.py
-    this.label = duplicated ? `${status.name} s${status.seed}` : status.name;
+    this.label = status.title; // no other run of this page has it
     this.visible = true;
     this.set({ step: [] }, [], { entropy: [], reward: [], fit: null });
   }
