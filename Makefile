@@ -23,7 +23,8 @@ quickstart: $(VENV)/.ready $(if $(filter sglang,$(ROLLOUT)),$(VENV)/.ready-sglan
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# One test at a time to each of two workers, which is what loadgroup does without groups: those on Slurm mostly wait.
+# One test at a time to each of two workers, for those on Slurm mostly wait; a group goes to one worker as a whole, so that what its
+# tests share (servers, a cluster with accounts, a run that others are compared with) starts once.
 test-integration: $(VENV)/.ready-launch
 	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/integration $(SINK_TESTS)
 

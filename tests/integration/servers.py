@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from pipeline.model.architecture import parse
 from pipeline.model.checksum import checksum
-from pipeline.rollout.native.decoder import Decoder, DecoderConfig, token_log_probs
+from pipeline.rollout.native.decoder import Decoder, token_log_probs
 from pipeline.types import GenerateRequest, Prompt, Role, WeightBucket
 from tests.tiny_folder import hf_config, random_tensors
 
@@ -37,7 +38,7 @@ def generate_request(tokens, count=4, temperature=1.0, new=12, role=Role.MAIN):
 
 
 def decoder_of(family, seed):
-    return Decoder(DecoderConfig.from_hf(hf_config(family)), random_tensors(hf_config(family), seed))
+    return Decoder(parse(hf_config(family)), random_tensors(hf_config(family), seed))
 
 
 def buckets(family, version, seed):

@@ -36,6 +36,8 @@ from tests.integration.servers import (
     server_pid,
 )
 
+pytestmark = pytest.mark.xdist_group("sglang")  # the servers start once
+
 
 @pytest.fixture(params=FAMILIES)
 def family(request):

@@ -12,10 +12,11 @@ if importlib.util.find_spec("sglang") is None:
 
 from pipeline.config.schema import RolloutConfig, SglangConfig
 from pipeline.model import architecture, fp8, layout
+from pipeline.model.architecture import parse
 from pipeline.model.checksum import checksum
 from pipeline.model.fp8 import values
 from pipeline.rollout.engine import EngineError, WeightUpdateError
-from pipeline.rollout.native.decoder import Decoder, DecoderConfig, token_log_probs
+from pipeline.rollout.native.decoder import Decoder, token_log_probs
 from pipeline.rollout.sglang import fp8 as sglang_fp8
 from pipeline.rollout.sglang.engine import SglangEngine, build_transport
 from pipeline.rollout.transport import Deadline
@@ -68,7 +69,7 @@ def push(engine, version, tensors):
 
 
 def assert_agrees(groups, tensors):
-    decoder = Decoder(DecoderConfig.from_hf(CONFIG), values(tensors))
+    decoder = Decoder(parse(CONFIG), values(tensors))
     for group in groups:
         for sample in group.samples:
             prompt = group.prompt.token_ids

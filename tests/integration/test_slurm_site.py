@@ -26,6 +26,7 @@ SMALL = "24m"  # of the disk that fills up
 pytestmark = [
     pytest.mark.skipif(bool(missing(MORE)), reason=f"needs {missing(MORE)}; Debian packages: {', '.join(PACKAGES)}"),
     pytest.mark.timeout(1800),
+    pytest.mark.xdist_group("site"),
 ]
 
 

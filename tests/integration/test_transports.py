@@ -18,6 +18,8 @@ from pipeline.rollout.sglang.engine import build_transport
 from pipeline.rollout.transport import Deadline
 from tests.integration.servers import REQUESTS, assert_agrees, buckets, decoder_of, push, server_pid
 
+pytestmark = pytest.mark.xdist_group("sglang")  # the servers start once
+
 TRANSPORTS = ("tensor", "distributed", "disk")
 
 

@@ -220,7 +220,7 @@ def trace(seed: int, overrides: Sequence[str] = (), fault: Fault | None = None) 
                 "kind": "evaluation",
                 "time": clock,
                 "step": done,
-                "pass_at_k": {"1": {"value": reward}},
+                "pass_at_k": {"1": {"value": reward, "low": reward, "high": reward}},
                 "maj_at_k": {},
             }
         if done % SAVE_EVERY == 0 and world.saves:

@@ -188,7 +188,7 @@ def main() -> None:
     torch.set_num_threads(1)
     tables = {"cut": arithmetic(arguments.rows, arguments.ranks)}
     if not arguments.no_updates:
-        tables["updates"] = updates(64, arguments.repeat)
+        tables["updates"] = updates(max(4, arguments.rows // 8), arguments.repeat)
     if arguments.json:
         print(json.dumps(tables, indent=1))
         return

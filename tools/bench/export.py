@@ -1,7 +1,7 @@
 """The learner's export: every bucket through rank 0, as before, against buckets put together by balanced owners. Same processes, one run.
 
-    python tools/bench/export.py            # every layout, a table
-    python tools/bench/export.py --json     # the same as JSON
+    python -m tools.bench.export           # every layout, a table
+    python -m tools.bench.export --json     # the same as JSON
 
 Both put every tensor together as a whole, checksum it and write it once into memory that another process can map (what Ray's object store
 costs its owner). Through rank 0: every holder of the first replica sends its parts of a bucket to rank 0, one bucket after the
@@ -16,10 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-import layouts
 import torch
 import torch.distributed as dist
-from weight_sync import DENSE, LAYERS, MOE, _parameters, _timed
 
 from megatron_ext.weights import hf
 from pipeline.model.architecture import Architecture
@@ -28,6 +26,8 @@ from pipeline.model.grid import Grid
 from pipeline.model.layout import Row, rows
 from pipeline.packing import pack
 from pipeline.reshard import buckets
+from tools.bench import layouts
+from tools.bench.weight_sync import DENSE, LAYERS, MOE, _parameters, _timed
 
 REPEATS = 5
 BUCKET_MIB = 4
@@ -162,5 +162,10 @@ def bench(name: str) -> dict[str, Any]:
     return layouts.run(name, CASES[name][1].world_size, measure, CASES[name])
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Every case, then print."""
     layouts.main(__doc__, CASES, bench)
+
+
+if __name__ == "__main__":
+    main()

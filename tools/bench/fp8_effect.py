@@ -48,10 +48,12 @@ ROWS: dict[str, tuple[str, PrecisionConfig]] = {
 COLUMNS = ("dlogp mean", "p99", "max", "KL", "dH mean", "gradient cosine", "gradient length")
 
 
-def responses(folder: Path, prompts: int, samples: int, new_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+def responses(
+    recipe: Path, folder: Path, prompts: int, samples: int, new_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens ``[rows, seq]`` and the mask ``[rows, seq - 1]`` of the response tokens among ``tokens[:, 1:]``."""
     overrides = [f"model.hf_path={folder}", "data.examples=[]", "data.system_prompt=''"]
-    config = load_config(Path("recipe/smollm2_135m_cpu.yaml"), overrides)
+    config = load_config(recipe, overrides)
     tokenizer = load_tokenizer(folder)
     questions = load_prompts(config.data, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens).train[:prompts]
     engine = NativeEngine()
@@ -137,6 +139,7 @@ def main() -> None:
     """Draw the responses, read them under every recipe, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("runs/models/smollm2-135m-instruct"))
+    parser.add_argument("--config", type=Path, default=Path("recipe/smollm2_135m_cpu.yaml"), help="whose questions")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--samples", type=int, default=2, help="responses to each prompt")
     parser.add_argument("--new-tokens", type=int, default=64, help="length limit of a response")
@@ -145,7 +148,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if not (arguments.model / "config.json").is_file():
         sys.exit(f"{arguments.model}: no model folder. Remedy: python tools/make_smollm2.py, or --model FOLDER")
-    tokens, mask = responses(arguments.model, arguments.prompts, arguments.samples, arguments.new_tokens)
+    tokens, mask = responses(
+        arguments.config, arguments.model, arguments.prompts, arguments.samples, arguments.new_tokens
+    )
     targets = tokens[:, 1:][mask]
     placed = topology.initialize(0, ("127.0.0.1", free_port()), Grid(), seed=0)
     exact = Reader(arguments.model, placed, "fp32", PrecisionConfig()).read(tokens, mask, arguments.batch)

@@ -14,7 +14,8 @@ from pipeline.ports import free_port
 def run(name: str, world: int, measure: Callable[..., None], case: Any) -> dict[str, Any]:
     """``measure(rank, case, world, port, out)`` in ``world`` processes; what one of them puts into ``out``."""
     port = free_port()
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")  # each process is a copy of one that has imported what it measures
+    context.set_forkserver_preload([measure.__module__])
     out = context.SimpleQueue()
     processes = [context.Process(target=measure, args=(rank, case, world, port, out)) for rank in range(world)]
     for process in processes:

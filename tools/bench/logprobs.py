@@ -19,7 +19,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -274,11 +274,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--shrink", type=int, default=1, help="divide tokens and columns by this, to see that all runs")
     parser.add_argument("--json", type=Path, help="file to write the tables to")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     results = {}
     for case in CPU_CASES if arguments.device == "cpu" else CUDA_CASES:
+        case = replace(case, tokens=case.tokens // arguments.shrink, columns=case.columns // arguments.shrink)
         table = run(case, arguments.device, arguments.rounds)
         lowest = floor(case, arguments.device) if arguments.device == "cuda" and not case.hidden else None
         show(case, table, lowest)

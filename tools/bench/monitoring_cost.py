@@ -51,7 +51,7 @@ def train(run_dir: Path, arguments: argparse.Namespace, *overrides: str) -> floa
     )
     events = (json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines())
     totals = [event["seconds"]["total"] for event in events if event["kind"] == "step"]
-    return 1e3 * statistics.median(totals[WARM_UP:])
+    return 1e3 * statistics.median(totals[min(WARM_UP, arguments.steps // 2) :])
 
 
 def call(module: str, *arguments: str) -> None:

@@ -1,7 +1,7 @@
 """Weight sync by plan against the gather and broadcast of slime and verl: bytes and seconds, same processes, same weights, one run.
 
-    python tools/bench/weight_sync.py            # every layout, a table
-    python tools/bench/weight_sync.py --json     # the same as JSON
+    python -m tools.bench.weight_sync           # every layout, a table
+    python -m tools.bench.weight_sync --json     # the same as JSON
 
 Gather and broadcast, per parameter: colocated, PP (and EP) broadcast of the shard to every stage, TP all-gather on every rank, then
 each engine rank slices (slime's update_weight_from_tensor, verl with megatron-bridge's export). Disaggregated, TP all-gather (after
@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import layouts
 import torch
 import torch.distributed as dist
 
@@ -27,6 +26,7 @@ from pipeline.model.layout import Row, rows
 from pipeline.reshard.engine_grid import EngineGrid, Placement
 from pipeline.reshard.execute import EngineShards, LearnerShards, execute
 from pipeline.reshard.plan import make_plan
+from tools.bench import layouts
 
 REPEATS = 5
 BUCKET_BYTES = 64 << 20
@@ -243,5 +243,10 @@ def bench(name: str) -> dict[str, Any]:
     return layouts.run(name, learner.world_size + (0 if colocated else engines.world_size), measure, CASES[name])
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Every case, then print."""
     layouts.main(__doc__, CASES, bench)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""Every benchmark of tools/bench runs, at a size that takes seconds; what it measures there means nothing."""
+
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = "configs/model/pm4-100k"
+LIBRARIES = {"alert_traces", "layouts", "logprob_peers"}  # used by other benchmarks, not run
+ELSEWHERE = {"bridge"}  # run by test_bridge_oracle, in the environment that has megatron-bridge
+# OUT is a folder of the test's own, RUNS holds a finished run.
+SMALL = {
+    "alert_quality": "--seeds 1 --recorded RUNS/pi",
+    "batching": "--rows 32 --ranks 2 --repeat 1",
+    "controllers": "--seeds 1 --json OUT/controllers.json",
+    "conversion": "--megabytes 1 --repeat 1 --workers 1 --work OUT",
+    "event_log": "--steps 300 --out OUT/event_log",
+    "export": "--only DP2",
+    "fp8_effect": f"--config quickstart.yaml --model {MODEL} --prompts 1 --samples 1 --new-tokens 4",
+    "frontier": "RUNS --temperatures 1.0 --workers 1",
+    "logprobs": "--rounds 1 --shrink 64",
+    "monitoring_cost": "--pairs 1 --steps 2",
+    "reading_noise": "RUNS",
+    "step_time": "RUNS/pi",
+    "web_page": "--steps 200",
+    "weight_sync": "--only apart",
+}
+NEEDS = {"event_log": ["tensorboard"], "monitoring_cost": ["tensorboard", "wandb", "mlflow", "prometheus_client"]}
+STEPS = 45  # reading_noise looks at windows of 20
+
+pytestmark = pytest.mark.xdist_group("benches")
+
+
+def test_every_benchmark_is_listed():
+    files = {path.stem for path in (ROOT / "tools/bench").glob("*.py")}
+    assert files == LIBRARIES | ELSEWHERE | SMALL.keys()
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Makes processes that have imported already what most benchmarks need."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megatron_ext.learner", "tests.integration.test_benches"])
+    return context
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    words = [
+        "runtime=inline",
+        "learner.tensor_model_parallel_size=1",
+        "evaluation.every=0",
+        "monitoring.progress=false",
+    ]
+    words += ["evaluation.at_start=false", "evaluation.at_end=false", f"steps={STEPS}", f"run_dir={folder}/pi"]
+    command = [sys.executable, "-m", "launchers.cli.main", "train", "--config", "quickstart.yaml", *words]
+    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL, timeout=280)
+    return folder
+
+
+def bench(name: str, words: list[str], out: Path) -> None:
+    """The benchmark's command line, in a process of its own."""
+    with out.open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.chdir(ROOT)
+    sys.argv = [name, *words]
+    import_module(f"tools.bench.{name}").main()
+    sys.stdout.flush()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_benchmark_runs(name, processes, request, tmp_path):
+    for module in NEEDS.get(name, []):
+        pytest.importorskip(module)
+    if name == "web_page" and shutil.which("chromium") is None:
+        pytest.skip("needs chromium")
+    given = SMALL[name].replace("OUT", str(tmp_path))
+    if "RUNS" in given:
+        given = given.replace("RUNS", str(request.getfixturevalue("runs")))
+    process = processes.Process(target=bench, args=(name, given.split(), tmp_path / "said"))
+    process.start()
+    process.join(280)
+    said = (tmp_path / "said").read_text()
+    assert process.exitcode == 0, said[-3000:]
+    assert "|---" in said or "{" in said, "a table, or JSON"
