@@ -10,6 +10,7 @@ import pytest
 from pipeline.http_client import client
 
 CALLERS = 4
+closed = threading.Semaphore(0)  # connections that a server has closed
 
 
 @contextmanager
@@ -37,7 +38,13 @@ def server(hang_up=False):
             pass
 
     meeting = threading.Barrier(CALLERS)
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+
+    class Server(ThreadingHTTPServer):
+        def shutdown_request(self, request):
+            super().shutdown_request(request)
+            closed.release()
+
+    httpd = Server(("127.0.0.1", 0), Handler)
     thread = threading.Thread(target=httpd.serve_forever, args=(0.01,))
     thread.start()
     try:
@@ -62,8 +69,12 @@ def test_requests_of_several_threads_do_not_wait_for_one_another():
 
 
 def test_a_connection_that_the_server_closed_is_not_used_again():
+    while closed.acquire(blocking=False):
+        pass
     with server(hang_up=True) as (url, taken):
-        assert [client(proxies=False).get(url).status_code for _ in range(5)] == [200] * 5
+        for _ in range(5):
+            assert client(proxies=False).get(url).status_code == 200
+            assert closed.acquire(timeout=10)
     assert len(taken) == 5
 
 
