@@ -131,7 +131,8 @@ def _dcpo_share(gap: float, alpha: float, accuracy: float) -> float:
 def _main_rows(main: Sequence[SampleGroup], config: RunConfig) -> list[_Row]:
     kept = [[sample for sample in group.samples if usable(sample)] for group in main]
     rewards = [np.array([sample.reward - _overlong_penalty(sample, config) for sample in group]) for group in kept]
-    advantages = group_advantages(rewards, config.objective)
+    correct = [np.array([sample.correct for sample in group], bool) for group in kept]
+    advantages = group_advantages(rewards, correct, config.objective)
     return [
         _Row(group.prompt, sample, advantage, False, number)
         for number, (group, samples, own) in enumerate(zip(main, kept, advantages, strict=True))

@@ -15,7 +15,9 @@ METHOD = advantage_method(
 )
 
 
-def advantages(groups: Sequence[np.ndarray], objective: ObjectiveConfig) -> list[np.ndarray]:
+def advantages(
+    groups: Sequence[np.ndarray], correct: Sequence[np.ndarray], objective: ObjectiveConfig
+) -> list[np.ndarray]:
     """A_i = r_i - mean of the group (arXiv 2503.20783, section 3.2; public code read). Groups of equal rewards give
     exactly 0.
     """

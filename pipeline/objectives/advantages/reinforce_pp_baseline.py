@@ -16,8 +16,10 @@ METHOD = advantage_method(
 )
 
 
-def advantages(groups: Sequence[np.ndarray], objective: ObjectiveConfig) -> list[np.ndarray]:
+def advantages(
+    groups: Sequence[np.ndarray], correct: Sequence[np.ndarray], objective: ObjectiveConfig
+) -> list[np.ndarray]:
     """A_i as in ``reinforce_pp`` of r_i - mean of the group: the paper's variant for several samples a prompt (arXiv
     2501.03262).
     """
-    return over_the_step(dr_grpo.advantages(groups, objective))
+    return over_the_step(dr_grpo.advantages(groups, correct, objective))

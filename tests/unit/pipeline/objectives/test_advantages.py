@@ -15,7 +15,9 @@ FIRST, SECOND = np.array([1.0, 0.0, 0.0, 0.0]), np.array([1.0, 1.0, 0.0, 0.0])
 
 
 def advantages(kind, *groups, **changes):
-    return group_advantages(groups, ObjectiveConfig(advantage=kind, **changes))
+    return group_advantages(
+        groups, [np.asarray(group) == 1 for group in groups], ObjectiveConfig(advantage=kind, **changes)
+    )
 
 
 def test_hand_computed():
@@ -105,3 +107,13 @@ def test_nothing_to_learn_is_exactly_zero(rewards, kind):
 def test_unknown_kind():
     with pytest.raises(ValueError, match="'median'"):
         advantages("median", np.array([0.0, 1.0]))
+
+
+def test_pass_at_k_knows_a_correct_sample_whose_length_was_penalised():
+    objective = ObjectiveConfig(advantage="pass_at_k", pass_at_k=PassAtKConfig(samples=2, share=1.0))
+    marks = np.array([True, True, False, False])
+    plain, penalised = (
+        group_advantages([np.array(rewards)], [marks], objective)[0]
+        for rewards in ([1.0, 1.0, 0.0, 0.0], [1.0, 0.4, 0.0, 0.0])
+    )
+    assert plain.tolist() == penalised.tolist()
