@@ -73,8 +73,12 @@ class VerifierPool:
 
 
 def describe(error: BaseException) -> str:
-    """One short line for an exception."""
-    return f"{type(error).__name__}: {error}".split("\n")[0][:_LONGEST_ERROR]
+    """One short line for an exception, also for one of a user's own class that cannot be printed."""
+    try:
+        message = str(error)
+    except Exception as own:  # noqa: BLE001  a verifier's exception may do anything when it is asked for its text
+        message = f"its text cannot be read ({type(own).__name__})"
+    return f"{type(error).__name__}: {message}".split("\n")[0][:_LONGEST_ERROR]
 
 
 def _load(verifier: str) -> None:

@@ -27,6 +27,12 @@ def judge(prompt, text):
 class Odd(Exception):
     def __init__(self, a, b): super().__init__(a)
 
+class Mute(Exception):
+    def __str__(self): raise RuntimeError("no words")
+
+def mute(prompt, text):
+    raise Mute
+
 def odd(prompt, text):
     if text == "1": raise Odd(1, 2)
     return os.getpid() / 1e9
@@ -119,6 +125,11 @@ def test_hanging_raising_and_crashing_calls_cost_only_their_own_sample(stage, ow
     }
     assert {text: s.reward for text, s in by_text.items() if s.reward} == {"0": 1.0, "7": 0.25, "8": 1.0}
     assert {s.text for s in judged.samples if s.correct} == {"0", "8"}
+
+
+def test_an_exception_that_cannot_be_printed_costs_its_own_sample(stage, own):
+    (judged,) = stage.verify([group("own_judge:mute", "", ["1"])])
+    assert verdicts(judged) == [("1", 0.0, False, "Mute: its text cannot be read (RuntimeError)")]
 
 
 def test_a_broken_pool_is_replaced(stage, own):
