@@ -96,6 +96,7 @@ def test_table_and_figure(capsys, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     config = {
+        "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_size": 64,
