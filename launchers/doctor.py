@@ -20,6 +20,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from pipeline.units import GIB
+
 OK, NOTE, BAD = "ok", "note", "bad"
 PACKAGES = ("torch", "megatron-core", "transformer-engine", "transformers", "ray", "sglang", "nemo-run")
 # As pyproject.toml has it, which does not travel with this file (a test compares them).
@@ -32,7 +34,6 @@ SERVED = {
     "sglang": ">=0.5.17,<0.6",
 }
 PINNED = (("sglang", "torch"), ("sglang", "transformers"))  # whose versions its owner declares
-GIB = 2**30
 
 
 @dataclass(frozen=True)

@@ -255,13 +255,15 @@ def _batch(seed: int) -> Any:
 
 
 def _figures(found: dict[str, Any], reference: dict[str, Any]) -> dict[str, float]:
+    from pipeline.units import GIB
+
     def apart(name: str) -> float:
         return max(abs(a - b) for a, b in zip(found[name], reference[name], strict=True))
 
     return {
         "tokens/s": ROWS * TOKENS / found["seconds"],
         "speed-up": reference["seconds"] / found["seconds"],
-        "peak GiB": found["peak"] / 2**30,
+        "peak GiB": found["peak"] / GIB,
         "largest loss difference": apart("losses"),
         "largest entropy difference": apart("entropies"),
     }

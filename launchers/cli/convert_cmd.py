@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import typer
 
 from launchers.cli.arguments import JSON, print_result
+from pipeline.units import GIB
 
 if TYPE_CHECKING:
     from megatron_ext.weights.convert import Progress
@@ -44,7 +45,7 @@ _UNITS = {
     "TB": 10**12,
     "KIB": 2**10,
     "MIB": 2**20,
-    "GIB": 2**30,
+    "GIB": GIB,
     "TIB": 2**40,
 }
 

@@ -15,8 +15,8 @@ from launchers.cli.arguments import CONFIG, JSON, MEAN_RESPONSE, OVERRIDES
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import PACKAGED, load_config, resolve_path
 from pipeline.config.schema import RunConfig
+from pipeline.units import GIB
 
-GIB = 2**30
 DOES_NOT_FIT = 1
 
 

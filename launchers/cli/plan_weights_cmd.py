@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from launchers.cli.arguments import JSON
+from pipeline.units import GIB
 
 LEARNER = ("tp", "pp", "dp", "vpp", "ep", "etp", "first_stage_layers", "last_stage_layers")
 ENGINES = ("tp", "ep", "count")
-GIB = 2**30
 
 
 def weights(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from launchers.plan.work import Work
 from pipeline.model.architecture import Mla, Moe
+from pipeline.units import FP8_BLOCK
 
 _FLOAT, _INDEX = 4, 8  # bytes of float32, int64
 TOKEN_ID = _INDEX
@@ -120,7 +121,9 @@ def _linear_size(work: Work, index: int) -> float:
     """Bytes of an entry of a linear layer's input: Transformer Engine keeps it in FP8, without a copy in bf16."""
     precision = work.learner.precision
     inside = not precision.in_bf16(index, work.model.layers)
-    scales = {"blockwise": 4 / 128, "mxfp8": 1 / 32}.get(precision.fp8_recipe, 0.0)  # per entry, 1 x 128 and 1 x 32
+    scales = {"blockwise": 4 / FP8_BLOCK, "mxfp8": 1 / 32}.get(
+        precision.fp8_recipe, 0.0
+    )  # per entry, 1 x 128 and 1 x 32
     return 1 + scales if work.fp8 and inside else work.itemsize
 
 

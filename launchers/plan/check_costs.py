@@ -12,7 +12,7 @@ from launchers.plan.work import EXPECTED_SHARE
 from launchers.slurm.cluster import ClusterConfig, seconds
 from pipeline.config.errors import Problem
 from pipeline.config.schema import RunConfig
-from pipeline.monitoring.memory import GIB
+from pipeline.units import GIB
 
 if TYPE_CHECKING:
     from launchers.plan.forecast import Forecast

@@ -11,13 +11,13 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from launchers.plan.memory import GIB
 from launchers.plan.work import ITEM_SIZES
 from pipeline.config.schema import RunConfig
 from pipeline.model.architecture import Architecture
 from pipeline.model.fp8 import quantised
 from pipeline.model.grid import Grid
 from pipeline.model.layout import Row, rows
+from pipeline.units import GIB
 
 BANDWIDTH_SHARE = 0.6  # of the data sheet's memory bandwidth that decoding is assumed to reach
 UTILIZATION = 0.45  # of the arithmetic peak, as ``speed.Machine``

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from launchers.plan import memory
 from launchers.plan.engines import Gpu, Rollout, rollout
-from launchers.plan.memory import GIB
 from launchers.plan.speed import Machine, speed
 from launchers.plan.work import ITEM_SIZES, Work, from_config
 from launchers.slurm.cluster import ClusterConfig
@@ -17,6 +16,7 @@ from pipeline.model.layout import rows
 from pipeline.reshard.engine_grid import EngineGrid, Placement
 from pipeline.reshard.plan import make_plan
 from pipeline.reshard.report import run_summary
+from pipeline.units import GIB
 
 ENGINE_CONTEXT_GIB = 3.0  # of an engine that has released its memory: CUDA context, libraries, NCCL; as the learner's
 CHECKPOINT_BYTES = {"fp32": 12, "bf16": 14}  # of a parameter: itself, Adam's two moments, bf16's float32 original

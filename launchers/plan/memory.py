@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from launchers.plan import activations, parameters
 from launchers.plan.schedule import under_way
 from launchers.plan.work import Work, table
+from pipeline.units import GIB
 
-GIB = 2**30
 # A stated constant, not a computed one: CUDA context and libraries, cuBLAS and cuDNN workspaces, NCCL's channels of five to seven groups,
 # and what the caching allocator cannot use again.
 CONTEXT_BYTES = 3 * GIB

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from launchers.plan.work import Work, table
 from pipeline.model.fp8 import quantised
 from pipeline.model.layout import Row
+from pipeline.units import FP8_BLOCK
 
 MAIN = 4  # bytes of float32: main gradients, main parameters, each of Adam's two moments
 _START = 64  # entries to which the distributed optimizer's buffer aligns every parameter (megatron-core, param_and_grad_buffer.py)
 _END = 128  # and, with the number of ranks, every bucket's end
 # Bytes of scales per FP8 byte: one float32 for 128 x 128 weights, one byte for 32 (docs of Transformer Engine's recipes).
-_SCALES = {"blockwise": 4 / 128**2, "mxfp8": 1 / 32}
+_SCALES = {"blockwise": 4 / FP8_BLOCK**2, "mxfp8": 1 / 32}
 
 
 @dataclass(frozen=True)

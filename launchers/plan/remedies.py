@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from launchers.plan import memory
-from launchers.plan.memory import GIB
 from launchers.plan.speed import Machine, speed
 from launchers.plan.work import Work, from_config
 from pipeline.config.schema import RunConfig
 from pipeline.model.architecture import Architecture
+from pipeline.units import GIB
 
 COLOURS = {
     "parameters": "#2f6db3",

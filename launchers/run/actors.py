@@ -20,9 +20,10 @@ import torch.distributed as dist
 from launchers.run.ray_cluster import most_on_one_node, use_interface_of
 from launchers.supervise.roll_call import ROLL_CALL, Whereabouts, whereabouts
 from pipeline.learner import Learner
-from pipeline.monitoring.memory import GIB, resident_gib
+from pipeline.monitoring.memory import resident_gib
 from pipeline.rollout.engine import EngineError, EngineTimeoutError, RolloutEngine, WeightUpdateError
 from pipeline.types import EngineHealth, GenerateRequest, SampleGroup, StepStats, TrainBatch, WeightBucket
+from pipeline.units import GIB
 
 LOCALHOST = "127.0.0.1"
 BUCKETS_IN_FLIGHT = 2  # how many buckets the object store may hold while engines catch up

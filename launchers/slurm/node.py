@@ -23,6 +23,7 @@ from launchers import environment
 from launchers.supervise.attempts import LAUNCH, AttemptLog, gives_up, progress
 from launchers.supervise.training import train
 from pipeline.config.load import load_config
+from pipeline.units import GIB
 
 SHIPPED = Path(".launch")  # beside the shipped code: config.yaml, cluster.yaml, code.json, code.patch, launch.json
 VERDICT = "verdict"
@@ -92,7 +93,7 @@ def ray(options: list[str], log: Path, settings: dict[str, float]) -> Iterator[s
     if "--head" in options:
         common.append(f"--temp-dir={folder}")
     if settings["object_store_gib"]:
-        common.append(f"--object-store-memory={int(settings['object_store_gib'] * 2**30)}")
+        common.append(f"--object-store-memory={int(settings['object_store_gib'] * GIB)}")
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", *options, *common]
     process = _start(command, log)
     try:

@@ -6,6 +6,7 @@ import math
 from statistics import median
 
 from pipeline.entropy.state import Stateful
+from pipeline.smoothing import ema
 from pipeline.types import EntropyReading
 
 FLOOR = 1e-3  # nats; below it ln H would amplify noise without bound
@@ -48,7 +49,7 @@ class Sensor(Stateful):
         if repeated is not None:
             self.value = self._shifted(max(clean, FLOOR), max(repeated, FLOOR))
         else:
-            self.value = clean if self.value is None else self._ema * self.value + (1 - self._ema) * clean
+            self.value = ema(self.value, clean, self._ema)
         return max(self.value, FLOOR)
 
     def _shifted(self, entropy: float, repeated: float) -> float:

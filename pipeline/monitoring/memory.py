@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-GIB = 2**30
+from pipeline.units import GIB
+
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 

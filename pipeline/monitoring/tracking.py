@@ -16,6 +16,7 @@ from itertools import accumulate
 import numpy as np
 
 from pipeline.monitoring.series import Series
+from pipeline.smoothing import ema
 
 Floats = Sequence[float] | np.ndarray
 EMA = 0.8  # weight of the past
@@ -47,7 +48,7 @@ def filtered(values: Floats, weight: float = EMA) -> np.ndarray:
     """Exponential moving average, float64 [n]; starts at the first finite value; one that is not finite repeats the last."""
     raw = np.asarray(values, dtype=float)
     finite = np.isfinite(raw)
-    smooth = accumulate(raw[finite].tolist(), lambda last, value: weight * last + (1 - weight) * value)
+    smooth = accumulate(raw[finite].tolist(), lambda last, value: ema(last, value, weight))
     known = np.array([math.nan, *smooth])  # a long run has a million of them: no NumPy in the loop
     return known[np.cumsum(finite)]
 

@@ -12,8 +12,7 @@ from pipeline.model.layout import rows
 from pipeline.reshard import buckets
 from pipeline.reshard.pieces import FANOUT, INTER, LOCAL, NEAR
 from pipeline.reshard.plan import ITEM_SIZES, Plan
-
-GIB = 2**30
+from pipeline.units import GIB
 
 
 def summary(plan: Plan, inter_gbps: float, intra_gbps: float) -> dict[str, Any]:

@@ -14,6 +14,7 @@ FLOORS = {
     "pipeline.ports": 1,
     "pipeline.http_client": 1,
     "pipeline.units": 1,
+    "pipeline.smoothing": 1,
     "pipeline.student": 1,
     "pipeline.disk": 1,
     "pipeline.methods": 1,

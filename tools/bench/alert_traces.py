@@ -21,6 +21,7 @@ from pipeline.entropy.band import Band
 from pipeline.entropy.factory import build_controller
 from pipeline.monitoring.events import read_events
 from pipeline.types import EntropyReading
+from pipeline.units import GIB
 
 STEPS, ONSET = 600, 310
 STEP_SECONDS, EVALUATION_SECONDS, CHECKPOINT_SECONDS = 30.0, 150.0, 40.0
@@ -28,7 +29,6 @@ EVALUATE_EVERY, SAVE_EVERY = 50, 50
 ROWS = 256
 DRIFT, GAIN = -0.003, 0.0114
 NOISE, REWARD_NOISE, WANDER = 0.07, 0.075, 0.003
-GIB = 2**30
 Event = dict[str, Any]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.monitoring.alerts.bounds import Bound, parse_bound
 from pipeline.monitoring.alerts.schema import ConditionConfig
+from pipeline.smoothing import ema
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,7 @@ class Condition:
         return compare(value, self.above, self.below, moment.figures)
 
     def _smoothed(self, value: float) -> float:
-        weight = self.config.smooth
-        self._smooth = value if math.isnan(self._smooth) else weight * self._smooth + (1 - weight) * value
+        self._smooth = ema(self._smooth, value, self.config.smooth)
         return self._smooth
 
     def _events(self, moment: Moment) -> Finding:

@@ -22,8 +22,9 @@ from pipeline.monitoring.alerts.rules import Rule
 from pipeline.monitoring.alerts.schema import ConditionConfig
 from pipeline.monitoring.events import EventReader
 from pipeline.monitoring.metrics import scalars
+from pipeline.monitoring.tracking import EMA
+from pipeline.smoothing import ema
 
-EMA = 0.8  # weight of the past where the entropy is said to have entered its band, as in ``tracking``
 SNAPSHOTS = 8  # checkpoints whose state is kept: a run resumes from one of the newest
 
 
@@ -226,7 +227,7 @@ class AlertEngine:
         memory, entropy = self._memory, figures.get("entropy/mean")
         if entropy is None:
             return
-        memory.smooth = entropy if math.isnan(memory.smooth) else EMA * memory.smooth + (1 - EMA) * entropy
+        memory.smooth = ema(memory.smooth, entropy, EMA)
         memory.entered |= figures["entropy/band_low"] <= memory.smooth <= figures["entropy/band_high"]
 
     def _resume(self, step: int, time: float) -> list[Alert]:

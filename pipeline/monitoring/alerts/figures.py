@@ -9,7 +9,7 @@ from itertools import combinations
 from statistics import median
 from typing import Any
 
-from pipeline.monitoring.memory import GIB
+from pipeline.units import GIB
 
 STEPS = 50  # that the median of a step's time is taken over
 SAMPLE_EVERY, SAMPLES, FEWEST = 60.0, 60, 10  # seconds between two samples of the disk; kept at most; needed for a rate
