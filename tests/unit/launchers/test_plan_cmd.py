@@ -98,7 +98,6 @@ def test_table_and_figure(capsys, tmp_path):
     config = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 2,
