@@ -28,9 +28,9 @@ def slurm_job() -> SlurmJob:
 
 def own_address(peer: str) -> str:
     """The IPv4 address of this machine from which ``peer`` is reached; nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((peer, 9))
-        return probe.getsockname()[0]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.connect((peer, 9))
+        return sock.getsockname()[0]
 
 
 def ray_address() -> str | None:

@@ -78,10 +78,10 @@ def _connect() -> None:
 def use_interface_of(address: str) -> None:
     """Make gloo, in this process, use the network interface that has ``address``; by itself it trusts the host's name."""
     for _, name in socket.if_nameindex():
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             request = struct.pack("256s", name[:15].encode())
             try:
-                own = socket.inet_ntoa(fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24])
+                own = socket.inet_ntoa(fcntl.ioctl(sock.fileno(), _SIOCGIFADDR, request)[20:24])
             except OSError:  # an interface without an IPv4 address
                 continue
         if own == address:

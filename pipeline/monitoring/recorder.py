@@ -23,7 +23,8 @@ from pipeline.data.sources import PromptSet
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.entropy.band import Band
 from pipeline.monitoring.activity import Activity
-from pipeline.monitoring.alerts.engine import Alert, AlertEngine, replayed
+from pipeline.monitoring.alerts.alert import Alert
+from pipeline.monitoring.alerts.engine import AlertEngine, replayed
 from pipeline.monitoring.alerts.rules import constants_of, rules_of
 from pipeline.monitoring.events import FILE_NAME, EventLog, EventReader, in_force
 from pipeline.monitoring.progress import Progress

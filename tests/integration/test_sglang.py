@@ -105,7 +105,7 @@ def test_updates_are_served_and_every_tensor_is_read_back_in_turn(engines, famil
     assert_agrees(engine.generate(REQUESTS), decoder)
     tokens = [5, 6, 7, 30, 12]
     ours = token_log_probs(decoder, torch.tensor([tokens]))[0]
-    np.testing.assert_allclose(engine.probe_log_probs(tokens), ours.numpy(), atol=TOLERANCE)
+    np.testing.assert_allclose(engine.prompt_log_probs(tokens), ours.numpy(), atol=TOLERANCE)
 
 
 def test_an_engine_that_has_left_its_memory_serves_again_after_the_next_update(engines, family):

@@ -24,7 +24,8 @@ from statistics import median
 from typing import Any
 
 from pipeline.config.schema import AlertsConfig
-from pipeline.monitoring.alerts.engine import Alert, AlertEngine
+from pipeline.monitoring.alerts.alert import Alert
+from pipeline.monitoring.alerts.engine import AlertEngine
 from pipeline.monitoring.alerts.replay import replay_run
 from pipeline.monitoring.alerts.rules import constants_of, load_rules
 from pipeline.monitoring.events import read_events

@@ -9,11 +9,12 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from pipeline.monitoring.alerts.alert import Alert
 from pipeline.monitoring.alerts.bounds import parse_bound
 from pipeline.monitoring.alerts.conditions import Condition, Finding, Moment, compare
 from pipeline.monitoring.alerts.figures import Clock
@@ -26,27 +27,6 @@ from pipeline.monitoring.tracking import EMA
 from pipeline.smoothing import ema
 
 SNAPSHOTS = 8  # checkpoints whose state is kept: a run resumes from one of the newest
-
-
-@dataclass(frozen=True)
-class Alert:
-    """An alert that begins or ends."""
-
-    rule: str
-    severity: str  # info | warning | critical
-    state: str  # begin | end
-    step: int  # last one done; the one in progress where a fault, a stall or time began it, so that a resume there supersedes it
-    time: float  # Unix seconds
-    reason: str  # at the beginning what is wrong and the remedy, at the end for how long it was so
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields of an ``alert`` event."""
-        return dict(vars(self))
-
-    @classmethod
-    def of(cls, event: Mapping[str, Any]) -> Alert:
-        """An ``alert`` event read back."""
-        return cls(**{f.name: event[f.name] for f in fields(cls)})
 
 
 class Watch:
@@ -212,7 +192,7 @@ class AlertEngine:
             alert = watch.look(moment, step, time, self._is_silent(watch.rule, active))
             if alert is not None:
                 alerts.append(alert)
-                (active.add if alert.state == "begin" else active.discard)(alert.rule)
+                (active.add if alert.begins else active.discard)(alert.rule)
         return alerts
 
     def _is_silent(self, rule: Rule, active: set[str]) -> bool:
@@ -265,5 +245,5 @@ def replayed(fresh: AlertEngine, path: Path, step: int) -> AlertEngine:
             alerts = [alert for alert in alerts if alert.step < event["step"]]
     engine.observe({"kind": "resume", "step": step, "time": time})
     newest = {alert.rule: alert for alert in alerts if alert.step < step}
-    engine.adopt({rule: alert for rule, alert in newest.items() if alert.state == "begin"})
+    engine.adopt({rule: alert for rule, alert in newest.items() if alert.begins})
     return engine

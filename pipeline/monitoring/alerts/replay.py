@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.load import load_config
-from pipeline.monitoring.alerts.engine import Alert, AlertEngine
+from pipeline.monitoring.alerts.alert import Alert
+from pipeline.monitoring.alerts.engine import AlertEngine
 from pipeline.monitoring.alerts.rules import Rule, constants_of, load_rules
 from pipeline.monitoring.events import FILE_NAME, EventReader
 from pipeline.monitoring.metrics import scalars

@@ -4,27 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.schema import RunConfig
 from pipeline.monitoring.events import FILE_NAME
-
-
-@dataclass(frozen=True)
-class Alert:
-    """An ``alert`` event."""
-
-    rule: str
-    severity: str  # info | warning | critical
-    reason: str
-    begins: bool
-
-    @classmethod
-    def of(cls, event: Mapping[str, Any]) -> Alert:
-        """Read it from its event."""
-        return cls(event["rule"], event["severity"], event["reason"], event["state"] == "begin")
 
 
 def run_id(run_dir: Path) -> str:

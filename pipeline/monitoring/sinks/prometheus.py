@@ -17,8 +17,9 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Info, start_http_server
 
 from pipeline.config.schema import RunConfig
+from pipeline.monitoring.alerts.alert import Alert
 from pipeline.monitoring.metrics import scalars
-from pipeline.monitoring.sinks.common import Alert, run_id
+from pipeline.monitoring.sinks.common import run_id
 
 LABELS = ("run", "seed")
 

@@ -22,8 +22,9 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from pipeline.config.load import to_yaml
 from pipeline.config.schema import RunConfig
+from pipeline.monitoring.alerts.alert import Alert
 from pipeline.monitoring.metrics import scalars
-from pipeline.monitoring.sinks.common import Alert, flat, run_id
+from pipeline.monitoring.sinks.common import flat, run_id
 
 
 class TensorboardSink:

@@ -15,8 +15,9 @@ from wandb.sdk.lib import wbauth
 
 from pipeline.config.errors import Problem
 from pipeline.config.schema import RunConfig
+from pipeline.monitoring.alerts.alert import Alert
 from pipeline.monitoring.metrics import scalars
-from pipeline.monitoring.sinks.common import Alert, run_id
+from pipeline.monitoring.sinks.common import run_id
 
 LEVELS = {"info": "INFO", "warning": "WARN", "critical": "ERROR"}
 LONGEST_TAG = 64

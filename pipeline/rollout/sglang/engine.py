@@ -201,7 +201,7 @@ class SglangEngine:
             self._transport.abort()
         self._settled.set()
 
-    def probe_log_probs(self, token_ids: Sequence[int]) -> np.ndarray:
+    def prompt_log_probs(self, token_ids: Sequence[int]) -> np.ndarray:
         """The server's T=1 log-probs of every token but the first, float32 ``[len - 1]``; for comparison with the learner's."""
         return server_log_probs(self._running, token_ids)
 

@@ -22,10 +22,10 @@ logger = logging.getLogger(__name__)
 _READ_BACK_TENSORS = 4  # per update; another handful at each version
 _READ_BACK_ROWS = 64
 _PROBE_BYTES = GIB  # larger models are not recomputed here to verify an update
-_PROBE_TOKENS = 16
-_PROBE_TOLERANCE = {torch.float32: 0.02}  # nats, mean over the probe's tokens
-_PROBE_TOLERANCE_16_BIT = 0.2  # SGLang also computes in 16 bits; a random 2-layer model showed 0.03
-_PROBE_TOLERANCE_FP8 = 0.5  # it rounds activations to FP8, too; not measured on a GPU yet
+_COMPARED_TOKENS = 16
+_LOG_PROB_TOLERANCE = {torch.float32: 0.02}  # nats, mean over the tokens that are compared
+_LOG_PROB_TOLERANCE_16_BIT = 0.2  # SGLang also computes in 16 bits; a random 2-layer model showed 0.03
+_LOG_PROB_TOLERANCE_FP8 = 0.5  # it rounds activations to FP8, too; not measured on a GPU yet
 
 
 class UpdateVerifier:
@@ -50,14 +50,14 @@ class UpdateVerifier:
         self._server, self._dtype = server, dtype
         self._names = sorted(shapes)
         self._reads_back = _tells_rows(model) and self._read_back("model.norm.weight", None) is not None
-        self._probed: Architecture | None = None
+        self._compared: Architecture | None = None
         self._expected: dict[str, torch.Tensor] = {}  # rows to read back
-        self._arrived: dict[str, torch.Tensor] = {}  # everything, for the probe
+        self._arrived: dict[str, torch.Tensor] = {}  # everything, for the comparison of log-probs
         if self._reads_back and ranks == 1:
             return
         size = 4 * sum(torch.Size(shape).numel() for shape in shapes.values())
         if size <= _PROBE_BYTES and computes(model):
-            self._probed = model
+            self._compared = model
         elif not self._reads_back:
             logger.warning(
                 "%s: SGLang cannot read back weights of this model, which is too large or too new to recompute here; updates are "
@@ -79,13 +79,13 @@ class UpdateVerifier:
                 for n, t in tensors.items()
                 if n in chosen and t.dtype != fp8.CODES  # the server may keep codes in another form
             }
-        if self._probed is not None:
+        if self._compared is not None:
             self._arrived |= {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
 
     def check(self, version: int, deadline: Deadline) -> None:
         """Raise ``EngineError`` unless the server holds what was expected, as ``version``. It stays paused.
 
-        For the probe it is let go for a moment. Requests that wait on it go on meanwhile; their tokens carry ``version``, and
+        For that comparison it is let go for a moment. Requests that wait on it go on meanwhile; their tokens carry ``version``, and
         the engine hands them out only if that commits.
         """
         label = self._server.get("/model_info", timeout_s=deadline.remaining_s())["weight_version"]
@@ -99,11 +99,11 @@ class UpdateVerifier:
             common = tuple(slice(min(sizes)) for sizes in zip(actual.shape, expected.shape, strict=True))
             if not torch.equal(actual[common], expected[common].float()):
                 raise EngineError(f"{name!r} reads back differently from what was sent")
-        if self._probed is not None:
+        if self._compared is not None:
             self._server.post("/continue_generation", timeout_s=deadline.remaining_s())
             mode = "abort"  # a sample begun on wrong weights must not go on when a later update brings the same version
             try:
-                self._check_log_probs(self._probed, deadline)
+                self._check_log_probs(self._compared, deadline)
                 mode = "retract"
             finally:
                 self._server.post("/pause_generation", mode=mode, timeout_s=deadline.remaining_s())
@@ -111,17 +111,15 @@ class UpdateVerifier:
     def _check_log_probs(self, model: Architecture, deadline: Deadline) -> None:
         arrived = {name: tensor.to(self._dtype) for name, tensor in fp8.values(self._arrived).items()}
         decoder = Decoder(model, arrived)
-        tokens = torch.randint(model.vocab, (1, _PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
+        tokens = torch.randint(model.vocab, (1, _COMPARED_TOKENS), generator=torch.Generator().manual_seed(0))
         ours = token_log_probs(decoder, tokens)[0].numpy()
         theirs = server_log_probs(self._server, tokens[0].tolist(), timeout_s=deadline.remaining_s())
         difference = float(np.abs(theirs - ours).mean())
-        tolerance = _PROBE_TOLERANCE.get(self._dtype, _PROBE_TOLERANCE_16_BIT)
+        tolerance = _LOG_PROB_TOLERANCE.get(self._dtype, _LOG_PROB_TOLERANCE_16_BIT)
         if arrived.keys() != self._arrived.keys():  # some came with scales
-            tolerance = _PROBE_TOLERANCE_FP8
+            tolerance = _LOG_PROB_TOLERANCE_FP8
         if not difference <= tolerance:
-            raise EngineError(
-                f"log-probs of a probe differ by {difference:.3f} nats from those of the weights that were sent"
-            )
+            raise EngineError(f"log-probs differ by {difference:.3f} nats from those of the weights that were sent")
 
     def _read_back(self, name: str, deadline: Deadline | None) -> torch.Tensor | None:
         """The first rows of a parameter as the server holds it, float32; None where the model class cannot tell."""
