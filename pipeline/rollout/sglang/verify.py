@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 _READ_BACK_TENSORS = 4  # per update; another handful at each version
 _READ_BACK_ROWS = 64
-_PROBE_BYTES = GIB  # larger models are not recomputed here to verify an update
+_COMPARED_BYTES = GIB  # larger models are not recomputed here to verify an update
 _COMPARED_TOKENS = 16
 _LOG_PROB_TOLERANCE = {torch.float32: 0.02}  # nats, mean over the tokens that are compared
 _LOG_PROB_TOLERANCE_16_BIT = 0.2  # SGLang also computes in 16 bits; a random 2-layer model showed 0.03
@@ -56,7 +56,7 @@ class UpdateVerifier:
         if self._reads_back and ranks == 1:
             return
         size = 4 * sum(torch.Size(shape).numel() for shape in shapes.values())
-        if size <= _PROBE_BYTES and computes(model):
+        if size <= _COMPARED_BYTES and computes(model):
             self._compared = model
         elif not self._reads_back:
             logger.warning(
