@@ -80,7 +80,7 @@ _JSON: dict[Any, Any] = {
     Mapping[str, int]: Figures,
 }
 _STEP: dict[str, Any] = {name: _JSON.get(kind, kind) for name, kind in get_type_hints(StepRecord).items()}
-_STEP |= {"entropy": Required[Number], "band_low": Required[Number], "band_high": Required[Number]}
+_STEP |= {"entropy": Required[Number], "band_low": Required[float], "band_high": Required[float]}
 _STEP |= {"state": Required[str], "step": Required[Step], "time": Required[float]}
 
 
