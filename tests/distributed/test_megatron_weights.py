@@ -25,6 +25,8 @@ EXPERTS = DENSE | {
 }
 CASES = [
     *((name, layout) for name in ("llama", "llama_tied", "mistral", "qwen2", "qwen3") for layout in DENSE),
+    ("llama_linear", "TP2xPP2"),
+    ("llama3_short", "TP1"),
     *(("qwen3_moe", layout) for layout in EXPERTS),
     ("qwen3_moe_raw", "TP1"),
     *(("deepseek_v3", layout) for layout in ("TP1", "EP2", "EP2xPP2", "TP2, experts EP2")),

@@ -97,6 +97,11 @@ CONFIGS["qwen3_moe_raw"] = CONFIGS["qwen3_moe"] | {
     "mlp_only_layers": [],
     "decoder_sparse_step": 2,
 }
+CONFIGS["llama_linear"] = CONFIGS["llama"] | {"rope_scaling": {"type": "linear", "factor": 3.0}}
+CONFIGS["llama3_short"] = CONFIGS["llama"] | {  # numbers that megatron-core's own Llama 3 scaling does not have
+    "rope_scaling": LLAMA3_ROPE
+    | {"low_freq_factor": 2.0, "high_freq_factor": 6.0, "original_max_position_embeddings": 32}
+}
 CONFIGS["deepseek_plain_query"] = CONFIGS["deepseek_v3"] | {
     "q_lora_rank": None,
     "rope_scaling": None,
