@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from pipeline.config.yaml12 import Dumper, UnreadableError, compose, entry_of, v
 PACKAGED = Path(__file__).resolve().parents[2] / "configs"  # the same in a checkout and in an installed wheel
 Schema = TypeVar("Schema")
 COMMAND_LINE = "command line"  # source of an override
+_FROM_OUTSIDE = re.compile(r"(?<!\\)\$\{\s*[\w.]+\s*:")  # an OmegaConf resolver, e.g. ${oc.env:HOME}
 UNHASHED = ("name", "run_dir")  # labels: they do not change what a run computes
 
 
@@ -245,6 +247,11 @@ def _apply(tree: DictConfig, assignment: Assignment, schema: type) -> Problem | 
     known = schema_keys(schema).get(key)
     if known is None and mapping is None:
         return _unknown(assignment, schema)
+    if _FROM_OUTSIDE.search(str(value)):
+        what = "takes its value from outside the configuration, and would copy it into the run's config.yaml"
+        return Problem(
+            key, value, what, "write the value; for a secret, name its variable in the cluster's secrets", source
+        )
     wrong_type = Problem(key, value, "wrong type", f"give {known.type_name}" if known else "give a plain value", source)
     if known is not None and not _plausible(known, value):
         return wrong_type

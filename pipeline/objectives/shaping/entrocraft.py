@@ -22,6 +22,8 @@ def shape(tokens: Tokens, config: RunConfig, step: int) -> Tokens:
 
     arXiv 2604.26326 (public code read). The bounds are ``entropy.band`` with its schedule (constant, linear and cosine
     are the paper's; it goes e.g. from [0.6, 0.7] to [0.4, 0.5]). Responses left out have weight 0, denominators stay.
+    Here advantages below the band stay GRPO's. The public code gives every wrong response A = -1 there, those of groups
+    without a correct one included.
     """
     low, high = Band(config.entropy.band, config.steps).at(step)
     entropy = float(tokens.entropy.mean())

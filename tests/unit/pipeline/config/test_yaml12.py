@@ -147,8 +147,10 @@ def test_a_file_that_is_no_text(tmp_path):
         (f"name={'${' * 300}", "name", "begins a reference"),
         ("name=${name}", "name", "leads nowhere"),
         ("name=${no.where}", "name", "leads nowhere"),
-        ("name=${oc.env:ISENTROPE_NO_SUCH_VARIABLE}", "name", "leads nowhere"),
-        ("name=${no_resolver:1}", "name", "leads nowhere"),
+        ("name=${oc.env:HOME}", "name", "from outside the configuration"),
+        ("data.source.params={a: '${oc.env:HOME}'}", "data.source.params.a", "from outside the configuration"),
+        ("monitoring.sinks=['${ oc.env:HOME }']", "monitoring.sinks", "from outside the configuration"),
+        ("name=${no_resolver:1}", "name", "from outside the configuration"),
         ("seed=${name}", "seed", "leads nowhere"),
     ],
 )
