@@ -5,6 +5,7 @@ Imports nothing of Isentrope: a launch sends this file alone to the cluster's Py
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import json
 import platform
@@ -34,6 +35,8 @@ SERVED = {
     "sglang": ">=0.5.17,<0.6",
 }
 PINNED = (("sglang", "torch"), ("sglang", "transformers"))  # whose versions its owner declares
+ADAPTERS = Path("/sys/class/infiniband")  # the kernel's list of InfiniBand and RoCE adapters
+VERBS = "libibverbs.so.1"  # what NCCL loads to use them
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ def examine(folder: Path) -> list[Finding]:
     looks: Sequence[Callable[[], Iterator[Finding]]] = (
         lambda: environment(_cuda()),
         _gpus,
+        _fabric,
         _memory,
         _ports,
         lambda: _disk(folder),
@@ -113,6 +117,31 @@ def _gpus() -> Iterator[Finding]:
         words = f"{name}, {free / GIB:.0f} of {total / GIB:.0f} GiB free"
         busy = free < 0.9 * total
         yield Finding(NOTE if busy else OK, f"GPU {index}", words, "another process uses it" if busy else "")
+
+
+def _fabric() -> Iterator[Finding]:
+    """Whether NCCL would find the adapters that the kernel knows; it looks for them in the same two steps, and else goes by TCP."""
+    known = sorted(path.name for path in ADAPTERS.glob("*"))
+    if not known:
+        yield Finding(OK, "InfiniBand", "no adapters")
+        return
+    remedy = "apt install libibverbs1 ibverbs-providers librdmacm1: NCCL would cross nodes by TCP"
+    try:
+        found = _verbs_devices()
+    except OSError as error:
+        yield Finding(BAD, "InfiniBand", f"{', '.join(known)}, but no library to use them ({error})", remedy)
+        return
+    words = f"{', '.join(known)}; {VERBS} finds {found} of them"
+    yield Finding(OK, "InfiniBand", words) if found else Finding(BAD, "InfiniBand", words, remedy)
+
+
+def _verbs_devices() -> int:
+    """How many adapters ``libibverbs`` finds, for which it needs their providers. Raises ``OSError`` where it is missing."""
+    verbs, count = ctypes.CDLL(VERBS), ctypes.c_int(0)
+    verbs.ibv_get_device_list.restype = ctypes.c_void_p
+    if devices := verbs.ibv_get_device_list(ctypes.byref(count)):
+        verbs.ibv_free_device_list(ctypes.c_void_p(devices))
+    return count.value
 
 
 def _memory() -> Iterator[Finding]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +72,11 @@ def cpus() -> int:
 def default(name: str, value: str) -> None:
     """Set ``name`` for this process and its children, unless the user did."""
     os.environ.setdefault(name, value)
+
+
+def unset(defaults: Mapping[str, str]) -> dict[str, str]:
+    """Those of ``defaults`` that the user did not set."""
+    return {name: value for name, value in defaults.items() if name not in os.environ}
 
 
 def child(**changes: str) -> dict[str, str]:

@@ -159,9 +159,11 @@ def start_learner(config: RunConfig, stack: ExitStack) -> Learner:
         learner: Learner = build_learner_rank(config, 0, ("127.0.0.1", 0))  # it alone has to know which port that is
     else:
         from launchers.run.actors import LearnerRank, RayLearner
+        from launchers.run.ray_cluster import variables
 
         nodes, placement = _placed(config)
-        options = {"num_cpus": 0, "num_gpus": int(torch.cuda.is_available())}
+        options: dict[str, Any] = {"num_cpus": 0, "num_gpus": int(torch.cuda.is_available())}
+        options["runtime_env"] = {"env_vars": variables(learner=True)}
         ranks = [
             LearnerRank.options(**options, scheduling_strategy=nodes[node].affinity()).remote()
             for node in placement.learner_nodes
@@ -205,9 +207,15 @@ def start_engines(config: RunConfig, log_dir: Path, stack: ExitStack, learner: L
         engines = [build() for build in builders]
     else:
         from launchers.run.actors import EngineProcess, RayEngine
+        from launchers.run.ray_cluster import variables
 
         nodes, placement = _placed(config)
-        options: list[dict[str, Any]] = [{"num_cpus": 0, "num_gpus": engine_gpus(config)}] * config.rollout.engines
+        own_gpus = {
+            "num_cpus": 0,
+            "num_gpus": engine_gpus(config),
+            "runtime_env": {"env_vars": variables(learner=False)},
+        }
+        options: list[dict[str, Any]] = [own_gpus] * config.rollout.engines
         if colocated and learner is not None:
             options = shared_gpus(learner.gpus(), config.rollout.engines, config.rollout.tensor_parallel_size)
         timeout_s = config.rollout.weight_sync_timeout_s
@@ -231,15 +239,12 @@ def shared_gpus(gpus: Sequence[str], engines: int, size: int) -> list[dict[str, 
 
     ``gpus``: of the ranks. Ray would otherwise hide every GPU from an actor that asks for none.
     """
+    from launchers.run.ray_cluster import variables
+
+    own = variables(learner=False) | {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
     seen = [",".join(gpus[i * size : (i + 1) * size]) for i in range(engines)]
     return [
-        {
-            "num_cpus": 0,
-            "num_gpus": 0,
-            "runtime_env": {
-                "env_vars": {"CUDA_VISIBLE_DEVICES": names, "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-            },
-        }
+        {"num_cpus": 0, "num_gpus": 0, "runtime_env": {"env_vars": own | {"CUDA_VISIBLE_DEVICES": names}}}
         for names in seen
     ]
 

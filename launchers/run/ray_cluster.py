@@ -21,6 +21,16 @@ from launchers import environment
 
 NODES_TIMEOUT_S = 300.0
 _SIOCGIFADDR = 0x8915
+# Ray's workers give way to every other process (niceness 15) unless told otherwise; these are what the machine is there for.
+_ALL = {"RAY_worker_niceness": "0"}
+_LEARNER = {
+    # One queue to the device, so that kernels start in the order that hides communication: megatron-core asks for it. Read as CUDA starts.
+    "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    # Micro-batches differ in size, and fixed segments would fragment. Not for engines: SGLang's memory saver cannot release such segments.
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    # As SGLang sets it for its own processes (srt/entrypoints/engine.py): both ends of a communicator must agree.
+    "NCCL_CUMEM_ENABLE": "0",
+}
 
 
 @dataclass(frozen=True)
@@ -75,8 +85,16 @@ def _connect() -> None:
         signal.signal(signal.SIGTERM, handler)
 
 
+def variables(*, learner: bool) -> dict[str, str]:
+    """Environment of an actor, of a learner's rank or of an engine; what the user has set stays."""
+    return environment.unset(_ALL | (_LEARNER if learner else {}))
+
+
 def use_interface_of(address: str) -> None:
-    """Make gloo, in this process, use the network interface that has ``address``; by itself it trusts the host's name."""
+    """Make gloo and NCCL, in this process, use the network interface that has ``address``.
+
+    By themselves gloo trusts the host's name, and NCCL takes the first interface that it finds.
+    """
     for _, name in socket.if_nameindex():
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             request = struct.pack("256s", name[:15].encode())
@@ -86,6 +104,7 @@ def use_interface_of(address: str) -> None:
                 continue
         if own == address:
             environment.default("GLOO_SOCKET_IFNAME", name)
+            environment.default("NCCL_SOCKET_IFNAME", f"={name}")  # this one, not all that begin so
             return
 
 

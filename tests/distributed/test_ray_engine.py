@@ -8,7 +8,9 @@ from functools import partial
 import pytest
 import ray
 
-from launchers.run.actors import EngineProcess, RayEngine
+from launchers import environment
+from launchers.run.actors import LOCALHOST, EngineProcess, LearnerRank, RayEngine
+from launchers.run.ray_cluster import variables
 from launchers.supervise.roll_call import ROLL_CALL
 from pipeline.model.checksum import checksum
 from pipeline.rollout.engine import EngineError, WeightUpdateError
@@ -53,6 +55,27 @@ def export(version, *, before_last=lambda: None):
         if i == 4:
             before_last()
         yield ray.put(WeightBucket(version, i, 5, part, checksum(part)))
+
+
+class Looker:
+    """In a learner's place: says what its process was given."""
+
+    def given(self):
+        return os.nice(0), environment.values(["CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF"])
+
+
+def looker(rank, address):
+    return Looker()
+
+
+def test_a_learner_s_process_is_not_niced_and_has_its_variables_from_the_start(cluster):
+    options = {"num_cpus": 0, "num_gpus": 0, "runtime_env": {"env_vars": variables(learner=True)}}
+    actor = LearnerRank.options(**options).remote()
+    ray.get(actor.build.remote(looker, 0, (LOCALHOST, 1), 1))
+    niceness, found = ray.get(actor.call.remote("given"))
+    ray.kill(actor)
+    assert niceness == os.nice(0)
+    assert found == {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
 def test_a_queued_failure_is_raised_by_verify_before_any_commit(pool):

@@ -33,3 +33,9 @@ def test_other_packages_are_those_that_tests_run_with():
     assert {name: version for name, version in PINS.items() if name not in OTHERS} == {
         name: tested[name] for name in PINS.keys() - OTHERS
     }
+
+
+def test_nccl_finds_its_adapters_in_the_image():
+    """What `isentrope doctor` looks for and names as the remedy."""
+    (installed,) = re.findall(r"apt-get install ([^&]*)", TEXT)
+    assert {"libibverbs1", "ibverbs-providers", "librdmacm1"} <= set(installed.split())

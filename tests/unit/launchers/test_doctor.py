@@ -4,10 +4,11 @@ import json
 import tomllib
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 
 from launchers import doctor
-from launchers.doctor import BAD, NOTE, examine
+from launchers.doctor import BAD, NOTE, OK, examine
 from tests.unit.launchers.test_cli import call
 
 
@@ -35,6 +36,28 @@ def test_a_pin_of_sglang_binds_on_gpus(monkeypatch):
         (found,) = [finding for finding in doctor.environment(gpus) if finding.subject == "torch"]
         assert found.level == level
         assert "install torch==2.0" in found.remedy
+
+
+@pytest.mark.parametrize(
+    ("library", "found", "level"), [("libnone.so.9", None, BAD), ("libc.so.6", 0, BAD), ("libc.so.6", 2, OK)]
+)
+def test_adapters_that_nccl_would_not_find_are_named(monkeypatch, tmp_path, library, found, level):
+    """Without the library, with it but not the adapters' providers, and with both."""
+    (tmp_path / "mlx5_0").mkdir()
+    monkeypatch.setattr(doctor, "ADAPTERS", tmp_path)
+    monkeypatch.setattr(doctor, "VERBS", library)
+    if found is not None:
+        monkeypatch.setattr(doctor, "_verbs_devices", lambda: found)
+    (finding,) = doctor._fabric()
+    assert finding.level == level
+    assert "mlx5_0" in finding.words
+    assert ("libibverbs1 ibverbs-providers" in finding.remedy) == (level == BAD)
+
+
+def test_a_machine_without_adapters_needs_no_library(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "ADAPTERS", tmp_path / "none")
+    (finding,) = doctor._fabric()
+    assert finding.level == OK
 
 
 def test_the_versions_served_are_those_of_the_project():
