@@ -57,19 +57,20 @@ def build(
     numerics = transformer_engine.resolve(options, topology.device)
     cpu.install_layers()
     config = transformer_config(model, topology, dtype, options, numerics)
-    gpt = GPTModel(
-        config,
-        _spec(config, chunk, numerics.impl),
-        vocab_size=model.padded_vocab(topology.tp_size),
-        max_sequence_length=model.max_positions,
-        pre_process=topology.first_stage and not chunk,
-        post_process=topology.last_stage and chunk in (None, topology.grid.vpp - 1),
-        parallel_output=True,
-        share_embeddings_and_output_weights=model.tied,
-        position_embedding_type="rope",
-        rotary_base=model.rope_theta,
-        vp_stage=chunk,
-    )
+    with transformer_engine.own_layers_unfused():
+        gpt = GPTModel(
+            config,
+            _spec(config, chunk, numerics.impl),
+            vocab_size=model.padded_vocab(topology.tp_size),
+            max_sequence_length=model.max_positions,
+            pre_process=topology.first_stage and not chunk,
+            post_process=topology.last_stage and chunk in (None, topology.grid.vpp - 1),
+            parallel_output=True,
+            share_embeddings_and_output_weights=model.tied,
+            position_embedding_type="rope",
+            rotary_base=model.rope_theta,
+            vp_stage=chunk,
+        )
     if isinstance(
         model.rope_scaling, (LinearScaling, Llama3Scaling)
     ):  # of which megatron-core has one setting of each alone

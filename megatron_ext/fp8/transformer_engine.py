@@ -5,6 +5,7 @@ Everything that is asked of Transformer Engine is here, and refused here where i
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 from collections.abc import Iterator, Mapping
@@ -53,15 +54,37 @@ class Numerics:
         if self.impl == "local":
             return {}
         fields: dict[str, Any] = {
-            # The output layer is megatron-core's own, whose fusion is an extension of Apex.
-            "gradient_accumulation_fusion": importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None,
+            "gradient_accumulation_fusion": True,  # but for the output layer: see own_layers_unfused
             "bias_activation_fusion": True,
             "bias_dropout_fusion": True,
             "apply_rope_fusion": not mla,  # megatron-core: with latent attention for YaRN only
         }
         if moe:
-            fields["moe_grouped_gemm"] = True
+            fields |= dict.fromkeys(("moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion"), True)
         return fields | ({name: getattr(self.precision, name) for name in _FP8_FIELDS} if self.fp8 else {})
+
+
+@contextmanager
+def own_layers_unfused() -> Iterator[None]:
+    """Within, megatron-core's own linear layers (the output layer) are built without fused accumulation of weight gradients.
+
+    Transformer Engine's layers fuse by themselves; megatron-core's need an extension of Apex, and refuse a configuration that asks for
+    fusion without: a patch of core/tensor_parallel/layers.py (0.16 to 0.19). It goes when the output layer has a setting of its own.
+    """
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+
+    initialise = ColumnParallelLinear.__init__
+
+    def unfused(self: Any, *args: Any, config: Any, **kwargs: Any) -> None:
+        own = copy.copy(config)
+        own.gradient_accumulation_fusion = False
+        initialise(self, *args, config=own, **kwargs)
+
+    ColumnParallelLinear.__init__ = unfused
+    try:
+        yield
+    finally:
+        ColumnParallelLinear.__init__ = initialise
 
 
 def resolve(learner: LearnerConfig, device: torch.device) -> Numerics:

@@ -86,10 +86,34 @@ def test_fields_are_those_of_megatron_core():
     known = TransformerConfig.__dataclass_fields__
     assert set(fields) <= set(known)
     assert set(fields) >= {name for name in vars(precision) if name != "emulate"}
-    assert fields["moe_grouped_gemm"]
+    assert all(fields[name] for name in ("moe_grouped_gemm", "moe_permute_fusion", "moe_router_fusion"))
+    assert fields["gradient_accumulation_fusion"], "Transformer Engine needs no Apex for it"
     plain = Numerics("transformer_engine").transformer_fields(mla=True, moe=False)
     assert not any(name.startswith("fp8") or name == "moe_grouped_gemm" for name in plain)
     assert not plain["apply_rope_fusion"]
+
+
+def test_the_output_layer_alone_does_without_fused_weight_gradients():
+    """megatron-core's own layers refuse the fusion without Apex, which nobody needs for Transformer Engine's."""
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_ext import topology
+    from pipeline.model.grid import Grid
+    from pipeline.ports import free_port
+
+    config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2, use_cpu_initialization=True)
+    config.gradient_accumulation_fusion = True  # as transformer_fields asks for
+    topology.initialize(0, ("127.0.0.1", free_port()), Grid(), seed=0)
+    try:
+        with transformer_engine.own_layers_unfused():
+            built = ColumnParallelLinear(8, 16, config=config, init_method=torch.nn.init.zeros_, bias=False)
+        assert not built.gradient_accumulation_fusion
+        assert config.gradient_accumulation_fusion, "the other layers' configuration is left alone"
+        with pytest.raises(RuntimeError, match="fused_weight_gradient_mlp_cuda"):
+            ColumnParallelLinear(8, 16, config=config, init_method=torch.nn.init.zeros_, bias=False)
+    finally:
+        topology.shutdown()
 
 
 def test_plain_parameters_pass_through():
