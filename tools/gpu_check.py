@@ -1,12 +1,19 @@
 """What only a GPU can prove, in one call and one table: `python -m tools.gpu_check`.
 
-    python -m tools.gpu_check --json runs/gpu_check.json          # all of it, about ten minutes on one H100
-    python -m tools.gpu_check --only tests kernels                # some of it
+    python -m tools.gpu_check --json runs/gpu_check.json          # all of it, 15 minutes on one H100, unmeasured
+    python -m tools.gpu_check --only resume packed               # some of it
+
+In this order, so that a quarter of an hour on one GPU tells the most; the table is written after every part, so a run that is cut off leaves
+what it found:
 
 - environment: chip, torch, CUDA, Triton, megatron-core, Transformer Engine
+- resume: train with the distributed optimizer (Transformer Engine's FusedAdam), save, kill, restore in a new process, go on
+- weights: one update of an SGLang server by each weight path, log-probs of its samples against the learner's
+- packed: a step of packed rows in FP8 against the same in bf16
+- colocated: release and resume of a server on the learner's GPU, three times
 - tests: tests/gpu, among them the reference quantisers against Transformer Engine's bit for bit, and the Triton kernels against float64
-- linear: Transformer Engine's linear layer in bf16 and under each FP8 recipe, forward and backward, against float32
 - kernels: seconds and memory of the log-prob kernels against their peers and the time that reading and writing the logits takes
+- linear: Transformer Engine's linear layer in bf16 and under each FP8 recipe, forward and backward, against float32
 - learner: updates of a 1B-parameter Qwen3-shaped model in bf16 and under each FP8 recipe: tokens/s, memory, loss
 
 Needs one CUDA GPU; what is not installed fails by name. Exit code 1 if anything failed. Not yet run on a GPU.
@@ -17,13 +24,18 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import multiprocessing
+import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,6 +90,125 @@ def environment() -> Iterator[Row]:
         except importlib.metadata.PackageNotFoundError:
             yield Row("environment", package, "not installed", False, {})
     import transformer_engine.pytorch  # noqa: F401 (its libraries load)
+
+
+def resume() -> Iterator[Row]:
+    """What a run that was killed after a save goes on with, against what it would have gone on with."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = _model(Path(name))
+        killed, resumed = folder / "killed.json", folder / "resumed.json"
+        codes = [_in_process(_train_until_killed, folder, killed), _in_process(_train_on, folder, resumed)]
+        if codes != [-signal.SIGKILL, 0] or not resumed.exists():
+            yield Row("resume", "train, save, kill, restore", f"ended with {codes}", False, {})
+            return
+        expected, found = (json.loads(path.read_text()) for path in (killed, resumed))
+        apart = [abs(a - b) for a, b in zip(expected, found, strict=True)]
+        yield row("resume", "losses after the save", not any(apart), first=apart[0], second=apart[1])
+
+
+def _in_process(function: Callable[..., None], *arguments: Path) -> int | None:
+    """Exit code of ``function`` in a process of its own, with attention that computes the same each time."""
+    os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"
+    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    del os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"]
+    return process.exitcode
+
+
+def _train_until_killed(folder: Path, losses: Path) -> None:
+    made = _learner(folder, distributed=True)
+    for step in (0, 1):
+        made.update(_batch(step), step)
+    made.save(folder / "checkpoint")
+    losses.write_text(json.dumps([made.update(_batch(step), step).loss for step in (2, 3)]))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _train_on(folder: Path, losses: Path) -> None:
+    made = _learner(folder, distributed=True)
+    made.restore(folder / "checkpoint")
+    losses.write_text(json.dumps([made.update(_batch(step), step).loss for step in (2, 3)]))
+    made.close()
+
+
+def weights() -> Iterator[Row]:
+    """One update of a server beside the learner by each of ``rollout.weight_transport``."""
+    for transport in ("tensor", "distributed", "disk"):
+        with _engine_beside_learner(weight_transport=transport) as (made, engine):
+            yield _pushed("weights", transport, made, engine, 1)
+
+
+def colocated() -> Iterator[Row]:
+    """The server leaves its memory to an update of the learner and comes back with the new weights."""
+    with _engine_beside_learner(placement="colocated") as (made, engine):
+        for version in (1, 2, 3):
+            before = torch.cuda.mem_get_info()[0]
+            engine.release()
+            freed = (torch.cuda.mem_get_info()[0] - before) / 2**30
+            found = _pushed("colocated", f"round {version}", made, engine, version)
+            yield row("colocated", found.what, found.ok and freed > 1, **found.figures, **{"released GiB": freed})
+
+
+@contextmanager
+def _engine_beside_learner(**rollout: Any) -> Iterator[tuple[Any, Any]]:
+    from pipeline.config.schema import RolloutConfig, SglangConfig
+    from pipeline.rollout.sglang.engine import SglangEngine
+
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        folder = _model(Path(name))
+        settings = RolloutConfig(engine="sglang", sglang=SglangConfig(mem_fraction_static=0.3), **rollout)
+        engine = SglangEngine(settings, index=0, log_dir=folder / "logs", seed=1)
+        stack.callback(engine.close)
+        engine.start(folder)
+        made = _learner(folder)
+        stack.callback(made.close)
+        yield made, engine
+
+
+def _pushed(part: str, what: str, made: Any, engine: Any, version: int) -> Row:
+    """An update, its weights pushed, and how far the server's log-probs are from the learner's; bf16 on both sides."""
+    from pipeline.rollout.weight_sync import push_weights
+    from pipeline.types import GenerateRequest, Prompt
+
+    made.update(_batch(version), version)
+    start = time.perf_counter()
+    push_weights(made, engine, version)
+    seconds = time.perf_counter() - start
+    prompt = tuple(range(100, 100 + PROMPT))
+    (group,) = engine.generate([GenerateRequest(Prompt("p", prompt, "", None, "exact"), tuple(range(8)), 1.0, 128)])
+    apart = []
+    for sample in group.samples:
+        tokens = torch.tensor([[*prompt, *map(int, sample.token_ids)]])
+        column = torch.arange(1, tokens.shape[1])
+        said = made.log_probs(_rows(tokens, (column >= len(prompt))[None], torch.tensor([tokens.shape[1]]), version))
+        apart.append((said[0, len(prompt) - 1 :] - torch.as_tensor(sample.log_probs)).abs().mean())
+    mean = float(torch.stack(apart).mean())
+    return row(part, what, mean < 0.05, seconds=seconds, **{"mean difference, nats": mean})
+
+
+def packed() -> Iterator[Row]:
+    """Rows of uneven length joined to sequences, in bf16 and under the first FP8 recipe that the chip runs."""
+    from megatron_ext.fp8.transformer_engine import chip_problem
+    from pipeline.config.schema import PrecisionConfig
+
+    chip = torch.cuda.get_device_capability(), torch.version.cuda
+    recipe = next((name for name in RECIPES if not chip_problem(name, *chip)), None)
+    with tempfile.TemporaryDirectory() as name:
+        folder = _model(Path(name))
+        cut = {"packing": True, "max_tokens_per_micro_batch": 2 * TOKENS}
+        for label, precision in (("bf16", {}), (recipe, {"fp8": "hybrid", "fp8_recipe": recipe})):
+            if label is None:
+                yield Row("packed", "FP8", "refused: no recipe runs on this chip", True, {})
+                continue
+            made = _learner(folder, PrecisionConfig(**precision), **cut)
+            stats = [made.update(_batch(step, uneven=True), step) for step in range(2)]
+            made.close()
+            figures = {"loss": stats[0].loss, "entropy": stats[0].entropy.mean, "gradient norm": stats[0].grad_norm}
+            if label == "bf16":
+                expected = figures
+            close = abs(figures["entropy"] - expected["entropy"]) < 0.05
+            yield row("packed", label, close, **figures, seconds=stats[1].seconds)
 
 
 def tests() -> Iterator[Row]:
@@ -192,15 +323,16 @@ def _model(folder: Path) -> Path:
     return folder
 
 
-def _learner(folder: Path, precision: Any) -> Any:
+def _learner(folder: Path, precision: Any = None, *, distributed: bool = False, **cut: Any) -> Any:
     from megatron_ext import topology
     from megatron_ext.learner import MegatronLearner
-    from pipeline.config.schema import LearnerConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
+    from pipeline.config.schema import LearnerConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, PrecisionConfig
     from pipeline.model.grid import Grid
     from pipeline.ports import free_port
 
+    optimizer = OptimizerConfig(lr=1e-5, distributed=distributed)
     made = MegatronLearner(
-        LearnerConfig(micro_batch_size=2, precision=precision, optimizer=OptimizerConfig(lr=1e-5)),
+        LearnerConfig(**({"micro_batch_size": 2} | cut), precision=precision or PrecisionConfig(), optimizer=optimizer),
         ModelConfig(hf_path=str(folder), dtype="bf16"),
         ObjectiveConfig(),
         total_steps=STEPS,
@@ -236,21 +368,31 @@ def _train(folder: Path, precision: Any, old: list[torch.Tensor]) -> dict[str, A
     }
 
 
-def _batch(seed: int) -> Any:
+def _batch(seed: int, *, uneven: bool = False) -> Any:
+    """Random rows: all of ``TOKENS``, or of anything from twice the prompt to that."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.full((ROWS,), TOKENS)
+    if uneven:
+        lengths[1:] = torch.randint(2 * PROMPT, TOKENS + 1, (ROWS - 1,), generator=generator)
+    column = torch.arange(1, TOKENS)
+    mask = (column >= PROMPT) & (column < lengths[:, None])
+    return _rows(torch.randint(0, MODEL["vocab_size"], (ROWS, TOKENS), generator=generator), mask, lengths, seed)
+
+
+def _rows(tokens: torch.Tensor, mask: torch.Tensor, lengths: torch.Tensor, seed: int) -> Any:
     from pipeline.types import TrainBatch
 
-    generator = torch.Generator().manual_seed(seed)
-    mask = (torch.arange(1, TOKENS) >= PROMPT).expand(ROWS, -1).clone()
+    rows = len(tokens)
     return TrainBatch(
-        tokens=torch.randint(0, MODEL["vocab_size"], (ROWS, TOKENS), generator=generator),
-        lengths=torch.full((ROWS,), TOKENS),
+        tokens=tokens,
+        lengths=lengths,
         loss_mask=mask,
-        weights=torch.full((ROWS,), 1.0 / int(mask.sum())),
-        advantages=torch.randn(ROWS, generator=generator),
-        auxiliary=torch.zeros(ROWS, dtype=torch.bool),
-        correct=torch.zeros(ROWS, dtype=torch.bool),
-        temperatures=torch.ones(ROWS),
-        behavior_log_probs=torch.zeros(ROWS, TOKENS - 1),
+        weights=torch.full((rows,), 1.0 / int(mask.sum())),
+        advantages=torch.randn(rows, generator=torch.Generator().manual_seed(seed)),
+        auxiliary=torch.zeros(rows, dtype=torch.bool),
+        correct=torch.zeros(rows, dtype=torch.bool),
+        temperatures=torch.ones(rows),
+        behavior_log_probs=torch.zeros(mask.shape),
     )
 
 
@@ -270,12 +412,25 @@ def _figures(found: dict[str, Any], reference: dict[str, Any]) -> dict[str, floa
 
 
 PARTS: dict[str, Callable[[], Iterator[Row]]] = {
-    "environment": environment,
-    "tests": tests,
-    "linear": linear,
-    "kernels": kernels,
-    "learner": learner,
+    part.__name__: part for part in (environment, resume, weights, packed, colocated, tests, kernels, linear, learner)
 }
+
+
+def examine(names: Sequence[str], json_path: Path | None) -> list[Row]:
+    """The rows of these parts, in the order of ``PARTS``; ``json_path`` holds those of every part that is done, whatever comes after."""
+    rows: list[Row] = []
+    for name in (part for part in PARTS if part in names):
+        try:
+            for line in PARTS[name]():
+                rows.append(line)
+                print(f"{'ok    ' if line.ok else 'FAILED'} {line.part}: {line.what}: {line.found}", flush=True)
+        except Exception as error:  # noqa: BLE001 (whatever it is, the other parts have something to say all the same)
+            traceback.print_exc()
+            rows.append(Row(name, "ended early", f"{type(error).__name__}: {error}", False, {}))
+        if json_path:
+            json_path.parent.mkdir(parents=True, exist_ok=True)
+            json_path.write_text(json.dumps([asdict(line) for line in rows], indent=1) + "\n")
+    return rows
 
 
 def main() -> None:
@@ -286,21 +441,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("gpu_check needs a CUDA GPU, and torch sees none here. What a CPU can prove: make test")
-    rows: list[Row] = []
-    for name in arguments.only:
-        try:
-            for line in PARTS[name]():
-                rows.append(line)
-                print(f"{'ok    ' if line.ok else 'FAILED'} {line.part}: {line.what}: {line.found}", flush=True)
-        except (ImportError, OSError, RuntimeError, ValueError, AttributeError, TypeError) as error:
-            traceback.print_exc()  # the other parts have something to say all the same
-            rows.append(Row(name, "ended early", f"{type(error).__name__}: {error}", False, {}))
+    rows = examine(arguments.only, arguments.json)
     print("\n| part | what | found | |\n|---|---|---|---|")
     for line in rows:
         print(f"| {line.part} | {line.what} | {line.found} | {'ok' if line.ok else 'FAILED'} |")
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps([asdict(line) for line in rows], indent=1) + "\n")
     sys.exit(0 if all(line.ok for line in rows) else 1)
 
 

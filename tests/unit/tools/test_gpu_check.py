@@ -1,0 +1,56 @@
+"""What of tools/gpu_check.py a CPU can hold: its order, its table after every part, and the run that is killed and goes on."""
+
+import json
+
+import pytest
+
+from tools import gpu_check
+
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+
+
+def test_the_table_is_there_when_a_later_part_is_cut_off(monkeypatch, tmp_path):
+    table = tmp_path / "new" / "table.json"
+
+    def first():
+        yield gpu_check.row("first", "it", True, seconds=1.0)
+
+    def second():
+        yield from ()
+        raise RuntimeError("no kernel image")
+
+    def third():
+        rows = json.loads(table.read_text())
+        assert [(line["part"], line["ok"]) for line in rows] == [("first", True), ("second", False)]
+        yield from ()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_check, "PARTS", {"first": first, "second": second, "third": third})
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.examine(["third", "second", "first"], table)
+    assert len(json.loads(table.read_text())) == 2
+
+
+def test_what_tells_most_runs_first():
+    assert list(gpu_check.PARTS)[:5] == ["environment", "resume", "weights", "packed", "colocated"]
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+def test_rows_end_where_their_lengths_say(uneven):
+    rows = gpu_check._batch(0, uneven=uneven)
+    assert (rows.loss_mask.sum(1) == rows.lengths - gpu_check.PROMPT).all()
+    assert (rows.lengths.unique().numel() > 1) == uneven
+    assert rows.lengths.max() == gpu_check.TOKENS
+
+
+def test_a_run_that_is_killed_goes_on(monkeypatch):
+    """The same on a CPU, of a small model: torch's AdamW in the distributed optimizer."""
+    small = gpu_check.MODEL | SMALL | {"num_key_value_heads": 2, "vocab_size": 64}
+    for name, value in {"MODEL": small, "ROWS": 4, "TOKENS": 16, "PROMPT": 4}.items():
+        monkeypatch.setattr(gpu_check, name, value)
+    monkeypatch.setattr(
+        gpu_check.multiprocessing, "get_context", lambda _: gpu_check.multiprocessing
+    )  # fork: as patched
+    (line,) = gpu_check.resume()
+    assert line.ok, line.found
+    assert line.figures == {"first": 0.0, "second": 0.0}
