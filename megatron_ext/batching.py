@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -163,10 +164,13 @@ def take(batch: TrainBatch, indices: torch.Tensor) -> TrainBatch:
         one_target[0] = True
         picked["loss_mask"][dummy] = one_target
     unused = batch.tokens.shape[1] - int(picked["lengths"].max())
-    return replace(batch, **{k: v[:, : v.shape[1] - unused] if v.dim() == 2 else v for k, v in picked.items()})
+    cut: dict[str, Any] = {k: v[:, : v.shape[1] - unused] if v.dim() == 2 else v for k, v in picked.items()}
+    return replace(batch, **cut)
 
 
 def on_device(batch: TrainBatch, device: torch.device) -> TrainBatch:
     """The same batch with its tensors on ``device``."""
-    tensors = {name: value.to(device) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}
+    tensors: dict[str, Any] = {
+        name: value.to(device) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)
+    }
     return replace(batch, **tensors)

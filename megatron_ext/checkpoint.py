@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -175,7 +175,7 @@ def _lend(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     """
     parts = _parts(optimizer)
     for index, part in enumerate(parts):
-        own = state[index] if len(parts) > 1 else state
+        own: Any = cast(Any, state)[index] if len(parts) > 1 else state  # several parts are known by their numbers
         # Beside float32 main parameters, and in DistributedOptimizer, Adam's state is one level down.
         adam = own.get("optimizer", own)
         for group in adam["param_groups"]:

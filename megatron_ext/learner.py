@@ -327,8 +327,8 @@ class MegatronLearner:
 
 def _reading(totals: dict[str, float], step: int, staleness: int) -> EntropyReading:
     """Over the main tokens; weighted where they are stale."""
-    names = SENSOR_SUMS if staleness else ("entropy_sum", "main_tokens")
-    return EntropyReading(*(totals[name] for name in names), step=step, staleness=staleness)
+    entropy, tokens = SENSOR_SUMS if staleness else ("entropy_sum", "main_tokens")
+    return EntropyReading(totals[entropy], totals[tokens], step=step, staleness=staleness)
 
 
 def _cut(learner: schema.LearnerConfig, align: int) -> batching.Cut:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from pipeline.types import StepStats, TrainBatch, WeightBucket
+from pipeline.types import StepStats, TrainBatch
 
 
 class Learner(Protocol):
@@ -32,8 +32,8 @@ class Learner(Protocol):
     def update(self, batch: TrainBatch, step: int) -> StepStats:
         """One optimizer step on ``batch``; ``step`` labels the entropy reading."""
 
-    def export_shards(self, version: int) -> Iterator[WeightBucket]:
-        """The current weights as full tensors under Hugging Face names, bucket by bucket; in FP8 with ``rollout.weight_dtype=fp8``.
+    def export_shards(self, version: int) -> Iterator[Any]:
+        """The current weights as full tensors under Hugging Face names, one ``WeightBucket`` after another; in FP8 with ``rollout.weight_dtype=fp8``.
 
         A sharded learner's ranks put buckets together at the same time: each rank yields one item a round, the bucket that it owns or
         ``None``, and the buckets of all ranks make up the version. Over Ray the yielded objects are opaque handles that an engine's ``load_bucket`` accepts; the driver never holds the bytes.

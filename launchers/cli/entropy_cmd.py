@@ -154,7 +154,7 @@ def law(
     for folder in runs:
         history = read_run(folder)
         try:
-            fit = fit_reward_law(history.column("entropy/mean"), history.column("reward/mean"))
+            fit = fit_reward_law(history.column("entropy/mean").tolist(), history.column("reward/mean").tolist())
         except ValueError as error:
             typer.echo(f"{folder}: {error}", err=True)
             raise typer.Exit(1) from error

@@ -57,8 +57,9 @@ def slurm(
     of_run, of_cluster = split_overrides(overrides)
     described = load_cluster(cluster, of_cluster)
     _one_of(config, resume)
-    stated = {"nodes": nodes, "resume": resume, "submits": not dry_run, "mean_response": mean_response}
-    with prepared(config, of_run, described, **stated) as setting:
+    with prepared(
+        config, of_run, described, nodes=nodes, resume=resume, submits=not dry_run, mean_response=mean_response
+    ) as setting:
         _show(setting)
     from launchers.slurm import jobs
     from launchers.slurm.submit import Launch, check_partition, script, submit

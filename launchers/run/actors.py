@@ -66,7 +66,8 @@ class LearnerRank:
         torch.set_num_threads(threads)
         if address[0] != LOCALHOST:
             use_interface_of(ray.util.get_node_ip_address())
-        self.rank, self.learner = rank, build(rank, address)
+        self.rank = rank
+        self.learner: Any = build(rank, address)  # one rank of several has more than ``Learner`` says
         self.export: Iterator[WeightBucket | None] = iter(())
 
     def host(self) -> str:
@@ -193,7 +194,7 @@ class RayLearner:
         self.ranks = []
 
 
-@ray.remote(concurrency_groups={"control": 1})
+@ray.remote(concurrency_groups={"control": 1})  # type: ignore[call-overload]  # missing in Ray's types
 class EngineProcess:
     """One rollout engine in its own process; ``control`` answers while a generation runs."""
 

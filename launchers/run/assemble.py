@@ -165,7 +165,9 @@ def start_learner(config: RunConfig, stack: ExitStack) -> Learner:
         options: dict[str, Any] = {"num_cpus": 0, "num_gpus": int(torch.cuda.is_available())}
         options["runtime_env"] = {"env_vars": variables(learner=True)}
         ranks = [
-            LearnerRank.options(**options, scheduling_strategy=nodes[node].affinity()).remote()
+            LearnerRank.options(  # type: ignore[attr-defined]  # Ray makes an actor class of it
+                **options, scheduling_strategy=nodes[node].affinity()
+            ).remote()
             for node in placement.learner_nodes
         ]
         learner = RayLearner(partial(build_learner_rank, config), ranks)
@@ -206,7 +208,7 @@ def start_engines(config: RunConfig, log_dir: Path, stack: ExitStack, learner: L
     if config.runtime == "inline":
         engines = [build() for build in builders]
     else:
-        from launchers.run.actors import EngineProcess, RayEngine
+        from launchers.run.actors import EngineProcess, RayEngine, RayLearner
         from launchers.run.ray_cluster import variables
 
         nodes, placement = _placed(config)
@@ -216,12 +218,14 @@ def start_engines(config: RunConfig, log_dir: Path, stack: ExitStack, learner: L
             "runtime_env": {"env_vars": variables(learner=False)},
         }
         options: list[dict[str, Any]] = [own_gpus] * config.rollout.engines
-        if colocated and learner is not None:
+        if colocated and isinstance(learner, RayLearner):
             options = shared_gpus(learner.gpus(), config.rollout.engines, config.rollout.tensor_parallel_size)
         timeout_s = config.rollout.weight_sync_timeout_s
         on_nodes = placement.engine_nodes(max(1, engine_gpus(config)))
         homes = [
-            EngineProcess.options(**option, scheduling_strategy=nodes[node].affinity())
+            EngineProcess.options(  # type: ignore[attr-defined]  # Ray makes an actor class of it
+                **option, scheduling_strategy=nodes[node].affinity()
+            )
             for option, node in zip(options, on_nodes, strict=True)
         ]
         engines = [

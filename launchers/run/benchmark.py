@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,11 @@ def answer_benchmarks(
         for name, asked in prompts.items():
             file = out / name / f"responses-{shard.index}-of-{shard.count}.jsonl"
             count = len(asked)
-            answer(asked, settings, file, engine.generate, verifier, lambda done, n=name, c=count: progress(n, done, c))
+            answer(asked, settings, file, engine.generate, verifier, partial(_told, progress, name, count))
+
+
+def _told(progress: Callable[[str, int, int], None], name: str, of: int, done: int) -> None:
+    progress(name, done, of)
 
 
 def _check_lengths(name: str, prompts: Sequence[Prompt], limit: int) -> None:

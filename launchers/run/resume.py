@@ -31,8 +31,10 @@ _FIXED = (
     "learner.optimizer.distributed",
 )
 # What makes it another experiment under the same name.
-_IDENTITY = ("seed", "model.hf_path", "data.source", "data.held_out", "data.chat_template", "data.system_prompt")
-_IDENTITY += ("data.examples", "data.verifier", "rollout.max_prompt_tokens")
+_IDENTITY = (
+    *("seed", "model.hf_path", "rollout.max_prompt_tokens"),
+    *("data.source", "data.held_out", "data.chat_template", "data.system_prompt", "data.examples", "data.verifier"),
+)
 
 
 @dataclass(frozen=True)

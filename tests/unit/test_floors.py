@@ -1,6 +1,7 @@
 """Imports run downward only and never in a circle: the floors of CONTRIBUTING.md, held by the import statements themselves."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,20 @@ def test_every_module_has_a_floor():
 
 def test_every_floor_has_a_module():
     assert set(FLOORS) <= set(MODULES)
+
+
+def test_contributing_draws_the_same_house():
+    """The map of CONTRIBUTING.md: a number, then the rooms of that floor; those of launchers have an order of their own."""
+    drawn = re.findall(r"^ {4}(\d)  (.*(?:\n {7}.*)*)", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
+    rooms = {int(number): {word.strip("/").replace("/", ".") for word in text.split()} for number, text in drawn}
+    rooms[6] = {f"launchers.{word.strip('(/,)')}" for word in drawn[0][1].split()[1:] if word != "->"}
+    for level in range(1, 6):
+        assert rooms[level] == {name for name, at in FLOORS.items() if at == level}
+    assert rooms[6] == {name for name, at in FLOORS.items() if at > 5}
+    mentioned = re.findall(
+        r"`((?:pipeline|megatron_ext|launchers|tests|tools)/[\w/.]+)`", (ROOT / "CONTRIBUTING.md").read_text()
+    )
+    assert [path for path in mentioned if not (ROOT / path).exists()] == []
 
 
 def test_imports_run_downward():
