@@ -83,7 +83,10 @@ def megatron_to_hf(
     ),
     out: Path = OUT,
     hf: Path | None = typer.Option(
-        None, "--hf", metavar="DIR", help="Folder with config.json and tokenizer; default: the run's model.hf_path."
+        None,
+        "--hf",
+        metavar="DIR",
+        help="Folder with config.json and tokenizer; default: what hf-to-megatron kept, or the run's model.hf_path.",
     ),
     dtype: Literal["bf16", "fp32", "fp8"] | None = typer.Option(
         None,
@@ -101,7 +104,7 @@ def megatron_to_hf(
         from megatron_ext.weights import convert  # torch
 
         report = convert.megatron_to_hf(
-            checkpoint, hf or _model_of_run(checkpoint), out, dtype, shard_bytes, workers, verify, progress
+            checkpoint, hf or _model_of(checkpoint), out, dtype, shard_bytes, workers, verify, progress
         )
     print_result(asdict(report), as_json)
 
@@ -143,13 +146,18 @@ def _bytes(size: str) -> int:
     return int(float(found[1]) * _UNITS[found[2] or ""])
 
 
-def _model_of_run(checkpoint: Path) -> Path:
-    """``model.hf_path`` of the run that a checkpoint is in."""
+def _model_of(checkpoint: Path) -> Path:
+    """What describes a checkpoint's model: kept in it by ``hf-to-megatron``, or ``model.hf_path`` of its run."""
+    from megatron_ext.weights import convert, torch_dist
     from pipeline.config.load import load_config, resolve_path
 
+    kept = torch_dist.find(checkpoint) / convert.KEPT
+    if kept.is_dir():
+        return kept
     for folder in (checkpoint, *checkpoint.resolve().parents[:3]):
         if (folder / "config.yaml").is_file():
             return resolve_path(load_config(folder / "config.yaml", [], check=False).model.hf_path)
     raise ValueError(
-        f"--checkpoint {checkpoint} is not in a run with a config.yaml: give --hf with its config.json and tokenizer"
+        f"--checkpoint {checkpoint} holds no {convert.KEPT}/ and is not in a run with a config.yaml: "
+        "give --hf with its config.json and tokenizer"
     )

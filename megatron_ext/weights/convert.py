@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from pipeline.units import GIB
 PART_BYTES = 64 * 2**20, GIB  # least and most; between, a sixteenth of the model
 LEAST_BUDGET = 128 * 2**20  # bytes
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+KEPT = "hf"  # folder of a checkpoint: all of the Hugging Face folder it was made of but the weights
 FP8 = "fp8"  # of a Hugging Face folder only: matrices in blocks, the rest in bfloat16
 # Kept as they are whatever --dtype: megatron-core and transformers hold these in float32 in every model.
 _EXACT = (".router.expert_bias",)
@@ -75,12 +76,13 @@ def hf_to_megatron(
 ) -> Report:
     """Write a Hugging Face folder as a ``torch_dist`` checkpoint cut for ``grid``; it loads at any layout.
 
+    The folder ``KEPT`` of the checkpoint gets configuration, tokenizer and all else but weights, for the way back.
     ``dtype`` "fp32" or "bf16" casts; ``None`` keeps the folder's types. Called again after a kill, it goes on where it was.
     Raises ``ValueError`` for a folder, layout or ``out`` that cannot be used, ``ConversionError`` where writing or verifying fails.
     """
     start = time.perf_counter()
-    grid = grid or Grid()
     model = architecture.read(hf)
+    grid = _with_end_stages(grid or Grid(), model.layers)
     model.check_layout(grid)
     rows = [row for row in layout.rows(model, grid) if row.exported]
     folder = Folder(hf)
@@ -113,11 +115,20 @@ def hf_to_megatron(
         ]
         _remove_others(work.folder, {part.file for part in parts})
         identity.record(work.folder, model)
+        _copy_rest(hf, work.folder / KEPT)
         _write_manifest(work.folder, hf, [entry for entries in results for entry in entries])
         torch_dist.finish(work.folder, records, model)
         said = compare(work.folder, hf, work.folder, model, rows, workers, budget) if verify else ""
         work.publish()
     return Report(str(out), len(records), total, time.perf_counter() - start, len(parts), resumed, said)
+
+
+def _with_end_stages(grid: Grid, layers: int) -> Grid:
+    """``grid``; where its stages cannot hold equally many layers, with the rest in the first and the last one."""
+    each, rest = divmod(layers, grid.pp)
+    if not each or not rest or grid.first_stage_layers is not None or grid.last_stage_layers is not None:
+        return grid
+    return replace(grid, first_stage_layers=each + rest - rest // 2, last_stage_layers=each + rest // 2)
 
 
 def _type_of(row: Row, folder: Folder, dtype: str | None) -> torch.dtype:
@@ -224,8 +235,9 @@ def megatron_to_hf(
 ) -> Report:
     """Write a ``torch_dist`` checkpoint, ours or a training run's, as a Hugging Face folder.
 
-    ``checkpoint`` is anything that :func:`torch_dist.find` understands; configuration, tokenizer and all else but weights is copied
-    from ``hf``. ``dtype`` "fp32" or "bf16" casts, "fp8" quantises the matrices of :func:`fp8.quantised` in 128x128 blocks and makes
+    ``checkpoint`` is anything that :func:`torch_dist.find` understands; configuration, tokenizer and all else but
+    weights is copied from ``hf``: the Hugging Face folder of the same model, or what ``hf_to_megatron`` ``KEPT`` of it.
+    ``dtype`` "fp32" or "bf16" casts, "fp8" quantises the matrices of :func:`fp8.quantised` in 128x128 blocks and makes
     the rest bfloat16; ``None`` keeps the checkpoint's types. Resumes and raises like :func:`hf_to_megatron`.
     """
     start = time.perf_counter()
@@ -262,7 +274,8 @@ def megatron_to_hf(
                 workers,
                 lambda done: progress(done, total),
             )
-        _copy_rest(hf, work.folder, set(types.values()))
+        _copy_rest(hf, work.folder)
+        _describe_weights(work.folder, set(types.values()))
         _write_manifest(work.folder, directory, [entry for entries in results for entry in entries])
         said = compare(directory, work.folder, work.folder, model, rows, workers, budget) if verify else ""
         work.publish()
@@ -344,12 +357,17 @@ def _remove_others(folder: Path, names: set[str]) -> None:
             path.unlink()
 
 
-def _copy_rest(hf: Path, folder: Path, types: set[torch.dtype]) -> None:
-    """All of a Hugging Face folder but its weights; config.json names the type of the new weights and how they are quantised."""
+def _copy_rest(hf: Path, folder: Path) -> None:
+    """All files of a Hugging Face folder but its weights."""
+    folder.mkdir(exist_ok=True)
     for path in sorted(hf.iterdir()):
         if path.is_file() and path.name != MANIFEST and not is_weights(path):
             shutil.copyfile(path, folder / path.name)
-    config = read_config(hf)
+
+
+def _describe_weights(folder: Path, types: set[torch.dtype]) -> None:
+    """Make the folder's config.json name the type of the weights and how they are quantised."""
+    config = read_config(folder)
     narrowest = str(min(types - {fp8.CODES}, key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
     named: dict[str, Any] = {
         key: narrowest for key in ("dtype", "torch_dtype") if config.get(key, narrowest) != narrowest

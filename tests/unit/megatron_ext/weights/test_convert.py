@@ -55,6 +55,48 @@ def test_round_trip_is_bitwise_at_every_layout(tmp_path, name):
         assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.parametrize("dtype", [None, "bf16"])
+def test_the_way_back_needs_no_second_folder(tmp_path, capsys, dtype):
+    hf, tensors = folder(tmp_path / "hf", "qwen3", files=2, torch_dtype="float32")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+        (hf / name).write_text(json.dumps(name))
+    described = {path.name: path.read_text() for path in hf.iterdir() if not safetensors_io.is_weights(path)}
+    words = [] if dtype is None else ["--dtype", dtype]
+    assert run_to_end(["convert", "hf-to-megatron", "--hf", str(hf), "--out", str(tmp_path / "m"), *words]) == 0
+    shutil.rmtree(hf)
+    moved = (tmp_path / "m").rename(tmp_path / "moved")
+    back = ["convert", "megatron-to-hf", "--checkpoint", str(moved), "--out", str(tmp_path / "back")]
+    assert run_to_end([*back, "--json"]) == 0
+    expected = tensors if dtype is None else {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    assert same(read(tmp_path / "back"), expected)
+    if dtype == "bf16":
+        config = json.loads(described["config.json"]) | {"torch_dtype": "bfloat16"}
+        assert json.loads((tmp_path / "back/config.json").read_text()) == config
+        del described["config.json"]
+    assert {name: (tmp_path / "back" / name).read_text() for name in described} == described
+    shutil.rmtree(moved / convert.KEPT)
+    capsys.readouterr()
+    assert run_to_end([*back[:-1], str(tmp_path / "again")]) == 2
+    assert f"--checkpoint {moved} holds no hf/ and is not in a run with a config.yaml: give --hf" in (
+        " ".join(capsys.readouterr().err.split())
+    )
+
+
+@pytest.mark.parametrize(
+    ("layers", "pp", "stages"), [(5, 2, [3, 2]), (5, 3, [2, 1, 2]), (8, 3, [3, 2, 3]), (7, 4, [3, 1, 1, 2])]
+)
+def test_stages_need_not_hold_equally_many_layers(tmp_path, layers, pp, stages):
+    hf, tensors = folder(tmp_path / "hf", num_hidden_layers=layers)
+    convert.hf_to_megatron(hf, tmp_path / "m", Grid(pp=pp))
+    files = torch_dist.read_metadata(tmp_path / "m").storage_data
+    norms = {
+        i.offset[0]: at.relative_path for i, at in files.items() if i.fqn.endswith("layers.input_layernorm.weight")
+    }
+    assert [sum(path.startswith(f"__{rank}_") for path in norms.values()) for rank in range(pp)] == stages
+    convert.megatron_to_hf(tmp_path / "m", hf, tmp_path / "back")
+    assert same(read(tmp_path / "back"), tensors)
+
+
 @pytest.mark.parametrize("tp", [2, 4])
 def test_a_vocabulary_that_tp_does_not_divide_is_stored_whole(tmp_path, tp):
     hf, tensors = folder(tmp_path / "hf", vocab_size=1001)
@@ -304,7 +346,7 @@ def test_impossible_requests_exit_with_2(tmp_path, capsys):
     to_megatron = ["convert", "hf-to-megatron", "--hf", str(hf), "--out", str(tmp_path / "m")]
     for words, message in (
         ([*to_megatron, "--tp", "3"], "--tp=3 does not divide the model's 4 attention heads"),
-        ([*to_megatron, "--pp", "3"], "--pp=3 does not divide the model's 4 layers"),
+        ([*to_megatron, "--pp", "5"], "--pp=5 does not divide the model's 4 layers"),
         ([*to_megatron, "--ep", "2"], "--ep=2: a llama model has no experts"),
         ([*to_megatron[:-1], str(hf)], "exists already"),
         ([*to_megatron, "--dtype", "fp8"], "'fp8' is not one of"),
