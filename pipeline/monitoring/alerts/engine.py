@@ -125,7 +125,7 @@ class AlertEngine:
         self._rules = rules
         self._constants = dict(constants or {})
         self._snapshots: dict[int, _Memory] = {}
-        self._orphans: dict[str, Alert] = {}
+        self._told: list[Alert] = []  # what a resume may find in force again, in the order of the log
         self._memory = self._fresh()
         self._clock = Clock()
         self._clock_watches = {rule.name: Watch(rule) for rule in rules if rule.is_clock}
@@ -173,8 +173,7 @@ class AlertEngine:
         """
         for watch in self._watches():
             watch.begun = in_force.get(watch.rule.name)
-        known = {rule.name for rule in self._rules}
-        self._orphans = {name: alert for name, alert in in_force.items() if name not in known}
+        self._told = list(in_force.values())
 
     def _watches(self) -> Iterator[Watch]:
         for rule in self._rules:
@@ -193,7 +192,15 @@ class AlertEngine:
             if alert is not None:
                 alerts.append(alert)
                 (active.add if alert.begins else active.discard)(alert.rule)
+        self._tell(alerts)
         return alerts
+
+    def _tell(self, alerts: Sequence[Alert]) -> None:
+        """Remember alerts. Of those before the oldest checkpoint the newest of each rule is enough."""
+        told = [*self._told, *alerts]
+        oldest = min(self._snapshots, default=self._memory.step)
+        newest = {alert.rule: alert for alert in told if alert.step < oldest}
+        self._told = [alert for alert in told if alert.step >= oldest or alert is newest[alert.rule]]
 
     def _is_silent(self, rule: Rule, active: set[str]) -> bool:
         config, step = rule.config, self._memory.step
@@ -211,8 +218,11 @@ class AlertEngine:
         memory.entered |= figures["entropy/band_low"] <= memory.smooth <= figures["entropy/band_high"]
 
     def _resume(self, step: int, time: float) -> list[Alert]:
-        """Forget what the resume has superseded; alerts in force that are forgotten with it end."""
-        before, self._orphans = self.active | self._orphans, {}
+        """Forget what the resume has superseded. Alerts that the log now says to be in force end where no rule holds them.
+
+        An alert that time ended is among them where the resume supersedes its end.
+        """
+        self._told = [alert for alert in self._told if alert.step < step]
         if self._memory.step != step:
             self._memory = copy.deepcopy(self._snapshots[step]) if step in self._snapshots else self._fresh()
             self._memory.step = self._memory.saved = step
@@ -222,12 +232,14 @@ class AlertEngine:
         self._clock_watches = {name: Watch(watch.rule) for name, watch in self._clock_watches.items()}
         self._clock = Clock()
         self._clock.observe({"kind": "resume", "time": time})
-        active = self.active
-        return [
+        active, newest = self.active, {alert.rule: alert for alert in self._told}
+        ended = [
             Alert(name, alert.severity, "end", step - 1, time, f"the run was resumed at step {step}")
-            for name, alert in before.items()
-            if alert.step < step and name not in active
+            for name, alert in sorted(newest.items())
+            if alert.begins and name not in active
         ]
+        self._tell(ended)
+        return ended
 
     def _fresh(self) -> _Memory:
         return _Memory({rule.name: Watch(rule) for rule in self._rules if not rule.is_clock})

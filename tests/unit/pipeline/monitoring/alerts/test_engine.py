@@ -105,6 +105,18 @@ def test_an_alert_of_time_is_ended_by_a_resume():
     assert a.run(made, [resume(8)]) == [(7, "unsaved_work", "end")]
 
 
+def test_a_resume_that_supersedes_the_end_of_an_alert_of_time_ends_it_again():
+    """The disk fills at step 3; time ends that at step 4; the run resumes from a checkpoint at 4, so the log loses the end."""
+    made = engine([rule for rule in RULES if rule.name == "disk_filling"])
+    full_disk = [(a.START + 61 * i, free * a.GIB) for i, free in enumerate([999, 99, 99, *7 * [9]])]
+    assert a.run(made, steps(0, 3)) == []
+    assert [(x.step, x.state) for tick in full_disk for x in made.tick(*tick)] == [(3, "begin")]
+    assert a.run(made, [*steps(3, 1), checkpoint(4), *steps(4, 1)]) == []
+    assert [(x.step, x.state) for x in made.tick(a.START + 61 * 10, 9 * a.GIB)] == [(4, "end")]
+    assert a.run(made, [resume(4)]) == [(3, "disk_filling", "end")]
+    assert made.active == {}
+
+
 def test_a_silenced_rule_speaks_when_the_one_that_silences_it_ends():
     made = engine([rule for rule in RULES if rule.name in ("out_of_band", "not_reachable")])
     said = "target not reachable: held at H=0.5"
