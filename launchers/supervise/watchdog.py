@@ -1,8 +1,9 @@
 """Who notices that a run stands still: a thread in the training process, and its supervisor outside, who watches that thread.
 
-What is in progress (the start, a step, an evaluation, a checkpoint) counts as stalled after ``monitoring.stall.factor`` times the
-median of what its kind took before in this process, but at least ``min_seconds``; the first of its kind, which has nothing to be compared
-with, after ``factor * min_seconds``.
+What is in progress (the start, a step, an evaluation, a checkpoint) counts as stalled when it has taken longer than the median of its kind
+in this process plus ``monitoring.stall.factor`` allowances, and longer than ``min_seconds``. The allowance is the median itself up to
+60 s; above 60 s it grows as the square root of the median, because a long step varies less, in proportion, than a short one. The first of
+its kind has nothing to be compared with: ``min_seconds`` stands for its median.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ INTERVAL_S = 5.0
 # Nothing that hangs as well, Ray or the file system, may keep a stalled run from ending.
 STACKS_TIMEOUT_S = 120.0
 LAST_WORDS_S = 30.0
+_SHORT_S = 60.0  # up to here, what may vary grows in proportion
 
 
 class Others(Protocol):
@@ -147,10 +149,14 @@ class Watchdog:
 
 
 def stall_limit(factor: float, least: float, typical: float) -> float:
-    """Seconds after which something counts as stalled: see above. ``typical`` is NaN for the first of its kind; ``factor`` 0: never."""
+    """Seconds after which something counts as stalled: ``median + factor * sqrt(median * min(median, 60 s))``, at least ``least``.
+
+    ``typical`` is that median, NaN for the first of its kind; ``factor`` 0: never.
+    """
     if factor == 0:
         return math.inf
-    return max(least, factor * (least if math.isnan(typical) else typical))
+    median = least if math.isnan(typical) else typical
+    return max(least, median + factor * math.sqrt(median * min(median, _SHORT_S)))
 
 
 def write_heartbeat(run_dir: Path, values: dict[str, Any]) -> None:

@@ -714,13 +714,13 @@ class StallConfig:
 
     factor: float = key(
         20.0,
-        "a step, an evaluation or a checkpoint counts as stalled after this many times its kind's median"
-        " in this process; 0: never",
+        "a step, an evaluation or a checkpoint counts as stalled after m + factor * sqrt(m * min(m, 60 s)), where m is the"
+        " median of its kind in this process; 0: never",
         range=NOT_NEGATIVE,
     )
     min_seconds: float = key(
         600.0,
-        "but at least after so long; the first of its kind, the start too, after `factor` times as long",
+        "but at least after so long; stands for m where nothing of the kind, as the start, has ended before",
         range=POSITIVE,
         unit="seconds",
     )

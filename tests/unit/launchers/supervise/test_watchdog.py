@@ -10,10 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from launchers.supervise import watchdog
 from launchers.supervise.watchdog import Patience, Supervision, Watchdog, read_heartbeat, stall_limit, write_heartbeat
 from pipeline.config.load import load_config
+from pipeline.config.schema import StallConfig
 from pipeline.monitoring.recorder import Recorder
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -26,15 +30,33 @@ def config(*overrides):
 @pytest.mark.parametrize(
     ("factor", "least", "typical", "limit"),
     [
-        (20, 600, 60, 1200),  # 20 steps of a minute
-        (20, 600, 1, 600),  # never less than ten minutes
-        (20, 600, math.nan, 12000),  # the first of its kind
+        (20, 600, 0.2, 600),  # never less than ten minutes
+        (20, 600, 30, 630),  # itself, and 20 more of half a minute
+        (20, 600, 60, 1260),
+        (20, 600, 600, 4394.7),  # 1.2 hours, not 3.3
+        (20, 600, 1400, 7196.6),  # 2 hours, not 7.8
+        (20, 600, math.nan, 4394.7),  # the first of its kind: as if it took ten minutes
+        (1, 0.05, math.nan, 0.1),
         (0, 600, 60, math.inf),  # never
         (0, 600, math.nan, math.inf),
     ],
 )
 def test_the_limit_by_hand(factor, least, typical, limit):
-    assert stall_limit(factor, least, typical) == limit
+    assert stall_limit(factor, least, typical) == pytest.approx(limit, abs=0.05)
+
+
+@pytest.mark.parametrize("typical", [0.2, 60, 600, 1400, 2600])
+def test_a_slow_step_is_told_before_the_watchdog_acts(typical):
+    rule = yaml.safe_load((ROOT / "configs/alerts/slow_step.yaml").read_text())
+    told = max(rule["when"]["above"] * typical, rule["guard"]["above"])
+    assert told < stall_limit(StallConfig().factor, StallConfig().min_seconds, typical)
+
+
+@given(st.floats(0.01, 1e5), st.floats(1.001, 10))
+def test_a_longer_step_may_take_longer_but_not_in_proportion(typical, times):
+    short, long = (stall_limit(20, 1e-9, seconds) for seconds in (typical, typical * times))
+    assert short < long <= short * times * (1 + 1e-9)
+    assert short > typical
 
 
 def test_time_that_nobody_saw_does_not_count(monkeypatch):

@@ -159,9 +159,9 @@ def ticks(made, seconds, every=60, free=None):
     return [(t, x.rule, x.state) for t in times for x in made.tick(start + t, free(t) if free else None)]
 
 
-def test_slow_step_is_eight_steps_and_two_minutes():
+def test_slow_step_is_four_steps_and_two_minutes():
     made = engine()
-    assert ticks(made, 600) == [(180, "slow_step", "begin")]  # 8 steps are 80 s, so the two minutes decide
+    assert ticks(made, 600) == [(180, "slow_step", "begin")]  # 4 steps are 40 s, so the two minutes decide
     assert [(x.step, x.rule, x.state) for x in made.observe(a.step(5))] == [(5, "slow_step", "end")]
 
 
