@@ -4,35 +4,30 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
 
 import torch
 
 from megatron_ext.partition import best_fit, partition
-from pipeline.types import TrainBatch
-
-PADDING = -1  # stands for a dummy row in a tensor of row indices
+from pipeline.types import PER_TOKEN, TrainBatch
 
 
-def mini_batches(batch: TrainBatch, count: int) -> list[TrainBatch]:
-    """``count`` mini-batches, main rows dealt out in turn and auxiliary rows likewise, so that each has its share of both.
+def mini_batches(auxiliary: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """The rows of ``count`` mini-batches: main rows dealt out in turn and auxiliary rows likewise, so that each has its share of both.
 
-    Weights are left alone: the caller multiplies each mini-batch's loss by ``count``. Then the mean of the mini-batch
-    gradients, at equal parameters, is exactly the gradient of the whole batch, however unequal their token counts.
+    ``auxiliary``: bool ``[rows]``. Weights are left alone: the caller multiplies each mini-batch's loss by ``count``. Then the mean of
+    the mini-batch gradients, at equal parameters, is exactly the gradient of the whole batch, however unequal their token counts.
     """
     if count == 1:
-        return [batch]
-    main, auxiliary = (~batch.auxiliary).nonzero()[:, 0], batch.auxiliary.nonzero()[:, 0]
+        return [torch.arange(len(auxiliary))]
+    main, added = (~auxiliary).nonzero()[:, 0], auxiliary.nonzero()[:, 0]
     if len(main) < count:
         raise ValueError(
             f"learner.updates_per_step={count} needs at least as many main rows; the batch has {len(main)}"
         )
-    if batch.old_log_probs is None:
-        raise ValueError("learner.updates_per_step > 1 needs old_log_probs: later mini-batches are off-policy")
-    return [take(batch, torch.cat([main[i::count], auxiliary[i::count]])) for i in range(count)]
+    return [torch.cat([main[i::count], added[i::count]]) for i in range(count)]
 
 
 @dataclass(frozen=True)
@@ -142,35 +137,30 @@ def _starts(widths: list[int], parts: int, cap: int, max_rows: int) -> list[int]
     return starts
 
 
-def take(batch: TrainBatch, indices: torch.Tensor) -> TrainBatch:
-    """The rows at ``indices``, as wide as the longest of them. ``PADDING`` gives a dummy that no loss or metric sees.
+def deal(
+    lengths: torch.Tensor, auxiliary: torch.Tensor, ranks: int, cut: Cut, updates: int
+) -> list[list[list[list[int]]]]:
+    """Rows ``[rank][mini-batch][micro-batch][row]`` for rows of ``lengths`` tokens, the last of which is no input."""
+    dealt = []
+    for mini in mini_batches(auxiliary, updates):
+        rows = mini.tolist()
+        ranked = micro_batches((lengths[mini] - 1).tolist(), ranks, cut)
+        dealt.append([[[rows[i] for i in micro] for micro in own] for own in ranked])
+    return [[mini[rank] for mini in dealt] for rank in range(ranks)]
 
-    A dummy is an auxiliary row of weight 0 with two tokens and one target (a micro-batch without targets would need care
-    everywhere).
+
+def dummy(batch: TrainBatch) -> TrainBatch:
+    """A batch like ``batch`` of one row that no loss or metric sees: auxiliary, of weight 0, with two tokens and one target.
+
+    It fills an empty micro-batch: one without targets would need care everywhere.
     """
-    picked = {}
-    for field in fields(batch):
-        value = getattr(batch, field.name)
-        if isinstance(value, torch.Tensor):
-            picked[field.name] = value[indices.clamp(min=0)]
-    dummy = indices == PADDING
-    if dummy.any():
-        for name in {"weights", "positive_weights", "advantages"} & picked.keys():
-            picked[name][dummy] = 0.0
-        picked["auxiliary"][dummy] = True
-        picked["correct"][dummy] = False
-        picked["lengths"][dummy] = 2
-        one_target = torch.zeros_like(picked["loss_mask"][0])
-        one_target[0] = True
-        picked["loss_mask"][dummy] = one_target
-    unused = batch.tokens.shape[1] - int(picked["lengths"].max())
-    cut: dict[str, Any] = {k: v[:, : v.shape[1] - unused] if v.dim() == 2 else v for k, v in picked.items()}
-    return replace(batch, **cut)
+    sizes = dict.fromkeys(PER_TOKEN, 2)
+    empty = {name: value.new_zeros(sizes.get(name, 1)) for name, value in batch.tensors().items()}
+    told = {"loss_mask": [False, True], "lengths": [2], "targets": [1], "auxiliary": [True], "temperatures": [1.0]}
+    given = {name: torch.tensor(value, dtype=empty[name].dtype) for name, value in told.items()}
+    return replace(batch, **{**empty, **given})
 
 
 def on_device(batch: TrainBatch, device: torch.device) -> TrainBatch:
     """The same batch with its tensors on ``device``."""
-    tensors: dict[str, Any] = {
-        name: value.to(device) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)
-    }
-    return replace(batch, **tensors)
+    return replace(batch, **{name: value.to(device) for name, value in batch.tensors().items()})

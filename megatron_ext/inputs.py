@@ -48,18 +48,25 @@ def alignment(config: TransformerConfig) -> int:
 
 
 def build(micro: TrainBatch, *, packing: bool, align: int = 1) -> ModelInputs:
-    """The inputs of ``micro`` (on CPU, as wide as its longest row), sequences padded to a multiple of ``align``."""
-    real = torch.arange(micro.tokens.shape[1] - 1) < micro.lengths[:, None] - 1
-    grids = [micro.tokens[:, :-1], micro.tokens[:, 1:], micro.loss_mask]
+    """The inputs of ``micro`` (on CPU), sequences padded to a multiple of ``align``; a grid is as wide as its longest row."""
+    ends = micro.lengths.cumsum(0)
+    inner = torch.ones(len(micro.tokens), dtype=torch.bool)
+    inner[ends - 1] = False  # a row's last token is no input,
+    following = inner.roll(1)  # and its first no label
+    grids = [micro.tokens[inner].long(), micro.tokens[following].long(), micro.loss_mask[following]]
+    real = len(grids[0])
     if packing:
-        grids = [grid[real][None] for grid in grids]
+        grids = [grid[None] for grid in grids]
+    else:
+        inside = torch.arange(int(micro.lengths.max()) - 1) < micro.lengths[:, None] - 1
+        grids = [grid.new_zeros(inside.shape).masked_scatter_(inside, grid) for grid in grids]
     padding = -grids[0].shape[1] % align
     tokens, labels, targets = (F.pad(grid, (0, padding)) for grid in grids)
     packed = None
     if packing:
         rest = [padding] if padding else []  # a row of its own, which no other sees
         packed = packed_rows((micro.lengths - 1).tolist() + rest)
-    return ModelInputs(tokens, labels, targets, int(real.sum()), packed)
+    return ModelInputs(tokens, labels, targets, real, packed)
 
 
 def packed_rows(lengths: list[int], device: torch.device | None = None) -> PackedSeqParams:

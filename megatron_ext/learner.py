@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,13 @@ from pipeline.objectives.loss import (
     tempered_at,
 )
 from pipeline.reshard import buckets
-from pipeline.types import EntropyReading, StepStats, TrainBatch, WeightBucket
+from pipeline.types import EntropyReading, Share, StepStats, TrainBatch, WeightBucket, shares
 
 MicroBatch = tuple[TrainBatch, inputs.ModelInputs]  # the rows, and what the model is given for them
 
 
 class MegatronLearner:
-    """One rank of the learner. Every rank makes the same calls in the same order with the same batch.
+    """One rank of the learner. Every rank makes the same calls in the same order with the same batch, whole or its share of it.
 
     Results do not depend on the layout or on how rows are cut into micro-batches: the batch's weights carry the whole
     normalisation, and the divisions that Megatron makes (by micro-batches and by DP size) are undone.
@@ -103,17 +104,17 @@ class MegatronLearner:
             torch.cuda.empty_cache()
 
     @torch.no_grad()
-    def log_probs(self, batch: TrainBatch, *, reference: bool = False) -> torch.Tensor:
+    def log_probs(self, batch: TrainBatch | Share, *, reference: bool = False) -> torch.Tensor:
         """T=1 log-probabilities of the targets, on every rank; see ``pipeline.learner.Learner.log_probs``."""
         with self._reference_policy() if reference else nullcontext():
-            return self._grids(batch, ("log_probs",))["log_probs"]
+            return self._measured(batch, ("log_probs",))["log_probs"]
 
     @torch.no_grad()
-    def statistics(self, batch: TrainBatch) -> dict[str, torch.Tensor]:
+    def statistics(self, batch: TrainBatch | Share) -> dict[str, torch.Tensor]:
         """Log-probs, entropy and moment of the targets, on every rank; see ``pipeline.learner.Learner.statistics``."""
-        return self._grids(batch, ("log_probs", "entropy", "moment"))
+        return self._measured(batch, ("log_probs", "entropy", "moment"))
 
-    def update(self, batch: TrainBatch, step: int) -> StepStats:
+    def update(self, batch: TrainBatch | Share, step: int) -> StepStats:
         """``updates_per_step`` optimizer steps on ``batch`` at one learning rate; see ``pipeline.learner.Learner.update``.
 
         With several mini-batches the statistics are sums over all of them, each at the weights it met; the gradient norm
@@ -121,11 +122,16 @@ class MegatronLearner:
         weights and optimizer state take that step.
         """
         start = time.perf_counter()
+        share = self._share(batch, for_update=True)
+        if len(share.micro_batches) > 1 and share.batch.old_log_probs is None:
+            raise ValueError("learner.updates_per_step > 1 needs old_log_probs: later mini-batches are off-policy")
         self._scheduler.step(1)
         totals: dict[str, float] = {}
         norms = []
-        for mini in batching.mini_batches(batch, self._config.updates_per_step):
-            sums = self._accumulate(mini)
+        first = 0
+        for sizes in share.micro_batches:
+            sums = self._accumulate(share.batch, first, sizes)
+            first += sum(sizes)
             _require_finite(sums["loss"], "loss", step)
             # What optimizer.step() does first, done here to look at the norm; it then comes to the same.
             self._optimizer.prepare_grads()
@@ -141,7 +147,7 @@ class MegatronLearner:
         loss = totals.pop("loss")
         return StepStats(
             loss=loss,
-            entropy=_reading(totals, step, batch.staleness),
+            entropy=_reading(totals, step, share.batch.staleness),
             grad_norm=sum(norms) / len(norms),
             learning_rate=self._optimizer.param_groups[0]["lr"],
             metrics=_batching_metrics(totals) | reduce_metrics(totals),
@@ -186,46 +192,60 @@ class MegatronLearner:
         """Leave the process groups."""
         shutdown()
 
-    def _grids(self, batch: TrainBatch, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Fields of ``PolicyOutputs`` as float32 grids ``[rows, seq - 1]`` on the CPU, 0 outside the mask, on every rank."""
-        topology = self._topology
-        grids = torch.zeros(len(names), *batch.loss_mask.shape, device=topology.device)
-        indices = self._micro_batches(batch)
-        outputs = self._run(batch, indices, forward_only=True, names=names)
-        for rows, values in zip(indices, outputs, strict=False):  # no outputs but on the last stage
-            real = rows[rows != batching.PADDING]
-            # These rows' mask alone: the whole step's would cross to the device once per micro-batch.
-            mask = batch.loss_mask[real].to(topology.device)
-            # In-place assignment through two masks does not write; fill the rows, then put them back.
-            filled = torch.zeros(len(names), *mask.shape, device=topology.device)
-            filled[:, mask] = values[: int(mask.sum())].T
-            grids[:, real.to(topology.device)] = filled
-        for group, size in ((topology.dp_group, topology.dp_size), (topology.pp_group, topology.pp_size)):
-            if size > 1:
-                dist.all_reduce(grids, group=group)
-        # Copies: pickled, a view takes the storage of all grids with it.
-        return {name: grid.to("cpu", copy=True) for name, grid in zip(names, grids, strict=True)}
+    def deal(self, lengths: torch.Tensor, auxiliary: torch.Tensor, *, for_update: bool) -> list[list[list[list[int]]]]:
+        """Rows ``[data-parallel rank][mini-batch][micro-batch][row]`` of a batch with these ``TrainBatch`` fields; on every rank the same.
 
-    def _accumulate(self, batch: TrainBatch) -> dict[str, float]:
-        """Gradients of one mini-batch into the main gradients; its metric sums, the same on every rank."""
+        ``for_update``: for :meth:`update`; else for log-probs and statistics, which know one mini-batch.
+        """
+        updates = self._config.updates_per_step if for_update else 1
+        return batching.deal(lengths, auxiliary, self._topology.dp_size, self._cut, updates)
+
+    @property
+    def data_parallel_rank(self) -> int:
+        """Which share of a batch is this rank's."""
+        return self._topology.dp_rank
+
+    def _share(self, batch: TrainBatch | Share, *, for_update: bool) -> Share:
+        """This rank's share of ``batch``, if that is not it."""
+        if isinstance(batch, Share):
+            return batch
+        own = self.deal(batch.lengths, batch.auxiliary, for_update=for_update)[self.data_parallel_rank]
+        return next(shares(batch, [own]))
+
+    def _measured(self, batch: TrainBatch | Share, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Fields of ``PolicyOutputs`` of all targets of the whole batch, float32 ``[targets]`` each on the CPU, on every rank."""
+        topology = self._topology
+        share = self._share(batch, for_update=False)
+        found = torch.zeros(len(names), share.total, device=topology.device)
+        (sizes,) = share.micro_batches
+        outputs = self._run(share.batch, 0, sizes, forward_only=True, names=names)
+        first = 0
+        for size, values in zip(sizes, outputs, strict=False):  # no outputs but on the last stage
+            where = share.positions(first, first + size).to(topology.device)
+            found[:, where] = values[: len(where)].T  # an empty micro-batch has a dummy's, of no place
+            first += size
+        for group, ranks in ((topology.dp_group, topology.dp_size), (topology.pp_group, topology.pp_size)):
+            if ranks > 1:
+                dist.all_reduce(found, group=group)
+        # Copies: pickled, a view takes the storage of all with it.
+        return {name: values.to("cpu", copy=True) for name, values in zip(names, found, strict=True)}
+
+    def _accumulate(self, batch: TrainBatch, first: int, sizes: Sequence[int]) -> dict[str, float]:
+        """Gradients of one mini-batch, as in :meth:`_run`, into the main gradients; its metric sums, the same on every rank."""
         for model in self._models:
             model.zero_grad_buffer()
         self._optimizer.zero_grad()
-        sums = self._run(batch, self._micro_batches(batch), forward_only=False)
-        return self._reduce(sums)
-
-    def _micro_batches(self, batch: TrainBatch) -> list[torch.Tensor]:
-        """Row indices of each of this rank's micro-batches; a dummy where no row is left for one."""
-        topology = self._topology
-        ranks = batching.micro_batches((batch.lengths - 1).tolist(), topology.dp_size, self._cut)
-        return [torch.tensor(rows or [batching.PADDING]) for rows in ranks[topology.dp_rank]]
+        return self._reduce(self._run(batch, first, sizes, forward_only=False))
 
     def _run(
-        self, batch: TrainBatch, indices: list[torch.Tensor], *, forward_only: bool, names: Sequence[str] = ()
+        self, batch: TrainBatch, first: int, sizes: Sequence[int], *, forward_only: bool, names: Sequence[str] = ()
     ) -> list[Any]:
-        """Megatron's schedule over the micro-batches: per micro-batch what was asked for by ``names``, or metric sums; last stage only."""
+        """Megatron's schedule over micro-batches of so many rows each, the first of which begins at row ``first``.
+
+        Per micro-batch what was asked for by ``names``, or metric sums; last stage only.
+        """
         # What Megatron divides the loss by, and the mini-batch rule of ``batching.mini_batches``.
-        scale = len(indices) * self._topology.dp_size * self._config.updates_per_step
+        scale = len(sizes) * self._topology.dp_size * self._config.updates_per_step
         finish = partial(self._named, names=names) if forward_only else partial(self._loss, scale=scale)
 
         def forward(data: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[torch.Tensor, Any]:
@@ -235,23 +255,25 @@ class MegatronLearner:
                 return model(tokens, None, None, packed_seq_params=given.packed), partial(finish, rows, given)
 
         def data() -> Iterator[MicroBatch]:
-            return map(partial(self._micro_batch, batch), indices)
+            starts = accumulate(sizes, initial=first)
+            return map(partial(self._micro_batch, batch), starts, sizes)
 
         interleaved = len(self._models) > 1
         return self._forward_backward(
             forward_step_func=forward,
             data_iterator=[data() for _ in self._models] if interleaved else data(),
             model=self._models if interleaved else self._models[0],
-            num_microbatches=len(indices),
+            num_microbatches=len(sizes),
             # Unused: shapes differ between micro-batches, and pipeline stages tell each other.
-            seq_length=batch.loss_mask.shape[1],
+            seq_length=1,
             micro_batch_size=1,
             forward_only=forward_only,
             collect_non_loss_data=forward_only,
         )
 
-    def _micro_batch(self, batch: TrainBatch, indices: torch.Tensor) -> MicroBatch:
-        rows, device = batching.take(batch, indices), self._topology.device
+    def _micro_batch(self, batch: TrainBatch, first: int, size: int) -> MicroBatch:
+        rows = batch.take(torch.arange(first, first + size)) if size else batching.dummy(batch)
+        device = self._topology.device
         given = inputs.build(rows, packing=self._cut.packed, align=self._cut.align)
         return batching.on_device(rows, device), given.to(device)
 

@@ -22,10 +22,10 @@ class Learner(Protocol):
         """Read the weights of a Hugging Face folder; also kept as the reference policy when a KL penalty is on."""
 
     def log_probs(self, batch: TrainBatch, *, reference: bool = False) -> torch.Tensor:
-        """T=1 log-probabilities of the targets, float32 ``[rows, seq - 1]`` on CPU, 0 outside ``loss_mask``. No gradient."""
+        """T=1 log-probabilities of the targets, float32 ``[targets]`` on CPU. No gradient."""
 
     def statistics(self, batch: TrainBatch) -> Mapping[str, torch.Tensor]:
-        """Of the targets at T=1, float32 ``[rows, seq - 1]`` on CPU, 0 outside ``loss_mask``, no gradient: ``log_probs``, exact
+        """Of the targets at T=1, float32 ``[targets]`` on CPU, no gradient: ``log_probs``, exact
         ``entropy``, and ``moment``, sum_k pi_k^2 (log pi_k + H) over the vocabulary; nats.
         """
 

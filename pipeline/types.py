@@ -1,14 +1,13 @@
 """The nouns of one training step: what travels between the loop, the engines, the learner and the controller.
 
-Everything here is a frozen dataclass. Entropies and log-probabilities are natural logarithms (nats). The
-*target grid* used by batches has one column per predicted token: column ``t`` of a ``[rows, seq - 1]`` tensor speaks of
-``tokens[:, t + 1]``, the token that the logits at position ``t`` predict.
+Everything here is a frozen dataclass. Entropies and log-probabilities are natural logarithms (nats). A *target* is a token
+that the loss is about: one that the policy drew, which the logits at the token before it predict.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import accumulate
 from typing import Any
@@ -153,29 +152,31 @@ class Actuation:
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """The rows of one update: every main row, then the correct auxiliary rows. CPU tensors.
+    """The rows of one update, ragged: every main row, then the correct auxiliary rows. CPU tensors.
 
-    A row is prompt + response, padded on the right. ``weights`` holds the whole normalisation (token mean, sequence mean,
-    the positive term's denominator and alpha), so the loss is the plain sum over rows and tokens of
-    ``weights[row] * loss_mask[row, t] * term[row, t]`` whatever the micro-batch size or the number of ranks.
+    A row is prompt + response. The rows lie one behind the other in flat arrays, without padding: ``[tokens]`` over all tokens,
+    ``[targets]`` over the tokens that the loss is about, ``[rows]``. ``weights`` holds the whole normalisation (token mean, sequence
+    mean, the positive term's denominator and alpha), so the loss is the plain sum over targets of ``weights[row] * term`` whatever
+    the micro-batch size or the number of ranks.
     """
 
-    tokens: torch.Tensor  # int64 [rows, seq]
-    lengths: torch.Tensor  # int64 [rows], prompt + response tokens
-    loss_mask: torch.Tensor  # bool [rows, seq - 1], True where the target is a response token
+    tokens: torch.Tensor  # int32 [tokens]
+    loss_mask: torch.Tensor  # bool [tokens], True where the token is a target: of the response; never a row's first
+    lengths: torch.Tensor  # int64 [rows], tokens of each row
+    targets: torch.Tensor  # int64 [rows], targets of each row
     weights: torch.Tensor  # float32 [rows]
     advantages: torch.Tensor  # float32 [rows]; unused on auxiliary rows (their advantage is the constant 1)
     auxiliary: torch.Tensor  # bool [rows]
     correct: torch.Tensor  # bool [rows]
     temperatures: torch.Tensor  # float32 [rows], what each row was drawn with
-    behavior_log_probs: torch.Tensor  # float32 [rows, seq - 1], at ``temperatures``; 0 outside the mask
+    behavior_log_probs: torch.Tensor  # float32 [targets], at ``temperatures``
     actuation: Actuation = Actuation()
-    old_log_probs: torch.Tensor | None = None  # float32 [rows, seq - 1] at T=1; None: on-policy, ratio is exactly 1
-    reference_log_probs: torch.Tensor | None = None  # float32 [rows, seq - 1] at T=1, for the KL penalty
+    old_log_probs: torch.Tensor | None = None  # float32 [targets] at T=1; None: on-policy, ratio is exactly 1
+    reference_log_probs: torch.Tensor | None = None  # float32 [targets] at T=1, for the KL penalty
     groups: torch.Tensor | None = None  # int64 [rows], equal for all samples of a request; below 0 on auxiliary rows
-    token_advantages: torch.Tensor | None = None  # float32 [rows, seq - 1], in place of ``advantages``
-    token_weights: torch.Tensor | None = None  # float32 [rows, seq - 1], e.g. 0 on tokens that Clip-Cov detaches
-    marks: torch.Tensor | None = None  # uint8 [rows, seq - 1], tokens that the loss treats in a way of their own
+    token_advantages: torch.Tensor | None = None  # float32 [targets], in place of ``advantages``
+    token_weights: torch.Tensor | None = None  # float32 [targets], e.g. 0 on tokens that Clip-Cov detaches
+    marks: torch.Tensor | None = None  # uint8 [targets], tokens that the loss treats in a way of their own
     staleness: int = 0  # updates between the weights that drew the main rows and those that train on them
     positive_weights: torch.Tensor | None = (
         None  # float32 [rows], ``reweight``: as ``weights``, of a main row's positive term
@@ -184,12 +185,66 @@ class TrainBatch:
     @property
     def rows(self) -> int:
         """Number of rows, main and auxiliary."""
-        return self.tokens.shape[0]
+        return len(self.lengths)
+
+    @property
+    def row_of_target(self) -> torch.Tensor:
+        """Int64 ``[targets]``: the row of each target."""
+        rows = torch.arange(self.rows, device=self.targets.device)
+        return rows.repeat_interleave(self.targets, output_size=len(self.behavior_log_probs))
+
+    def tensors(self) -> dict[str, Any]:
+        """The tensors that are there, by field."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+
+    def take(self, rows: torch.Tensor) -> TrainBatch:
+        """The batch of the ``rows`` (int64), in their order."""
+        spans = {name: _spans(counts, rows) for name, counts in (("token", self.lengths), ("target", self.targets))}
+
+        def picked(name: str, value: torch.Tensor) -> Any:
+            if name in PER_TOKEN or name in PER_TARGET:
+                parts = [value[start:end] for start, end in spans["token" if name in PER_TOKEN else "target"]]
+                return torch.cat(parts) if parts else value[:0]
+            return value[rows]
+
+        return replace(self, **{name: picked(name, value) for name, value in self.tensors().items()})
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the tensors as one buffer."""
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return _unpickle_batch, (*pack(tensors), self.actuation, self.staleness)
+        return _unpickle_batch, (*pack(self.tensors()), self.actuation, self.staleness)
+
+
+PER_TOKEN = frozenset({"tokens", "loss_mask"})
+PER_TARGET = frozenset(
+    {"behavior_log_probs", "old_log_probs", "reference_log_probs", "token_advantages", "token_weights", "marks"}
+)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one data-parallel rank is given of a batch: the rows of its micro-batches, one micro-batch behind the other."""
+
+    batch: TrainBatch  # these rows only
+    micro_batches: Sequence[
+        Sequence[int]
+    ]  # rows of each micro-batch, by mini-batch (optimizer step); 0 where rows are too few
+    starts: torch.Tensor  # int64 [rows], where each row's targets begin among those of the whole batch
+    total: int  # targets of the whole batch
+
+    def positions(self, first: int, end: int) -> torch.Tensor:
+        """Int64 ``[n]``: where the targets of rows ``first`` to ``end`` lie among those of the whole batch."""
+        counts = self.batch.targets[first:end]
+        shifts = self.starts[first:end] - counts.cumsum(0) + counts
+        return torch.arange(int(counts.sum())) + shifts.repeat_interleave(counts)
+
+
+def shares(batch: TrainBatch, dealt: Sequence[Sequence[Sequence[Sequence[int]]]]) -> Iterator[Share]:
+    """The share of each data-parallel rank; ``dealt``: rows ``[rank][mini-batch][micro-batch][row]``, as a learner deals them."""
+    starts = batch.targets.cumsum(0) - batch.targets
+    for own in dealt:
+        rows = torch.tensor([row for mini in own for micro in mini for row in micro], dtype=torch.int64)
+        sizes = [[len(micro) for micro in mini] for mini in own]
+        yield Share(batch.take(rows), sizes, starts[rows], len(batch.behavior_log_probs))
 
 
 @dataclass(frozen=True)
@@ -287,6 +342,12 @@ def _unpickle_group(
         for n, end, others in zip(lengths, ends, rest, strict=True)
     )
     return SampleGroup(prompt, tuple(samples), role)
+
+
+def _spans(counts: torch.Tensor, rows: torch.Tensor) -> list[tuple[int, int]]:
+    """Where each of the ``rows`` begins and ends in a flat array of so many entries a row."""
+    ends = counts.cumsum(0)[rows]
+    return list(zip((ends - counts[rows]).tolist(), ends.tolist(), strict=True))
 
 
 def _unpickle_batch(specs: list[Spec], flat: np.ndarray, actuation: Actuation, staleness: int) -> TrainBatch:

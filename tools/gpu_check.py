@@ -182,7 +182,7 @@ def _pushed(part: str, what: str, made: Any, engine: Any, version: int) -> Row:
         tokens = torch.tensor([[*prompt, *map(int, sample.token_ids)]])
         column = torch.arange(1, tokens.shape[1])
         said = made.log_probs(_rows(tokens, (column >= len(prompt))[None], torch.tensor([tokens.shape[1]]), version))
-        apart.append((said[0, len(prompt) - 1 :] - torch.as_tensor(sample.log_probs)).abs().mean())
+        apart.append((said - torch.as_tensor(sample.log_probs)).abs().mean())
     mean = float(torch.stack(apart).mean())
     return row(part, what, mean < 0.05, seconds=seconds, **{"mean difference, nats": mean})
 
@@ -380,19 +380,22 @@ def _batch(seed: int, *, uneven: bool = False) -> Any:
 
 
 def _rows(tokens: torch.Tensor, mask: torch.Tensor, lengths: torch.Tensor, seed: int) -> Any:
+    """A batch of ``tokens`` ``[rows, seq]`` whose targets are those of ``mask`` ``[rows, seq - 1]``."""
     from pipeline.types import TrainBatch
 
-    rows = len(tokens)
+    inside = torch.arange(tokens.shape[1]) < lengths[:, None]
+    targets = mask.sum(1)
     return TrainBatch(
-        tokens=tokens,
+        tokens=tokens[inside].int(),
+        loss_mask=torch.cat([torch.zeros(len(tokens), 1, dtype=torch.bool), mask], dim=1)[inside],
         lengths=lengths,
-        loss_mask=mask,
-        weights=torch.full((rows,), 1.0 / int(mask.sum())),
-        advantages=torch.randn(rows, generator=torch.Generator().manual_seed(seed)),
-        auxiliary=torch.zeros(rows, dtype=torch.bool),
-        correct=torch.zeros(rows, dtype=torch.bool),
-        temperatures=torch.ones(rows),
-        behavior_log_probs=torch.zeros(mask.shape),
+        targets=targets,
+        weights=torch.full((len(tokens),), 1.0 / int(targets.sum())),
+        advantages=torch.randn(len(tokens), generator=torch.Generator().manual_seed(seed)),
+        auxiliary=torch.zeros(len(tokens), dtype=torch.bool),
+        correct=torch.zeros(len(tokens), dtype=torch.bool),
+        temperatures=torch.ones(len(tokens)),
+        behavior_log_probs=torch.zeros(int(targets.sum())),
     )
 
 

@@ -47,7 +47,7 @@ def probe(
             learner.load(assemble.hf_path(config))
         state = folder / "state"
         state.mkdir()
-        parts = Probe(learner, engine, verifier, prompts.train, config, tokenizer.pad_token_id, state)
+        parts = Probe(learner, engine, verifier, prompts.train, config, state)
         return parts.run(temperatures, repeats, prompts_per_update, said)
 
 

@@ -22,7 +22,16 @@ from launchers.supervise.roll_call import ROLL_CALL, Whereabouts, whereabouts
 from pipeline.learner import Learner
 from pipeline.monitoring.memory import resident_gib
 from pipeline.rollout.engine import EngineError, EngineTimeoutError, RolloutEngine, WeightUpdateError
-from pipeline.types import EngineHealth, GenerateRequest, SampleGroup, StepStats, TrainBatch, WeightBucket
+from pipeline.types import (
+    EngineHealth,
+    GenerateRequest,
+    SampleGroup,
+    Share,
+    StepStats,
+    TrainBatch,
+    WeightBucket,
+    shares,
+)
 from pipeline.units import GIB
 
 LOCALHOST = "127.0.0.1"
@@ -55,7 +64,7 @@ def answer(replies: Any, who: str, timeout_s: float | None = None) -> Any:
 
 @ray.remote
 class LearnerRank:
-    """One process of the Megatron learner."""
+    """One process of the Megatron learner, which is given its share of every batch."""
 
     def whereabouts(self) -> Whereabouts:
         """See ``launchers.supervise.roll_call``."""
@@ -85,17 +94,21 @@ class LearnerRank:
         return ",".join(map(str, ray.get_runtime_context().get_accelerator_ids()["GPU"]))
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Run one method of the learner on this rank. Rank 0 alone answers: all would send the driver the same grids."""
+        """Run one method of the learner on this rank. Rank 0 alone answers: all would send the driver the same."""
         answer = getattr(self.learner, method)(*args, **kwargs)
         return answer if self.rank == 0 else None
 
-    def update(self, batch: TrainBatch, step: int) -> StepStats:
-        """``Learner.update``, with this rank's memory; a method of its own so that Ray hands it the batch by shared memory."""
-        stats = self.learner.update(batch, step)
+    def update(self, share: Share, step: int) -> StepStats:
+        """``Learner.update``, with this rank's memory."""
+        stats = self.learner.update(share, step)
         memory = {"learner": resident_gib()}
         if torch.cuda.is_available():
             memory["gpu"] = torch.cuda.max_memory_allocated() / GIB
         return replace(stats, memory=memory)
+
+    def data_parallel_rank(self) -> int:
+        """Which share of a batch is this rank's."""
+        return self.learner.data_parallel_rank
 
     def bucket_owners(self) -> list[list[int]]:
         """Ranks whose export yields a bucket, by round."""
@@ -124,6 +137,7 @@ class RayLearner:
         address = (host, self._answer(self.ranks[0].rendezvous.remote(host)))
         threads = max(1, (os.cpu_count() or 1) // most_on_one_node(hosts))
         self._answer([rank.build.remote(build, i, address, threads) for i, rank in enumerate(self.ranks)])
+        self.data_parallel_ranks = self._answer([rank.data_parallel_rank.remote() for rank in self.ranks])
 
     def _everywhere(self, method: str, *args: Any, **kwargs: Any) -> Any:
         return self._answer([rank.call.remote(method, *args, **kwargs) for rank in self.ranks])[0]
@@ -145,20 +159,27 @@ class RayLearner:
 
     def log_probs(self, batch: TrainBatch, *, reference: bool = False) -> torch.Tensor:
         """See ``pipeline.learner.Learner``."""
-        return self._everywhere("log_probs", ray.put(batch), reference=reference)
+        given = self._shared(batch, for_update=False)
+        return self._answer([rank.call.remote("log_probs", share, reference=reference) for rank, share in given])[0]
 
     def statistics(self, batch: TrainBatch) -> Mapping[str, torch.Tensor]:
         """See ``pipeline.learner.Learner``."""
-        return self._everywhere("statistics", ray.put(batch))
+        given = self._shared(batch, for_update=False)
+        return self._answer([rank.call.remote("statistics", share) for rank, share in given])[0]
 
     def update(self, batch: TrainBatch, step: int) -> StepStats:
         """See ``pipeline.learner.Learner``. The first round of version ``step + 1`` is asked for in the same breath."""
-        shared = ray.put(batch)
-        stats = [rank.update.remote(shared, step) for rank in self.ranks]
+        stats = [rank.update.remote(share, step) for rank, share in self._shared(batch, for_update=True)]
         self.ahead = {step + 1: self._round(step + 1, 0)}
         answers = self._answer(stats)
         memory = {name: max(answer.memory[name] for answer in answers) for name in answers[0].memory}
         return replace(answers[0], memory=memory)
+
+    def _shared(self, batch: TrainBatch, *, for_update: bool) -> list[tuple[Any, Any]]:
+        """Every rank with its share of ``batch``, in shared memory; rank 0 deals the rows, of which it is told the lengths only."""
+        dealt = self._answer(self.ranks[0].call.remote("deal", batch.lengths, batch.auxiliary, for_update=for_update))
+        handles = [ray.put(share) for share in shares(batch, dealt)]
+        return [(rank, handles[own]) for rank, own in zip(self.ranks, self.data_parallel_ranks, strict=True)]
 
     def export_size(self) -> tuple[int, int]:
         """See ``pipeline.learner.Learner``."""

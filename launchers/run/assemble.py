@@ -132,7 +132,7 @@ def build_loop(config: RunConfig, recorder: Recorder, stack: ExitStack) -> Train
         learner=learner,
         verifier=verifier,
         cursor=cursor,
-        queue=RolloutQueue(config, cursor, rollouts, verifier, learner, tokenizer.pad_token_id, repeated),
+        queue=RolloutQueue(config, cursor, rollouts, verifier, learner, repeated),
         controller=controller,
         held_out=prompts.held_out,
         recorder=recorder,

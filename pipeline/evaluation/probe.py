@@ -109,11 +109,10 @@ class Probe:
         verifier: VerifierStage,
         prompts: Sequence[Prompt],
         config: RunConfig,
-        pad_token_id: int,
         state_dir: Path,
     ) -> None:
         self._learner, self._engine, self._verifier = learner, engine, verifier
-        self._prompts, self._config, self._pad = prompts, config, pad_token_id
+        self._prompts, self._config = prompts, config
         self._state = state_dir
         self._version = 0
         learner.save(state_dir)
@@ -188,7 +187,7 @@ class Probe:
         prompts = self._chosen(repeat, Role.EVALUATION, MEASURING_PROMPTS)
         groups = self._generate(prompts, MEASURING_SAMPLES, 1.0, repeat, Role.EVALUATION)
         # A learner reports entropy only of what it is given to learn from; that update is undone.
-        batch = build_batch([replace(g, role=Role.MAIN) for g in groups], [], _REST, self._config, self._pad)
+        batch = build_batch([replace(g, role=Role.MAIN) for g in groups], [], _REST, self._config)
         return self._learner.update(batch, repeat).entropy.mean
 
     def _batch(self, groups: Sequence[SampleGroup], sign: str) -> TrainBatch | None:
@@ -205,8 +204,8 @@ class Probe:
         ]
         if not any(group.samples for group in kept):
             return None
-        batch = build_batch(kept, [], _REST, self._config, self._pad)
-        tokens = int(batch.loss_mask.sum())
+        batch = build_batch(kept, [], _REST, self._config)
+        tokens = len(batch.behavior_log_probs)
         return replace(
             batch,
             advantages=torch.full_like(batch.advantages, SIGNS[sign]),

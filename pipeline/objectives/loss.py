@@ -64,7 +64,7 @@ _TOKEN_MEANS = {
 
 @dataclass(frozen=True)
 class TokenRows:
-    """What the loss must know of each masked target, ``[n]`` each, in row-major order of ``TrainBatch.loss_mask``."""
+    """What the loss must know of each masked target, ``[n]`` each, in the order of ``TrainBatch``."""
 
     row: torch.Tensor  # int64, which row of the batch; rows are never cut
     weights: torch.Tensor  # float32
@@ -82,26 +82,21 @@ class TokenRows:
 
     @classmethod
     def of(cls, batch: TrainBatch) -> TokenRows:
-        """Flatten a batch, or a micro-batch of it, on whatever device it lies."""
-        mask = batch.loss_mask
-        row = mask.nonzero()[:, 0]
-
-        def at_mask(grid: torch.Tensor | None) -> torch.Tensor | None:
-            return None if grid is None else grid[mask]
-
+        """Of a batch, or a micro-batch of it, on whatever device it lies."""
+        row = batch.row_of_target
         return cls(
             row=row,
             weights=batch.weights[row],
-            advantages=batch.advantages[row] if batch.token_advantages is None else batch.token_advantages[mask],
+            advantages=batch.advantages[row] if batch.token_advantages is None else batch.token_advantages,
             auxiliary=batch.auxiliary[row],
             correct=batch.correct[row],
-            behavior_log_probs=batch.behavior_log_probs[mask],
+            behavior_log_probs=batch.behavior_log_probs,
             actuation=batch.actuation,
-            old_log_probs=at_mask(batch.old_log_probs),
-            reference_log_probs=at_mask(batch.reference_log_probs),
-            token_weights=at_mask(batch.token_weights),
+            old_log_probs=batch.old_log_probs,
+            reference_log_probs=batch.reference_log_probs,
+            token_weights=batch.token_weights,
             positive_weights=None if batch.positive_weights is None else batch.positive_weights[row],
-            marks=at_mask(batch.marks),
+            marks=batch.marks,
             stale=batch.staleness > 0,
         )
 

@@ -29,18 +29,17 @@ def shapes_tokens(config: RunConfig, batch: TrainBatch) -> bool:
     return bool(config.objective.token_shaping) or _marker(config) is not None or _detaches(batch)
 
 
-def shape_tokens(batch: TrainBatch, grids: Mapping[str, torch.Tensor], config: RunConfig, step: int) -> TrainBatch:
+def shape_tokens(batch: TrainBatch, found: Mapping[str, torch.Tensor], config: RunConfig, step: int) -> TrainBatch:
     """``batch`` with the advantages, weights and marks of its tokens; what no method touches stays ``None``.
 
     Args:
         batch: of the whole step, with ``groups``.
-        grids: ``log_probs``, ``entropy`` and ``moment`` of the policy before the update, as ``Learner.statistics``
-        gives them; with
-            shaping ``rlrt`` also ``teacher``.
+        found: ``log_probs``, ``entropy`` and ``moment`` of the policy before the update, as ``Learner.statistics``
+            gives them; with shaping ``rlrt`` also ``teacher``.
         config: which methods, with which parameters.
         step: the update, for schedules and seeds.
     """
-    before = Tokens.of(batch, grids)
+    before = Tokens.of(batch, found)
     tokens = before
     for name in config.objective.token_shaping:
         tokens = load("pipeline.objectives.shaping", name).shape(tokens, config, step)
@@ -49,11 +48,11 @@ def shape_tokens(batch: TrainBatch, grids: Mapping[str, torch.Tensor], config: R
         tokens = mark(tokens, config, step)
     if _detaches(batch):
         tokens = detach_top(tokens, batch.actuation.command)
-    main = batch.loss_mask & ~batch.auxiliary[:, None]
+    row = batch.row_of_target
+    main = ~batch.auxiliary[row]
     changed: dict[str, Any] = {}
     if tokens.advantages is not before.advantages:
-        rows = batch.advantages[:, None].expand_as(batch.loss_mask)
-        changed["token_advantages"] = _filled(rows, tokens.advantages.float(), main)
+        changed["token_advantages"] = _filled(batch.advantages[row], tokens.advantages.float(), main)
     if tokens.scale is not before.scale:
         changed["token_weights"] = _filled(torch.ones(main.shape), tokens.scale.float(), main)
     if tokens.marks is not None:
@@ -71,7 +70,6 @@ def _detaches(batch: TrainBatch) -> bool:
     return batch.actuation.kind == "clip_cov" and batch.actuation.command > 0
 
 
-def _filled(grid: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    grid = grid.clone()
-    grid[mask] = values
-    return grid
+def _filled(base: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    base[mask] = values
+    return base

@@ -28,11 +28,12 @@ class Tokens:
     teacher: torch.Tensor | None = None  # log-probabilities of the policy that was shown a peer's correct response
 
     @classmethod
-    def of(cls, batch: TrainBatch, grids: Mapping[str, torch.Tensor]) -> Tokens:
-        """The main tokens of ``batch``; ``grids`` as in ``shape_tokens``."""
+    def of(cls, batch: TrainBatch, found: Mapping[str, torch.Tensor]) -> Tokens:
+        """The main tokens of ``batch``; ``found`` as in ``shape_tokens``."""
         assert batch.groups is not None
-        main = batch.loss_mask & ~batch.auxiliary[:, None]
-        row = main.nonzero()[:, 0]
+        of_target = batch.row_of_target
+        main = ~batch.auxiliary[of_target]
+        row = of_target[main]
         own = batch.groups[~batch.auxiliary]
         _, index, counts = own.unique(return_inverse=True, return_counts=True)
         right = torch.zeros(len(counts), dtype=torch.float64)
@@ -40,16 +41,16 @@ class Tokens:
         accuracy = torch.zeros(batch.rows, dtype=torch.float64)
         accuracy[~batch.auxiliary] = (right / counts)[index]
         return cls(
-            log_probs=grids["log_probs"][main].double(),
-            entropy=grids["entropy"][main].double(),
-            moment=grids["moment"][main].double(),
+            log_probs=found["log_probs"][main].double(),
+            entropy=found["entropy"][main].double(),
+            moment=found["moment"][main].double(),
             row=row,
             correct=batch.correct[row],
             accuracy=accuracy[row],
             weights=batch.weights[row].double(),
             advantages=batch.advantages[row].double(),
             scale=torch.ones(len(row), dtype=torch.float64),
-            teacher=grids["teacher"][main].double() if "teacher" in grids else None,
+            teacher=found["teacher"][main].double() if "teacher" in found else None,
         )
 
     @property

@@ -22,7 +22,6 @@ def build_batch(
     auxiliary: Sequence[SampleGroup],
     decision: ControlDecision,
     config: RunConfig,
-    pad_token_id: int,
 ) -> TrainBatch:
     """The rows of one update: every usable main sample, then the correct auxiliary ones.
 
@@ -68,16 +67,13 @@ def build_batch(
         added = _positive_weights(lengths, correct, main_lengths[kept], actuation.alpha, config)[correct]
         weights = np.concatenate([weights, added])
         rows = rows + [_Row(prompt, s, 0.0, True, -1 - g) for g, prompt, s in drawn if s.correct]
-    return _assemble(rows, weights, pad_token_id, actuation, positive_weights)
+    return _assemble(rows, weights, actuation, positive_weights)
 
 
 def rows_to_measure(samples: Sequence[tuple[Prompt, Sample]]) -> TrainBatch:
-    """Rows that a learner is only asked about, in this order: they weigh nothing. Every response must have a token.
-
-    Padding is token 0, which no real token sees.
-    """
+    """Rows that a learner is only asked about, in this order: they weigh nothing. Every response must have a token."""
     rows = [_Row(prompt, sample, 0.0, False, number) for number, (prompt, sample) in enumerate(samples)]
-    return _assemble(rows, np.zeros(len(rows)), 0, Actuation(), None)
+    return _assemble(rows, np.zeros(len(rows)), Actuation(), None)
 
 
 def positives_consumed(batch: TrainBatch) -> int:
@@ -192,37 +188,28 @@ def _replaced(weights: np.ndarray, count: int) -> np.ndarray:
 
 
 def _assemble(
-    rows: list[_Row],
-    weights: np.ndarray,
-    pad_token_id: int,
-    actuation: Actuation,
-    positive_weights: torch.Tensor | None,
+    rows: list[_Row], weights: np.ndarray, actuation: Actuation, positive_weights: torch.Tensor | None
 ) -> TrainBatch:
-    """Lay the rows out as padded tensors."""
-    prompts = {row.prompt.id: np.array(row.prompt.token_ids, np.int64) for row in rows}
-    starts = np.array([len(prompts[row.prompt.id]) for row in rows])
+    """Lay the rows out, one behind the other."""
+    prompts = {row.prompt.id: np.array(row.prompt.token_ids, np.int32) for row in rows}
+    starts = np.array([len(prompts[row.prompt.id]) for row in rows], np.int64)
     if not starts.all():
         empty = next(row.prompt.id for row in rows if not row.prompt.token_ids)
         raise ValueError(f"prompt {empty!r} has no tokens: its response would have no first prediction")
-    ends = starts + np.array([len(row.sample.token_ids) for row in rows])
-    column = np.arange(ends.max())
-    response = (column >= starts[:, None]) & (column < ends[:, None])
-    tokens = np.full(response.shape, pad_token_id, np.int64)
-    tokens[column < starts[:, None]] = np.concatenate([prompts[row.prompt.id] for row in rows])
-    tokens[response] = np.concatenate([row.sample.token_ids for row in rows])
-    mask = response[:, 1:]
-    behavior = np.zeros(mask.shape, np.float32)
-    behavior[mask] = np.concatenate([row.sample.log_probs for row in rows])
+    targets = np.array([len(row.sample.token_ids) for row in rows], np.int64)
+    parts = [part for row in rows for part in (prompts[row.prompt.id], row.sample.token_ids)]
+    kinds = np.tile([False, True], len(rows))
     return TrainBatch(
-        tokens=torch.from_numpy(tokens),
-        lengths=torch.from_numpy(ends),
-        loss_mask=torch.from_numpy(mask.copy()),
+        tokens=torch.from_numpy(np.concatenate(parts, dtype=np.int32, casting="same_kind")),
+        loss_mask=torch.from_numpy(np.repeat(kinds, np.stack([starts, targets], axis=1).ravel())),
+        lengths=torch.from_numpy(starts + targets),
+        targets=torch.from_numpy(targets),
         weights=torch.from_numpy(weights.astype(np.float32)),
         advantages=torch.tensor([row.advantage for row in rows], dtype=torch.float32),
         auxiliary=torch.tensor([row.auxiliary for row in rows]),
         correct=torch.tensor([row.sample.correct for row in rows]),
         temperatures=torch.tensor([row.sample.temperature for row in rows], dtype=torch.float32),
-        behavior_log_probs=torch.from_numpy(behavior),
+        behavior_log_probs=torch.from_numpy(np.concatenate([row.sample.log_probs for row in rows], dtype=np.float32)),
         actuation=actuation,
         groups=torch.tensor([row.group for row in rows]),
         positive_weights=positive_weights,

@@ -31,8 +31,7 @@ def measure(chosen: Sequence[tuple[Prompt, Sample]], learner: Learner, step: int
     if not chosen or step % MEASURED_EVERY:
         return [KeptSample(prompt, sample, None) for prompt, sample in chosen]
     batch = rows_to_measure(chosen)
-    entropies = learner.statistics(batch)["entropy"]
+    entropies = learner.statistics(batch)["entropy"].split(batch.targets.tolist())
     return [
-        KeptSample(prompt, sample, row[mask].numpy())
-        for (prompt, sample), row, mask in zip(chosen, entropies, batch.loss_mask, strict=True)
+        KeptSample(prompt, sample, values.numpy()) for (prompt, sample), values in zip(chosen, entropies, strict=True)
     ]

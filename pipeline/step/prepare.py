@@ -23,15 +23,15 @@ def prepare(batch: TrainBatch, learner: Learner, config: RunConfig, step: int) -
     needs_old = config.learner.updates_per_step > 1 and batch.old_log_probs is None
     if not shapes_tokens(config, batch):
         return replace(batch, old_log_probs=learner.log_probs(batch)) if needs_old else batch
-    grids = learner.statistics(batch)
+    found = learner.statistics(batch)
     if "rlrt" in config.objective.token_shaping:
-        grids = {**grids, "teacher": _teacher(batch, grids["log_probs"], learner)}
-    shaped = shape_tokens(batch, grids, config, step)
-    return replace(shaped, old_log_probs=grids["log_probs"]) if needs_old else shaped
+        found = {**found, "teacher": _teacher(batch, found["log_probs"], learner)}
+    shaped = shape_tokens(batch, found, config, step)
+    return replace(shaped, old_log_probs=found["log_probs"]) if needs_old else shaped
 
 
 def _teacher(batch: TrainBatch, student: torch.Tensor, learner: Learner) -> torch.Tensor:
-    """Log-probs ``[rows, seq - 1]`` of every token as the teacher of ``rlrt`` sees it.
+    """Log-probs ``[targets]``, of every token as the teacher of ``rlrt`` sees it.
 
     Rows that the teacher is not shown keep the student's own.
     """
@@ -39,7 +39,7 @@ def _teacher(batch: TrainBatch, student: torch.Tensor, learner: Learner) -> torc
     if shown is None:
         return student
     rows, of = shown
-    grid, taught = student.clone(), learner.log_probs(rows)
-    mask = batch.loss_mask & torch.zeros(batch.rows, dtype=torch.bool).index_fill(0, of, True)[:, None]
-    grid[mask] = taught[rows.loss_mask]
-    return grid
+    taught = student.clone()
+    asked = torch.zeros(batch.rows, dtype=torch.bool).index_fill(0, of, True)
+    taught[asked[batch.row_of_target]] = learner.log_probs(rows)
+    return taught

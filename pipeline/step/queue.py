@@ -39,11 +39,10 @@ class RolloutQueue:
         rollouts: Rollouts,
         verifier: VerifierStage,
         learner: Learner,
-        pad_token_id: int,
         repeated: Sequence[Prompt] = (),
     ) -> None:
         """``repeated``: prompts that are answered at every step with the same seeds."""
-        self._config, self._learner, self._pad = config, learner, pad_token_id
+        self._config, self._learner = config, learner
         self._sampler = Sampler(cursor, rollouts, verifier, config, repeated_requests(repeated, config))
         actuator = acting(config.entropy)
         self._second_rollout = actuator is not None and actuator.second_rollout
@@ -63,7 +62,7 @@ class RolloutQueue:
     def batch(self, drawn: Drawn, step: int) -> TrainBatch:
         """The rows that ``step`` trains on."""
         main = to_train_on(drawn.samples.main, self._config)
-        batch = build_batch(main, drawn.samples.auxiliary, drawn.decision, self._config, self._pad)
+        batch = build_batch(main, drawn.samples.auxiliary, drawn.decision, self._config)
         return replace(batch, old_log_probs=drawn.old_log_probs, staleness=step - drawn.version)
 
     def state_dict(self) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:

@@ -26,8 +26,7 @@ def repeated_entropy(groups: Sequence[SampleGroup], learner: Learner) -> float |
     rows = [(group.prompt, sample) for group in groups for sample in group.samples if len(sample.token_ids)]
     if not rows or len(rows) < len(groups):
         return None
-    batch = rows_to_measure(rows)
-    return float(learner.statistics(batch)["entropy"][batch.loss_mask].double().mean())
+    return float(learner.statistics(rows_to_measure(rows))["entropy"].double().mean())
 
 
 def with_repeated(stats: StepStats, entropy: float | None) -> StepStats:

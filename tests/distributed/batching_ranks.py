@@ -15,7 +15,7 @@ class MasksMoved(torch.overrides.TorchFunctionMode):
     elements = 0
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.Tensor.to and args[0].dtype == torch.bool and args[0].dim() == 2:
+        if function is torch.Tensor.to and args[0].dtype == torch.bool:
             self.elements += args[0].numel()
         return function(*args, **(kwargs or {}))
 

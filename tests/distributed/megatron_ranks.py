@@ -9,10 +9,11 @@ import torch.distributed as dist
 
 from pipeline.config.schema import LearnerConfig, ModelConfig, ObjectiveConfig, OptimizerConfig
 from pipeline.types import Actuation, TrainBatch
+from tests.grids import ragged
 
 
 def batch(rows: int = 10, auxiliary: int = 3, vocab: int = 37, seq: int = 12, seed: int = 0, **changes) -> TrainBatch:
-    """Random rows of uneven length; the last ``auxiliary`` are auxiliary. Token-mean weights."""
+    """Random rows of uneven length; the last ``auxiliary`` are auxiliary. Token-mean weights. ``changes``: as of ``ragged``."""
     g = torch.Generator().manual_seed(seed)
     prompt, lengths = 4, torch.randint(6, seq + 1, (rows,), generator=g)
     column = torch.arange(1, seq)
@@ -31,7 +32,7 @@ def batch(rows: int = 10, auxiliary: int = 3, vocab: int = 37, seq: int = 12, se
         "behavior_log_probs": -3 * torch.rand(rows, seq - 1, generator=g) * mask,
         "actuation": Actuation("resample", 1.2, 1.0),
     }
-    return TrainBatch(**(fields | changes))
+    return ragged(**(fields | changes))
 
 
 # Short names of the sizes in a layout.
@@ -93,7 +94,8 @@ def gradients(made, rows: TrainBatch) -> dict[str, torch.Tensor]:
     """Full gradients under Hugging Face names, by exporting main_grad in the parameters' place."""
     from megatron_ext.weights import hf
 
-    made._accumulate(rows)
+    share = made._share(rows, for_update=False)
+    made._accumulate(share.batch, 0, share.micro_batches[0])
     if made._config.optimizer.distributed:
         _gather_gradients(made)
     # What has no gradient (the buffer of expert biases) stands for itself.
@@ -321,9 +323,8 @@ def _log_probs_of(made, tokens, token):
     keep = position > 0
     mask = (torch.arange(1, seq) == position[:, None])[keep]
     filled = {"tokens": variants[keep], "loss_mask": mask, "lengths": position[keep] + 1}
-    out = made.log_probs(replace(batch(int(keep.sum()), 0, vocab=2, seq=seq), **filled))
-    assert not out[~mask].any()
-    return out[mask].view(rows, seq - 1)
+    drawn = {"behavior_log_probs": torch.zeros(mask.shape)}
+    return made.log_probs(batch(int(keep.sum()), 0, vocab=2, seq=seq, **filled, **drawn)).view(rows, seq - 1)
 
 
 def save_and_continue(rank, world, address, folder, directory, tp, pp, batches, config):

@@ -104,7 +104,7 @@ def test_how_rows_are_cut_changes_nothing(gang, folders, reference, case):
 def shaped_batch(log_probs):
     """Single tokens with advantages, weights and marks of their own, off-policy."""
     rows, g = ranks.batch(), seeded(5)
-    grid = rows.loss_mask.shape
+    grid = log_probs.shape
     return replace(
         rows,
         old_log_probs=log_probs + 0.2 * torch.randn(grid, generator=g),
@@ -160,7 +160,6 @@ def test_statistics_and_shaped_tokens_are_the_same_in_every_layout(gang, folders
     ):
         for name, grid in whole.items():
             assert relative(statistics[name], grid) <= 1e-5
-            assert not statistics[name][~rows.loss_mask].any()
         assert relative(flat(got), flat(gradients)) <= 1e-5
         for sample, exact in zip(kept, entropies, strict=True):
             np.testing.assert_allclose(sample.entropies, exact, rtol=1e-5)
@@ -199,5 +198,7 @@ def test_statistics_move_no_more_than_their_rows(gang, folders):
     """The loss mask crosses to the device by the micro-batch, however many there are; a grid is pickled alone."""
     config = {"micro_batch_size": 1}
     moved, pickled, size = gang.run(batching_ranks.traffic, 1, folders["qwen3"], config)[0]
-    assert moved <= 3 * ranks.batch().loss_mask.numel()  # with the rows, as the model's targets, for the grids
+    assert (
+        0 < moved <= 2 * len(ranks.batch().tokens) + 2 * 10
+    )  # with the rows, as the model's targets; flags of the rows
     assert pickled < 1.5 * size + 2000

@@ -115,7 +115,7 @@ def _work(folder, world, tp, pp, rows, config):
         itemsize=ITEM_SIZES[config.get("dtype", "fp32")],
         rows=each,
         length=SEQ - 1,
-        targets=each * int(rows.loss_mask[0].sum()),
+        targets=each * int(rows.targets[0]),
         micro_batches=rows.rows // dp // each,
         step_rows=ROWS,
     )

@@ -10,6 +10,7 @@ import torch
 
 from pipeline.config.schema import ObjectiveConfig
 from pipeline.types import Actuation
+from tests.grids import grid_of, mask_of, tokens_of
 
 # A large epsilon keeps Adam from turning the last bit of a tiny gradient into a whole step.
 ADAM = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-3}
@@ -157,15 +158,17 @@ def test_gradient_is_that_of_plain_torch(reference):
     folder, (gradients, stats, *_) = reference("qwen3")
     batch = batches()[0]
     model = tiny_models.hf_model(folder)
-    logits = model(batch.tokens[:, :-1]).logits
-    log_probs = torch.log_softmax(logits, -1).gather(-1, batch.tokens[:, 1:, None])[..., 0]
-    ratio = (log_probs - batch.old_log_probs).exp()
+    tokens, mask = tokens_of(batch), mask_of(batch)
+    logits = model(tokens[:, :-1]).logits
+    log_probs = torch.log_softmax(logits, -1).gather(-1, tokens[:, 1:, None])[..., 0]
+    old, kept = (grid_of(flat, batch) for flat in (batch.old_log_probs, batch.reference_log_probs))
+    ratio = (log_probs - old).exp()
     clipped = ratio.clamp(0.8, 1.2)
     advantage = torch.where(batch.auxiliary, 1.0, batch.advantages)[:, None]
-    gap = batch.reference_log_probs - log_probs
+    gap = kept - log_probs
     kl = 0.1 * (gap.exp() - gap - 1) * ~batch.auxiliary[:, None]
     term = -torch.minimum(ratio * advantage, clipped * advantage) + kl
-    loss = (batch.weights[:, None] * term * batch.loss_mask).sum()
+    loss = (batch.weights[:, None] * term * mask).sum()
     loss.backward()
     assert stats[0].loss == pytest.approx(loss.item(), rel=1e-5)
     for name, parameter in model.named_parameters():

@@ -112,7 +112,7 @@ def updates(rows: int, repeat: int) -> dict[str, dict[str, float]]:
     by_rows: dict[str, Any] = {"micro_batch_size": ROWS_AT_ONCE}
     by_tokens: dict[str, Any] = {"max_tokens_per_micro_batch": ROWS_AT_ONCE * longest}
     ways = {
-        "rows, as wide as the step": (by_rows, replace(batch, lengths=torch.full_like(batch.lengths, longest))),
+        "rows, as wide as the step": (by_rows, _widened(batch, longest)),
         "micro_batch_size": (by_rows, batch),
         "max_tokens_per_micro_batch": (by_tokens, batch),
         "with packing": (by_tokens | {"packing": True}, batch),
@@ -141,20 +141,32 @@ def updates(rows: int, repeat: int) -> dict[str, dict[str, float]]:
 
 def _batch(tokens: Sequence[int]) -> TrainBatch:
     """Random rows of these lengths, the first few tokens of each the prompt; token-mean weights."""
-    generator, rows, longest = torch.Generator().manual_seed(0), len(tokens), max(tokens)
-    ends, column = torch.tensor(tokens), torch.arange(1, longest)
-    mask = (column >= PROMPT // SMALL) & (column < ends[:, None])
+    generator, rows, prompt = torch.Generator().manual_seed(0), len(tokens), PROMPT // SMALL
+    lengths = torch.tensor(tokens)
+    targets = lengths - prompt
+    kinds = torch.tensor([False, True]).repeat(rows)
     return TrainBatch(
-        tokens=torch.randint(0, LLAMA["vocab_size"], (rows, longest), generator=generator),
-        lengths=ends,
-        loss_mask=mask,
-        weights=torch.full((rows,), 1.0 / int(mask.sum())),
+        tokens=torch.randint(0, LLAMA["vocab_size"], (sum(tokens),), generator=generator, dtype=torch.int32),
+        loss_mask=kinds.repeat_interleave(torch.stack([lengths - targets, targets], dim=1).flatten()),
+        lengths=lengths,
+        targets=targets,
+        weights=torch.full((rows,), 1.0 / int(targets.sum())),
         advantages=torch.randn(rows, generator=generator),
         auxiliary=torch.zeros(rows, dtype=torch.bool),
         correct=torch.zeros(rows, dtype=torch.bool),
         temperatures=torch.ones(rows),
-        behavior_log_probs=torch.zeros(rows, longest - 1),
+        behavior_log_probs=torch.zeros(int(targets.sum())),
     )
+
+
+def _widened(batch: TrainBatch, width: int) -> TrainBatch:
+    """The same targets in rows of ``width`` tokens."""
+    inside = torch.arange(width) < batch.lengths[:, None]
+    tokens, mask = (
+        flat.new_zeros(inside.shape).masked_scatter(inside, flat) for flat in (batch.tokens, batch.loss_mask)
+    )
+    lengths = torch.full_like(batch.lengths, width)
+    return replace(batch, tokens=tokens.flatten(), loss_mask=mask.flatten(), lengths=lengths)
 
 
 def _write(folder: Path) -> None:

@@ -44,29 +44,31 @@ def teacher_batch(batch: TrainBatch) -> tuple[TrainBatch, torch.Tensor] | None:
     paper's own prompt says is not public. The peer is the next correct response, cyclically, of the same prompt that
     differs. ``None``: nobody has one.
     """
-    pairs = sorted(pair for group in _correct_rows(batch) for pair in _peers(batch, group))
+    tokens = batch.tokens.split(batch.lengths.tolist())
+    pairs = sorted(pair for group in _correct_rows(batch) for pair in _peers(tokens, group))
     if not pairs:
         return None
-    starts = batch.loss_mask.int().argmax(1) + 1  # length of the prompt
-    sequences, masks = [], []
+    prompts = (batch.lengths - batch.targets).tolist()
+    parts = [(row[:start], row[start:]) for row, start in zip(tokens, prompts, strict=True)]
+    sequences, responses = [], []
     for row, peer in pairs:
-        prompt = batch.tokens[row, : starts[row]]
-        response = batch.tokens[row, starts[row] : batch.lengths[row]]
-        example = batch.tokens[peer, starts[peer] : batch.lengths[peer]]
+        (prompt, response), (_, example) = parts[row], parts[peer]
         sequences.append(torch.cat([prompt, example, prompt, response]))
-        masks.append(torch.arange(1, len(sequences[-1])) >= len(sequences[-1]) - len(response))
+        responses.append(len(response))
     rows = torch.tensor([row for row, _ in pairs])
-    mask = torch.nn.utils.rnn.pad_sequence(masks, batch_first=True)
+    lengths, targets = torch.tensor([len(sequence) for sequence in sequences]), torch.tensor(responses)
+    kinds = torch.tensor([False, True]).repeat(len(pairs))
     shown = TrainBatch(
-        tokens=torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True),
-        lengths=torch.tensor([len(sequence) for sequence in sequences]),
-        loss_mask=mask,
+        tokens=torch.cat(sequences),
+        loss_mask=kinds.repeat_interleave(torch.stack([lengths - targets, targets], dim=1).flatten()),
+        lengths=lengths,
+        targets=targets,
         weights=batch.weights[rows],
         advantages=batch.advantages[rows],
         auxiliary=batch.auxiliary[rows],
         correct=batch.correct[rows],
         temperatures=batch.temperatures[rows],
-        behavior_log_probs=torch.zeros(mask.shape),
+        behavior_log_probs=torch.zeros(sum(responses)),
     )
     return shown, rows
 
@@ -80,12 +82,12 @@ def _correct_rows(batch: TrainBatch) -> Sequence[list[int]]:
     return list(found.values())
 
 
-def _peers(batch: TrainBatch, rows: list[int]) -> list[tuple[int, int]]:
+def _peers(tokens: Sequence[torch.Tensor], rows: list[int]) -> list[tuple[int, int]]:
     """Each row with the next one that differs from it."""
     pairs = []
     for i, row in enumerate(rows):
         others = rows[i + 1 :] + rows[:i]
-        peer = next((other for other in others if not torch.equal(batch.tokens[other], batch.tokens[row])), None)
+        peer = next((other for other in others if not torch.equal(tokens[other], tokens[row])), None)
         if peer is not None:
             pairs.append((row, peer))
     return pairs

@@ -9,23 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ext import batching
-from pipeline.types import TrainBatch
-
-
-def batch(rows, auxiliary=0, **changes):
-    fields = {
-        "tokens": torch.arange(rows * 4).view(rows, 4),
-        "lengths": torch.full((rows,), 4),
-        "loss_mask": torch.ones(rows, 3, dtype=torch.bool),
-        "weights": torch.ones(rows),
-        "advantages": torch.ones(rows),
-        "auxiliary": torch.arange(rows) >= rows - auxiliary,
-        "correct": torch.ones(rows, dtype=torch.bool),
-        "temperatures": torch.ones(rows),
-        "behavior_log_probs": torch.zeros(rows, 3),
-    }
-    return TrainBatch(**(fields | changes))
-
+from tests.grids import ragged
 
 LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=40)
 
@@ -161,40 +145,51 @@ def test_a_step_is_cut_once(monkeypatch):
     assert len(cuts) == 2
 
 
-def test_dummies_carry_nothing():
-    whole = batch(3, positive_weights=torch.ones(3))
-    taken = batching.take(whole, torch.tensor([2, batching.PADDING]))
-    assert taken.tokens[0].tolist() == [8, 9, 10, 11]
-    assert taken.weights.tolist() == [1, 0]
-    assert taken.positive_weights.tolist() == [1, 0]
-    assert taken.auxiliary.tolist() == [False, True]
-    assert taken.correct.tolist() == [True, False]
-    assert taken.loss_mask.tolist() == [[True] * 3, [True, False, False]]
-    assert taken.lengths.tolist() == [4, 2]
-    assert whole.weights.tolist() == [1, 1, 1]
+def test_a_dummy_carries_nothing_and_has_what_its_batch_has():
+    mask = torch.tensor([[False, True, True], [True, False, False]])
+    grid, row = torch.ones(mask.shape), torch.ones(2)
+    fields = {name: row for name in ("weights", "advantages", "temperatures", "positive_weights")}
+    flags = {"auxiliary": row > 2, "correct": row > 0}
+    tokens = torch.arange(8).view(2, 4)
+    whole = ragged(tokens, torch.tensor([4, 2]), mask, **fields, **flags, behavior_log_probs=grid, token_weights=grid)
+    dummy = batching.dummy(whole)
+    assert dummy.tensors().keys() == whole.tensors().keys()
+    assert all(dummy.tensors()[name].dtype == value.dtype for name, value in whole.tensors().items())
+    assert (dummy.lengths.tolist(), dummy.targets.tolist(), dummy.loss_mask.tolist()) == ([2], [1], [False, True])
+    assert (dummy.weights.tolist(), dummy.positive_weights.tolist()) == ([0], [0])
+    assert (dummy.auxiliary.tolist(), dummy.correct.tolist()) == ([True], [False])
+    assert dummy.row_of_target.tolist() == [0]
 
 
-def test_taken_rows_are_as_wide_as_the_longest_of_them():
-    whole = batch(3, lengths=torch.tensor([2, 4, 3]), token_weights=torch.ones(3, 3))
-    taken = batching.take(whole, torch.tensor([0, 2]))
-    assert taken.tokens.tolist() == [[0, 1, 2], [8, 9, 10]]
-    assert {tuple(grid.shape) for grid in (taken.loss_mask, taken.behavior_log_probs, taken.token_weights)} == {(2, 2)}
-    assert batching.take(whole, torch.tensor([batching.PADDING])).tokens.tolist() == [[0, 1]]
+def auxiliary(rows, count):
+    return torch.arange(rows) >= rows - count
 
 
 def test_auxiliary_rows_are_spread_over_mini_batches():
-    minis = batching.mini_batches(batch(9, auxiliary=4, old_log_probs=torch.zeros(9, 3)), 2)
-    assert [mini.tokens[:, 0].tolist() for mini in minis] == [[0, 8, 16, 20, 28], [4, 12, 24, 32]]
-    assert [int(mini.auxiliary.sum()) for mini in minis] == [2, 2]
+    minis = batching.mini_batches(auxiliary(9, 4), 2)
+    assert [mini.tolist() for mini in minis] == [[0, 2, 4, 5, 7], [1, 3, 6, 8]]
 
 
 def test_one_mini_batch_is_the_batch():
-    whole = batch(3)
-    assert batching.mini_batches(whole, 1) == [whole]
+    assert [mini.tolist() for mini in batching.mini_batches(auxiliary(3, 1), 1)] == [[0, 1, 2]]
 
 
-def test_mini_batches_need_rows_and_old_log_probs():
+def test_mini_batches_need_rows():
     with pytest.raises(ValueError, match=r"updates_per_step=4 needs at least as many main rows; the batch has 2"):
-        batching.mini_batches(batch(5, auxiliary=3, old_log_probs=torch.zeros(5, 3)), 4)
-    with pytest.raises(ValueError, match="old_log_probs"):
-        batching.mini_batches(batch(4), 2)
+        batching.mini_batches(auxiliary(5, 3), 4)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(2, 101), st.booleans()), min_size=4, max_size=30), st.integers(1, 4), cuts())
+def test_every_row_is_dealt_once_and_no_micro_batch_mixes_mini_batches(rows, ranks, cut):
+    lengths, extra = torch.tensor([length for length, _ in rows]), torch.tensor([more for _, more in rows])
+    extra[:3] = False
+    dealt = batching.deal(lengths, extra, ranks, cut, 3)
+    minis = batching.mini_batches(extra, 3)
+    for number, mini in enumerate(minis):
+        own = [rank[number] for rank in dealt]
+        assert sorted(row for micros in own for micro in micros for row in micro) == sorted(mini.tolist())
+        assert own == [
+            [[int(mini[i]) for i in micro] for micro in micros]
+            for micros in batching.micro_batches((lengths[mini] - 1).tolist(), ranks, cut)
+        ]

@@ -4,7 +4,7 @@ import torch
 from megatron.core.transformer import TransformerConfig
 
 from megatron_ext import inputs
-from pipeline.types import TrainBatch
+from tests.grids import mask_of, ragged, tokens_of
 
 T, F = True, False
 
@@ -12,7 +12,7 @@ T, F = True, False
 def micro():
     """Rows of 3, 5 and 2 tokens: 2, 4 and 1 input tokens."""
     rows = torch.zeros(3)
-    return TrainBatch(
+    return ragged(
         tokens=torch.tensor([[11, 12, 13, 0, 0], [21, 22, 23, 24, 25], [31, 32, 0, 0, 0]]),
         lengths=torch.tensor([3, 5, 2]),
         loss_mask=torch.tensor([[F, T, F, F], [F, F, T, T], [T, F, F, F]]),
@@ -27,8 +27,8 @@ def micro():
 
 def test_grid():
     got = inputs.build(micro(), packing=False)
-    assert got.tokens.tolist() == [[11, 12, 13, 0], [21, 22, 23, 24], [31, 32, 0, 0]]
-    assert torch.equal(got.targets, micro().loss_mask)
+    assert got.tokens.tolist() == [[11, 12, 0, 0], [21, 22, 23, 24], [31, 0, 0, 0]]
+    assert torch.equal(got.targets, mask_of(micro()))
     assert (got.real, got.packed) == (7, None)
     wide = inputs.build(micro(), packing=False, align=3)
     assert wide.tokens.shape == wide.targets.shape == (3, 6)
@@ -56,7 +56,7 @@ def test_packed_padding_is_a_row_of_its_own():
 def test_targets_are_in_the_batch_s_order():
     """What the output layer is given, row-major, is what the loss takes from the batch, row-major."""
     rows = micro()
-    following = rows.tokens[:, 1:][rows.loss_mask]
+    following = tokens_of(rows)[:, 1:][mask_of(rows)]
     for packing in (False, True):
         got = inputs.build(rows, packing=packing, align=4)
         assert (got.tokens[got.targets] + 1).tolist() == following.tolist()

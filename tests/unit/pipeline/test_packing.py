@@ -29,11 +29,10 @@ def test_a_bucket_and_a_batch_survive_pickling():
     back = pickle.loads(pickle.dumps(bucket))
     assert (back.version, back.index, back.count, back.checksum) == (3, 0, 1, 77)
     assert all(torch.equal(back.tensors[n], t) for n, t in bucket.tensors.items())
-    rows, seq = 3, 4
-    grid, row = torch.rand(rows, seq - 1), torch.rand(rows)
-    ids = torch.arange(rows * seq).view(rows, seq)
+    mask, row, counts = torch.arange(12) % 4 > 1, torch.rand(3), torch.full((3,), 4)
     batch = TrainBatch(
-        ids, ids[:, 0], grid > 0.5, row, row, row > 0.5, row > 0.1, row, grid, Actuation("tok", 2.0, 0.5)
+        *(torch.arange(12), mask, counts, counts // 2, row, row, row > 0.5, row > 0.1, row, torch.rand(6)),
+        actuation=Actuation("tok", 2.0, 0.5),
     )
     again = pickle.loads(pickle.dumps(batch))
     assert again.actuation == batch.actuation

@@ -15,7 +15,8 @@ from pipeline.objectives.loss import (
     reduce_metrics,
     tempered_at,
 )
-from pipeline.types import Actuation, TrainBatch
+from pipeline.types import Actuation
+from tests.grids import ragged
 
 PPO = ObjectiveConfig(clip_low=0.2, clip_high=0.28)
 
@@ -297,7 +298,7 @@ def test_no_tokens():
 def test_rows_of_a_batch_follow_the_mask_row_by_row():
     mask = torch.tensor([[False, True, True], [True, False, False]])
     grid = torch.arange(6.0).reshape(2, 3)
-    batch = TrainBatch(
+    batch = ragged(
         tokens=torch.zeros(2, 4, dtype=torch.long),
         lengths=torch.tensor([4, 2]),
         loss_mask=mask,

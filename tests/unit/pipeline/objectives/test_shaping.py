@@ -17,7 +17,8 @@ from pipeline.objectives.shaping import clip_cov, rlrt
 from pipeline.objectives.tokens import Tokens
 from pipeline.registry import load
 from pipeline.step.prepare import prepare
-from pipeline.types import Actuation, TrainBatch
+from pipeline.types import Actuation
+from tests.grids import ragged, rows_of
 
 VOCABULARY = 5
 SHAPINGS = {name: load("pipeline.objectives.shaping", name).shape for name in NAMES}
@@ -208,9 +209,9 @@ def test_rlrt_modulates_correct_responses_by_the_teacher():
     assert SHAPINGS["rlrt"](replace(t, teacher=teacher), config(), 0).advantages.tolist() == approx(expected)
 
 
-def batch(rows, auxiliary=0, width=0, **fields):
+def batch(rows, auxiliary=0, **fields):
     """A batch of (group, prompt length, response tokens, correct); the last ``auxiliary`` rows are auxiliary."""
-    width = width or max(prompt + len(response) for _, prompt, response, _ in rows)
+    width = max(prompt + len(response) for _, prompt, response, _ in rows)
     grid = torch.zeros(len(rows), width, dtype=torch.long)
     mask = torch.zeros(len(rows), width - 1, dtype=torch.bool)
     for i, (group, prompt, response, _) in enumerate(rows):
@@ -230,17 +231,14 @@ def batch(rows, auxiliary=0, width=0, **fields):
         behavior_log_probs=torch.zeros(mask.shape),
         groups=torch.tensor([group for group, *_ in rows]),
     )
-    return TrainBatch(**(base | fields))
+    return ragged(**(base | fields))
 
 
-def grids_of(mask, seed=0):
+def statistics_of(rows, seed=0):
     """``statistics`` of random policies, each token's its own; a teacher that differs."""
-    found = {name: torch.zeros(mask.shape) for name in ("log_probs", "entropy", "moment", "teacher")}
-    _, _, log_probs, entropy, moment = policy(int(mask.sum()), seed)
-    for name, values in (("log_probs", log_probs), ("entropy", entropy), ("moment", moment)):
-        found[name][mask] = values.float()
-    found["teacher"][mask] = (log_probs * 0.9).float()
-    return found
+    _, _, log_probs, entropy, moment = policy(int(rows.targets.sum()), seed)
+    found = {"log_probs": log_probs, "entropy": entropy, "moment": moment, "teacher": log_probs * 0.9}
+    return {name: values.float() for name, values in found.items()}
 
 
 ROWS = [
@@ -256,17 +254,19 @@ ROWS = [
 
 def shaped_fields(rows, order, name):
     """What ``shape_tokens`` says of every row, in the first order."""
-    whole = batch([ROWS[i] for i in order], auxiliary=1, width=6)
-    full = batch(ROWS, auxiliary=1, width=6)
-    grids = {key: grid[torch.tensor(order)] for key, grid in grids_of(full.loss_mask).items()}
+    whole, full = batch([ROWS[i] for i in order], auxiliary=1), batch(ROWS, auxiliary=1)
+    found = {
+        name: torch.cat([values.split(full.targets.tolist())[i] for i in order])
+        for name, values in statistics_of(full).items()
+    }
     loss = name if name in MARKS else "ppo"
     run = config(*([] if name in MARKS else [name]), loss=loss, clip_cov=ClipCovConfig(1.0, -9.0, 9.0))
     run.objective.stare.target = 9.0
     run.objective.kl_cov.fraction = 0.3
-    result = shape_tokens(whole, grids, run, 0)
+    result = shape_tokens(whole, found, run, 0)
     back = torch.tensor(order).argsort()
     fields = (result.token_advantages, result.token_weights, result.marks)
-    return [None if f is None else f[back] for f in fields]
+    return [None if f is None else [f.split(whole.targets.tolist())[i] for i in back] for f in fields]
 
 
 @pytest.mark.parametrize("name", [*SHAPINGS, *MARKS])
@@ -287,14 +287,14 @@ def test_order_of_rows_is_free_and_auxiliary_rows_are_left_alone(name):
 @given(st.permutations(["entropy_adv", "stare", "gaussian_cov", "high_entropy"]), st.integers(0, 3))
 def test_shapings_compose_in_the_order_given(names, count):
     full = batch(ROWS, auxiliary=1)
-    grids = grids_of(full.loss_mask)
+    found = statistics_of(full)
     run = config(*names[:count])
     run.objective.stare.target = 9.0
-    result = shape_tokens(full, grids, run, 0)
-    by_hand = Tokens.of(full, grids)
+    result = shape_tokens(full, found, run, 0)
+    by_hand = Tokens.of(full, found)
     for name in names[:count]:
         by_hand = SHAPINGS[name](by_hand, run, 0)
-    main = full.loss_mask & ~full.auxiliary[:, None]
+    main = ~full.auxiliary[full.row_of_target]
     if result.token_advantages is not None:
         torch.testing.assert_close(result.token_advantages[main], by_hand.advantages.float())
     if result.token_weights is not None:
@@ -304,7 +304,7 @@ def test_shapings_compose_in_the_order_given(names, count):
 
 
 def test_a_prompt_is_as_hard_as_its_main_responses_say():
-    found = Tokens.of(batch(ROWS, auxiliary=1), grids_of(batch(ROWS).loss_mask))
+    found = Tokens.of(batch(ROWS, auxiliary=1), statistics_of(batch(ROWS)))
     assert found.row.tolist() == [0, 0, 0, 1, 2, 2, 3, 3, 3, 3, 4, 5, 5]
     assert found.accuracy.tolist() == pytest.approx([2 / 3] * 6 + [1 / 3] * 7)
 
@@ -322,9 +322,10 @@ def test_nothing_is_computed_where_nobody_asked():
 def test_the_teacher_sees_a_peer_first():
     shown, rows = rlrt.teacher_batch(batch(ROWS, auxiliary=1))
     assert rows.tolist() == [0, 2]  # the only prompt with two correct responses; auxiliary rows are nobody's peers
-    assert shown.tokens.tolist() == [[90, 90, 5, 6, 90, 90, 1, 2, 3], [90, 90, 1, 2, 3, 90, 90, 5, 6]]
+    assert rows_of(shown.tokens, shown.lengths) == [[90, 90, 5, 6, 90, 90, 1, 2, 3], [90, 90, 1, 2, 3, 90, 90, 5, 6]]
     assert shown.lengths.tolist() == [9, 9]
-    assert shown.loss_mask.int().tolist() == [[0, 0, 0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0, 1, 1]]
+    assert rows_of(shown.loss_mask.int(), shown.lengths) == [[0] * 6 + [1] * 3, [0] * 7 + [1] * 2]
+    assert shown.targets.tolist() == [3, 2]
     assert rlrt.teacher_batch(batch([ROWS[0], ROWS[1], (0, 2, [1, 2, 3], True)])) is None  # the same response again
 
 
@@ -332,10 +333,12 @@ class ByPosition:
     """A learner whose log-prob of a target falls with the target's position in its sequence."""
 
     def log_probs(self, batch, *, reference=False):
-        return torch.where(batch.loss_mask, -0.1 * torch.arange(1.0, batch.tokens.shape[1]), 0.0)
+        return torch.cat(
+            [-0.1 * torch.arange(float(n))[-m:] for n, m in zip(batch.lengths, batch.targets, strict=True)]
+        )
 
     def statistics(self, batch):
-        zero = torch.zeros(batch.loss_mask.shape)
+        zero = torch.zeros_like(batch.behavior_log_probs)
         return {"log_probs": self.log_probs(batch), "entropy": zero, "moment": zero}
 
 
@@ -344,10 +347,10 @@ def test_prepare_puts_the_teacher_beside_the_student():
     run = config("rlrt")
     run.objective.rlrt.mix, run.objective.rlrt.clip = 1.0, 0.9
     prepared = prepare(batch(ROWS, auxiliary=1), ByPosition(), run, 0)
-    found = [row[mask].tolist() for row, mask in zip(prepared.token_advantages, prepared.loss_mask, strict=True)]
+    found = rows_of(prepared.token_advantages, prepared.targets)
     assert found[0] == pytest.approx([math.exp(0.4)] * 3)
     assert found[1] == [-0.5]
     assert found[2] == pytest.approx([math.exp(0.5)] * 2)
     assert found[4] == [1.0]
     alone = prepare(batch(ROWS[1:]), ByPosition(), config("rlrt"), 0)
-    assert torch.equal(alone.token_advantages, alone.advantages[:, None].expand_as(alone.loss_mask))
+    assert torch.equal(alone.token_advantages, alone.advantages[alone.row_of_target])

@@ -12,7 +12,6 @@ from pipeline.step.batch import build_batch, positives_consumed
 from pipeline.step.prepare import prepare
 from pipeline.types import Actuation, ControlDecision, Prompt, Role, Sample, SampleGroup
 
-PAD = 99
 DECISION = ControlDecision(1.3, 1.3, 4, "tracking", "")
 
 
@@ -71,17 +70,13 @@ def auxiliary(*samples):
 
 
 def test_layout_of_rows():
-    batch = build_batch(MAIN, auxiliary(sample([12, 13], 1.0), sample([14], 0.0)), DECISION, config(), PAD)
-    assert batch.tokens.tolist() == [
-        [1, 2, 3, 4, 5],
-        [1, 2, 6, PAD, PAD],
-        [7, 8, 9, PAD, PAD],
-        [7, 10, 11, PAD, PAD],
-        [1, 2, 12, 13, PAD],
-    ]
+    batch = build_batch(MAIN, auxiliary(sample([12, 13], 1.0), sample([14], 0.0)), DECISION, config())
+    assert batch.tokens.tolist() == [1, 2, 3, 4, 5, 1, 2, 6, 7, 8, 9, 7, 10, 11, 1, 2, 12, 13]
     assert batch.lengths.tolist() == [5, 3, 3, 3, 4]
-    assert batch.loss_mask.int().tolist() == [[0, 1, 1, 1], [0, 1, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0]]
-    torch.testing.assert_close(batch.behavior_log_probs, -0.1 * batch.tokens[:, 1:] * batch.loss_mask)
+    assert batch.targets.tolist() == [3, 1, 2, 2, 2]
+    assert batch.loss_mask.int().tolist() == [0, 0, 1, 1, 1, 0, 0, 1, 0, 1, 1, 0, 1, 1, 0, 0, 1, 1]
+    assert batch.row_of_target.tolist() == [0, 0, 0, 1, 2, 2, 3, 3, 4, 4]
+    torch.testing.assert_close(batch.behavior_log_probs, -0.1 * batch.tokens[batch.loss_mask])
     assert batch.auxiliary.tolist() == [False] * 4 + [True]
     assert batch.correct.tolist() == [True, False, False, False, True]
     assert batch.temperatures.tolist() == pytest.approx([1.0] * 4 + [1.3])
@@ -100,21 +95,21 @@ def test_layout_of_rows():
     ],
 )
 def test_main_weights(aggregation, weights):
-    batch = build_batch(MAIN, [], DECISION, config(aggregation=aggregation, max_new_tokens=16), PAD)
+    batch = build_batch(MAIN, [], DECISION, config(aggregation=aggregation, max_new_tokens=16))
     assert batch.weights.tolist() == pytest.approx(weights)
 
 
 @pytest.mark.parametrize(("mean", "weights"), [("positives", [0.5 / 5] * 2), ("samples", [0.5 / 4 / 2, 0.5 / 4 / 3])])
 def test_positive_weights_of_auxiliary_rows(mean, weights):
     drawn = auxiliary(sample([1, 2], 1.0), sample([1], 0.0), sample([1, 2, 3], 1.0), sample([4] * 9, 0.0))
-    batch = build_batch(MAIN, drawn, DECISION, config(alpha=0.5, positive_mean=mean), PAD)
+    batch = build_batch(MAIN, drawn, DECISION, config(alpha=0.5, positive_mean=mean))
     assert batch.weights[batch.auxiliary].tolist() == pytest.approx(weights)
     assert positives_consumed(batch) == 2
 
 
 @pytest.mark.parametrize(("mean", "weight"), [("positives", 2 / 3), ("samples", 2 / 4 / 3)])
 def test_reweight_carries_positive_weights_on_correct_main_rows(mean, weight):
-    batch = build_batch(MAIN, [], DECISION, config("reweight", alpha=2.0, positive_mean=mean), PAD)
+    batch = build_batch(MAIN, [], DECISION, config("reweight", alpha=2.0, positive_mean=mean))
     assert batch.positive_weights.tolist() == pytest.approx([weight, 0, 0, 0])
     assert positives_consumed(batch) == 1
 
@@ -132,8 +127,8 @@ LENGTHS = st.lists(st.tuples(st.integers(1, 9), st.booleans()), min_size=1, max_
 def test_weights_sum_to_what_the_mean_says(main, extra, alpha, aggregation, mean):
     settings = config(alpha=alpha, aggregation=aggregation, positive_mean=mean, max_new_tokens=10)
     drawn = auxiliary(*[sample([1] * n, float(ok)) for n, ok in extra])
-    batch = build_batch([group([1], [sample([2] * n, float(ok)) for n, ok in main])], drawn, DECISION, settings, PAD)
-    mass = batch.weights * batch.loss_mask.sum(1)
+    batch = build_batch([group([1], [sample([2] * n, float(ok)) for n, ok in main])], drawn, DECISION, settings)
+    mass = batch.weights * batch.targets
     lengths = np.array([n for n, _ in main])
     assert mass[~batch.auxiliary].sum().item() == pytest.approx(
         lengths.mean() / 10 if aggregation == "dr_grpo" else 1, rel=1e-5
@@ -149,7 +144,7 @@ def bits(tensor):
 
 def train(batch):
     """Loss, gradient of the log-probs and sums under one fixed policy."""
-    n = int(batch.loss_mask.sum())
+    n = int(batch.targets.sum())
     g = torch.Generator().manual_seed(3)
     log_probs = (-2 * torch.rand(n, generator=g)).requires_grad_(True)
     entropy, tempered = torch.rand(n, generator=g).requires_grad_(True), -2 * torch.rand(n, generator=g)
@@ -171,9 +166,9 @@ def train(batch):
     ],
 )
 def test_alpha_zero_or_command_zero_is_grpo_bit_for_bit(actuator, changes, command):
-    grpo = train(build_batch(MAIN, [], DECISION, config(controller="none"), PAD))
+    grpo = train(build_batch(MAIN, [], DECISION, config(controller="none")))
     drawn = auxiliary(sample([12, 13], 1.0)) if actuator == "resample" else []
-    batch = build_batch(MAIN, drawn, replace(DECISION, command=command), config(actuator, **changes), PAD)
+    batch = build_batch(MAIN, drawn, replace(DECISION, command=command), config(actuator, **changes))
     batch = prepare(batch, Policy(torch.zeros_like(batch.behavior_log_probs)), config(actuator, **changes), 0)
     other = train(batch)
     assert torch.equal(bits(grpo[0]), bits(other[0]))
@@ -183,9 +178,9 @@ def test_alpha_zero_or_command_zero_is_grpo_bit_for_bit(actuator, changes, comma
 
 @pytest.mark.parametrize("actuator", ["resample", "reweight"])
 def test_positives_do_change_the_loss(actuator):
-    grpo = train(build_batch(MAIN, [], DECISION, config(controller="none"), PAD))
+    grpo = train(build_batch(MAIN, [], DECISION, config(controller="none")))
     drawn = auxiliary(sample([12, 13], 1.0)) if actuator == "resample" else []
-    other = train(build_batch(MAIN, drawn, DECISION, config(actuator), PAD))
+    other = train(build_batch(MAIN, drawn, DECISION, config(actuator)))
     assert other[0] != grpo[0]
     assert other[2]["positive_term"] > 0
     assert {k: v for k, v in other[2].items() if k != "positive_term"}.keys() == grpo[2].keys() - {"positive_term"}
@@ -196,15 +191,15 @@ def test_positives_do_change_the_loss(actuator):
     "drawn", [[], auxiliary(sample([1, 2], 0.0)), auxiliary(sample([1], 1.0, finish_reason="abort"))]
 )
 def test_no_positive_means_no_positive_term(drawn, mean):
-    grpo = build_batch(MAIN, [], DECISION, config(controller="none"), PAD)
-    batch = build_batch(MAIN, drawn, DECISION, config(positive_mean=mean), PAD)
+    grpo = build_batch(MAIN, [], DECISION, config(controller="none"))
+    batch = build_batch(MAIN, drawn, DECISION, config(positive_mean=mean))
     assert positives_consumed(batch) == 0
     assert train(batch)[0] == train(grpo)[0]
 
 
 def test_reweight_without_a_correct_row():
     wrong = [group([1], [sample([2], 0.0), sample([3], 0.5)])]
-    batch = build_batch(wrong, [], DECISION, config("reweight"), PAD)
+    batch = build_batch(wrong, [], DECISION, config("reweight"))
     assert batch.positive_weights is None
     assert positives_consumed(batch) == 0
 
@@ -229,8 +224,8 @@ def test_aborted_and_empty_samples_leave_no_trace():
         sample([12, 13], 1.0), sample([], 1.0), sample([14], 0.0), sample([3], 1.0, finish_reason="abort")
     )
     for mean in ("positives", "samples"):
-        clean = build_batch(MAIN, drawn, DECISION, config(positive_mean=mean), PAD)
-        batch = build_batch(spoilt, spoilt_drawn, DECISION, config(positive_mean=mean), PAD)
+        clean = build_batch(MAIN, drawn, DECISION, config(positive_mean=mean))
+        batch = build_batch(spoilt, spoilt_drawn, DECISION, config(positive_mean=mean))
         for name, value in vars(clean).items():
             assert (
                 torch.equal(getattr(batch, name), value)
@@ -250,7 +245,7 @@ def test_aborted_and_empty_samples_leave_no_trace():
 )
 def test_what_cannot_be_trained_on_is_refused(main, message):
     with pytest.raises(ValueError, match=message):
-        build_batch(main, [], DECISION, config(), PAD)
+        build_batch(main, [], DECISION, config())
 
 
 @given(st.floats(width=32))
@@ -258,34 +253,34 @@ def test_temperature_rule_main_rows_are_drawn_at_one(temperature):
     main = [group([1], [sample([2], 1.0, temperature=temperature)])]
     hot = [group([1], [sample([2], 1.0, Role.AUXILIARY, temperature)], role=Role.AUXILIARY)]
     if temperature == 1:
-        build_batch(main, [], DECISION, config(), PAD)
+        build_batch(main, [], DECISION, config())
     else:
         with pytest.raises(ValueError, match="T="):
-            build_batch(main, [], DECISION, config(), PAD)
+            build_batch(main, [], DECISION, config())
     if 0 < temperature < float("inf"):
-        assert build_batch(MAIN, hot, DECISION, config(), PAD).temperatures[-1] == np.float32(temperature)
+        assert build_batch(MAIN, hot, DECISION, config()).temperatures[-1] == np.float32(temperature)
     else:
         with pytest.raises(ValueError, match="must be positive"):
-            build_batch(MAIN, hot, DECISION, config(), PAD)
+            build_batch(MAIN, hot, DECISION, config())
 
 
 @pytest.mark.parametrize(
     ("actuator", "expected"), [("fc", 1), ("dcpo", 1), ("tok", 1), ("entropy_bonus", 1), ("clip_cov", 1)]
 )
 def test_positives_consumed_by_the_other_actuators(actuator, expected):
-    assert positives_consumed(build_batch(MAIN, [], DECISION, config(actuator), PAD)) == expected
-    wrong = build_batch([MAIN[1]], [], DECISION, config(actuator), PAD)
+    assert positives_consumed(build_batch(MAIN, [], DECISION, config(actuator))) == expected
+    wrong = build_batch([MAIN[1]], [], DECISION, config(actuator))
     assert positives_consumed(wrong) == (0 if actuator in ("fc", "dcpo", "tok") else 1)
 
 
 def test_what_a_batch_needs_of_the_policy_before_its_update():
     def asked(settings, command=0.1):
-        batch = build_batch(MAIN, [], replace(DECISION, command=command), settings, PAD)
-        policy = Policy(-torch.ones(batch.loss_mask.shape))
+        batch = build_batch(MAIN, [], replace(DECISION, command=command), settings)
+        policy = Policy(-torch.ones_like(batch.behavior_log_probs))
         prepared = prepare(batch, policy, settings, 0)
         assert (prepared.old_log_probs is not None) == (settings.learner.updates_per_step > 1)
         calls = list(policy.calls)
-        kept = prepare(replace(batch, old_log_probs=torch.zeros(batch.loss_mask.shape)), policy, settings, 0)
+        kept = prepare(replace(batch, old_log_probs=torch.zeros_like(batch.behavior_log_probs)), policy, settings, 0)
         assert not kept.old_log_probs.any()
         return calls
 
@@ -304,10 +299,10 @@ def test_what_a_batch_needs_of_the_policy_before_its_update():
 def test_clip_cov_detaches_the_top_covariance_of_the_whole_batch():
     # Main tokens: log-probs -1 -3 | -5 -7 with advantages 1 1 | -1 -1; means -4 and 0; covariances 3 1 | 1 3.
     main = [group([1], [sample([2, 3], 1.0), sample([4, 5], 0.0)])]
-    batch = build_batch(main, [], replace(DECISION, command=0.5), config("clip_cov"), PAD)
+    batch = build_batch(main, [], replace(DECISION, command=0.5), config("clip_cov"))
     batch = replace(batch, advantages=torch.tensor([1.0, -1.0]))
-    policy = Policy(torch.tensor([[-1.0, -3.0], [-5.0, -7.0]]))
-    assert prepare(batch, policy, config("clip_cov"), 0).token_weights.tolist() == [[0, 1], [1, 0]]
+    policy = Policy(torch.tensor([-1.0, -3.0, -5.0, -7.0]))
+    assert prepare(batch, policy, config("clip_cov"), 0).token_weights.tolist() == [0, 1, 1, 0]
     batch = replace(batch, actuation=Actuation("clip_cov", 1e-6))
     assert (prepare(batch, policy, config("clip_cov"), 0).token_weights == 0).sum() == 1
 
@@ -316,7 +311,7 @@ def test_dcpo_share_follows_the_distance_to_the_target():
     # accuracy 1/4, gap 0.05: a = 0.2, share 0.2 / 1.2; a gap beyond 0.1 counts as 0.1: a = 0.4
     def alpha(target, measured, main=MAIN, **changes):
         decision = replace(DECISION, target=target, filtered_entropy=measured)
-        return build_batch(main, [], decision, config("dcpo", **changes), PAD).actuation.alpha
+        return build_batch(main, [], decision, config("dcpo", **changes)).actuation.alpha
 
     assert alpha(0.3, 0.25) == pytest.approx(0.2 / 1.2)
     assert alpha(0.25, 0.3) == pytest.approx(0.2 / 1.2)
@@ -330,7 +325,7 @@ def test_overlong_rewards_fall_over_the_buffer():
     # limit 6, buffer 4: lengths 2, 4, 6 lose 0, 1/2, 1; dr_grpo centres what is left of 1, 1, 0
     main = [group([1], [sample([1] * 2, 1.0), sample([1] * 4, 1.0), sample([1] * 6, 0.0)])]
     settings = config(controller="none", advantage="dr_grpo", max_new_tokens=6, overlong=OverlongConfig(buffer=4))
-    batch = build_batch(main, [], DECISION, settings, PAD)
+    batch = build_batch(main, [], DECISION, settings)
     left = torch.tensor([1.0, 0.5, -1.0])
     torch.testing.assert_close(batch.advantages, left - left.mean())
     assert batch.correct.tolist() == [True, True, False]
@@ -346,10 +341,10 @@ def test_overlong_filter_leaves_truncated_rows_out_of_loss_and_denominators(aggr
     settings = config(
         controller="none", aggregation=aggregation, max_new_tokens=6, overlong=OverlongConfig(filter=True)
     )
-    batch = build_batch(main, [], DECISION, settings, PAD)
+    batch = build_batch(main, [], DECISION, settings)
     assert batch.weights.tolist() == pytest.approx(weights)
-    assert batch.loss_mask.sum(1).tolist() == [2, 6, 1]  # still measured
-    alone = build_batch([group([1], [cut, cut])], [], DECISION, settings, PAD)
+    assert batch.targets.tolist() == [2, 6, 1]  # still measured
+    alone = build_batch([group([1], [cut, cut])], [], DECISION, settings)
     assert alone.weights.tolist() == [0, 0]
 
 
@@ -359,17 +354,17 @@ def test_overlong_filter_leaves_truncated_rows_out_of_the_positive_term_too(mean
     cut = sample([3, 4, 5, 6], 1.0, finish_reason="length")
     main = [group([1], [sample([3, 4, 5], 1.0), sample([6, 7], 0.0), cut])]
     settings = config("reweight", alpha=1.0, positive_mean=mean, overlong=OverlongConfig(filter=True))
-    batch = build_batch(main, [], DECISION, settings, PAD)
+    batch = build_batch(main, [], DECISION, settings)
     assert batch.positive_weights.tolist() == pytest.approx([weight, 0, 0])
     assert positives_consumed(batch) == 1
-    assert build_batch([group([1], [cut, sample([6], 0.0)])], [], DECISION, settings, PAD).positive_weights is None
+    assert build_batch([group([1], [cut, sample([6], 0.0)])], [], DECISION, settings).positive_weights is None
 
 
 def test_auxiliary_rows_replace_as_many_main_rows():
     drawn = auxiliary(sample([1, 2], 1.0), sample([3], 1.0), sample([1], 0.0))
     settings = config(positive_mean="main", auxiliary_replaces=True, alpha=0.5)
-    batch = build_batch(MAIN, drawn, DECISION, settings, PAD)
+    batch = build_batch(MAIN, drawn, DECISION, settings)
     assert batch.weights.tolist() == pytest.approx([0, 1 / 8, 0, 1 / 8, 0.5 / 8, 0.5 / 8])
     settings = config(positive_mean="main", auxiliary_replaces=True, aggregation="sequence_mean")
-    batch = build_batch(MAIN, drawn, DECISION, settings, PAD)
+    batch = build_batch(MAIN, drawn, DECISION, settings)
     assert batch.weights.tolist() == pytest.approx([0, 1 / 4, 0, 1 / 8, 1 / 8, 1 / 4])

@@ -1,0 +1,72 @@
+"""Rows of a ragged batch, picked and dealt to data-parallel ranks."""
+
+import pickle
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.types import PER_TARGET, PER_TOKEN, TrainBatch, shares
+from tests.grids import rows_of
+
+SIZES = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5)), min_size=1, max_size=12)  # prompt, response
+
+
+def batch(sizes):
+    """Every entry is one of a kind, so that a misplaced one shows."""
+    prompts, targets = (torch.tensor(numbers) for numbers in zip(*sizes, strict=True))
+    rows, per_target = torch.arange(float(len(sizes))), torch.arange(float(targets.sum()))
+    kinds = torch.tensor([False, True]).repeat(len(sizes))
+    return TrainBatch(
+        tokens=torch.arange(int((prompts + targets).sum()), dtype=torch.int32),
+        loss_mask=kinds.repeat_interleave(torch.stack([prompts, targets], dim=1).flatten()),
+        lengths=prompts + targets,
+        targets=targets,
+        weights=rows,
+        advantages=rows + 0.1,
+        auxiliary=rows > 2,
+        correct=rows > 3,
+        temperatures=rows + 0.2,
+        behavior_log_probs=-per_target,
+        old_log_probs=-per_target - 0.5,
+        positive_weights=rows + 0.3,
+    )
+
+
+def rows(whole):
+    """All there is of each row."""
+    counts = {name: whole.lengths for name in PER_TOKEN} | {name: whole.targets for name in PER_TARGET}
+    each = torch.ones(whole.rows, dtype=torch.int64)
+    return list(zip(*(rows_of(v, counts.get(n, each)) for n, v in whole.tensors().items()), strict=True))
+
+
+@given(SIZES, st.data())
+def test_taken_rows_are_those_rows(sizes, data):
+    whole = batch(sizes)
+    chosen = data.draw(st.lists(st.integers(0, len(sizes) - 1), max_size=8))
+    taken = whole.take(torch.tensor(chosen, dtype=torch.int64))
+    assert rows(taken) == [rows(whole)[row] for row in chosen]
+    assert taken.row_of_target.tolist() == [i for i, n in enumerate(taken.targets.tolist()) for _ in range(n)]
+    assert {name: value.dtype for name, value in taken.tensors().items()} == {
+        name: value.dtype for name, value in whole.tensors().items()
+    }
+
+
+@given(SIZES, st.integers(1, 3), st.data())
+def test_shares_hold_every_row_once_and_know_its_place(sizes, ranks, data):
+    whole = batch(sizes)
+    order = data.draw(st.permutations(range(len(sizes))))
+    dealt = [[[list(order[rank::ranks][:2]), []], [list(order[rank::ranks][2:])]] for rank in range(ranks)]
+    made = [pickle.loads(pickle.dumps(share)) for share in shares(whole, dealt)]
+    back = torch.full((int(whole.targets.sum()),), torch.nan)
+    for own, share in zip(dealt, made, strict=True):
+        listed = [row for mini in own for micro in mini for row in micro]
+        assert rows(share.batch) == [rows(whole)[row] for row in listed]
+        assert share.micro_batches == [[len(micro) for micro in mini] for mini in own]
+        first = 0
+        for size in (size for mini in share.micro_batches for size in mini):
+            micro = share.batch.take(torch.arange(first, first + size))
+            back[share.positions(first, first + size)] = micro.behavior_log_probs
+            first += size
+        assert share.total == len(back)
+    assert torch.equal(back, whole.behavior_log_probs)
