@@ -1,6 +1,6 @@
 """The methods by name: what each is, where it comes from, and the configuration that switches it on.
 
-A loss, an advantage and a token shaping say it in their own files (``METHOD``), as ``pipeline.registry`` lists them.
+An advantage, a loss, a token shaping, an actuator and a controller say it in their own files (``METHOD``), as ``pipeline.registry`` lists them.
 ``isentrope lab methods`` and docs/methods.md print the table of all of them. Overrides are on top of any
 configuration without entropy control (``entropy.controller=none``) and one update per step; parameters are the
 published defaults where there are any.
@@ -61,8 +61,27 @@ def shaping_method(name: str, source: str, rule: str, *more: str, evidence: str 
     return Method(name, "token shaping", source, rule, evidence, (*GRPO, switch, *more))
 
 
-def _controlled(name: str, kind: str, source: str, rule: str, evidence: str, controller: str, *more: str) -> Method:
-    return Method(name, kind, source, rule, evidence, (f"entropy.controller={controller}", *more))
+def actuator_method(name: str, source: str, rule: str, evidence: str, controller: str, *more: str) -> Method:
+    """An actuator under somebody else's controller; ``more``: further overrides."""
+    return controller_method(
+        name, source, rule, evidence, f"entropy.actuator={name}", *more, controller=controller, kind="actuator"
+    )
+
+
+def controller_method(
+    name: str, source: str, rule: str, evidence: str, *more: str, controller: str = "", kind: str = "controller"
+) -> Method:
+    """A published controller; ``more``: its actuator and further overrides. ``controller``: what the configuration
+    calls it, where that is not ``name``.
+    """
+    return Method(name, kind, source, rule, evidence, (f"entropy.controller={controller or name}", *more))
+
+
+def pi_method(actuator: str, rule: str) -> Method:
+    """An actuator under our own controller, the one PI law on all of them. ``rule``: what the actuator does."""
+    switch = f"entropy.actuator={actuator}"
+    name, rule = f"isentrope_{actuator}", f"PI on ln H, {rule}"
+    return controller_method(name, "this project", rule, "ours", switch, controller="pi")
 
 
 def _absent(name: str, kind: str, source: str, rule: str, evidence: str, missing: str) -> Method:
@@ -90,8 +109,7 @@ def _recipes() -> Iterator[Method]:
     )
 
 
-def _levers() -> Iterator[Method]:
-    """A sampler, and actuators by themselves."""
+def _samplers() -> Iterator[Method]:
     yield Method(
         "cuts",
         "sampler",
@@ -100,70 +118,6 @@ def _levers() -> Iterator[Method]:
         "summary",
         (*GRPO, "rollout.cuts.share=0.5"),
     )
-    yield _controlled(
-        "entropy_bonus",
-        "actuator",
-        "-",
-        "loss -= .01 H, constant (the coefficient is ours)",
-        "ours",
-        "constant",
-        *("entropy.actuator=entropy_bonus", "entropy.command=0.01"),
-    )
-    yield _controlled(
-        "dcpo",
-        "actuator",
-        "2601.12730",
-        "A <- (1 - a) A + a 1[R] pi_T / pi, a from min(|H0 - H|, .1) / accuracy",
-        "code",
-        "scope",
-        "entropy.actuator=dcpo",
-    )
-
-
-def _controllers() -> Iterator[Method]:
-    """Published loops; among them our own, one PI law on every actuator."""
-    yield _controlled(
-        "scope",
-        "controller",
-        "2510.08141 v7",
-        "correct samples of a second rollout at T = clip(1 + H0 - H, .8, 1.2), over all drawn",
-        "summary",
-        "scope",
-        *("entropy.actuator=resample", "entropy.positive_mean=samples"),
-    )
-    yield _controlled(
-        "aepo",
-        "controller",
-        "2510.08141 v1-v6",
-        "the same at T = 1.2 or .8; positives replace as many main rows",
-        "code",
-        "bang_bang",
-        *("entropy.actuator=resample", "entropy.positive_mean=main", "entropy.auxiliary_replaces=true"),
-    )
-    for actuator, rule in (
-        ("resample", "PI on ln H, correct samples of a second rollout at T"),
-        ("reweight", "PI on ln H, correct main rows weighted by pi_T / pi"),
-        ("fc", "PI on ln H, A += c (min(pi_T / pi, 8) - 1)"),
-        ("tok", "PI on ln H, A += u c clip(-(log pi + H), -3, 3)"),
-        ("clip_cov", "PI on ln H, no loss on the share of tokens of highest covariance"),
-        ("entropy_bonus", "PI on ln H, loss -= u H"),
-        ("high_prob", "PI on ln H, A -= u |A| on tokens with pi > .95 (EntroPIC's actuator)"),
-    ):
-        name = f"isentrope_{actuator}"
-        yield _controlled(name, "controller", "this project", rule, "ours", "pi", f"entropy.actuator={actuator}")
-    bonus = "entropy.actuator=entropy_bonus"
-    yield _controlled(
-        "skywork", "controller", "Skywork-OR1", "beta += D if H < target else -D, in [0, .005]; bonus on while H < target", "code",
-        "skywork", bonus,
-    )  # fmt: skip
-    yield _controlled(
-        "aent", "controller", "2509.03493", "beta held in [1e-5, .01] by the distance of H to the band; here of the whole entropy, not of "
-        "the likeliest 80 % of the vocabulary", "code", "aent", bonus,
-    )  # fmt: skip
-    yield _controlled(
-        "entropic", "controller", "2511.15248", "PI coefficient in [-1, 1] of -r|A| on tokens with pi > .95", "summary",
-        "entropic", "entropy.actuator=high_prob",
-    )  # fmt: skip
 
 
 def _not_offered() -> Iterator[Method]:
@@ -186,8 +140,9 @@ def all_methods() -> dict[str, Method]:
         *_recipes(),
         *_of("pipeline.objectives.losses"),
         *_of("pipeline.objectives.shaping"),
-        *_levers(),
-        *_controllers(),
+        *_samplers(),
+        *_of("pipeline.entropy.actuators"),
+        *_of("pipeline.entropy.controllers"),
         *_not_offered(),
     )
     return {method.name: method for method in rows}

@@ -6,17 +6,10 @@ from collections.abc import Iterator
 
 from pipeline.config.errors import Problem
 from pipeline.config.schema import EntropyConfig, RunConfig
+from pipeline.registry import load
 
 DETERMINISTIC = "--enable-deterministic-inference"
-TEMPERATURE_ACTUATORS = ("resample", "reweight", "fc", "dcpo")
-# What each published law was made for; ``pi`` drives any actuator.
-CONTROLLER_ACTUATORS = {
-    "scope": TEMPERATURE_ACTUATORS,
-    "bang_bang": TEMPERATURE_ACTUATORS,
-    "skywork": ("entropy_bonus",),
-    "aent": ("entropy_bonus",),
-    "entropic": ("high_prob",),
-}
+ACTUATORS, CONTROLLERS = "pipeline.entropy.actuators", "pipeline.entropy.controllers"  # what their files say of them
 
 
 def entropy_problems(config: RunConfig) -> Iterator[Problem]:
@@ -81,48 +74,49 @@ def _limits(entropy: EntropyConfig) -> Iterator[Problem]:
     low, high = entropy.command_min, entropy.command_max
     if low == 0 and high == 0:
         return
+    actuator = load(ACTUATORS, entropy.actuator).ACTUATOR
     if low >= high:
         yield Problem(
             "entropy.command_min", low, f"not below entropy.command_max ({high:g})", "swap or widen the limits"
         )
-    elif entropy.actuator in TEMPERATURE_ACTUATORS and low <= 0:
+    elif actuator.temperature and low <= 0:
         yield Problem(
             "entropy.command_min",
             low,
             f"{entropy.actuator}'s command is a temperature, which is above 0",
             "choose limits with 0 < command_min <= 1 <= command_max, e.g. 0.8 and 1.2",
         )
-    elif entropy.actuator in TEMPERATURE_ACTUATORS and not low <= 1 <= high:
+    elif actuator.temperature and not low <= 1 <= high:
         yield Problem(
             "entropy.command_min",
             low,
             f"the temperature range [{low:g}, {high:g}] does not contain 1, the actuator's rest",
             "choose limits with 0 < command_min <= 1 <= command_max, e.g. 0.8 and 1.2",
         )
-    elif entropy.actuator not in (*TEMPERATURE_ACTUATORS, "high_prob") and low < 0:
+    elif not (actuator.temperature or actuator.signed) and low < 0:
         yield Problem(
             "entropy.command_min",
             low,
             f"{entropy.actuator} takes no negative command: it collapses the policy",
             "set entropy.command_min=0",
         )
-    elif entropy.actuator not in TEMPERATURE_ACTUATORS and low > 0:
+    elif not actuator.temperature and low > 0:
         yield Problem(
             "entropy.command_min",
             low,
             f"{entropy.actuator} does nothing at a command of 0, which these limits do not contain",
             "set entropy.command_min=0",
         )
-    elif entropy.actuator == "clip_cov" and high > 1:
-        yield Problem(
-            "entropy.command_max", high, "clip_cov's command is a share of tokens", "use a number up to 1, e.g. 0.2"
-        )
+    elif actuator.share and high > 1:
+        share = f"{entropy.actuator}'s command is a share of tokens"
+        yield Problem("entropy.command_max", high, share, "use a number up to 1, e.g. 0.2")
 
 
 def _controller(entropy: EntropyConfig) -> Iterator[Problem]:
-    made_for = CONTROLLER_ACTUATORS.get(entropy.controller)
-    if made_for and entropy.actuator not in made_for:
-        what = "a temperature" if made_for == TEMPERATURE_ACTUATORS else f"the coefficient of {made_for[0]}"
+    made_for = load(CONTROLLERS, entropy.controller).MADE_FOR
+    if entropy.actuator not in made_for:
+        temperature = load(ACTUATORS, made_for[0]).ACTUATOR.temperature
+        what = "a temperature" if temperature else f"the coefficient of {made_for[0]}"
         remedy = (
             f"one of the actuators {', '.join(made_for)}" if len(made_for) > 1 else f"entropy.actuator={made_for[0]}"
         )
@@ -146,7 +140,8 @@ def _controller(entropy: EntropyConfig) -> Iterator[Problem]:
             "has no effect while entropy.pi.kp is 0 (the actuator's measured gains)",
             "set both gains or neither",
         )
-    if entropy.pi.split_range and (entropy.actuator != "resample" or entropy.controller != "pi"):
+    second_rollout = load(ACTUATORS, entropy.actuator).ACTUATOR.second_rollout
+    if entropy.pi.split_range and not (second_rollout and entropy.controller == "pi"):
         yield Problem(
             "entropy.pi.split_range",
             True,
@@ -165,7 +160,8 @@ def _repeated_prompts(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "entropy.repeated_prompts",
             entropy.repeated_prompts,
-            "SGLang draws by a sample's own seed only in deterministic inference (on a GPU); without it the reading repeats nothing",
+            "SGLang draws by a sample's own seed only in deterministic inference (on a GPU); without it the reading "
+            "repeats nothing",
             f"add {DETERMINISTIC} to rollout.sglang.extra_args, or set entropy.repeated_prompts=0",
         )
 
@@ -188,12 +184,13 @@ def _constant(config: RunConfig) -> Iterator[Problem]:
             f"at rest or impossible: {entropy.actuator} would do nothing",
             "give a command above 0, or set entropy.controller=none",
         )
-    if entropy.actuator == "clip_cov" and entropy.command > 1:
-        yield Problem("entropy.command", entropy.command, "clip_cov's command is a share of tokens", "use at most 1")
+    if load(ACTUATORS, entropy.actuator).ACTUATOR.share and entropy.command > 1:
+        share = f"{entropy.actuator}'s command is a share of tokens"
+        yield Problem("entropy.command", entropy.command, share, "use at most 1")
 
 
 def _auxiliary(entropy: EntropyConfig, prompts: int) -> Iterator[Problem]:
-    if entropy.actuator != "resample":
+    if not load(ACTUATORS, entropy.actuator).ACTUATOR.second_rollout:
         if entropy.auxiliary_replaces:
             yield Problem(
                 "entropy.auxiliary_replaces",

@@ -13,8 +13,8 @@ from pipeline.registry import names
 ADVANTAGES = names("pipeline.objectives.advantages")
 LOSSES = names("pipeline.objectives.losses")
 SHAPINGS = names("pipeline.objectives.shaping")
-CONTROLLERS = ("pi", "scope", "bang_bang", "skywork", "aent", "entropic", "constant", "none")
-ACTUATORS = ("resample", "reweight", "fc", "dcpo", "tok", "entropy_bonus", "high_prob", "clip_cov")
+CONTROLLERS = names("pipeline.entropy.controllers")
+ACTUATORS = names("pipeline.entropy.actuators")
 VERIFIERS = ("auto", *names("pipeline.rewards.verifiers"))
 SINKS = ("tensorboard", "wandb", "mlflow", "prometheus")
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pipeline.config.schema import EntropyConfig, PiConfig
-from pipeline.entropy.actuators import actuator_of, command_limits
+from pipeline.entropy.actuator import actuator_of, command_limits
+from pipeline.entropy.gains import MOMENTUM_STEPS, integral_gain, proportional_gain
 from pipeline.entropy.identify import IdentificationError, Identified, Record, identify
-from pipeline.entropy.pi import MOMENTUM_STEPS, integral_gain, proportional_gain
 from pipeline.entropy.plant import Performance, Plant, Scenario, performance, simulate
 
 SIMULATED_SEEDS = 8

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from pipeline.entropy.actuators import Actuator
+from pipeline.entropy.actuator import Actuator
 from pipeline.entropy.band import Band, SetPoint
 from pipeline.entropy.law import Law
 from pipeline.entropy.sensor import Sensor, usable

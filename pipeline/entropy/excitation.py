@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pipeline.config.schema import EntropyConfig
-from pipeline.entropy.actuators import actuator_of
-from pipeline.entropy.pi import CLOSED_LOOP_STEPS, DEAD_TIME
+from pipeline.entropy.actuator import actuator_of
+from pipeline.entropy.gains import CLOSED_LOOP_STEPS, DEAD_TIME
 from pipeline.entropy.state import Stateful
 from pipeline.types import ControlDecision, EntropyReading
 

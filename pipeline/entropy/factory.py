@@ -1,4 +1,4 @@
-"""From configuration to a controller."""
+"""From configuration to a controller: its file builds the law, this module the loop around it."""
 
 from __future__ import annotations
 
@@ -11,22 +11,16 @@ from pipeline.config.check import key_problems
 from pipeline.config.entropy_rules import controller_problems
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import EntropyConfig
-from pipeline.entropy import entropic, scope
-from pipeline.entropy.actuators import Actuator, acting, command_limits
-from pipeline.entropy.aent import AentLaw
-from pipeline.entropy.band import Band, SetPoint
-from pipeline.entropy.bang_bang import BangBangLaw
+from pipeline.entropy.actuator import Actuator, acting, actuator_of
+from pipeline.entropy.band import Band
 from pipeline.entropy.closed_loop import ClosedLoop
-from pipeline.entropy.constant import ConstantCommand
 from pipeline.entropy.controller import EntropyController
-from pipeline.entropy.entropic import EntropicLaw
-from pipeline.entropy.law import Law
-from pipeline.entropy.none import NoControl
-from pipeline.entropy.pi import NOISY, QUIET, PiLaw
-from pipeline.entropy.scope import ScopeLaw
-from pipeline.entropy.sensor import HAMPEL_WINDOW, Sensor
-from pipeline.entropy.skywork import SkyworkLaw
+from pipeline.entropy.held import HeldCommand
+from pipeline.entropy.law import Hold
+from pipeline.registry import load
 from pipeline.types import ControlDecision, EntropyReading
+
+CONTROLLERS = "pipeline.entropy.controllers"
 
 
 def build_controller(config: EntropyConfig, total_steps: int, prompts_per_step: int) -> EntropyController:
@@ -44,24 +38,21 @@ def build_controller(config: EntropyConfig, total_steps: int, prompts_per_step: 
     problems = [*key_problems(config, "entropy.")] or [*controller_problems(config, prompts_per_step)]
     if problems:
         raise ConfigError.of(problems)
-    actuator = acting(config)
-    if actuator is None:
-        off = config.controller == "none"
-        reason = "no entropy control" if off else f"entropy.alpha is 0, so {config.actuator} does nothing: plain GRPO"
-        return Fingerprinted(NoControl(reason), _fingerprint(asdict(config)))
-    prompts = _prompts(config, actuator, prompts_per_step)
-    if config.controller == "constant":
-        return Fingerprinted(ConstantCommand(actuator, config.command, prompts[0]), _fingerprint(asdict(config)))
+    actuator, acts = actuator_of(config), acting(config) is not None
+    built = load(CONTROLLERS, config.controller if acts else "none").build(config, actuator)
+    prompts = _prompts(config, actuator, prompts_per_step) if acts else (0, 0)
+    if isinstance(built, Hold):
+        temperature = built.command if actuator.temperature else 1.0
+        decision = ControlDecision(built.command, temperature, prompts[0], built.state, built.reason)
+        return Fingerprinted(HeldCommand(decision), _fingerprint(asdict(config)))
     band = Band(config.band, total_steps)
-    limits = _limits(config, actuator)
-    pi = config.controller == "pi"
     loop = ClosedLoop(
-        _law(config, actuator, limits),
+        built.law,
         actuator,
         band,
-        Sensor(config.pi.ema, HAMPEL_WINDOW) if pi else Sensor(),
-        SetPoint(config.pi.setpoint_ramp if pi else 0.0),
-        limits=limits,
+        built.sensor,
+        built.set_point,
+        limits=built.limits,
         prompts=prompts,
         saturation_steps=config.pi.saturation_steps,
     )
@@ -95,36 +86,6 @@ class Fingerprinted:
                 f"{self._fingerprint}: resume with the run's own config.yaml, or start a new run"
             )
         self._controller.load_state_dict(state["controller"])
-
-
-def _law(config: EntropyConfig, actuator: Actuator, limits: tuple[float, float]) -> Law:
-    match config.controller:
-        case "scope":
-            return ScopeLaw(*limits)
-        case "bang_bang":
-            return BangBangLaw(*limits)
-        case "skywork":
-            return SkyworkLaw(config.skywork.step, limits[1])
-        case "aent":
-            return AentLaw(config.aent.rate, config.aent.least, limits[1])
-        case "entropic":
-            return EntropicLaw(config.entropic.kp, config.entropic.ki, *limits)
-    pi = config.pi
-    kp, ki = (pi.kp, pi.ki) if pi.kp else (actuator.kp, actuator.ki)
-    lower, upper = actuator.to_u(limits[0]), actuator.to_u(limits[1])
-    pace = QUIET if config.repeated_prompts else NOISY
-    return PiLaw(kp, ki, lower, upper, adapt=pi.adapt, slew=pi.slew, dead_band=pi.dead_band, pace=pace)
-
-
-def _limits(config: EntropyConfig, actuator: Actuator) -> tuple[float, float]:
-    default = {
-        "scope": scope.LIMITS,
-        "bang_bang": scope.LIMITS,
-        "skywork": (0.0, config.skywork.upper),
-        "aent": (0.0, config.aent.most),
-        "entropic": entropic.LIMITS,
-    }.get(config.controller, (actuator.lower, actuator.upper))
-    return command_limits(config, default)
 
 
 def _prompts(config: EntropyConfig, actuator: Actuator, prompts_per_step: int) -> tuple[int, int]:

@@ -1,10 +1,13 @@
-"""What a control law must answer. The guards around it are in ``closed_loop``."""
+"""What a control law must answer, and what a controller's file builds. The guards around a law are in ``closed_loop``."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
+from pipeline.entropy.band import SetPoint
+from pipeline.entropy.sensor import Sensor
 from pipeline.entropy.state import Stateful
 
 Edges = tuple[float, float]
@@ -12,7 +15,7 @@ ANY: Edges = (0.0, math.inf)
 
 
 class Law(Stateful, ABC):
-    """From entropy and set-point to a command ``u`` (see ``actuators``), asked only when the reading can be trusted."""
+    """From entropy and set-point to a command ``u`` (see ``actuator``), asked only when the reading can be trusted."""
 
     @property
     def gain(self) -> float:
@@ -34,3 +37,31 @@ class Law(Stateful, ABC):
     @abstractmethod
     def forget(self) -> None:
         """Drop the memory of having pushed entropy up: it is exploding."""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A law that closes the loop, and what it is run with.
+
+    ``limits`` are those of the command; the actuator's rest lies between them. ``sensor`` is what the law gets to see
+    of the readings, ``set_point`` where it is steered on the way to the band's target.
+    """
+
+    law: Law
+    limits: tuple[float, float]
+    sensor: Sensor
+    set_point: SetPoint
+
+
+@dataclass(frozen=True)
+class Hold:
+    """No loop: a command that no reading changes, with the state and the reason that every step reports."""
+
+    command: float
+    state: str
+    reason: str
+
+
+def published_loop(law: Law, limits: tuple[float, float]) -> Loop:
+    """A published law as published: it sees every reading as it is, and is steered to the target at once."""
+    return Loop(law, limits, Sensor(), SetPoint(0.0))

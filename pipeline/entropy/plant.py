@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config.schema import BandConfig, EntropyConfig
-from pipeline.entropy.actuators import Actuator, acting
+from pipeline.entropy.actuator import Actuator, acting
 from pipeline.entropy.controller import EntropyController
 from pipeline.entropy.factory import build_controller
 from pipeline.types import ControlDecision, EntropyReading

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from statistics import median
+from typing import TYPE_CHECKING
 
 from pipeline.entropy.state import Stateful
 from pipeline.smoothing import ema
-from pipeline.types import EntropyReading
+
+if TYPE_CHECKING:  # it imports torch, which a check of the configuration does without
+    from pipeline.types import EntropyReading
 
 FLOOR = 1e-3  # nats; below it ln H would amplify noise without bound
 HAMPEL_WINDOW = 7

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipeline.config.entropy_rules import TEMPERATURE_ACTUATORS
+from pipeline.entropy.actuator import actuator_of
 from pipeline.monitoring.summary import RunHistory, pass_at, totals
 from pipeline.monitoring.tracking import filtered
 
@@ -133,7 +133,8 @@ def command_chart(axes: Axes, runs: Sequence[RunHistory]) -> None:
     for run in controlled:
         colour, chart = colour_of(run, runs), run.series.read(["control/command"])
         steps, command = chart["step"], chart["control/command"]["mean"]
-        unit = "T+" if run.config.entropy.actuator in TEMPERATURE_ACTUATORS else run.config.entropy.actuator
+        actuator = actuator_of(run.config.entropy)
+        unit = "T+" if actuator.temperature else actuator.name
         axes.plot(steps, command, color=colour, linewidth=1.4, label=f"{_label(run, runs) or run.label} ({unit})")
         axes.plot(
             steps, np.where(run.series.in_state("saturated")[steps], command, np.nan), ".", color=colour, markersize=5

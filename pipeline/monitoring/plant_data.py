@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipeline.entropy.actuators import acting, actuator_of
+from pipeline.entropy.actuator import acting, actuator_of
 from pipeline.entropy.identify import IdentificationError, Record
 from pipeline.monitoring.summary import RunHistory
 

@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.config.entropy_rules import TEMPERATURE_ACTUATORS
+from pipeline.entropy.actuator import temperatures
 from pipeline.monitoring.console import CleanConsole
 from pipeline.monitoring.event_kinds import StepRecord
 from pipeline.monitoring.tracking import waiting
@@ -109,6 +109,6 @@ def _command(record: StepRecord) -> str:
     """The command in words: T+ where it is a temperature."""
     if record.actuator in ("none", ""):
         return "no control"
-    if record.actuator in TEMPERATURE_ACTUATORS:
+    if record.actuator in temperatures():
         return f"T+ {record.temperature:.2f} ({record.actuator})"
     return f"{record.actuator} {record.command:.4g}"

@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.config.entropy_rules import TEMPERATURE_ACTUATORS
+from pipeline.entropy.actuator import temperatures
 from pipeline.monitoring.naming import counted, titles
 from pipeline.monitoring.progress import STATE_STYLES
 from pipeline.monitoring.series import Series
@@ -199,7 +199,7 @@ def _done(found: Mapping[str, Any]) -> int:
 
 def _unit(found: Mapping[str, Any]) -> str:
     """What the command is called."""
-    return f"T+ ({found['actuator']})" if found["actuator"] in TEMPERATURE_ACTUATORS else str(found["actuator"])
+    return f"T+ ({found['actuator']})" if found["actuator"] in temperatures() else str(found["actuator"])
 
 
 def size(count: float) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from pipeline.config.schema import RunConfig
-from pipeline.entropy.actuators import acting
+from pipeline.entropy.actuator import acting
 from pipeline.objectives.advantage import group_advantages
 from pipeline.objectives.temperature import check_temperatures
 from pipeline.types import Actuation, ControlDecision, Prompt, Sample, SampleGroup, TrainBatch

@@ -18,7 +18,7 @@ import numpy as np
 from pipeline.clock import StepClock
 from pipeline.config.schema import RunConfig
 from pipeline.data.cursor import DataCursor
-from pipeline.entropy.actuators import acting
+from pipeline.entropy.actuator import acting
 from pipeline.learner import Learner
 from pipeline.rewards.stage import VerifierStage
 from pipeline.rollout.rollouts import Rollouts

@@ -9,6 +9,7 @@ import pytest
 from pipeline.config.keys import leaf_keys
 from pipeline.config.load import load_config
 from pipeline.config.schema import ACTUATORS, ADVANTAGES, CONTROLLERS, LOSSES, SHAPINGS
+from pipeline.entropy.actuator import actuator_called
 from pipeline.methods import EVIDENCE, all_methods
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -101,6 +102,82 @@ def test_a_new_loss_is_one_file(tmp_path):
     assert trained.returncode == 0, trained.stderr
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert [event["kind"] for event in events].count("step") == 1
+
+
+TOY_CONTROLLER = """
+from pipeline.entropy.law import Hold
+from pipeline.methods import controller_method
+
+MADE_FOR = ("toy_actuator",)
+METHOD = controller_method("toy_controller", "a test", "u = 0.5", "ours", "entropy.actuator=toy_actuator")
+
+def build(config, actuator):
+    return Hold(actuator.upper / 2, "holding", "toy")
+"""
+TOY_ACTUATOR = """
+from pipeline.entropy.actuator import Actuator
+from pipeline.methods import pi_method
+
+ACTUATOR = Actuator("toy_actuator", 0.0, 1.0, 0.0, 1.0)
+METHOD = pi_method("toy_actuator", "nothing")
+"""
+SIMULATION = """
+import json, sys
+import pipeline.entropy.actuators, pipeline.entropy.controllers
+pipeline.entropy.actuators.__path__.append(sys.argv[1] + "/actuators")
+pipeline.entropy.controllers.__path__.append(sys.argv[1] + "/controllers")
+from pipeline.config.schema import ACTUATORS, CONTROLLERS, EntropyConfig
+from pipeline.config.entropy_rules import controller_problems
+from pipeline.entropy.plant import SCENARIOS, simulate
+from pipeline.methods import all_methods
+
+def commands(controller):
+    trace = simulate(EntropyConfig(controller=controller, actuator="toy_actuator"), SCENARIOS["nominal"], 0)
+    return [float(command) for command in trace.commands]
+
+strange = EntropyConfig(controller="toy_controller", actuator="tok")
+print(json.dumps({
+    "choices": [*ACTUATORS, *CONTROLLERS],
+    "rules": {name: method.rule for name, method in all_methods().items()},
+    "toy": commands("toy_controller"),
+    "pi": commands("pi"),
+    "problems": [problem.remedy for problem in controller_problems(strange, 8)],
+}))
+"""
+
+
+def test_a_new_actuator_or_controller_is_one_file(tmp_path):
+    """It stands in the table and in the choices of its key, it is simulated, and goes only with what it is made for."""
+    for kind, text in (("actuator", TOY_ACTUATOR), ("controller", TOY_CONTROLLER)):
+        (tmp_path / f"{kind}s").mkdir()
+        (tmp_path / f"{kind}s/toy_{kind}.py").write_text(text)
+    command = [sys.executable, "-c", SIMULATION, str(tmp_path)]
+    found = json.loads(subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout)
+    assert {"toy_actuator", "toy_controller"} <= set(found["choices"])
+    assert found["rules"]["toy_controller"] == "u = 0.5"
+    assert found["rules"]["isentrope_toy_actuator"] == "PI on ln H, nothing"
+    assert set(found["toy"]) == {0.5}
+    assert len(set(found["pi"])) > 10
+    assert found["problems"] == ["use controller=pi, or entropy.actuator=toy_actuator"]
+
+
+@pytest.mark.parametrize("name", ACTUATORS)
+def test_an_actuator_is_called_as_its_file_is(name):
+    """What the learner is told to do goes by the actuator's own name."""
+    assert actuator_called(name).name == name
+
+
+def test_actuators_and_controllers_need_no_torch():
+    """A check of a configuration asks their files what goes together."""
+    program = """
+import sys
+from pipeline.config.schema import ACTUATORS, CONTROLLERS
+from pipeline.registry import load
+for name in ACTUATORS: load("pipeline.entropy.actuators", name)
+for name in CONTROLLERS: load("pipeline.entropy.controllers", name)
+sys.exit("torch" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 def test_a_check_of_the_configuration_needs_no_torch():

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.load import load_config
-from pipeline.config.schema import BandConfig, EntropyConfig, PiConfig
-from pipeline.entropy.actuators import ACTUATORS
+from pipeline.config.schema import ACTUATORS, BandConfig, EntropyConfig, PiConfig
+from pipeline.entropy.actuator import actuator_called
 from pipeline.entropy.factory import build_controller
 from pipeline.types import EntropyReading
 
@@ -30,26 +30,26 @@ def feed(control, readings, positives=5, start=0):
 # --- what it asks for in good weather
 
 
-@pytest.mark.parametrize("actuator", list(ACTUATORS))
+@pytest.mark.parametrize("actuator", ACTUATORS)
 def test_first_decision_leaves_the_policy_alone(actuator):
     first = controller(actuator=actuator).initial()
-    assert first.command == ACTUATORS[actuator].neutral
+    assert first.command == actuator_called(actuator).neutral
     assert first.temperature == 1.0
     assert first.auxiliary_prompts == (4 if actuator == "resample" else 0)
     assert first.state == "holding"
 
 
-@pytest.mark.parametrize("actuator", list(ACTUATORS))
+@pytest.mark.parametrize("actuator", ACTUATORS)
 def test_low_entropy_raises_the_command_high_entropy_lowers_it(actuator):
-    rest = ACTUATORS[actuator].neutral
+    rest = actuator_called(actuator).neutral
     low, high = feed(controller(actuator=actuator), [0.28])[0], feed(controller(actuator=actuator), [0.4])[0]
     assert low.command > rest
     assert (
-        high.command == pytest.approx(max(math.exp(-1), ACTUATORS[actuator].lower))
+        high.command == pytest.approx(max(math.exp(-1), actuator_called(actuator).lower))
         or high.command < rest
         or high.command == rest
     )
-    assert low.temperature == (low.command if ACTUATORS[actuator].temperature else 1.0)
+    assert low.temperature == (low.command if actuator_called(actuator).temperature else 1.0)
     assert low.state == "tracking"
     assert low.filtered_entropy == 0.28
     assert low.target == pytest.approx(TARGET)
@@ -123,7 +123,7 @@ def run_plant(control, steps, actuator, seed=0, start=0.55, gain=0.0114, drift=-
     """ln H integrates the command; figures measured on the 100k-parameter model. True entropies and decisions."""
     rng, y, entropies, decisions, decision = random.Random(seed), math.log(start), [], [], control.initial()
     for k in range(steps):
-        u = ACTUATORS[actuator].to_u(decision.command)
+        u = actuator_called(actuator).to_u(decision.command)
         y += drift + gain * u
         entropies.append(math.exp(y))
         decision = control.update(EntropyReading(100 * math.exp(y + rng.gauss(0, 0.05)), 100, k), 8)
@@ -364,7 +364,7 @@ LIMITS = {"scope": (0.8, 1.2), "bang_bang": (0.8, 1.2), "skywork": (0, 0.005), "
     st.booleans(),
 )
 def test_command_is_finite_and_within_limits_for_any_readings(law, readings, ramp):
-    actuator = ACTUATORS[law[1]]
+    actuator = actuator_called(law[1])
     pi = PiConfig(split_range=law == ("pi", "resample"), setpoint_ramp=0.02 * ramp, slew=0.05 * ramp)
     control = controller(controller=law[0], actuator=law[1], pi=pi)
     low, high = LIMITS.get(law[0], (actuator.lower, actuator.upper))

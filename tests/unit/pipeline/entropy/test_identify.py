@@ -4,12 +4,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pipeline.config.schema import BandConfig, EntropyConfig, PiConfig
-from pipeline.entropy.actuators import ACTUATORS
+from pipeline.config.schema import ACTUATORS, BandConfig, EntropyConfig, PiConfig
+from pipeline.entropy.actuator import actuator_called
 from pipeline.entropy.calibrate import calibration
 from pipeline.entropy.excitation import PERIOD, Excitation
+from pipeline.entropy.gains import KI_PER_KP, proportional_gain
 from pipeline.entropy.identify import IdentificationError, Record, identify
-from pipeline.entropy.pi import KI_PER_KP, proportional_gain
 from pipeline.entropy.plant import Plant, Scenario, simulate
 from pipeline.types import EntropyReading
 
@@ -108,9 +108,9 @@ def test_an_unreachable_rest_command_is_said_and_an_unknown_sign_refused():
         calibration(EntropyConfig(), [noiseless(-0.02, -0.005, 0, square(120))])
 
 
-@pytest.mark.parametrize("actuator", list(ACTUATORS))
+@pytest.mark.parametrize("actuator", ACTUATORS)
 def test_excitation_switches_within_the_limits_and_identifies(actuator):
-    row = ACTUATORS[actuator]
+    row = actuator_called(actuator)
     excitation = Excitation(EntropyConfig(actuator=actuator))
     decisions = [excitation.initial()]
     decisions += [excitation.update(EntropyReading(30.0, 100.0, k), 1) for k in range(4 * PERIOD - 1)]

@@ -2,18 +2,19 @@ import math
 
 import pytest
 
-from pipeline.entropy.aent import AentLaw
-from pipeline.entropy.bang_bang import BangBangLaw
-from pipeline.entropy.entropic import EntropicLaw
-from pipeline.entropy.pi import PiLaw, proportional_gain
-from pipeline.entropy.scope import ScopeLaw
+from pipeline.entropy.controllers.aent import AentLaw
+from pipeline.entropy.controllers.bang_bang import BangBangLaw
+from pipeline.entropy.controllers.entropic import EntropicLaw
+from pipeline.entropy.controllers.pi import PiLaw
+from pipeline.entropy.controllers.scope import LIMITS, ScopeLaw
+from pipeline.entropy.controllers.skywork import SkyworkLaw
+from pipeline.entropy.gains import proportional_gain
 from pipeline.entropy.sensor import Sensor
-from pipeline.entropy.skywork import SkyworkLaw
 
 
 @pytest.mark.parametrize(("entropy", "temperature"), [(0.5, 1.0), (0.4, 1.1), (0.55, 0.95), (0.1, 1.2), (2.0, 0.8)])
 def test_scope_is_the_published_clip(entropy, temperature):
-    assert math.exp(ScopeLaw().propose(entropy, 0.5, 0.0, 0)) == pytest.approx(temperature)
+    assert math.exp(ScopeLaw(*LIMITS).propose(entropy, 0.5, 0.0, 0)) == pytest.approx(temperature)
 
 
 def test_bang_bang_switches_at_the_target():

@@ -1,8 +1,23 @@
-"""Skywork-OR1's adaptive entropy coefficient (arXiv 2505.22312; public code read)."""
+"""``skywork``: Skywork-OR1's adaptive entropy coefficient (arXiv 2505.22312; public code read).
+
+Keys: ``entropy.skywork.step``, the change per step, and ``entropy.skywork.upper``, the largest coefficient.
+"""
 
 from __future__ import annotations
 
-from pipeline.entropy.law import ANY, Edges, Law
+from pipeline.config.schema import EntropyConfig
+from pipeline.entropy.actuator import Actuator, command_limits
+from pipeline.entropy.law import ANY, Edges, Law, Loop, published_loop
+from pipeline.methods import controller_method
+
+MADE_FOR = ("entropy_bonus",)
+METHOD = controller_method(
+    "skywork",
+    "Skywork-OR1",
+    "beta += D if H < target else -D, in [0, .005]; bonus on while H < target",
+    "code",
+    "entropy.actuator=entropy_bonus",
+)
 
 
 class SkyworkLaw(Law):
@@ -28,3 +43,9 @@ class SkyworkLaw(Law):
     def forget(self) -> None:
         """See ``Law``."""
         self.coefficient = 0.0
+
+
+def build(config: EntropyConfig, actuator: Actuator) -> Loop:
+    """The law up to the configured limit, or ``entropy.skywork.upper``."""
+    limits = command_limits(config, (0.0, config.skywork.upper))
+    return published_loop(SkyworkLaw(config.skywork.step, limits[1]), limits)

@@ -1,7 +1,9 @@
-"""The default law: proportional control of ln H, plus an integral that a predictor of ln H feeds, with a gain that it learns.
+"""``pi``, the default law: proportional control of ln H, plus an integral that a predictor feeds, with a gain that it
+learns.
 
 Under GRPO ln H drifts down and integrates what the actuator does, so a proportional law alone (SCOPE-RL v7's) settles
-off target and a two-point law (AEPO's) swings around it; the integral carries the drift.
+off target and a two-point law (AEPO's) swings around it; the integral carries the drift. Ours, derived and measured
+here (docs/control.md). Keys: ``entropy.pi``. The rows of the table are in the actuators' files, one each.
 """
 
 from __future__ import annotations
@@ -10,15 +12,17 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.entropy.law import ANY, Edges, Law
+from pipeline.config.schema import EntropyConfig
+from pipeline.entropy.actuator import PACKAGE, Actuator, command_limits
+from pipeline.entropy.band import SetPoint
+from pipeline.entropy.gains import CLOSED_LOOP_STEPS, DEAD_TIME, MOMENTUM_STEPS
+from pipeline.entropy.law import ANY, Edges, Law, Loop
 from pipeline.entropy.observer import MISSED, RATIOS, SPREAD, WIDE_RATIOS, PlantObserver
+from pipeline.entropy.sensor import HAMPEL_WINDOW, Sensor
+from pipeline.registry import names
 
+MADE_FOR = names(PACKAGE)  # any
 MAX_ERROR = 1.0  # |ln(H*/H)| beyond which the law pushes no harder
-MOMENTUM_STEPS = 3  # by which the optimizer's momentum delays what a command does
-# Dead time of the loop without stale rollouts: the decision's own step, momentum, and the mean age of an EMA of weight 0.7.
-DEAD_TIME = 1 + MOMENTUM_STEPS + 2
-CLOSED_LOOP_STEPS = 16.0  # time constant aimed at
-KI_PER_KP = 0.036
 
 
 @dataclass(frozen=True)
@@ -37,24 +41,15 @@ NOISY = Pace(CLOSED_LOOP_STEPS + DEAD_TIME, None, MISSED, SPREAD, RATIOS)
 QUIET = Pace(8.0 + 1 + MOMENTUM_STEPS, 0.01, 0.01, 1.2, WIDE_RATIOS)
 
 
-def proportional_gain(gain: float, staleness: int = 0) -> float:
-    """Kp for a plant that moves ln H by ``gain`` per unit of u and step: 1 / (gain (tc + dead time)), internal model control."""
-    return 1 / (gain * (CLOSED_LOOP_STEPS + DEAD_TIME + staleness))
-
-
-def integral_gain(kp: float) -> float:
-    """The ki that goes with ``kp``, to three digits: of the defaults, and of what ``calibrate`` proposes."""
-    return float(f"{KI_PER_KP * kp:.3g}")
-
-
 class PiLaw(Law):
     """u = clip((e / (tc + theta) - d) / b), e = clip(ln H* - y, -1, 1), with y, d and b from ``PlantObserver``.
 
-    So kp = 1 / (b (tc + theta)), and -d / b, the command that holds the entropy against its drift, is the integral. It is assumed at
-    first that b = 1 / (kp (tc + theta)), the plant that kp was chosen for; what the command does tells more. The observer's gains are l2 = ki b and
-    l1 = 2 sqrt(l2), critically damped. Since it is told the command as limited, the integral neither winds up at a limit nor waits for
-    the target to learn the drift; and a prediction passes less of the readings' noise on to the command than a filter of the same delay.
-    Rollouts ``s`` updates old delay u' by s more, and theta grows by s.
+    So kp = 1 / (b (tc + theta)), and -d / b, the command that holds the entropy against its drift, is the integral. It
+    is assumed at first that b = 1 / (kp (tc + theta)), the plant that kp was chosen for; what the command does tells
+    more. The observer's gains are l2 = ki b and l1 = 2 sqrt(l2), critically damped. Since it is told the command as
+    limited, the integral neither winds up at a limit nor waits for the target to learn the drift; and a prediction
+    passes less of the readings' noise on to the command than a filter of the same delay. Rollouts ``s`` updates old
+    delay u' by s more, and theta grows by s.
 
     Args:
         kp: ``u`` per unit of ln H. ki: the same, per step, of what the prediction missed.
@@ -122,3 +117,14 @@ class PiLaw(Law):
             return 0.0
         error -= math.copysign(self._dead_band, error)
         return min(max(error, -MAX_ERROR), MAX_ERROR)
+
+
+def build(config: EntropyConfig, actuator: Actuator) -> Loop:
+    """The law with the configured gains, or the actuator's; behind a Hampel filter and an exponential mean."""
+    pi = config.pi
+    kp, ki = (pi.kp, pi.ki) if pi.kp else (actuator.kp, actuator.ki)
+    limits = command_limits(config, (actuator.lower, actuator.upper))
+    lower, upper = actuator.to_u(limits[0]), actuator.to_u(limits[1])
+    pace = QUIET if config.repeated_prompts else NOISY
+    law = PiLaw(kp, ki, lower, upper, adapt=pi.adapt, slew=pi.slew, dead_band=pi.dead_band, pace=pace)
+    return Loop(law, limits, Sensor(pi.ema, HAMPEL_WINDOW), SetPoint(pi.setpoint_ramp))

@@ -1,12 +1,13 @@
-"""The actuators: what a controller may turn to move the entropy, and how far.
+"""What an actuator's file says of it: how far its command goes, what it is at rest, and the first gain of the PI law.
 
 Inside a controller a command is a number ``u`` in the actuator's own unit, 0 at rest: ln T for temperatures, the
 coefficient or fraction itself for the others. At rest a coefficient or fraction does nothing; a positive term at T=1 is
-still added with its weight ``entropy.alpha``, only its temperature no longer favours unlikely tokens over likely ones. Limits and gains were measured on a 100k-parameter model
-with a target of 0.3 nats (docs/methods.md); they are starting points for another, not laws.
+still added with its weight ``entropy.alpha``, only its temperature no longer favours unlikely tokens over likely ones.
+Limits and gains were measured on a 100k-parameter model with a target of 0.3 nats (docs/methods.md); they are starting
+points for another, not laws.
 
-A negative coefficient is refused, but by ``high_prob``, which is made for both signs: turned on incorrect samples it feeds back on
-itself and collapses the policy, and on correct ones it only hastens what the policy gradient does anyway.
+A coefficient below 0 is refused unless the actuator is ``signed``: turned on incorrect samples it feeds back on itself
+and collapses the policy, and on correct ones it only hastens what the policy gradient does anyway.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import math
 from dataclasses import dataclass
 
 from pipeline.config.schema import EntropyConfig
-from pipeline.entropy.pi import integral_gain
+from pipeline.entropy.gains import integral_gain
+from pipeline.registry import load, names
+
+PACKAGE = "pipeline.entropy.actuators"
 
 
 @dataclass(frozen=True)
 class Actuator:
-    """One row of the table. ``lower``, ``upper`` and ``neutral`` are commands; ``kp`` is in units of ``u``."""
+    """``lower``, ``upper`` and ``neutral`` are commands; ``kp`` is in units of ``u``. ``name`` is the file's."""
 
     name: str
     lower: float
@@ -30,6 +34,8 @@ class Actuator:
     temperature: bool = False  # the command is a temperature, u = ln T
     second_rollout: bool = False  # draws auxiliary samples
     positive_term: bool = False  # scaled by ``entropy.alpha``: with alpha 0 it does nothing
+    signed: bool = False  # the command may be below 0
+    share: bool = False  # the command is a share of tokens, at most 1
 
     @property
     def ki(self) -> float:
@@ -45,32 +51,31 @@ class Actuator:
         return math.exp(u) if self.temperature else u
 
 
-def _temperature(name: str, lower: float, upper: float, kp: float, second_rollout: bool = False) -> Actuator:
+def temperature(name: str, lower: float, upper: float, kp: float, second_rollout: bool = False) -> Actuator:
+    """An actuator that adds a positive term at a temperature."""
     return Actuator(name, lower, upper, 1.0, kp, True, second_rollout, positive_term=True)
 
 
-ACTUATORS = {
-    actuator.name: actuator
-    for actuator in (
-        _temperature("resample", 0.6, 1.6, 3.0, second_rollout=True),
-        _temperature("reweight", 1.0, 6.0, 2.0),
-        _temperature("fc", 1.0, 6.0, 2.0),
-        _temperature("dcpo", 0.8, 6.0, 2.0),  # gains and upper limit taken over from reweight, not measured
-        Actuator("tok", 0.0, 3.0, 0.0, 2.0),
-        Actuator("entropy_bonus", 0.0, 0.4, 0.0, 0.6),
-        Actuator("high_prob", -1.0, 1.0, 0.0, 1.0),
-        Actuator("clip_cov", 0.0, 0.2, 0.0, 0.08),
-    )
-}
+def actuator_called(name: str) -> Actuator:
+    """The actuator of that name. Raises ``ValueError`` with the names there are when there is none."""
+    actuator: Actuator = load(PACKAGE, name).ACTUATOR
+    return actuator
+
+
+def temperatures() -> tuple[str, ...]:
+    """The actuators whose command is a temperature."""
+    return tuple(name for name in names(PACKAGE) if actuator_called(name).temperature)
 
 
 def actuator_of(config: EntropyConfig) -> Actuator:
     """The configured actuator."""
-    return ACTUATORS[config.actuator]
+    return actuator_called(config.actuator)
 
 
 def acting(config: EntropyConfig) -> Actuator | None:
-    """The actuator that takes part in training; ``None`` for plain GRPO: no controller, or a positive term of weight 0."""
+    """The actuator that takes part in training; ``None`` for plain GRPO: no controller, or a positive term of weight
+    0.
+    """
     if config.controller == "none":
         return None
     actuator = actuator_of(config)
