@@ -406,7 +406,7 @@ def test_an_actuator_of_both_signs_takes_limits_of_both():
         ({"actuator": "clip_cov", "command_max": 2.0}, "entropy.command_max: 2.0"),
         ({"actuator": "resample", "command_min": 1.1, "command_max": 1.3}, "contain 1"),
         ({"actuator": "resample", "command_max": 1.3}, "is a temperature, which is above 0"),
-        ({"actuator": "lever"}, "entropy.actuator: 'lever'(?s:.)*choose one of resample"),
+        ({"actuator": "lever"}, "entropy.actuator: 'lever'(?s:.)*choose one of clip_cov"),
         ({"controller": "pid"}, "entropy.controller: 'pid'(?s:.)*did you mean 'pi'"),
         (
             {"controller": "scope", "actuator": "tok"},
