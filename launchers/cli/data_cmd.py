@@ -59,6 +59,28 @@ def check(
         typer.echo("\n".join(_lines(report, settings.rollout.max_prompt_tokens)))
 
 
+@app.command("grade")
+def grade(file: Path = typer.Argument(metavar="FILE", help="JSONL file."), as_json: bool = JSON) -> None:
+    """Say what verifiers say of responses: reward, the answer that was found in the response, errors.
+
+    Every line of FILE holds "verifier", "answer" (the reference) and "response"; "meta" where the verifier needs it. With
+    --json, one JSON object a line. Lines that are malformed and references that no response could match are reported
+    by file and line, with exit code 2.
+
+    Example:
+
+      isentrope data grade responses.jsonl --json
+    """
+    from pipeline.rewards.grade import grade_file
+
+    for found in grade_file(file):
+        if as_json:
+            typer.echo(json.dumps(asdict(found)))
+        else:
+            error = f"  error: {found.error}" if found.error else ""
+            typer.echo(f"{found.line:>5}  reward {found.reward:g}  extracted {found.extracted!r}{error}")
+
+
 def _lines(report: DataReport, limit: int) -> Iterator[str]:
     yield f"{report.questions} questions; verifiers: " + ", ".join(f"{n} x {v}" for v, n in report.verifiers.items())
     if report.lengths:

@@ -338,7 +338,10 @@ class DataConfig:
         5.0, "longest verification; then the sample is marked and gets reward 0", range=POSITIVE, unit="seconds"
     )
     verifier_workers: int = key(
-        1, "processes for verifiers that run outside the driver (math, reasoning_gym)", range=COUNT, unit="processes"
+        0,
+        "processes for verifiers that run outside the driver (math, reasoning_gym); 0: as many as CPUs",
+        range=NOT_NEGATIVE,
+        unit="processes",
     )
 
 

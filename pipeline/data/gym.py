@@ -13,6 +13,8 @@ import numpy as np
 
 from pipeline.data import DataError
 from pipeline.data.questions import Question
+from pipeline.rewards.verifier import make_verifier
+from pipeline.types import Prompt
 
 
 def generate_questions(dataset: str, size: int, params: Mapping[str, Any], seed: int) -> list[Question]:
@@ -35,6 +37,8 @@ def generate_questions(dataset: str, size: int, params: Mapping[str, Any], seed:
             raise DataError(
                 f"data.source.task={dataset!r}: its scorer needs Python objects that JSON cannot carry; choose another dataset"
             )
+        if index == 0 and (refusal := _refusal(questions[name])):
+            raise DataError(f"data.source.task={dataset!r}: {refusal}")
     return list(questions.values())
 
 
@@ -64,6 +68,12 @@ def _create(dataset: str, size: int, params: dict[str, Any], seed: int) -> Any:
 def _same_score(source: Any, original: dict[str, Any], carried: dict[str, Any]) -> bool:
     """Whether the reference answer scores the same on the entry as it was and as JSON brings it back."""
     return bool(source.score_answer(original["answer"], original) == source.score_answer(carried["answer"], carried))
+
+
+def _refusal(question: Question) -> str:
+    """Why the dataset's scorer cannot tell the reference answer from others, or ""."""
+    asked = Prompt(question.id, (), question.text, question.answer, question.verifier, question.meta)
+    return make_verifier("reasoning_gym").refusal(asked)
 
 
 def _plain(value: Any) -> Any:

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipeline.data import DataError
 from pipeline.data.questions import Question
+from pipeline.rewards.judge import Judge
 from pipeline.rewards.verifier import UnknownVerifierError, check_verifier
+from pipeline.types import Prompt
 
 _KEYS = ("id", "prompt", "messages", "answer", "verifier", "meta")
 _ROLES = ("system", "user", "assistant")
+_LONGEST_REFERENCE_S = 5.0  # for a verifier to compare a reference with itself
 _REPORTED = 10  # malformed lines described one by one
 
 
@@ -43,11 +47,22 @@ def read_jsonl(path: Path | str, verifier: str) -> list[Question]:
                 continue
             line_of[question.id] = number
             questions.append(question)
+    faults += [f"  {path}:{line_of[question.id]}: {reason}" for question, reason in _refused(questions) if reason]
     if faults:
         raise DataError(_report(path, faults))
     if not questions:
         raise DataError(f"data.source.path={path}: the file is empty; it needs one JSON object a line")
     return questions
+
+
+def _refused(questions: Sequence[Question]) -> Iterator[tuple[Question, str]]:
+    """Every question with the reason why no response could match its reference answer, or ""."""
+    judge = Judge(workers=0, timeout=_LONGEST_REFERENCE_S)
+    asked = [Prompt(each.id, (), "", each.answer, each.verifier, each.meta) for each in questions]
+    try:
+        yield from zip(questions, judge.refusals(asked), strict=True)
+    finally:
+        judge.close()
 
 
 def _question(line: bytes, verifier: str) -> Question:

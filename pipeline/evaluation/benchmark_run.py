@@ -17,7 +17,7 @@ import numpy as np
 from pipeline.data import DataError
 from pipeline.evaluation.metrics import distinct_correct, maj_at_k, pass_at_k, pass_interval
 from pipeline.monitoring.events import cut_torn_line
-from pipeline.rewards.answers import canonical_answer
+from pipeline.rewards.answers import grouped_answers
 from pipeline.rewards.stage import VerifierStage
 from pipeline.seeds import sample_seed
 from pipeline.types import GenerateRequest, Prompt, Role, SampleGroup
@@ -92,7 +92,10 @@ def figures(lines: Sequence[Mapping[str, Any]], ks: Sequence[int]) -> dict[str, 
     samples = [line["samples"] for line in lines]
     n = len(samples[0])
     correct = np.array([[sample["correct"] for sample in row] for row in samples])
-    answers = [[canonical_answer(line["verifier"], sample["text"]) for sample in line["samples"]] for line in lines]
+    answers = [
+        grouped_answers(line["verifier"], [s["text"] for s in line["samples"]], [s["correct"] for s in line["samples"]])
+        for line in lines
+    ]
     counts = correct.sum(axis=1)
 
     def estimate(k: int) -> dict[str, float]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.config.schema import RunConfig
 from pipeline.evaluation.metrics import distinct_correct, maj_at_k, pass_at_k, pass_interval
-from pipeline.rewards.answers import canonical_answer
+from pipeline.rewards.answers import grouped_answers
 from pipeline.rewards.stage import VerifierStage
 from pipeline.seeds import sample_seed, stream_seed
 from pipeline.types import GenerateRequest, Prompt, Role, SampleGroup
@@ -89,7 +89,10 @@ def measure(groups: Sequence[SampleGroup], ks: Sequence[int], *, seconds: float,
     samples = [sample for group in groups for sample in group.samples]
     n = len(groups[0].samples)
     correct = np.array([[sample.correct for sample in group.samples] for group in groups])
-    answers = [[canonical_answer(group.prompt.verifier, sample.text) for sample in group.samples] for group in groups]
+    answers = [
+        grouped_answers(group.prompt.verifier, [s.text for s in group.samples], [s.correct for s in group.samples])
+        for group in groups
+    ]
     counts = correct.sum(axis=1)
     return EvaluationResult(
         pass_at_k={k: Estimate(pass_at_k(counts, n, k), *pass_interval(counts, n, k, seed=seed)) for k in ks},

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, wait
 from functools import partial
+from typing import Any
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
@@ -17,7 +19,7 @@ _LONGEST_ERROR = 200  # characters
 
 
 class VerifierPool:
-    """``workers`` processes that run one verifier, each call limited to ``timeout`` seconds.
+    """``workers`` processes (0: as many as CPUs) that run one verifier, each call limited to ``timeout`` seconds.
 
     Workers are forked from a server process that has the verifier's library loaded and nothing of the driver (no CUDA, no
     threads), so replacing a killed one takes milliseconds. Raises what the verifier's import raises.
@@ -28,20 +30,25 @@ class VerifierPool:
         self.timeout = timeout
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__, library_of(verifier)])
-        self._start = partial(ProcessPool, max_workers=workers, context=context)
+        self._start = partial(ProcessPool, max_workers=workers or len(os.sched_getaffinity(0)), context=context)
         self._pool = self._start()
         # Import before the first timed call. No time limit: a slow disk is no fault of a sample.
         self._pool.schedule(_load, (verifier,)).result()
 
     def scores(self, calls: Sequence[tuple[Prompt, str]]) -> list[Outcome]:
         """One outcome per (prompt, response text), in order. Never raises on account of a verifier."""
-        futures = [self._submit(*call) for call in calls]
+        return self._run(_score, calls)
+
+    def refusals(self, prompts: Sequence[Prompt]) -> list[str]:
+        """For every prompt why its reference cannot be matched, or ""; an error or a time limit is a reason too."""
+        return [str(outcome) for outcome in self._run(_refusal, [(prompt,) for prompt in prompts])]
+
+    def _run(self, work: Callable[..., Outcome], calls: Sequence[tuple[Any, ...]]) -> list[Outcome]:
+        futures = [self._submit(work, call) for call in calls]
         outcomes = [self._outcome(future) for future in futures]
         for index, outcome in enumerate(outcomes):
-            if (
-                outcome is None
-            ):  # the whole pool broke: judge what it lost one at a time, so that only the culprit fails
-                outcomes[index] = self._outcome(self._submit(*calls[index]))
+            if outcome is None:  # the whole pool broke: run what it lost one at a time, so that only the culprit fails
+                outcomes[index] = self._outcome(self._submit(work, calls[index]))
         return ["verifier process died" if outcome is None else outcome for outcome in outcomes]
 
     def close(self) -> None:
@@ -49,13 +56,13 @@ class VerifierPool:
         self._pool.stop()
         self._pool.join()
 
-    def _submit(self, prompt: Prompt, text: str) -> ProcessFuture[float]:
+    def _submit(self, work: Callable[..., Outcome], call: tuple[Any, ...]) -> ProcessFuture[Outcome]:
         if not self._pool.active:
             self.close()
             self._pool = self._start()
-        return self._pool.schedule(_score, (self.verifier, prompt, text), timeout=self.timeout)
+        return self._pool.schedule(work, (self.verifier, *call), timeout=self.timeout)
 
-    def _outcome(self, future: ProcessFuture[float]) -> Outcome | None:
+    def _outcome(self, future: ProcessFuture[Outcome]) -> Outcome | None:
         """Reward or error of a call; None when the pool broke under it."""
         while not wait([future], timeout=1.0).done:
             if not self._pool.active:  # a broken pool leaves the futures it had not dispatched yet undone for ever
@@ -87,3 +94,7 @@ def _load(verifier: str) -> None:
 
 def _score(verifier: str, prompt: Prompt, text: str) -> float:
     return float(make_verifier(verifier).score(prompt, text))
+
+
+def _refusal(verifier: str, prompt: Prompt) -> str:
+    return make_verifier(verifier).refusal(prompt)

@@ -9,12 +9,9 @@ from typing import Protocol
 import numpy as np
 
 from pipeline.config.schema import DataConfig
-from pipeline.rewards.pool import Outcome, VerifierPool, describe
-from pipeline.rewards.verifier import Verifier, check_verifier, inline, make_verifier
-from pipeline.types import Prompt, Sample, SampleGroup
-
-# What a built-in verifier can raise on a prompt whose answer it cannot read.
-_BAD_ANSWER = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+from pipeline.rewards.judge import Judge
+from pipeline.rewards.pool import Outcome
+from pipeline.types import Sample, SampleGroup
 
 
 class Decoder(Protocol):
@@ -32,64 +29,39 @@ class VerifierStage:
     """
 
     def __init__(self, config: DataConfig, tokenizer: Decoder) -> None:
-        self._config = config
         self._tokenizer = tokenizer
-        self._pools: dict[str, VerifierPool] = {}
+        self._judge = Judge(config.verifier_workers, config.verifier_timeout_s)
 
     def verify(self, groups: Sequence[SampleGroup]) -> list[SampleGroup]:
         """The groups with every sample judged. Raises ``UnknownVerifierError`` for a name that nobody registered."""
         texts = self._tokenizer.decode_batch([sample.token_ids for group in groups for sample in group.samples])
         calls = [(group.prompt, sample) for group in groups for sample in group.samples]
-        outcomes: list[Outcome] = ["" for _ in calls]
-        apart: dict[str, list[int]] = {}
-        for index, (prompt, sample) in enumerate(calls):
-            if sample.finish_reason == "abort":
-                outcomes[index] = "aborted before it was finished"
-            elif inline(prompt.verifier):
-                outcomes[index] = _judge(make_verifier(prompt.verifier), prompt, texts[index])
-            else:
-                apart.setdefault(prompt.verifier, []).append(index)
-        for verifier, indices in apart.items():
-            judged = self._judge_apart(verifier, [(calls[index][0], texts[index]) for index in indices])
-            for index, outcome in zip(indices, judged, strict=True):
-                outcomes[index] = outcome
+        finished = [index for index, (_, sample) in enumerate(calls) if sample.finish_reason != "abort"]
+        outcomes: list[Outcome] = ["aborted before it was finished" for _ in calls]
+        judged = self._judge.outcomes([(calls[index][0], texts[index]) for index in finished])
+        for index, outcome in zip(finished, judged, strict=True):
+            outcomes[index] = outcome
         verdicts = map(_with_verdict, (sample for _, sample in calls), texts, outcomes)
         return [_regroup(group, verdicts) for group in groups]
 
     def close(self) -> None:
         """End the worker processes. Idempotent."""
-        for pool in self._pools.values():
-            pool.close()
-        self._pools.clear()
-
-    def _judge_apart(self, verifier: str, calls: list[tuple[Prompt, str]]) -> Iterator[Outcome]:
-        """Outcomes from the verifier's pool; a response that was drawn twice is judged once."""
-        check_verifier(verifier)
-        if verifier not in self._pools:
-            self._pools[verifier] = VerifierPool(
-                verifier, self._config.verifier_workers, self._config.verifier_timeout_s
-            )
-        distinct = {(prompt.id, text): (prompt, text) for prompt, text in calls}
-        outcomes = dict(zip(distinct, self._pools[verifier].scores(list(distinct.values())), strict=True))
-        return (outcomes[prompt.id, text] for prompt, text in calls)
+        self._judge.close()
 
 
-def _judge(verifier: Verifier, prompt: Prompt, text: str) -> Outcome:
-    try:
-        return verifier.score(prompt, text)
-    except _BAD_ANSWER as error:
-        return describe(error)
+def verdict(outcome: Outcome) -> tuple[float, str]:
+    """(reward, error): an outcome that is no reward in [0, 1] is reward 0 and the reason."""
+    if isinstance(outcome, str):
+        return 0.0, outcome
+    if 0.0 <= outcome <= 1.0:
+        return outcome, ""
+    return 0.0, f"reward {outcome} is outside [0, 1]"
 
 
 def _with_verdict(sample: Sample, text: str, outcome: Outcome) -> Sample:
-    if isinstance(outcome, str):
-        reward, error = 0.0, outcome
-    elif 0.0 <= outcome <= 1.0:
-        reward, error = outcome, ""
-    else:
-        reward, error = 0.0, f"reward {outcome} is outside [0, 1]"
-    verdict = {"text": text, "reward": reward, "correct": reward == 1.0, "verifier_error": error}
-    return Sample(**(vars(sample) | verdict))  # dataclasses.replace takes twice as long, thousands of times a step
+    reward, error = verdict(outcome)
+    told = {"text": text, "reward": reward, "correct": reward == 1.0, "verifier_error": error}
+    return Sample(**(vars(sample) | told))  # dataclasses.replace takes twice as long, thousands of times a step
 
 
 def _regroup(group: SampleGroup, verdicts: Iterator[Sample]) -> SampleGroup:

@@ -29,6 +29,12 @@ class Verifier(Protocol):
     def score(self, prompt: Prompt, text: str) -> float:
         """Reward in [0, 1]; exactly 1 means correct."""
 
+    def extract(self, text: str) -> str | None:
+        """What the response answers, as it is written there; None where it answers nothing."""
+
+    def refusal(self, prompt: Prompt) -> str:
+        """Why no response could match the prompt's reference answer, with the remedy; "" where one can."""
+
 
 def check_verifier(name: str) -> None:
     """Raise ``UnknownVerifierError`` unless ``name`` is a file, or ``module:attribute`` with a findable module."""

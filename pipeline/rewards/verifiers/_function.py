@@ -13,6 +13,14 @@ class Verifier:
     def __init__(self, function: Callable[[Prompt, str], float]) -> None:
         self._function = function
 
+    def extract(self, text: str) -> str | None:
+        """The whole response: what the function reads in it is its own affair."""
+        return text or None
+
+    def refusal(self, prompt: Prompt) -> str:
+        """Nothing: what a reference must be, the function alone knows."""
+        return ""
+
     def score(self, prompt: Prompt, text: str) -> float:
         """Whatever the function says."""
         return float(self._function(prompt, text))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from pipeline.types import Prompt
 
 INLINE = True  # time linear in the text and no foreign code: it needs no process of its own
@@ -12,6 +14,16 @@ class Verifier:
 
     ``meta["operators"]`` holds the permitted operators, by default ``+-*``.
     """
+
+    def extract(self, text: str) -> str | None:
+        """The whole response."""
+        return text or None
+
+    def refusal(self, prompt: Prompt) -> str:
+        """Why no response could match the reference; "" where one can."""
+        if isinstance(prompt.answer, str) and re.fullmatch(r"[0-9]+,-?[0-9]+", prompt.answer):
+            return ""
+        return f"answer {prompt.answer!r} must read digits,target, like '1234,24'"
 
     def score(self, prompt: Prompt, text: str) -> float:
         """Linear in the text."""

@@ -53,3 +53,36 @@ def test_bad_lines_end_it_with_2(file, capsys):
     assert f"{file}:4: 'answer' is missing" in err
     code, _, err = call(capsys, "data", "check")
     assert (code, "give a FILE, a --config, or both" in err) == (2, True)
+
+
+def test_grade_says_what_a_verifier_found(tmp_path, capsys):
+    path = tmp_path / "responses.jsonl"
+    lines = [
+        {"verifier": "math", "answer": "12", "response": r"so \boxed{12}", "why": "left alone"},
+        {"verifier": "math", "answer": "12", "response": r"so \boxed{"},
+        {"verifier": "choice", "answer": "B", "response": "The answer is (B)."},
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    code, out, _ = call(capsys, "data", "grade", str(path), "--json")
+    assert code == 0
+    found = [json.loads(line) for line in out.splitlines()]
+    assert [(each["line"], each["reward"], each["extracted"], each["error"]) for each in found] == [
+        (1, 1.0, "12", ""),
+        (2, 0.0, None, ""),
+        (3, 1.0, "B", ""),
+    ]
+    assert "1  reward 1  extracted '12'" in call(capsys, "data", "grade", str(path))[1]
+
+
+def test_grade_refuses_by_file_and_line(tmp_path, capsys):
+    path = tmp_path / "responses.jsonl"
+    good = json.dumps({"verifier": "exact", "answer": "1", "response": "1"})
+    path.write_text(
+        f"{good}\n{{\n{good.replace(chr(34) + '1' + chr(34), 'null', 1)}\n{good.replace('exact', 'exat')}\n"
+    )
+    code, _, err = call(capsys, "data", "grade", str(path))
+    assert code == 2
+    assert f"{path}:2: not JSON" in err
+    assert f"{path}:3: answer None" in err
+    assert f"{path}:4: unknown verifier 'exat'" in err
+    assert call(capsys, "data", "grade", str(tmp_path / "none.jsonl"))[0] == 2

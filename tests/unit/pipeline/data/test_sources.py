@@ -133,6 +133,11 @@ MALFORMED = [
     ({"id": "m", "messages": [], "answer": 1, "verifier": "exact"}, "'messages' must be a non-empty list"),
     ({"id": "m", "messages": [{"role": "robot"}], "answer": 1, "verifier": "exact"}, "each message needs a 'role'"),
     ({"id": "m", "messages": [{"role": "user"}], "answer": 1, "verifier": "exact"}, "'role' and 'content'"),
+    (question(1, answer=None), "answer None: None is neither text nor a number"),
+    (question(1, answer={"value": 12}, verifier="math"), "answer {'value': 12} is no mathematical expression"),
+    (question(1, answer="Z", verifier="choice"), "answer 'Z' is no choice: give a letter from A to T"),
+    (question(1, answer="10^{10^{10^{10}}}", verifier="math"), "no verdict within"),
+    (question(1, verifier="reasoning_gym"), "meta lacks dataset, entry, params"),
     (question(0), "duplicate id 'q0', first on line 1"),
 ]
 
@@ -219,6 +224,11 @@ def test_reasoning_gym(byte_tokenizer):
         assert verifier.score(prompt, prompt.answer) == 1.0
         assert verifier.score(prompt, f"I think <answer> {prompt.answer} </answer>") == 1.0
         assert verifier.score(prompt, prompt.answer + "1") < 1.0
+
+
+def test_a_dataset_whose_scorer_rewards_nonsense_is_refused(byte_tokenizer):
+    with pytest.raises(DataError, match=r"game_of_life_halting gives 1 to .*: choose another"):
+        load(byte_tokenizer, kind="reasoning_gym", task="game_of_life_halting", size=3)
 
 
 def test_reasoning_gym_errors(byte_tokenizer):
