@@ -64,8 +64,9 @@ def counted(rank, world, address, folder, tp, pp, rows, config):
     made.update(rows, 0)  # Adam's moments exist from the first step on
     parameters = list(made._parameters.values())
     gc.collect()
+    share = made._share(rows, for_update=False)
     with Live(parameters) as live:
-        made._accumulate(rows)
+        made._accumulate(share.batch, 0, share.micro_batches[0])
     own = {p.untyped_storage().data_ptr() for p in parameters}
     state = [
         t for o in _optimizers(made._optimizer) for s in o.state.values() for t in s.values() if torch.is_tensor(t)

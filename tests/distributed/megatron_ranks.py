@@ -360,8 +360,8 @@ def poisoned_gradient(rank, world, address, folder, tp, pp, config):
     made = learner(rank, world, address, folder, tp, pp, **config)
     accumulate = made._accumulate
 
-    def poisoned(rows):
-        sums = accumulate(rows)
+    def poisoned(*rows):
+        sums = accumulate(*rows)
         if rank == world - 1:
             next(iter(made._parameters.values())).main_grad.fill_(torch.nan)
         return sums
