@@ -18,6 +18,11 @@ import tokenizers.decoders
 from pipeline.data import DataError
 from pipeline.data.special_tokens import eos_token_ids, pad_token_id, read_json
 
+# The byte that each letter of a byte-level vocabulary stands for: printable Latin-1 for itself, the others from 256 on (GPT-2).
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTE_OF = {chr(byte): byte for byte in _PRINTABLE}
+BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))}
+
 Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
 
 
@@ -41,7 +46,12 @@ class Tokenizer:
 
     def decode_batch(self, sequences: Sequence[np.ndarray]) -> list[str]:
         """Text of each int array [n], without special tokens."""
-        return self._backend.decode_batch([ids.tolist() for ids in sequences], skip_special_tokens=True)
+        table = self._bytes
+        if table is None:
+            return self._backend.decode_batch([ids.tolist() for ids in sequences], skip_special_tokens=True)
+        # mode: ids beyond the table are its last entry, which is empty. The library takes eight times as long.
+        pieces = (table.take(ids, mode="clip").tolist() for ids in sequences)
+        return [b"".join(piece).decode("utf-8", "replace") for piece in pieces]
 
     def pieces(self, token_ids: np.ndarray) -> list[str]:
         """The text that each of an int array [n] adds, special tokens included: joined, they are the decoded whole.
@@ -94,6 +104,21 @@ class Tokenizer:
                 f"vocabulary of {self._vocabulary} (vocab_size in config.json): use the tokenizer that belongs to the "
                 "model, or give the model embeddings for the tokens that were added"
             )
+
+    @cached_property
+    def _bytes(self) -> np.ndarray | None:
+        """Bytes that each token stands for, object [vocabulary + 1]; None unless the tokenizer is byte-level, when a text is its tokens'."""
+        if not isinstance(self._backend.decoder, tokenizers.decoders.ByteLevel):
+            return None
+        special = {added.content for added in self._backend.get_added_tokens_decoder().values() if added.special}
+        size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        table = np.full(size + 1, b"", dtype=object)
+        for number in range(size):
+            token = self._backend.id_to_token(number) or ""
+            if token not in special:
+                known = all(letter in BYTE_OF for letter in token)
+                table[number] = bytes(map(BYTE_OF.__getitem__, token)) if known else token.encode()
+        return table
 
     @cached_property
     def _chat(self) -> Any:

@@ -7,7 +7,7 @@ and not renormalised by top-p, which is off. Weights travel by the transport tha
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
@@ -24,6 +24,7 @@ from pipeline.model import folder as model_folder
 from pipeline.model.architecture import ModelError
 from pipeline.rollout.engine import EngineError, EngineTimeoutError, WeightUpdateError
 from pipeline.rollout.sglang import fp8 as sglang_fp8
+from pipeline.rollout.sglang import replies
 from pipeline.rollout.sglang.server import SglangServer
 from pipeline.rollout.sglang.verify import UpdateVerifier, server_log_probs
 from pipeline.rollout.transport import Deadline, WeightTransport
@@ -31,7 +32,7 @@ from pipeline.rollout.transport_disk import DiskTransport
 from pipeline.rollout.transport_distributed import DistributedTransport
 from pipeline.rollout.transport_tensor import TensorTransport
 from pipeline.rollout.update_session import UpdateSession
-from pipeline.types import EngineHealth, GenerateRequest, Sample, SampleGroup, WeightBucket, WeightSpan
+from pipeline.types import EngineHealth, GenerateRequest, Sample, SampleGroup, WeightBucket
 
 _CALLS_IN_FLIGHT = 8  # each fills the KV cache if every response is as long as allowed; most are not
 _ABORT_TIMEOUT_S = 10.0  # the server only passes it on
@@ -128,8 +129,7 @@ class SglangEngine:
         rows = [(request, seed) for request in requests for seed in request.seeds]
         if not rows:
             return [SampleGroup(request.prompt, (), request.role) for request in requests]
-        replies = self._replies(rows, self._version)
-        samples = [self._sample(request, seed, reply) for (request, seed), reply in zip(rows, replies, strict=True)]
+        samples = self._samples(rows, self._version)
         self._check_versions(samples)
         drawn = iter(samples)
         return [SampleGroup(r.prompt, tuple(islice(drawn, len(r.seeds))), r.role) for r in requests]
@@ -237,8 +237,8 @@ class SglangEngine:
 
     # Generation
 
-    def _replies(self, rows: Sequence[_Row], version: int) -> list[Mapping[str, Any]]:
-        """The server's reply for every row, in order."""
+    def _samples(self, rows: Sequence[_Row], version: int) -> list[Sample]:
+        """What the server draws for every row, in order."""
         longest = max(len(request.prompt.token_ids) + request.max_new_tokens for request, _ in rows)
         size = max(1, self._kv_tokens // longest)
         self._aborted.clear()
@@ -253,19 +253,22 @@ class SglangEngine:
                 with suppress(EngineError):  # a server that has ended; the first error says so
                     self.abort()
                 raise
-        return [reply for call in calls for reply in call.result()]
+        return [sample for call in calls for sample in call.result()]
 
-    def _call(self, rows: Sequence[_Row], version: int) -> list[Mapping[str, Any]]:
+    def _call(self, rows: Sequence[_Row], version: int) -> list[Sample]:
         """One HTTP call; after ``abort`` none, but what the server says of a request that it aborts in its queue."""
         if self._aborted.is_set():
-            return [{"meta_info": {"finish_reason": {"type": "abort"}, "weight_version": version}}] * len(rows)
-        replies: list[Mapping[str, Any]] = self._running.post(
+            return [replies.aborted(request, seed, version) for request, seed in rows]
+        body = self._running.content(
             "/generate",
             input_ids=[request.prompt.token_ids for request, _ in rows],
             sampling_params=[self._sampling_params(request, seed) for request, seed in rows],
             return_logprob=True,
         )
-        return replies
+        try:
+            return replies.samples(body, rows)
+        except EngineError as error:
+            raise EngineError(f"{self._name}: {error}; log: {self._log_path}") from error
 
     def _sampling_params(self, request: GenerateRequest, seed: int) -> dict[str, Any]:
         return {
@@ -275,26 +278,6 @@ class SglangEngine:
             "stop_token_ids": list(self._eos),
             "sampling_seed": seed,
         }
-
-    def _sample(self, request: GenerateRequest, seed: int, reply: Mapping[str, Any]) -> Sample:
-        meta = reply["meta_info"]
-        reason = meta["finish_reason"]
-        if reason["type"] == "abort" and reason.get("status_code"):  # an error of the server, not our abort()
-            raise EngineError(
-                f"{self._name}: prompt {request.prompt.id!r}: {reason.get('message')}; log: {self._log_path}"
-            )
-        entries = meta.get("output_token_logprobs") or []
-        # 0.5.21 reports spans; before, one version per response, which pausing by retraction keeps true only when idle.
-        spans = meta.get("weight_versions") or [{"version": meta["weight_version"], "start": 0, "end": len(entries)}]
-        return Sample(
-            token_ids=np.array([entry[1] for entry in entries], dtype=np.int64),
-            log_probs=np.array([entry[0] for entry in entries], dtype=np.float32),
-            temperature=request.temperature,
-            seed=seed,
-            role=request.role,
-            finish_reason=reason["type"],
-            weight_versions=tuple(WeightSpan(int(s["version"]), s["start"], s["end"]) for s in spans),
-        )
 
     def _check_versions(self, samples: Sequence[Sample]) -> None:
         """Refuse samples of weights that were never committed, such as those of an update that was aborted."""

@@ -79,6 +79,12 @@ class SglangServer:
         """
         return self.check(self._request("POST", path, body, timeout_s))
 
+    def content(self, path: str, **body: object) -> bytes:
+        """As ``post``, the body of the reply as it came."""
+        response = self._request("POST", path, body)
+        self._require_ok(response)
+        return response.content
+
     def get(self, path: str, *, timeout_s: float | None = None) -> Any:
         """GET; the decoded reply. Raises like ``post``."""
         return self.check(self._request("GET", path, timeout_s=timeout_s))
@@ -89,11 +95,14 @@ class SglangServer:
 
     def check(self, response: httpx.Response) -> Any:
         """The decoded body of a reply, which must have status 200."""
+        self._require_ok(response)
+        return response.json() if "json" in response.headers.get("content-type", "") else response.text
+
+    def _require_ok(self, response: httpx.Response) -> None:
         if response.status_code != HTTPStatus.OK:
             raise EngineError(
                 f"{response.url} answered {response.status_code}: {response.text[:500]}; log: {self.log_path}"
             )
-        return response.json() if "json" in response.headers.get("content-type", "") else response.text
 
     def answers(self, path: str, timeout_s: float) -> bool:
         """Whether a GET of ``path`` is answered with 200."""

@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.data import DataError
 from pipeline.data.countdown import SYMBOLS
@@ -128,3 +130,30 @@ def test_a_refusing_chat_template_is_an_error_naming_the_roles(folder):
     edit(folder / "tokenizer_config.json", chat_template="{{ raise_exception('no system role') }}")
     with pytest.raises(DataError, match=r"roles \['system', 'user'\]: no system role"):
         load_tokenizer(folder).render_chat([{"role": "user", "content": "1"}], "9")
+
+
+@pytest.fixture(scope="module")
+def byte_level(tmp_path_factory):
+    """Single bytes, merges of some, and added tokens of every kind, one of which is no byte-level text."""
+    folder = tmp_path_factory.mktemp("byte-level")
+    shutil.copytree(PM4, folder / "model")
+    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    words = dict.fromkeys([*letters, "Ġthe", "ĠâĤ", "¬x", "ĊĊ"])
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={w: i for i, w in enumerate(words)}, merges=[]))
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<|end|>", "Ġstop"])
+    backend.add_tokens(["<answer>", "a b ☃", "Ġâ"])
+    backend.save(str(folder / "model/tokenizer.json"))
+    edit(folder / "model/config.json", vocab_size=backend.get_vocab_size(), eos_token_id=backend.token_to_id("<|end|>"))
+    edit(folder / "model/generation_config.json", eos_token_id=backend.token_to_id("<|end|>"))
+    return load_tokenizer(folder / "model"), backend
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 275), max_size=12), max_size=4))
+def test_byte_level_text_is_the_library_s(byte_level, sequences):
+    """Broken characters too, and ids that nothing stands behind."""
+    tokenizer, backend = byte_level
+    assert tokenizer._bytes is not None
+    expected = backend.decode_batch(sequences, skip_special_tokens=True)
+    assert tokenizer.decode_batch([np.array(ids, np.int64) for ids in sequences]) == expected

@@ -1,0 +1,84 @@
+"""SGLang's replies become arrays as they arrive."""
+
+import json
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.rollout.engine import EngineError
+from pipeline.rollout.sglang import replies
+from pipeline.types import GenerateRequest, Prompt, Role, WeightSpan
+
+REQUEST = GenerateRequest(Prompt("q", (1, 2), "", 1, "exact"), (7, 8), 0.7, 10, Role.AUXILIARY)
+FLOATS = st.floats(-1e30, 0)
+TOKENS = st.lists(st.tuples(FLOATS, st.integers(0, 2**31 - 1)), max_size=6)
+
+
+def body(*metas):
+    return json.dumps(
+        [{"text": "", "meta_info": {"id": "x", "finish_reason": {"type": "stop"}} | m} for m in metas]
+    ).encode()
+
+
+def entries(tokens):
+    return [[log_prob, token, None] for log_prob, token in tokens]
+
+
+@given(TOKENS, TOKENS)
+def test_every_token_and_log_prob_arrives(first, second):
+    plain = {"weight_version": "3", "output_token_logprobs": entries(first)}
+    spans = {"weight_versions": [{"version": "3", "start": 0, "end": 1}, {"version": "4", "start": 1, "end": 2}]}
+    reply = body(plain, plain | spans | {"output_token_logprobs": entries(second), "finish_reason": {"type": "length"}})
+    one, other = replies.samples(reply, [(REQUEST, seed) for seed in REQUEST.seeds])
+    for sample, tokens in ((one, first), (other, second)):
+        assert (sample.token_ids.dtype, sample.log_probs.dtype) == (np.int64, np.float32)
+        assert sample.token_ids.tolist() == [token for _, token in tokens]
+        assert sample.log_probs.tolist() == [np.float32(log_prob) for log_prob, _ in tokens]
+    assert (one.seed, other.seed, one.temperature, one.role) == (7, 8, 0.7, Role.AUXILIARY)
+    assert (one.finish_reason, other.finish_reason) == ("stop", "length")
+    assert one.weight_versions == (WeightSpan(3, 0, len(first)),)
+    assert other.weight_versions == (WeightSpan(3, 0, 1), WeightSpan(4, 1, 2))
+
+
+@pytest.mark.parametrize("nothing", [{}, {"output_token_logprobs": None}, {"output_token_logprobs": []}])
+def test_an_aborted_request_has_no_tokens(nothing):
+    reply = body({"weight_version": "2", "finish_reason": {"type": "abort", "message": "aborted"}} | nothing)
+    (sample,) = replies.samples(reply, [(REQUEST, 7)])
+    assert (len(sample.token_ids), sample.finish_reason) == (0, "abort")
+    assert vars(sample).keys() == vars(replies.aborted(REQUEST, 7, 2)).keys()
+    assert replies.aborted(REQUEST, 7, 2).weight_versions == sample.weight_versions == (WeightSpan(2, 0, 0),)
+
+
+def test_a_log_prob_that_is_no_number_is_nan():
+    """JSON has none: the server writes null."""
+    (sample,) = replies.samples(body({"weight_version": 1, "output_token_logprobs": [[None, 5, None]]}), [(REQUEST, 7)])
+    assert np.isnan(sample.log_probs).tolist() == [True]
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (body({"finish_reason": {"type": "abort", "status_code": 400, "message": "too long"}}), "prompt 'q': too long"),
+        (b"[]", "another form than SGLang's for 1 prompts: "),
+        (b'{"error": "x"}', "another form than SGLang's for 1 prompts: "),
+        (body({"output_token_logprobs": [["x", 1, None]]}), "another form than SGLang's for 1 prompts: .*float"),
+    ],
+)
+def test_what_is_no_answer_is_said(answer, said):
+    with pytest.raises(EngineError, match=said):
+        replies.samples(answer, [(REQUEST, 7)])
+
+
+def test_a_reply_of_many_samples_takes_little_more_memory_than_itself():
+    """As JSON lists its 200,000 tokens would take 27 MB beside it."""
+    one = {"weight_version": "1", "output_token_logprobs": entries([(-0.25 - i / 7, 1000 + i) for i in range(5000)])}
+    reply = body(*[one] * 40)
+    tracemalloc.start()
+    drawn = replies.samples(reply, [(REQUEST, 7)] * 40)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 16 * 200_000 + 2e6
+    assert sum(len(sample.token_ids) for sample in drawn) == 200_000
