@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from launchers.plan.work import ITEM_SIZES
 from pipeline.config.schema import RunConfig
 from pipeline.model.architecture import Architecture
-from pipeline.model.fp8 import quantised
+from pipeline.model.fp8_layout import quantised
 from pipeline.model.grid import Grid
 from pipeline.model.layout import Row, rows
 from pipeline.units import GIB

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from launchers.plan.work import Work, table
-from pipeline.model.fp8 import quantised
+from pipeline.model.fp8_layout import quantised
 from pipeline.model.layout import Row
 from pipeline.units import FP8_BLOCK
 

@@ -37,7 +37,7 @@ _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 @dataclass(frozen=True)
 class Quantised:
-    """A matrix in FP8: ``codes`` ``[rows, columns]`` (e4m3 or e5m2) and float32 ``scale_inv``, of shape ``blocks.count``."""
+    """A matrix in FP8: ``codes`` ``[rows, columns]`` (e4m3 or e5m2) and float32 ``scale_inv``, of shape ``scale_shape``."""
 
     codes: torch.Tensor
     scale_inv: torch.Tensor

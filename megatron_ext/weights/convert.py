@@ -24,7 +24,7 @@ from megatron_ext.weights import torch_dist
 from megatron_ext.weights.parts import Budget, ConversionError, Work
 from megatron_ext.weights.verify import MANIFEST, in_hf
 from megatron_ext.weights.verify import verify as compare
-from pipeline.model import architecture, fp8, identity, layout
+from pipeline.model import architecture, fp8, fp8_layout, identity, layout
 from pipeline.model.architecture import Architecture, read_config
 from pipeline.model.folder import Files, Folder, check, is_weights
 from pipeline.model.grid import Grid
@@ -237,7 +237,7 @@ def megatron_to_hf(
 
     ``checkpoint`` is anything that :func:`torch_dist.find` understands; configuration, tokenizer and all else but
     weights is copied from ``hf``: the Hugging Face folder of the same model, or what ``hf_to_megatron`` ``KEPT`` of it.
-    ``dtype`` "fp32" or "bf16" casts, "fp8" quantises the matrices of :func:`fp8.quantised` in 128x128 blocks and makes
+    ``dtype`` "fp32" or "bf16" casts, "fp8" quantises the matrices of :func:`fp8_layout.quantised` in 128x128 blocks and makes
     the rest bfloat16; ``None`` keeps the checkpoint's types. Resumes and raises like :func:`hf_to_megatron`.
     """
     start = time.perf_counter()
@@ -293,7 +293,7 @@ class _Tensor(Piece):
         """Type and shape of what is written for it: itself and, in FP8, its scales."""
         places = {self.name: (self.dtype, self.shape)}
         if self.dtype == fp8.CODES:
-            places[fp8.scale_name(self.name)] = torch.float32, fp8.scale_shape(self.shape)
+            places[fp8_layout.scale_name(self.name)] = torch.float32, fp8_layout.scale_shape(self.shape)
         return places
 
     @property
@@ -306,7 +306,7 @@ def _type_in_hf(row: Row, source: torch_dist.Checkpoint, dtype: str | None) -> t
     if dtype is None or row.parameter.endswith(_EXACT):
         return source.dtype(row)
     if dtype == FP8:
-        return fp8.CODES if fp8.quantised(row) else torch.bfloat16
+        return fp8.CODES if fp8_layout.quantised(row) else torch.bfloat16
     return DTYPES[dtype]
 
 

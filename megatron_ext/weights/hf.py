@@ -13,7 +13,8 @@ from megatron_ext.topology import Topology
 from pipeline.model.architecture import Architecture
 from pipeline.model.checksum import checksum
 from pipeline.model.folder import Folder, check
-from pipeline.model.fp8 import BLOCK, CODES, quantise, scale_name, scale_shape
+from pipeline.model.fp8 import CODES, quantise
+from pipeline.model.fp8_layout import BLOCK, scale_name, scale_shape
 from pipeline.model.layout import Row, Slice
 from pipeline.reshard.buckets import Bucket, Entry, Rounds
 from pipeline.types import WeightBucket

@@ -6,25 +6,19 @@ Blocks are counted from the first row and column; the last ones may be cut short
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeAlias
 
 import torch
 
-Block: TypeAlias = tuple[int, int]  # rows, columns; None where it is optional: the whole matrix is one block
+from pipeline.model.fp8_layout import Block, scale_shape
 
 _BAND = 1 << 21  # entries worked on at a time: bounds the float32 copy to 8 MiB, which also stays near a CPU's caches
 _BAND_ROWS = 128
 
 
-def count(shape: tuple[int, ...], block: Block | None) -> tuple[int, ...]:
-    """Shape of the scales of a matrix of ``shape``: ``[ceil(rows / height), ceil(columns / width)]``, or ``[]`` for one block."""
-    return () if block is None else (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
-
-
 def largest(matrix: torch.Tensor, block: Block | None) -> torch.Tensor:
-    """Largest magnitude of each block, float32 of shape :func:`count`; NaN where an entry is, 0 where there is none."""
+    """Largest magnitude of each block, float32 of shape ``scale_shape``; NaN where an entry is, 0 where there is none."""
     if matrix.numel() == 0:
-        return torch.zeros(count(matrix.shape, block), device=matrix.device)
+        return torch.zeros(scale_shape(matrix.shape, block), device=matrix.device)
     if block is None:
         low, high = matrix.aminmax()
         return torch.maximum(-low, high).float().abs_()  # of zeros it may be -0
@@ -46,7 +40,7 @@ def bands(
     if source.numel() == 0:
         return
     if block is None:
-        scale = scale.expand(count((rows, columns), (height, width)))
+        scale = scale.expand(scale_shape((rows, columns), (height, width)))
     step, whole = max(1, _BAND // (height * columns)), rows // height
     for first in range(0, whole, step):
         last = min(first + step, whole)

@@ -3,25 +3,21 @@
 As in DeepSeek-V3's checkpoints and SGLang's loader: a matrix is ``float8_e4m3fn`` codes and float32 scales, ``code * scale`` being its
 value. One scale for each 128x128 block (``*.weight_scale_inv``, arXiv 2412.19437, section 3.3.2; "inv" because it is what undoes the
 scaling), or one for the whole tensor (``*.weight_scale``). Blocks are counted from the first row and column; the last may be smaller.
-A shard whose edges lie on block edges may therefore be quantised before it is sent, at a half of the bytes; any other is quantised
-after it was gathered. :func:`aligned` says which, from the layout alone.
+``fp8_layout`` says which tensors these are, and their scales' names and shapes.
 
 Training rounds by Transformer Engine's rules instead (``megatron_ext.fp8.quantise``). Pure torch: CPU and CUDA give the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 
 from pipeline.model import blocks
-from pipeline.model.blocks import Block
-from pipeline.model.layout import Row
-from pipeline.units import FP8_BLOCK
+from pipeline.model.fp8_layout import BLOCK, Block, scale_name, scale_shape
 
-BLOCK: Block = (FP8_BLOCK, FP8_BLOCK)
 CODES = torch.float8_e4m3fn
 _LARGEST = 448.0  # of e4m3fn
 # The smallest normal float32. Blocks of zeros get it, and those so small that amax / 448 has lost bits: a scale of 0 would give NaN, a
@@ -41,16 +37,6 @@ def quantization_config(block: Block | None = BLOCK) -> dict[str, Any]:
         "activation_scheme": "dynamic",
         "weight_block_size": None if block is None else list(block),
     }
-
-
-def scale_name(name: str, block: Block | None = BLOCK) -> str:
-    """Hugging Face name of the scale of the tensor ``name``, which ends in ``.weight``."""
-    return name + ("_scale" if block is None else "_scale_inv")
-
-
-def scale_shape(shape: tuple[int, ...], block: Block | None = BLOCK) -> tuple[int, ...]:
-    """Shape of the scale of a tensor of ``shape``: ``[ceil(rows / 128), ceil(columns / 128)]``, or ``[]`` for one per tensor."""
-    return blocks.count(shape, block)
 
 
 def dequantise(
@@ -91,42 +77,10 @@ def values(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-def quantised(row: Row) -> bool:
-    """Whether a row's tensors go out in FP8: the matrices of attention, feed-forward and experts.
-
-    Embeddings, output layer, norms, biases and the router keep their type, as in DeepSeek-V3's and Qwen3's FP8 checkpoints.
-    """
-    return row.layer is not None and len(row.sources[0].shape) == 2 and not row.parameter.endswith("router.weight")
-
-
-def quantised_names(rows: Iterable[Row]) -> frozenset[str]:
-    """Hugging Face names of the tensors that go out in FP8."""
-    return frozenset(source.name for row in rows if quantised(row) for source in row.sources)
-
-
-def aligned(row: Row, tp: int, block: Block | None = BLOCK) -> bool:
-    """Whether every one of ``tp`` ranks (for an expert, of ``etp``) may quantise its own shard before it is sent.
-
-    True: codes and scales of the shards, put together, are bitwise those of the whole tensors (with one scale per tensor, given
-    an ``amax`` reduced over the shards). False: gather first.
-    """
-    if block is None or row.split is None:
-        return True
-    return all(start % block[row.dim] == 0 for rank in range(tp) for start in _starts(row, tp, rank))
-
-
-def _starts(row: Row, tp: int, rank: int) -> Iterable[int]:
-    """Where the rank's part of each source begins; it ends where another rank's begins, or at the tensor's edge."""
-    starts: dict[int, int] = {}
-    for piece in row.slices(tp, rank):
-        starts.setdefault(piece.source, piece.source_start)
-    return starts.values()
-
-
 def quantise(
     weight: torch.Tensor, block: Block | None = BLOCK, amax: torch.Tensor | None = None, name: str = "the tensor"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes (shape of ``weight``) and float32 scale (:func:`scale_shape`) of a matrix in bf16, fp16 or float32.
+    """Codes (shape of ``weight``) and float32 scale (``scale_shape``) of a matrix in bf16, fp16 or float32.
 
     ``scale = amax / 448`` and ``code = weight / scale``, both rounded to nearest even, so the largest entry of each block gets the
     largest code. ``code * scale`` differs from ``weight`` by at most ``max(2**-4 * |weight|, 2**-10 * scale)``, that is by at most
@@ -169,7 +123,7 @@ def quantise_tensors(
     block: Block | None = BLOCK,
     amax: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Tensors by Hugging Face name, those in ``names`` (:func:`quantised_names`) replaced by codes, each followed by its scale.
+    """Tensors by Hugging Face name, those in ``names`` (``fp8_layout.quantised_names``) replaced by codes, each followed by its scale.
 
     ``amax`` by name, where ``tensors`` are shards and ``block`` is ``None``. Errors are those of :func:`quantise`.
     """

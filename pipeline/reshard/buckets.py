@@ -15,7 +15,7 @@ from itertools import zip_longest
 from math import prod
 from typing import TypeAlias
 
-from pipeline.model.fp8 import aligned, quantised, scale_shape
+from pipeline.model.fp8_layout import aligned, quantised, scale_shape
 from pipeline.model.grid import Grid
 from pipeline.model.layout import Piece, Row
 
@@ -50,7 +50,7 @@ Rounds: TypeAlias = tuple[tuple[Bucket, ...], ...]
 def plan(rows: Sequence[Row], grid: Grid, itemsize: int, bucket_mib: float, fp8: bool = False) -> Rounds:
     """Buckets of an export by round: each at most ``bucket_mib`` MiB, or a single tensor.
 
-    ``rows``: of the whole model. ``itemsize``: bytes of the model's type. ``fp8``: the matrices of :func:`fp8.quantised` leave as codes
+    ``rows``: of the whole model. ``itemsize``: bytes of the model's type. ``fp8``: the matrices of :func:`fp8_layout.quantised` leave as codes
     and scales in 128x128 blocks.
     """
     limit = bucket_mib * 2**20

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from pipeline.model.fp8 import BLOCK, CODES, quantise, scale_name
+from pipeline.model.fp8 import CODES, quantise
+from pipeline.model.fp8_layout import BLOCK, scale_name
 from pipeline.model.grid import Grid
 from pipeline.model.layout import Row
 from pipeline.reshard.pieces import FANOUT, LOCAL

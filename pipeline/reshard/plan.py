@@ -26,7 +26,7 @@ from math import prod
 import numpy as np
 
 from pipeline.model.architecture import Architecture
-from pipeline.model.fp8 import BLOCK, quantised, scale_name, scale_shape
+from pipeline.model.fp8_layout import BLOCK, quantised, scale_name, scale_shape
 from pipeline.model.grid import Grid
 from pipeline.model.layout import Row, rows
 from pipeline.reshard.engine_grid import EngineGrid, Placement

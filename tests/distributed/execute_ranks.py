@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from pipeline.model import fp8
+from pipeline.model import fp8, fp8_layout
 from pipeline.model.layout import rows
 from pipeline.reshard.execute import DTYPES, EngineShards, LearnerShards, QuantisedShards, execute
 from pipeline.reshard.plan import make_plan
@@ -46,7 +46,7 @@ def move(rank, world, address, case, bucket_bytes, dtype):
         moved = execute(plan, plan.tasks(rank), rank, reader, engine)
         for tensor in plan.tensors:
             if tensor.quantise == "before" and tensor.item_size == 1:
-                full[tensor.name], full[fp8.scale_name(tensor.name)] = fp8.quantise(full[tensor.name])
+                full[tensor.name], full[fp8_layout.scale_name(tensor.name)] = fp8.quantise(full[tensor.name])
         wrong = wrong_shards(plan, rank, engine, full)
         traffic = plan.traffic()[:, :, :, rank]
         peak = max(traffic[1:3].sum((0, 1)).max(), traffic[3].sum(0).max())
@@ -66,7 +66,7 @@ def wrong_shards(plan, rank, engine, full):
         for index, source in enumerate(row.sources):
             for number in numbers:
                 span = plan.engines.interval(row, index, experts, number % plan.engines.tp)
-                names = [(source.name, 1), (fp8.scale_name(source.name), fp8.BLOCK[row.dim])]
+                names = [(source.name, 1), (fp8_layout.scale_name(source.name), fp8_layout.BLOCK[row.dim])]
                 for name, block in names if names[1][0] in scales else names[:1]:
                     if span:
                         start, stop = span.start // block, -(-span.stop // block)

@@ -15,9 +15,10 @@ def test_transformer_engine_attends_within_rows(lengths):
 
     from megatron_ext import inputs, topology
     from megatron_ext.packed_attention import PackedAttention
+    from pipeline.model.grid import Grid
     from pipeline.ports import free_port
 
-    placed = topology.initialize(0, 1, ("127.0.0.1", free_port()), 1, 1, seed=0)
+    placed = topology.initialize(0, ("127.0.0.1", free_port()), Grid(), seed=0)
     try:
         config = TransformerConfig(
             num_layers=1, hidden_size=256, num_attention_heads=4, num_query_groups=2, attention_dropout=0.0, bf16=True

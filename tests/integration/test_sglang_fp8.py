@@ -11,7 +11,7 @@ if importlib.util.find_spec("sglang") is None:
     pytest.skip("needs the sglang extra", allow_module_level=True)
 
 from pipeline.config.schema import RolloutConfig, SglangConfig
-from pipeline.model import architecture, fp8, layout
+from pipeline.model import architecture, fp8, fp8_layout, layout
 from pipeline.model.architecture import parse
 from pipeline.model.checksum import checksum
 from pipeline.model.fp8 import values
@@ -54,7 +54,7 @@ def engine(tmp_path, monkeypatch):
 def weights(version):
     rows = layout.rows(architecture.parse(CONFIG))
     tensors = {name: tensor.bfloat16() for name, tensor in random_tensors(CONFIG, version).items()}
-    return fp8.quantise_tensors(tensors, fp8.quantised_names(rows))
+    return fp8.quantise_tensors(tensors, fp8_layout.quantised_names(rows))
 
 
 def push(engine, version, tensors):
@@ -62,7 +62,7 @@ def push(engine, version, tensors):
     names = sorted(name for name in tensors if not name.endswith("_scale_inv"))
     engine.begin_update(version)
     for i in range(2):
-        part = {n: tensors[n] for name in names[i::2] for n in (name, fp8.scale_name(name)) if n in tensors}
+        part = {n: tensors[n] for name in names[i::2] for n in (name, fp8_layout.scale_name(name)) if n in tensors}
         engine.load_bucket(WeightBucket(version, i, 2, part, checksum(part)))
     engine.verify_update(version)
     engine.commit_update(version)
@@ -95,7 +95,7 @@ def test_a_server_of_two_ranks_takes_codes_and_scales(engine, tmp_path):
         assert_agrees(groups, sent)
 
     wrong = dict(sent)
-    name = fp8.scale_name("model.layers.0.mlp.down_proj.weight")
+    name = fp8_layout.scale_name("model.layers.0.mlp.down_proj.weight")
     wrong[name] = torch.full_like(sent[name], 100.0)
     engine._verifier.expect = lambda version, tensors, keep=engine._verifier.expect: keep(
         version, {n: sent[n] for n in tensors}

@@ -1,6 +1,7 @@
 """``isentrope plan learner`` as a user meets it, and the recipes it must find room for."""
 
 import json
+import re
 
 import pytest
 
@@ -52,6 +53,19 @@ def test_what_does_not_fit_exits_with_1_and_says_what_would(capsys):
     assert code == 1
     assert "DOES NOT FIT" in out
     assert "learner.optimizer.distributed=true: -12" in out
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("recipe/qwen3-32b.yaml", r" s for 2048 rows, \d{2,3},\d00 tokens/s, MFU 0\."),
+        ("quickstart.yaml", " under 1 s of arithmetic"),
+    ],
+)
+def test_the_speed_is_rounded_and_none_is_told_of_a_tiny_model(capsys, config, said):
+    _, out, _ = call(capsys, "--config", config)
+    assert re.search(f"train phase:.*{said}", out)
+    assert ("tokens/s" in out) == ("recipe" in config)
 
 
 def test_table_figure_and_a_model_known_by_name(capsys, tmp_path):

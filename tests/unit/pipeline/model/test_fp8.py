@@ -9,7 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pipeline.model import blocks, fp8, layout
+from pipeline.model import blocks, fp8, fp8_layout, layout
 from pipeline.model.architecture import FAMILIES, Architecture, Mla, Moe
 from pipeline.model.layout import Row, Source
 
@@ -69,7 +69,7 @@ def test_error_is_bounded(rows, columns, height, width, dtype, whole, seed):
     assert torch.equal(weight, before)
     assert codes.dtype == torch.float8_e4m3fn
     assert scale.dtype == torch.float32
-    assert scale.shape == fp8.scale_shape((rows, columns), block)
+    assert scale.shape == fp8_layout.scale_shape((rows, columns), block)
     assert scale.isfinite().all()
     assert (scale > 0).all()
     exact = weight.double()
@@ -140,16 +140,16 @@ def test_shards_give_the_whole_tensors_bits_exactly_where_aligned(split, lengths
         same(c, d) and same(s, t) if s.shape == t.shape else False
         for (c, s), (d, t) in whole_and_shards(row, tp, block, seed)
     )
-    assert fp8.aligned(row, tp, block) == equal
+    assert fp8_layout.aligned(row, tp, block) == equal
 
 
 def test_alignment_of_qwen3_32b():
     rows = {r.parameter.rsplit(".", 2)[-2]: r for r in layout.rows(QWEN3_32B)}
-    aligned = {name: [tp for tp in (1, 2, 4, 8, 16) if fp8.aligned(rows[name], tp)] for name in rows}
+    aligned = {name: [tp for tp in (1, 2, 4, 8, 16) if fp8_layout.aligned(rows[name], tp)] for name in rows}
     # The feed-forward is 25600 / 128 = 200 blocks wide; every head is one block, so attention may be cut at any head.
     assert aligned["linear_fc1"] == aligned["linear_fc2"] == [1, 2, 4, 8]
     assert aligned["linear_qkv"] == aligned["linear_proj"] == [1, 2, 4, 8, 16]
-    assert all(fp8.aligned(row, 16, None) for row in rows.values())
+    assert all(fp8_layout.aligned(row, 16, None) for row in rows.values())
 
 
 def test_shards_of_a_tensor_with_one_scale_agree_on_it():
@@ -189,7 +189,7 @@ def test_linear_weights_of_layers_are_quantised(model):
     rows = layout.rows(model)
     names = {source.name for row in rows for source in row.sources}
     linear = {name for name in names if re.fullmatch(r"model\.layers\..*_proj(_with_mqa)?\.weight", name)}
-    assert fp8.quantised_names(rows) == linear
+    assert fp8_layout.quantised_names(rows) == linear
     assert {n for n in names if "experts" in n} <= linear
 
 

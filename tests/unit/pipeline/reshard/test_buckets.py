@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.load import PACKAGED
-from pipeline.model import architecture, fp8, layout
+from pipeline.model import architecture, fp8_layout, layout
 from pipeline.model.architecture import Moe
 from pipeline.model.grid import Grid
 from pipeline.reshard import buckets
@@ -36,9 +36,9 @@ def test_every_tensor_leaves_once_from_ranks_that_hold_it(data):
             assert [row.part(grid, rank) for rank in bucket.holders] == [(count, i) for i in range(count)]
             expected = (4 if row.float32 else 2) * torch.Size(shape).numel()
             when = None
-            if quantise and fp8.quantised(row):
-                codes, scale = (torch.Size(s).numel() for s in (shape, fp8.scale_shape(shape)))
-                expected, when = codes + 4 * scale, "before" if fp8.aligned(row, count) else "after"
+            if quantise and fp8_layout.quantised(row):
+                codes, scale = (torch.Size(s).numel() for s in (shape, fp8_layout.scale_shape(shape)))
+                expected, when = codes + 4 * scale, "before" if fp8_layout.aligned(row, count) else "after"
             assert (entry.nbytes, entry.quantise) == (expected, when)
 
 

@@ -1,0 +1,58 @@
+"""Which weights travel in FP8, what their scales are called and how many there are: from the layout alone, no tensors, no torch.
+
+A shard whose edges lie on block edges may be quantised before it is sent, at a half of the bytes; any other is quantised after it
+was gathered. :func:`aligned` says which. ``fp8`` has the format and computes codes and scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeAlias
+
+from pipeline.model.layout import Row
+from pipeline.units import FP8_BLOCK
+
+Block: TypeAlias = tuple[int, int]  # rows, columns; None where it is optional: the whole matrix is one block
+BLOCK: Block = (FP8_BLOCK, FP8_BLOCK)
+
+
+def scale_name(name: str, block: Block | None = BLOCK) -> str:
+    """Hugging Face name of the scale of the tensor ``name``, which ends in ``.weight``."""
+    return name + ("_scale" if block is None else "_scale_inv")
+
+
+def scale_shape(shape: tuple[int, ...], block: Block | None = BLOCK) -> tuple[int, ...]:
+    """Shape of the scales of a matrix of ``shape``: ``[ceil(rows / height), ceil(columns / width)]``, or ``[]`` for one."""
+    return () if block is None else (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
+
+
+def quantised(row: Row) -> bool:
+    """Whether a row's tensors go out in FP8: the matrices of attention, feed-forward and experts.
+
+    Embeddings, output layer, norms, biases and the router keep their type, as in DeepSeek-V3's and Qwen3's FP8 checkpoints.
+    """
+    return row.layer is not None and len(row.sources[0].shape) == 2 and not row.parameter.endswith("router.weight")
+
+
+def quantised_names(rows: Iterable[Row]) -> frozenset[str]:
+    """Hugging Face names of the tensors that go out in FP8."""
+    return frozenset(source.name for row in rows if quantised(row) for source in row.sources)
+
+
+def aligned(row: Row, tp: int, block: Block | None = BLOCK) -> bool:
+    """Whether every one of ``tp`` ranks (for an expert, of ``etp``) may quantise its own shard before it is sent.
+
+    True: codes and scales of the shards, put together, are bitwise those of the whole tensors (with one scale per tensor, given
+    an ``amax`` reduced over the shards). False: gather first.
+    """
+    if block is None or row.split is None:
+        return True
+    return all(start % block[row.dim] == 0 for rank in range(tp) for start in _starts(row, tp, rank))
+
+
+def _starts(row: Row, tp: int, rank: int) -> Iterable[int]:
+    """Where the rank's part of each source begins; it ends where another rank's begins, or at the tensor's edge."""
+    starts: dict[int, int] = {}
+    for piece in row.slices(tp, rank):
+        starts.setdefault(piece.source, piece.source_start)
+    return starts.values()
