@@ -7,26 +7,32 @@ just over, then with ``sacct``, where accounting is kept; nemo-run itself asks o
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shlex
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 from rich.console import Console
 
 from launchers import environment
 from launchers.slurm.cluster import SshConfig
-from launchers.supervise.attempts import FILE, LAUNCH
-from launchers.supervise.watchdog import HEARTBEAT
+from launchers.supervise.attempts import FILE, LAUNCH, Attempt, read_attempts
+from launchers.supervise.watchdog import HEARTBEAT, parse_heartbeat
 from pipeline.config.errors import ConfigError
+from pipeline.monitoring.event_kinds import DamagedLineError, decoded, parse_event
 
 if TYPE_CHECKING:
     from nemo_run import SSHTunnel
 
+log = logging.getLogger(__name__)
+
+SPARE_LINES = 20  # fetched of a kind of event where one is wanted: the others are for where it is damaged
 OVER = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
 Shell = Callable[[str], str]  # a command line -> its standard output; raises CommandError
@@ -54,6 +60,9 @@ class Job:
         return f"{self.run_dir}/{LAUNCH}/sbatch_{self.job_name}_{self.job_id}.out"
 
 
+_JOB = msgspec.json.Decoder(Job)
+
+
 def remember(
     job_ids: tuple[str, ...], job_name: str, run_dir: Path, experiment: str, ssh: SshConfig, launched: float
 ) -> list[Job]:
@@ -66,9 +75,13 @@ def remember(
 
 def known() -> list[Job]:
     """Every job launched from here, oldest first."""
-    lines = _file().read_text().splitlines() if _file().exists() else []
-    entries = [json.loads(line) for line in lines]
-    return [Job(**{**entry, "ssh": SshConfig(**entry["ssh"])}) for entry in entries]
+    found = []
+    for number, line in enumerate(_file().read_bytes().splitlines() if _file().exists() else [], start=1):
+        try:
+            found.append(decoded(_JOB, line))
+        except DamagedLineError as error:
+            log.warning("%s, line %d is no job: %s; it is skipped", _file(), number, error)
+    return found
 
 
 def find(name: str | None) -> Job:
@@ -136,7 +149,7 @@ def state(job: Job, run: Shell) -> dict[str, str]:
 def details(job: Job, run: Shell) -> dict[str, Any]:
     """``state`` with the run's attempts, how many steps are done, what it is at, and its newest stall."""
     attempts = _attempts(job, run)
-    steps = _output(run, f'grep -c \'"kind":"step"\' {_quoted(job, "events.jsonl")}').strip()
+    steps = _output(run, f'grep -ac \'"kind":"step"\' {_quoted(job, "events.jsonl")}').strip()
     return {
         "job": job.job_id,
         "run_dir": job.run_dir,
@@ -145,7 +158,7 @@ def details(job: Job, run: Shell) -> dict[str, Any]:
         "stall": _newest_stall(job, run),
         "step_events": int(steps or 0),
         "seconds_to_first_step": _seconds_to_first_step(job, run, attempts),
-        "attempts": attempts,
+        "attempts": [asdict(attempt) for attempt in attempts],
     }
 
 
@@ -163,39 +176,44 @@ def cancel(job: Job, run: Shell, *, now: bool) -> None:
 
 def _heartbeat(job: Job, run: Shell) -> dict[str, Any]:
     """How old the newest heartbeat is, by the cluster's clock, and what it says; empty before the first."""
-    *beats, now = _output(run, f"cat {_quoted(job, HEARTBEAT)}; date +%s.%N").splitlines()
-    if not beats:
-        return {}
-    beat = json.loads(beats[0])
-    return {"seconds_ago": round(float(now) - beat.pop("time"), 1), **beat}
+    said, _, now = _output(run, f"cat {_quoted(job, HEARTBEAT)}; echo; date +%s.%N").strip().rpartition("\n")
+    beat = parse_heartbeat(said.encode(), f"{job.run_dir}/{HEARTBEAT}") if said.strip() else {}
+    return {"seconds_ago": round(float(now) - beat.pop("time"), 1), **beat} if beat else {}
 
 
 def _newest_stall(job: Job, run: Shell) -> dict[str, Any]:
     """What the event of the newest stall says; empty if there was none."""
-    line = _output(run, f'grep \'"kind":"stall"\' {_quoted(job, "events.jsonl")} | tail -n 1')
     wanted = ("time", "step", "activity", "phase", "seconds", "silent", "action")
-    return {name: value for name, value in json.loads(line or "{}").items() if name in wanted}
+    newest = list(_events(job, run, "stall", "tail"))[-1:]
+    return {name: value for event in newest for name, value in event.items() if name in wanted}
 
 
-def _seconds_to_first_step(job: Job, run: Shell, attempts: list[dict[str, Any]]) -> dict[str, float]:
+def _events(job: Job, run: Shell, kind: str, end: str) -> Iterator[dict[str, Any]]:
+    """The first (``end`` is "head") or the newest ("tail") events of a kind, at most ``SPARE_LINES``; damaged lines are skipped."""
+    command = f'grep -a \'"kind":"{kind}"\' {_quoted(job, "events.jsonl")} | {end} -n {SPARE_LINES}'
+    for line in _output(run, command).split("\n"):
+        try:
+            if line:
+                yield parse_event(line.encode())
+        except DamagedLineError as error:
+            log.warning("%s/events.jsonl, a line of kind %s is no event: %s; it is skipped", job.run_dir, kind, error)
+
+
+def _seconds_to_first_step(job: Job, run: Shell, attempts: list[Attempt]) -> dict[str, float]:
     """Where the time from the launch to the end of the first step went; empty before that, and where the job resumed a run."""
-    events = _quoted(job, "events.jsonl")
-    marks = [_output(run, f'grep -m1 \'"kind":"{kind}"\' {events}') for kind in ("run_start", "step")]
-    mine = [attempt["started"] for attempt in attempts if attempt["job_id"] == job.job_id]
-    if not (all(marks) and mine and mine[0] == attempts[0]["started"]):
+    marks = [next(_events(job, run, kind, "head"), None) for kind in ("run_start", "step")]
+    mine = [attempt.started for attempt in attempts if attempt.job_id == job.job_id]
+    if not (mine and mine[0] == attempts[0].started and all(marks)):
         return {}
-    times = [job.launched, job.submitted, mine[0], *(json.loads(mark)["time"] for mark in marks)]
+    times = [job.launched, job.submitted, mine[0], *(mark["time"] for mark in marks if mark)]
     parts = ("ship", "queue", "start", "step")  # start: Ray, the learner, the engines
     split = {name: round(b - a, 1) for name, a, b in zip(parts, times, times[1:], strict=False)}
     return split | {"total": round(times[-1] - times[0], 1)}
 
 
-def _attempts(job: Job, run: Shell) -> list[dict[str, Any]]:
-    merged: dict[int, dict[str, Any]] = {}
-    for line in _output(run, f"cat {_quoted(job, LAUNCH, FILE)}").splitlines():
-        entry = json.loads(line)
-        merged.setdefault(entry["number"], {}).update(entry)
-    return list(merged.values())
+def _attempts(job: Job, run: Shell) -> list[Attempt]:
+    lines = _output(run, f"cat {_quoted(job, LAUNCH, FILE)}").encode().split(b"\n")[:-1]
+    return read_attempts(lines, Path(job.run_dir, LAUNCH, FILE))
 
 
 def _from_accounting(job: Job, run: Shell) -> dict[str, str]:
@@ -222,7 +240,7 @@ def _quoted(job: Job, *parts: str) -> str:
 
 def local(command: str) -> str:
     """Run a command line on this machine: the ``Shell`` of a cluster that this machine submits to."""
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         raise CommandError((done.stderr or done.stdout).strip())  # scontrol complains on both
     return done.stdout

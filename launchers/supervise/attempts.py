@@ -7,16 +7,22 @@ failure, kill, time limit) writes no end; the next one writes it.
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from pipeline.monitoring.event_kinds import DamagedLineError, decoded
 from pipeline.monitoring.events import FILE_NAME, EventReader
 
 LAUNCH = "launch"  # folder in a run's
 FILE = "attempts.jsonl"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,24 @@ class Attempt:
     last_step: int | None = None  # updates done when it ended
     ended: float | None = None
     reason: str = ""
+
+
+@dataclass(frozen=True)
+class _Ending:
+    """What the line at the end of an attempt says; the line at its start holds the fields of ``Attempt`` before ``end``."""
+
+    number: int
+    end: str
+    last_step: int
+    ended: float
+    reason: str = ""
+
+
+class _Head(msgspec.Struct):
+    end: str = ""  # of a start there is none
+
+
+_HEAD, _START, _END = msgspec.json.Decoder(_Head), msgspec.json.Decoder(Attempt), msgspec.json.Decoder(_Ending)
 
 
 @dataclass(frozen=True)
@@ -70,15 +94,12 @@ class AttemptLog:
 
     def read(self) -> list[Attempt]:
         """Every attempt, oldest first; of a torn last line nothing remains."""
-        found: dict[int, dict[str, Any]] = {}
-        for line in self.path.read_text().split("\n")[:-1] if self.path.exists() else []:
-            entry = json.loads(line)
-            found.setdefault(entry["number"], {}).update(entry)
-        return [Attempt(**{**entry, "nodes": tuple(entry["nodes"])}) for entry in found.values()]
+        return read_attempts(self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else [], self.path)
 
     def start(self, job_id: str, restart: int, nodes: Sequence[str], first_step: int) -> Attempt:
         """Record that an attempt begins."""
-        attempt = Attempt(len(self.read()), job_id, restart, tuple(nodes), first_step, time.time())
+        number = max((attempt.number for attempt in self.read()), default=-1) + 1
+        attempt = Attempt(number, job_id, restart, tuple(nodes), first_step, time.time())
         entry = asdict(attempt)
         self._append({name: entry[name] for name in ("number", "job_id", "restart", "nodes", "first_step", "started")})
         return attempt
@@ -92,6 +113,23 @@ class AttemptLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+def read_attempts(lines: Iterable[bytes], path: Path) -> list[Attempt]:
+    """The attempts that the lines of ``path`` tell of, oldest first. A damaged line is skipped, and said in the process's log."""
+    found: dict[int, Attempt] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            if decoded(_HEAD, line).end:
+                ending = decoded(_END, line)
+                if ending.number in found:  # else its start is damaged
+                    found[ending.number] = replace(found[ending.number], **asdict(ending))
+            else:
+                started = decoded(_START, line)
+                found[started.number] = started
+        except DamagedLineError as error:
+            log.warning("%s, line %d is no attempt: %s; it is skipped", path, number, error)
+    return list(found.values())
 
 
 def gives_up(attempts: Sequence[Attempt], step: int, limit: int) -> str:

@@ -21,10 +21,13 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Required, TypedDict
+
+import msgspec
 
 from launchers.supervise.stacks import children, seen_from_outside
 from pipeline.config.schema import RunConfig
+from pipeline.monitoring.event_kinds import DamagedLineError, decoded
 
 if TYPE_CHECKING:
     from pipeline.monitoring.recorder import Recorder
@@ -38,6 +41,18 @@ INTERVAL_S = 5.0
 STACKS_TIMEOUT_S = 120.0
 LAST_WORDS_S = 30.0
 _SHORT_S = 60.0  # up to here, what may vary grows in proportion
+
+
+class _Beat(TypedDict, total=False):
+    time: Required[float]
+    pid: Required[int]
+    host: str
+    step: int
+    activity: str
+    phase: str
+
+
+_BEAT: msgspec.json.Decoder[dict[str, Any]] = msgspec.json.Decoder(_Beat)
 
 
 class Others(Protocol):
@@ -205,10 +220,20 @@ class Supervision:
 
 
 def read_heartbeat(run_dir: Path) -> dict[str, Any]:
-    """The newest heartbeat; empty when there is none."""
+    """The newest heartbeat; empty when there is none. A damaged one counts as none, and is said in the process's log."""
+    path = run_dir / HEARTBEAT
     try:
-        return json.loads((run_dir / HEARTBEAT).read_text())
-    except (OSError, ValueError):
+        return parse_heartbeat(path.read_bytes(), str(path))
+    except OSError:
+        return {}
+
+
+def parse_heartbeat(content: bytes, path: str) -> dict[str, Any]:
+    """What the file ``path`` says, the fields of ``write_heartbeat`` with their types; empty where it is damaged, with a warning."""
+    try:
+        return decoded(_BEAT, content)
+    except DamagedLineError as error:
+        log.warning("%s is no heartbeat: %s; it counts as none", path, error)
         return {}
 
 

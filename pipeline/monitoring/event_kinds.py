@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Literal, Required, TypedDict, get_type_hints
+from typing import Annotated, Any, Literal, Required, TypedDict, TypeVar, get_type_hints
 
 import msgspec
 from msgspec import Meta
 
 SCHEMA = 1
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -175,18 +176,24 @@ class _Head(msgspec.Struct):
 
 
 _HEAD = msgspec.json.Decoder(_Head)
-_DECODERS = {kind: msgspec.json.Decoder(fields) for kind, fields in _KINDS.items()}
+_DECODERS: dict[str, msgspec.json.Decoder[dict[str, Any]]] = {
+    kind: msgspec.json.Decoder(fields) for kind, fields in _KINDS.items()
+}
 
 
 def parse_event(line: bytes) -> dict[str, Any]:
     """The event of a line, its fields of the types above, fields unknown here left out. Raises ``DamagedLineError``."""
+    head = decoded(_HEAD, line)
+    if head.schema != SCHEMA:
+        raise DamagedLineError(f"event schema {head.schema}, this version reads {SCHEMA}: update isentrope")
+    if head.kind not in _DECODERS:
+        raise DamagedLineError(f"unknown kind {head.kind!r}")
+    return decoded(_DECODERS[head.kind], line)
+
+
+def decoded(decoder: msgspec.json.Decoder[T], line: bytes) -> T:
+    """A line of JSON as the type of ``decoder``. Raises ``DamagedLineError`` where it is none."""
     try:
-        head = _HEAD.decode(line)
-        if head.schema != SCHEMA:
-            raise DamagedLineError(f"event schema {head.schema}, this version reads {SCHEMA}: update isentrope")
-        if head.kind not in _DECODERS:
-            raise DamagedLineError(f"unknown kind {head.kind!r}")
-        found: dict[str, Any] = _DECODERS[head.kind].decode(line)
+        return decoder.decode(line)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DamagedLineError(str(error)) from error
-    return found

@@ -49,6 +49,42 @@ def test_the_log_pairs_starts_with_ends_and_survives_a_torn_line(tmp_path):
     assert (done.number, done.restart, done.first_step, done.end, done.last_step) == (1, 1, 10, "completed", 20)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"nonsense",
+        b"[]",
+        b'{"number": 1}',
+        b'{"number": 1, "end": "failed"}',
+        b'{"number": 9, "end": "failed", "last_step": 1, "ended": 1.0}',
+        b'{"number": "1", "job_id": "7", "restart": 0, "nodes": ["n"], "first_step": 0, "started": 1.0}',
+        b'{"number": 1, "job_id": "7", "restart": 0, "nodes": 3, "first_step": 0, "started": 1.0}',
+        b"\xff\x00",
+        b"",
+    ],
+)
+def test_a_damaged_line_costs_that_line_and_is_told(tmp_path, caplog, line):
+    log = AttemptLog(tmp_path)
+    first = log.start("7", 0, ["n1"], 0)
+    with log.path.open("ab") as file:
+        file.write(line + b"\n")
+    log.end(first, "again", 5)
+    second = log.start("7", 1, ["n1"], 5)
+    assert [(attempt.number, attempt.end) for attempt in log.read()] == [(0, "again"), (1, "")]
+    assert second.number == 1
+    is_whole = b'"number": 9' in line  # the end of an attempt whose start is lost
+    assert ("line 2 is no attempt" in caplog.text) != is_whole
+
+
+def test_a_lost_start_does_not_give_its_number_away(tmp_path):
+    log = AttemptLog(tmp_path)
+    log.start("7", 0, ["n1"], 0)
+    log.start("7", 1, ["n1"], 0)
+    lines = log.path.read_bytes().split(b"\n")
+    log.path.write_bytes(b"\n".join([b"nonsense", *lines[1:]]))
+    assert log.start("7", 2, ["n1"], 0).number == 2
+
+
 def test_progress_counts_steps_of_the_event_log(tmp_path):
     assert progress(tmp_path).step == 0
     kinds = [("run_start", 0), ("step", 0), ("step", 1), ("resume", 1), ("step", 1)]

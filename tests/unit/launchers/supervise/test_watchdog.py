@@ -226,3 +226,12 @@ def test_two_threads_write_whole_lines(tmp_path):
         recorder.finish(completed=False)
     events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
     assert sum(event["kind"] == "fault" for event in events) == 800
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b"3", b'{"pid": 1}', b'{"time": "now", "pid": 1}', b"\xff", b"[" * 100_000]
+)
+def test_a_damaged_heartbeat_counts_as_none_and_is_told(tmp_path, caplog, content):
+    (tmp_path / "heartbeat.json").write_bytes(content)
+    assert read_heartbeat(tmp_path) == {}
+    assert "heartbeat.json is no heartbeat" in caplog.text
