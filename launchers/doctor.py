@@ -1,4 +1,8 @@
-"""Whether this machine can train: versions that fit together, devices, shared memory, ports, disk. Needs no configuration.
+"""Checks whether this machine can train: package versions, devices, shared memory, ports, disk.
+
+No configuration is needed.
+
+Needs no configuration.
 
 Imports nothing of Isentrope: a launch sends this file alone to the cluster's Python (``launchers.plan.site``).
 """
@@ -41,7 +45,7 @@ VERBS = "libibverbs.so.1"  # what NCCL loads to use them
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at; ``remedy`` is empty when it is well."""
+    """One thing that was checked; ``remedy`` is empty when nothing is wrong."""
 
     level: str  # ok | note | bad
     subject: str
@@ -55,7 +59,7 @@ class Finding:
 
 
 def examine(folder: Path) -> list[Finding]:
-    """Everything, in order; ``folder`` is where runs would be written."""
+    """Run every check in order; ``folder`` is where runs would be written."""
     looks: Sequence[Callable[[], Iterator[Finding]]] = (
         lambda: environment(_cuda()),
         _gpus,
@@ -120,7 +124,10 @@ def _gpus() -> Iterator[Finding]:
 
 
 def _fabric() -> Iterator[Finding]:
-    """Whether NCCL would find the adapters that the kernel knows; it looks for them in the same two steps, and else goes by TCP."""
+    """Whether NCCL would find the InfiniBand adapters that the kernel knows.
+
+    The check takes the same two steps as NCCL, which falls back to TCP without them.
+    """
     known = sorted(path.name for path in ADAPTERS.glob("*"))
     if not known:
         yield Finding(OK, "InfiniBand", "no adapters")
@@ -136,7 +143,10 @@ def _fabric() -> Iterator[Finding]:
 
 
 def _verbs_devices() -> int:
-    """How many adapters ``libibverbs`` finds, for which it needs their providers. Raises ``OSError`` where it is missing."""
+    """How many adapters ``libibverbs`` finds, for which it needs their providers.
+
+    Raises ``OSError`` where it is missing.
+    """
     verbs, count = ctypes.CDLL(VERBS), ctypes.c_int(0)
     verbs.ibv_get_device_list.restype = ctypes.c_void_p
     if devices := verbs.ibv_get_device_list(ctypes.byref(count)):

@@ -1,4 +1,4 @@
-"""Environment variables of the launchers: the one place that reads or sets them."""
+"""The environment variables of the launchers: the only module that reads or sets them."""
 
 from __future__ import annotations
 

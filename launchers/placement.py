@@ -1,4 +1,4 @@
-"""Which node each learner rank and each engine runs on: a pure function of the layout and the nodes."""
+"""Decides which node each learner rank and each engine runs on: a pure function of the layout and the nodes."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ def place(
 ) -> Placement:
     """Place ``world_size`` learner ranks and ``engines`` engines on ``len(node_gpus)`` nodes; node 0 is the driver's.
 
-    With GPUs (``node_gpus``, per node) ranks fill the nodes in order, one GPU each. Engines follow on GPUs of their own or,
-    ``colocated``, engine ``i`` shares those of ranks ``i * engine_gpus`` and following. A tensor-parallel group stays inside a
-    node unless the group is larger than a node; an engine always stays inside a node. Without GPUs tensor-parallel groups are dealt
-    evenly from the first node on, engines from the last; an engine without GPUs is one process. Raises ``PlacementError``.
+    With GPUs (``node_gpus``, per node) ranks fill the nodes in order, one GPU each. Engines follow on GPUs of their own
+    or, ``colocated``, engine ``i`` shares those of ranks ``i * engine_gpus`` and following. A tensor-parallel group
+    stays inside a node unless the group is larger than a node; an engine always stays inside a node. Without GPUs
+    tensor-parallel groups are dealt evenly from the first node on, engines from the last; an engine without GPUs is one
+    process. Raises ``PlacementError``.
     """
     groups = world_size // tensor_parallel
     if not any(node_gpus):
@@ -40,7 +41,8 @@ def place(
         placed += _group(free, tensor_parallel, max(node_gpus), f"tensor-parallel group {group} of the learner")
     if engine_gpus > max(node_gpus):
         raise PlacementError(
-            f"an engine needs {engine_gpus} GPUs, a node has {max(node_gpus)}: engines of several nodes are not supported"
+            f"an engine needs {engine_gpus} GPUs, a node has {max(node_gpus)}: "
+            "engines of several nodes are not supported"
         )
     if colocated and engine_gpus:
         for engine in range(engines):
@@ -73,7 +75,10 @@ def least_nodes(
 
 
 def _apart(learners: Sequence[int], engines: Sequence[int], size: int) -> Placement:
-    """Learner ranks on the nodes ``learners``, engines of ``size`` processes on the nodes ``engines``, sharing no GPU."""
+    """Place learner ranks on the nodes ``learners`` and engines of ``size`` processes on the nodes ``engines``.
+
+    No GPU is shared.
+    """
     nodes = (*learners, *(node for node in engines for _ in range(size)))
     return Placement(len(learners), len(engines) * size, colocated=False, nodes=nodes)
 

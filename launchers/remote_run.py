@@ -1,7 +1,8 @@
-"""Runs on another machine, read over SSH: a copy of the event log here that grows as the log there does.
+"""Reads runs on another machine over SSH: keeps a local copy of the event log that grows as the log there does.
 
-Uses the system's ``ssh`` with the user's own configuration. What was copied is kept (``environment.cache_home``), so that the next look
-at the same run brings only what is new. Only whole lines travel: a torn last line, which a resume cuts off, never gets here.
+Uses the system's ``ssh`` with the user's own configuration. What was copied is kept (``environment.cache_home``), so
+that the next look at the same run brings only what is new. Only whole lines travel: a torn last line, which a resume
+cuts off, never gets here.
 """
 
 from __future__ import annotations

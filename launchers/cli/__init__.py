@@ -1,1 +1,1 @@
-"""The isentrope command."""
+"""The ``isentrope`` command: one file for each group of subcommands."""

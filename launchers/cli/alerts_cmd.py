@@ -1,4 +1,4 @@
-"""``isentrope alerts``: the rules, what they would say of recorded runs, and whether alerts arrive."""
+"""``isentrope alerts``: lists alert rules, replays them over recorded runs, and tests whether alerts arrive."""
 
 from __future__ import annotations
 

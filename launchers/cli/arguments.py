@@ -1,4 +1,4 @@
-"""Arguments that several commands share, and how their results are printed."""
+"""Command-line arguments that several commands share, and how the commands print their results."""
 
 from __future__ import annotations
 

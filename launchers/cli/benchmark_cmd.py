@@ -1,4 +1,4 @@
-"""``isentrope benchmark``."""
+"""``isentrope benchmark``: answers and grades public benchmarks with a model or a run's checkpoint."""
 
 from __future__ import annotations
 
@@ -105,7 +105,8 @@ def run(
     for name in names:
         if benchmark(name).dataset and offline:
             raise typer.BadParameter(
-                f"{name} is not shipped: with --offline use sample_math or sample_choice, or give --data without --offline"
+                f"{name} is not shipped: with --offline use sample_math or sample_choice, "
+                "or give --data without --offline"
             )
     resolved = load_config(of_run / "config.yaml" if of_run else config, overrides)
     from launchers.run.benchmark import Shard, answer_benchmarks, results  # torch, Ray

@@ -1,4 +1,4 @@
-"""``isentrope config``: look at a configuration without running it."""
+"""``isentrope config``: shows and checks a configuration without running it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``isentrope data``: look at a data file before a run does."""
+"""``isentrope data``: inspects a data file before a run uses it."""
 
 from __future__ import annotations
 

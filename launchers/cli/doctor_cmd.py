@@ -1,4 +1,4 @@
-"""``isentrope doctor``."""
+"""``isentrope doctor``: checks whether this machine can train."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from launchers.cli.arguments import JSON
 def doctor(
     folder: Path = typer.Option(Path(), "--folder", help="Where runs would be written."), as_json: bool = JSON
 ) -> None:
-    """Look at this machine: versions that fit together, GPUs, shared memory, ports, disk. Exits with 1 if something is bad.
+    """Look at this machine: versions that fit together, GPUs, shared memory, ports, disk.
+
+    Exits with 1 if something is bad.
 
     Runs on a laptop, a login node, or inside a job. Example:
 

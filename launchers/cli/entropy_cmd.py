@@ -1,4 +1,4 @@
-"""``isentrope entropy``: instruments around the controller."""
+"""``isentrope entropy``: measures how entropy responds to updates and commands, and computes controller gains."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def probe(
 
       isentrope entropy probe --run runs/pi-20260101-120000 --repeats 16
 
-      isentrope entropy probe --config configs/quickstart.yaml runtime=inline learner.tensor_model_parallel_size=1 -t 0.8 -t 1.2
+      isentrope entropy probe --config configs/quickstart.yaml runtime=inline learner.tensor_model_parallel_size=1 \\
+        -t 0.8 -t 1.2
     """
     resolved = _resolved(config, run, overrides)
     if min(temperatures) <= 0:
@@ -77,8 +78,8 @@ def calibrate(
 ) -> None:
     """Identify the plant a controller steers (gain, drift, delay, noise) and say which gains to use.
 
-    RUN alone reads the event log of a run, finished or not, whose controller moved its command. --excite N trains N steps from the model of
-    --config, or from the newest checkpoint of RUN, in a folder that is thrown away.
+    RUN alone reads the event log of a run, finished or not, whose controller moved its command. --excite N trains N
+    steps from the model of --config, or from the newest checkpoint of RUN, in a folder that is thrown away.
 
     Examples:
 
@@ -130,8 +131,9 @@ def calibrate(
     typer.echo("predicted tracking (simulated):")
     for name, figures in found.predictions.items():
         typer.echo(
-            f"  {name:<9} kp {figures.kp:.3g} ki {figures.ki:.3g}: in band {figures.time_in_band:.0%}, RMS {figures.rms:.1%}, "
-            f"settling {figures.settling:.0f} steps, overshoot {figures.overshoot:.0%}, mean |du| {figures.variation:.3g}"
+            f"  {name:<9} kp {figures.kp:.3g} ki {figures.ki:.3g}: in band {figures.time_in_band:.0%}, "
+            f"RMS {figures.rms:.1%}, settling {figures.settling:.0f} steps, overshoot {figures.overshoot:.0%}, "
+            f"mean |du| {figures.variation:.3g}"
         )
     typer.echo("use: " + " ".join(found.overrides))
 
@@ -168,7 +170,8 @@ def law(
             f"{result['run']}: R = -{result['a']:.3f} exp(H) + {result['b']:.3f}, residual {result['residual']:.3f}"
         )
         typer.echo(
-            f"  fitted for H from {result['entropies'][0]:.3g} to {result['entropies'][1]:.3g}; {result['points']} points"
+            f"  fitted for H from {result['entropies'][0]:.3g} to {result['entropies'][1]:.3g}; "
+            f"{result['points']} points"
         )
         typer.echo(f"  ceiling at H = 0: {result['ceiling']:.3f} [{low:.3f}, {high:.3f}]")
         typer.echo(

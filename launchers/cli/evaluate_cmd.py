@@ -1,4 +1,4 @@
-"""``isentrope evaluate``."""
+"""``isentrope evaluate``: computes pass@k and related figures of a model or a run on held-out prompts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``isentrope jobs``: what was launched from here."""
+"""``isentrope jobs``: lists and cancels the Slurm jobs that were launched from here."""
 
 from __future__ import annotations
 
@@ -82,7 +82,8 @@ def cancel(
     jobs.cancel(found, jobs.shell(found.ssh), now=now)
     how = "cancelled" if now else "asked to save and stop"
     typer.echo(
-        f"job {found.job_id}: {how}; go on with: isentrope launch slurm --resume {shlex.quote(found.run_dir)} --cluster ..."
+        f"job {found.job_id}: {how}; go on with: isentrope launch slurm --resume {shlex.quote(found.run_dir)} "
+        "--cluster ..."
     )
 
 

@@ -1,4 +1,4 @@
-"""``isentrope lab``: the laboratory of entropy methods."""
+"""``isentrope lab``: compares entropy methods on the same task."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ def run(
 ) -> None:
     """Run every method of a suite on every seed, then write one report (lab.html, lab.md, lab.png, lab.json).
 
-    May be stopped and started again: complete runs are kept, by the hash of their configuration, and broken ones resumed.
+    May be stopped and started again: complete runs are kept, by the hash of their configuration, and broken ones
+    resumed.
 
     Examples:
 

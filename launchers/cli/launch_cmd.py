@@ -1,4 +1,4 @@
-"""``isentrope launch``: start a run elsewhere, or here with supervision."""
+"""``isentrope launch``: starts a run as a Slurm job, or on this machine with supervision."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def slurm(
         False, "--detach", help="Return when the job is in the queue, instead of following it."
     ),
 ) -> None:
-    """Submit a run as a Slurm job through nemo-run. It saves before its time is up, requeues itself and goes on until done.
+    """Submit a run as a Slurm job through nemo-run.
+
+    It saves before its time is up, requeues itself and goes on until done.
 
     Overrides that begin with `cluster.` mean the cluster file.
 

@@ -75,7 +75,10 @@ def options(
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
-    """Entry point. Exits with 0, 1 (failure) or 2 (command line or configuration); errors are one block, no traceback."""
+    """Entry point.
+
+    Exits with 0, 1 (failure) or 2 (command line or configuration); errors are one block, no traceback.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")

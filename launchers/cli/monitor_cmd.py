@@ -1,4 +1,4 @@
-"""``isentrope monitor``."""
+"""``isentrope monitor``: shows runs live in the terminal or in a browser."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def monitor(
         False, "--token", help="With --web: ask for a token on this machine too, e.g. a shared login node."
     ),
 ) -> None:
-    """Watch runs: entropy against its band, the controller, reward, times, alerts. Ctrl-C ends it; the runs do not notice.
+    """Watch runs: entropy against its band, the controller, reward, times, alerts.
+
+    Ctrl-C ends it; the runs do not notice.
 
     Examples:
 

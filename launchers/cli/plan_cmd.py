@@ -1,4 +1,4 @@
-"""``isentrope plan``: what something will cost, before it runs; each command has a file of its own."""
+"""``isentrope plan``: predicts what a run costs before it starts; each subcommand has its own file."""
 
 from __future__ import annotations
 

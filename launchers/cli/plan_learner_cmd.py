@@ -1,4 +1,4 @@
-"""``isentrope plan learner``: the memory of every GPU and the seconds of a step, from the configuration alone."""
+"""``isentrope plan learner``: predicts the memory of every GPU and the seconds of a step from a configuration."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def learner(
 ) -> None:
     """Plan the learner: GiB per GPU by pipeline stage, whether it fits, what would lower it, and the seconds of a step.
 
-    For GPUs, with Transformer Engine's layers unless learner.transformer_impl=local; rollout engines need GPUs of their own.
-    Exit code 1: it does not fit.
+    For GPUs, with Transformer Engine's layers unless learner.transformer_impl=local; rollout engines need GPUs of their
+    own. Exit code 1: it does not fit.
 
     Examples:
 
@@ -78,7 +78,10 @@ def learner(
 
 
 def _load(config: Path | None, overrides: list[str]) -> tuple[RunConfig, Path]:
-    """The checked configuration and its model's folder: ``model.hf_path``, or a packaged ``config.json`` of that name."""
+    """The checked configuration, and the folder of its model.
+
+    The folder is ``model.hf_path``, or a packaged ``config.json`` of that name.
+    """
     run = load_config(config, overrides, check=False)
     folder = resolve_path(run.model.hf_path)
     if not (folder / "config.json").is_file():
@@ -124,7 +127,8 @@ def _show(result: dict[str, Any]) -> None:
         lines.append("what would lower it, one key at a time:")
         for remedy in result["remedies"]:
             lines.append(
-                f"  {remedy['key']}={_value(remedy['value'])}: -{remedy['saves_bytes'] / GIB:.1f} GiB, {remedy['gpus']} GPUs"
+                f"  {remedy['key']}={_value(remedy['value'])}: -{remedy['saves_bytes'] / GIB:.1f} GiB, "
+                f"{remedy['gpus']} GPUs"
             )
     for line in lines:
         console.print(line, highlight=False, soft_wrap=True)

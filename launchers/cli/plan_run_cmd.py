@@ -1,4 +1,4 @@
-"""``isentrope plan run``: what a run will do and cost, and whether it can."""
+"""``isentrope plan run``: says what a run will do, what it will cost, and whether it can start."""
 
 from __future__ import annotations
 

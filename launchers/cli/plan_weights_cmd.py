@@ -1,4 +1,4 @@
-"""``isentrope plan weights``: what a weight sync from learner to engines moves, and in how many seconds."""
+"""``isentrope plan weights``: predicts how many bytes a weight sync from learner to engines moves, and its seconds."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def weights(
     figure: Path | None = typer.Option(None, help="Also draw bytes per rank and node into this PNG."),
     as_json: bool = JSON,
 ) -> None:
-    """Plan the weight sync from learner to engines: bytes per rank and node beside the least possible, buffers, seconds.
+    """Plan the weight sync from learner to engines: bytes per rank and node, the least possible, buffers, seconds.
 
     Examples:
 
@@ -152,14 +152,15 @@ def _show(result: dict[str, Any]) -> None:
     peak, bound = result["peak_buffer_bytes"] / 2**20, result["bucket_bytes"] / 2**20
     quantise = ", ".join(f"{count} {when}" for when, count in result["quantise"].items() if when != "not")
     for line in (
-        f"{result['model']} {result['dtype']}: {result['model_bytes'] / GIB:.2f} GiB, {result['total_sent_bytes'] / GIB:.1f} GiB sent, "
-        f"{result['total_local_copy_bytes'] / GIB:.1f} GiB copied on the spot",
+        f"{result['model']} {result['dtype']}: {result['model_bytes'] / GIB:.2f} GiB, "
+        f"{result['total_sent_bytes'] / GIB:.1f} GiB sent, {result['total_local_copy_bytes'] / GIB:.1f} GiB copied on "
+        "the spot",
         f"{result['buckets']} buckets, buffers {peak:.0f} of {bound:.0f} MiB per GPU",
         f"predicted {result['predicted_seconds']:.2f} s at {result['inter_gbps']:g} GB/s between and "
         f"{result['intra_gbps']:g} GB/s within nodes, per GPU",
         f"tensors quantised to FP8: {quantise} sending" if quantise else "",
-        f"a run's own sync: {result['run_buckets']} buckets in {result['run_rounds']} rounds, the busiest learner rank sends "
-        f"{result['run_sent_max_over_mean']:.2f} x the mean",
+        f"a run's own sync: {result['run_buckets']} buckets in {result['run_rounds']} rounds, "
+        f"the busiest learner rank sends {result['run_sent_max_over_mean']:.2f} x the mean",
         f"planned {result['tasks']} tasks in {result['plan_seconds']:.2f} s",
     ):
         if line:

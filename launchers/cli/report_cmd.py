@@ -1,4 +1,4 @@
-"""``isentrope report``."""
+"""``isentrope report``: writes one HTML page about one or several runs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def report(
     ),
     as_json: bool = JSON,
 ) -> None:
-    """Write one self-contained HTML page that draws runs together: figures, what differs, what happened, configuration, versions.
+    """Write one self-contained HTML page that draws runs together.
+
+    It shows their figures, differences, events, configuration and versions.
 
     Example:
 

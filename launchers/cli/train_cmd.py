@@ -1,4 +1,4 @@
-"""``isentrope train``."""
+"""``isentrope train``: trains, or resumes a run, in this process."""
 
 from __future__ import annotations
 

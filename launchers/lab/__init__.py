@@ -1,1 +1,1 @@
-"""The entropy laboratory: methods side by side, on the same task, the same data and the same budget."""
+"""The entropy laboratory: compares methods on the same task, data and budget."""

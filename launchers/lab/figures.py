@@ -1,8 +1,8 @@
-"""What a matrix found: one row per method, each figure with its mean and interval over seeds.
+"""The table of a comparison: one row per method, each figure with its mean and confidence interval over seeds.
 
-All methods get the budget of the baseline of the same seed, in generated response tokens: pass@k and distinct answers are
-interpolated between the evaluations before and after that, and the reward is compared over that many tokens. Methods that draw
-further samples thus stop earlier, not later.
+All methods get the budget of the baseline of the same seed, in generated response tokens: pass@k and distinct answers
+are interpolated between the evaluations before and after that, and the reward is compared over that many tokens.
+Methods that draw further samples thus stop earlier, not later.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipeline.student import t95
 
 @dataclass(frozen=True)
 class Figure:
-    """One column."""
+    """One column of the table."""
 
     title: str
     better: int = 0  # 1: higher is better, -1: lower, 0: neither
@@ -48,7 +48,7 @@ FIGURES = {
 
 @dataclass(frozen=True)
 class Row:
-    """One method."""
+    """One row of the table: a method and its figures over seeds."""
 
     method: str
     seeds: int
@@ -56,7 +56,7 @@ class Row:
     best: frozenset[str] = field(default_factory=frozenset)  # figures in which it beats every other method
 
     def estimate(self, figure: str) -> tuple[float, float]:
-        """Mean and half-width of its 95 % interval over seeds; NaN where there is nothing, or nothing to tell a spread from."""
+        """Mean over seeds and half-width of its 95 % interval; NaN where there are too few values."""
         values = list(self.values[figure].values())
         return (mean(values) if values else math.nan), half_width(values)
 
@@ -73,9 +73,12 @@ def half_width(values: Sequence[float]) -> float:
 
 
 def rows_of(runs: Mapping[str, Sequence[RunHistory]], baseline: str, stopped_at: Sequence[int] = ()) -> list[Row]:
-    """The table, methods in the order of ``runs`` (seed by seed, complete runs only), after the baseline as if it had stopped early.
+    """The rows of the table: the baseline as if it had stopped early, then the methods in the order of ``runs``.
 
-    A method is *best* in a figure where the 95 % interval of the difference to every other, over the seeds that both have, excludes 0.
+    ``runs`` holds complete runs only, seed by seed.
+
+    A method is *best* in a figure where the 95 % interval of the difference to every other, over the seeds that both
+    have, excludes 0.
     """
     budgets = {run.config.seed: run for run in runs[baseline]}
     table = []
@@ -126,7 +129,10 @@ def _generated(run: RunHistory) -> np.ndarray:
 
 
 def _reward_cost(run: RunHistory, generated: np.ndarray, baseline: RunHistory, theirs: np.ndarray) -> float:
-    """(AUC of the baseline's reward - AUC of the run's) / AUC of the baseline's, over the tokens that both have generated."""
+    """Share of the baseline's reward area that the run lost, over the tokens that both have generated.
+
+    (AUC of the baseline's reward - AUC of the run's) / AUC of the baseline's.
+    """
     budget = min(generated[-1], theirs[-1])
     area = _reward_area(baseline, theirs, budget)
     return (area - _reward_area(run, generated, budget)) / area if area else math.nan
@@ -159,7 +165,7 @@ def _beats_all(row: Row, table: Sequence[Row], name: str) -> bool:
 
 
 def _difference_excludes_zero(ours: Mapping[int, float], theirs: Mapping[int, float], better: int) -> bool:
-    """Paired by seed."""
+    """Whether the 95 % interval of the difference, paired by seed, excludes 0."""
     differences = [better * (ours[seed] - theirs[seed]) for seed in ours.keys() & theirs.keys()]
     width = half_width(differences)
     return math.isfinite(width) and mean(differences) > width

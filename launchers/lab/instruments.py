@@ -1,4 +1,4 @@
-"""Instruments that need a model: the asymmetry probe, and the excitation that identifies a plant before a run."""
+"""Measurements that need a model: the asymmetry probe, and the excitation that identifies a plant before a run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ def probe(
     step_size: float,
     said: Callable[[str], None],
 ) -> Asymmetry:
-    """The asymmetry of ``config``'s model, or of the newest checkpoint of ``run``. Raises ``CheckpointError`` without one."""
+    """The asymmetry of ``config``'s model, or of the newest checkpoint of ``run``.
+
+    Raises ``CheckpointError`` without one.
+    """
     config = probe_config(config, step_size)
     checkpoint = assemble.newest_checkpoint(run, "start from")
     with ExitStack() as stack:
@@ -52,7 +55,9 @@ def probe(
 
 
 def excite(config: RunConfig, run: Path | None, steps: int) -> Record:
-    """Train ``steps`` steps in a folder that is thrown away, the command switching between two levels; what it did to the entropy.
+    """Train ``steps`` steps while the command switches between two levels, and return how the entropy responded.
+
+    The run's folder is thrown away.
 
     Starts from ``config``'s model, or from the newest checkpoint of ``run``, optimizer state included.
     """
@@ -74,7 +79,7 @@ def excite(config: RunConfig, run: Path | None, steps: int) -> Record:
 
 
 def _without_side_effects(config: RunConfig, steps: int) -> RunConfig:
-    """Nothing is evaluated, kept or sent anywhere."""
+    """The configuration for ``steps`` steps under control, with evaluation, checkpoints, samples and sinks off."""
     controlled = "pi" if config.entropy.controller == "none" else config.entropy.controller
     return replace(
         config,

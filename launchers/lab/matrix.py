@@ -1,4 +1,4 @@
-"""Running a matrix: every cell a process of its own, several at a time, none twice."""
+"""Runs the cells of a comparison: each in its own process, several at a time, complete ones not again."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ class Outcome:
 
 
 def run_matrix(cells: Sequence[Cell], workers: int, done: Callable[[Outcome], None]) -> list[Outcome]:
-    """Run what is missing, ``workers`` at a time; ``done`` is told as each cell ends. One that fails does not stop the others.
+    """Run what is missing, ``workers`` at a time; ``done`` is told as each cell ends.
+
+    One that fails does not stop the others.
 
     A cell that was broken off goes on from its checkpoint, so the matrix may be stopped and started again at any time.
     """

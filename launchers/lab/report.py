@@ -1,4 +1,4 @@
-"""The report of a matrix: one page with curves and table, the same as Markdown, PNG and JSON."""
+"""Writes the report of a comparison: one HTML page with curves and a table, and the same as Markdown, PNG and JSON."""
 
 from __future__ import annotations
 
@@ -24,16 +24,20 @@ from pipeline.monitoring.tracking import filtered
 
 COLUMNS = 4
 NOTE = (
-    "Mean ± half of the 95 % interval over seeds (Student's t). Bold: better than every other method, the interval of the difference by seed "
-    "excluding 0. pass@k and distinct answers: held-out prompts, interpolated between evaluations to the response tokens that the baseline of the "
-    "same seed generated. Reward cost: share of the baseline's reward area lost over those tokens. Time in band, RMS error and overshoot: filtered entropy, from "
-    "its first step in the band on, methods that steer to it only; settled: the first step from which 20 lie in the band (never: the last step)."
+    "Mean ± half of the 95 % interval over seeds (Student's t). Bold: better than every other method, "
+    "the interval of the difference by seed excluding 0. pass@k and distinct answers: held-out prompts, "
+    "interpolated between evaluations to the response tokens that the baseline of the same seed generated. "
+    "Reward cost: share of the baseline's reward area lost over those tokens. Time in band, RMS error and overshoot: "
+    "filtered entropy, from its first step in the band on, methods that steer to it only; settled: "
+    "the first step from which 20 lie in the band (never: the last step)."
 )
 CSS = "body { max-width: 1240px; } table { font-size: 13.5px; }"  # a wide table
 
 
 def write_report(suite: SuiteConfig, cells: Sequence[Cell], outcomes: Sequence[Outcome], out: Path) -> dict[str, Any]:
-    """Write ``lab.html``, ``lab.md``, ``lab.png`` and ``lab.json`` of the complete runs among ``cells``; returns what the JSON holds.
+    """Write ``lab.html``, ``lab.md``, ``lab.png`` and ``lab.json`` of the complete runs among ``cells``.
+
+    Returns what the JSON holds.
 
     Raises ``ValueError`` when not one run of the baseline is complete.
     """
@@ -58,7 +62,10 @@ def write_report(suite: SuiteConfig, cells: Sequence[Cell], outcomes: Sequence[O
 
 
 def draw(runs: Mapping[str, Sequence[RunHistory]], baseline: str) -> Figure:
-    """One panel per method: entropy of every seed and the band, with pass@16 below it; the baseline in grey behind each."""
+    """Draw one panel per method: the entropy of every seed in the band, with pass@16 below.
+
+    The baseline stands in grey behind each method.
+    """
     height = math.ceil(len(runs) / COLUMNS)
     figure = Figure(figsize=(3.1 * COLUMNS, 2.9 * height), layout="constrained")
     grid = figure.add_gridspec(2 * height, COLUMNS, height_ratios=[2, 1] * height)

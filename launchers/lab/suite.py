@@ -1,4 +1,9 @@
-"""A suite: one task and budget, and the methods that are compared on it. Kept in ``configs/lab/``, as strict as a run's configuration."""
+"""A suite: one task, one budget, and the methods that are compared on it.
+
+Suites are YAML files in ``configs/lab/``, checked as strictly as a run's configuration.
+
+Kept in ``configs/lab/``, as strict as a run's configuration.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +24,7 @@ from pipeline.config.schema import RunConfig
 
 @dataclass
 class SuiteConfig:
-    """One comparison."""
+    """One comparison: its task, budget, seeds and methods."""
 
     title: str = key("", "heading of the report")
     base: str = key(MISSING, "recipe that every run starts from", path=True)
@@ -37,7 +42,7 @@ class SuiteConfig:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of the matrix."""
+    """One run of the comparison: one method with one seed."""
 
     method: str
     seed: int
@@ -45,7 +50,9 @@ class Cell:
 
 
 def load_suite(name: str, known: Mapping[str, Sequence[str]]) -> SuiteConfig:
-    """The suite of a YAML file, or the packaged one called ``name``. ``known``: overrides of every method that can be run.
+    """The suite of a YAML file, or the packaged one called ``name``.
+
+    ``known``: overrides of every method that can be run.
 
     Raises ``ConfigError``.
     """
@@ -56,7 +63,10 @@ def load_suite(name: str, known: Mapping[str, Sequence[str]]) -> SuiteConfig:
 def chosen(
     suite: SuiteConfig, methods: Sequence[str], seeds: int | None, known: Mapping[str, Sequence[str]]
 ) -> SuiteConfig:
-    """The suite with other methods (the baseline always among them) or another number of seeds. Raises ``ConfigError``."""
+    """The suite with other methods (the baseline always among them) or another number of seeds.
+
+    Raises ``ConfigError``.
+    """
     wanted = replace(suite, methods=list(methods or suite.methods), seeds=suite.seeds if seeds is None else seeds)
     if suite.baseline not in wanted.methods:
         wanted.methods.insert(0, suite.baseline)
@@ -74,8 +84,8 @@ def with_variants(suite: SuiteConfig, known: Mapping[str, Sequence[str]]) -> dic
 def cells(suite: SuiteConfig, known: Mapping[str, Sequence[str]], out: Path) -> list[Cell]:
     """Every run of the suite, seeds outermost, so that a matrix broken off early compares all methods on few seeds.
 
-    A run's folder carries the hash of its configuration: what has been computed once is never computed again, and what has changed
-    never taken for it. Raises ``ConfigError`` where a method does not go with the task.
+    A run's folder carries the hash of its configuration: what has been computed once is never computed again, and what
+    has changed never taken for it. Raises ``ConfigError`` where a method does not go with the task.
     """
     known = with_variants(suite, known)
     return [_cell(suite, method, seed, known, out) for seed in range(suite.seeds) for method in suite.methods]

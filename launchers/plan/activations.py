@@ -1,9 +1,9 @@
-"""Bytes that one layer keeps between its forward and its backward pass, for one micro-batch on one rank.
+"""Predicts the bytes that a layer keeps between its forward and its backward pass, for one micro-batch on one rank.
 
-Two implementations. *Local*: megatron-core's own modules, which materialise the attention matrix; counted on real models by the tests.
-*Transformer Engine*: read from its source (2.20, ``module/linear.py``, ``layernorm_linear.py``, ``grouped_linear.py``) and
-megatron-core's (0.16, ``transformer/attention.py``, ``mlp.py``, ``moe/experts.py``), in the manner of Korthikanti et al. 2022 (arXiv
-2205.05198), section 4; not yet measured on a GPU. Both without dropout.
+Two implementations. *Local*: megatron-core's own modules, which materialise the attention matrix; counted on real
+models by the tests. *Transformer Engine*: read from its source (2.20, ``module/linear.py``, ``layernorm_linear.py``,
+``grouped_linear.py``) and megatron-core's (0.16, ``transformer/attention.py``, ``mlp.py``, ``moe/experts.py``), in the
+manner of Korthikanti et al. 2022 (arXiv 2205.05198), section 4; not yet measured on a GPU. Both without dropout.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TOKEN_ID = _INDEX
 
 @dataclass(frozen=True)
 class Layer:
-    """Bytes of one layer."""
+    """Bytes that one layer keeps."""
 
     attention: float  # norm, projections, the inputs of attention's core
     core: float  # what selective recomputation drops: the attention matrix, repeated keys and values
@@ -34,7 +34,7 @@ class Layer:
 
     @property
     def saved(self) -> float:
-        """All that is kept where nothing is recomputed."""
+        """Bytes that are kept where nothing is recomputed."""
         return self.attention + self.core + self.feed_forward
 
 
@@ -48,12 +48,12 @@ class Instant:
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """Bytes of all parts together."""
         return self.kept + self.recomputed + self.working
 
 
 def layer(work: Work, index: int) -> Layer:
-    """Of decoder layer ``index``."""
+    """Bytes of decoder layer ``index``."""
     model = work.model
     inside = _latent_attention(work, model.mla) if model.mla else _attention(work, index)
     moe = model.moe if model.is_moe(index) else None
@@ -75,7 +75,7 @@ def layer(work: Work, index: int) -> Layer:
 
 
 def final_norm(work: Work) -> float:
-    """Of the norm in front of the output layer."""
+    """Bytes of the norm in front of the output layer."""
     return _norm(work, work.model.hidden, work.norm_tokens)
 
 
@@ -108,7 +108,10 @@ def _full(found: list[Layer], size: int, *, uniform: bool) -> list[Instant]:
 
 
 def _remaining(kept: list[float], changes: list[tuple[float, float, float]]) -> list[Instant]:
-    """From the last entry back: what is left of ``kept``, less what is freed, with what is computed again, beside temporaries."""
+    """What is left of ``kept`` at each entry, from the last to the first.
+
+    What is freed is subtracted; what is computed again and temporaries are added.
+    """
     left = sum(kept)
     instants = [Instant(left, 0.0, 0.0)]
     for own, (freed, again, working) in zip(reversed(kept), reversed(changes), strict=True):
@@ -128,7 +131,10 @@ def _linear_size(work: Work, index: int) -> float:
 
 
 def _norm(work: Work, width: float, tokens: float) -> float:
-    """RMSNorm. Torch's own keeps the input and the normalised input, both in float32; Transformer Engine's its input."""
+    """Bytes of an RMSNorm.
+
+    Torch's own keeps the input and the normalised input, both in float32; Transformer Engine's its input.
+    """
     if work.transformer_engine:
         return tokens * (width * work.itemsize + _FLOAT)
     return tokens * (2 * width * _FLOAT + _FLOAT)
@@ -146,7 +152,7 @@ class _Attention:
 
 
 def _attention(work: Work, index: int) -> _Attention:
-    """Grouped-query attention."""
+    """Bytes of grouped-query attention."""
     model, size, tokens = work.model, work.itemsize, work.tokens
     heads = model.heads / work.tp
     groups = max(1.0, model.kv_heads / work.tp)  # fewer groups than ranks are held by several
@@ -165,11 +171,15 @@ def _attention(work: Work, index: int) -> _Attention:
 
 
 def _local_attention(work: Work, inputs: float, heads: float, groups: float, *, own_queries: bool) -> _Attention:
-    """megatron-core's own attention, which repeats keys and values for every head; under CP ours, which gathers them."""
+    """Bytes of megatron-core's own attention, which repeats keys and values for every head.
+
+    Under context parallelism: of our attention, which gathers them.
+    """
     model, size, tokens = work.model, work.itemsize, work.tokens
     q, kv = (tokens * count * model.head_dim for count in (heads, groups))
     repeated, gathered = heads > groups, work.cp > 1
-    # A view of the projection is kept by the norm of keys, if that needs no float32 copy, or by attention for its values.
+    # A view of the projection is kept by the norm of keys, if that needs no float32 copy, or by attention for its
+    # values.
     whole = (model.family.qk_norm and size == _FLOAT) or not (repeated or gathered)
     inputs += 4 * work.length / work.cp * model.head_dim * size  # cosines and sines, for queries and for keys
     outside = inputs + (q + 2 * kv) * size * whole + q * size  # and the rotated queries
@@ -203,7 +213,7 @@ def _matrix(work: Work, heads: float) -> float:
 
 
 def _latent_attention(work: Work, mla: Mla) -> _Attention:
-    """Multi-head latent attention."""
+    """Bytes of multi-head latent attention."""
     size, tokens, heads = work.itemsize, work.tokens, work.model.heads / work.tp
     q, v = tokens * heads * (mla.nope_dim + mla.rope_dim), tokens * heads * mla.v_dim
     own = work.norm_tokens  # the down-projections are whole on every rank, and see this rank's tokens
@@ -240,7 +250,8 @@ def _experts(work: Work, moe: Moe, index: int) -> float:
     if moe.groups > 1:
         router += _INDEX * (moe.groups * moe.top_k // moe.top_groups + moe.top_groups)
     dispatch = moe.experts * (1 + _FLOAT) + moe.top_k * _INDEX
-    # Each routed token: both linear layers' inputs, the gated SiLU, unfused its result before the router's weight, and that weight.
+    # Each routed token: both linear layers' inputs, the gated SiLU, unfused its result before the router's weight, and
+    # that weight.
     inner = moe.ffn / work.grid.expert_tp
     unweighted = 0 if work.transformer_engine else 1
     routed = hidden * linear + inner * ((_gate(work) + unweighted) * size + linear) + _FLOAT

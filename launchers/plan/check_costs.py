@@ -1,4 +1,4 @@
-"""Checks of a plan: memory, seconds, GPU-hours, and whether a step and its checkpoint fit into a job's time."""
+"""Checks what a run costs: memory, seconds, GPU-hours, and whether a step and its checkpoint fit into a job's time."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ STOP_S = 20  # before its limit a job is requeued whatever the run does (launche
 
 
 def memory(setting: Setting) -> Iterator[str | Problem]:
-    """What ``isentrope plan learner`` says, in a line, and what engines hold."""
+    """One line with the result of ``isentrope plan learner``, and the memory of engines."""
     try:
         forecast = setting.forecast
     except ValueError as error:
@@ -32,7 +32,10 @@ def memory(setting: Setting) -> Iterator[str | Problem]:
     if forecast is None or setting.cluster is None:
         return
     gib, memory = setting.cluster.gpu_gib, forecast.memory
-    yield f"memory: {memory.learner:,.1f} of {gib:g} GiB on the fullest learner GPU (predicted; isentrope plan learner has the parts)"
+    yield (
+        f"memory: {memory.learner:,.1f} of {gib:g} GiB on the fullest learner GPU (predicted; "
+        "isentrope plan learner has the parts)"
+    )
     if memory.learner > gib:
         from launchers.plan.remedies import remedies
 
@@ -51,24 +54,31 @@ def _engine_memory(config: RunConfig, gib: float, forecast: Forecast) -> Iterato
     weights, length = drawn.weights_bytes / GIB, config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
     if drawn.kv_tokens < length:
         least = (drawn.weights_bytes + length * drawn.kv_token_bytes) / GIB / memory.engine * share
-        what = f"{memory.engine:,.1f} GiB of an engine's GPU, for {weights:,.1f} GiB of weights and a cache of {length:,} tokens at least"
+        what = (
+            f"{memory.engine:,.1f} GiB of an engine's GPU, for {weights:,.1f} GiB of weights and a cache of {length:,} "
+            "tokens at least"
+        )
         enough = f"raise it above {least:.2f}, or " if least < 0.95 else ""
         yield Problem(key, share, what, f"{enough}raise rollout.tensor_parallel_size")
         return
     yield (
-        f"engine memory: {weights:,.1f} GiB of weights and {drawn.kv_bytes / GIB:,.1f} GiB of cache on every GPU: {drawn.kv_tokens:,} tokens, "
-        f"{drawn.concurrent:,} of an engine's {drawn.samples:,} samples at a time (predicted)"
+        f"engine memory: {weights:,.1f} GiB of weights and {drawn.kv_bytes / GIB:,.1f} GiB of cache on every GPU: "
+        f"{drawn.kv_tokens:,} tokens, {drawn.concurrent:,} of an engine's {drawn.samples:,} samples at a time "
+        "(predicted)"
     )
     if memory.together:
         yield f"together: {memory.together:,.1f} of {gib:g} GiB where learner and engine share a GPU (predicted)"
     if memory.together > gib:
-        what = f"an engine with {memory.engine:,.1f} GiB beside the learner's {memory.steady:,.1f} makes {memory.together:,.1f} of {gib:g} GiB"
+        what = (
+            f"an engine with {memory.engine:,.1f} GiB beside the learner's {memory.steady:,.1f} makes "
+            f"{memory.together:,.1f} of {gib:g} GiB"
+        )
         remedy = f"lower {key}, shard the learner further, or set rollout.placement=disaggregated"
         yield Problem("rollout.placement", config.rollout.placement, what, remedy)
 
 
 def speed(setting: Setting) -> Iterator[str | Problem]:
-    """Seconds of a step and GPU-hours of the run; the problems are ``memory``'s and ``time``'s."""
+    """Seconds of a step and GPU-hours of the run; ``memory`` and ``time`` report the problems."""
     try:
         forecast = setting.forecast
     except ValueError:
@@ -80,7 +90,10 @@ def speed(setting: Setting) -> Iterator[str | Problem]:
     yield f"weight sync: {size(sync.model_bytes)}{across}: about {duration(sync.seconds)} (predicted)"
     drawn, step = forecast.rollouts, forecast.step_seconds
     if drawn is None or step is None:
-        yield f"train phase: about {duration(train)} a step (predicted); engines that compute on the CPU are not estimated"
+        yield (
+            f"train phase: about {duration(train)} a step (predicted); engines that compute on the CPU are not "
+            "estimated"
+        )
         return
     yield (
         f"step: about {duration(step)} = rollouts {duration(drawn.seconds)} + training {duration(train)} + weight sync "
@@ -91,8 +104,9 @@ def speed(setting: Setting) -> Iterator[str | Problem]:
     usable = seconds(setting.cluster.walltime) - setting.cluster.save_before_s
     jobs = math.ceil(steps * step / usable)
     yield (
-        f"cost: {steps:,} steps in {duration(steps * step)} on {gpus:,} GPUs = {steps * step / 3600 * gpus:,.1f} GPU-hours, about "
-        f"{count(jobs, 'time limit')} of {setting.cluster.walltime} (predicted; without start-up, evaluation and saving)"
+        f"cost: {steps:,} steps in {duration(steps * step)} on {gpus:,} GPUs = {steps * step / 3600 * gpus:,.1f} "
+        f"GPU-hours, about {count(jobs, 'time limit')} of {setting.cluster.walltime} (predicted; without start-up, "
+        "evaluation and saving)"
     )
 
 
@@ -113,9 +127,15 @@ def time(setting: Setting) -> Iterator[str | Problem]:
         return
     limit = seconds(cluster.walltime)
     again = "requeued" if cluster.requeue else f"followed by the next of {count(cluster.chain, 'job')}"
-    yield f"time: saves {cluster.save_before_s} s (or up to a minute more) before {cluster.walltime} is over, then is {again}"
+    yield (
+        f"time: saves {cluster.save_before_s} s (or up to a minute more) before {cluster.walltime} is over, "
+        f"then is {again}"
+    )
     saves = f"every {every} steps" if every else "only at the end and before the time limit"
-    yield f"checkpoints: {saves}, in {setting.run_dir / 'checkpoints'}, the last {setting.config.checkpoint.keep_last} kept"
+    yield (
+        f"checkpoints: {saves}, in {setting.run_dir / 'checkpoints'}, the last {setting.config.checkpoint.keep_last} "
+        "kept"
+    )
     if limit - cluster.save_before_s < 60:
         what = f"leaves {limit - cluster.save_before_s} s of {limit} for start-up and training"
         yield Problem("cluster.save_before_s", cluster.save_before_s, what, "lower it or raise cluster.walltime")
@@ -135,14 +155,20 @@ def _save_interval(setting: Setting, cluster: ClusterConfig, usable: int) -> Ite
         return
     every, steps = setting.config.checkpoint.every, setting.config.steps
     if every:
-        yield f"save interval: {every} steps = about {duration(every * step)} of the {duration(usable)} before saving begins (predicted)"
+        yield (
+            f"save interval: {every} steps = about {duration(every * step)} of the {duration(usable)} before saving "
+            "begins (predicted)"
+        )
     if step + STOP_S <= cluster.save_before_s:
         return
     enough = math.ceil((step + STOP_S) / 60) * 60
     what = f"a step takes about {duration(step)} (predicted): the one in progress would not end before the job does"
     between = min(every or steps, steps) * step
     if between > usable:
-        saved = f"no checkpoint comes before, so that every attempt begins at the same step ({duration(between)} between checkpoints)"
+        saved = (
+            f"no checkpoint comes before, so that every attempt begins at the same step ({duration(between)} between "
+            "checkpoints)"
+        )
         remedy = f"raise it to {enough} or more (and cluster.walltime above that), or lower checkpoint.every"
         yield Problem("cluster.save_before_s", cluster.save_before_s, f"{what}, and {saved}", remedy)
     else:

@@ -1,4 +1,4 @@
-"""Checks of a plan: paths, disk, alert rules and versions, where the run will need them."""
+"""Checks the paths, the disk, the alert rules and the package versions on the machine where the run will need them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of a plan: what a step's batch is, and which node does what."""
+"""Checks and describes a step's batch and what each node does."""
 
 from __future__ import annotations
 

@@ -1,8 +1,11 @@
-"""Seconds that SGLang engines take to draw a step's samples, and the memory they do it in: a roofline at stated speeds, not a measurement.
+"""Predicts the seconds that SGLang engines take to draw a step's samples, and their memory.
 
-Every pass of decoding reads the weights once, whatever the number of running samples, and the keys and values of each of them; it
-lasts as long as the slower of memory and arithmetic (Pope et al. 2022, arXiv 2211.05102, section 2). Left out: latencies of kernels and
-all-reduces, the scheduler, and what samples of one prompt save by sharing its keys and values after they were computed.
+A roofline at stated speeds, not a measurement.
+
+Every pass of decoding reads the weights once, whatever the number of running samples, and the keys and values of each
+of them; it lasts as long as the slower of memory and arithmetic (Pope et al. 2022, arXiv 2211.05102, section 2). Left
+out: latencies of kernels and all-reduces, the scheduler, and what samples of one prompt save by sharing its keys and
+values after they were computed.
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ class Weights:
 
     @property
     def total(self) -> float:
-        """All that is held."""
+        """Bytes of all weights together."""
         return self.dense + self.experts + self.lookup
 
 
@@ -62,20 +65,20 @@ class Rollout:
 
     @property
     def seconds(self) -> float:
-        """All of it."""
+        """Seconds of the whole rollout phase."""
         return self.prefill_seconds + self.decode_seconds
 
     @property
     def kv_bytes(self) -> float:
-        """Of one GPU's cache."""
+        """Bytes of the key-value cache on one GPU."""
         return self.kv_tokens * self.kv_token_bytes
 
 
 def rollout(model: Architecture, config: RunConfig, gpu: Gpu, free_gib: float, mean_response: int = 0) -> Rollout:
-    """The samples of one step, auxiliary ones included.
+    """Predict the rollout of one step, auxiliary samples included.
 
-    ``free_gib``: what a GPU has when its engine starts, of which it takes ``rollout.sglang.mem_fraction_static``. ``kv_tokens`` is
-    0 or less where that does not hold the weights.
+    ``free_gib``: what a GPU has when its engine starts, of which it takes ``rollout.sglang.mem_fraction_static``.
+    ``kv_tokens`` is 0 or less where that does not hold the weights.
     """
     settings, tp = config.rollout, config.rollout.tensor_parallel_size
     held = weights(model, config)
@@ -106,7 +109,7 @@ def rollout(model: Architecture, config: RunConfig, gpu: Gpu, free_gib: float, m
 
 
 def weights(model: Architecture, config: RunConfig) -> Weights:
-    """Of the whole model, in the engine's number formats."""
+    """Bytes of the whole model in the engine's number formats."""
     size, fp8 = _item_size(config), config.rollout.weight_dtype == "fp8"
     table = rows(model, Grid())
     experts = [row for row in table if row.expert is not None]
@@ -122,7 +125,10 @@ def weights(model: Architecture, config: RunConfig) -> Weights:
 
 
 def kv_token_bytes(model: Architecture, tp: int, item_size: int) -> float:
-    """Keys and values of one token on one GPU, all layers; heads fewer than GPUs are held by several, latent ones by all."""
+    """Bytes of one token's keys and values on one GPU, all layers.
+
+    Heads fewer than GPUs are held by several GPUs, latent ones by all.
+    """
     if model.mla:
         return float(model.layers * (model.mla.kv_lora + model.mla.rope_dim) * item_size)
     return 2.0 * model.layers * max(1.0, model.kv_heads / tp) * model.head_dim * item_size

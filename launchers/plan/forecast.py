@@ -1,4 +1,7 @@
-"""What a step of a run takes on a cluster's GPUs, phase by phase, and so the whole run: estimates at stated speeds, not measurements."""
+"""Predicts the seconds of a step on a cluster's GPUs, phase by phase, and of the whole run.
+
+Estimates at stated speeds, not measurements.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ CHECKPOINT_BYTES = {"fp32": 12, "bf16": 14}  # of a parameter: itself, Adam's tw
 
 @dataclass(frozen=True)
 class Sync:
-    """Moving one version of the weights from learner to engines."""
+    """Seconds and bytes of moving one version of the weights from learner to engines."""
 
     model_bytes: int  # one copy
     node_bytes: int  # that enter the busiest node from others
@@ -43,7 +46,10 @@ class Memory:
 
 @dataclass(frozen=True)
 class Forecast:
-    """One step. ``rollouts`` is None where engines compute on the CPU: they, and the whole step, are then not estimated."""
+    """The predicted seconds and memory of one step.
+
+    ``rollouts`` is None where engines compute on the CPU: they, and the whole step, are then not estimated.
+    """
 
     work: Work
     memory: Memory
@@ -53,14 +59,16 @@ class Forecast:
 
     @property
     def step_seconds(self) -> float | None:
-        """Rollouts, training, weight sync, one after the other."""
+        """Seconds of rollouts, training and weight sync, one after the other."""
         return None if self.rollouts is None else self.rollouts.seconds + self.train_seconds + self.sync.seconds
 
 
 def forecast(
     model: Architecture, config: RunConfig, cluster: ClusterConfig, placed: Placement, mean_response: int
 ) -> Forecast:
-    """One step of a run whose processes are ``placed``. Seconds are for responses of ``mean_response`` tokens, memory for the longest.
+    """Predict one step of a run whose processes are ``placed``.
+
+    Seconds are for responses of ``mean_response`` tokens, memory for the longest.
 
     Raises ``ValueError`` where the model cannot be cut as learner or engines ask.
     """
@@ -88,15 +96,17 @@ def forecast(
 
 
 def checkpoint_bytes(model: Architecture, config: RunConfig) -> int:
-    """Of one checkpoint: weights, optimizer and, with ``objective.kl_coef``, the reference policy."""
+    """Bytes of one checkpoint: weights, optimizer and, with ``objective.kl_coef``, the reference policy."""
     parameters = sum(math.prod(source.shape) for row in rows(model) for source in row.sources)
     reference = ITEM_SIZES[config.model.dtype] if config.objective.kl_coef > 0 else 0
     return parameters * (CHECKPOINT_BYTES[config.model.dtype] + reference)
 
 
 def _sync(model: Architecture, config: RunConfig, cluster: ClusterConfig, work: Work, placed: Placement) -> Sync:
-    """What a run's own sync moves (``plan_report.run_summary``): from the owners' GPUs into their nodes' memory, once into every node with an
-    engine, and whole tensors to each of an engine's GPUs; here one after the other, though buckets overlap.
+    """What a run's own weight sync moves (``plan_report.run_summary``), in three hops.
+
+    From the owners' GPUs into their nodes' memory, once into every node with an engine, and whole tensors to each of an
+    engine's GPUs. Here one after the other, though buckets overlap.
     """
     settings = config.rollout
     tp = settings.tensor_parallel_size if settings.engine == "sglang" else 1

@@ -1,4 +1,4 @@
-"""Bytes of one GPU of every pipeline stage, at the instant of a step at which they are most."""
+"""Predicts the bytes of one GPU of every pipeline stage, at the moment of a step that needs most."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from launchers.plan.schedule import under_way
 from launchers.plan.work import Work, table
 from pipeline.units import GIB
 
-# A stated constant, not a computed one: CUDA context and libraries, cuBLAS and cuDNN workspaces, NCCL's channels of five to seven groups,
-# and what the caching allocator cannot use again.
+# A stated constant, not a computed one: CUDA context and libraries, cuBLAS and cuDNN workspaces, NCCL's channels of
+# five to seven groups, and what the caching allocator cannot use again.
 CONTEXT_BYTES = 3 * GIB
-# What the log-prob kernels work on at a time on a GPU (megatron_ext.logprobs): ``torch`` on so many logits in three float32 temporaries,
-# ``fused`` on a tile of tokens and columns, with the tile's hidden states in float32 and their gradient.
+# What the log-prob kernels work on at a time on a GPU (megatron_ext.logprobs): ``torch`` on so many logits in three
+# float32 temporaries, ``fused`` on a tile of tokens and columns, with the tile's hidden states in float32 and their
+# gradient.
 _CHUNK_LOGITS, _TILE = 1 << 24, (4096, 8192)
 _FLOAT = 4
 _LOSS = 13 * _FLOAT  # per target: what the policy loss keeps (pipeline.objectives.loss)
@@ -23,7 +24,10 @@ _LOSS = 13 * _FLOAT  # per target: what the policy loss keeps (pipeline.objectiv
 
 @dataclass(frozen=True)
 class Stage:
-    """One GPU of a pipeline stage: bytes by what they hold, in the order of a picture, and what a weight sync needs meanwhile."""
+    """Bytes of one GPU of a pipeline stage by what they hold, and what a weight sync needs meanwhile.
+
+    The order is that of the picture.
+    """
 
     stage: int
     layers: int
@@ -44,7 +48,10 @@ PARTS = (*STEADY, *TRAINING)
 
 
 def stages(work: Work) -> tuple[Stage, ...]:
-    """Every pipeline stage's rank with the most bytes. Raises ``ValueError`` where layers or experts cannot be divided so."""
+    """Every pipeline stage's rank with the most bytes.
+
+    Raises ``ValueError`` where layers or experts cannot be divided so.
+    """
     return tuple(_stage(work, stage) for stage in range(work.grid.pp))
 
 
@@ -77,7 +84,7 @@ class Moment:
 
     @property
     def saved(self) -> float:
-        """What autograd holds."""
+        """Bytes that autograd holds."""
         return self.parts["activations"] + self.parts["recompute"] + self.parts["logits"]
 
 
@@ -110,8 +117,8 @@ def moments(work: Work, stage: int) -> list[Moment]:
 def logits(work: Work) -> tuple[float, float]:
     """Bytes kept from the hidden states of the targets to their loss, and temporaries: response tokens only.
 
-    ``torch`` and ``triton`` hold the logits in the model's type, a buffer that the backward pass overwrites; ``fused`` multiplies
-    block by block, forward and backward, and keeps none.
+    ``torch`` and ``triton`` hold the logits in the model's type, a buffer that the backward pass overwrites; ``fused``
+    multiplies block by block, forward and backward, and keeps none.
     """
     targets, hidden, size = work.targets / work.cp, work.model.hidden, work.itemsize
     entries = targets * work.model.padded_vocab(work.tp) / work.tp

@@ -1,4 +1,9 @@
-"""Bytes that stay from step to step: parameters, main gradients, optimizer state, FP8 copies. From the layout table alone."""
+"""Predicts the bytes that stay from step to step: parameters, main gradients, optimizer state, FP8 copies.
+
+From the layout table alone.
+
+From the layout table alone.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +17,11 @@ from pipeline.model.layout import Row
 from pipeline.units import FP8_BLOCK
 
 MAIN = 4  # bytes of float32: main gradients, main parameters, each of Adam's two moments
-_START = 64  # entries to which the distributed optimizer's buffer aligns every parameter (megatron-core, param_and_grad_buffer.py)
+# entries to which the distributed optimizer's buffer aligns every parameter (megatron-core, param_and_grad_buffer.py)
+_START = 64
 _END = 128  # and, with the number of ranks, every bucket's end
-# Bytes of scales per FP8 byte: one float32 for 128 x 128 weights, one byte for 32 (docs of Transformer Engine's recipes).
+# Bytes of scales per FP8 byte: one float32 for 128 x 128 weights, one byte for 32 (docs of Transformer Engine's
+# recipes).
 _SCALES = {"blockwise": 4 / FP8_BLOCK**2, "mxfp8": 1 / 32}
 
 
@@ -58,7 +65,7 @@ def held(work: Work, stage: int) -> Held:
 
 
 def entries(work: Work, row: Row) -> int:
-    """Of a parameter on one rank that holds it, padding included."""
+    """Entries of a parameter on one rank that holds it, padding included."""
     return math.prod(row.local_shape(work.tp if row.expert is None else work.grid.expert_tp))
 
 
@@ -99,7 +106,10 @@ def _buffer_entries(work: Work, part: Sequence[Row]) -> int:
 
 
 def _optimizer_bytes(work: Work, part: Sequence[Row]) -> float:
-    """Adam's moments and, beside parameters of another type, float32 main parameters; of the rank with the largest share."""
+    """Bytes of Adam's moments and, beside parameters of another type, of float32 main parameters.
+
+    Of the rank with the largest share.
+    """
     copies = 2 if work.itemsize == MAIN else 3
     shared = _replicas(work, part) if work.learner.optimizer.distributed else 1
     return copies * MAIN * _buffer_entries(work, part) / shared

@@ -1,7 +1,9 @@
-"""What a run will do and whether it can, in words, before anything starts: ``isentrope plan run``, and first in every launch.
+"""Says in words what a run will do and whether it can, before anything starts.
 
-Loading has checked the configuration itself. The checks here relate the configuration to machines: each is a function from a ``Setting`` to
-lines and problems.
+``isentrope plan run`` prints it, and every launch begins with it.
+
+Loading has checked the configuration itself. The checks here relate the configuration to machines: each is a function
+from a ``Setting`` to lines and problems.
 """
 
 from __future__ import annotations

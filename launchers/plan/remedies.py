@@ -1,4 +1,4 @@
-"""A plan of a learner as numbers, a picture, and what would make it smaller."""
+"""A plan of a learner as numbers and as a picture, with the keys that would make it smaller."""
 
 from __future__ import annotations
 
@@ -32,10 +32,12 @@ COLOURS = {
 def summary(
     model: Architecture, config: RunConfig, machine: Machine, gpu_bytes: float, mean_response: int, imbalance: float
 ) -> dict[str, Any]:
-    """Bytes per GPU of every stage, the verdict, remedies where the model does not fit, a step's operations and seconds; for JSON.
+    """The plan for JSON: bytes per GPU of every stage, the verdict, a step's operations and seconds.
 
-    ``mean_response`` and ``imbalance`` are those of :func:`work.from_config`; memory is for the longest responses. Raises ``ValueError``
-    on a layout that does not fit the model.
+    Remedies are there where the model does not fit.
+
+    ``mean_response`` and ``imbalance`` are those of :func:`work.from_config`; memory is for the longest responses.
+    Raises ``ValueError`` on a layout that does not fit the model.
     """
     work = from_config(model, config, mean_response, imbalance)
     stages = memory.stages(from_config(model, config, imbalance=imbalance))
@@ -66,7 +68,7 @@ def summary(
 
 
 def remedies(model: Architecture, config: RunConfig, peak: float, imbalance: float = 1.0) -> list[dict[str, Any]]:
-    """Single keys that lower the peak, the strongest first: value, bytes saved on the fullest GPU, and GPUs then needed."""
+    """Single keys that lower the peak, the strongest first: value, bytes saved on the fullest GPU, GPUs then needed."""
     found = []
     for key, value in _changes(config):
         changed = copy.deepcopy(config)

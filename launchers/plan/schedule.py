@@ -1,4 +1,6 @@
-"""Which micro-batches a pipeline stage has under way: megatron-core's 1F1B and interleaved schedules (``pipeline_parallel/schedules.py``).
+"""Which micro-batches a pipeline stage has under way in megatron-core's 1F1B and interleaved schedules.
+
+Source: megatron-core's ``pipeline_parallel/schedules.py``.
 
 Narayanan et al. 2021 (arXiv 2104.04473), section 2.2.
 """
@@ -9,7 +11,9 @@ from collections.abc import Iterator
 
 
 def under_way(stage: int, pp: int, vpp: int, micro_batches: int) -> Iterator[tuple[int, tuple[int, ...]]]:
-    """At every backward pass of ``stage``: the model chunk it runs, and how many forward passes of each chunk await theirs, its own included.
+    """The state of ``stage`` at each of its backward passes.
+
+    The model chunk that the pass runs, and how many forward passes of each chunk await theirs, its own included.
 
     ``micro_batches`` must be a multiple of ``pp`` where ``vpp`` > 1, as megatron-core asks.
     """

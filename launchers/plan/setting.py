@@ -1,4 +1,4 @@
-"""A run and the machines for it: what every check of a plan looks at, and how a command line becomes one."""
+"""A run and the machines for it: the input of every check of a plan, made from a command line."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 class Setting:
     """A run and the machines for it; ``cluster`` is None for this machine.
 
-    ``model_folder`` has the model's config.json, where that file is not at the model's own path. ``shell`` reaches the machine that
-    submits. ``submits``: whether what is absent on that machine stops the run, or is only told.
+    ``model_folder`` has the model's config.json, where that file is not at the model's own path. ``shell`` reaches the
+    machine that submits. ``submits``: whether what is absent on that machine stops the run, or is only told.
     """
 
     config: RunConfig
@@ -60,7 +60,10 @@ class Setting:
 
     @cached_property
     def nodes(self) -> int:
-        """Nodes of the job, as stated or as many as the run needs. Raises ``PlacementError`` where no number would do."""
+        """Nodes of the job, as stated or as many as the run needs.
+
+        Raises ``PlacementError`` where no number would do.
+        """
         together = self.config.rollout.placement == "colocated"
         return self.stated_nodes or least_nodes(*self.processes, self.gpus_per_node, colocated=together)
 
@@ -125,10 +128,10 @@ def prepared(
     submits: bool = False,
     mean_response: int = 0,
 ) -> Iterator[Setting]:
-    """The run of a configuration file, or of the run folder ``resume``, ready to be checked and started from any folder.
+    """The run of a configuration file, or of the run folder ``resume``, ready to be checked and started anywhere.
 
-    With ``cluster.ssh`` the model's config.json, and the configuration of a run that is resumed, are read over the connection; the copies are
-    gone after the block. Raises ``ConfigError``.
+    With ``cluster.ssh`` the model's config.json, and the configuration of a run that is resumed, are read over the
+    connection; the copies are gone after the block. Raises ``ConfigError``.
     """
     run = shell(cluster.ssh) if cluster else local
     with TemporaryDirectory(prefix="isentrope-") as folder:
@@ -160,7 +163,9 @@ def prepared(
 
 
 def with_absolute_paths(config: RunConfig, *, elsewhere: bool = False) -> RunConfig:
-    """The run as it can be started in another folder: relative paths made absolute, but for packaged files, which travel with the code.
+    """The run with absolute paths, so that it can be started in another folder.
+
+    Packaged files keep relative paths: they travel with the code.
 
     ``elsewhere``: on another machine, whose paths are absolute already. Raises ``ConfigError`` where one is not.
     """

@@ -1,4 +1,4 @@
-"""What is where on the machine that submits: one look over the connection, before anything is sent."""
+"""Looks over the connection, before anything is sent, at what is installed and stored where the job will run."""
 
 from __future__ import annotations
 
@@ -79,7 +79,10 @@ def look(run: Shell, run_dir: Path, model: str, python: str, paths: Sequence[str
 
 
 def versions(run: Shell, python: str, *, gpus: bool) -> list[doctor.Finding]:
-    """What ``isentrope doctor`` says there of Python and of the packages that must agree; the code need not be there yet."""
+    """What ``isentrope doctor`` finds there about Python and the packages that must agree.
+
+    The code need not be there yet.
+    """
     source = base64.b64encode(Path(doctor.__file__).read_bytes()).decode()
     command = f"echo {source} | base64 -d | {shlex.quote(python)} - {'gpus' if gpus else ''}"
     try:

@@ -1,7 +1,7 @@
-"""Operations of a step, and the seconds they take at a stated speed.
+"""Counts the operations of a step, and predicts the seconds that they take at a stated speed.
 
-A multiplication and an addition are two operations. The backward pass costs twice the forward pass. Attention is causal: half of the
-products of queries and keys count (arXiv 2205.05198, appendix A, with that half).
+A multiplication and an addition are two operations. The backward pass costs twice the forward pass. Attention is
+causal: half of the products of queries and keys count (arXiv 2205.05198, appendix A, with that half).
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ class Speed:
 
 @dataclass(frozen=True)
 class Matrices:
-    """Entries by which each token is multiplied in the layers of one pipeline stage; of the experts, the share that is chosen."""
+    """Entries by which each token is multiplied in the layers of one pipeline stage.
+
+    Of the experts: the share that is chosen.
+    """
 
     all: float
     fp8: float  # those of them that are in FP8
@@ -97,7 +100,10 @@ def forward(work: Work, stage: int, weights: Matrices, count: float, length: flo
 
 
 def speed(work: Work, machine: Machine) -> Speed:
-    """Operations and predicted seconds of one step's train phase: ``log_probs`` passes and updates, no weight sync, no rollout."""
+    """Operations and predicted seconds of one step's train phase: ``log_probs`` passes and updates.
+
+    Weight sync and rollout are not in it.
+    """
     stages = range(work.grid.pp)
     weights = [matrices(work, stage) for stage in stages]
     passes = [forward(work, stage, weights[stage], *work.computed) for stage in stages]

@@ -1,4 +1,4 @@
-"""Numbers in words: bytes, counts and seconds as a plan prints them."""
+"""Formats bytes, counts and seconds for a plan's text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one rank of the learner is given in a step: its layout, its micro-batches, their tokens."""
+"""The work of one learner rank in a step: its layout, its micro-batches, their tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pipeline.model.grid import Grid, grid_of
 from pipeline.model.layout import Row, rows
 
 ITEM_SIZES = {"fp32": 4, "bf16": 2}
-# Of ``rollout.max_new_tokens``: the length of an average response where nobody states one. An assumption, not a measurement: about
+# Of ``rollout.max_new_tokens``: the length of an average response where nobody states one. An assumption, not a
+# measurement: about
 # 2,500 tokens at a limit of 8,192.
 EXPECTED_SHARE = 0.3
 
@@ -28,7 +29,10 @@ def table(model: Architecture, grid: Grid) -> tuple[tuple[Row, ...], ...]:
 
 @dataclass(frozen=True)
 class Work:
-    """One learner and the rows of one step. Sizes are the largest that the configuration permits, ``mean_*`` what is expected."""
+    """One learner and the rows of one step.
+
+    Sizes are the largest that the configuration permits, ``mean_*`` what is expected.
+    """
 
     model: Architecture
     learner: LearnerConfig
@@ -106,7 +110,8 @@ def expected_response(config: RunConfig) -> int:
 def from_config(model: Architecture, config: RunConfig, mean_response: int = 0, imbalance: float = 1.0) -> Work:
     """The work of a run's step. ``mean_response``: expected response tokens; 0: all as long as they may be.
 
-    Every auxiliary row is counted (the learner gets the correct ones). Raises ``ValueError`` that names what does not fit together.
+    Every auxiliary row is counted (the learner gets the correct ones). Raises ``ValueError`` that names what does not
+    fit together.
     """
     learner, rollout, entropy = config.learner, config.rollout, config.entropy
     grid = grid_of(learner)
@@ -142,7 +147,7 @@ def from_config(model: Architecture, config: RunConfig, mean_response: int = 0, 
 
 
 def _passes(config: RunConfig) -> int:
-    """Forward passes over a step's rows beside training's, as ``pipeline.step.prepare`` and ``rollout.queue`` make them.
+    """Forward passes over a step's rows beside training's; ``pipeline.step.prepare`` and ``rollout.queue`` make them.
 
     The teacher of ``rlrt`` is counted as if all rows had one.
     """
@@ -154,7 +159,9 @@ def _passes(config: RunConfig) -> int:
 
 
 def _micro_batches(config: RunConfig, rows: float, length: int, mean_length: float) -> tuple[float, int, float]:
-    """Rows of a micro-batch, micro-batches per optimizer step, targets of a micro-batch; ``rows`` are those of the optimizer step.
+    """Rows of a micro-batch, micro-batches per optimizer step, and targets of a micro-batch.
+
+    ``rows`` are those of the optimizer step.
 
     A micro-batch that is filled with tokens may hold hardly any prompt: all its tokens are counted as targets.
     """

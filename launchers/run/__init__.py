@@ -1,1 +1,1 @@
-"""Wires a run: concrete classes, Ray actors and where they are placed."""
+"""Wires a run: picks the concrete classes, starts the Ray actors and places them on nodes."""

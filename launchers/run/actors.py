@@ -1,7 +1,7 @@
 """Learner ranks and rollout engines as Ray actors, behind the same protocols as their in-process forms.
 
-Weights never pass through the driver: the learner's ranks put their buckets into the object store, and the engines take them from
-there, one copy a node. Calls to one actor run in order, so a whole update is sent without waiting in between.
+Weights never pass through the driver: the learner's ranks put their buckets into the object store, and the engines take
+them from there, one copy a node. Calls to one actor run in order, so a whole update is sent without waiting in between.
 """
 
 from __future__ import annotations
@@ -71,7 +71,10 @@ class LearnerRank:
         return whereabouts()
 
     def build(self, build: BuildRank, rank: int, address: tuple[str, int], threads: int) -> None:
-        """Make the learner of this rank and join the other ranks. Not in ``__init__``, where Ray would hide what went wrong."""
+        """Make the learner of this rank and join the other ranks.
+
+        Not in ``__init__``, where Ray would hide what went wrong.
+        """
         torch.set_num_threads(threads)
         if address[0] != LOCALHOST:
             use_interface_of(ray.util.get_node_ip_address())
@@ -84,7 +87,10 @@ class LearnerRank:
         return ray.util.get_node_ip_address()
 
     def rendezvous(self, host: str) -> int:
-        """The port at which the ranks meet, on ``host``, which is rank 0's: this process listens already, so nobody else can."""
+        """The port at which the ranks meet on ``host``, the node of rank 0.
+
+        This process listens already, so nobody else can.
+        """
         # multi_tenant: init_process_group finds this process's server at the port, instead of starting one.
         self.store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, multi_tenant=True)
         return self.store.port
@@ -115,7 +121,10 @@ class LearnerRank:
         return self.learner.bucket_owners
 
     def next_bucket(self, version: int, number: int) -> WeightBucket | None:
-        """This rank's bucket of round ``number`` of ``version``, if it owns one; rounds must be asked for in order from 0."""
+        """This rank's bucket of round ``number`` of ``version``, if it owns one.
+
+        Rounds must be asked for in order from 0.
+        """
         if number == 0:
             self.export = self.learner.export_shards(version)
         return next(self.export)
@@ -125,7 +134,10 @@ class RayLearner:
     """``Learner`` over one actor per rank; every rank makes every call, rank 0 answers."""
 
     def __init__(self, build: BuildRank, ranks: Sequence[Any]) -> None:
-        """``build`` runs in the process of each of ``ranks`` (actors of ``LearnerRank``), so only there is megatron-core loaded."""
+        """``build`` runs in the process of each of ``ranks`` (actors of ``LearnerRank``).
+
+        Only there is megatron-core loaded.
+        """
         self.ranks = list(ranks)
         self.owners: list[list[int]] = []  # of buckets, by round
         self.ahead: dict[int, list[Any]] = {}  # version -> its first round, already asked for
@@ -176,7 +188,10 @@ class RayLearner:
         return replace(answers[0], memory=memory)
 
     def _shared(self, batch: TrainBatch, *, for_update: bool) -> list[tuple[Any, Any]]:
-        """Every rank with its share of ``batch``, in shared memory; rank 0 deals the rows, of which it is told the lengths only."""
+        """Every rank with its share of ``batch``, in shared memory.
+
+        Rank 0 deals the rows; it is told their lengths only.
+        """
         dealt = self._answer(self.ranks[0].call.remote("deal", batch.lengths, batch.auxiliary, for_update=for_update))
         handles = [ray.put(share) for share in shares(batch, dealt)]
         return [(rank, handles[own]) for rank, own in zip(self.ranks, self.data_parallel_ranks, strict=True)]
@@ -186,7 +201,10 @@ class RayLearner:
         return self._answer(self.ranks[0].call.remote("export_size"))
 
     def export_shards(self, version: int) -> Iterator[Any]:
-        """Handles of the buckets of ``version``, each from its owner. While the engines load one round, the next is put together."""
+        """Handles of the buckets of ``version``, each from its owner.
+
+        While the engines load one round, the next is put together.
+        """
         self.owners = self.owners or self._answer(self.ranks[0].bucket_owners.remote())
         ahead = self.ahead.pop(version, None) or self._round(version, 0)
         self.ahead = {}
@@ -231,7 +249,10 @@ class EngineProcess:
         return getattr(self.engine, method)(*args)
 
     def update(self, phases: Sequence[str], *arguments: Any) -> None:
-        """Phases of a weight update in order, each with its one argument. Buckets are arguments of their own, as Ray resolves no others."""
+        """Phases of a weight update in order, each with its one argument.
+
+        Buckets are arguments of their own, as Ray resolves no others.
+        """
         for phase, argument in zip(phases, arguments, strict=True):
             getattr(self.engine, phase)(argument)
 
@@ -244,10 +265,11 @@ class EngineProcess:
 class RayEngine:
     """``RolloutEngine`` over one actor, made by ``spawn`` at every ``start``.
 
-    ``begin_update`` and ``load_bucket`` only queue; what goes wrong in them is raised by ``verify_update``. A call is sent when the next
-    is known to follow, the first and the last bucket's with their neighbours: a model of one bucket takes two round trips, all of it
-    and then ``commit_update``. Each phase may take ``timeout_s`` (``rollout.weight_sync_timeout_s``), the learner's export of a bucket
-    included, and a little grace; a process that does not answer by then is not alive.
+    ``begin_update`` and ``load_bucket`` only queue; what goes wrong in them is raised by ``verify_update``. A call is
+    sent when the next is known to follow, the first and the last bucket's with their neighbours: a model of one bucket
+    takes two round trips, all of it and then ``commit_update``. Each phase may take ``timeout_s``
+    (``rollout.weight_sync_timeout_s``), the learner's export of a bucket included, and a little grace; a process that
+    does not answer by then is not alive.
     """
 
     def __init__(self, spawn: Callable[[], Any], name: str, timeout_s: float) -> None:

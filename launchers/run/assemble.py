@@ -1,4 +1,4 @@
-"""The one place that knows every concrete class: it wires a run from its configuration."""
+"""Wires a run from its configuration: the one place that knows every concrete class."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def train(
 ) -> dict[str, Any]:
     """Run training to its end, or on from ``resume`` (a run directory); returns the run's summary.
 
-    Once ``stop_requested``, what is in progress is ended (the start, too), then a checkpoint is written. A run killed before its
-    first checkpoint resumes at step 0, which repeats the same steps. With ``allow_change`` other data than the run was trained on
-    are begun from their first epoch.
+    Once ``stop_requested``, what is in progress is ended (the start, too), then a checkpoint is written. A run killed
+    before its first checkpoint resumes at step 0, which repeats the same steps. With ``allow_change`` other data than
+    the run was trained on are begun from their first epoch.
     """
     check_start(config)
     named = Path(config.run_dir or f"runs/{config.name}-{datetime.now():%Y%m%d-%H%M%S}")
@@ -76,13 +76,16 @@ def train(
 
 
 def evaluate(config: RunConfig, run: Path | None = None) -> dict[str, Any]:
-    """pass@k and friends of the Hugging Face model, or of the newest checkpoint of ``run``, at the model's own precision."""
+    """pass@k and friends of the Hugging Face model, or of ``run``'s newest checkpoint, at the model's own precision."""
     with ExitStack() as stack:
         return evaluator(config, run, stack)(config)
 
 
 def evaluator(config: RunConfig, run: Path | None, stack: ExitStack) -> Callable[[RunConfig], dict[str, Any]]:
-    """``evaluate`` with engines that stay up: its function takes configurations that differ from ``config`` below ``evaluation`` only."""
+    """``evaluate`` with engines that stay up.
+
+    Its function takes configurations that differ from ``config`` below ``evaluation`` only.
+    """
     tokenizer = load_tokenizer(hf_path(config))
     prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
     verifier = VerifierStage(config.data, tokenizer)
@@ -97,7 +100,9 @@ def evaluator(config: RunConfig, run: Path | None, stack: ExitStack) -> Callable
 
 
 def serve(config: RunConfig, run: Path | None, stack: ExitStack) -> tuple[EnginePool, int]:
-    """Engines with the weights of the Hugging Face model, or of the newest checkpoint of ``run``, and the updates behind these.
+    """Start engines with the weights of the Hugging Face model, or of the newest checkpoint of ``run``.
+
+    Returns them and the number of updates behind the weights.
 
     Weights are served at the model's own precision. Raises ``CheckpointError`` when ``run`` has no complete checkpoint.
     """
@@ -142,7 +147,10 @@ def build_loop(config: RunConfig, recorder: Recorder, stack: ExitStack) -> Train
 
 
 def restore(loop: TrainingLoop, checkpoint: Checkpoint, *, allow_change: bool = False) -> None:
-    """Put every stateful part back to where ``checkpoint`` was taken; with ``allow_change`` not the place in other data."""
+    """Put every stateful part back to where ``checkpoint`` was taken.
+
+    With ``allow_change``, the place in the data is kept only if the data are the same.
+    """
     state = checkpoint.state()
     if not allow_change or loop.cursor.fits(state["cursor"]):
         loop.cursor.load_state_dict(state["cursor"])
@@ -196,7 +204,9 @@ def build_learner_rank(config: RunConfig, rank: int, address: tuple[str, int]) -
 
 
 def start_engines(config: RunConfig, log_dir: Path, stack: ExitStack, learner: Learner | None = None) -> EnginePool:
-    """All engines behind one, started with the model's weights; colocated ones on the GPUs of ``learner``, if there is one.
+    """All engines behind one, started with the model's weights.
+
+    Colocated ones use the GPUs of ``learner``, if there is one.
 
     Raises ``ConfigError`` where they are to share GPUs and there are none.
     """
@@ -239,7 +249,9 @@ def start_engines(config: RunConfig, log_dir: Path, stack: ExitStack, learner: L
 
 
 def shared_gpus(gpus: Sequence[str], engines: int, size: int) -> list[dict[str, Any]]:
-    """Ray's options for every engine: engine ``i`` sees the GPUs of learner ranks ``i * size`` and following, which Ray has given to them.
+    """Ray's options for every engine that shares GPUs with the learner.
+
+    Engine ``i`` sees the GPUs of learner ranks ``i * size`` and following, which Ray has given to them.
 
     ``gpus``: of the ranks. Ray would otherwise hide every GPU from an actor that asks for none.
     """
@@ -271,7 +283,10 @@ def engine_gpus(config: RunConfig) -> int:
 
 
 def _placed(config: RunConfig) -> tuple[list[Node], Placement]:
-    """The nodes of the Ray cluster and who goes where. Raises ``ConfigError`` when GPUs are short: actors would wait for ever."""
+    """The nodes of the Ray cluster and who goes where.
+
+    Raises ``ConfigError`` when GPUs are short: actors would wait for ever.
+    """
     from launchers.run import ray_cluster
 
     nodes = ray_cluster.join()

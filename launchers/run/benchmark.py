@@ -1,4 +1,4 @@
-"""Benchmarks answered by whatever engine a configuration names."""
+"""Answers benchmarks with the engine that a configuration names."""
 
 from __future__ import annotations
 
@@ -92,8 +92,8 @@ def _check_lengths(name: str, prompts: Sequence[Prompt], limit: int) -> None:
     longest = max((len(prompt.token_ids) for prompt in prompts), default=0)
     if longest > limit:
         raise DataError(
-            f"{name}: its longest question has {longest} tokens, rollout.max_prompt_tokens is {limit}: raise it to {longest}; "
-            "no question of a benchmark may be left out"
+            f"{name}: its longest question has {longest} tokens, rollout.max_prompt_tokens is {limit}: "
+            f"raise it to {longest}; no question of a benchmark may be left out"
         )
 
 

@@ -1,4 +1,4 @@
-"""Opens everything that a run reads, before anything starts: packages, the run's folder, the model's files, the data."""
+"""Opens everything that a run reads, before anything starts: packages, run folder, model files, data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Ray cluster of a run: the Slurm job's, or one made on this machine; and where the run's processes go in it."""
+"""Joins the Ray cluster of a Slurm job, or starts one on this machine, and lists its nodes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,15 @@ from launchers import environment
 
 NODES_TIMEOUT_S = 300.0
 _SIOCGIFADDR = 0x8915
-# Ray's workers give way to every other process (niceness 15) unless told otherwise; these are what the machine is there for.
+# Ray's workers give way to every other process (niceness 15) unless told otherwise; these are what the machine is there
+# for.
 _ALL = {"RAY_worker_niceness": "0"}
 _LEARNER = {
-    # One queue to the device, so that kernels start in the order that hides communication: megatron-core asks for it. Read as CUDA starts.
+    # One queue to the device, so that kernels start in the order that hides communication: megatron-core asks for it.
+    # Read as CUDA starts.
     "CUDA_DEVICE_MAX_CONNECTIONS": "1",
-    # Micro-batches differ in size, and fixed segments would fragment. Not for engines: SGLang's memory saver cannot release such segments.
+    # Micro-batches differ in size, and fixed segments would fragment. Not for engines: SGLang's memory saver cannot
+    # release such segments.
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     # As SGLang sets it for its own processes (srt/entrypoints/engine.py): both ends of a communicator must agree.
     "NCCL_CUMEM_ENABLE": "0",
@@ -68,7 +71,10 @@ def join() -> list[Node]:
 
 
 def _connect() -> None:
-    """``ray.init``, and the handler of SIGTERM as it was: Ray replaces it, at the beginning already, by one that ends the process."""
+    """``ray.init``, with the handler of SIGTERM kept as it was.
+
+    Ray replaces the handler, at the beginning already, by one that ends the process.
+    """
     environment.default("RAY_USAGE_STATS_ENABLED", "0")
     environment.guard_ray_token()
     address, handler = environment.ray_address(), signal.getsignal(signal.SIGTERM)

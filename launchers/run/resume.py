@@ -1,4 +1,4 @@
-"""Examines how a run would be resumed, before anything starts: from which step, what has changed, and whether it can."""
+"""Examines how a run would be resumed, before anything starts: the step, what has changed, whether it can."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _IDENTITY = (
 
 @dataclass(frozen=True)
 class Resumption:
-    """How a run goes on."""
+    """How a run goes on from a checkpoint."""
 
     step: int  # updates in its newest checkpoint
     steps: int  # at which it will be complete
@@ -47,7 +47,7 @@ class Resumption:
     complete: bool  # nothing is left to do
 
     def __str__(self) -> str:
-        """In one line."""
+        """The resumption in one line."""
         changes = ", ".join(f"{key} {before!r} -> {after!r}" for key, (before, after) in self.changed.items())
         return f"from step {self.step} of {self.steps}; changed: {changes or 'nothing'}"
 

@@ -1,4 +1,4 @@
-"""What a launcher must know of a Slurm cluster: one YAML file, as strict as a run's configuration."""
+"""What a launcher must know about a Slurm cluster: one YAML file, checked as strictly as a run's configuration."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Jobs that were launched from here: a list of them, what Slurm and the run folder say of each, and how to stop one.
+"""Lists the jobs that were launched from here, shows what Slurm and the run folder say of each, and stops them.
 
-The list is ``isentrope_jobs.jsonl`` in nemo-run's home. Slurm is asked with ``scontrol``, which knows jobs that are waiting, running or
-just over, then with ``sacct``, where accounting is kept; nemo-run itself asks only the latter.
+The list is ``isentrope_jobs.jsonl`` in nemo-run's home. Slurm is asked with ``scontrol``, which knows jobs that are
+waiting, running or just over, then with ``sacct``, where accounting is kept; nemo-run itself asks only the latter.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Job:
 
     @property
     def log(self) -> str:
-        """Path of its log, on the cluster."""
+        """Path of the job's log, on the cluster."""
         return f"{self.run_dir}/{LAUNCH}/sbatch_{self.job_name}_{self.job_id}.out"
 
 
@@ -85,7 +85,12 @@ def known() -> list[Job]:
 
 
 def find(name: str | None) -> Job:
-    """The newest job with this id, or whose run folder has this name or path; None: the newest of all. Raises ``ConfigError``."""
+    """The newest job with this id, or whose run folder has this name or path; None: the newest of all.
+
+    Raises ``ConfigError``.
+
+    Raises ``ConfigError``.
+    """
     jobs = known()
     fits = [job for job in jobs if name is None or name in (job.job_id, job.run_dir, Path(job.run_dir).name)]
     if not fits:
@@ -95,7 +100,10 @@ def find(name: str | None) -> Job:
 
 
 def shell(ssh: SshConfig) -> Shell:
-    """Where the cluster is reached: this machine, or its login node. Raises ``ConfigError`` where that does not let us in."""
+    """Where the cluster is reached: this machine, or its login node.
+
+    Raises ``ConfigError`` where that does not let us in.
+    """
     if not ssh.host:
         return local
     tunnel = ssh_tunnel(ssh)
@@ -124,8 +132,8 @@ def ssh_tunnel(ssh: SshConfig) -> SSHTunnel:
     return SSHTunnel(host=ssh.host, user=ssh.user, port=ssh.port or None, identity=identity, job_dir=ssh.job_dir)
 
 
-# Where scontrol writes each figure of a job. Each pattern names the fields beside its own: a comment may hold any words,
-# and a reason spaces.
+# Where scontrol writes each figure of a job. Each pattern names the fields beside its own: a comment may hold any
+# words, and a reason spaces.
 _FIELDS = {
     "state": r"^ *JobState=(\S*) Reason=",
     "reason": r"^ *JobState=\S* Reason=(.*) Dependency=",
@@ -137,7 +145,10 @@ _FIELDS = {
 
 
 def state(job: Job, run: Shell) -> dict[str, str]:
-    """``state``, ``reason``, ``nodes``, ``elapsed``, ``limit``, ``restarts``; state UNKNOWN where Slurm has forgotten the job."""
+    """``state``, ``reason``, ``nodes``, ``elapsed``, ``limit`` and ``restarts`` of the job.
+
+    ``state`` is UNKNOWN where Slurm has forgotten the job.
+    """
     try:
         text = run(f"scontrol show job {job.job_id}")
     except CommandError:

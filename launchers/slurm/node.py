@@ -1,7 +1,8 @@
-"""What runs on every node of a job: Ray, and on the first node the training run itself.
+"""The program on every node of a Slurm job: it starts Ray, and on the first node the training run itself.
 
-``python -m launchers.slurm.node RUN_DIR ATTEMPT_DIR HEAD:PORT``, in the folder of the shipped code. The first node leaves its verdict in
-``ATTEMPT_DIR/verdict``: a word and a reason, from which the job script decides about another attempt. The words are those of ``launchers.supervise.training``.
+``python -m launchers.slurm.node RUN_DIR ATTEMPT_DIR HEAD:PORT``, in the folder of the shipped code. The first node
+leaves its verdict in ``ATTEMPT_DIR/verdict``: a word and a reason, from which the job script decides about another
+attempt. The words are those of ``launchers.supervise.training``.
 """
 
 from __future__ import annotations
@@ -109,7 +110,10 @@ def ray(options: list[str], log: Path, settings: dict[str, float]) -> Iterator[s
 
 
 def _start(command: list[str], log: Path) -> subprocess.Popen[bytes]:
-    """Start Ray and wait until it runs. It allows itself half a minute, which a busy node may not meet at once: three tries."""
+    """Start Ray and wait until it runs.
+
+    It allows itself half a minute, which a busy node may not meet at once: three tries.
+    """
     for trial in range(1, RAY_STARTS + 1):
         begin = log.stat().st_size if log.exists() else 0
         with log.open("ab") as output:

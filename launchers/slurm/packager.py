@@ -1,4 +1,4 @@
-"""nemo-run's packager for an archive that is already made."""
+"""A nemo-run packager that ships an archive which is already made."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""From a checked configuration to a queued job, through nemo-run.
+"""Turns a checked configuration into a queued Slurm job, through nemo-run.
 
-nemo-run (0.11) brings the code and the job script to the cluster and submits it. Its Ray template needs pyxis and knows nothing of requeueing,
-so the script is rendered from ``job.sh.j2`` here, by the same hook (``SlurmExecutor.ray_template``). What nemo-run does not quote
-(environment variables, the job folder) is kept away from it.
+nemo-run (0.11) brings the code and the job script to the cluster and submits it. Its Ray template needs pyxis and knows
+nothing of requeueing, so the script is rendered from ``job.sh.j2`` here, by the same hook
+(``SlurmExecutor.ray_template``). What nemo-run does not quote (environment variables, the job folder) is kept away from
+it.
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ REFUSALS = {  # what sbatch says, and the key that is to blame
 
 @dataclass(frozen=True)
 class Launch:
-    """Everything that a submission is made of. Raises ``ConfigError`` for a run folder that would break the job script."""
+    """Everything that a submission is made of.
+
+    Raises ``ConfigError`` for a run folder that would break the job script.
+    """
 
     config: RunConfig
     cluster: ClusterConfig
@@ -66,7 +70,7 @@ class Launch:
 
     @property
     def job_name(self) -> str:
-        """Of all jobs of this run."""
+        """The name of all jobs of this run."""
         return re.sub(r"[^\w.+-]", "_", f"{TITLE}-{self.run_dir.name}")
 
 
@@ -276,7 +280,10 @@ def _prepare(tunnel: LocalTunnel | SSHTunnel, folder: Path, secrets: str) -> Non
 def _refusal(cluster: ClusterConfig, command: str, said: str) -> ConfigError:
     """The refusal of sbatch, with the key that it is about, or of rsync."""
     if not command.startswith("sbatch"):
-        remedy = f"try `ssh {cluster.ssh.user}@{cluster.ssh.host}` once, so that its host key is known; rsync must be on both machines"
+        remedy = (
+            f"try `ssh {cluster.ssh.user}@{cluster.ssh.host}` once, so that its host key is known; "
+            "rsync must be on both machines"
+        )
         raise ConfigError("cluster.ssh.host", cluster.ssh.host, f"`{command.split()[0]}` failed: {said}", remedy)
     key = next((key for pattern, key in REFUSALS.items() if re.search(pattern, said)), "sbatch")
     value = getattr(cluster, key)

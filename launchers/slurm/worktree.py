@@ -1,4 +1,4 @@
-"""The code that a job runs: the working tree as it is now, recorded as a commit and a patch.
+"""Records the code that a job runs: the working tree as it is now, as a commit and a patch.
 
 nemo-run's ``GitArchivePackager`` packs committed files only; what was tried five minutes ago would not be what runs.
 """
@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 _SECRET_FILE = re.compile(
     r"/\.env(\.|$)|/[._]netrc$|/\.(pgpass|pypirc|npmrc|git-credentials|htpasswd|my\.cnf|s3cfg)$"
     r"|/id_(rsa|dsa|ecdsa|ed25519)|\.(pem|key|p12|pfx|jks|keystore|kdbx|ppk)$"
-    r"|/\.(aws|ssh|gnupg|kube|azure|docker|gcloud|huggingface|config/gcloud)/|(credential|secret|token|service.account)s?(\.|$)",
+    r"|/\.(aws|ssh|gnupg|kube|azure|docker|gcloud|huggingface|config/gcloud)/"
+    r"|(credential|secret|token|service.account)s?(\.|$)",
     re.I,
 )
 PACKAGES = ("configs", "launchers", "megatron_ext", "pipeline")
@@ -65,7 +66,8 @@ class Code:
 def collect(root: Path = ROOT) -> Code:
     """The tree at ``root``: tracked files as they are on disk and untracked ones that git does not ignore.
 
-    Untracked files that look like secrets stay behind. Outside a git checkout (an installed wheel): the packages' own files.
+    Untracked files that look like secrets stay behind. Outside a git checkout (an installed wheel): the packages' own
+    files.
     """
     if not (root / ".git").exists():
         found = [path for name in PACKAGES for path in sorted((root / name).rglob("*"))]

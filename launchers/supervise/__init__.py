@@ -1,1 +1,1 @@
-"""Keeps a run alive, on Slurm or not: attempts, stalls, stacks, signals and the monitoring process beside it."""
+"""Keeps a run alive, on Slurm or not: new attempts, stall detection, stack traces, signals, monitoring process."""

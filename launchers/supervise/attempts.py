@@ -1,7 +1,7 @@
-"""The attempts of one run: how each went, and whether there should be another.
+"""Records the attempts at one run and how each ended, and decides whether there should be another.
 
-``attempts.jsonl`` in the run's ``launch/`` folder has one line when an attempt starts and one when it ends. An attempt that is lost (node
-failure, kill, time limit) writes no end; the next one writes it.
+``attempts.jsonl`` in the run's ``launch/`` folder has one line when an attempt starts and one when it ends. An attempt
+that is lost (node failure, kill, time limit) writes no end; the next one writes it.
 """
 
 from __future__ import annotations
@@ -133,10 +133,12 @@ def read_attempts(lines: Iterable[bytes], path: Path) -> list[Attempt]:
 
 
 def gives_up(attempts: Sequence[Attempt], step: int, limit: int) -> str:
-    """Why there should be no further attempt, "" if there should: the last ``limit`` have not gone beyond what the run had.
+    """The reason why there should be no further attempt, "" if there should.
 
-    ``step`` is how many updates are done now, ``attempts`` are those before. A cancelled attempt breaks the row; one that had to save
-    before it completed a step does not: its walltime is too short.
+    The reason is that the last ``limit`` attempts have not gone beyond what the run had.
+
+    ``step`` is how many updates are done now, ``attempts`` are those before. A cancelled attempt breaks the row; one
+    that had to save before it completed a step does not: its walltime is too short.
     """
     row: list[Attempt] = []
     reached = step

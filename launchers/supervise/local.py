@@ -1,4 +1,4 @@
-"""A run on this machine that survives its own crashes: it is attempted again from its newest checkpoint."""
+"""Runs training on this machine and starts it again from its newest checkpoint when it crashes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from pipeline.config.schema import RunConfig
 
 
 def supervise(config: RunConfig, run_dir: Path, limit: int) -> tuple[str, str]:
-    """Train until done, stopped by a signal, or ``limit`` attempts in a row got nowhere; verdict and reason as in ``training``.
+    """Train until done, stopped by a signal, or ``limit`` attempts in a row got nowhere.
+
+    Verdict and reason are those of ``training``.
 
     After a signal there is no further attempt: ``saved``, or ``cancelled`` if a second one came before the checkpoint.
     """
@@ -41,7 +43,10 @@ def supervise(config: RunConfig, run_dir: Path, limit: int) -> tuple[str, str]:
 
 @contextmanager
 def _caught() -> Iterator[list[int]]:
-    """The signals that ask to stop, as they come in. Of ctrl-C's a zero, which is no signal: it reaches the training process by itself."""
+    """The signals that ask to stop, as they come in.
+
+    Of ctrl-C's a zero, which is no signal: it reaches the training process by itself.
+    """
     signals: list[int] = []
 
     def note(number: int, frame: object) -> None:

@@ -1,7 +1,7 @@
-"""The actors of a run that stands still: where is each of them, and who does not answer?
+"""Asks every actor of a run that stands still where it is, and names those that do not answer.
 
-They are asked on their nodes, by signal (``launchers.supervise.stacks``): a call to an actor would wait behind what the actor hangs in, or behind an
-argument that another one owes it.
+They are asked on their nodes, by signal (``launchers.supervise.stacks``): a call to an actor would wait behind what the
+actor hangs in, or behind an argument that another one owes it.
 """
 
 from __future__ import annotations
@@ -33,15 +33,18 @@ class RollCall:
         self._silent: dict[str, Whereabouts] = {}
 
     def add(self, name: str, actor: Any) -> None:
-        """An actor that has a method ``whereabouts``; one of the same name was its predecessor."""
+        """Add an actor that has a method ``whereabouts``; it replaces one of the same name."""
         self._asked[name] = actor.whereabouts.remote()
 
     def remove(self, name: str) -> None:
-        """An actor was closed."""
+        """Remove an actor that was closed."""
         self._asked.pop(name, None)
 
     def collect(self, folder: Path) -> list[str]:
-        """A file in ``folder`` for each actor; names of those that did not answer. Takes little longer than ``NODES_S``."""
+        """Write a file into ``folder`` for each actor; returns the names of those that did not answer.
+
+        Takes little longer than ``NODES_S``.
+        """
         homes = {name: where for name, asked in self._asked.items() if (where := _known(asked))}
         heard = {name for names in _on_nodes(_listen_to, homes, folder) for name in names}
         self._silent = {name: where for name, where in homes.items() if name not in heard}

@@ -1,4 +1,4 @@
-"""Starts the sidecar of a run, the process that delivers its events (``pipeline.monitoring.deliver``), and sees to its end."""
+"""Starts and ends a run's sidecar: the process that delivers its events (``pipeline.monitoring.deliver``)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ FAREWELL_S = 30.0  # that sinks have for what is left when training is over
 
 
 class Sidecar:
-    """The process that hands events to sinks; none where no sink is configured. Enter it before the recorder, which writes the last event."""
+    """The process that hands events to sinks; none where no sink is configured.
+
+    Enter it before the recorder, which writes the last event.
+    """
 
     def __init__(self, config: RunConfig, run_dir: Path) -> None:
         """Raises ``ConfigError`` for sinks that cannot work here; nothing is started."""

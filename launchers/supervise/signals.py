@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop."""
+"""Handles the signals that ask a run to stop."""
 
 from __future__ import annotations
 

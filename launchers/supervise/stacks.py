@@ -1,7 +1,8 @@
-"""Where the processes of a run stand, as text.
+"""Writes as text where the processes of a run stand: their Python stacks.
 
-A process that ``listen``s writes the Python stacks of its threads when it gets ``SIGNAL``, whatever it hangs in: faulthandler's handler needs
-neither the interpreter's lock nor a thread that is free. It writes into a file in memory, which goes with the process.
+A process that ``listen``s writes the Python stacks of its threads when it gets ``SIGNAL``, whatever it hangs in:
+faulthandler's handler needs neither the interpreter's lock nor a thread that is free. It writes into a file in memory,
+which goes with the process.
 """
 
 from __future__ import annotations

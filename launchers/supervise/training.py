@@ -1,4 +1,4 @@
-"""One attempt at a run: ``isentrope train`` as a child process, watched until it ends, and what its end means.
+"""Makes one attempt at a run: ``isentrope train`` as a child process, watched to its end, and a verdict on that end.
 
 The verdict is one word:
 
@@ -39,8 +39,8 @@ def train(
 ) -> tuple[str, str]:
     """Run ``isentrope train`` to its end, until it hangs or Ray's ``head`` dies; verdict and reason.
 
-    ``config`` is used for a run that has not begun, and says how many steps it has. ``attempt_dir`` gets ``driver.pid``.
-    ``signals`` may grow: they are handed on to the training process.
+    ``config`` is used for a run that has not begun, and says how many steps it has. ``attempt_dir`` gets
+    ``driver.pid``. ``signals`` may grow: they are handed on to the training process.
     """
     if (attempt_dir / CANCEL).exists():
         return "cancelled", "before the run was started"

@@ -1,9 +1,10 @@
-"""Who notices that a run stands still: a thread in the training process, and its supervisor outside, who watches that thread.
+"""Notices that a run stands still: a thread in the training process, and a supervisor outside that watches the thread.
 
-What is in progress (the start, a step, an evaluation, a checkpoint) counts as stalled when it has taken longer than the median of its kind
-in this process plus ``monitoring.stall.factor`` allowances, and longer than ``min_seconds``. The allowance is the median itself up to
-60 s; above 60 s it grows as the square root of the median, because a long step varies less, in proportion, than a short one. The first of
-its kind has nothing to be compared with: ``min_seconds`` stands for its median.
+What is in progress (the start, a step, an evaluation, a checkpoint) counts as stalled when it has taken longer than the
+median of its kind in this process plus ``monitoring.stall.factor`` allowances, and longer than ``min_seconds``. The
+allowance is the median itself up to 60 s; above 60 s it grows as the square root of the median, because a long step
+varies less, in proportion, than a short one. The first of its kind has nothing to be compared with: ``min_seconds``
+stands for its median.
 """
 
 from __future__ import annotations
@@ -83,13 +84,19 @@ class Patience:
 
 
 def least_seconds(config: RunConfig) -> float:
-    """``monitoring.stall.min_seconds``, and the time an SGLang engine may take to be started again in the middle of a step."""
+    """The least time that counts as a stall.
+
+    ``monitoring.stall.min_seconds``, and the time an SGLang engine may take to be started again in the middle of a
+    step.
+    """
     revival = config.rollout.sglang.startup_timeout_s if config.rollout.engine == "sglang" else 0.0
     return config.monitoring.stall.min_seconds + revival
 
 
 class Watchdog:
-    """A thread that leaves heartbeats, tells the recorder the time, and helps a run that stands still; a context manager.
+    """A thread that leaves heartbeats, tells the recorder the time, and helps a run that stands still.
+
+    A context manager.
 
     ``others`` is None where this process is the only one of the run, but for its children.
     """
@@ -122,7 +129,7 @@ class Watchdog:
                 said = repr(error)
 
     def look(self) -> None:
-        """One round."""
+        """Do one round of the watch."""
         write_heartbeat(self._recorder.run_dir, self._recorder.heartbeat())
         activity = self._recorder.activity
         number, waited = activity.number, self._patience.seconds(activity.number)
@@ -164,7 +171,9 @@ class Watchdog:
 
 
 def stall_limit(factor: float, least: float, typical: float) -> float:
-    """Seconds after which something counts as stalled: ``median + factor * sqrt(median * min(median, 60 s))``, at least ``least``.
+    """Seconds after which something counts as stalled.
+
+    ``median + factor * sqrt(median * min(median, 60 s))``, at least ``least``.
 
     ``typical`` is that median, NaN for the first of its kind; ``factor`` 0: never.
     """
@@ -193,8 +202,8 @@ def within(seconds: float, act: Callable[[], object]) -> bool:
 class Supervision:
     """What a supervisor sees of a training process that it started: whether its watchdog lives.
 
-    A process whose heartbeat has not changed for as long as a stall takes at least hangs as a whole. Nothing is said before its first
-    heartbeat, nor where stalls are not looked for, or only reported.
+    A process whose heartbeat has not changed for as long as a stall takes at least hangs as a whole. Nothing is said
+    before its first heartbeat, nor where stalls are not looked for, or only reported.
     """
 
     def __init__(self, run_dir: Path, pid: int, config: RunConfig) -> None:
@@ -205,7 +214,10 @@ class Supervision:
         self._looked = -math.inf
 
     def complaint(self) -> str:
-        """Why the process should be killed, "" while it lives. Looks every few seconds only, however often it is called."""
+        """Why the process should be killed, "" while it lives.
+
+        Looks every few seconds only, however often it is called.
+        """
         if not self._wanted or time.monotonic() - self._looked < INTERVAL_S:
             return ""
         self._looked = time.monotonic()
