@@ -1,8 +1,6 @@
 """Predicts the bytes that stay from step to step: parameters, main gradients, optimizer state, FP8 copies.
 
 From the layout table alone.
-
-From the layout table alone.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Typed, strict, composed configuration."""
+"""The configuration of a run: typed, strict, and composed from files and overrides."""

@@ -1,4 +1,4 @@
-"""Whether each value of a configuration is one that its own key permits."""
+"""Checks each value of a configuration against the constraints of its own key."""
 
 from __future__ import annotations
 

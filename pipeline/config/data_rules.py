@@ -1,4 +1,4 @@
-"""What goes together in ``data`` and ``evaluation``: prompts, the answers that grade them, and pass@k."""
+"""Rules between keys of ``data`` and ``evaluation``: prompts, the answers that grade them, and pass@k."""
 
 from __future__ import annotations
 

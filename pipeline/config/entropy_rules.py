@@ -1,4 +1,4 @@
-"""What goes together in ``entropy``: the band, the command's limits, and which law drives which actuator."""
+"""Rules between keys of ``entropy``: the band, the command's limits, and which law drives which actuator."""
 
 from __future__ import annotations
 

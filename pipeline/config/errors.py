@@ -1,4 +1,4 @@
-"""What a bad configuration says: the key, its value, what is wrong, what to do."""
+"""The errors of a bad configuration: each names the key, its value, what is wrong, and the remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One configuration key: its default, its meaning, its unit, and the values that it takes."""
+"""A configuration key: its default, meaning, unit and permitted values."""
 
 from __future__ import annotations
 

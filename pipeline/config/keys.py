@@ -48,7 +48,10 @@ class Key:
 
     @property
     def words(self) -> str:
-        """The choices, e.g. "native (in process, torch) | sglang (real server over HTTP)"; empty where there are none."""
+        """The choices, e.g.
+
+        "native (in process, torch) | sglang (real server over HTTP)"; empty where there are none.
+        """
         return " | ".join(f"{word} ({meaning})" if meaning else word for word, meaning in self.choices.items())
 
     @property
@@ -121,7 +124,8 @@ def _distance(name: str, candidate: str, limit: float) -> float:
 def typing_slips(a: str, b: str, limit: float = math.inf) -> int:
     """Letters inserted, dropped, changed, or swapped with their neighbour to make ``b`` of ``a``.
 
-    The distance is called optimal string alignment. Counting stops above ``limit``: then the result is only known to exceed it.
+    The distance is called optimal string alignment. Counting stops above ``limit``: then the result is only known to
+    exceed it.
     """
     if abs(len(a) - len(b)) > limit:
         return abs(len(a) - len(b))

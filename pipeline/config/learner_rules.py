@@ -1,4 +1,4 @@
-"""What goes together in ``learner``: ranks, batches, layers, recomputation and the optimizer."""
+"""Rules between keys of ``learner``: ranks, batches, layers, recomputation and the optimizer."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def _processes(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "runtime",
             "inline",
-            f"one process cannot hold TP {tensor} x CP {context} x PP {pipeline} x DP {data} = {processes} learner processes",
+            f"one process cannot hold TP {tensor} x CP {context} x PP {pipeline} x DP {data} = {processes} learner "
+            "processes",
             "set runtime=ray, or the learner.*_parallel_size to 1",
         )
 
@@ -71,8 +72,8 @@ def _token_budget(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "learner.max_tokens_per_micro_batch",
             budget,
-            f"cannot hold one row: max_prompt_tokens {rollout.max_prompt_tokens} + max_new_tokens {rollout.max_new_tokens} = "
-            f"{length} tokens",
+            f"cannot hold one row: max_prompt_tokens {rollout.max_prompt_tokens} + max_new_tokens "
+            f"{rollout.max_new_tokens} = {length} tokens",
             f"use at least {length}, better several times as many, or 0 (micro_batch_size rows)",
         )
     if learner.packing and not budget:
@@ -136,8 +137,9 @@ def _experts(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "learner.expert_model_parallel_size",
             learner.expert_model_parallel_size,
-            f"EP {learner.expert_model_parallel_size} x expert-TP {tensor} does not divide the {ranks} ranks of a stage "
-            f"(TP {learner.tensor_model_parallel_size} x CP {learner.context_parallel_size} x DP {learner.data_parallel_size})",
+            f"EP {learner.expert_model_parallel_size} x expert-TP {tensor} does not divide the {ranks} ranks of a "
+            f"stage (TP {learner.tensor_model_parallel_size} x CP {learner.context_parallel_size} x DP "
+            f"{learner.data_parallel_size})",
             "lower it or learner.expert_tensor_parallel_size, or raise learner.data_parallel_size",
         )
 

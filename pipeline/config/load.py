@@ -1,4 +1,4 @@
-"""From YAML files and ``key=value`` overrides to one checked ``RunConfig``.
+"""Turns YAML files and ``key=value`` overrides into one checked ``RunConfig``.
 
 A file may name others under ``defaults:``; they are read first, in order, so later ones and the file itself win. Every
 file and every override becomes a list of dotted assignments, checked one by one against the schema, so an unknown key
@@ -52,11 +52,10 @@ def load_config(
 ) -> RunConfig:
     """Compose, type and check a configuration.
 
-    ``path`` is a YAML file (looked up as ``resolve_path`` does); None starts from the schema's defaults. ``overrides`` are
-    ``dotted.key=value`` with YAML values. ``check=False`` skips the rules of ``validate`` but never keys and types.
-    ``model_elsewhere``: for a run that starts on another machine, whose files are not looked for here: from ``model.hf_path`` to a folder
-    here with a copy of its config.json.
-    Raises ``ConfigError`` with every problem found.
+    ``path`` is a YAML file (looked up as ``resolve_path`` does); None starts from the schema's defaults. ``overrides``
+    are ``dotted.key=value`` with YAML values. ``check=False`` skips the rules of ``validate`` but never keys and types.
+    ``model_elsewhere``: for a run that starts on another machine, whose files are not looked for here: from
+    ``model.hf_path`` to a folder here with a copy of its config.json. Raises ``ConfigError`` with every problem found.
     """
 
     def rules(config: RunConfig) -> list[Problem]:
@@ -109,7 +108,8 @@ def _found(given: Assignment, schema: type) -> Assignment:
 def resolve_path(value: str | Path, folder: Path = Path()) -> Path:
     """A relative path from ``folder`` if it exists there, else from the packaged ``configs/`` if it exists there.
 
-    Otherwise the path from ``folder``, which does not exist: the caller says so. ``folder``: by default the working directory.
+    Otherwise the path from ``folder``, which does not exist: the caller says so. ``folder``: by default the working
+    directory.
     """
     path = Path(os.path.expanduser(value))  # Path's own raises where there is no such user
     inside = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
@@ -275,7 +275,10 @@ def _bad_reference(error: Exception, assignments: Sequence[Assignment]) -> Confi
 
 
 def _plausible(key: Key, value: Any) -> bool:
-    """Stricter than OmegaConf, which reads ``off`` for a text as "False", 2 as true, and fills sections from scalars."""
+    """Whether a value fits its key's type, more strictly than OmegaConf sees it.
+
+    OmegaConf reads ``off`` for a text as "False", 2 as true, and fills sections from scalars.
+    """
     return isinstance(value, dict) if key.is_section else _fits(key.type, value)
 
 

@@ -14,7 +14,10 @@ from pipeline.units import FP8_BLOCK
 
 
 def model_problems(config: RunConfig, folder: Path) -> Iterator[Problem]:
-    """Why ``folder``, which is ``model.hf_path`` resolved, cannot be trained, or not in this layout or at these lengths."""
+    """Why the model in ``folder`` cannot be trained, or not in this layout or at these lengths.
+
+    ``folder`` is ``model.hf_path`` resolved.
+    """
     try:
         model = architecture.read(folder)
     except ModelError as error:
@@ -42,7 +45,8 @@ def _lengths(config: RunConfig, model: Architecture) -> Iterator[Problem]:
         yield Problem(
             "objective.token_shaping",
             "rlrt",
-            f"its teacher reads a worked example first: up to {2 * length} tokens, but the model has {positions} positions",
+            f"its teacher reads a worked example first: up to {2 * length} tokens, "
+            f"but the model has {positions} positions",
             f"make max_prompt_tokens + max_new_tokens at most {positions // 2}, or remove rlrt",
         )
 
@@ -126,7 +130,10 @@ def _divisions(config: RunConfig, model: Architecture) -> Iterator[Problem]:
 
 
 def _stages(learner: LearnerConfig, layers: int) -> Iterator[Problem]:
-    """Layers over pipeline stages, of which the first and the last may have their own number, and over chunks of each."""
+    """Rules for dividing the layers over pipeline stages and over the chunks of each stage.
+
+    The first and the last stage may have their own number of layers.
+    """
     stages, chunks = learner.pipeline_model_parallel_size, learner.virtual_pipeline_model_parallel_size
     ends = {
         f"learner.num_layers_in_{which}_pipeline_stage": number
@@ -146,6 +153,7 @@ def _stages(learner: LearnerConfig, layers: int) -> Iterator[Problem]:
         yield Problem(
             "learner.virtual_pipeline_model_parallel_size",
             chunks,
-            f"does not divide the layers of every stage ({', '.join(str(n) for n in sorted({each, *ends.values()} - {0}))})",
+            "does not divide the layers of every stage "
+            f"({', '.join(str(n) for n in sorted({each, *ends.values()} - {0}))})",
             "use a divisor of them, or 1",
         )

@@ -1,4 +1,4 @@
-"""What goes together in ``monitoring``: sinks and their addresses."""
+"""Rules between keys of ``monitoring``: sinks and their addresses."""
 
 from __future__ import annotations
 

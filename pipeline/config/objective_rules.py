@@ -1,5 +1,7 @@
-"""What of ``objective`` goes together: losses, advantages, token shapings and sampling rules, with their parameters and with the
-rest of the run."""
+"""Rules between keys of ``objective``: losses, advantages, token shapings and sampling rules.
+
+They hold for their parameters and for the rest of the run.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,8 @@ def _loss(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "objective.loss",
             objective.loss,
-            "with learner.updates_per_step=1 and rollout.staleness=0 every ratio is exactly 1, where this loss has the gradient of ppo",
+            "with learner.updates_per_step=1 and rollout.staleness=0 every ratio is exactly 1, "
+            "where this loss has the gradient of ppo",
             "set learner.updates_per_step to 2 or more, or objective.loss=ppo",
         )
     if objective.dual_clip > 0 and objective.loss not in ("ppo", "htpo"):
@@ -64,7 +67,8 @@ def _loss(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "objective.pass_at_k.samples",
             objective.pass_at_k.samples,
-            f"pass@k of {config.rollout.samples_per_prompt} samples (rollout.samples_per_prompt) needs fewer than all of them",
+            f"pass@k of {config.rollout.samples_per_prompt} samples (rollout.samples_per_prompt) needs fewer than all "
+            "of them",
             "lower it, or raise rollout.samples_per_prompt",
         )
 

@@ -1,6 +1,7 @@
-"""What ``learner.precision`` can be: megatron-core's and Transformer Engine's conditions, refused before anything starts.
+"""Rules for ``learner.precision``: megatron-core's and Transformer Engine's conditions, checked before anything starts.
 
-Whether Transformer Engine and the chip are there is asked on the machine that runs (``megatron_ext.fp8.transformer_engine``).
+Whether Transformer Engine and the chip are there is asked on the machine that runs
+(``megatron_ext.fp8.transformer_engine``).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What goes together in ``rollout``: engines, where they live, and what their memory holds."""
+"""Rules between keys of ``rollout``: engines, the GPUs they use, and what fits into their memory."""
 
 from __future__ import annotations
 
@@ -64,7 +64,8 @@ def _colocated(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "rollout.engines",
             rollout.engines,
-            f"{rollout.engines} engines of TP {rollout.tensor_parallel_size} need {needed} GPUs, the learner they are colocated with has {ranks}",
+            f"{rollout.engines} engines of TP {rollout.tensor_parallel_size} need {needed} GPUs, "
+            f"the learner they are colocated with has {ranks}",
             "lower rollout.engines or rollout.tensor_parallel_size, or set rollout.placement=disaggregated",
         )
 

@@ -717,8 +717,8 @@ class StallConfig:
 
     factor: float = key(
         20.0,
-        "a step, an evaluation or a checkpoint counts as stalled after m + factor * sqrt(m * min(m, 60 s)), where m is the"
-        " median of its kind in this process; 0: never",
+        "a step, an evaluation or a checkpoint counts as stalled after m + factor * sqrt(m * min(m, 60 s)), "
+        "where m is the median of its kind in this process; 0: never",
         range=NOT_NEGATIVE,
     )
     min_seconds: float = key(

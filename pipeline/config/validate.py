@@ -1,4 +1,4 @@
-"""Everything a configuration must keep beyond types: each key's own constraints, then what combinations can work at all.
+"""Checks a configuration beyond types: each key's own constraints, then the rules between keys.
 
 Rules between keys stand in ``<section>_rules``, what the model's folder allows in ``model_rules``.
 """

@@ -1,4 +1,7 @@
-"""Reads YAML by the rules of YAML 1.2: ``010`` is ten, ``12:00:00`` and ``on`` are texts; a key of text keeps what was written."""
+"""Reads YAML by the rules of YAML 1.2: ``010`` is ten, ``12:00:00`` and ``on`` are texts.
+
+A key whose type is text keeps what was written.
+"""
 
 from __future__ import annotations
 

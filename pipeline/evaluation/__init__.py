@@ -1,1 +1,1 @@
-"""pass@k and friends on held-out prompts."""
+"""Measures a policy on held-out prompts and public benchmarks: pass@k, maj@k, distinct correct answers."""

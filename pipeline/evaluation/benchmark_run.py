@@ -1,6 +1,7 @@
-"""Answering a benchmark, question by question, so that it can be broken off, gone on with, and divided over machines.
+"""Answers a benchmark question by question, so that the work can be interrupted, resumed and divided over machines.
 
-``<out>/<name>/responses-<i>-of-<n>.jsonl`` holds the settings in its first line, then one line per question with all its samples.
+``<out>/<name>/responses-<i>-of-<n>.jsonl`` holds the settings in its first line, then one line per question with all
+its samples.
 """
 
 from __future__ import annotations
@@ -88,7 +89,10 @@ def read_answers(folder: Path) -> tuple[Settings, list[dict[str, Any]]]:
 
 
 def figures(lines: Sequence[Mapping[str, Any]], ks: Sequence[int]) -> dict[str, Any]:
-    """avg@n, pass@k and maj@k with 95 % intervals over questions and samples; ``lines`` as ``read_answers`` gives them."""
+    """avg@n, pass@k and maj@k with 95 % intervals over questions and samples.
+
+    ``lines`` as ``read_answers`` gives them.
+    """
     samples = [line["samples"] for line in lines]
     n = len(samples[0])
     correct = np.array([[sample["correct"] for sample in row] for row in samples])

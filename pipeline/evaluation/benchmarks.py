@@ -1,8 +1,8 @@
-"""The public benchmarks: how many questions each has, where they come from, how a row becomes a question, how it is graded.
+"""The public benchmarks: each one's source, number of questions, how a row becomes a question, and how it is graded.
 
-Sizes are those that papers report (docs/benchmarking.md); a source with another number of rows is refused. No benchmark is shipped: rows come
-from a local file or from the ``datasets`` library. ``sample_math`` and ``sample_choice`` are a few questions of our own, to try the
-whole path offline.
+Sizes are those that papers report (docs/benchmarking.md); a source with another number of rows is refused. No benchmark
+is shipped: rows come from a local file or from the ``datasets`` library. ``sample_math`` and ``sample_choice`` are a
+few questions of our own, to try the whole path offline.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark. ``licence`` is what we know of the data's; read the source's own page before you use or pass it on."""
+    """One benchmark.
+
+    ``licence`` is what we know of the data's; read the source's own page before you use or pass it on.
+    """
 
     title: str
     size: int
@@ -58,7 +61,10 @@ def _arc(row: Row) -> tuple[str, Any]:
 
 
 def _gpqa(row: Row) -> tuple[str, Any]:
-    """The right answer comes first in the source: the order is drawn from the question's own hash, the same in every run."""
+    """A GPQA question with its options in an order drawn from the question's own hash: the same in every run.
+
+    The source puts the right answer first.
+    """
     question = _first(row, "Question")
     options = [_first(row, "Correct Answer"), *(_first(row, f"Incorrect Answer {i}") for i in (1, 2, 3))]
     order = list(range(4))
@@ -114,8 +120,9 @@ def benchmark(name: str) -> Benchmark:
 def load_questions(name: str, data: Path | None) -> list[Question]:
     """The questions of a benchmark, in the order of their source.
 
-    Rows come from ``data/<name>.jsonl`` (one object a line, the fields of the source's own), from the shipped sample, or, without
-    ``data``, from the ``datasets`` library. Raises ``DataError``: nothing there, a row that is not of this benchmark, another number of rows.
+    Rows come from ``data/<name>.jsonl`` (one object a line, the fields of the source's own), from the shipped sample,
+    or, without ``data``, from the ``datasets`` library. Raises ``DataError``: nothing there, a row that is not of this
+    benchmark, another number of rows.
     """
     found = benchmark(name)
     rows, place = _rows(name, found, data)
@@ -179,13 +186,15 @@ def _from_hub(name: str, found: Benchmark) -> Iterator[Row]:
         from datasets import load_dataset
     except ImportError as error:
         raise DataError(
-            f"{name}: reading {found.dataset} needs the datasets library (pip install datasets); or give local files with --data"
+            f"{name}: reading {found.dataset} needs the datasets library (pip install datasets); "
+            "or give local files with --data"
         ) from error
     try:
         rows = load_dataset(found.dataset, found.subset or None, split=found.split)
     except Exception as error:  # whatever the hub, the network or the library say
         raise DataError(
-            f"{name}: {found.dataset} cannot be read ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}); "
-            f"without a network, give local files with --data (written by `isentrope benchmark fetch {name}` elsewhere)"
+            f"{name}: {found.dataset} cannot be read ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else ''}); without a network, "
+            f"give local files with --data (written by `isentrope benchmark fetch {name}` elsewhere)"
         ) from error
     yield from ({key: value for key, value in row.items() if not isinstance(value, bytes)} for row in rows)

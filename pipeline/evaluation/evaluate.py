@@ -1,4 +1,4 @@
-"""Draw samples for held-out prompts and measure them."""
+"""Draws samples for held-out prompts and measures them."""
 
 from __future__ import annotations
 
@@ -57,7 +57,9 @@ def evaluate(
     config: RunConfig,
     step: int,
 ) -> EvaluationResult:
-    """Measure the policy that ``generate`` draws from, after ``step`` updates, on at most ``evaluation.prompts`` of ``prompts``.
+    """Measure the policy that ``generate`` draws from, after ``step`` updates.
+
+    Uses at most ``evaluation.prompts`` of ``prompts``.
 
     The chosen prompts depend on their ids alone, so that runs with different seeds answer the same questions. Raises
     ``ValueError`` when there are no prompts or a k exceeds ``evaluation.samples``.

@@ -1,4 +1,4 @@
-"""pass@k, maj@k, distinct correct answers, and their intervals, from ``n`` samples of each of ``Q`` questions."""
+"""Computes pass@k, maj@k, distinct correct answers and intervals from ``n`` samples of each of ``Q`` questions."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 def pass_at_k(correct: np.ndarray, n: int, k: int) -> float:
     """Unbiased chance that at least one of ``k`` samples is correct, averaged over questions.
 
-    ``correct``: int [Q], correct ones among the ``n`` samples of each question. mean over q of 1 - C(n-c, k) / C(n, k), which
-    is 1 where n - c < k (Chen et al. 2021, arXiv 2107.03374, eq. 1). Raises ``ValueError`` unless 1 <= k <= n.
+    ``correct``: int [Q], correct ones among the ``n`` samples of each question. mean over q of 1 - C(n-c, k) / C(n, k),
+    which is 1 where n - c < k (Chen et al. 2021, arXiv 2107.03374, eq. 1). Raises ``ValueError`` unless 1 <= k <= n.
     """
     return float(_pass_table(n, k)[correct].mean())
 
@@ -29,8 +29,9 @@ def _pass_table(n: int, k: int) -> np.ndarray:
 def maj_at_k(answers: Sequence[Sequence[str]], correct: np.ndarray, k: int) -> float:
     """Chance that the most frequent of ``k`` answers is correct, averaged over questions; ties by expectation.
 
-    ``answers``: [Q][n] canonical; ``correct``: bool [Q, n]. The samples are cut into n // k disjoint blocks of k, whose mean
-    is unbiased because samples are exchangeable. Where several answers lead, each is the vote's outcome with equal chance.
+    ``answers``: [Q][n] canonical; ``correct``: bool [Q, n]. The samples are cut into n // k disjoint blocks of k, whose
+    mean is unbiased because samples are exchangeable. Where several answers lead, each is the vote's outcome with equal
+    chance.
     """
     n = correct.shape[1]
     if not 1 <= k <= n:
@@ -68,8 +69,8 @@ def pass_interval(
     Single answers (``n`` = 1), and questions that all pass or all fail, have ``wilson``'s interval over the questions:
     of 30 in 30 the bootstrap would say (1, 1).
 
-    Drawing samples again repeats some, which lowers pass@k for k > 1; the percentile interval is therefore moved so that
-    its median is the estimate. Clipped to [0, 1]. The same ``seed`` gives the same interval.
+    Drawing samples again repeats some, which lowers pass@k for k > 1; the percentile interval is therefore moved so
+    that its median is the estimate. Clipped to [0, 1]. The same ``seed`` gives the same interval.
     """
     estimate = pass_at_k(correct, n, k)
     if n == 1 or estimate in (0.0, 1.0):

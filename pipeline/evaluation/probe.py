@@ -1,9 +1,10 @@
-"""The asymmetry probe: what one update on correct, or on incorrect, samples drawn at a temperature does to the entropy.
+"""The asymmetry probe: measures how one update on only correct, or only incorrect, samples changes the entropy.
 
-SCOPE-RL's lever (arXiv 2510.08141) is that correct samples drawn hot raise the entropy and incorrect ones lower it, and the reverse when
-drawn cold. The probe measures that on a model as it is: from one and the same state, for every temperature and sign, one update on
-the mean log-probability of the rows (+1 correct, -1 incorrect; every token weighs the same), then the exact entropy of fresh responses
-at T=1. All measurements of one repeat share prompts and seeds, so they differ by the update alone.
+SCOPE-RL's lever (arXiv 2510.08141) is that correct samples drawn hot raise the entropy and incorrect ones lower it, and
+the reverse when drawn cold. The probe measures that on a model as it is: from one and the same state, for every
+temperature and sign, one update on the mean log-probability of the rows (+1 correct, -1 incorrect; every token weighs
+the same), then the exact entropy of fresh responses at T=1. All measurements of one repeat share prompts and seeds, so
+they differ by the update alone.
 """
 
 from __future__ import annotations
@@ -54,8 +55,9 @@ class Asymmetry:
     effects: list[Effect]
 
     def slope(self, sign: str) -> float:
-        """Least-squares slope of the change over ln T, of the temperatures that had rows; the theory has it above 0 for positives,
-        below for negatives. NaN of fewer than two.
+        """Least-squares slope of the change over ln T, of the temperatures that had rows; NaN of fewer than two.
+
+        The theory has it above 0 for positives, below for negatives.
         """
         points = [(math.log(e.temperature), e.change) for e in self.effects if e.sign == sign and e.repeats]
         if len(points) < 2:
@@ -68,8 +70,8 @@ class Asymmetry:
 def probe_config(config: RunConfig, step_size: float) -> RunConfig:
     """What the probe runs under: one plain gradient step of ``step_size`` without actuator, KL or clipping.
 
-    Adam's momentum would add what came before, and its division by the gradients' sizes would blur first-order effects; with an
-    epsilon far above those sizes it is gradient descent at the rate lr / epsilon.
+    Adam's momentum would add what came before, and its division by the gradients' sizes would blur first-order effects;
+    with an epsilon far above those sizes it is gradient descent at the rate lr / epsilon.
     """
     optimizer = replace(
         config.learner.optimizer,
@@ -182,7 +184,10 @@ class Probe:
         return self._verifier.verify(self._generate(prompts, samples, temperature, repeat, Role.AUXILIARY))
 
     def _entropy(self, repeat: int) -> float:
-        """Exact entropy at T=1 of what the learner's weights now say, over fresh responses. Moves the weights: restore after it."""
+        """Exact entropy at T=1 of what the learner's weights now say, over fresh responses.
+
+        Moves the weights: restore after it.
+        """
         self._push()
         prompts = self._chosen(repeat, Role.EVALUATION, MEASURING_PROMPTS)
         groups = self._generate(prompts, MEASURING_SAMPLES, 1.0, repeat, Role.EVALUATION)

@@ -1,1 +1,1 @@
-"""What a model is, read once from its Hugging Face folder: architecture, parameter layout, rank grid, files and FP8 blocks."""
+"""What a model is, read once from its Hugging Face folder: architecture, layout, rank grid, files, FP8 blocks."""

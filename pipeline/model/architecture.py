@@ -1,4 +1,4 @@
-"""Reads a Hugging Face ``config.json``: what a model is, or every reason why this project cannot use it.
+"""Reads a Hugging Face ``config.json``: returns the model's architecture, or every reason why it cannot be used.
 
 The only reader of a ``config.json``: the configuration's check, the learner, the native engine, the converter and the
 estimates all take an :class:`Architecture` from here. A key that is absent means what transformers 5.12 takes for it.
@@ -88,7 +88,10 @@ class LinearScaling:
 
 @dataclass(frozen=True)
 class Llama3Scaling:
-    """Llama 3.1's rotary scaling: long wavelengths divided by ``factor``, short ones kept, those between interpolated."""
+    """Llama 3.1's rotary scaling.
+
+    Long wavelengths are divided by ``factor``, short ones kept, those between interpolated.
+    """
 
     factor: float
     low: float  # low_freq_factor
@@ -441,7 +444,8 @@ def _refuse_quantised(said: _Said) -> None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
         said.refuse(
             f"quantization_config (quant_method {method!r}) is not supported: weights are trained in 16 or 32 bits",
-            "give the folder of the same model in 16 or 32 bits; where its tensors are that, remove quantization_config",
+            "give the folder of the same model in 16 or 32 bits; where its tensors are that, "
+            "remove quantization_config",
         )
     kinds = said.config.get("layer_types")
     if others := sorted({str(kind) for kind in kinds or ()} - {"full_attention"}):

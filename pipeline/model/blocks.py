@@ -1,6 +1,7 @@
-"""A matrix in blocks that share a scale: the largest magnitude of each, and scaling each by its own number.
+"""Divides a matrix into blocks, each with one scale: the largest magnitude of each block, and scaling by block.
 
-Blocks are counted from the first row and column; the last ones may be cut short. Pure torch: CPU and CUDA give the same bits.
+Blocks are counted from the first row and column; the last ones may be cut short. Pure torch: CPU and CUDA give the same
+bits.
 """
 
 from __future__ import annotations
@@ -34,7 +35,10 @@ def largest(matrix: torch.Tensor, block: Block | None) -> torch.Tensor:
 def bands(
     source: torch.Tensor, target: torch.Tensor, scale: torch.Tensor, block: Block | None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Views of some block rows of ``source`` and ``target``, ``[blocks, height, columns]``, and their scale to broadcast."""
+    """Views of some block rows of ``source`` and ``target``, with their scale to broadcast.
+
+    The views are ``[blocks, height, columns]``.
+    """
     rows, columns = source.shape
     height, width = block or (_BAND_ROWS, columns)
     if source.numel() == 0:

@@ -1,4 +1,4 @@
-"""Checksum by which a sender and a receiver of weights agree on the bytes."""
+"""The checksum by which the sender and the receiver of weights compare the bytes."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Reads and writes the weights of a Hugging Face folder: slices through memory maps, tensors in place into files laid out
-beforehand.
+"""Reads and writes the weights of a Hugging Face folder.
 
-The only reader and writer of such a folder. A file is 8 bytes of header length (little-endian), a JSON header ``{name: {dtype,
-shape, data_offsets}}`` and the tensors' bytes (https://github.com/huggingface/safetensors#format).
+It reads slices through memory maps, and writes tensors in place into files laid out beforehand.
+
+The only reader and writer of such a folder. A file is 8 bytes of header length (little-endian), a JSON header ``{name:
+{dtype, shape, data_offsets}}`` and the tensors' bytes (https://github.com/huggingface/safetensors#format).
 """
 
 from __future__ import annotations
@@ -91,7 +92,9 @@ def mapped(path: Path, start: int, dtype: torch.dtype, count: int) -> torch.Tens
 
 
 def put(descriptor: int, start: int, name: str, tensor: torch.Tensor) -> int:
-    """Write a contiguous tensor's bytes into a file at ``start``; returns ``pipeline.model.checksum`` of it, under ``name``.
+    """Write a contiguous tensor's bytes into a file at ``start``.
+
+    Returns its ``pipeline.model.checksum``, under ``name``.
 
     Block by block: what the checksum has just read is still in the processor's cache when it is written.
     """
@@ -107,7 +110,9 @@ def put(descriptor: int, start: int, name: str, tensor: torch.Tensor) -> int:
 
 
 class Folder:
-    """The tensors of a Hugging Face folder: one ``model.safetensors`` or the files of its index. Reads slices, not files.
+    """The tensors of a Hugging Face folder: one ``model.safetensors`` or the files of its index.
+
+    Reads slices, not files.
 
     Raises ``ModelError`` where a file is missing, truncated or not safetensors, or where the index is another model's.
     """
@@ -143,7 +148,10 @@ class Folder:
         return self.read(name, 0, 0, self.shape(name)[0])
 
     def read(self, name: str, dim: int, start: int, length: int) -> torch.Tensor:
-        """Entries ``[start, start + length)`` of a tensor along ``dim``: a view of the file, contiguous for ``dim`` 0."""
+        """Entries ``[start, start + length)`` of a tensor along ``dim``.
+
+        A view of the file, contiguous for ``dim`` 0.
+        """
         entry = self.entries[name]
         path, row = self.path / entry.file, math.prod(entry.shape[1:])
         if dim == 0:

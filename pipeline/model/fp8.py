@@ -1,11 +1,12 @@
-"""FP8 weights as they travel and lie in Hugging Face folders: codes, scales, names, and how to write and read them.
+"""FP8 weights as Hugging Face folders hold them: codes, scales and names, and how to write and read them.
 
 As in DeepSeek-V3's checkpoints and SGLang's loader: a matrix is ``float8_e4m3fn`` codes and float32 scales, ``code * scale`` being its
 value. One scale for each 128x128 block (``*.weight_scale_inv``, arXiv 2412.19437, section 3.3.2; "inv" because it is what undoes the
 scaling), or one for the whole tensor (``*.weight_scale``). Blocks are counted from the first row and column; the last may be smaller.
 ``fp8_layout`` says which tensors these are, and their scales' names and shapes.
 
-Training rounds by Transformer Engine's rules instead (``megatron_ext.fp8.quantise``). Pure torch: CPU and CUDA give the same bits.
+Training rounds by Transformer Engine's rules instead (``megatron_ext.fp8.quantise``). Pure torch: CPU and CUDA give the
+same bits.
 """
 
 from __future__ import annotations
@@ -20,14 +21,15 @@ from pipeline.model.fp8_layout import BLOCK, Block, scale_name, scale_shape
 
 CODES = torch.float8_e4m3fn
 _LARGEST = 448.0  # of e4m3fn
-# The smallest normal float32. Blocks of zeros get it, and those so small that amax / 448 has lost bits: a scale of 0 would give NaN, a
-# scale of 1 would win over its neighbours' where SGLang joins per-tensor scales of q, k and v by their maximum.
+# The smallest normal float32. Blocks of zeros get it, and those so small that amax / 448 has lost bits: a scale of 0
+# would give NaN, a scale of 1 would win over its neighbours' where SGLang joins per-tensor scales of q, k and v by
+# their maximum.
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 _SOURCES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def quantization_config(block: Block | None = BLOCK) -> dict[str, Any]:
-    """The ``quantization_config`` that ``config.json`` must hold for SGLang and transformers to read the tensors as FP8.
+    """The ``quantization_config`` of ``config.json`` that makes SGLang and transformers read the tensors as FP8.
 
     Activations are scaled as they come: a static scheme needs scales from calibration, which training does not have.
     """
@@ -42,7 +44,10 @@ def quantization_config(block: Block | None = BLOCK) -> dict[str, Any]:
 def dequantise(
     codes: torch.Tensor, scale: torch.Tensor, block: Block | None = BLOCK, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """``code * scale``, computed in float32 and rounded to ``dtype``. Raises ``ValueError`` where the scale has another shape."""
+    """``code * scale``, computed in float32 and rounded to ``dtype``.
+
+    Raises ``ValueError`` where the scale has another shape.
+    """
     if tuple(scale.shape) != scale_shape(codes.shape, block):
         raise ValueError(
             f"scale has shape {list(scale.shape)}; codes of shape {list(codes.shape)} in blocks {block} "
@@ -70,7 +75,10 @@ def without_scales(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 def values(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Every tensor under its own name, codes in blocks as the float32 values that they stand for. Raises like ``without_scales``."""
+    """Every tensor under its own name, codes in blocks as the float32 values that they stand for.
+
+    Raises like ``without_scales``.
+    """
     return {
         name: dequantise(tensor, tensors[scale_name(name)]) if tensor.dtype == CODES else tensor
         for name, tensor in without_scales(tensors).items()
@@ -82,9 +90,9 @@ def quantise(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes (shape of ``weight``) and float32 scale (``scale_shape``) of a matrix in bf16, fp16 or float32.
 
-    ``scale = amax / 448`` and ``code = weight / scale``, both rounded to nearest even, so the largest entry of each block gets the
-    largest code. ``code * scale`` differs from ``weight`` by at most ``max(2**-4 * |weight|, 2**-10 * scale)``, that is by at most
-    ``amax / 28`` (half the distance of the two largest codes); no code is NaN.
+    ``scale = amax / 448`` and ``code = weight / scale``, both rounded to nearest even, so the largest entry of each
+    block gets the largest code. ``code * scale`` differs from ``weight`` by at most ``max(2**-4 * |weight|, 2**-10 *
+    scale)``, that is by at most ``amax / 28`` (half the distance of the two largest codes); no code is NaN.
 
     ``amax`` is for a shard of a tensor with one scale (``block=None``): its largest magnitude over all shards, see
     :func:`largest`. ``name`` is for errors: ``ValueError`` for a NaN or infinite entry, another shape or another type.
@@ -113,7 +121,10 @@ def quantise(
 
 
 def largest(weight: torch.Tensor) -> torch.Tensor:
-    """Largest magnitude of a tensor, float32 of shape ``[]``; NaN where an entry is. Reduce it over shards with a maximum."""
+    """Largest magnitude of a tensor, float32 of shape ``[]``; NaN where an entry is.
+
+    Reduce it over shards with a maximum.
+    """
     return blocks.largest(weight, None)
 
 

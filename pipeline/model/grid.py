@@ -23,9 +23,9 @@ class Place:
 class Grid:
     """Sizes of Megatron's parallel groups, ranks in megatron's default order (tp-cp-ep-dp-pp, innermost first).
 
-    ``dp`` counts every replica of the dense parameters: groups of ``cp`` context-parallel ranks that share rows, times the replicas
-    of those. Experts of the same ``tp * dp`` ranks of a stage are divided over ``ep`` groups, each expert over ``etp`` ranks.
-    Raises ``ValueError`` where sizes do not fit together.
+    ``dp`` counts every replica of the dense parameters: groups of ``cp`` context-parallel ranks that share rows, times
+    the replicas of those. Experts of the same ``tp * dp`` ranks of a stage are divided over ``ep`` groups, each expert
+    over ``etp`` ranks. Raises ``ValueError`` where sizes do not fit together.
     """
 
     tp: int = 1
@@ -88,7 +88,9 @@ class Grid:
         return etp + self.expert_tp * (ep + self.ep * (edp + self.expert_dp * pp))
 
     def chunks(self, layers: int) -> tuple[tuple[range, ...], ...]:
-        """Global layer numbers of every model chunk, ``[stage][chunk]``, as megatron's ``get_transformer_layer_offset``.
+        """Global layer numbers of every model chunk, ``[stage][chunk]``.
+
+        As megatron's ``get_transformer_layer_offset``.
 
         Raises ``ValueError`` where ``layers`` cannot be divided so.
         """

@@ -1,4 +1,4 @@
-"""Which model a checkpoint is of: recorded beside it, compared with the ``config.json`` it is used with. No torch here."""
+"""Records beside a checkpoint which model it is of, and compares that with a ``config.json``. No torch here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ def record(directory: Path, model: Architecture) -> None:
 
 
 def check(directory: Path, model: Architecture, config: str) -> None:
-    """Raise ``ValueError`` that names every field in which ``model``, read from ``config``, is not the checkpoint's model.
+    """Refuse a checkpoint of another model: raises ``ValueError`` that names every field in which the two differ.
+
+    ``model`` was read from ``config``.
 
     A checkpoint without a record, from elsewhere, passes: its tensors' names and shapes are checked when they are read.
     """

@@ -1,11 +1,13 @@
-"""How each Megatron parameter is made of slices of Hugging Face tensors: one table, every use derived from it.
+"""The table of how each Megatron parameter is made of slices of Hugging Face tensors; every use is derived from it.
 
-A parameter divided over ``n`` tensor-parallel ranks holds, on rank ``r``, the ``r``-th equal part of each of its sources along one
-dimension; several sources are interleaved in groups: query, key and value rows per key-value head (``linear_qkv``), gate and up
-halves per rank (``linear_fc1``). Loading, export, conversion, resharding plans and memory estimates all follow from
+A parameter divided over ``n`` tensor-parallel ranks holds, on rank ``r``, the ``r``-th equal part of each of its
+sources along one dimension; several sources are interleaved in groups: query, key and value rows per key-value head
+(``linear_qkv``), gate and up halves per rank (``linear_fc1``). Loading, export, conversion, resharding plans and memory
+estimates all follow from
 :meth:`Row.slices`. No torch and no megatron here.
 
-A family's switches and names (``pipeline.model.architecture.FAMILIES``) say which templates it has, and what its tensors are called.
+A family's switches and names (``pipeline.model.architecture.FAMILIES``) say which templates it has, and what its
+tensors are called.
 """
 
 from __future__ import annotations
@@ -21,7 +23,10 @@ from pipeline.model.grid import Grid
 
 @dataclass(frozen=True)
 class Template:
-    """One line of the table; ``{layer}`` and ``{expert}`` stand for global numbers, sizes for keys of ``Architecture.sizes``."""
+    """One line of the table.
+
+    ``{layer}`` and ``{expert}`` stand for global numbers, sizes for keys of ``Architecture.sizes``.
+    """
 
     parameter: str  # megatron-core's name (local layer spec, sequential experts)
     sources: tuple[str, ...]  # Llama's Hugging Face names, in the order in which they are interleaved
@@ -177,8 +182,8 @@ TEMPLATES = (
     *EXPERTS,
 )
 
-# Transformer Engine's modules name some of the same parameters otherwise: norms fused into the linear layer that follows, and the
-# experts of one rank in one grouped layer.
+# Transformer Engine's modules name some of the same parameters otherwise: norms fused into the linear layer that
+# follows, and the experts of one rank in one grouped layer.
 ALIASES = (
     (r"\.self_attention\.linear_qkv\.layer_norm_weight$", ".input_layernorm.weight"),
     (r"\.mlp\.linear_fc1\.layer_norm_weight$", ".pre_mlp_layernorm.weight"),
@@ -201,7 +206,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Slice:
-    """``length`` entries along the split dimension, from ``source_start`` of a source and ``start`` of the local parameter."""
+    """``length`` entries along the split dimension.
+
+    They begin at ``source_start`` of a source and at ``start`` of the local parameter.
+    """
 
     source: int  # index in ``Row.sources``
     source_start: int
@@ -230,7 +238,10 @@ class Row:
         return self.split or 0
 
     def part(self, grid: Grid, rank: int) -> tuple[int, int] | None:
-        """``(n, i)`` where global rank ``rank`` holds the ``i``-th of ``n`` parts, ``None`` where it holds nothing of this row."""
+        """``(n, i)`` where global rank ``rank`` holds the ``i``-th of ``n`` parts.
+
+        ``None`` where it holds nothing of this row.
+        """
         place = grid.place(rank)
         if place.pp != self.stage or (self.expert is not None and place.ep != self.ep):
             return None
@@ -302,8 +313,9 @@ class Piece:
 
 
 def rows(model: Architecture, grid: Grid = _ALONE) -> tuple[Row, ...]:
-    """Every parameter of ``model`` on the ranks of ``grid``, stage by stage, layer by layer, dense ones before those of each
-    expert-parallel rank: the order in which they are exported.
+    """Every parameter of ``model`` on the ranks of ``grid``, in the order in which they are exported.
+
+    The order is stage by stage, layer by layer, dense ones before those of each expert-parallel rank.
 
     Raises ``ValueError`` where the layers or the experts cannot be divided so.
     """

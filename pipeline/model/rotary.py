@@ -1,4 +1,4 @@
-"""Rotary frequencies of a model: the same numbers in the learner and in the native engine."""
+"""Computes a model's rotary frequencies: the same numbers for the learner and the native engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run is at, and how long that usually takes: what a stall is measured by."""
+"""What a run is doing now and how long that usually takes; stalls are measured by it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ LAST = 100  # durations of a kind that its median is taken over
 
 
 class Activity:
-    """One thing after another, without gaps: ``start``, then ``step``, ``evaluation`` and ``checkpoint``, ``finish`` at last.
+    """The work of a run as a sequence without gaps.
+
+    ``start``, then ``step``, ``evaluation`` and ``checkpoint``, ``finish`` at last.
 
     One thread tells what begins; any may read.
     """
@@ -30,5 +32,5 @@ class Activity:
         self.number += 1
 
     def typical(self) -> float:
-        """Median seconds of what is going on, from what was over before in this process; NaN for the first of its kind."""
+        """Median seconds that the present kind of work took before in this process; NaN for the first of its kind."""
         return median(self._durations.get(self.kind, ()) or (math.nan,))

@@ -1,4 +1,4 @@
-"""The pictures of a report, drawn once with matplotlib: as one PNG, and as inline SVGs whose colours follow the page's theme."""
+"""Draws the charts of a report with matplotlib: as one PNG, and as inline SVGs that follow the page's theme."""
 
 from __future__ import annotations
 
@@ -110,7 +110,10 @@ def entropy_chart(axes: Axes, runs: Sequence[RunHistory]) -> None:
 
 
 def _bands(runs: Sequence[RunHistory]) -> list[tuple[RunHistory, str, str]]:
-    """For each band that runs steer to, the longest run with it, its colour and its legend; a run without control steers to none."""
+    """For each band that runs steer to: the longest run with it, its colour and its legend.
+
+    A run without control steers to none.
+    """
     steering = [run for run in runs if not run.is_baseline] or list(runs)
     longest: dict[str, RunHistory] = {}
     for run in sorted(steering, key=lambda run: run.steps):
@@ -128,7 +131,10 @@ def _bands(runs: Sequence[RunHistory]) -> list[tuple[RunHistory, str, str]]:
 
 
 def command_chart(axes: Axes, runs: Sequence[RunHistory]) -> None:
-    """What the controllers did: T+, or the coefficient of actuators that are no temperature. Saturated steps are dotted."""
+    """What the controllers did: T+, or the coefficient of actuators that are no temperature.
+
+    Saturated steps are dotted.
+    """
     controlled = [run for run in runs if not run.is_baseline]
     for run in controlled:
         colour, chart = colour_of(run, runs), run.series.read(["control/command"])
@@ -218,7 +224,10 @@ def svg(name: str, runs: Sequence[RunHistory]) -> str:
 
 
 def inline_svg(figure: Figure, label: str) -> str:
-    """A figure as an SVG element of a page with ``theme``, its colours as CSS variables; to be called where ``STYLE`` holds."""
+    """A figure as an SVG element of a page with ``theme``, its colours as CSS variables.
+
+    To be called where ``STYLE`` holds.
+    """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Where text leaves for a terminal: control characters in it, which could move the cursor or retitle the window, are dropped."""
+"""Writes text to a terminal without control characters, which could move the cursor or retitle the window."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newlin
 
 
 def clean(text: str) -> str:
-    """``text`` without control characters but tabs and newlines: run names, reasons and errors may come from strangers."""
+    """``text`` without control characters but tabs and newlines.
+
+    Run names, reasons and errors may come from strangers.
+    """
     return _CONTROL.sub("", text)
 
 

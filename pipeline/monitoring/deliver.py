@@ -1,11 +1,14 @@
-"""The process beside the driver that hands the event log to sinks: TensorBoard, W&B, MLflow, Prometheus, alert delivery.
+"""The process beside the driver that hands the event log to sinks.
 
-``python -m pipeline.monitoring.deliver RUN [--driver PID] [key=value ...]``. With a driver it follows the log until ``run_end`` was delivered or the
-driver is gone; without one it delivers what the log holds, so that a run can be shown elsewhere long after, e.g.
-``python -m pipeline.monitoring.deliver runs/pi 'monitoring.sinks=[wandb]'``.
+The sinks are TensorBoard, W&B, MLflow, Prometheus and the delivery of alerts.
 
-Every sink has a thread and a reader of its own: the log is its queue, so one that is slow falls behind and one that is dead holds nothing and
-nobody up. How far each has come stands in ``RUN/sinks/<name>.json``; a later attempt goes on from there.
+``python -m pipeline.monitoring.deliver RUN [--driver PID] [key=value ...]``. With a driver it follows the log until
+``run_end`` was delivered or the driver is gone; without one it delivers what the log holds, so that a run can be shown
+elsewhere long after, e.g. ``python -m pipeline.monitoring.deliver runs/pi 'monitoring.sinks=[wandb]'``.
+
+Every sink has a thread and a reader of its own: the log is its queue, so one that is slow falls behind and one that is
+dead holds nothing and nobody up. How far each has come stands in ``RUN/sinks/<name>.json``; a later attempt goes on
+from there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What runs that are compared do not have in common."""
+"""Lists how the runs of a comparison differ: settings, versions, events and results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ def config_differences(configs: Sequence[RunConfig]) -> dict[str, list[str]]:
 
 
 def result_differences(summaries: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[Any, float | None]]]:
-    """Figures that are not the same in all runs: per run the value and its change against the first run's (None: of the first itself)."""
+    """Figures that are not the same in all runs.
+
+    Per run: the value and its change against the first run's (None for the first itself).
+    """
     found = {}
     for name in RESULTS:
         values = [summary[name] for summary in summaries]

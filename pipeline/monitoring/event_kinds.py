@@ -1,7 +1,7 @@
-"""What a line of ``events.jsonl`` may hold: the fields of each kind of event and their types, and the one parser of such a line.
+"""The kinds of events in ``events.jsonl``, their fields and types, and the one parser of a line.
 
-Everybody who reads a log gets events through ``parse_event``, so a reader may trust the types that stand here. docs/events.md says
-what the fields mean.
+Everybody who reads a log gets events through ``parse_event``, so a reader may trust the types that stand here.
+docs/events.md says what the fields mean.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The event log of a run: ``events.jsonl``, one JSON object per line, described in docs/events.md.
 
-Appends are crash-safe: one ``write`` per line on a descriptor opened with O_APPEND, so a crash can tear only the last line.
-Readers leave a torn last line alone; opening the log to write cuts it off. A damaged line before the last is skipped, counted and
-reported: what a run has done must not depend on one bad line. Nothing is ever rewritten: after a resume at step k the lost steps
-stay in the file, and ``read_events`` leaves them out.
+Appends are crash-safe: one ``write`` per line on a descriptor opened with O_APPEND, so a crash can tear only the last
+line. Readers leave a torn last line alone; opening the log to write cuts it off. A damaged line before the last is
+skipped, counted and reported: what a run has done must not depend on one bad line. Nothing is ever rewritten: after a
+resume at step k the lost steps stay in the file, and ``read_events`` leaves them out.
 """
 
 from __future__ import annotations
@@ -81,8 +81,9 @@ def to_json(values: Mapping[str, Any] | Sequence[Any]) -> str:
 class EventReader:
     """The complete events of a log, once each, in the order written; superseded ones included, as nobody can know yet.
 
-    Holds no file open between polls. Memory and time of a poll go with what is new. Starts behind the first ``lines`` lines,
-    which are ``offset`` bytes. A damaged line is skipped and counted; the first one is said in the log of the process.
+    Holds no file open between polls. Memory and time of a poll go with what is new. Starts behind the first ``lines``
+    lines, which are ``offset`` bytes. A damaged line is skipped and counted; the first one is said in the log of the
+    process.
     """
 
     def __init__(self, path: Path, offset: int = 0, lines: int = 0) -> None:
@@ -156,9 +157,9 @@ def read_all_events(path: Path) -> list[dict[str, Any]]:
 def in_force(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Drop what later events supersede.
 
-    ``resume`` at step k (k updates done) supersedes earlier steps and alerts from step k on, evaluations and checkpoints after k updates,
-    and an earlier ``run_end``. A step that is not beyond all before it supersedes those from its number on; a repeated evaluation
-    or checkpoint of one step supersedes the earlier one.
+    ``resume`` at step k (k updates done) supersedes earlier steps and alerts from step k on, evaluations and
+    checkpoints after k updates, and an earlier ``run_end``. A step that is not beyond all before it supersedes those
+    from its number on; a repeated evaluation or checkpoint of one step supersedes the earlier one.
     """
     kept: dict[tuple[str, int], dict[str, Any]] = {}
     last = -1
@@ -185,8 +186,10 @@ def _lost(event: dict[str, Any], resumed: int) -> bool:
 
 
 def cut_torn_line(path: Path) -> None:
-    """Remove what a crash left after the last newline, so that the next line starts on its own; reads the end of the file
-    only."""
+    """Remove what a crash left after the last newline, so that the next line starts on its own.
+
+    Reads the end of the file only.
+    """
     if not path.is_file():
         return
     with path.open("rb+") as file:

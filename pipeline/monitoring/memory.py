@@ -1,4 +1,4 @@
-"""How much memory a process holds."""
+"""Measures how much memory a process holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The names under which figures appear wherever people look: one table, used by every sink, chart and alert rule."""
+"""The names of all figures that people see: one table, used by every sink, chart and alert rule."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ GROUPS = ("mismatch", "correction", "entropy")
 
 
 def scalars(event: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of a ``step`` or ``evaluation`` event by name; null (not finite) and other kinds of events give nothing."""
+    """The figures of a ``step`` or ``evaluation`` event by name.
+
+    Null (not finite) and other kinds of events give nothing.
+    """
     make = _OF_KIND.get(event["kind"])
     found = make(event) if make else {}
     return {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}

@@ -1,4 +1,4 @@
-"""What runs that are shown together are called, so that no two look the same."""
+"""Gives each of the runs that are shown together a name that no other has."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from pathlib import Path
 
 
 def titles(runs: Sequence[tuple[str, int | None, Path]]) -> list[str]:
-    """Of each run, given by name, seed and folder: its name; where another run has that too, with its seed; where that does not
-    tell them apart either, with the end of its folder's path that no other has."""
+    """The title of each run, given by name, seed and folder.
+
+    A title is the run's name; where another run has that too, with its seed; where that does not tell them apart
+    either, with the end of its folder's path that no other has.
+    """
     names = [name for name, _, _ in runs]
     seeded = [f"{name} s{seed}" for name, seed, _ in runs]
     folders = [folder.absolute().parts for _, _, folder in runs]

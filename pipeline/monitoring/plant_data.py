@@ -1,4 +1,4 @@
-"""From a run's event log to the data of plant identification."""
+"""Turns a run's event log into the data for identifying the plant: commands and the entropies that followed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from pipeline.monitoring.summary import RunHistory
 
 
 def record_of(run: RunHistory) -> Record:
-    """Entropies and commands of every step, in order. Raises ``IdentificationError`` for a run whose actuator never acted."""
+    """Entropies and commands of every step, in order.
+
+    Raises ``IdentificationError`` for a run whose actuator never acted.
+    """
     if run.is_baseline or acting(run.config.entropy) is None:
         raise IdentificationError(
             f"{run.run_dir}: no actuator took part in this run, so it tells the drift but no gain: use --excite STEPS"

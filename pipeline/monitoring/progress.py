@@ -1,4 +1,4 @@
-"""Live progress of a run: a small panel in a terminal, a plain line now and then elsewhere. Both go to stderr."""
+"""Shows a run's live progress on stderr: a small panel in a terminal, elsewhere a plain line now and then."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes the folder of a run while it goes on: config.yaml, events.jsonl, samples/; at the end report.html."""
+"""Writes a run's folder while the run goes on: config.yaml, events.jsonl, samples/, and at the end report.html."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about one or several runs: the entropy in its band first, then what it cost."""
+"""Writes one self-contained HTML page about one or several runs: first the entropy in its band, then what it cost."""
 
 from __future__ import annotations
 
@@ -99,7 +99,10 @@ def _page(runs: Sequence[RunHistory], result: Mapping[str, Any]) -> str:
 
 def _verdict(run: RunHistory, summary: Mapping[str, Any]) -> str:
     """One sentence: did this run hold its band?"""
-    name = f"<b>{escape(run.title)}</b> (seed {run.config.seed}, {summary['steps']} of {run.config.steps} steps, {summary['status']})"
+    name = (
+        f"<b>{escape(run.title)}</b> (seed {run.config.seed}, {summary['steps']} of {run.config.steps} steps, "
+        f"{summary['status']})"
+    )
     end = f"final entropy {_number(summary['final_entropy'])}"
     if run.is_baseline:
         return f"{name}: no control, {end}."
@@ -107,7 +110,8 @@ def _verdict(run: RunHistory, summary: Mapping[str, Any]) -> str:
         return f"{name}: never entered its band, {end}." + _saturation(run, summary)
     share = f'<span class="good">{summary["time_in_band"]:.0%}</span>'
     return (
-        f"{name}: in the band for {share} of the steps since it first entered it (step {summary['entry_step']}), RMS error "
+        f"{name}: in the band for {share} of the steps since it first entered it (step {summary['entry_step']}), "
+        "RMS error "
         f"{summary['rms_error']:.1%}, {end}." + _saturation(run, summary)
     )
 
@@ -133,9 +137,9 @@ def _figures(result: Mapping[str, Any]) -> str:
         table += "<h2>Mean and standard deviation over seeds</h2>"
         table += html_table(["method", "runs", *(COLUMNS[figure] for figure in COMPARED)], means)
     note = (
-        "Final entropy: mean of the last 20 steps, nats per token at T=1. Time in band and RMS error: filtered entropy (EMA 0.8), from "
-        "its first step in the band on, the error relative to the band's geometric middle. Settled: first step from which it stays 20 steps. "
-        "pass@k: last evaluation on held-out prompts."
+        "Final entropy: mean of the last 20 steps, nats per token at T=1. Time in band and RMS error: "
+        "filtered entropy (EMA 0.8), from its first step in the band on, the error relative to the band's geometric "
+        "middle. Settled: first step from which it stays 20 steps. pass@k: last evaluation on held-out prompts."
     )
     return f'<h2>Figures</h2>{table}<p class="muted">{note}</p>'
 
@@ -154,8 +158,8 @@ def _seconds(summaries: Sequence[Mapping[str, Any]]) -> str:
 def _mismatch(summaries: Sequence[Mapping[str, Any]]) -> str:
     rows = [[escape(run["title"]), *(_small(run["mismatch"][name]) for name in MISMATCH)] for run in summaries]
     note = (
-        "d: log-probability of the same token at the same weights, learner's less engine's, nats; means over steps, the largest of all. "
-        "Weights: of objective.correction, where it is on."
+        "d: log-probability of the same token at the same weights, learner's less engine's, nats; means over steps, "
+        "the largest of all. Weights: of objective.correction, where it is on."
     )
     return html_table(["run", *MISMATCH.values()], rows) + f'<p class="muted">{note}</p>'
 

@@ -83,7 +83,10 @@ _DECODER = msgspec.json.Decoder(_Kept)
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
-    """The rollouts of a file with the number of their line as ``index``; lines that are none, or not yet whole, are left out."""
+    """The rollouts of a file with the number of their line as ``index``.
+
+    Lines that are none, or not yet whole, are left out.
+    """
     found = []
     for index, line in enumerate(path.read_bytes().splitlines() if path.is_file() else []):
         with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):

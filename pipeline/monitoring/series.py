@@ -1,4 +1,4 @@
-"""The figures of a run as columns for charts and tables, read from its event log alone.
+"""Reads the figures of a run from its event log into columns for charts and tables.
 
 Memory: 8 bytes for each figure of each step (100,000 steps of 64 figures: 50 MB) and the events that are no steps.
 """
@@ -18,13 +18,16 @@ from pipeline.monitoring.metrics import scalars, step_columns
 from pipeline.monitoring.naming import counted
 
 CHUNK = 1 << 18  # bytes of the log that are parsed at a time: few live objects cost the garbage collector little
-# Columns beside those of metrics.py: Unix seconds, where the event begins in the log, the controller's state as a number.
+# Columns beside those of metrics.py: Unix seconds, where the event begins in the log, the controller's state as a
+# number.
 TIME, OFFSET, STATE = "time", "offset", "state"
 Chart = dict[str, Any]
 
 
 class Series:
-    """Figures of one run, by the names of ``metrics.py``. Call ``update`` to see what has been written since. Not thread-safe.
+    """Figures of one run, by the names of ``metrics.py``.
+
+    Call ``update`` to see what has been written since. Not thread-safe.
 
     Raises ``EventLogError`` (here and in ``update``) as ``read_events`` does.
     """
@@ -43,8 +46,9 @@ class Series:
 
     @property
     def events(self) -> list[dict[str, Any]]:
-        """The events in force that are no steps, in order, every restart and fault among them. One without a step has the
-        steps done."""
+        """The events in force that are no steps, in order, every restart and fault among them.
+
+        One without a step has the steps done."""
         return in_force(self._events)
 
     @property
@@ -64,7 +68,9 @@ class Series:
         return self._reader.offset != before
 
     def read(self, names: Sequence[str], first: int = 0, last: int | None = None, points: int = 2000) -> Chart:
-        """Steps ``first`` to ``last`` (the last one in force) in at most ``points`` buckets of equal width, a power of two.
+        """Steps ``first`` to ``last`` (the last one in force) in at most ``points`` buckets.
+
+        Buckets have equal width, a power of two.
 
         Returns ``{"step": int64 [n], name: {"mean", "low", "high"}: float64 [n]}``, NaN where a bucket has no number; a
         bucket's step is its middle. Buckets begin at multiples of their width, so they do not move while a run grows.
@@ -111,8 +117,10 @@ class Series:
         return parse_event(self._read_line(int(offsets[0])).rstrip(b"\n")) if len(offsets) else None
 
     def marks(self) -> list[dict[str, Any]]:
-        """What happened beside the steps, in order: dicts with ``step``, ``kind``, ``text``, ``severity`` (info, warning,
-        critical)."""
+        """What happened beside the steps, in order.
+
+        Dicts with ``step``, ``kind``, ``text``, ``severity`` (info, warning, critical).
+        """
         return [
             {"step": event["step"], "kind": kind, "text": text, "severity": severity}
             for event in self.events

@@ -1,4 +1,4 @@
-"""How a run stands, in figures: what the terminal, the page and scripts show."""
+"""The state of a run and its newest figures, for the terminal, the web page and scripts."""
 
 from __future__ import annotations
 
@@ -62,13 +62,14 @@ def status(run_dir: Path) -> dict[str, Any]:
 def status_of(series: Series) -> dict[str, Any]:
     """How a run stands as of the last ``series.update()``: a JSON object, null for what there is not (yet).
 
-    ``LAST`` are the last step's, as docs/events.md has them (``step`` is its number; ``state`` is ``waiting`` where the controller is
-    ready to track but the entropy has not come to the band yet); ``AVERAGED`` and ``seconds`` (by phase) are means
-    over the last ``RECENT`` steps; tracking figures (``time_in_band``, ``rms_error``, ...) those of ``tracking.Tracking``. ``steps`` is
-    the goal; ``status`` is running, silent (no event for long: stalled or killed), completed, stopped or failed, ``silent_seconds``
-    since the last event; ``alerts`` are those in force, oldest first: dicts with ``step``, ``rule``, ``severity``, ``reason`` and
-    ``active``; ``pass_at_k`` {k: value} and ``evaluation_step`` are of the last evaluation; ``eta_seconds`` counts evaluations and
-    checkpoints in; ``damaged_lines`` of the log were skipped, ``damage`` says what is wrong with the first.
+    ``LAST`` are the last step's, as docs/events.md has them (``step`` is its number; ``state`` is ``waiting`` where the
+    controller is ready to track but the entropy has not come to the band yet); ``AVERAGED`` and ``seconds`` (by phase)
+    are means over the last ``RECENT`` steps; tracking figures (``time_in_band``, ``rms_error``, ...) those of
+    ``tracking.Tracking``. ``steps`` is the goal; ``status`` is running, silent (no event for long: stalled or killed),
+    completed, stopped or failed, ``silent_seconds`` since the last event; ``alerts`` are those in force, oldest first:
+    dicts with ``step``, ``rule``, ``severity``, ``reason`` and ``active``; ``pass_at_k`` {k: value} and
+    ``evaluation_step`` are of the last evaluation; ``eta_seconds`` counts evaluations and checkpoints in;
+    ``damaged_lines`` of the log were skipped, ``damage`` says what is wrong with the first.
     """
     events = series.events
     starts = [event for event in events if event["kind"] in ("run_start", "resume")]
@@ -115,7 +116,10 @@ def alerts(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _standing(series: Series, last: Mapping[str, Any], tracking: Tracking) -> dict[str, Any]:
-    """State and reason of the controller for people: one that waits for the entropy to come to the band does not track it yet."""
+    """State and reason of the controller for people.
+
+    A controller that waits for the entropy to come to the band does not track it yet.
+    """
     low, high = last.get("band_low"), last.get("band_high")
     if last.get("state") != "tracking" or tracking.entry_step is not None or low is None or high is None:
         return {}

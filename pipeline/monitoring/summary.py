@@ -1,4 +1,4 @@
-"""A run read back from its folder, and the figures that reports and comparisons are made of."""
+"""Reads a run back from its folder and computes the figures of reports and comparisons."""
 
 from __future__ import annotations
 
@@ -85,7 +85,10 @@ def read_run(run_dir: Path) -> RunHistory:
 
 
 def named(runs: Sequence[RunHistory]) -> list[RunHistory]:
-    """Runs to be shown together, with labels and titles that tell them apart. Seeds of one configuration share their label."""
+    """Runs to be shown together, with labels and titles that tell them apart.
+
+    Seeds of one configuration share their label.
+    """
     found = titles([(run.config.name, run.config.seed, run.run_dir) for run in runs])
     return [
         replace(run, title=title, label=run.config.name if _one_method(run, runs) else title)
@@ -106,9 +109,9 @@ def summarize(run_dir: Path) -> dict[str, Any]:
 def summarize_run(run: RunHistory) -> dict[str, Any]:
     """What a comparison shows of a run.
 
-    ``final_entropy`` is the mean of the last 20 steps; band figures are those of ``tracking.Tracking``; pass@k, intervals and
-    ``distinct_correct`` come from the last evaluation, made after ``evaluation_step`` updates; ``seconds`` are totals by phase;
-    ``mismatch`` has means over steps (of ``mismatch_max`` the maximum).
+    ``final_entropy`` is the mean of the last 20 steps; band figures are those of ``tracking.Tracking``; pass@k,
+    intervals and ``distinct_correct`` come from the last evaluation, made after ``evaluation_step`` updates;
+    ``seconds`` are totals by phase; ``mismatch`` has means over steps (of ``mismatch_max`` the maximum).
     """
     last = run.evaluations[-1] if run.evaluations else {}
     figures = {
@@ -146,13 +149,19 @@ def pass_at(evaluation: dict[str, Any], k: int) -> tuple[float, float, float]:
 
 
 def totals(run: RunHistory, prefix: str) -> dict[str, float]:
-    """Sum over steps of the figures whose names begin with ``prefix`` (``time/``, ``tokens/``), by the rest of their names."""
+    """Sum over steps of the figures whose names begin with ``prefix``, by the rest of their names.
+
+    ``prefix`` is ``time/`` or ``tokens/``.
+    """
     names = [name for name in run.series.names() if name.startswith(prefix)]
     return {name.removeprefix(prefix): float(np.nansum(run.column(name))) for name in names}
 
 
 def by_method(summaries: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """For each method the number of runs, and mean and standard deviation over them (None for one run) of the compared figures."""
+    """For each method the number of runs, and mean and standard deviation of the compared figures.
+
+    The deviation is None for one run.
+    """
     methods: dict[str, dict[str, Any]] = {}
     for method in dict.fromkeys(summary["method"] for summary in summaries):
         runs = [summary for summary in summaries if summary["method"] == method]
@@ -165,7 +174,10 @@ def by_method(summaries: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def cost_sentences(runs: Sequence[RunHistory], summaries: Sequence[dict[str, Any]]) -> list[str]:
-    """For each controlled method, its pass@1 and pass@16 beside the baseline's, of the runs that were evaluated. Empty without a baseline."""
+    """For each controlled method, its pass@1 and pass@16 beside the baseline's, of the runs that were evaluated.
+
+    Empty without a baseline.
+    """
     evaluated = [summary for summary in summaries if summary["pass_at_1"] is not None]
     methods = by_method(evaluated)
     baselines = dict.fromkeys(run.label for run in runs if run.is_baseline and run.label in methods)

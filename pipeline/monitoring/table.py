@@ -1,4 +1,4 @@
-"""The steps of runs as a CSV file."""
+"""Writes the steps of runs as a CSV file."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ BLOCK = 4096  # steps held in memory at a time
 
 
 def write_csv(runs: Sequence[RunHistory], path: Path) -> None:
-    """One row per step and run: ``run``, ``seed``, ``step``, ``time``, ``state``, then every figure by its name in ``metrics.py``.
+    """One row per step and run.
 
-    A figure that a step does not have is empty. An evaluation stands in the row of the last step before it. The file appears when
-    it is complete; memory does not grow with the runs.
+    Columns: ``run``, ``seed``, ``step``, ``time``, ``state``, then every figure by its name in ``metrics.py``.
+
+    A figure that a step does not have is empty. An evaluation stands in the row of the last step before it. The file
+    appears when it is complete; memory does not grow with the runs.
     """
     names = list(dict.fromkeys(name for run in runs for name in run.series.names()))
     partial = path.with_name(path.name + ".partial")

@@ -1,4 +1,4 @@
-"""A run in the terminal: the entropy in its band, the command below it, and the figures that say how it goes."""
+"""Draws a run in the terminal: the entropy in its band, the command below, and the run's main figures."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ MARKS = {"restart": ("R", "cyan"), "fault": ("F", "yellow"), "stall": ("S", "bol
 
 
 def view(runs: Sequence[Series], console: Console) -> RenderableType:
-    """The runs as of their last ``update``: side by side where the terminal is wide enough, else one below the other."""
+    """The runs as of their last ``update``.
+
+    Side by side where the terminal is wide enough, else one below the other.
+    """
     across = max(1, min(len(runs), console.width // SIDE_BY_SIDE))
     down = -(-len(runs) // across)
     height = console.height if console.is_terminal else PLAIN_HEIGHT

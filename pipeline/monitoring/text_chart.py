@@ -1,4 +1,4 @@
-"""Line charts made of characters: Braille dots, 2 x 4 to a cell, or asterisks where a terminal has only ASCII."""
+"""Draws line charts with characters: Braille dots, 2 x 4 to a cell, or asterisks where a terminal has only ASCII."""
 
 from __future__ import annotations
 

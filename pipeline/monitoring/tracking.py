@@ -1,9 +1,10 @@
-"""How well a run held its band: one number per question, from the entropies and the band's edges.
+"""Measures how well a run held its band: one number per question, from the entropies and the band's edges.
 
-All figures but ``settling_step`` and those of T+ and the state speak of the steps from *entry* on: the first step whose filtered
-entropy lies in the band (a run that starts outside is not blamed for the way there, and a run that later leaves the band is).
-The filter is an EMA with weight 0.8 on the past, the same for every method, whatever its controller uses. The target is the
-band's geometric middle, the one that the controllers steer to. Errors are relative: H / target - 1.
+All figures but ``settling_step`` and those of T+ and the state speak of the steps from *entry* on: the first step whose
+filtered entropy lies in the band (a run that starts outside is not blamed for the way there, and a run that later
+leaves the band is). The filter is an EMA with weight 0.8 on the past, the same for every method, whatever its
+controller uses. The target is the band's geometric middle, the one that the controllers steer to. Errors are relative:
+H / target - 1.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ STAY = 20  # steps in the band that count as settled
 
 @dataclass(frozen=True)
 class Tracking:
-    """Band tracking of one run. NaN where a figure does not exist, e.g. the RMS error of a run that never entered its band."""
+    """Band tracking of one run.
+
+    NaN where a figure does not exist, e.g. the RMS error of a run that never entered its band.
+    """
 
     entry_step: int | None  # first step with the filtered entropy in the band; None: not yet
     settling_step: (
@@ -45,7 +49,10 @@ class Tracking:
 
 
 def filtered(values: Floats, weight: float = EMA) -> np.ndarray:
-    """Exponential moving average, float64 [n]; starts at the first finite value; one that is not finite repeats the last."""
+    """Exponential moving average, float64 [n].
+
+    Starts at the first finite value; one that is not finite repeats the last.
+    """
     raw = np.asarray(values, dtype=float)
     finite = np.isfinite(raw)
     smooth = accumulate(raw[finite].tolist(), lambda last, value: ema(last, value, weight))
@@ -91,7 +98,8 @@ def track(
 def waiting(entropies: Floats, low: float, high: float) -> str:
     """What to say of a controller that "tracks" while the entropy has not come to the band yet; "" where it has.
 
-    ``entropies``: of every step so far, the band's edges as they are now. The drift is that of the last ``DRIFT`` steps, filtered.
+    ``entropies``: of every step so far, the band's edges as they are now. The drift is that of the last ``DRIFT``
+    steps, filtered.
     """
     smooth = filtered(entropies)
     smooth = smooth[np.isfinite(smooth)]

@@ -1,1 +1,1 @@
-"""Byte-minimal plans that carry weights from the learner's ranks to the engines' ranks, and their execution."""
+"""Plans how weights go from learner ranks to engine ranks with the fewest bytes, and carries the plans out."""

@@ -1,9 +1,12 @@
-"""How an export is cut into buckets, and which rank puts each of them together: pure data, the same on every rank, no collectives.
+"""Cuts an export of weights into buckets and chooses the rank that assembles each.
 
-A bucket holds tensors of one pipeline stage (and one expert-parallel group). It is put together by its *owner*, a rank of that stage that
-holds a part of them, out of the parts of one replica: nothing crosses stages or replicas. Owners are dealt so that all ranks of a stage,
-over TP, DP and EP alike, own the same bytes to within one bucket (greedy, the largest first: Graham 1969). Since the parts of a
-bucket are equal, they also send and receive the same. Buckets go out in *rounds*: in each, every rank owns one at most.
+Pure data, the same on every rank, no collectives.
+
+A bucket holds tensors of one pipeline stage (and one expert-parallel group). It is put together by its *owner*, a rank
+of that stage that holds a part of them, out of the parts of one replica: nothing crosses stages or replicas. Owners are
+dealt so that all ranks of a stage, over TP, DP and EP alike, own the same bytes to within one bucket (greedy, the
+largest first: Graham 1969). Since the parts of a bucket are equal, they also send and receive the same. Buckets go out
+in *rounds*: in each, every rank owns one at most.
 """
 
 from __future__ import annotations
@@ -121,8 +124,9 @@ def _entries(row: Row, grid: Grid, itemsize: int, fp8: bool) -> Iterator[Entry]:
 def _owners(drafts: Sequence[Sequence[Entry]], grid: Grid, limit: float) -> list[tuple[int, tuple[int, ...]]]:
     """Owner and holders of every bucket, dealt in the better of two orders for each stage.
 
-    Tensors larger than a bucket first: what follows evens them out. Experts first, which fewer ranks hold: every expert-parallel group has
-    as many bytes of experts, so no rank is ahead of the mean by more than a bucket, which the other order cannot promise.
+    Tensors larger than a bucket first: what follows evens them out. Experts first, which fewer ranks hold: every
+    expert-parallel group has as many bytes of experts, so no rank is ahead of the mean by more than a bucket, which the
+    other order cannot promise.
     """
     sizes = [sum(entry.nbytes for entry in entries) for entries in drafts]
     rows = [entries[0].piece.row for entries in drafts]
@@ -139,7 +143,10 @@ def _owners(drafts: Sequence[Sequence[Entry]], grid: Grid, limit: float) -> list
 def _deal(
     order: Sequence[int], rows: Sequence[Row], sizes: Sequence[int], grid: Grid
 ) -> tuple[int, dict[int, tuple[int, tuple[int, ...]]]]:
-    """Give each bucket of ``order`` to the rank with the least so far. Returns the bytes of the busiest rank; owner and holders by bucket."""
+    """Give each bucket of ``order`` to the rank with the least so far.
+
+    Returns the bytes of the busiest rank; owner and holders by bucket.
+    """
     load: defaultdict[int, int] = defaultdict(int)
     found = {}
     for number in order:

@@ -1,13 +1,17 @@
-"""What each SGLang rank holds of each Hugging Face tensor, and where ranks of both sides run, as pure data. No sglang here.
+"""What each SGLang rank holds of each Hugging Face tensor, and which node each rank runs on. Pure data, no sglang here.
+
+No sglang here.
 
 The rules are SGLang's own (0.5.21, under ``sglang/srt``):
 
-- embedding and output layer: vocabulary padded to a multiple of 64, then divided (``layers/vocab_parallel_embedding.py``);
+- embedding and output layer: vocabulary padded to a multiple of 64, then divided
+  (``layers/vocab_parallel_embedding.py``);
 - query heads divided, key-value heads divided or, where ranks outnumber them, each held by several neighbouring ranks
   (``layers/linear.py``, ``QKVParallelLinear``); output and feed-forward projections divided (same file);
 - experts: neighbouring experts on each of ``ep`` groups of ``tp / ep`` neighbouring ranks, which share every expert
   (``layers/moe/fused_moe_triton/layer.py``, ``FusedMoE``; ``layers/moe/ep_moe/layer.py`` divides alike);
-- norms, routers and the low-rank projections of latent attention: whole on every rank (``ReplicatedLinear``, ``RMSNorm``).
+- norms, routers and the low-rank projections of latent attention: whole on every rank (``ReplicatedLinear``,
+  ``RMSNorm``).
 
 Assumed: no attention data parallelism, and DeepSeek's shared experts not fused (``--disable-shared-experts-fusion``).
 """
@@ -24,7 +28,10 @@ VOCAB_MULTIPLE = 64
 
 @dataclass(frozen=True)
 class EngineGrid:
-    """``count`` engines of ``tp`` ranks, each of which divides experts over ``ep`` groups. Raises ``ValueError`` on misfits."""
+    """``count`` engines of ``tp`` ranks, each of which divides experts over ``ep`` groups.
+
+    Raises ``ValueError`` on misfits.
+    """
 
     tp: int = 1
     ep: int = 1
@@ -47,7 +54,10 @@ class EngineGrid:
         return expert // (experts // self.ep)
 
     def interval(self, row: Row, source: int, experts: int, rank: int) -> range:
-        """Entries of a source of ``row``, along ``row.dim``, that a rank of an engine holds. ``experts``: of the model."""
+        """Entries of a source of ``row``, along ``row.dim``, that a rank of an engine holds.
+
+        ``experts``: of the model.
+        """
         length = row.sources[source].shape[row.dim]
         if row.expert is not None:
             share = self.tp // self.ep
@@ -92,7 +102,9 @@ class EngineGrid:
 
 @dataclass(frozen=True)
 class Placement:
-    """Which process each rank is, and on which node. Colocated: engine rank ``i`` is the process (GPU) of learner rank ``i``.
+    """Which process each rank is, and on which node.
+
+    Colocated: engine rank ``i`` is the process (GPU) of learner rank ``i``.
 
     Node 0 is the driver's.
     """

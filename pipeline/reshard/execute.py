@@ -1,7 +1,8 @@
-"""Carry out a :class:`Plan` with point-to-point messages of torch.distributed (gloo or NCCL).
+"""Carries out a :class:`Plan` with point-to-point messages of torch.distributed (gloo or NCCL).
 
-For every bucket: copies within the process, then stage 1, then stage 2. In a stage each pair of processes exchanges one message, a
-flat buffer of all pieces of the bucket; buffers live for one stage, so the plan's bound holds for what is in flight.
+For every bucket: copies within the process, then stage 1, then stage 2. In a stage each pair of processes exchanges one
+message, a flat buffer of all pieces of the bucket; buffers live for one stage, so the plan's bound holds for what is in
+flight.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ class Reader(Protocol):
     """Where a process takes the bytes that it sends first."""
 
     def read(self, tensor: Tensor, start: int, length: int) -> Sequence[torch.Tensor]:
-        """Entries ``start .. start + length`` along ``tensor.dim``, as consecutive views along it. Only for what the plan says it holds."""
+        """Entries ``start ..
+
+        start + length`` along ``tensor.dim``, as consecutive views along it. Only for what the plan says it holds.
+        """
         ...
 
 
@@ -98,7 +102,10 @@ class QuantisedShards:
 
 
 class EngineShards:
-    """What an engine rank receives: by tensor name, where its entries begin along the tensor's dimension, and where they belong."""
+    """What an engine rank receives.
+
+    By tensor name: where its entries begin along the tensor's dimension, and where they belong.
+    """
 
     def __init__(self, shards: Mapping[str, tuple[int, torch.Tensor]]) -> None:
         self.shards = shards
@@ -138,11 +145,13 @@ def execute(
     device: torch.device | str = "cpu",
     group: dist.ProcessGroup | None = None,
 ) -> Moved:
-    """Move the weights of this process's share of ``plan``; every process of ``group`` calls it, numbered as in the plan.
+    """Move the weights of this process's share of ``plan``.
+
+    Every process of ``group`` calls it, numbered as in the plan.
 
     ``tasks``: ``plan.tasks(process)``, the same for every sync. ``learner``: what the process holds; ``engine``: where
-    what it needs belongs. A process without a rank on one side passes ``EngineShards({})`` there. Weights of another type are converted as they are packed. Returns once this
-    process has sent and received all of its own.
+    what it needs belongs. A process without a rank on one side passes ``EngineShards({})`` there. Weights of another
+    type are converted as they are packed. Returns once this process has sent and received all of its own.
     """
     moved = Moved()
     dist.barrier(group)  # NCCL sets its communicators up in the first call that all processes make
@@ -201,7 +210,10 @@ class _Message:
 def _messages(
     plan: Plan, tasks: Tasks, run: np.ndarray, peers: np.ndarray, device: torch.device | str
 ) -> Iterator[_Message]:
-    """``run`` by peer. Wider numbers come first, so that every view is aligned; both sides put them in the same order."""
+    """``run`` by peer.
+
+    Wider numbers come first, so that every view is aligned; both sides put them in the same order.
+    """
     widths = np.array([plan.tensors[index].item_size for index in tasks.tensor[run]], dtype=np.int64)
     run = run[np.lexsort((tasks.start[run], tasks.tensor[run], -widths, peers[run]))]
     for first, last in _runs(peers[run]):

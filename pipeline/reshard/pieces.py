@@ -1,8 +1,10 @@
-"""How the bytes of one tensor travel: from intervals held and intervals needed to pieces, as columns of numbers.
+"""Decides which rank sends which piece of one tensor to which rank, from the intervals they hold and need.
 
-Tensors of equal size with equal holders and equal needers (the same projection in the layers of a stage, the same matrix of
-the experts of a rank) travel alike, so this is computed once for all of them; only the choice among replicas turns from one
-tensor to the next. Rules, per segment of a tensor that the same ranks hold and the same ranks need:
+A piece is a row in columns of numbers.
+
+Tensors of equal size with equal holders and equal needers (the same projection in the layers of a stage, the same
+matrix of the experts of a rank) travel alike, so this is computed once for all of them; only the choice among replicas
+turns from one tensor to the next. Rules, per segment of a tensor that the same ranks hold and the same ranks need:
 
 - a process that holds what it needs copies it (``LOCAL``);
 - a needer on a node where somebody holds the segment gets it from there (``NEAR``);
@@ -37,7 +39,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Columns, and a pool of processes. The source of a piece of the ``t``-th tensor is ``pool[source_at + (source_turn + t) % source_of]``."""
+    """Columns, and a pool of processes.
+
+    The source of a piece of the ``t``-th tensor is ``pool[source_at + (source_turn + t) % source_of]``.
+    """
 
     pool: np.ndarray
     kind: np.ndarray
@@ -89,7 +94,10 @@ def pieces(parts: Sequence[Segment], nodes: np.ndarray, chunks: int, grain: int)
 
 @dataclass(frozen=True)
 class _Routes:
-    """Who sends a segment to whom. Lists of processes are places in the pool: where they begin and how many there are."""
+    """Who sends a segment to whom.
+
+    Lists of processes are places in the pool: where they begin and how many there are.
+    """
 
     local: tuple[int, int]  # processes that copy
     holders: tuple[int, int]
@@ -144,7 +152,10 @@ class _Columns:
             self._far(routes, chunk, start, length)
 
     def _near(self, routes: _Routes, chunk: int, start: int, length: int) -> None:
-        """Every needer gets an equal share from every holder on its node; unequal turns where shares would be too small."""
+        """Give every needer an equal share from every holder on its node.
+
+        Takes unequal turns where shares would be too small.
+        """
         at, of = routes.near_holders
         needer, share, offset, size = _divide(length, self._shares(length, of))
         self._block(
@@ -207,7 +218,10 @@ class _Columns:
 
 
 def _divide(length: int, parts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """For every entry of ``parts``, ``length`` cut into that many equal shares: its index, share number, start, length."""
+    """Cut ``length`` into as many equal shares as each entry of ``parts`` says.
+
+    Returns the entry's index, share number, start and length of every share.
+    """
     index = np.repeat(np.arange(len(parts)), parts)
     share = np.arange(len(index)) - np.repeat(np.cumsum(parts) - parts, parts)
     start, stop = share * length // parts[index], (share + 1) * length // parts[index]
@@ -215,7 +229,10 @@ def _divide(length: int, parts: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.
 
 
 def _cut(lengths: np.ndarray, parts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Intervals laid end to end and cut into equal shares: interval, start within it, length, share number of every piece."""
+    """Lay intervals end to end and cut them into equal shares.
+
+    Returns interval, start within it, length and share number of every piece.
+    """
     ends = np.cumsum(lengths)
     cuts = np.arange(1, parts) * ends[-1] // parts
     points = np.unique(np.concatenate([[0], ends, cuts]))

@@ -1,19 +1,24 @@
-"""Which bytes go from which Megatron rank to which SGLang rank, in what order: pure data, no collectives, deterministic.
+"""Plans which bytes go from which Megatron rank to which SGLang rank, and in what order.
 
-Every Hugging Face tensor is divided along one dimension on both sides, so what a rank holds or needs of it is an interval. Who
-holds what follows from the layout table (:meth:`Row.slices` on :class:`Grid`), who needs what from :class:`EngineGrid`;
-:mod:`pieces` says how the difference travels. The plan is minimal: no byte reaches a rank that holds it or does not need it, no
-byte reaches a rank twice, and one copy of a byte enters a node at most, only where nobody on the node holds it. Megatron-core's
-own resharding (``megatron/core/resharding``, 0.19) plans per rank alike, but from Megatron to Megatron and without nodes.
+Pure data, no collectives, deterministic.
 
-Replicas share the sending. For every segment that no rank of a node holds, all its holders send equal shares; within a node all
-holders of a segment there; and the ranks of a node that need a segment take in equal shares of the one copy. Equal means: to
-one entry per segment, tensor and bucket (within a node: and receiver), where shares are at least ``SMALLEST_SHARE`` bytes. Smaller tensors (norms, biases) are dealt in
-turn. Where one rank only may serve a receiver there is nothing to balance.
+Every Hugging Face tensor is divided along one dimension on both sides, so what a rank holds or needs of it is an
+interval. Who holds what follows from the layout table (:meth:`Row.slices` on :class:`Grid`), who needs what from
+:class:`EngineGrid`;
+:mod:`pieces` says how the difference travels. The plan is minimal: no byte reaches a rank that holds it or does not
+need it, no byte reaches a rank twice, and one copy of a byte enters a node at most, only where nobody on the node holds
+it. Megatron-core's own resharding (``megatron/core/resharding``, 0.19) plans per rank alike, but from Megatron to
+Megatron and without nodes.
 
-Work is done in buckets: what a process receives and sends in one stage of one bucket fits ``bucket_bytes``. A tensor that would
-not fit is divided, every segment alike. In stage 1 bytes enter nodes or are copied from holders within a node, in stage 2
-the ranks of a node pass on what they took in.
+Replicas share the sending. For every segment that no rank of a node holds, all its holders send equal shares; within a
+node all holders of a segment there; and the ranks of a node that need a segment take in equal shares of the one copy.
+Equal means: to one entry per segment, tensor and bucket (within a node: and receiver), where shares are at least
+``SMALLEST_SHARE`` bytes. Smaller tensors (norms, biases) are dealt in turn. Where one rank only may serve a receiver
+there is nothing to balance.
+
+Work is done in buckets: what a process receives and sends in one stage of one bucket fits ``bucket_bytes``. A tensor
+that would not fit is divided, every segment alike. In stage 1 bytes enter nodes or are copied from holders within a
+node, in stage 2 the ranks of a node pass on what they took in.
 """
 
 from __future__ import annotations
@@ -257,8 +262,8 @@ def _kinds(
         return [plain]
     if not _aligned(needed, length, BLOCK[row.dim]):
         raise ValueError(
-            f"FP8: the engines would cut {row.sources[index].name} {list(shape)} within {BLOCK[0]} x {BLOCK[1]} blocks, which "
-            "SGLang refuses: lower the engines' tp, or raise their ep"
+            f"FP8: the engines would cut {row.sources[index].name} {list(shape)} within {BLOCK[0]} x {BLOCK[1]} "
+            "blocks, which SGLang refuses: lower the engines' tp, or raise their ep"
         )
     if not _aligned(held, length, BLOCK[row.dim]):
         plain.quantise = "after"
@@ -280,7 +285,9 @@ def _aligned(intervals: Sequence[Interval], length: int, block: int) -> bool:
 def _interleaved(
     exported: Sequence[Row], learner: Grid, engines: EngineGrid, model: Architecture
 ) -> Iterator[tuple[Row, int]]:
-    """Rows and indices of their sources, so ordered that neighbours have different holders, and experts different needers.
+    """Rows and indices of their sources, in an order that spreads the load.
+
+    Neighbours have different holders, and experts different needers.
 
     All can then send and receive at the same time.
     """
@@ -380,8 +387,8 @@ def _draft(kind: _Kind, turn: int, nodes: np.ndarray, bucket_bytes: int, smalles
             return _Draft(kind, parts, turns, table, chunks, load)
         if chunks == longest:
             raise BucketError(
-                f"bucket_bytes={bucket_bytes} is too small: one process must send or receive {peak} bytes at once, single "
-                f"entries of {kind.entry_bytes} bytes for all who need them; raise it to at least that"
+                f"bucket_bytes={bucket_bytes} is too small: one process must send or receive {peak} bytes at once, "
+                f"single entries of {kind.entry_bytes} bytes for all who need them; raise it to at least that"
             )
         chunks = min(longest, max(chunks + 1, -(-chunks * peak // bucket_bytes)))
 
@@ -411,7 +418,10 @@ def _load(table: Pieces, turns: np.ndarray, entry_bytes: int, chunks: int, world
 
 
 def _buckets(drafts: Sequence[_Draft], tensors: int, bound: int) -> tuple[list[np.ndarray], int]:
-    """Bucket of every chunk, ``[tensors, chunks]`` by draft, and how many buckets there are: as full as the bound allows."""
+    """Bucket of every chunk, ``[tensors, chunks]`` by draft, and the number of buckets.
+
+    Buckets are as full as the bound allows.
+    """
     chunks = np.zeros(tensors, dtype=np.int64)
     for draft in drafts:
         chunks[draft.kind.members] = draft.chunks

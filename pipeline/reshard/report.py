@@ -1,4 +1,7 @@
-"""What a :class:`Plan` costs, beside the least that any plan could, what whole tensors would and what a run does: numbers and a picture."""
+"""The cost of a :class:`Plan` as numbers and a picture, beside other ways to move the same weights.
+
+The others are the least that any plan could move, whole tensors, and a run's own sync.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,11 @@ from pipeline.units import GIB
 def summary(plan: Plan, inter_gbps: float, intra_gbps: float) -> dict[str, Any]:
     """Bytes, ratios and predicted seconds of a plan, ready for JSON.
 
-    ``inter_gbps``, ``intra_gbps``: 10^9 bytes a second that one GPU sends, and at the same time receives, over the network and within
-    its node. Single numbers are those of the busiest rank or node; ratios are ``None`` where nothing has to move. "Full tensors"
-    is what engines receive that accept whole tensors only, as SGLang's update_weights_from_tensor and
-    update_weights_from_distributed do, and what a TP all-gather with PP broadcast of every parameter costs.
+    ``inter_gbps``, ``intra_gbps``: 10^9 bytes a second that one GPU sends, and at the same time receives, over the
+    network and within its node. Single numbers are those of the busiest rank or node; ratios are ``None`` where nothing
+    has to move. "Full tensors" is what engines receive that accept whole tensors only, as SGLang's
+    update_weights_from_tensor and update_weights_from_distributed do, and what a TP all-gather with PP broadcast of
+    every parameter costs.
     """
     traffic, bounds = plan.traffic(), plan.bounds
     engines = [plan.placement.engine_process(rank) for rank in range(plan.placement.engines)]
@@ -66,9 +70,11 @@ def summary(plan: Plan, inter_gbps: float, intra_gbps: float) -> dict[str, Any]:
 
 
 def run_summary(plan: Plan, dtype: str) -> dict[str, Any]:
-    """What a training run's own sync moves at these layouts: learner ranks put whole tensors into Ray's object store, bucket by bucket, each
-    owner its own (:mod:`buckets`); every node with an engine fetches each bucket once; from there every rank of a server on GPUs copies
-    whole tensors. Keys begin with ``run_``; bytes are those of the busiest rank or node.
+    """What a training run's own sync moves at these layouts. Keys begin with ``run_``.
+
+    Learner ranks put whole tensors into Ray's object store, bucket by bucket, each owner its own (:mod:`buckets`).
+    Every node with an engine fetches each bucket once. From there every rank of a server on GPUs copies whole tensors.
+    Bytes are those of the busiest rank or node.
     """
     placement, nodes = plan.placement, np.array(plan.placement.nodes)
     rounds = buckets.plan(

@@ -1,1 +1,1 @@
-"""Rollout engines behind one protocol, and weight sync to them."""
+"""Rollout engines behind one protocol, and the weight sync that feeds them."""

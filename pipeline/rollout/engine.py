@@ -24,13 +24,13 @@ class WeightUpdateError(EngineError):
 class RolloutEngine(Protocol):
     """Draws samples from the policy.
 
-    Weights move in two phases. First everything arrives and is verified: ``begin_update(v)``, ``load_bucket`` for every bucket
-    of version ``v``, ``verify_update(v)``. Then ``commit_update(v)`` only lets the engine continue. Whoever drives several
-    engines verifies all of them before it commits any (``EnginePool``), so none serves ``v`` until all have it.
-    From ``begin_update`` until ``commit_update`` returns the engine hands out nothing. When anything fails in between, its
-    driver calls ``abort_update`` (``push_weights`` does), and the engine keeps refusing (``EngineError``) until a later update
-    commits. A phase that takes longer than ``rollout.weight_sync_timeout_s`` raises ``WeightUpdateError``; an engine that an
-    operation was stuck in is then not alive, so that it is started again.
+    Weights move in two phases. First everything arrives and is verified: ``begin_update(v)``, ``load_bucket`` for every
+    bucket of version ``v``, ``verify_update(v)``. Then ``commit_update(v)`` only lets the engine continue. Whoever
+    drives several engines verifies all of them before it commits any (``EnginePool``), so none serves ``v`` until all
+    have it. From ``begin_update`` until ``commit_update`` returns the engine hands out nothing. When anything fails in
+    between, its driver calls ``abort_update`` (``push_weights`` does), and the engine keeps refusing (``EngineError``)
+    until a later update commits. A phase that takes longer than ``rollout.weight_sync_timeout_s`` raises
+    ``WeightUpdateError``; an engine that an operation was stuck in is then not alive, so that it is started again.
     Every sample carries the version(s) of the weights that drew it, so a mixed or stale one can be recognised.
     """
 
@@ -41,8 +41,10 @@ class RolloutEngine(Protocol):
         """One group per request, in order; blocks until all are done."""
 
     def release(self) -> None:
-        """Leave the memory of the GPUs that it shares with the learner, weights and all (``rollout.placement=colocated``), until the next
-        update, and serve nothing until that commits. Idle engines only; idempotent.
+        """Free the GPU memory that it shares with the learner, weights and all, until the next update.
+
+        For ``rollout.placement=colocated``. The engine serves nothing until that update commits. Idle engines only;
+        idempotent.
         """
 
     def begin_update(self, version: int) -> None:
@@ -58,7 +60,10 @@ class RolloutEngine(Protocol):
         """Serve ``version``, which must have been verified. Raises ``WeightUpdateError``."""
 
     def abort_update(self) -> None:
-        """Drop the update in progress, if any, and serve nothing until a later one commits. Never raises, never waits long."""
+        """Drop the update in progress, if any, and serve nothing until a later one commits.
+
+        Never raises, never waits long.
+        """
 
     def abort(self) -> None:
         """End running requests; their samples come back with finish_reason "abort"."""

@@ -1,4 +1,4 @@
-"""Several engines as one."""
+"""Several rollout engines behind the protocol of one."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ T = TypeVar("T")
 class EnginePool:
     """``RolloutEngine`` over engines that run at the same time.
 
-    Requests are divided by expected tokens, deterministically. An update is all or nothing: all engines verify before any
-    commits, and the pool generates only when every engine has committed the same version; one failure makes the whole pool
-    refuse until a later update commits.
+    Requests are divided by expected tokens, deterministically. An update is all or nothing: all engines verify before
+    any commits, and the pool generates only when every engine has committed the same version; one failure makes the
+    whole pool refuse until a later update commits.
     """
 
     def __init__(self, engines: Sequence[RolloutEngine]) -> None:
@@ -46,8 +46,8 @@ class EnginePool:
     def revive(self, hf_path: Path) -> list[int]:
         """Close and start again every engine that is not alive; returns their indices.
 
-        They come up with the folder's weights, so the pool generates again only after the next update commits; if none was
-        dead, nothing changes. Raises what ``start`` raises; then call again later.
+        They come up with the folder's weights, so the pool generates again only after the next update commits; if none
+        was dead, nothing changes. Raises what ``start`` raises; then call again later.
         """
         states = self._map(lambda engine: engine.health(), self._engines)
         dead = [i for i, state in enumerate(states) if not state.alive]

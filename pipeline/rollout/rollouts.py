@@ -1,4 +1,4 @@
-"""The engines and the learner that feeds them, as the loop sees them: weights in, samples out, lost engines brought back."""
+"""What the loop uses to draw samples: pushes the learner's weights to the engines, generates, restarts lost engines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ log = logging.getLogger(__name__)
 
 
 class Rollouts:
-    """``generate`` with the weights last pushed; an engine that died is started again once per call, with those weights.
+    """``generate`` with the weights last pushed.
+
+    An engine that died is started again once per call, with those weights.
 
     Args:
         learner: where weights come from; it must still hold the version last pushed when ``generate`` is called.
@@ -52,7 +54,10 @@ class Rollouts:
             push_weights(self._learner, self._pool, version)
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[SampleGroup]:
-        """One group per request, in order. Raises ``EngineError`` when no engine had died, or when a second try fails too."""
+        """One group per request, in order.
+
+        Raises ``EngineError`` when no engine had died, or when a second try fails too.
+        """
         try:
             return self._pool.generate(requests)
         except EngineError as error:
@@ -61,7 +66,10 @@ class Rollouts:
             return self._pool.generate(requests)
 
     def figures(self) -> dict[str, dict[str, float]]:
-        """What a step's record says of weight sync and engines; ``alive`` are those that none had to start again since the last call."""
+        """The figures of weight sync and engines for a step's record.
+
+        ``alive`` are the engines that were not started again since the last call.
+        """
         self._size = self._size or self._learner.export_size()
         engines: dict[str, float] = {"alive": len(self._pool) - len(self._revived), "total": len(self._pool)}
         self._revived = set()

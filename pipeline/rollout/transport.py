@@ -32,14 +32,15 @@ class WeightTransport(Protocol):
         new --connect--> idle --begin(v)--> sending --send*, verify--> verified --commit--> idle
         idle, sending, verified --abort--> idle             any --close--> closed
 
-    The engine is the caller, and owns everything else: ``RolloutEngine.begin_update`` pauses the server, then calls ``begin``;
-    ``load_bucket`` checks a bucket's version, checksum, names and shapes, then calls ``send``, so that no wrong byte
-    reaches a transport; ``verify_update`` sees that all buckets came, calls ``verify``, then verifies what the server holds;
-    ``commit_update`` calls ``commit``, then lets the server continue; ``abort_update`` calls ``abort``; ``start`` calls
-    ``connect``, and ``close`` calls ``close``. The server is paused from ``begin`` to ``commit`` and after ``abort``.
+    The engine is the caller, and owns everything else: ``RolloutEngine.begin_update`` pauses the server, then calls
+    ``begin``; ``load_bucket`` checks a bucket's version, checksum, names and shapes, then calls ``send``, so that no
+    wrong byte reaches a transport; ``verify_update`` sees that all buckets came, calls ``verify``, then verifies what
+    the server holds; ``commit_update`` calls ``commit``, then lets the server continue; ``abort_update`` calls
+    ``abort``; ``start`` calls ``connect``, and ``close`` calls ``close``. The server is paused from ``begin`` to
+    ``commit`` and after ``abort``.
 
-    Every phase gets a deadline. What cannot be done raises ``EngineError``, what is late ``EngineTimeoutError``; either way
-    the engine aborts. ``begin`` after ``abort`` mends everything that a failed update left behind.
+    Every phase gets a deadline. What cannot be done raises ``EngineError``, what is late ``EngineTimeoutError``; either
+    way the engine aborts. ``begin`` after ``abort`` mends everything that a failed update left behind.
     """
 
     def connect(self, deadline: Deadline) -> None:

@@ -1,4 +1,4 @@
-"""Weights to an SGLang server through a Hugging Face folder on a disk that both see."""
+"""Sends weights to an SGLang server through a Hugging Face folder on a disk that both see."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from pipeline.types import WeightBucket
 class DiskTransport:
     """``WeightTransport`` by /update_weights_from_disk.
 
-    Every bucket becomes a safetensors shard in ``scratch/version-N.partial``. ``verify`` adds the index, links the rest of the
-    model folder (configuration, tokenizer), gives the complete folder its name ``version-N`` in one step and has the server
-    load it. The scratch folder exists only during an update; what a killed run left of it goes when the next one connects.
-    Each tensor-parallel rank reads the pages of the slices it copies; the disk takes the whole model once per update.
+    Every bucket becomes a safetensors shard in ``scratch/version-N.partial``. ``verify`` adds the index, links the rest
+    of the model folder (configuration, tokenizer), gives the complete folder its name ``version-N`` in one step and has
+    the server load it. The scratch folder exists only during an update; what a killed run left of it goes when the next
+    one connects. Each tensor-parallel rank reads the pages of the slices it copies; the disk takes the whole model once
+    per update.
     """
 
     def __init__(self, server: SglangServer, hf_path: Path, scratch: Path) -> None:

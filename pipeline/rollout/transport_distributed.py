@@ -1,4 +1,4 @@
-"""Weights to an SGLang server by broadcast in a process group that this process and the server's ranks form."""
+"""Sends weights to an SGLang server by broadcast in a process group of this process and the server's ranks."""
 
 from __future__ import annotations
 
@@ -32,17 +32,21 @@ _NUMBERS = itertools.count()
 class DistributedTransport:
     """``WeightTransport`` by /init_weights_update_group and /update_weights_from_distributed.
 
-    One group per engine: rank 0 is this process, the server's tensor-parallel ranks follow. The server joins in a thread while
-    rank 0 opens the group and waits. Since every rank but ours is in one group only, and each group has a port and a
-    name of its own, engines cannot wait for one another in a circle, in whatever order they are started or revived.
-    Every rank receives every byte of the model, SGLang's API broadcasts full tensors: the minimum is its slices.
+    One group per engine: rank 0 is this process, the server's tensor-parallel ranks follow. The server joins in a
+    thread while rank 0 opens the group and waits. Since every rank but ours is in one group only, and each group has a
+    port and a name of its own, engines cannot wait for one another in a circle, in whatever order they are started or
+    revived. Every rank receives every byte of the model, SGLang's API broadcasts full tensors: the minimum is its
+    slices.
 
-    gloo, unless this process sees a GPU beyond the server's: NCCL refuses two ranks on one GPU. A group in which a broadcast
-    failed is never used again; the next ``begin`` forms a new one.
+    gloo, unless this process sees a GPU beyond the server's: NCCL refuses two ranks on one GPU. A group in which a
+    broadcast failed is never used again; the next ``begin`` forms a new one.
     """
 
     def __init__(self, server: SglangServer, ranks: int) -> None:
-        """``ranks``: the server's tensor-parallel size; it computes on the first so many GPUs that this process sees."""
+        """``ranks``: the server's tensor-parallel size.
+
+        It computes on the first so many GPUs that this process sees.
+        """
         self._server = server
         self._ranks = ranks
         self._device = torch.device("cuda", ranks) if torch.cuda.device_count() > ranks else torch.device("cpu")
@@ -122,8 +126,9 @@ class DistributedTransport:
         """Rank 0 of the group; returns when all ranks have met.
 
         The prefixes are those under which torch's ``init_process_group`` helper keeps a group's keys when SGLang's
-        ``init_custom_process_group`` calls it (sglang/srt/utils/common.py). Made here from the backend's class, the group
-        stays out of torch's registry of groups, which is not meant for threads and belongs to the learner in an inline run.
+        ``init_custom_process_group`` calls it (sglang/srt/utils/common.py). Made here from the backend's class, the
+        group stays out of torch's registry of groups, which is not meant for threads and belongs to the learner in an
+        inline run.
         """
         keys = PrefixStore(f"{self._device.type}/", PrefixStore(f"{self._name}/", PrefixStore(self._name, store)))
         if self._device.type == "cpu":

@@ -1,4 +1,4 @@
-"""Weights to an SGLang server on this machine as handles of shared memory; the tensors themselves do not pass HTTP."""
+"""Sends weights to an SGLang server on this machine as handles of shared memory; HTTP carries the handles only."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _SHARING = threading.Lock()
 class TensorTransport:
     """``WeightTransport`` by /update_weights_from_tensor: shared memory on the CPU, CUDA IPC for tensors on a GPU.
 
-    A handle gives every tensor-parallel rank of the server the full tensor, and its weight loaders copy only the rank's slice
-    out of it. From shared memory on a CPU server, and from a tensor on the rank's own GPU, no other byte moves. A rank on
-    another device than the tensor's first copies all of it there (SGLang's ``_unwrap_tensor`` says ``tensor.to(device)``
-    before any loader sees it), so there each rank's ingress is the whole model, not the minimum.
+    A handle gives every tensor-parallel rank of the server the full tensor, and its weight loaders copy only the rank's
+    slice out of it. From shared memory on a CPU server, and from a tensor on the rank's own GPU, no other byte moves. A
+    rank on another device than the tensor's first copies all of it there (SGLang's ``_unwrap_tensor`` says
+    ``tensor.to(device)`` before any loader sees it), so there each rank's ingress is the whole model, not the minimum.
     """
 
     def __init__(self, server: SglangServer, ranks: int) -> None:
@@ -47,7 +47,10 @@ class TensorTransport:
         self._version, self._flushed = version, False
 
     def send(self, bucket: WeightBucket, deadline: Deadline) -> None:
-        """Have every rank of the server load the bucket. The first also empties the KV cache; paused, it stays empty."""
+        """Have every rank of the server load the bucket.
+
+        The first also empties the KV cache; paused, it stays empty.
+        """
         with shared(bucket.tensors) as payload:
             self._server.post(
                 "/update_weights_from_tensor",
@@ -97,8 +100,8 @@ def _shareable(tensor: torch.Tensor) -> torch.Tensor:
 def _name_gpus_by_uuid() -> None:
     """A CUDA handle names its device by index, which means another GPU where CUDA_VISIBLE_DEVICES differs.
 
-    SGLang's own patch of torch's reductions (sglang/srt/utils/patch_torch.py, all releases served) writes the UUID instead;
-    the server reads both. Can go with https://github.com/pytorch/pytorch/pull/149248.
+    SGLang's own patch of torch's reductions (sglang/srt/utils/patch_torch.py, all releases served) writes the UUID
+    instead; the server reads both. Can go with https://github.com/pytorch/pytorch/pull/149248.
     """
     importlib.import_module("sglang.srt.utils.patch_torch").monkey_patch_torch_reductions()
 

@@ -1,4 +1,4 @@
-"""Bookkeeping of one weight update, the same for every kind of engine: what must arrive and what has."""
+"""Keeps the books of one weight update, for every kind of engine: which tensors must arrive and which have."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from pipeline.types import WeightBucket
 class UpdateSession:
     """Admits the buckets of one version, and knows when all of them are there.
 
-    ``expected`` maps every tensor name of the model to its shape; with ``codes`` a matrix may also come as FP8 codes in blocks, its scale in the
-    same bucket. Any disagreement raises ``WeightUpdateError``: a wrong version, a repeated bucket, a checksum that does not
-    match the bytes, an unknown or repeated name, another shape, codes without their scale.
+    ``expected`` maps every tensor name of the model to its shape; with ``codes`` a matrix may also come as FP8 codes in
+    blocks, its scale in the same bucket. Any disagreement raises ``WeightUpdateError``: a wrong version, a repeated
+    bucket, a checksum that does not match the bytes, an unknown or repeated name, another shape, codes without their
+    scale.
     """
 
     def __init__(

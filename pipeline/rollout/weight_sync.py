@@ -1,4 +1,4 @@
-"""Move the learner's weights into an engine, as one version, all or nothing."""
+"""Moves the learner's weights into an engine, as one version, all or nothing."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Alerts: rules as small files (configs/alerts/), watched over the events of a run as they come."""
+"""Alerts: rules in small files (configs/alerts/) that are checked on every event of a run."""

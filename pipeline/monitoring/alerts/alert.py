@@ -1,4 +1,4 @@
-"""An alert: what the engine of rules raises, an ``alert`` event holds, and sinks show."""
+"""An alert: raised by the engine of rules, held by an ``alert`` event, shown by sinks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Limits of alert rules: a number, a metric, or so much of a metric."""
+"""The limit in an alert rule: a number, a metric, or a multiple of a metric."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What makes a rule impossible beyond keys and types."""
+"""Refuses alert rules that could never work, beyond wrong keys and types."""
 
 from __future__ import annotations
 

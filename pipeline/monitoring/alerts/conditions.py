@@ -1,4 +1,4 @@
-"""Conditions of alert rules, watched one step at a time in constant memory."""
+"""The conditions of alert rules, each updated step by step in constant memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.smoothing import ema
 
 @dataclass(frozen=True)
 class Moment:
-    """What conditions are asked about: the figures in force, and the event that has just come (None: time has passed)."""
+    """What conditions are asked about: the figures in force, and the newest event (None: time has passed)."""
 
     figures: Mapping[str, float]
     event: Mapping[str, Any] | None

@@ -1,7 +1,7 @@
-"""The rules over a run's events: which alerts begin and end with each event, and as time passes.
+"""Applies the alert rules to a run's events: which alerts begin and end with each event, and as time passes.
 
-Pure and incremental: no clock, no file, memory that does not grow with the run. Fed the events of a log again it comes to the state
-it had, so that a resumed run goes on where its checkpoint was made.
+Pure and incremental: no clock, no file, memory that does not grow with the run. Fed the events of a log again it comes
+to the state it had, so that a resumed run goes on where its checkpoint was made.
 """
 
 from __future__ import annotations
@@ -136,7 +136,10 @@ class AlertEngine:
         return {watch.rule.name: watch.begun for watch in self._watches() if watch.begun is not None}
 
     def observe(self, event: Mapping[str, Any]) -> list[Alert]:
-        """Take one event, as the log holds it; alerts that begin or end with it. Alerts that the log holds say nothing."""
+        """Take one event as the log holds it; returns the alerts that begin or end with it.
+
+        Alerts that the log holds say nothing.
+        """
         kind, time, memory = event["kind"], event["time"], self._memory
         if kind == "alert":
             return []
@@ -159,7 +162,10 @@ class AlertEngine:
         return alerts
 
     def tick(self, now: float, disk_free: int | None = None) -> list[Alert]:
-        """Time has passed. ``now``: Unix seconds; ``disk_free``: bytes free below the run folder, None where unknown."""
+        """Time has passed.
+
+        ``now``: Unix seconds; ``disk_free``: bytes free below the run folder, None where unknown.
+        """
         if disk_free is not None:
             self._clock.disk(now, disk_free)
         moment = self._moment(now, None, {})
@@ -168,8 +174,8 @@ class AlertEngine:
     def adopt(self, in_force: Mapping[str, Alert]) -> None:
         """Take over what a log says to be raised, by rule, in place of what was found in reading it again.
 
-        They differ where time raised or ended an alert, or where the rules have changed since. One whose rule is gone ends with the
-        next resume.
+        They differ where time raised or ended an alert, or where the rules have changed since. One whose rule is gone
+        ends with the next resume.
         """
         for watch in self._watches():
             watch.begun = in_force.get(watch.rule.name)
@@ -218,7 +224,9 @@ class AlertEngine:
         memory.entered |= figures["entropy/band_low"] <= memory.smooth <= figures["entropy/band_high"]
 
     def _resume(self, step: int, time: float) -> list[Alert]:
-        """Forget what the resume has superseded. Alerts that the log now says to be in force end where no rule holds them.
+        """Forget what the resume has superseded.
+
+        Alerts that the log now says to be in force end where no rule holds them.
 
         An alert that time ended is among them where the resume supersedes its end.
         """

@@ -1,4 +1,4 @@
-"""Figures of a run that no event holds: time since an event, steps since a checkpoint, disk left."""
+"""Figures for alert rules that no event holds: time since an event, steps since a checkpoint, disk left."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ KINDS = ("step", "checkpoint", "evaluation")
 
 
 class Clock:
-    """``since/<kind>`` and ``since/event`` in seconds, ``since/steps`` in median steps, ``disk/free`` in GiB, ``disk/hours_left``.
+    """The figures that change as time passes.
 
-    ``hours_left`` is at the rate of the last hour, infinite while it does not fill. The rate is the median slope between two samples
-    (Theil-Sen), which one checkpoint that comes or goes does not move.
+    ``since/<kind>`` and ``since/event`` in seconds, ``since/steps`` in median steps, ``disk/free`` in GiB,
+    ``disk/hours_left``.
+
+    ``hours_left`` is at the rate of the last hour, infinite while it does not fill. The rate is the median slope
+    between two samples (Theil-Sen), which one checkpoint that comes or goes does not move.
     """
 
     def __init__(self) -> None:

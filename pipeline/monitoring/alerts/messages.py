@@ -1,4 +1,4 @@
-"""Messages of alert rules: templates whose fields are figures by name, ``{entropy/mean:.3g}``."""
+"""The message templates of alert rules; their fields are figures by name: ``{entropy/mean:.3g}``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What rules would have said of a recorded run."""
+"""Replays a recorded run and tells which alerts a set of rules would have raised."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Alert rules: one small YAML file each, as strict as a run's configuration; the file's name is the rule's.
+"""Loads alert rules: one small YAML file each, checked as strictly as a run's configuration; the file names the rule.
 
-Those of configs/alerts/ are shipped. A folder of the user's adds to them, and a file of the same name replaces a shipped one.
+Those of configs/alerts/ are shipped. A folder of the user's adds to them, and a file of the same name replaces a
+shipped one.
 """
 
 from __future__ import annotations
@@ -64,7 +65,9 @@ def constants_of(config: RunConfig) -> dict[str, float]:
 
 
 def load_rules(config: AlertsConfig) -> tuple[Rule, ...]:
-    """Shipped rules, and those of the user's folder, less the ones turned off; a rule comes after those in its ``unless``.
+    """Shipped rules and those of the user's folder, less the ones turned off.
+
+    A rule comes after those in its ``unless``.
 
     Raises ``ConfigError`` with every problem of every file.
     """

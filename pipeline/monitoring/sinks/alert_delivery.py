@@ -1,7 +1,9 @@
-"""Tells people of alerts: by webhook, by mail, in the Slurm job's comment. The log and the terminal have them from the recorder.
+"""Tells people of alerts: by webhook, by mail, in the Slurm job's comment.
 
-Each channel is a sink of its own, so that one which hangs holds up neither the others nor the metrics. "Not now" is an ``OSError``, after
-which the sidecar comes again with the same alert; "never" is a ``DeliveryError``, which it logs.
+The log and the terminal have them from the recorder.
+
+Each channel is a sink of its own, so that one which hangs holds up neither the others nor the metrics. "Not now" is an
+``OSError``, after which the sidecar comes again with the same alert; "never" is a ``DeliveryError``, which it logs.
 """
 
 from __future__ import annotations
@@ -48,7 +50,10 @@ class Channel(Protocol):
 
 
 class Webhook:
-    """Posts ``{"text": ...}`` to the URL in a file: the form of Slack's incoming webhooks, which others take as well."""
+    """Posts ``{"text": ...}`` to the URL in a file.
+
+    This is the form of Slack's incoming webhooks, which others take as well.
+    """
 
     name = "webhook"
 

@@ -1,4 +1,4 @@
-"""What several sinks need to know of a run."""
+"""Facts about a run that several sinks need."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from pipeline.monitoring.events import FILE_NAME
 
 
 def run_id(run_dir: Path) -> str:
-    """16 hex digits made from the first event of the log: the same after every resume and wherever the folder goes, of no other run."""
+    """16 hex digits that name this run only, made from the first event of the log.
+
+    The same after every resume and wherever the folder goes.
+    """
     with (run_dir / FILE_NAME).open("rb") as log:
         return hashlib.sha256(log.readline()).hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""Which sinks a configuration asks for: whether they can work here, and how each is built."""
+"""Checks and builds the sinks that a configuration asks for."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ PORT_WAIT_S = 5.0  # an attempt that was killed lets go of its port within a sec
 
 
 def build_sinks(config: RunConfig, run_dir: Path) -> dict[str, Callable[[], Sink]]:
-    """By name, what makes each sink, channels of alerts among them: imports its library and connects, so call it where that may take long or fail."""
+    """Builders of the sinks by name, channels of alerts among them.
+
+    A builder imports its library and connects, so call it where that may take long or fail.
+    """
 
     def builder(name: str) -> Callable[[], Sink]:
         def build() -> Sink:

@@ -1,6 +1,7 @@
-"""MLflow, a tracking server or a folder, by its own client; every attempt of a run continues the same MLflow run.
+"""Sends events to MLflow, a tracking server or a folder; every attempt of a run continues the same MLflow run.
 
-Credentials are MLflow's own affair: ``MLFLOW_TRACKING_TOKEN``, or ``MLFLOW_TRACKING_USERNAME`` and ``MLFLOW_TRACKING_PASSWORD``.
+Credentials are MLflow's own affair: ``MLFLOW_TRACKING_TOKEN``, or ``MLFLOW_TRACKING_USERNAME`` and
+``MLFLOW_TRACKING_PASSWORD``.
 """
 # ruff: noqa: E402 - MLflow reads its settings when it is imported
 
@@ -38,7 +39,9 @@ STATUS = {"completed": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
 
 class MlflowSink:
-    """Metrics by step, the configuration as parameters (those of the first attempt: MLflow changes none), alerts as tags.
+    """Metrics by step, the configuration as parameters, alerts as tags.
+
+    Parameters are those of the first attempt: MLflow changes none.
 
     MLflow takes nothing back: of a step that a resume superseded both values stay, the newer with the later time.
     """

@@ -1,7 +1,8 @@
-"""Prometheus: an endpoint on the driver's node with the newest figures; Prometheus itself keeps their history.
+"""Serves the newest figures to Prometheus at an endpoint on the driver's node; Prometheus keeps their history.
 
-Every name of ``metrics`` is a gauge ``isentrope_<name>`` with ``/`` as ``_``. On a cluster nobody knows the
-driver's node beforehand: a file in ``monitoring.prometheus.targets`` names the endpoint, in the form that Prometheus's file_sd_configs reads.
+Every name of ``metrics`` is a gauge ``isentrope_<name>`` with ``/`` as ``_``. On a cluster nobody knows the driver's
+node beforehand: a file in ``monitoring.prometheus.targets`` names the endpoint, in the form that Prometheus's
+file_sd_configs reads.
 """
 
 from __future__ import annotations

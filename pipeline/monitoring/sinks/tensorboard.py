@@ -1,7 +1,8 @@
-"""TensorBoard: its own event files below ``<run_dir>/tensorboard``, written by its own writer; neither torch nor TensorFlow is needed.
+"""Writes TensorBoard event files below ``<run_dir>/tensorboard``, without torch or TensorFlow.
 
-Two runs as it understands them, ``train`` and ``evaluation``. After a resume each begins with the step from which TensorBoard purges
-what it has read: an evaluation after k updates stays when a run resumes at step k, a training step k does not.
+Two runs as it understands them, ``train`` and ``evaluation``. After a resume each begins with the step from which
+TensorBoard purges what it has read: an evaluation after k updates stays when a run resumes at step k, a training step k
+does not.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ from pipeline.monitoring.sinks.common import flat, run_id
 
 
 class TensorboardSink:
-    """Scalars of steps and evaluations; configuration, alerts and faults as text; hyperparameters; the band as a custom scalar."""
+    """Scalars of steps and evaluations, hyperparameters, and the band as a custom scalar.
+
+    Configuration, alerts and faults are texts.
+    """
 
     def __init__(self, config: RunConfig, run_dir: Path) -> None:
         self._config = config

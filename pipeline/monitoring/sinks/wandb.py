@@ -1,6 +1,7 @@
-"""Weights & Biases, online or offline, by its own library; every attempt of a run continues the same W&B run.
+"""Sends events to Weights & Biases, online or offline; every attempt of a run continues the same W&B run.
 
-The API key is W&B's own affair: ``WANDB_API_KEY`` or ``wandb login``. Once a run is open the library keeps what it cannot send yet.
+The API key is W&B's own affair: ``WANDB_API_KEY`` or ``wandb login``. Once a run is open the library keeps what it
+cannot send yet.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def problems(config: RunConfig) -> list[Problem]:
 class WandbSink:
     """Metrics over their own axis ``step``, configuration, tags and alerts.
 
-    W&B takes nothing back: steps that a resume superseded stay beside the ones that came after it, which are the later rows.
+    W&B takes nothing back: steps that a resume superseded stay beside the ones that came after it, which are the later
+    rows.
     """
 
     def __init__(self, config: RunConfig, run_dir: Path) -> None:

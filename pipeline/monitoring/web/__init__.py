@@ -1,1 +1,1 @@
-"""The web page of ``isentrope monitor --web``: runs drawn live in a browser, from their folders alone."""
+"""The web page of ``isentrope monitor --web``: draws runs live in a browser, from their folders alone."""

@@ -1,4 +1,4 @@
-"""The rollouts that a run keeps in ``samples/``, newest first."""
+"""Lists and finds the rollouts that a run keeps in ``samples/``, newest first."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ EXCERPT = 240  # characters of a prompt's end and of a response's start in a lis
 
 @dataclass(frozen=True)
 class Query:
-    """Which samples to list: those of steps below ``before`` that hold ``text`` (any case) and have ``role`` ("" is any)."""
+    """Which samples to list: those of steps below ``before`` that hold ``text`` and have ``role``.
+
+    ``text`` in any case; ``role`` "" is any.
+    """
 
     before: int
     text: str = ""
@@ -24,7 +27,10 @@ class Query:
 
 
 def list_samples(run_dir: Path, query: Query) -> dict[str, Any]:
-    """``{"samples": [...], "next": step}``: excerpts, newest first; to go on, ask again ``before`` next (None: that was all)."""
+    """``{"samples": [...], "next": step}``: excerpts, newest first.
+
+    To go on, ask again ``before`` next (None: that was all).
+    """
     found: list[dict[str, Any]] = []
     steps = sorted((step for step in _steps(run_dir) if step < query.before), reverse=True)
     for step in steps[:FILES_PER_SEARCH]:

@@ -1,18 +1,23 @@
-"""The server of the page: static files, JSON documents, and one stream of what changed. Nothing is fetched from elsewhere.
+"""The HTTP server of the web page: static files, JSON documents, and one stream of changes.
+
+Nothing is fetched from elsewhere.
 
     GET /                     the page; static/... are its parts
-    GET /api/runs             {"runs": [RunView.status(), ...]}, each with its "title" among them, in the order of the command line
-    GET /api/series           ?run=0[&names=reward/mean,...][&spread=entropy/mean,...][&first=0][&last=99][&points=1000]: RunView.read()
+    GET /api/runs             {"runs": [RunView.status(), ...]}, each with its "title" among them,
+                              in the order of the command line
+    GET /api/series           ?run=0[&names=reward/mean,...][&spread=entropy/mean,...][&first=0][&last=99]
+                              [&points=1000]: RunView.read()
     GET /api/marks            ?run=0: {"marks": RunView.marks()}
     GET /api/law              ?run=0[&first=0][&last=99]: RunView.law()
     GET /api/samples          ?run=0[&before=step][&text=...][&role=main]: samples.list_samples()
     GET /api/sample           ?run=0&step=3&index=0: samples.read_sample()
     GET /api/events           server-sent events: {"run": 0, "status": RunView.status()} whenever a run's log grew
 
-At most ``CONNECTIONS`` are open at a time: for one more, that which has kept still the longest is hung up, so that silent ones shut
-nobody out. A bad query gets 400 and ``{"error": ...}``, an unknown path 404. With a token, the first request must carry it (``?token=``, as in
-the printed address); it is then kept in a cookie. Without one, only requests addressed to this machine are answered, so that no
-page from elsewhere can read the runs under a name of its own that resolves to 127.0.0.1.
+At most ``CONNECTIONS`` are open at a time: for one more, that which has kept still the longest is hung up, so that
+silent ones shut nobody out. A bad query gets 400 and ``{"error": ...}``, an unknown path 404. With a token, the first
+request must carry it (``?token=``, as in the printed address); it is then kept in a cookie. Without one, only requests
+addressed to this machine are answered, so that no page from elsewhere can read the runs under a name of its own that
+resolves to 127.0.0.1.
 """
 
 from __future__ import annotations
@@ -160,7 +165,10 @@ class PageServer(ThreadingHTTPServer):
 
 
 def serve(run_dirs: Sequence[Path], host: str, port: int, *, with_token: bool, announce: Callable[[str], None]) -> None:
-    """Serve the page of runs until ctrl-C; ``announce`` is told the address once it answers. Errors as ``RunView`` and ``PageServer``."""
+    """Serve the page of runs until ctrl-C; ``announce`` is told the address once it answers.
+
+    Errors as ``RunView`` and ``PageServer``.
+    """
     with PageServer([RunView(run_dir) for run_dir in run_dirs], host, port, with_token=with_token) as server:
         announce(server.url)
         with suppress(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""What the page shows of one run, as JSON documents."""
+"""Makes the JSON documents of one run for the web page."""
 
 from __future__ import annotations
 

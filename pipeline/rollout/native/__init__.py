@@ -1,1 +1,1 @@
-"""An engine in this process: a PyTorch decoder with a key-value cache."""
+"""The native engine: a PyTorch decoder with a key-value cache in this process."""

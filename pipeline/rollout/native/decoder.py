@@ -1,7 +1,8 @@
 """A compact key-value-cache decoder over Hugging Face tensors: every dense family, in float32.
 
-Reference behaviour is transformers' ``modeling_llama``, ``modeling_mistral``, ``modeling_qwen2`` and ``modeling_qwen3``; they
-differ only in the biases of the attention projections and in Qwen3's RMSNorm of each query and key head.
+Reference behaviour is transformers' ``modeling_llama``, ``modeling_mistral``, ``modeling_qwen2`` and
+``modeling_qwen3``; they differ only in the biases of the attention projections and in Qwen3's RMSNorm of each query and
+key head.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ class Decoder:
     """One set of weights, ready to run: q, k, v fused, gate and up fused, all in float32 on the CPU."""
 
     def __init__(self, model: Architecture, tensors: Mapping[str, torch.Tensor]) -> None:
-        """``tensors`` by Hugging Face name: all of ``layout.tensor_shapes(model)``. Takes models that it :func:`computes`."""
+        """``tensors`` by Hugging Face name: all of ``layout.tensor_shapes(model)``.
+
+        Takes models that it :func:`computes`.
+        """
         self.model = model
         # The layout's rows are the fused matrices themselves. A copy even where the type is float32 already: the sender
         # may overwrite its tensors in the next optimizer step.
@@ -103,7 +107,9 @@ class Decoder:
     def step(
         self, tokens: torch.Tensor, positions: torch.Tensor, cache: KeyValues, column: int, padding: torch.Tensor | None
     ) -> torch.Tensor:
-        """Run one token per row, whose keys and values go to ``column`` of the cache; columns before it are attended to.
+        """Run one token per row; its keys and values go to ``column`` of the cache.
+
+        Columns before it are attended to.
 
         ``tokens`` and ``positions`` are int64 ``[rows]``; ``padding`` is float32 ``[rows, columns]``, ``-inf`` on
         cache columns that hold nothing (None: all hold something). Returns logits, float32 ``[rows, vocab]``.

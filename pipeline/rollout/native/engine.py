@@ -28,9 +28,9 @@ _PREFILL_TOKENS = 16384  # prompt tokens of one forward pass, at most
 class NativeEngine:
     """``RolloutEngine`` in process: one decoder, one batch at a time.
 
-    A sample is a function of the weights, its prompt, temperature and seed. Which other rows share its batch only
-    moves float32 rounding (relative 1e-6 in log-probs). Weights that come in FP8 are used at the values that they stand for, activations
-    stay in float32: what remains of FP8 is the rounding of the weights.
+    A sample is a function of the weights, its prompt, temperature and seed. Which other rows share its batch only moves
+    float32 rounding (relative 1e-6 in log-probs). Weights that come in FP8 are used at the values that they stand for,
+    activations stay in float32: what remains of FP8 is the rounding of the weights.
     """
 
     def __init__(
@@ -269,7 +269,10 @@ def _cut(
 
 @dataclass
 class _Batch:
-    """Rows in flight. Prompts end at the same cache column (``width``); shorter ones leave columns empty on the left."""
+    """Rows in flight.
+
+    Prompts end at the same cache column (``width``); shorter ones leave columns empty on the left.
+    """
 
     logits: torch.Tensor  # [rows, vocab], of the next token
     cache: KeyValues
@@ -289,7 +292,10 @@ class _Batch:
 
 
 def _prefill(decoder: Decoder, prompts: Sequence[tuple[int, ...]], new_tokens: int) -> _Batch:
-    """Run every distinct prompt once, among prompts of its own length so that nothing is padded, and copy to its rows."""
+    """Run every distinct prompt once and copy its cache to its rows.
+
+    Prompts of one length run together, so that nothing is padded.
+    """
     model = decoder.model
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     width = int(lengths.max())

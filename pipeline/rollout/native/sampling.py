@@ -1,4 +1,4 @@
-"""Counter-based randomness: the draw of a token depends on its sample's seed and its index, on nothing else."""
+"""Counter-based randomness: the draw of a token depends only on its sample's seed and its index."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def uniforms(seeds: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def uniform_top(log_probs: torch.Tensor, top: int, floor: float) -> torch.Tensor:
-    """Log-probabilities ``[rows, vocab]`` of CUTS: uniform over the ``top`` likeliest tokens of probability at least ``floor``.
+    """Log-probabilities ``[rows, vocab]`` of CUTS.
+
+    Uniform over the ``top`` likeliest tokens of probability at least ``floor``.
 
     Rows in which none reaches the floor are left as they are (arXiv 2604.18493, read in a summary).
     """
@@ -55,9 +57,12 @@ def draw(log_probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
 
 
 def nucleus(log_probs: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
-    """Leave of ``[rows, vocab]`` only the likeliest tokens that make up each row's share ``[rows, 1]`` (Holtzman et al., 1904.09751, 3.1).
+    """Leave of ``[rows, vocab]`` only the likeliest tokens that make up each row's share ``[rows, 1]``.
 
-    The token that crosses the share is kept, the others become ``-inf``; not normalised again. Shares of 1 change nothing.
+    Source: Holtzman et al., 1904.09751, 3.1.
+
+    The token that crosses the share is kept, the others become ``-inf``; not normalised again. Shares of 1 change
+    nothing.
     """
     if bool((shares >= 1).all()):
         return log_probs

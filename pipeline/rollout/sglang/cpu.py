@@ -14,8 +14,8 @@ from pathlib import Path
 
 SHIM_FOLDER = Path(__file__).parent / "shim"
 
-# The attention and sampling of SGLang that are written in plain torch; CUDA graphs and the overlap scheduler need streams.
-# Without --sleep-on-idle a server that waits spins a core, which the learner needs here.
+# The attention and sampling of SGLang that are written in plain torch; CUDA graphs and the overlap scheduler need
+# streams. Without --sleep-on-idle a server that waits spins a core, which the learner needs here.
 ARGUMENTS = (
     *("--device", "cpu", "--sampling-backend", "pytorch"),
     *("--disable-cuda-graph", "--disable-overlap-schedule", "--sleep-on-idle"),

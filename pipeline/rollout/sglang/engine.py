@@ -1,7 +1,8 @@
 """The rollout engine that drives a real SGLang server over HTTP, releases 0.5.17 to 0.5.2x.
 
-Requests and responses are token ids; the server holds no tokenizer. Returned log-probs are at the temperature of the draw
-and not renormalised by top-p, which is off. Weights travel by the transport that ``rollout.weight_transport`` names.
+Requests and responses are token ids; the server holds no tokenizer. Returned log-probs are at the temperature of the
+draw and not renormalised by top-p, which is off. Weights travel by the transport that ``rollout.weight_transport``
+names.
 """
 
 from __future__ import annotations
@@ -44,12 +45,13 @@ _Row = tuple[GenerateRequest, int]  # one sample to draw, and its seed
 class SglangEngine:
     """``RolloutEngine`` over one SGLang server that it launches.
 
-    The server seeds its own sampler: per-sample seeds decide the draw only where SGLang honours ``sampling_seed`` (on a GPU
-    with ``--enable-deterministic-inference`` in ``rollout.sglang.extra_args``). On a CPU it ignores ``sampling_seed``: which
-    samples are drawn there depends on the number of engines, and a resumed run does not repeat them bit for bit.
+    The server seeds its own sampler: per-sample seeds decide the draw only where SGLang honours ``sampling_seed`` (on a
+    GPU with ``--enable-deterministic-inference`` in ``rollout.sglang.extra_args``). On a CPU it ignores
+    ``sampling_seed``: which samples are drawn there depends on the number of engines, and a resumed run does not repeat
+    them bit for bit.
 
-    ``close`` and ``start`` bring back an engine whose server died. With ``rollout.weight_dtype=fp8`` it comes up without weights, and
-    refuses to generate until the first update commits.
+    ``close`` and ``start`` bring back an engine whose server died. With ``rollout.weight_dtype=fp8`` it comes up
+    without weights, and refuses to generate until the first update commits.
     """
 
     def __init__(self, config: RolloutConfig, *, index: int, log_dir: Path, seed: int) -> None:
@@ -117,14 +119,16 @@ class SglangEngine:
     def generate(self, requests: Sequence[GenerateRequest]) -> list[SampleGroup]:
         """One group per request, in order. Raises ``EngineError`` when the server fails, is late or is refusing.
 
-        What is sent is many HTTP calls, a bounded number of them at a time, so that ``rollout.sglang.request_timeout_s`` bounds
-        a limited amount of work however long the whole takes. When one fails, the rest is aborted on the server.
+        What is sent is many HTTP calls, a bounded number of them at a time, so that
+        ``rollout.sglang.request_timeout_s`` bounds a limited amount of work however long the whole takes. When one
+        fails, the rest is aborted on the server.
         """
         if self._version is None:
             raise EngineError(f"{self._name}: {self._refusal()}")
         if any(request.cuts for request in requests):
             raise EngineError(
-                f"{self._name}: SGLang has no sampling rule like CUTS: set rollout.cuts.share=0, or rollout.engine=native"
+                f"{self._name}: SGLang has no sampling rule like CUTS: set rollout.cuts.share=0, "
+                "or rollout.engine=native"
             )
         rows = [(request, seed) for request in requests for seed in request.seeds]
         if not rows:
@@ -157,7 +161,10 @@ class SglangEngine:
         self._session = UpdateSession(self._name, version, self._shapes, codes=self._fp8)
 
     def load_bucket(self, bucket: WeightBucket) -> None:
-        """Check the bucket, then load it into the server; on ``WeightUpdateError`` the whole update must start again."""
+        """Check the bucket, then load it into the server.
+
+        On ``WeightUpdateError`` the whole update must start again.
+        """
         session, self._session = self._open_session("load_bucket"), None
         session.admit(bucket)
         with self._phase(f"load_bucket {bucket.index + 1}/{bucket.count}", session.version):
@@ -193,7 +200,10 @@ class SglangEngine:
         self._settled.set()
 
     def abort_update(self) -> None:
-        """Drop the update; the server stays as it is until the next one begins, and nothing that it draws is handed out."""
+        """Drop the update.
+
+        The server stays as it is until the next one begins, and nothing that it draws is handed out.
+        """
         self._version, self._session = None, None
         if self._verifier is not None:
             self._verifier.reset()
@@ -202,7 +212,10 @@ class SglangEngine:
         self._settled.set()
 
     def prompt_log_probs(self, token_ids: Sequence[int]) -> np.ndarray:
-        """The server's T=1 log-probs of every token but the first, float32 ``[len - 1]``; for comparison with the learner's."""
+        """The server's T=1 log-probs of every token but the first, float32 ``[len - 1]``.
+
+        For comparison with the learner's.
+        """
         return server_log_probs(self._running, token_ids)
 
     def abort(self) -> None:
@@ -302,8 +315,8 @@ class SglangEngine:
             yield
         except EngineTimeoutError as error:
             self._stuck = (
-                f"{what} took longer than {self._config.weight_sync_timeout_s:g} s; if the server is merely slow, raise "
-                f"rollout.weight_sync_timeout_s; log: {self._log_path}"
+                f"{what} took longer than {self._config.weight_sync_timeout_s:g} s; if the server is merely slow, "
+                f"raise rollout.weight_sync_timeout_s; log: {self._log_path}"
             )
             raise WeightUpdateError(f"{self._stuck} ({error})") from error
         except (EngineError, OSError) as error:
@@ -343,7 +356,10 @@ class SglangEngine:
 
 
 def build_transport(config: RolloutConfig, server: SglangServer, hf_path: Path, scratch: Path) -> WeightTransport:
-    """What ``rollout.weight_transport`` names. ``hf_path``: the model folder; ``scratch``: a folder for the disk's use."""
+    """What ``rollout.weight_transport`` names.
+
+    ``hf_path``: the model folder; ``scratch``: a folder for the disk's use.
+    """
     ranks = config.tensor_parallel_size
     builders: dict[str, Callable[[], WeightTransport]] = {
         "tensor": lambda: TensorTransport(server, ranks),

@@ -1,9 +1,9 @@
 """Run a server so that nothing of it outlives its owner. A script, not a module to import: the owner starts it by path.
 
-``python sglang_guard.py OWNER_PID SCRATCH_DIR COMMAND...`` runs COMMAND in a process group of its own with SCRATCH_DIR as
-its TMPDIR. When the owner dies, when the guard gets SIGTERM, or when the command ends, it kills what is left of the
-group and removes the scratch folder and the group's files in /dev/shm. PR_SET_PDEATHSIG in the owner would not do: it fires
-when the *thread* that started the server ends, and owners start servers from thread pools.
+``python sglang_guard.py OWNER_PID SCRATCH_DIR COMMAND...`` runs COMMAND in a process group of its own with SCRATCH_DIR
+as its TMPDIR. When the owner dies, when the guard gets SIGTERM, or when the command ends, it kills what is left of the
+group and removes the scratch folder and the group's files in /dev/shm. PR_SET_PDEATHSIG in the owner would not do: it
+fires when the *thread* that started the server ends, and owners start servers from thread pools.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _POLL_S = 0.2
 
-# SGLang's load slots (sglang/srt/managers/load_snapshot.py, named by a random id, never unlinked), the queues between its
-# tensor-parallel ranks (distributed/device_communicators/shm_broadcast.py, 24 MiB each) and multiprocessing's semaphores,
-# whose resource tracker is killed with the group.
+# SGLang's load slots (sglang/srt/managers/load_snapshot.py, named by a random id, never unlinked), the queues between
+# its tensor-parallel ranks (distributed/device_communicators/shm_broadcast.py, 24 MiB each) and multiprocessing's
+# semaphores, whose resource tracker is killed with the group.
 _LOAD_SLOTS = "/dev/shm/sglang_loads_"
 _SHARED_MEMORY = (_LOAD_SLOTS, "/dev/shm/sgl_shm_mq_", "/dev/shm/sem.mp-")
 

@@ -1,4 +1,4 @@
-"""SGLang's bracket around weight updates in memory."""
+"""Opens and closes SGLang's session of weight updates in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Whether an SGLang server holds the weights that were sent: its own bytes where it tells them, else its log-probs."""
+"""Checks that an SGLang server holds the weights that were sent.
+
+By the server's own bytes where it tells them, else by its log-probs.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +34,9 @@ _LOG_PROB_TOLERANCE_FP8 = 0.5  # it rounds activations to FP8, too; not measured
 class UpdateVerifier:
     """Verifies one update after another on one server.
 
-    ``expect`` is told of every tensor; ``check`` asks the paused server. Llama-like models answer /get_weights_by_name with
-    the first rank's rows; Qwen models do not. Where it does not tell everything, our own decoder recomputes log-probs on the
-    tensors that were sent, for models small enough.
+    ``expect`` is told of every tensor; ``check`` asks the paused server. Llama-like models answer /get_weights_by_name
+    with the first rank's rows; Qwen models do not. Where it does not tell everything, our own decoder recomputes
+    log-probs on the tensors that were sent, for models small enough.
     """
 
     def __init__(
@@ -46,7 +49,10 @@ class UpdateVerifier:
         dtype: torch.dtype,
         ranks: int,
     ) -> None:
-        """``name``: the engine's, in messages. ``dtype``: what the server computes in. ``ranks``: its tensor parallelism."""
+        """``name``: the engine's, in messages.
+
+        ``dtype``: what the server computes in. ``ranks``: its tensor parallelism.
+        """
         self._server, self._dtype = server, dtype
         self._names = sorted(shapes)
         self._reads_back = _tells_rows(model) and self._read_back("model.norm.weight", None) is not None
@@ -60,8 +66,9 @@ class UpdateVerifier:
             self._compared = model
         elif not self._reads_back:
             logger.warning(
-                "%s: SGLang cannot read back weights of this model, which is too large or too new to recompute here; updates are "
-                "verified by checksum on arrival, by SGLang's own answer and by version only. Watch mismatch_mean.",
+                "%s: SGLang cannot read back weights of this model, which is too large or too new to recompute here; "
+                "updates are verified by checksum on arrival, by SGLang's own answer and by version only. "
+                "Watch mismatch_mean.",
                 name,
             )
 
@@ -85,8 +92,8 @@ class UpdateVerifier:
     def check(self, version: int, deadline: Deadline) -> None:
         """Raise ``EngineError`` unless the server holds what was expected, as ``version``. It stays paused.
 
-        For that comparison it is let go for a moment. Requests that wait on it go on meanwhile; their tokens carry ``version``, and
-        the engine hands them out only if that commits.
+        For that comparison it is let go for a moment. Requests that wait on it go on meanwhile; their tokens carry
+        ``version``, and the engine hands them out only if that commits.
         """
         label = self._server.get("/model_info", timeout_s=deadline.remaining_s())["weight_version"]
         if label != str(version):
@@ -144,5 +151,8 @@ def server_log_probs(server: SglangServer, token_ids: Sequence[int], *, timeout_
 
 
 def _tells_rows(model: Architecture) -> bool:
-    """SGLang cuts q, k and v out of the fused tensor with ``hidden_size / heads`` rows a head, whatever ``head_dim`` says."""
+    """Whether the server's own rows can be compared.
+
+    SGLang cuts q, k and v out of the fused tensor with ``hidden_size / heads`` rows a head, whatever ``head_dim`` says.
+    """
     return model.head_dim == model.hidden // model.heads
