@@ -8,7 +8,9 @@ from pipeline.types import PER_TARGET, TrainBatch
 
 
 def ragged(tokens: torch.Tensor, lengths: torch.Tensor, loss_mask: torch.Tensor, **fields) -> TrainBatch:
-    """``tokens`` ``[rows, seq]``, ``loss_mask`` ``[rows, seq - 1]`` as is what there is of each target, which may be flat already."""
+    """``tokens`` ``[rows, seq]``, ``loss_mask`` ``[rows, seq - 1]`` as is what there is of each target, which may be
+    flat already.
+    """
     columns = torch.arange(tokens.shape[1])
     inside = columns < lengths[:, None]
     first = torch.zeros(len(tokens), 1, dtype=torch.bool)

@@ -83,7 +83,10 @@ def hf_config(family, **changes):
 
 
 def tensor_shapes(config):
-    """Name -> shape of every parameter, in the order in which they are drawn: of dense models, layers before the ends."""
+    """Name -> shape of every parameter, in the order in which they are drawn.
+
+    Of dense models: layers before the ends.
+    """
     model = architecture.parse(config)
     shapes = layout.tensor_shapes(model)
     if model.moe:

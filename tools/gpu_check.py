@@ -1,18 +1,21 @@
-"""What only a GPU can prove, in one call and one table: `python -m tools.gpu_check`.
+"""Runs every check that needs a GPU, in one call, and prints one table: `python -m tools.gpu_check`.
 
     python -m tools.gpu_check --json runs/gpu_check.json          # all of it, 15 minutes on one H100, unmeasured
     python -m tools.gpu_check --only resume packed               # some of it
 
-In this order, so that a quarter of an hour on one GPU tells the most; the table is written after every part, so a run that is cut off leaves
-what it found:
+In this order, so that a quarter of an hour on one GPU tells the most; the table is written after every part, so a run
+that is cut off leaves what it found:
 
 - environment: chip, torch, CUDA, Triton, megatron-core, Transformer Engine
-- resume: train with the distributed optimizer (Transformer Engine's FusedAdam), save, kill, restore in a new process, go on
+- resume: train with the distributed optimizer (Transformer Engine's FusedAdam), save, kill, restore in a new process,
+  go on
 - weights: one update of an SGLang server by each weight path, log-probs of its samples against the learner's
 - packed: a step of packed rows in FP8 against the same in bf16
 - colocated: release and resume of a server on the learner's GPU, three times
-- tests: tests/gpu, among them the reference quantisers against Transformer Engine's bit for bit, and the Triton kernels against float64
-- kernels: seconds and memory of the log-prob kernels against their peers and the time that reading and writing the logits takes
+- tests: tests/gpu, among them the reference quantisers against Transformer Engine's bit for bit, and the Triton kernels
+  against float64
+- kernels: seconds and memory of the log-prob kernels against their peers and the time that reading and writing the
+  logits takes
 - linear: Transformer Engine's linear layer in bf16 and under each FP8 recipe, forward and backward, against float32
 - learner: updates of a 1B-parameter Qwen3-shaped model in bf16 and under each FP8 recipe: tokens/s, memory, loss
 
@@ -44,7 +47,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
-# Largest relative error of y, dx and dw against float32 on normal numbers: bf16's 8 bits; e4m3's 4, e5m2's 3 in the gradient.
+# Largest relative error of y, dx and dw against float32 on normal numbers: bf16's 8 bits; e4m3's 4, e5m2's 3 in the
+# gradient.
 LIMITS = {"bf16": 0.01, "fp8": 0.1}
 MODEL = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -420,7 +424,10 @@ PARTS: dict[str, Callable[[], Iterator[Row]]] = {
 
 
 def examine(names: Sequence[str], json_path: Path | None) -> list[Row]:
-    """The rows of these parts, in the order of ``PARTS``; ``json_path`` holds those of every part that is done, whatever comes after."""
+    """The rows of these parts, in the order of ``PARTS``.
+
+    ``json_path`` holds those of every part that is done, whatever comes after.
+    """
     rows: list[Row] = []
     for name in (part for part in PARTS if part in names):
         try:

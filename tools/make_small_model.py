@@ -1,9 +1,11 @@
-"""Make the 100k-parameter Llama that a recipe trains: `python tools/make_small_model.py recipe/pm4.yaml` (about 20 s on one core).
+"""Make the 100k-parameter Llama that a recipe trains: about 20 s on one core.
 
-A supervised warm-up on the recipe's task, in which 30 % of the answers are noise (countdown: right digits, random order and
-operators; reasoning-gym: random digits), leaves a policy that solves about a quarter of the held-out problems at the first try and nearly all
-within 16: the state in which RL has something to sharpen and entropy something to lose. Written as the Hugging Face folder
-that the recipe names.
+Run it with `python tools/make_small_model.py recipe/pm4.yaml`.
+
+A supervised warm-up on the recipe's task, in which 30 % of the answers are noise (countdown: right digits, random order
+and operators; reasoning-gym: random digits), leaves a policy that solves about a quarter of the held-out problems at
+the first try and nearly all within 16: the state in which RL has something to sharpen and entropy something to lose.
+Written as the Hugging Face folder that the recipe names.
 """
 
 from __future__ import annotations
@@ -177,7 +179,10 @@ def countdown_problems(name: str, held_out: float) -> Problems:
 
 
 def gym_problems(data: DataConfig, symbols: Sequence[str], folder: Path) -> Problems:
-    """The questions of a reasoning-gym dataset that all have as many tokens, each with one answer; noise draws new digits."""
+    """The questions of a reasoning-gym dataset that all have as many tokens, each with one answer.
+
+    Noise draws new digits.
+    """
 
     def redrawn(answers: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return np.where(answers < 10, rng.integers(0, 10, answers.shape), answers)

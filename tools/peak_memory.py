@@ -1,4 +1,7 @@
-"""How much memory a function takes at its worst, as torch's own allocators count it: temporaries inside operators too."""
+"""Measures how much memory a function takes at its worst, by torch's own allocators.
+
+Temporaries inside operators count too.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""`make quickstart`: the same small model trained three ways, and one report that draws them together.
+"""`make quickstart`: trains the same small model in three ways and draws one report of all three.
 
-GRPO alone (entropy collapses), the default controller, and SCOPE-RL's law with its second rollout at T+. Each is an ordinary
-`isentrope train`; everything lands in runs/quickstart/, replacing what an earlier quickstart left there.
+GRPO alone (entropy collapses), the default controller, and SCOPE-RL's law with its second rollout at T+. Each is an
+ordinary `isentrope train`; everything lands in runs/quickstart/, replacing what an earlier quickstart left there.
 """
 
 from __future__ import annotations

@@ -21,7 +21,9 @@ class MasksMoved(torch.overrides.TorchFunctionMode):
 
 
 def traffic(rank, world, address, folder, config):
-    """What ``statistics`` of a batch moves and returns: mask elements to the device, bytes pickled and bytes of the grids."""
+    """What ``statistics`` of a batch moves and returns: mask elements to the device, bytes pickled and bytes of the
+    grids.
+    """
     made = learner(rank, world, address, folder, 1, 1, **config)
     with MasksMoved() as moved:
         grids = made.statistics(batch())

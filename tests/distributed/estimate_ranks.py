@@ -11,8 +11,8 @@ import torch
 class Live:
     """Bytes of distinct storages that autograd holds; a context that counts them, with their largest sum as ``peak``.
 
-    Views share a storage and count once; parameters do not count. What a graph frees is taken off again, so several micro-batches
-    under way, and recomputation, show as they are.
+    Views share a storage and count once; parameters do not count. What a graph frees is taken off again, so several
+    micro-batches under way, and recomputation, show as they are.
     """
 
     def __init__(self, parameters):

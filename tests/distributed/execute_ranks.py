@@ -31,7 +31,9 @@ def local_parameters(model, learner, rank, full):
 
 
 def move(rank, world, address, case, bucket_bytes, dtype):
-    """Execute the plan of ``case``; names of engine tensors that are not bitwise as gathered and sliced, what moved, the plan's figures."""
+    """Execute the plan of ``case``; names of engine tensors that are not bitwise as gathered and sliced, what moved,
+    the plan's figures.
+    """
     dist.init_process_group("gloo", init_method=f"tcp://{address[0]}:{address[1]}", rank=rank, world_size=world)
     try:
         model, learner, engines, placement = case

@@ -6,7 +6,8 @@ import torch
 
 
 def two_layers(rank, world, address, recipe, sequence_parallel, passes):
-    """A column-parallel layer and a row-parallel one in emulated FP8: whole output, input gradient and weight gradients.
+    """A column-parallel layer and a row-parallel one in emulated FP8: whole output, input gradient and weight
+    gradients.
 
     Every number is a small integer, so that sums are exact in any order.
     """
@@ -59,7 +60,9 @@ def _gathered(tensor, dim, placed):
 
 
 def emulated_layers(rank, world, address, folder, precision):
-    """Names of the modules that compute in FP8, and whether a forward and backward pass gives finite gradients everywhere."""
+    """Names of the modules that compute in FP8, and whether a forward and backward pass gives finite gradients
+    everywhere.
+    """
     from megatron_ext import models, topology
     from megatron_ext.weights import hf
     from pipeline.config.schema import LearnerConfig

@@ -1,8 +1,10 @@
-"""A stand-in for Transformer Engine's FusedAdam, which needs a GPU, and megatron-core made to believe that it has the real one.
+"""A stand-in for Transformer Engine's FusedAdam, which needs a GPU, and megatron-core made to believe that it has the
+real one.
 
-It keeps what ``transformer_engine/pytorch/optimizers/fused_adam.py`` (2.x) documents and checkpoints trip over: one integer ``step`` in
-each parameter group, there from the first update on and never in a group without parameters; ``exp_avg`` and ``exp_avg_sq`` alone as
-a parameter's state; a ``load_state_dict`` that makes new tensors and knows no other name.
+It keeps what ``transformer_engine/pytorch/optimizers/fused_adam.py`` (2.x) documents and checkpoints trip over: one
+integer ``step`` in each parameter group, there from the first update on and never in a group without parameters;
+``exp_avg`` and ``exp_avg_sq`` alone as a parameter's state; a ``load_state_dict`` that makes new tensors and knows no
+other name.
 """
 
 import math

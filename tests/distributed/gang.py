@@ -1,4 +1,7 @@
-"""A few spawned processes that run a function on every rank. Importing megatron takes seconds, so they live for the whole session."""
+"""A few spawned processes that run a function on every rank.
+
+Importing megatron takes seconds, so they live for the whole session.
+"""
 
 import contextlib
 import gc
@@ -11,7 +14,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-# Of a process, before it is replaced: some process groups outlive their job, and each has threads of gloo's that wake a hundred times a second.
+# Of a process, before it is replaced: some process groups outlive their job, and each has threads of gloo's that wake a
+# hundred times a second.
 MOST_THREADS = 300
 
 
@@ -29,7 +33,9 @@ def _serve(pipe: Connection) -> None:
 
 
 class Gang:
-    """``run(function, world, *arguments)`` calls ``function(rank, world, address, *arguments)`` on ranks ``0..world-1``."""
+    """``run(function, world, *arguments)`` calls ``function(rank, world, address, *arguments)`` on ranks
+    ``0..world-1``.
+    """
 
     def __init__(self, timeout_s: float = 120.0) -> None:
         self._timeout_s = timeout_s

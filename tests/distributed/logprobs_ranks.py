@@ -103,7 +103,7 @@ def run_linear(rank, world, address, vocab_size, tile):
 
 
 class Decoder(torch.nn.Module):
-    """The part of megatron's GPTModel that the head has to do with: hidden states in, what the output layer says out."""
+    """The part of megatron's GPTModel that the head deals with: hidden states in, what the output layer says out."""
 
     def __init__(self, weight: torch.Tensor, sequence_parallel: bool) -> None:
         super().__init__()
@@ -118,7 +118,9 @@ class Decoder(torch.nn.Module):
 
 
 def run_head(rank, world, address, kernel, sequence_parallel):
-    """Through the head, hidden states ``[seq, rows, h]`` divided along the sequence or not: values, gradients of all positions."""
+    """Through the head, hidden states ``[seq, rows, h]`` divided along the sequence or not: values, gradients of all
+    positions.
+    """
     from megatron_ext.head import Head
 
     with joined(rank, world, address) as calls:

@@ -13,7 +13,10 @@ from tests.grids import ragged
 
 
 def batch(rows: int = 10, auxiliary: int = 3, vocab: int = 37, seq: int = 12, seed: int = 0, **changes) -> TrainBatch:
-    """Random rows of uneven length; the last ``auxiliary`` are auxiliary. Token-mean weights. ``changes``: as of ``ragged``."""
+    """Random rows of uneven length; the last ``auxiliary`` are auxiliary.
+
+    Token-mean weights. ``changes``: as of ``ragged``.
+    """
     g = torch.Generator().manual_seed(seed)
     prompt, lengths = 4, torch.randint(6, seq + 1, (rows,), generator=g)
     column = torch.arange(1, seq)
@@ -259,7 +262,7 @@ def _whatever_the_cut(stats):
 
 
 def inspect(rank, world, address, folder, layout, tokens, candidates):
-    """log p(candidate | prefix) at every position, and the export straight after loading, in one and in many buckets."""
+    """log p(candidate | prefix) at every position, and the export after loading, in one and in many buckets."""
     from megatron_ext.weights import hf
     from pipeline.reshard import buckets
 

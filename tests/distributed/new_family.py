@@ -1,4 +1,6 @@
-"""EXAONE 3, a dense family that the project does not have, added as one would add it: one entry in the table of families."""
+"""EXAONE 3, a dense family that the project does not have, added as one would add it: one entry in the table of
+families.
+"""
 
 from contextlib import contextmanager
 from unittest.mock import patch

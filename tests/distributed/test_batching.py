@@ -1,4 +1,6 @@
-"""However rows are cut into micro-batches, packed or not, on whatever ranks: the same loss, gradients, entropy and log-probs."""
+"""However rows are cut into micro-batches, packed or not, on whatever ranks: the same loss, gradients, entropy and
+log-probs.
+"""
 
 from dataclasses import replace
 from functools import cache

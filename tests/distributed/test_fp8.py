@@ -11,8 +11,8 @@ import torch
 from pipeline.config.schema import PrecisionConfig
 
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
-# The same numbers, rounded in other places: a scale that is no power of two moves with the last bit of a sum, a tensorwise one is of
-# each rank's shard.
+# The same numbers, rounded in other places: a scale that is no power of two moves with the last bit of a sum, a
+# tensorwise one is of each rank's shard.
 CLOSE = {"blockwise": 1e-3, "mxfp8": 1e-3, "delayed": 0.05, "tensorwise": 0.1}
 
 
@@ -27,7 +27,9 @@ def precision(recipe, **options):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_two_layers_under_tensor_parallelism(gang, recipe):
-    """Exactly equal where every rank's shard begins on a block's edge; sequence parallelism changes nothing in any recipe."""
+    """Exactly equal where every rank's shard begins on a block's edge; sequence parallelism changes nothing in any
+    recipe.
+    """
     alone, divided, sequence = (
         gang.run(fp8_ranks.two_layers, world, recipe, sp, 2) for world, sp in ((1, False), (2, False), (2, True))
     )

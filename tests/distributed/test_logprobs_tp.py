@@ -47,7 +47,9 @@ def test_a_group_of_one_takes_no_collective(gang):
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 @pytest.mark.parametrize("kernel", ["fused", "torch"])
 def test_head_selects_before_it_projects(gang, kernel, sequence_parallel):
-    """Only chosen positions have a gradient, the same whether the sequence is divided or not; the layer is itself again."""
+    """Only chosen positions have a gradient, the same whether the sequence is divided or not; the layer is itself
+    again.
+    """
     ((values, states, weight, _, _),) = gang.run(logprobs_ranks.run_head, 1, "torch", False)
     assert values.shape == (3, 5)
     assert ((states != 0).any(-1).sum(), states.shape) == (5, (4, 3, 6))

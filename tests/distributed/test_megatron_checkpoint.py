@@ -72,7 +72,10 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("wrap", [(), (ranks.with_fused_adam,)], ids=["AdamW", "FusedAdam"])
 @pytest.mark.parametrize("case", OPTIMIZERS)
 def test_untrained_checkpoint_under_another_configuration(gang, tmp_path, case, wrap):
-    """With no update behind it, a learner restored under other hyper-parameters is a new learner of those, bit for bit."""
+    """With no update behind it, a learner restored under other hyper-parameters is a new learner of those.
+
+    Bit for bit.
+    """
     world, config, more = OPTIMIZERS[case]
     folder = tiny_models.write(tmp_path / "hf", tiny_models.config("llama"))
     optimizers = [{"lr": 1e-2, "weight_decay": 0.1, **more}, {**OTHER, **more}]

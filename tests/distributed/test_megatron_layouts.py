@@ -1,4 +1,6 @@
-"""A layout changes where a model is computed, never what: loss, gradients, entropy and updated weights equal one process's."""
+"""A layout changes where a model is computed, never what: loss, gradients, entropy and updated weights equal one
+process's.
+"""
 
 import math
 from functools import cache
@@ -154,7 +156,9 @@ def test_recompute_keeps_fewer_activations(gang, reference):
 
 
 def test_gradient_is_that_of_plain_torch(reference):
-    """The whole chain against autograd through transformers: loss = sum of weight x surrogate + KL over rows and tokens."""
+    """The whole chain against autograd through transformers: loss = sum of weight x surrogate + KL over rows and
+    tokens.
+    """
     folder, (gradients, stats, *_) = reference("qwen3")
     batch = batches()[0]
     model = tiny_models.hf_model(folder)

@@ -1,4 +1,6 @@
-"""The mismatch, its quantile and its correction are over the whole batch, however its rows lie on ranks and micro-batches."""
+"""The mismatch, its quantile and its correction are over the whole batch, however its rows lie on ranks and
+micro-batches.
+"""
 
 import megatron_ranks as ranks
 import pytest
@@ -9,7 +11,10 @@ from pipeline.config.schema import CorrectionConfig, ObjectiveConfig
 
 
 def test_layout_changes_nothing(gang, tmp_path):
-    """On-policy and off-policy; a whole response has one weight, over CP ranks too. In two of the layouts there are dummy rows, too."""
+    """On-policy and off-policy; a whole response has one weight, over CP ranks too.
+
+    In two of the layouts there are dummy rows, too.
+    """
     folder = tiny_models.write(tmp_path / "llama", tiny_models.config("llama"))
     around = -4.4 + 1.5 * torch.rand(2, 10, 11, generator=torch.Generator().manual_seed(1))
     batches = [

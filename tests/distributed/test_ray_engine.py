@@ -1,4 +1,4 @@
-"""A rollout engine in a Ray process of its own: what its driver learns of failures and of a process that stands still."""
+"""A rollout engine in its own Ray process: what its driver learns of failures and of a process that stands still."""
 
 import os
 import re

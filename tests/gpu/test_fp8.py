@@ -1,4 +1,5 @@
-"""Transformer Engine beside the reference: its quantisers bit for bit, its linear layer, the learner's steps, FP8 parameters.
+"""Transformer Engine beside the reference: its quantisers bit for bit, its linear layer, the learner's steps, FP8
+parameters.
 
 Written for Transformer Engine 2.20; not yet run on a GPU.
 """
@@ -130,7 +131,10 @@ def test_delayed(algorithm):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_linear_layer(recipe):
-    """Forward and both gradients of its linear layer; sums are rounded to bf16, and on Hopper added up in fewer bits."""
+    """Forward and both gradients of its linear layer.
+
+    Sums are rounded to bf16, and on Hopper added up in fewer bits.
+    """
     needs(recipe)
     from transformer_engine.common import recipe as recipes
 

@@ -1,4 +1,5 @@
-"""The Triton kernels against float64 and against torch's, on CUDA; without it in Triton's interpreter (TRITON_INTERPRET=1).
+"""The Triton kernels against float64 and against torch's, on CUDA; without it in Triton's interpreter
+(TRITON_INTERPRET=1).
 
 The interpreter proves the arithmetic, not the machine code; tests/unit/megatron_ext/test_logprobs_triton.py runs it.
 """

@@ -1,7 +1,9 @@
-"""A real Slurm cluster on one machine: munge, slurmctld and a slurmd per node, each node in a network namespace of its own.
+"""A real Slurm cluster on one machine: munge, slurmctld and a slurmd per node, each node in a network namespace of its
+own.
 
-Everything lives below one folder and in namespaces made here; hosts and names are private to the processes started (mount and UTS namespaces),
-so nothing of the machine changes and nothing outside can connect. Needs root and, on Debian, the packages ``PACKAGES``.
+Everything lives below one folder and in namespaces made here; hosts and names are private to the processes started
+(mount and UTS namespaces), so nothing of the machine changes and nothing outside can connect. Needs root and, on
+Debian, the packages ``PACKAGES``.
 """
 
 from __future__ import annotations
@@ -96,7 +98,9 @@ GRANT = (
 
 
 def missing(more: Sequence[str] = ()) -> list[str]:
-    """What stands in the way of a lab on this machine, and of programs that a test needs beside it; empty when nothing does."""
+    """What stands in the way of a lab on this machine, and of programs that a test needs beside it; empty when nothing
+    does.
+    """
     lacking = [program for program in (*PROGRAMS, *more) if shutil.which(program, path=PATH) is None]
     return lacking + ([] if os.geteuid() == 0 else ["root"])
 
@@ -110,7 +114,9 @@ class SlurmLab:
     def __init__(
         self, root: Path, nodes: int = 2, *, accounting: bool = False, partition: str = "", conf: str = ""
     ) -> None:
-        """``accounting``: with slurmdbd on a MariaDB; ``partition``: options of the partition; ``conf``: further lines of slurm.conf."""
+        """``accounting``: with slurmdbd on a MariaDB; ``partition``: options of the partition; ``conf``: further lines
+        of slurm.conf.
+        """
         self.root, self.count = root.resolve(), nodes
         self.accounting, self.partition, self.conf = accounting, partition, conf
         self.tag = f"is{os.getpid() % 10**6}"  # also part of interface names: 15 letters at most

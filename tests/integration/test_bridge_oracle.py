@@ -1,4 +1,5 @@
-"""megatron-bridge as an oracle: from the same Hugging Face folder it makes bitwise the same Megatron tensors, and we read its checkpoints.
+"""megatron-bridge as an oracle: from the same Hugging Face folder it makes bitwise the same Megatron tensors, and we
+read its checkpoints.
 
 Needs `make bridge-env`.
 """
@@ -22,8 +23,8 @@ PYTHON = ROOT / ".venv-bridge/bin/python"
 pytestmark = pytest.mark.skipif(
     not PYTHON.exists(), reason="no environment with megatron-bridge: run `make bridge-env`"
 )
-# Norms and biases are random (tiny_models), the vocabulary is odd, two key-value heads serve four. Of a Qwen3-MoE's dense layers
-# (mlp_only_layers) megatron-bridge 0.6.2 makes expert layers.
+# Norms and biases are random (tiny_models), the vocabulary is odd, two key-value heads serve four. Of a Qwen3-MoE's
+# dense layers (mlp_only_layers) megatron-bridge 0.6.2 makes expert layers.
 FOLDERS = {name: {} for name in ("qwen3", "qwen2", "llama", "llama_tied", "mistral")} | {
     "qwen3_moe": {"mlp_only_layers": []}
 }

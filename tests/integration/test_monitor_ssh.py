@@ -43,8 +43,8 @@ def host(tmp_path_factory):
         f"PidFile {root}/pid\nStrictModes no\nUsePAM no\nPasswordAuthentication no\nPermitRootLogin prohibit-password\n"
     )
     (root / "ssh_config").write_text(
-        f"Host cluster\n  HostName 127.0.0.1\n  Port {port}\n  User {getpass.getuser()}\n  IdentityFile {root}/user_key\n"
-        f"  IdentitiesOnly yes\n  StrictHostKeyChecking no\n  UserKnownHostsFile {root}/known_hosts\n"
+        f"Host cluster\n  HostName 127.0.0.1\n  Port {port}\n  User {getpass.getuser()}\n  IdentityFile "
+        f"{root}/user_key\n  IdentitiesOnly yes\n  StrictHostKeyChecking no\n  UserKnownHostsFile {root}/known_hosts\n"
     )
     Path("/run/sshd").mkdir(exist_ok=True)  # where sshd separates privileges
     server = subprocess.Popen([SSHD, "-D", "-e", "-f", root / "sshd_config"], stderr=(root / "log").open("w"))

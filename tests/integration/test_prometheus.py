@@ -41,7 +41,9 @@ def test_promtool_accepts_what_is_shipped(tmp_path):
 
 
 class Server:
-    """A Prometheus over the runs that announce themselves in ``folder / targets``, under the shipped rules, with all waiting cut short."""
+    """A Prometheus over the runs that announce themselves in ``folder / targets``, under the shipped rules, with all
+    waiting cut short.
+    """
 
     def __init__(self, folder):
         self.port = free_port()
@@ -104,7 +106,9 @@ class Server:
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory):
-    """A run with a real sidecar and a real Prometheus that found it: out of its band, saturated, with an alert of its own."""
+    """A run with a real sidecar and a real Prometheus that found it: out of its band, saturated, with an alert of its
+    own.
+    """
     folder = tmp_path_factory.mktemp("prometheus")
     config = [
         "name=mine",

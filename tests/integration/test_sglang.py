@@ -1,4 +1,6 @@
-"""Real SGLang servers, a Llama (whose weights can be read back) and a Qwen3 (whose can not), on whatever device there is."""
+"""Real SGLang servers, a Llama (whose weights can be read back) and a Qwen3 (whose can not), on whatever device there
+is.
+"""
 
 import importlib.util
 import itertools
@@ -109,7 +111,9 @@ def test_updates_are_served_and_every_tensor_is_read_back_in_turn(engines, famil
 
 
 def test_an_engine_that_has_left_its_memory_serves_again_after_the_next_update(engines, family):
-    """On the CPU the server keeps its memory: what is shown is the order of calls that it takes, not that a GPU is freed."""
+    """On the CPU the server keeps its memory: what is shown is the order of calls that it takes, not that a GPU is
+    freed.
+    """
     engine = engines[family]
     push(engine, family, 9)
     engine.release()

@@ -1,4 +1,6 @@
-"""Updates in FP8 into a real SGLang server of two ranks: its loaders and slices of codes and scales; its kernels need a GPU."""
+"""Updates in FP8 into a real SGLang server of two ranks: its loaders and slices of codes and scales; its kernels need a
+GPU.
+"""
 
 import importlib.util
 from pathlib import Path

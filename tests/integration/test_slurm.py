@@ -263,7 +263,9 @@ def test_a_node_that_goes_down_costs_the_unfinished_steps_only(user, whole):
 
 @undisturbed
 def test_one_fault_after_the_other_costs_the_unfinished_steps_only(user, whole):
-    """kill -9 of the driver, of an engine, of a raylet; a rank that stands still: one run, an attempt each but for the engine."""
+    """kill -9 of the driver, of an engine, of a raylet; a rank that stands still: one run, an attempt each but for the
+    engine.
+    """
     _, undisturbed = whole
     lab = user.lab
     stall = ["monitoring.stall.min_seconds=20", "monitoring.stall.factor=20"]

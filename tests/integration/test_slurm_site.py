@@ -1,4 +1,7 @@
-"""What a site may do to a run: reach it over SSH only, preempt it, keep accounts, run out of disk. The Slurm of ``test_slurm`` with more in it."""
+"""What a site may do to a run: reach it over SSH only, preempt it, keep accounts, run out of disk.
+
+The Slurm of ``test_slurm`` with more in it.
+"""
 
 import json
 import os
@@ -163,7 +166,10 @@ def test_a_disk_that_fills_up_loses_nothing(user, small):
     (small / "ballast").write_bytes(bytes(free - 500_000))
     user.end(job, "FAILED", run_dir=run_dir)
     (only,) = attempts(run_dir)
-    words = rf"DiskFullError: {run_dir}/checkpoints: no space left: a checkpoint after step 4 needs about [\d,]+ bytes, [\d,]+ bytes are free"
+    words = (
+        rf"DiskFullError: {run_dir}/checkpoints: no space left: a checkpoint after step 4 needs about [\d,]+ bytes, "
+        r"[\d,]+ bytes are free"
+    )
     assert re.match(words, only["reason"])
     assert re.search(f"failed, and will not be tried again: {words}", user.log(run_dir).splitlines()[-1])
     events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]

@@ -76,7 +76,7 @@ def samples(run_dir: Path) -> dict[str, str]:
 
 
 def assert_entropies_of_the_start(run_dir: Path) -> list[dict]:
-    """The samples of step 0, whose entropies are those of the weights before the update: by transformers, in float64."""
+    """The samples of step 0 have the entropies of the weights before the update: by transformers, in float64."""
     model, tokenizer = hf_model(MODEL).double(), load_tokenizer(MODEL)
     kept = [json.loads(line) for line in samples(run_dir)["step-000000.jsonl"].splitlines()]
     for line in kept:
@@ -183,7 +183,10 @@ def test_ctrl_c_while_the_run_starts_ends_in_its_first_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "ctrl-C"])
 def test_a_signal_ends_a_local_launch_in_a_checkpoint(tmp_path, number):
-    """SIGTERM goes to the command alone, ctrl-C to every process of the terminal's job. Neither is answered by a new attempt."""
+    """SIGTERM goes to the command alone, ctrl-C to every process of the terminal's job.
+
+    Neither is answered by a new attempt.
+    """
     run_dir = tmp_path / "run"
     process = launch(run_dir, "steps=2000", by=("launch", "local"), start_new_session=True)
     wait_for_steps(process, run_dir, 2)

@@ -1,4 +1,6 @@
-"""The image is not built here; what can be seen without that: every version is pinned, served, and the one that tests run with."""
+"""The image is not built here; what can be seen without that: every version is pinned, served, and the one that tests
+run with.
+"""
 
 import re
 from pathlib import Path

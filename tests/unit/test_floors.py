@@ -1,4 +1,6 @@
-"""Imports run downward only and never in a circle: the floors of CONTRIBUTING.md, held by the import statements themselves."""
+"""Imports run downward only and never in a circle: the floors of CONTRIBUTING.md, held by the import statements
+themselves.
+"""
 
 import ast
 import re
@@ -96,7 +98,9 @@ def test_every_floor_has_a_module():
 
 
 def test_contributing_draws_the_same_house():
-    """The map of CONTRIBUTING.md: a number, then the rooms of that floor; those of launchers have an order of their own."""
+    """The map of CONTRIBUTING.md: a number, then the rooms of that floor; those of launchers have an order of their
+    own.
+    """
     drawn = re.findall(r"^ {4}(\d)  (.*(?:\n {7}.*)*)", (ROOT / "CONTRIBUTING.md").read_text(), re.M)
     rooms = {int(number): {word.strip("/").replace("/", ".") for word in text.split()} for number, text in drawn}
     rooms[6] = {f"launchers.{word.strip('(/,)')}" for word in drawn[0][1].split()[1:] if word != "->"}

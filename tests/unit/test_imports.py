@@ -1,4 +1,6 @@
-"""What an import brings with it: plans and the resharding load no megatron, and leave torch as torch's authors wrote it."""
+"""What an import brings with it: plans and the resharding load no megatron, and leave torch as torch's authors wrote
+it.
+"""
 
 import json
 import subprocess

@@ -1,12 +1,12 @@
-"""Do the shipped alert rules find what is wrong, and are they quiet otherwise?
+"""Measures whether the shipped alert rules find real faults and stay quiet otherwise.
 
-    python -m tools.bench.alert_quality                          # simulated runs, 20 seeds a fault
+    python -m tools.bench.alert_quality  # simulated runs, 20 seeds a fault
     python -m tools.bench.alert_quality --recorded runs/quickstart/pi runs/quickstart/grpo
-    python -m tools.bench.alert_quality --train 3                # first trains so many seeds of PI and of GRPO, in this process' session
+    python -m tools.bench.alert_quality --train 3  # first trains so many seeds of PI and of GRPO
 
-Precision of a rule: of its alerts over all runs, the share that were right (its fault was there). Recall of a fault: the share of runs in
-which an expected rule spoke after it began; the delay is the median until then. Every run is made from its seed: nothing depends on the machine
-but the last lines, the time that the engine takes for a step.
+Precision of a rule: of its alerts over all runs, the share that were right (its fault was there). Recall of a fault:
+the share of runs in which an expected rule spoke after it began; the delay is the median until then. Every run is made
+from its seed: nothing depends on the machine but the last lines, the time that the engine takes for a step.
 """
 
 from __future__ import annotations
@@ -175,7 +175,8 @@ def show(result: dict[str, Any]) -> None:
         said = ", ".join(row["alerts"]) or "none"
         print(f"| {row['run']} | {said} | {row['ln H noise']:.3f} | {row['reward noise']:.3f} |")
     print(
-        f"\nCPU time of every rule: {result['microseconds'][0]:.0f} µs a step, {result['microseconds'][1]:.0f} µs a look at the time"
+        f"\nCPU time of every rule: {result['microseconds'][0]:.0f} µs a step, "
+        f"{result['microseconds'][1]:.0f} µs a look at the time"
     )
     if result["step_seconds"]:
         share = result["microseconds"][0] / 1e6 / result["step_seconds"]

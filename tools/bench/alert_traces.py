@@ -1,8 +1,9 @@
-"""Event logs of runs that never were: healthy ones, and ones with a fault whose beginning is known.
+"""Makes event logs of invented runs: healthy ones, and ones with a fault whose beginning is known.
 
-The entropy is that of the quickstart's controller on the plant measured with the 100k-parameter model (docs/methods.md): ln H integrates a
-drift of -.003 a step and .0114 per ln T. What is laid over it, white noise of ln H and of the reward, is measured on recorded runs by
-``noise_of``. A step takes 30 s, as on a cluster, so that clocks have something to tell.
+The entropy is that of the quickstart's controller on the plant measured with the 100k-parameter model
+(docs/methods.md): ln H integrates a drift of -.003 a step and .0114 per ln T. What is laid over it, white noise of ln H
+and of the reward, is measured on recorded runs by ``noise_of``. A step takes 30 s, as on a cluster, so that clocks have
+something to tell.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ class World:
 class Fault:
     """Something that goes wrong at ``ONSET``.
 
-    ``world`` maps the world and the steps since then to the world as it now is. ``expected``: rules of which one must be raised;
-    ``allowed``: further ones that are right to speak.
+    ``world`` maps the world and the steps since then to the world as it now is. ``expected``: rules of which one must
+    be raised; ``allowed``: further ones that are right to speak.
     """
 
     name: str
@@ -230,7 +231,10 @@ def trace(seed: int, overrides: Sequence[str] = (), fault: Fault | None = None) 
 
 
 def noise_of(run_dir: Path) -> tuple[float, float]:
-    """Standard deviation of the white noise of ln H and of the reward of a recorded run, from differences of neighbours."""
+    """Standard deviation of the white noise of ln H and of the reward of a recorded run.
+
+    Computed from differences of neighbouring steps.
+    """
     steps = [event for event in read_events(run_dir / "events.jsonl") if event["kind"] == "step"]
     entropy = np.diff(np.log([event["entropy"] for event in steps]))
     reward = np.diff([event["reward"] for event in steps])

@@ -1,12 +1,13 @@
-"""What cutting rows into micro-batches saves: padding, balance over ranks, and the CPU time of real updates.
+"""Measures what cutting rows into micro-batches saves: padding, balance over ranks, and CPU time of real updates.
 
     python tools/bench/batching.py                  # both tables
     python tools/bench/batching.py --no-updates --rows 16384 --ranks 64
     python tools/bench/batching.py --no-updates --json
 
-Responses have log-normal lengths, cut off at a limit. The first table is arithmetic; "in turn" is what one does without a schedule: row
-i to rank i mod ranks, in order. The second times ``MegatronLearner.update`` of a small model in one process, in CPU seconds of this
-process, so that a busy machine matters little; repeats take turns and the least of each counts.
+Responses have log-normal lengths, cut off at a limit. The first table is arithmetic; "in turn" is what one does without
+a schedule: row i to rank i mod ranks, in order. The second times ``MegatronLearner.update`` of a small model in one
+process, in CPU seconds of this process, so that a busy machine matters little; repeats take turns and the least of each
+counts.
 """
 
 from __future__ import annotations

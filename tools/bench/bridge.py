@@ -1,10 +1,12 @@
-"""megatron-bridge on a CPU: what it makes of a Hugging Face folder. Run by the interpreter of `make bridge-env`.
+"""Runs megatron-bridge on a CPU and shows what it makes of a Hugging Face folder.
 
-    .venv-bridge/bin/python tools/bench/bridge.py tensors --tp 2 OUT FOLDER...    # the parameters it gives each rank
-    .venv-bridge/bin/python tools/bench/bridge.py convert FOLDER                  # checkpoints, as asked on standard input
+Run it with the interpreter of `make bridge-env`.
 
-megatron-bridge 0.6.2 wants Python 3.12, CUDA and Transformer Engine, none of which its conversion uses; ``prepare`` stands in for
-them. Kept apart from everything else: the environment has its own megatron-core.
+    .venv-bridge/bin/python tools/bench/bridge.py tensors --tp 2 OUT FOLDER...  # the parameters it gives each rank
+    .venv-bridge/bin/python tools/bench/bridge.py convert FOLDER                # checkpoints, as standard input asks
+
+megatron-bridge 0.6.2 wants Python 3.12, CUDA and Transformer Engine, none of which its conversion uses; ``prepare``
+stands in for them. Kept apart from everything else: the environment has its own megatron-core.
 """
 
 from __future__ import annotations
@@ -34,7 +36,10 @@ ABSENT = ("transformer_engine", "modelopt", "megatron.energon", "tensorboard")
 
 
 class _Anything(type):
-    """A class to be named in annotations, used as a base and called: its attributes are such classes, its call gives None."""
+    """A class that stands in for any other: it can be named in annotations, used as a base and called.
+
+    Its attributes are such classes; a call gives None.
+    """
 
     def __getattr__(cls, name: str) -> type:
         if name.startswith("__"):
@@ -90,7 +95,10 @@ def prepare() -> None:
 
 
 def tensors(rank: int, tp: int, port: int, out: Path, folders: list[Path]) -> None:
-    """What megatron-bridge loads into rank ``rank`` of ``tp``: a file ``<folder's name>-<rank>.safetensors`` each, in float32."""
+    """Write what megatron-bridge loads into rank ``rank`` of ``tp``, in float32.
+
+    One file ``<folder's name>-<rank>.safetensors`` each.
+    """
     prepare()
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=tp)
     from megatron.bridge import AutoBridge
@@ -112,8 +120,8 @@ def tensors(rank: int, tp: int, port: int, out: Path, folders: list[Path]) -> No
 def convert(folder: Path) -> None:
     """Convert ``folder`` as asked on standard input; one ``done`` on standard output for each line.
 
-    ``["there", OUT]`` writes a Megatron checkpoint, ``["back", CHECKPOINT, OUT]`` a Hugging Face folder: the calls of its ``import_ckpt``
-    and ``export_ckpt`` without those for tokenizers; then the files are flushed to the disk.
+    ``["there", OUT]`` writes a Megatron checkpoint, ``["back", CHECKPOINT, OUT]`` a Hugging Face folder: the calls of
+    its ``import_ckpt`` and ``export_ckpt`` without those for tokenizers; then the files are flushed to the disk.
     """
     prepare()
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)

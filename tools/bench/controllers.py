@@ -1,10 +1,10 @@
-"""The controllers on the simulated plant, every scenario, many seeds.
+"""Compares the controllers on the simulated plant: every scenario, many seeds.
 
     python -m tools.bench.controllers --seeds 32          # about a minute on one core
 
-All laws get the same second rollout (actuator ``resample``) and the same limits, T+ from 0.6 to 1.6, so that laws are compared and not limits;
-``pi, default`` is the default configuration, its own actuator and limits. Prints a Markdown table of means over seeds and writes
-the figures to runs/bench/controllers.json.
+All laws get the same second rollout (actuator ``resample``) and the same limits, T+ from 0.6 to 1.6, so that laws are
+compared and not limits; ``pi, default`` is the default configuration, its own actuator and limits. Prints a Markdown
+table of means over seeds and writes the figures to runs/bench/controllers.json.
 """
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ def measure(scenario: str, controller: str, seeds: int) -> dict[str, float]:
 
 
 def first_warning(scenario: Scenario, seed: int, controller: str = "pi") -> tuple[int | None, str]:
-    """Steps from the first one at the upper limit to the first "not reachable", and what was said; (None, "") without."""
+    """Steps from the first one at the upper limit to the first "not reachable", and the warning's text.
+
+    (None, "") without a warning.
+    """
     trace = simulate(CONTROLLERS[controller], scenario, seed, scenario.plant.delay)
     limited = None
     for step, decision in enumerate(trace.decisions):

@@ -1,12 +1,13 @@
-"""Conversion speed in GB/s, both directions, against a plain copy of the same bytes on the same disk.
+"""Measures conversion speed in GB/s, both directions, against a plain copy of the same bytes on the same disk.
 
-    python tools/bench/conversion.py                                   # a synthetic Llama of about 400 MB
+    python tools/bench/conversion.py  # a synthetic Llama of about 400 MB
     python tools/bench/conversion.py --model runs/models/smollm2-135m-instruct --repeat 5
-    python tools/bench/conversion.py --bridge-python .venv-bridge/bin/python      # beside megatron-bridge (make bridge-env)
+    python tools/bench/conversion.py --bridge-python .venv-bridge/bin/python  # beside megatron-bridge (make bridge-env)
 
-All outputs are flushed to the disk (fsync), the copy's too; sources are in the page cache. Repeats take turns, so that a busy machine
-slows all alike, megatron-bridge too (in one process, its imports not counted); the table has the median of each and the medians of the
-per-turn ratios: to the copy, and how many times faster than megatron-bridge in the same direction.
+All outputs are flushed to the disk (fsync), the copy's too; sources are in the page cache. Repeats take turns, so that
+a busy machine slows all alike, megatron-bridge too (in one process, its imports not counted); the table has the median
+of each and the medians of the per-turn ratios: to the copy, and how many times faster than megatron-bridge in the same
+direction.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ class Bridge:
 
 
 def measure(folder: Path, work: Path, repeat: int, workers: int, bridge: Bridge | None) -> dict[str, dict[str, float]]:
-    """Seconds of every task, turn by turn, as GB/s and as the ratio to the copy, and to megatron-bridge, of the same turn."""
+    """Time every task turn by turn: GB/s, and the ratio to the copy and to megatron-bridge of the same turn."""
     nbytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     tasks: dict[str, Callable[[Path], object]] = {"file copy": lambda out: copy(folder, out)}
     groups = architecture.read(folder).kv_heads

@@ -1,11 +1,11 @@
-"""How long it takes to read a long run's log for a chart, against TensorBoard's own loading of the same scalars.
+"""Measures how long reading a long run's log for a chart takes, against TensorBoard loading the same scalars.
 
     python tools/bench/event_log.py --json out.json     # 100,000 steps; needs 0.5 GB in --out
 
-Writes one log through the event log, and the same scalars as TensorBoard event files. Each reading is a new process: seconds
-until the figures are there, those its processor worked, and its peak memory; what was just written is still in the page cache.
-Also what one recorded step costs the training loop, and what one new step costs a viewer that follows. Prints a table; with --json
-also a file. Needs tensorboard for the comparison.
+Writes one log through the event log, and the same scalars as TensorBoard event files. Each reading is a new process:
+seconds until the figures are there, those its processor worked, and its peak memory; what was just written is still in
+the page cache. Also what one recorded step costs the training loop, and what one new step costs a viewer that follows.
+Prints a table; with --json also a file. Needs tensorboard for the comparison.
 """
 
 from __future__ import annotations

@@ -1,12 +1,17 @@
-"""The learner's export: every bucket through rank 0, as before, against buckets put together by balanced owners. Same processes, one run.
+"""Compares two ways to export the learner's weights, in the same processes and the same run.
+
+One sends every bucket through rank 0; in the other, balanced owners put the buckets together.
+
+Same processes, one run.
 
     python -m tools.bench.export           # every layout, a table
     python -m tools.bench.export --json     # the same as JSON
 
-Both put every tensor together as a whole, checksum it and write it once into memory that another process can map (what Ray's object store
-costs its owner). Through rank 0: every holder of the first replica sends its parts of a bucket to rank 0, one bucket after the
-other. Over gloo; seconds are medians over repeats, of the slowest process. "sent" and "received" are what the busiest rank sends
-and receives within the learner; "out" is what leaves the busiest rank for the engines.
+Both put every tensor together as a whole, checksum it and write it once into memory that another process can map (what
+Ray's object store costs its owner). Through rank 0: every holder of the first replica sends its parts of a bucket to
+rank 0, one bucket after the other. Over gloo; seconds are medians over repeats, of the slowest process. "sent" and
+"received" are what the busiest rank sends and receives within the learner; "out" is what leaves the busiest rank for
+the engines.
 """
 
 from __future__ import annotations

@@ -1,13 +1,16 @@
-"""What FP8 does to a real model's log-probs, entropy and gradient, by emulation: `python tools/bench/fp8_effect.py`.
+"""Measures by emulation what FP8 does to a real model's log-probs, entropy and gradient.
+
+Run it with `python tools/bench/fp8_effect.py`.
 
     python tools/make_smollm2.py                       # the model's folder, once
     python tools/bench/fp8_effect.py --json runs/fp8_effect.json
 
-Questions of the SmolLM2 recipe (no examples, no system prompt, so that answers have some length), answered by the in-process engine at
-T=1; then each recipe's model reads the same tokens. Against the float32 model, over the response tokens: |difference of log-probs|
-(mean, 99th percentile, largest), KL(float32 || FP8), mean difference of entropies; and the gradient of sum(+-log-prob), signs by turns
-from row to row, over all weights of the linear layers: its cosine to and its length relative to float32's. `bf16` is the same model
-in bfloat16, FP8 off. Activations and sums of the FP8 rows are float32, so that FP8 alone is seen. `delayed` sees the batch twice first.
+Questions of the SmolLM2 recipe (no examples, no system prompt, so that answers have some length), answered by the
+in-process engine at T=1; then each recipe's model reads the same tokens. Against the float32 model, over the response
+tokens: |difference of log-probs| (mean, 99th percentile, largest), KL(float32 || FP8), mean difference of entropies;
+and the gradient of sum(+-log-prob), signs by turns from row to row, over all weights of the linear layers: its cosine
+to and its length relative to float32's. `bf16` is the same model in bfloat16, FP8 off. Activations and sums of the FP8
+rows are float32, so that FP8 alone is seen. `delayed` sees the batch twice first.
 """
 
 from __future__ import annotations

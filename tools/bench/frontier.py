@@ -1,9 +1,10 @@
-"""What a finished policy gives at other sampling temperatures: is a lower pass@1 only a hotter policy?
+"""Evaluates a finished policy at other sampling temperatures: is a lower pass@1 only a hotter policy?
 
     python -m tools.bench.frontier runs/lab --methods grpo isentrope_reweight --temperatures 0.4 0.6 0.8 1.0
 
-Evaluates the newest checkpoint of every run of a laboratory's folder on the held-out prompts. Prints a Markdown table of pass@1 and
-pass@16 (mean and 95 % interval over seeds), and writes it with every figure to <folder>/frontier.{md,json}.
+Evaluates the newest checkpoint of every run of a laboratory's folder on the held-out prompts. Prints a Markdown table
+of pass@1 and pass@16 (mean and 95 % interval over seeds), and writes it with every figure to
+<folder>/frontier.{md,json}.
 """
 
 from __future__ import annotations

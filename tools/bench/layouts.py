@@ -1,4 +1,4 @@
-"""What the benchmarks over gloo share: the processes of one layout, and the command line that prints a table of layouts."""
+"""Code that the benchmarks over gloo share: the processes of one layout, and the command line that prints a table."""
 
 from __future__ import annotations
 

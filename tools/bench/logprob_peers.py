@@ -1,7 +1,9 @@
-"""How three other trainers get log-probs and entropy from a divided vocabulary, written here from a reading of their public sources.
+"""How three other trainers compute log-probs and entropy from a divided vocabulary.
 
-The same mathematics at T=1, the best case of each: no temperature division, entropy without a graph where it is only a metric.
-Sources read in August 2026: slime ``utils/ppo_utils.py``, verl ``utils/megatron/tensor_parallel.py`` and
+Written here from a reading of their public sources.
+
+The same mathematics at T=1, the best case of each: no temperature division, entropy without a graph where it is only a
+metric. Sources read in August 2026: slime ``utils/ppo_utils.py``, verl ``utils/megatron/tensor_parallel.py`` and
 ``utils/experimental/torch_functional.py``, NeMo-RL ``distributed/model_utils.py``.
 """
 
@@ -176,7 +178,9 @@ class _ChunkedLinear(torch.autograd.Function):
         return torch.cat(log_probs), torch.cat(entropy)
 
     @staticmethod
-    def backward(ctx: Any, up: torch.Tensor, up_entropy: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, up: torch.Tensor, up_entropy: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, targets = ctx.saved_tensors
         grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
         for start in range(0, len(hidden), CHUNK):

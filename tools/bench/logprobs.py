@@ -1,13 +1,14 @@
-"""Log-probs, entropy and their gradients: ours against the algorithms of slime, verl and NeMo-RL, same inputs, one run.
+"""Compares our log-probs, entropy and gradients with the algorithms of slime, verl and NeMo-RL: same inputs, one run.
 
-    python -m tools.bench.logprobs                     # CPU, one process and two under TP (gloo): a table per case
-    python -m tools.bench.logprobs --json out.json     # and the same as JSON
-    python -m tools.bench.logprobs --device cuda       # one GPU, against the time that reading and writing the logits takes
+    python -m tools.bench.logprobs                  # CPU, one process and two under TP (gloo): a table per case
+    python -m tools.bench.logprobs --json out.json  # and the same as JSON
+    python -m tools.bench.logprobs --device cuda    # one GPU, against the time of reading and writing the logits
 
-Every contender starts from the same numbers and must end with the same log-probs, entropy and gradients, or the run fails. "metric": the
-entropy is reported; "bonus": it is differentiated. Seconds are medians over rounds in which the contenders take turns. Memory is the
-most that forward and backward hold at once, the logits and all gradients included, by torch's allocator, in units U of the logits in
-the contender's own number type. Peers are written from their sources in ``logprob_peers``.
+Every contender starts from the same numbers and must end with the same log-probs, entropy and gradients, or the run
+fails. "metric": the entropy is reported; "bonus": it is differentiated. Seconds are medians over rounds in which the
+contenders take turns. Memory is the most that forward and backward hold at once, the logits and all gradients included,
+by torch's allocator, in units U of the logits in the contender's own number type. Peers are written from their sources
+in ``logprob_peers``.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ CPU_CASES = (
     Case("with the projection from 1024, TP 2, 512 tokens x 19008 a rank", 512, 19008, hidden=1024, ranks=2),
 )
 CUDA_CASES = tuple(
-    Case(f"{'with the projection from 5120' if hidden else 'from logits'}, 8192 tokens x 19008, {name}", 8192, 19008, hidden, 1, dtype)
+    Case((
+        f"{'with the projection from 5120' if hidden else 'from logits'}, 8192 tokens x 19008, {name}"
+    ), 8192, 19008, hidden, 1, dtype)
     for hidden in (0, 5120)
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32))
 )  # fmt: skip
@@ -123,7 +126,10 @@ class Trial:
 
 
 def inputs(case: Case, rank: int, device: str) -> tuple[torch.Tensor, ...]:
-    """Logits, or hidden states and this rank's weight; targets; upstream slopes. The same on every rank but for the shard."""
+    """Logits, or hidden states and this rank's weight; targets; upstream slopes.
+
+    The same on every rank but for the shard.
+    """
     shared, own = torch.Generator().manual_seed(0), torch.Generator().manual_seed(1 + rank)
     targets = torch.randint(0, case.columns * case.ranks, (case.tokens,), generator=shared)
     upstream = torch.randn(2, case.tokens, generator=shared)

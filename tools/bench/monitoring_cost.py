@@ -1,12 +1,13 @@
-"""What monitoring costs a training step: the quickstart's recipe with every sink on, and without.
+"""Measures what monitoring costs a training step: the quickstart's recipe with every sink on, and without.
 
     python tools/bench/monitoring_cost.py                       # 3 pairs of runs of 200 steps, in one process each
     python tools/bench/monitoring_cost.py --runtime ray --pairs 5
     python tools/bench/monitoring_cost.py --json runs/bench/monitoring_cost.json
 
-Runs of a pair follow each other, the one with sinks first in every second pair, so that a machine that gets slower or faster favours
-neither. The cost of a pair is the difference of the medians of its step times after the warm-up, in which the sinks import their
-libraries. Besides: the CPU time that the sidecar, another process at nice 10, takes for a step.
+Runs of a pair follow each other, the one with sinks first in every second pair, so that a machine that gets slower or
+faster favours neither. The cost of a pair is the difference of the medians of its step times after the warm-up, in
+which the sinks import their libraries. Besides: the CPU time that the sidecar, another process at nice 10, takes for a
+step.
 """
 
 from __future__ import annotations
@@ -60,7 +61,10 @@ def call(module: str, *arguments: str) -> None:
 
 
 def cpu_per_step(run_dir: Path, steps: int) -> float:
-    """Milliseconds of CPU time that the sidecar takes for a step when it delivers ``run_dir`` once more, start-up not counted."""
+    """Milliseconds of CPU time that the sidecar takes for a step when it delivers ``run_dir`` once more.
+
+    Start-up is not counted.
+    """
     used = []
     for length in (1, steps):
         again = run_dir.with_name("delivered-again")

@@ -1,12 +1,15 @@
-"""What a reading of the entropy varies by, and how much of that is the draw: from the runs of a laboratory folder.
+"""Measures how much readings of the entropy vary, and how much of that comes from the draw of prompts and samples.
+
+Reads the runs of a laboratory folder.
 
     python -m tools.bench.reading_noise runs/lab/cd3          # after: isentrope lab run --suite cd3 --out runs/lab/cd3
     python -m tools.bench.reading_noise runs/lab/cd3 --json
 
-Noise: standard deviation of the step-to-step change of ln H over sqrt 2, of a step's own readings and of repeated ones (``entropy.repeated_prompts``). Shared:
-mean correlation between runs of *different* methods, of ln H less its mean over 20 steps. Such runs have nothing in common but the prompts and
-seeds that each step draws, and nothing at all where the run's seed differs. Then, for each method with repeated readings, the share of the steps in the
-band from the first one on, over its runs: by the filtered readings, as everywhere, and by what the controller acted on.
+Noise: standard deviation of the step-to-step change of ln H over sqrt 2, of a step's own readings and of repeated ones
+(``entropy.repeated_prompts``). Shared: mean correlation between runs of *different* methods, of ln H less its mean over
+20 steps. Such runs have nothing in common but the prompts and seeds that each step draws, and nothing at all where the
+run's seed differs. Then, for each method with repeated readings, the share of the steps in the band from the first one
+on, over its runs: by the filtered readings, as everywhere, and by what the controller acted on.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Where a training step's time goes, and our overhead outside sampling and training.
+"""Measures where a training step's time goes, and our overhead outside sampling and training.
 
-    python tools/bench/step_time.py                         # runs the quickstart recipe for 60 steps, then reads its event log
-    python tools/bench/step_time.py runs/quickstart/scope   # reads an existing run
+    python tools/bench/step_time.py                        # runs the quickstart for 60 steps, then reads its event log
+    python tools/bench/step_time.py runs/quickstart/scope  # reads an existing run
 
 Prints a table and, with --json, the same as JSON. Medians over the steps after the fifth.
 """

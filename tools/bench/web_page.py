@@ -1,4 +1,4 @@
-"""What the web page costs on a long run: until it is painted and drawn, memory of browser and server.
+"""Measures the web page on a long run: time until it is painted and drawn, memory of browser and server.
 
     python tools/bench/web_page.py --steps 100000
 
@@ -122,7 +122,10 @@ def private_mb(pid: int) -> float:
 
 
 def visit(url: str, chromium: str) -> dict[str, float]:
-    """Open the page as a new visitor: milliseconds to the first paint and to all charts, MB of its heap and of its process."""
+    """Open the page as a new visitor.
+
+    Returns milliseconds to the first paint and to all charts, MB of its heap and of its process.
+    """
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:

@@ -1,13 +1,16 @@
-"""Weight sync by plan against the gather and broadcast of slime and verl: bytes and seconds, same processes, same weights, one run.
+"""Compares weight sync by plan with the gather and broadcast of slime and verl, in bytes and seconds.
+
+Same processes, same weights, one run.
 
     python -m tools.bench.weight_sync           # every layout, a table
     python -m tools.bench.weight_sync --json     # the same as JSON
 
-Gather and broadcast, per parameter: colocated, PP (and EP) broadcast of the shard to every stage, TP all-gather on every rank, then
-each engine rank slices (slime's update_weight_from_tensor, verl with megatron-bridge's export). Disaggregated, TP all-gather (after
-an EP broadcast), then one rank of each stage broadcasts the whole tensor to every engine rank, which slices (slime's
-update_weight_from_distributed, verl's). Both are written here as those collectives, all of a bucket in flight at once, over gloo. Seconds
-are medians over repeats, of the slowest process; "bytes" is what the busiest engine rank receives. Both ways must end bitwise equal.
+Gather and broadcast, per parameter: colocated, PP (and EP) broadcast of the shard to every stage, TP all-gather on
+every rank, then each engine rank slices (slime's update_weight_from_tensor, verl with megatron-bridge's export).
+Disaggregated, TP all-gather (after an EP broadcast), then one rank of each stage broadcasts the whole tensor to every
+engine rank, which slices (slime's update_weight_from_distributed, verl's). Both are written here as those collectives,
+all of a bucket in flight at once, over gloo. Seconds are medians over repeats, of the slowest process; "bytes" is what
+the busiest engine rank receives. Both ways must end bitwise equal.
 """
 
 from __future__ import annotations
@@ -75,7 +78,10 @@ class GatherBroadcast:
         return sorted(found | {self._engine_group(row)})
 
     def _spread(self, row: Row, rank: int) -> tuple[int, ...]:
-        """Ranks of ``rank``'s coordinates that differ from it in stage and, for experts, in expert group; apart: its own stage."""
+        """Ranks of ``rank``'s coordinates that differ from it in stage and, for experts, in expert group.
+
+        Apart: its own stage.
+        """
         grid, place = self.learner, self.learner.place(rank)
         stages = range(grid.pp) if self.placement.colocated else [place.pp]
         if row.expert is None:

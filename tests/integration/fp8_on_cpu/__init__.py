@@ -1,4 +1,5 @@
-"""SGLang's FP8 linear layers on a CPU without AMX: its own parameters, loaders and updates, but plain arithmetic for its kernels.
+"""SGLang's FP8 linear layers on a CPU without AMX: its own parameters, loaders and updates, but plain arithmetic for
+its kernels.
 
 The server imports this package because ``SGLANG_EXTERNAL_MODEL_PACKAGE`` names it.
 """

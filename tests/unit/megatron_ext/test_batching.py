@@ -85,7 +85,9 @@ def test_no_more_micro_batches_than_needed(lengths, ranks):
 
 
 def test_rows_of_a_grid_are_alike_in_length():
-    """Runs 10 | 9 | 3 3 2 | 2 of 10, 9, 9 and 2 positions, the largest and the smallest to one rank; then 10 9 | 3 3 2 2."""
+    """Runs 10 | 9 | 3 3 2 | 2 of 10, 9, 9 and 2 positions, the largest and the smallest to one rank; then 10 9 | 3 3 2
+    2.
+    """
     lengths = [2, 9, 3, 2, 10, 3]
     assert batching.micro_batches(lengths, 2, batching.Cut(max_tokens=12)) == [[[0, 2, 5], [1]], [[4], [3]]]
     assert batching.micro_batches(lengths, 1, batching.Cut(max_tokens=20)) == [[[1, 4], [0, 2, 3, 5]]]
@@ -121,7 +123,10 @@ def test_a_step_of_real_lengths_is_balanced(packed, even):
 
 @pytest.mark.parametrize("ranks", [8, 64])
 def test_a_step_of_16384_rows_is_cut_in_a_moment(ranks):
-    """Mean 5,000 tokens, largest 31,700: a second or so, where dealing anew until it fits took minutes. Fewest within 2 %."""
+    """Mean 5,000 tokens, largest 31,700: a second or so, where dealing anew until it fits took minutes.
+
+    Fewest within 2 %.
+    """
     draw = random.Random(0)
     lengths = [min(31700, 200 + int(draw.lognormvariate(8.15, 0.8))) for _ in range(16384)]
     start = time.process_time()

@@ -204,7 +204,10 @@ def test_backward_writes_into_the_donated_buffer():
 
 
 def test_bfloat16():
-    """From bf16 logits results are float32's; both routes agree, gradients to bf16's 8 bits, at confident tokens too."""
+    """From bf16 logits results are float32's; both routes agree.
+
+    Gradients agree to bf16's 8 bits, at confident tokens too.
+    """
     c = case(dtype=torch.bfloat16, scale=12.0)
     leaf = c.logits.clone().requires_grad_(True)
     whole = log_probs_and_entropy(
@@ -271,7 +274,9 @@ def test_projection_can_be_differentiated_twice_and_in_part():
 @pytest.mark.parametrize("entropy_grad", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_are_the_only_large_tensor(dtype, entropy_grad):
-    """Forward and backward work in 2 MiB (forward with the moment 3) beside 16 MiB (8 in bf16) of logits, and backward returns their own buffer."""
+    """Forward and backward work in 2 MiB (forward with the moment 3) beside 16 MiB (8 in bf16) of logits, and backward
+    returns their own buffer.
+    """
     c = case(tokens=256, columns=1 << 14, dtype=dtype)
     buffer = c.logits.requires_grad_(True) * 1
     forward, results = peak_bytes(

@@ -1,4 +1,6 @@
-"""A full disk, as /dev/full and limits of the process imitate it; tests/integration/test_slurm_site.py fills a real one."""
+"""A full disk, as /dev/full and limits of the process imitate it; tests/integration/test_slurm_site.py fills a real
+one.
+"""
 
 import errno
 import resource

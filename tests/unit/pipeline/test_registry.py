@@ -45,5 +45,8 @@ def test_what_is_no_package_has_no_methods(package):
 
 
 def test_listing_needs_no_torch():
-    program = "import sys; from pipeline import registry; registry.names('pipeline.rollout'); sys.exit('torch' in sys.modules)"
+    program = (
+        "import sys; from pipeline import registry; registry.names('pipeline.rollout'); "
+        "sys.exit('torch' in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", program], check=True)

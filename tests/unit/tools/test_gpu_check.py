@@ -1,4 +1,6 @@
-"""What of tools/gpu_check.py a CPU can hold: its order, its table after every part, and the run that is killed and goes on."""
+"""What of tools/gpu_check.py a CPU can hold: its order, its table after every part, and the run that is killed and goes
+on.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""The peers in the log-prob benchmark do the same mathematics: a comparison that starts from other results would be worth nothing."""
+"""The peers in the log-prob benchmark do the same mathematics: a comparison that starts from other results would be
+worth nothing.
+"""
 
 import pytest
 

@@ -39,7 +39,8 @@ def test_qwen3_32b_on_four_gpus():
     assert found.kv_token_bytes == 2 * 64 * 2 * 128 * 2  # keys and values, layers, 2 of 8 heads, head size, bytes
     assert found.kv_tokens == int((0.8 * 80 * 2**30 - 2 * (DENSE + TABLE) / 4) / 65536)
     assert (found.samples, found.concurrent) == (16, 16)
-    # 1000 passes; each reads the weights, but not the embeddings, and 16 samples' keys and values of 24 + 500 tokens on average.
+    # 1000 passes; each reads the weights, but not the embeddings, and 16 samples' keys and values of 24 + 500 tokens on
+    # average.
     assert found.decode_seconds == pytest.approx(1000 * (2 * DENSE / 4 + 16 * 524 * 65536) / 0.6e12)
     # Two prompts of 24 tokens; of each token's attention to 12 before it, products with keys and with values.
     operations = 2 * DENSE + 2 * 64 * 64 * 256 * 12

@@ -12,7 +12,8 @@ TP = "learner.tensor_model_parallel_size"
 PP = "learner.pipeline_model_parallel_size"
 DP = "learner.data_parallel_size"
 ROWS = ("learner.micro_batch_size=1", "rollout.max_prompt_tokens=1", "rollout.max_new_tokens=4096")
-# Entries of Qwen3-32B: 64 layers of attention (q 8192, kv 1024, hidden 5120), feed-forward (25600), norms; vocabulary 151936 twice.
+# Entries of Qwen3-32B: 64 layers of attention (q 8192, kv 1024, hidden 5120), feed-forward (25600), norms; vocabulary
+# 151936 twice.
 LAYER = 5120 * (8192 + 2 * 1024) + 8192 * 5120 + 3 * 5120 * 25600 + 2 * 5120 + 2 * 128
 QWEN3_32B = 64 * LAYER + 2 * 151936 * 5120 + 5120
 

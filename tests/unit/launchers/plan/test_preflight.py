@@ -31,7 +31,8 @@ def test_the_batch_in_words(tmp_path):
     overrides = ["rollout.prompts_per_step=1024", "learner.data_parallel_size=128", "learner.micro_batch_size=4"]
     (first, *_) = check(setting(tmp_path, *overrides, *BIG, nodes=33)).lines
     assert first == (
-        "batch: 1,024 prompts x 16 = 16,384 samples a step = 128 per data-parallel rank and update = 32 micro-batches of 4"
+        "batch: 1,024 prompts x 16 = 16,384 samples a step = 128 per data-parallel rank and update = 32 micro-batches "
+        "of 4"
     )
 
 

@@ -32,7 +32,8 @@ def test_three_attempts_without_progress_are_enough(past, step, stops):
 def test_the_reason_names_every_cause():
     past = [attempt(4, "again", "out of memory"), attempt(4), attempt(4, "again", "out of memory")]
     assert gives_up(past, 4, 3) == (
-        "3 attempts in a row did not get beyond step 4: lost without a word: node failure, kill or time limit; out of memory"
+        "3 attempts in a row did not get beyond step 4: lost without a word: node failure, kill or time limit; "
+        "out of memory"
     )
 
 

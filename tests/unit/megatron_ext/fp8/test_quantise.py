@@ -119,7 +119,9 @@ def test_a_block_of_the_smallest_number(smallest, dtype, exponent):
 
 @pytest.mark.parametrize("rule", RULES)
 def test_nan_stays_and_infinity_saturates(rule):
-    """As in the kernels: NaN counts for nothing in the largest magnitude, an infinite one leaves a scale of 1 (or 2**-127)."""
+    """As in the kernels: NaN counts for nothing in the largest magnitude, an infinite one leaves a scale of 1 (or
+    2**-127).
+    """
     found = RULES[rule](matrix([NAN, 2.0, 1.0]), E4M3)
     assert found.codes[0].isnan().tolist() == [True, False, False]
     assert found.dequantise()[0, 1:].tolist() == [2, 1]
@@ -186,7 +188,10 @@ def delayed(length, **options):
 
 
 def test_delayed_scaling_step_by_step():
-    """Scale 1 at first; then from the largest of the last passes; a pass of zeros and an infinite one change no scale."""
+    """Scale 1 at first, then from the largest of the last passes.
+
+    A pass of zeros and an infinite one change no scale.
+    """
     state = delayed(3)
     assert state.quantise(matrix([1000.0, 17.0])).codes.tolist() == [[448, 16]]  # saturates
     state.update()

@@ -35,8 +35,8 @@ def test_on_a_cpu_the_layers_are_megatron_s_own():
         ),
         (
             learner("transformer_engine"),
-            "learner.transformer_impl=transformer_engine: Transformer Engine needs a CUDA GPU, this learner runs on cpu; "
-            "set learner.transformer_impl=local",
+            "learner.transformer_impl=transformer_engine: Transformer Engine needs a CUDA GPU, "
+            "this learner runs on cpu; set learner.transformer_impl=local",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Hugging Face folders to torch_dist checkpoints and back, without Megatron: bits, bytes, memory, kills and bad input."""
+"""Hugging Face folders to torch_dist checkpoints and back, without Megatron: bits, bytes, memory, kills, bad input."""
 
 import json
 import shutil

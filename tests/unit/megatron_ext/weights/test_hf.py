@@ -51,11 +51,17 @@ def test_recomputed_buffers_are_passed_over(tmp_path):
     [
         (
             lambda t: t.pop("model.layers.1.self_attn.k_proj.weight"),
-            r"lacks the tensor model\.layers\.1\.self_attn\.k_proj\.weight; needed by decoder\.layers\.1\.self_attention\.linear_qkv\.weight = ",
+            (
+                r"lacks the tensor model\.layers\.1\.self_attn\.k_proj\.weight; "
+                r"needed by decoder\.layers\.1\.self_attention\.linear_qkv\.weight = "
+            ),
         ),
         (
             lambda t: t.update({"model.norm.weight": torch.ones(5)}),
-            r"model\.norm\.weight has shape \[5\], config\.json asks for \[6\]; needed by decoder\.final_layernorm\.weight",
+            (
+                r"model\.norm\.weight has shape \[5\], config\.json asks for \[6\]; "
+                r"needed by decoder\.final_layernorm\.weight"
+            ),
         ),
         (
             lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(2)}),

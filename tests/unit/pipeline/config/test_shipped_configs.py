@@ -7,7 +7,8 @@ import pytest
 
 from pipeline.config.load import PACKAGED, load_config
 
-# Their own tests: tests/unit/launchers, tests/unit/pipeline/monitoring/alerts/test_rules.py, tests/integration/test_prometheus.py
+# Their own tests: tests/unit/launchers, tests/unit/pipeline/monitoring/alerts/test_rules.py,
+# tests/integration/test_prometheus.py
 OTHER_SCHEMAS = ("cluster", "alerts", "monitoring", "lab", "benchmark")
 SHARED = "recipe/papers/scope_rl.yaml"  # what the recipes beside it include: no model of its own
 FILES = sorted(

@@ -15,7 +15,10 @@ from pipeline.types import EntropyReading
 
 NAN = float("nan")
 TARGET = math.sqrt(0.27 * 0.33)
-WRONG = "H moved away from the target in 50 steps of pushing toward it: the actuator is too weak here or acts with the wrong sign"
+WRONG = (
+    "H moved away from the target in 50 steps of pushing toward it: the actuator is too weak here or acts with the "
+    "wrong sign"
+)
 
 
 def controller(total_steps=300, prompts_per_step=16, **keys):
@@ -388,7 +391,10 @@ def test_configured_limits_bind():
 
 
 def test_an_actuator_of_both_signs_takes_limits_of_both():
-    """``high_prob`` alone. 1 nat above the target of 0.3 EntroPIC's law asks for -1, then 0.3 nats below it for 0.3 - 0.01."""
+    """``high_prob`` alone.
+
+    1 nat above the target of 0.3 EntroPIC's law asks for -1, then 0.3 nats below it for 0.3 - 0.01.
+    """
     limits = {"actuator": "high_prob", "command_min": -0.5, "command_max": 0.25}
     overrides = ["entropy.controller=entropic", *(f"entropy.{key}={value}" for key, value in limits.items())]
     assert load_config(Path("recipe/pm4.yaml"), overrides).entropy.command_min == -0.5

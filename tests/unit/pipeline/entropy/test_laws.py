@@ -54,7 +54,8 @@ def test_pi_by_hand():
     e = math.log(0.3 / 0.25)
     assert law.propose(0.25, 0.3, 0.0, 0) == pytest.approx(2 * e)
     assert law.propose(0.25, 0.3, 2 * e, 0) == pytest.approx(2 * e)  # nothing has acted yet, and nothing was missed
-    # The reading is e above the prediction: the prediction follows as far as a line through three readings does, the integral takes it for drift.
+    # The reading is e above the prediction: the prediction follows as far as a line through three readings does, the
+    # integral takes it for drift.
     assert law.propose(0.3, 0.3, 2 * e, 0) == pytest.approx(2 * e * (1 - 10 / 12) - 0.1 * e)
 
 

@@ -28,8 +28,10 @@ def same(a, b):
 
 
 def test_hand_computed_blocks():
-    # Blocks of 2 x 3 over 3 x 4, the last row and column alone. The largest of the first block is 896, so its scale is 2:
-    # 17 / 2 = 8.5 lies between 8 and 9 and goes to the even code, 19 / 2 = 9.5 to 10, 2**-9 / 2 is half the smallest code: 0.
+    # Blocks of 2 x 3 over 3 x 4, the last row and column alone. The largest of the first block is 896, so its scale is
+    # 2:
+    # 17 / 2 = 8.5 lies between 8 and 9 and goes to the even code, 19 / 2 = 9.5 to 10, 2**-9 / 2 is half the smallest
+    # code: 0.
     weight = torch.tensor([[896.0, 17.0, 19.0, 448.0], [2.0**-9, -1.0, 0.0, -448.0], [0.0, 0.0, 0.0, -4.48]])
     codes, scale = fp8.quantise(weight, (2, 3))
     assert scale.tolist() == [[2.0, 1.0], [torch.finfo(torch.float32).tiny, pytest.approx(0.01, rel=1e-7)]]

@@ -66,7 +66,9 @@ def test_stages_and_tied_embeddings():
 
 
 def test_fewer_key_value_groups_than_ranks_are_cut_anywhere():
-    """As megatron-core: a rank's share of linear_qkv may end within a group, here 2 groups of 4 + 2 + 2 rows over 4 ranks."""
+    """As megatron-core: a rank's share of linear_qkv may end within a group, here 2 groups of 4 + 2 + 2 rows over 4
+    ranks.
+    """
     qkv = row(architecture(), "decoder.layers.0.self_attention.linear_qkv.weight")
     assert qkv.local_shape(4) == (4, 6)
     assert [qkv.slices(4, rank) for rank in range(4)] == [
@@ -128,7 +130,10 @@ def grids(draw, layers):
 
 @st.composite
 def models(draw, families=tuple(FAMILIES)):
-    """Models of every family, of sizes that any grid of ``grids`` divides, key-value groups fewer than TP among them."""
+    """Models of every family, of sizes that any grid of ``grids`` divides.
+
+    Some have fewer key-value groups than TP.
+    """
     family = draw(st.sampled_from(families))
     kv_heads, layers = draw(st.sampled_from([1, 2, 4, 8])), 4 * draw(st.integers(1, 2))
     more = {}

@@ -110,7 +110,9 @@ def test_rotary_frequencies_are_transformers(transformers, changes):
 @given(changes=configs(kinds=("default", "yarn")))
 @settings(max_examples=100, deadline=None)
 def test_yarn_is_read_as_transformers_reads_it(transformers, changes):
-    """megatron-core computes it (tests/distributed compares the logits); what it is given must be transformers' numbers."""
+    """megatron-core computes it (tests/distributed compares the logits); what it is given must be transformers'
+    numbers.
+    """
     config = hf_config("deepseek_v3")
     del config["rope_theta"]
     model = parsed(config | changes)

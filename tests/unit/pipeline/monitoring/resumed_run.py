@@ -1,4 +1,6 @@
-"""The log of a run that was killed after step 3 and resumed at step 2, written by the recorder itself, for the tests of sinks."""
+"""The log of a run that was killed after step 3 and resumed at step 2, written by the recorder itself, for the tests of
+sinks.
+"""
 
 import sys
 from pathlib import Path

@@ -158,7 +158,10 @@ def test_what_cannot_be_delivered_is_said(tmp_path, overrides, said):
 
 def test_it_imports_nothing_heavy():
     heavy = "{'torch', 'ray', 'numpy', 'wandb', 'mlflow', 'tensorboard', 'matplotlib'}"
-    code = f"import sys, pipeline.monitoring.deliver; sys.exit(str({heavy} & set(sys.modules)) if {heavy} & set(sys.modules) else 0)"
+    code = (
+        f"import sys, pipeline.monitoring.deliver; sys.exit(str({heavy} & set(sys.modules)) if {heavy} & "
+        "set(sys.modules) else 0)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 

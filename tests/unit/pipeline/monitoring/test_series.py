@@ -92,7 +92,8 @@ def check(series, path, points):
     while (series.steps // width) + 1 > points:
         width *= 2
     for name in NAMES:
-        # An evaluation after more updates than there are steps in force (a step was repeated without a resume) is not shown.
+        # An evaluation after more updates than there are steps in force (a step was repeated without a resume) is not
+        # shown.
         truth = {step: value for step, value in by_hand(events, name).items() if step <= series.steps}
         buckets = {}
         for step, number in truth.items():

@@ -1,4 +1,6 @@
-"""What a run that was killed and resumed looks like in TensorBoard, W&B, MLflow and Prometheus, each read back with its own means."""
+"""What a run that was killed and resumed looks like in TensorBoard, W&B, MLflow and Prometheus, each read back with its
+own means.
+"""
 
 import json
 import socket

@@ -1,4 +1,6 @@
-"""The web page's server and documents, asked as a browser or a script would; the page itself is in tests/integration/test_web.py."""
+"""The web page's server and documents, asked as a browser or a script would; the page itself is in
+tests/integration/test_web.py.
+"""
 
 import gzip
 import http.client

@@ -105,7 +105,10 @@ def gradient(outputs, token_rows, objective):
 
 @given(st.integers(0, 10**6), st.booleans(), st.sampled_from(["token", "sequence"]))
 def test_limits_out_of_reach_leave_the_ratio(seed, off_policy, level):
-    """Main tokens' gradient times exactly pi_learner / pi_engine at the behaviour weights; auxiliary ones as without."""
+    """Main tokens' gradient times exactly pi_learner / pi_engine at the behaviour weights.
+
+    Auxiliary ones as without.
+    """
     outputs, token_rows = random_case(seed, off_policy=off_policy)
     learner = outputs.log_probs.detach() if token_rows.old_log_probs is None else token_rows.old_log_probs
     log_ratio = learner - token_rows.behavior_log_probs

@@ -1,4 +1,6 @@
-"""The predicted entropy change against what a step does to a tabular softmax, where the identity is exact to first order."""
+"""The predicted entropy change against what a step does to a tabular softmax, where the identity is exact to first
+order.
+"""
 
 import pytest
 import torch
@@ -25,7 +27,10 @@ def of_policy(logits, drawn, temperature=1.0):
 
 
 def problem(seed, actuation=ALONE, **changes):
-    """Logits, drawn tokens, and rows of a loss with everything in it: off-policy, weights, auxiliary rows, a reference."""
+    """Logits, drawn tokens, and rows of a loss with everything in it.
+
+    Off-policy, weights, auxiliary rows, a reference.
+    """
     g = torch.Generator().manual_seed(seed)
     logits = (1.5 * torch.randn(TOKENS, VOCABULARY, generator=g, dtype=torch.float64)).requires_grad_(True)
     drawn = torch.randint(VOCABULARY, (TOKENS,), generator=g)
@@ -48,7 +53,9 @@ def problem(seed, actuation=ALONE, **changes):
 
 
 def measured(logits, drawn, rows, objective, temperature=1.0, eta=1e-5):
-    """The loss's sums, and the change of every token's entropy per unit of learning rate in one step of gradient descent."""
+    """The loss's sums, and the change of every token's entropy per unit of learning rate in one step of gradient
+    descent.
+    """
     before = of_policy(logits, drawn, temperature)
     loss, sums = policy_loss(before, rows, objective)
     (slope,) = torch.autograd.grad(loss, logits)

@@ -278,7 +278,9 @@ def test_loss_and_sums_add_up_over_any_split(seed, n, cut):
 
 @given(st.integers(0, 1000), st.floats(0.05, 5.0))
 def test_temperature_rule_loss_never_sees_how_a_sample_was_drawn(seed, temperature):
-    """A sample's own log-probs, at its own temperature, move neither the loss nor any metric but the main rows' mismatch."""
+    """A sample's own log-probs, at its own temperature, move neither the loss nor any metric but the main rows'
+    mismatch.
+    """
     out, token_rows = random_rows(20, seed)
     drawn = torch.where(
         token_rows.auxiliary, token_rows.behavior_log_probs * temperature - 1, token_rows.behavior_log_probs

@@ -1,4 +1,6 @@
-"""Every surrogate against numbers worked out by hand: loss and slope of single tokens, and that nothing depends on the cut."""
+"""Every surrogate against numbers worked out by hand: loss and slope of single tokens, and that nothing depends on the
+cut.
+"""
 
 import math
 from dataclasses import replace
@@ -47,8 +49,8 @@ def test_on_policy_every_gradient_is_the_policy_gradient(loss):
 
 
 def test_gspo_gives_a_sequence_one_ratio():
-    # Row 0: ratios 2 and 1/2, mean log-ratio 0, s = 1: not clipped, though each token is far out. Row 1: 1.5 and 1.5, s = 1.5: clipped.
-    # Row 2, A < 0: 0.5 and 0.9, s = sqrt(.45) = .67: clipped.
+    # Row 0: ratios 2 and 1/2, mean log-ratio 0, s = 1: not clipped, though each token is far out. Row 1: 1.5 and 1.5, s
+    # = 1.5: clipped. Row 2, A < 0: 0.5 and 0.9, s = sqrt(.45) = .67: clipped.
     ratios, rows = [2.0, 0.5, 1.5, 1.5, 0.5, 0.9], [0, 0, 1, 1, 2, 2]
     losses, slopes, bounded = values(replace(RANGE, loss="gspo"), ratios, [1.0, 1.0, 2.0, 2.0, -1.0, -1.0], rows)
     assert losses == approx([-1, -1, -2.56, -2.56, 0.8, 0.8])

@@ -32,7 +32,9 @@ def test_sums_by_hand():
 
 
 def test_kl_estimates_meet_the_divergence():
-    """Over the engine's whole distribution, each outcome as often as its probability, both are the KL divergence itself."""
+    """Over the engine's whole distribution, each outcome as often as its probability, both are the KL divergence
+    itself.
+    """
     engine, learner = torch.tensor([0.5, 0.25, 0.25]), torch.tensor([0.25, 0.25, 0.5])
     drawn = torch.tensor([0, 0, 1, 2])
     sums = sums_of((learner.log() - engine.log())[drawn].tolist())

@@ -343,7 +343,10 @@ class ByPosition:
 
 
 def test_prepare_puts_the_teacher_beside_the_student():
-    """Behind prompt and peer (4 and 5 tokens further), log-probs are .4 and .5 lower; without a peer nothing changes."""
+    """Behind prompt and peer (4 and 5 tokens further), log-probs are .4 and .5 lower.
+
+    Without a peer nothing changes.
+    """
     run = config("rlrt")
     run.objective.rlrt.mix, run.objective.rlrt.clip = 1.0, 0.9
     prepared = prepare(batch(ROWS, auxiliary=1), ByPosition(), run, 0)

@@ -63,7 +63,9 @@ def test_ranks_of_a_stage_own_the_same_to_within_one_bucket(data):
 
 
 def test_large_tensors_that_come_first_leave_experts_no_rank_too_full():
-    """Found by the property above: 2,112 bytes on one rank of eight, whose mean is 953.5 and whose largest bucket is 1,152."""
+    """Found by the property above: 2,112 bytes on one rank of eight, whose mean is 953.5 and whose largest bucket is
+    1,152.
+    """
     sparse = Moe((False,) * 7 + (True,), 8, 8, 2, 0, False, False, True, 1.0, 1, 1)
     model = small_model("Qwen3MoeForCausalLM", heads=24, kv_heads=1, head_dim=4, vocab=4, layers=8, moe=sparse)
     grid = Grid(tp=8, pp=4, ep=2, etp=4)

@@ -176,7 +176,9 @@ def segment(held, needed, name, entry):
     ],
 )
 def test_real_models_use_replicas_evenly(model, learner, engines, colocated):
-    """max / mean <= 1.1 among data-parallel replicas (bytes into nodes), and among equal ranks of a node (bytes taken in)."""
+    """max / mean <= 1.1 among data-parallel replicas (bytes into nodes), and among equal ranks of a node (bytes taken
+    in).
+    """
     plan = make_plan(
         big(model), learner, engines, Placement.consecutive(learner.world_size, engines.world_size, colocated)
     )

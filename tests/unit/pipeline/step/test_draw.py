@@ -59,7 +59,9 @@ def test_one_round_takes_what_comes(parts):
 
 
 def test_dynamic_sampling_draws_until_enough_groups_differ(parts):
-    """Of two samples a group seldom differs: several rounds, each with new prompts, auxiliary samples in the first only."""
+    """Of two samples a group seldom differs: several rounds, each with new prompts, auxiliary samples in the first
+    only.
+    """
     once, *_ = draw(parts, "rollout.samples_per_prompt=2")
     drawn, trained, _ = draw(parts, "rollout.samples_per_prompt=2", "rollout.sampling_rounds=20")
     assert sum(map(differs, once.main)) < 4

@@ -51,8 +51,8 @@ def test_an_alert_event_has_the_fields_that_readers_know():
         "state": "begin",
         "step": 1,
         "time": a.START + 20,
-        "reason": "entropy explodes. Remedy: stop and resume from the last checkpoint with a lower learner.optimizer.lr or a "
-        "smaller entropy.command_max",
+        "reason": "entropy explodes. Remedy: stop and resume from the last checkpoint with a lower "
+        "learner.optimizer.lr or a smaller entropy.command_max",
     }
 
 
@@ -106,7 +106,9 @@ def test_an_alert_of_time_is_ended_by_a_resume():
 
 
 def test_a_resume_that_supersedes_the_end_of_an_alert_of_time_ends_it_again():
-    """The disk fills at step 3; time ends that at step 4; the run resumes from a checkpoint at 4, so the log loses the end."""
+    """The disk fills at step 3; time ends that at step 4; the run resumes from a checkpoint at 4, so the log loses the
+    end.
+    """
     made = engine([rule for rule in RULES if rule.name == "disk_filling"])
     full_disk = [(a.START + 61 * i, free * a.GIB) for i, free in enumerate([999, 99, 99, *7 * [9]])]
     assert a.run(made, steps(0, 3)) == []
@@ -156,7 +158,9 @@ def state(made):
 
 @st.composite
 def histories(draw, ticks=False):
-    """A run that checkpoints every few steps, crashes and resumes, with steps of many kinds; with ``ticks`` also (time, bytes free)."""
+    """A run that checkpoints every few steps, crashes and resumes, with steps of many kinds; with ``ticks`` also (time,
+    bytes free).
+    """
     kinds = {
         "calm": {},
         "far": {"entropy": 0.7},
@@ -205,7 +209,9 @@ def where(events):
 @settings(max_examples=40, deadline=None)
 @given(histories(), st.data())
 def test_a_restart_at_any_event_changes_nothing(tmp_path_factory, events, data):
-    """Live, the alerts go into the log; an engine that reads that log says from there on what the old one would have said."""
+    """Live, the alerts go into the log; an engine that reads that log says from there on what the old one would have
+    said.
+    """
     cut = data.draw(st.integers(0, len(events)))
     live, path = full(), tmp_path_factory.mktemp("log") / "events.jsonl"
     with EventLog(path) as log:
@@ -271,7 +277,7 @@ def logged(path, events):
 
 
 def test_rules_that_changed_since_take_over_what_the_log_says(tmp_path):
-    """What a new rule finds is told; what a rule that is gone began is ended; what only time began goes on until then."""
+    """What a new rule finds is told; what a rule that is gone began is ended; what only time began goes on."""
 
     def begun(rule, state="begin"):
         return {"kind": "alert", "time": a.START, "step": 3, "rule": rule, "severity": "info"} | {

@@ -412,7 +412,9 @@ def test_after_an_abort_the_next_update_mends(engine, until):
 
 
 def held_batch(engine, monkeypatch):
-    """A batch that stands in its first step until ``proceed`` is set; its result is filled by the ``generation`` thread."""
+    """A batch that stands in its first step until ``proceed`` is set; its result is filled by the ``generation``
+    thread.
+    """
     inside, proceed = threading.Event(), threading.Event()
     original = Decoder.step
 
