@@ -200,15 +200,14 @@ def _part_steps(optimizer: MegatronOptimizer) -> None:
             state["step"] = state["step"].clone()
 
 
-def _layout(topology: Topology) -> dict[str, int]:
+def _layout(topology: Topology) -> dict[str, int | None]:
     """The sizes that decide which rank holds what."""
     grid = topology.grid
-    sizes = {"tp": grid.tp, "pp": grid.pp, "dp": topology.dp_size}
-    others = {"cp": grid.cp, "vpp": grid.vpp, "ep": grid.ep, "etp": grid.expert_tp}
-    ends = {"first_stage_layers": grid.first_stage_layers, "last_stage_layers": grid.last_stage_layers}
-    unsaid = {"cp": 1, "vpp": 1, "ep": 1, "etp": grid.tp}  # so that an older checkpoint's layout is read
-    sizes |= {name: size for name, size in others.items() if size != unsaid[name]}
-    return sizes | {name: size for name, size in ends.items() if size is not None}
+    return {
+        **{"tp": grid.tp, "pp": grid.pp, "dp": topology.dp_size, "cp": grid.cp, "vpp": grid.vpp},
+        **{"ep": grid.ep, "etp": grid.expert_tp},
+        **{"first_stage_layers": grid.first_stage_layers, "last_stage_layers": grid.last_stage_layers},
+    }
 
 
 def _rng() -> dict[str, Any]:

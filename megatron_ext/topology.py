@@ -62,9 +62,10 @@ def initialize(rank: int, address: tuple[str, int], grid: Grid, seed: int) -> To
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", rank % torch.cuda.device_count()) if cuda else torch.device("cpu")
     if cuda:
-        torch.cuda.set_device(device)
-        # Megatron orders communication and computation by issue order, which one hardware queue guarantees.
+        # Megatron orders communication and computation by issue order, which one hardware queue guarantees. CUDA reads
+        # this when it starts.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        torch.cuda.set_device(device)
     if address[0] in ("127.0.0.1", "localhost"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # a container's host name often does not resolve
     backend = "nccl" if cuda else "gloo"
