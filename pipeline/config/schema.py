@@ -343,6 +343,11 @@ class DataConfig:
         range=NOT_NEGATIVE,
         unit="processes",
     )
+    on_verifier_error: str = key(
+        "stop",
+        "what happens when no response of a step could be judged (the verifier raises, hangs, or gives no reward in [0, 1])",
+        choices={"stop": "end the run, exit code 2", "mark": "go on: such samples get reward 0 and are counted"},
+    )
 
 
 @dataclass

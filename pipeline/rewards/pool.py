@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, wait
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
@@ -15,6 +17,7 @@ from pipeline.rewards.verifier import library_of, make_verifier
 from pipeline.types import Prompt
 
 Outcome = float | str  # a reward, or why there is none
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _LONGEST_ERROR = 200  # characters
 
 
@@ -80,12 +83,18 @@ class VerifierPool:
 
 
 def describe(error: BaseException) -> str:
-    """One short line for an exception, also for one of a user's own class that cannot be printed."""
+    """One short line for an exception, also for one of a user's own class that cannot be printed; with its place."""
     try:
         message = str(error)
     except Exception as own:  # noqa: BLE001  a verifier's exception may do anything when it is asked for its text
         message = f"its text cannot be read ({type(own).__name__})"
-    return f"{type(error).__name__}: {message}".split("\n")[0][:_LONGEST_ERROR]
+    return f"{type(error).__name__}: {message}".split("\n")[0][:_LONGEST_ERROR] + _place(error)
+
+
+def _place(error: BaseException) -> str:
+    """The file and line that raised an exception in a worker, as pebble brings its traceback along; "" without one."""
+    frames = _FRAME.findall(str(getattr(error, "traceback", "")))
+    return f" ({Path(frames[-1][0]).name}, line {frames[-1][1]})" if frames else ""
 
 
 def _load(verifier: str) -> None:

@@ -9,9 +9,14 @@ from typing import Protocol
 import numpy as np
 
 from pipeline.config.schema import DataConfig
+from pipeline.data import DataError
 from pipeline.rewards.judge import Judge
 from pipeline.rewards.pool import Outcome
 from pipeline.types import Sample, SampleGroup
+
+
+class VerifierFailedError(DataError):
+    """A verifier could judge nothing of a step."""
 
 
 class Decoder(Protocol):
@@ -47,6 +52,23 @@ class VerifierStage:
     def close(self) -> None:
         """End the worker processes. Idempotent."""
         self._judge.close()
+
+
+def stop_if_none_was_judged(groups: Sequence[SampleGroup], config: DataConfig) -> None:
+    """Raise ``VerifierFailedError`` with the first error when not one finished sample has a verdict.
+
+    The fault is then the verifier's or the data's, and the run would learn from rewards that are all 0. Not with
+    ``data.on_verifier_error=mark``.
+    """
+    finished = [(g.prompt, s) for g in groups for s in g.samples if s.finish_reason != "abort"]
+    if config.on_verifier_error == "mark" or not finished or not all(sample.verifier_error for _, sample in finished):
+        return
+    prompt, sample = finished[0]
+    raise VerifierFailedError(
+        f"verifier {prompt.verifier!r} could judge none of the {len(finished)} responses of this "
+        f"step; the first, to prompt {prompt.id!r}: {sample.verifier_error}. Mend the verifier or the answers "
+        "(`isentrope data grade` tries both), or set data.on_verifier_error=mark to go on with reward 0"
+    )
 
 
 def verdict(outcome: Outcome) -> tuple[float, str]:

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import importlib.util
+import inspect
+import sys
+from collections.abc import Callable
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import Protocol, cast
 
 from pipeline.data import DataError
@@ -37,7 +40,7 @@ class Verifier(Protocol):
 
 
 def check_verifier(name: str) -> None:
-    """Raise ``UnknownVerifierError`` unless ``name`` is a file, or ``module:attribute`` with a findable module."""
+    """Raise ``UnknownVerifierError`` unless ``name`` is a file, or a function ``module:attribute`` of (prompt, text)."""
     if name in names(_PACKAGE):
         return
     module, colon, attribute = name.partition(":")
@@ -47,15 +50,41 @@ def check_verifier(name: str) -> None:
             f"unknown verifier {name!r}: nearest is {nearest!r}; known: {', '.join(names(_PACKAGE))}, "
             "or 'module:function' for your own"
         )
+    _own_function(name, module, attribute)
+
+
+def _own_function(name: str, module: str, attribute: str) -> Callable[[Prompt, str], float]:
+    """A user's function, its module imported. Raises ``UnknownVerifierError`` with what is wrong with it."""
+    folder = str(Path.cwd())
+    if folder not in sys.path:  # the command, unlike `python -m`, does not look for modules where it is called
+        sys.path.append(folder)
     try:
-        found = importlib.util.find_spec(module) is not None
-    except (ImportError, ValueError):
-        found = False
-    if not found or not attribute.isidentifier():
-        raise UnknownVerifierError(
-            f"verifier {name!r}: module {module!r} is not importable or {attribute!r} is no name in it; "
-            "it must read 'module:function' with the module on PYTHONPATH"
+        function = getattr(importlib.import_module(module), attribute, None)
+    except ModuleNotFoundError as error:
+        missing = f"module {error.name!r} is not found" + (
+            "" if error.name == module else f", which {module!r} imports"
         )
+        raise UnknownVerifierError(
+            f"verifier {name!r}: {missing}; it must read 'module:function' with the module in the working directory "
+            f"({folder}) or on PYTHONPATH"
+        ) from error
+    except Exception as error:  # a user's module may raise anything
+        raise UnknownVerifierError(
+            f"verifier {name!r}: module {module!r} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+    if function is None:
+        raise UnknownVerifierError(f"verifier {name!r}: module {module!r} has no function {attribute!r}")
+    if not callable(function):
+        raise UnknownVerifierError(f"verifier {name!r}: {attribute!r} is no function but {type(function).__name__}")
+    try:
+        inspect.signature(function).bind(None, "")
+    except TypeError as error:
+        raise UnknownVerifierError(
+            f"verifier {name!r}: it takes {inspect.signature(function)}, and is called with (prompt, text): {error}"
+        ) from error
+    except ValueError:  # a function of C that does not tell its arguments
+        pass
+    return cast("Callable[[Prompt, str], float]", function)
 
 
 @lru_cache(maxsize=64)
@@ -65,10 +94,7 @@ def make_verifier(name: str) -> Verifier:
     if name in names(_PACKAGE):
         return cast("Verifier", load(_PACKAGE, name).Verifier())
     module, _, attribute = name.partition(":")
-    function = getattr(importlib.import_module(module), attribute, None)
-    if not callable(function):
-        raise UnknownVerifierError(f"verifier {name!r}: module {module!r} has no function {attribute!r}")
-    return _function.Verifier(function)
+    return _function.Verifier(_own_function(name, module, attribute))
 
 
 @cache

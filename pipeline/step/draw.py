@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pipeline.clock import StepClock
 from pipeline.config.schema import RunConfig
 from pipeline.data.cursor import DataCursor
-from pipeline.rewards.stage import VerifierStage
+from pipeline.rewards.stage import VerifierStage, stop_if_none_was_judged
 from pipeline.rollout.rollouts import Rollouts
 from pipeline.step.requests import only_fresh, step_requests
 from pipeline.types import ControlDecision, GenerateRequest, Role, SampleGroup, StepSamples
@@ -51,6 +51,7 @@ class Sampler:
                 again += [group for group in groups if group.role is Role.REPEATED]
             with clock("verify"):
                 groups = self.verifier.verify([group for group in groups if group.role is not Role.REPEATED])
+            stop_if_none_was_judged(groups, self.config.data)
             main += [group for group in groups if group.role is Role.MAIN]
             auxiliary += [group for group in groups if group.role is Role.AUXILIARY]
             if sum(map(_differs, main)) >= wanted:

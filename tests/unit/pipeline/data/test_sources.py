@@ -128,7 +128,7 @@ MALFORMED = [
     (question(1, messages=[]), "exactly one of 'prompt' and 'messages'"),
     (question(1, prompt=3), "'prompt' must be a non-empty string, not 3"),
     (question(1, verifier="exct"), "unknown verifier 'exct': nearest is 'exact'"),
-    (question(1, verifier="no_such_module:f"), "'no_such_module' is not importable"),
+    (question(1, verifier="no_such_module:f"), "module 'no_such_module' is not found"),
     (question(1, meta=[]), "'meta' must be an object"),
     ({"id": "m", "messages": [], "answer": 1, "verifier": "exact"}, "'messages' must be a non-empty list"),
     ({"id": "m", "messages": [{"role": "robot"}], "answer": 1, "verifier": "exact"}, "each message needs a 'role'"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipeline.config.schema import DataConfig
-from pipeline.rewards.stage import VerifierStage
+from pipeline.rewards.stage import VerifierFailedError, VerifierStage, stop_if_none_was_judged
 from pipeline.rewards.verifier import UnknownVerifierError
 from pipeline.types import Prompt, Role, Sample, SampleGroup, WeightSpan
 
@@ -105,7 +105,9 @@ def test_math_and_reasoning_gym_run_apart(stage):
     )
     assert [s.correct for s in groups[0].samples] == [True, True, False, True]
     assert [s.correct for s in groups[1].samples] == [True, False]
-    assert verdicts(groups[2]) == [("2", 0.0, False, "KeyError: 'dataset'")]
+    ((_, reward, correct, error),) = verdicts(groups[2])
+    assert (reward, correct) == (0.0, False)
+    assert error.startswith("KeyError: 'dataset' (reasoning_gym.py, line ")
 
 
 def test_hanging_raising_and_crashing_calls_cost_only_their_own_sample(stage, own):
@@ -115,7 +117,7 @@ def test_hanging_raising_and_crashing_calls_cost_only_their_own_sample(stage, ow
     assert {text: s.verifier_error for text, s in by_text.items()} == {
         "0": "",
         "6": "no verdict within 0.7 s",
-        "1": "KeyError: 'one\\nand more'",
+        "1": "KeyError: 'one\\nand more' (own_judge.py, line 6)",
         "2": "verifier process died (exit code 3)",
         "3": "verifier process died (exit code -11)",
         "4": "reward 7.0 is outside [0, 1]",
@@ -129,7 +131,9 @@ def test_hanging_raising_and_crashing_calls_cost_only_their_own_sample(stage, ow
 
 def test_an_exception_that_cannot_be_printed_costs_its_own_sample(stage, own):
     (judged,) = stage.verify([group("own_judge:mute", "", ["1"])])
-    assert verdicts(judged) == [("1", 0.0, False, "Mute: its text cannot be read (RuntimeError)")]
+    assert verdicts(judged) == [
+        ("1", 0.0, False, "Mute: its text cannot be read (RuntimeError) (own_judge.py, line 20)")
+    ]
 
 
 def test_a_broken_pool_is_replaced(stage, own):
@@ -148,3 +152,14 @@ def test_unknown_names_stop_the_run(stage, own):
     with pytest.raises(UnknownVerifierError, match="has no function 'missing'"):
         stage.verify([group("own_judge:missing", "", ["1"])])
     assert stage.verify([]) == []
+
+
+def test_a_step_without_a_verdict_ends_the_run_with_the_first_error_and_its_line(stage, own):
+    none = stage.verify([group("own_judge:judge", "", ["1", "4"]), group("own_judge:judge", "", ["5"], "abort")])
+    with pytest.raises(
+        VerifierFailedError, match=r"'own_judge:judge' could judge none of the 2 .* \(own_judge.py, line 6\)"
+    ):
+        stop_if_none_was_judged(none, DataConfig())
+    stop_if_none_was_judged(none, DataConfig(on_verifier_error="mark"))
+    stop_if_none_was_judged(stage.verify([group("own_judge:judge", "", ["1", "7"])]), DataConfig())
+    stop_if_none_was_judged([], DataConfig())

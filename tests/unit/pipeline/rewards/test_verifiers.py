@@ -1,4 +1,5 @@
 import itertools
+import sys
 
 import numpy as np
 import pytest
@@ -106,6 +107,29 @@ def test_users_own_function(tmp_path, monkeypatch):
     for name in ("own_verifier:whole", "own_verifier:number", "no_such_module:f", "own_verifier:"):
         with pytest.raises(UnknownVerifierError, match=name):
             make_verifier(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("no_such_module:f", "module 'no_such_module' is not found"),
+        ("own_verifier:whole", "module 'own_verifier' has no function 'whole'"),
+        ("own_verifier:number", "'number' is no function but int"),
+        ("own_verifier:one", r"it takes \(text\), and is called with \(prompt, text\)"),
+        ("needs_more:f", "module 'no_such_library' is not found, which 'needs_more' imports"),
+        ("own_broken:f", "cannot be imported: ZeroDivisionError"),
+    ],
+)
+def test_users_own_function_is_refused_by_what_is_wrong(name, said, tmp_path, monkeypatch):
+    """Modules are found in the working directory."""
+    (tmp_path / "own_verifier.py").write_text("def one(text):\n    return 0.5\nnumber = 3\n")
+    (tmp_path / "needs_more.py").write_text("import no_such_library\n")
+    (tmp_path / "own_broken.py").write_text("1 / 0\n")
+    monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
+    sys.modules.pop("own_verifier", None)
+    with pytest.raises(UnknownVerifierError, match=said):
+        check_verifier(name)
 
 
 def test_answers():
