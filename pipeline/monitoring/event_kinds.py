@@ -46,6 +46,7 @@ class StepRecord:
     grad_norm: float
     learning_rate: float
     weight_version: int  # version that drew this step's samples
+    unjudged: float = 0.0  # share of all samples, auxiliary ones included, that no verifier could judge
     gain: float = math.nan  # of ln H per unit of the controller's u and step, as the law learnt it; NaN: none
     metrics: Mapping[str, float] = field(default_factory=dict)  # what the learner reported beyond
     # sample, verify, batch, train (of it inside: learner), sync, other, total

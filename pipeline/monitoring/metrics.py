@@ -21,6 +21,7 @@ STEP_FIELDS = {
     "reward": "reward/mean",
     "all_equal_groups": "reward/all_equal_groups",
     "verifier_errors": "reward/verifier_errors",
+    "unjudged": "reward/unjudged",
     "response_length": "response/length",
     "truncated": "response/truncated",
     "stale_samples": "response/stale",

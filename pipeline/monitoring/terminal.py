@@ -160,6 +160,7 @@ def figures(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         *((f"pass@{k}", f"{value:.3f}") for k, value in (found["pass_at_k"] or {}).items()),
         ("length", _number(found["response_length_recent"])),
         ("ACR", _percent(found["all_equal_groups_recent"])),
+        ("not judged", str(found["verifier_errors"] or "")),
         ("mismatch KL", _number(found["mismatch_kl"])),
         *split,
         ("sync bytes", size(sync["bytes"]) if sync.get("bytes") is not None else ""),

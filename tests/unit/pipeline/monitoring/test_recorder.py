@@ -149,6 +149,7 @@ def test_rollout_figures_by_hand():
         "response_length": 5.0,
         "truncated": 0.25,
         "verifier_errors": 2,
+        "unjudged": 0.4,
         "tokens": {"main": 20, "auxiliary": 5},
     }
 

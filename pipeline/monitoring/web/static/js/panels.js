@@ -53,8 +53,8 @@ export const CHARTS = [
     title: "Lost signal",
     unit: "share of groups, of rows",
     format: percent,
-    names: ["reward/all_equal_groups", "response/truncated"],
-    labels: ["all-equal groups", "truncated"],
+    names: ["reward/all_equal_groups", "response/truncated", "reward/unjudged"],
+    labels: ["all-equal groups", "truncated", "not judged"],
   }),
   lines({
     key: "change",

@@ -101,6 +101,11 @@ def test_no_signal():
     assert said(events) == [(19, "no_signal", "begin"), (31, "no_signal", "end")]
 
 
+def test_unjudged():
+    events = [*steps(10, unjudged=0.05), *steps(3, 10, unjudged=0.06), *steps(20, 13, unjudged=0.0)]
+    assert said(events) == [(10, "unjudged", "begin"), (22, "unjudged", "end")]
+
+
 def test_reward_drop_is_against_the_best_so_far():
     events = [*steps(40), *steps(60, 40, reward=0.3), *steps(60, 100, reward=0.5)]
     # mean of 20 falls by .01 a step; below .375 with the 13th, three in a row; above .425 with the 13th, five in a row
