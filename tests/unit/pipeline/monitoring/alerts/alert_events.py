@@ -22,6 +22,7 @@ def step(at, time=None, **changes):
         "reward": 0.5,
         "positives": 8,
         "all_equal_groups": 0.3,
+        "unjudged": 0.0,
         "loss": -0.1,
         "grad_norm": 1.0,
         "metrics": {"mismatch_kl": 5e-4},
