@@ -63,9 +63,9 @@ def check(
 def grade(file: Path = typer.Argument(metavar="FILE", help="JSONL file."), as_json: bool = JSON) -> None:
     """Say what verifiers say of responses: reward, the answer that was found in the response, errors.
 
-    Every line of FILE holds "verifier", "answer" (the reference) and "response"; "meta" where the verifier needs it. With
-    --json, one JSON object a line. Lines that are malformed and references that no response could match are reported
-    by file and line, with exit code 2.
+    Every line of FILE holds "verifier", "answer" (the reference) and "response"; "meta" where the verifier needs it.
+    With --json, one JSON object a line. Lines that are malformed and references that no response could match are
+    reported by file and line, with exit code 2.
 
     Example:
 

@@ -116,11 +116,13 @@ def _show(result: dict[str, Any]) -> None:
     verdict = "FIT" if result["fits"] else "DOES NOT FIT"
     micro, step, machine = result["micro_batch"], result["step"], result["assumptions"]
     lines = [
-        f"{verdict}: {result['peak_bytes'] / GIB:.1f} of {result['gpu_bytes'] / GIB:g} GiB on each of {result['gpus']} GPUs "
-        f"({_words(result['layout'])}, {result['layers']})",
-        f"update: {micro['per_update']} micro-batches per replica, at most {micro['tokens']:.0f} tokens each, rows up to {micro['longest_row']}",
+        f"{verdict}: {result['peak_bytes'] / GIB:.1f} of {result['gpu_bytes'] / GIB:g} GiB on each of {result['gpus']} "
+        f"GPUs ({_words(result['layout'])}, {result['layers']})",
+        f"update: {micro['per_update']} micro-batches per replica, at most {micro['tokens']:.0f} tokens each, "
+        f"rows up to {micro['longest_row']}",
         _train_phase(step),
-        f"assumed: responses of {machine['mean_response']:,} tokens on average, {machine['tflops']:g} TFLOP/s x {machine['utilization']:g}, FP8 x {machine['fp8_speedup']:g}, "
+        f"assumed: responses of {machine['mean_response']:,} tokens on average, "
+        f"{machine['tflops']:g} TFLOP/s x {machine['utilization']:g}, FP8 x {machine['fp8_speedup']:g}, "
         f"{machine['context_bytes'] / GIB:g} GiB context; predicted, not measured",
     ]
     if not result["fits"]:
@@ -135,9 +137,15 @@ def _show(result: dict[str, Any]) -> None:
 
 
 def _train_phase(step: Mapping[str, Any]) -> str:
-    """The predicted speed, of three digits; nothing of a model so small that its kernels take longer to launch than to run."""
+    """The predicted speed, of three digits.
+
+    Nothing of a model so small that its kernels take longer to launch than to run.
+    """
     if step["seconds"] < 1:
-        return f"train phase: under 1 s of arithmetic for {step['rows']} rows; launching kernels takes longer and is not predicted"
+        return (
+            f"train phase: under 1 s of arithmetic for {step['rows']} rows; launching kernels takes longer and is not "
+            "predicted"
+        )
     rate = float(f"{step['tokens_per_second']:.3g}")
     return (
         f"train phase: {step['seconds']:.1f} s for {step['rows']} rows, {rate:,.0f} tokens/s, MFU {step['mfu']:.2f}, "

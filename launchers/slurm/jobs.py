@@ -200,7 +200,10 @@ def _newest_stall(job: Job, run: Shell) -> dict[str, Any]:
 
 
 def _events(job: Job, run: Shell, kind: str, end: str) -> Iterator[dict[str, Any]]:
-    """The first (``end`` is "head") or the newest ("tail") events of a kind, at most ``SPARE_LINES``; damaged lines are skipped."""
+    """The first (``end`` is "head") or the newest ("tail") events of a kind, at most ``SPARE_LINES``.
+
+    Damaged lines are skipped.
+    """
     command = f'grep -a \'"kind":"{kind}"\' {_quoted(job, "events.jsonl")} | {end} -n {SPARE_LINES}'
     for line in _output(run, command).split("\n"):
         try:
@@ -211,7 +214,10 @@ def _events(job: Job, run: Shell, kind: str, end: str) -> Iterator[dict[str, Any
 
 
 def _seconds_to_first_step(job: Job, run: Shell, attempts: list[Attempt]) -> dict[str, float]:
-    """Where the time from the launch to the end of the first step went; empty before that, and where the job resumed a run."""
+    """Where the time from the launch to the end of the first step went.
+
+    Empty before that step, and where the job resumed a run.
+    """
     marks = [next(_events(job, run, kind, "head"), None) for kind in ("run_start", "step")]
     mine = [attempt.started for attempt in attempts if attempt.job_id == job.job_id]
     if not (mine and mine[0] == attempts[0].started and all(marks)):

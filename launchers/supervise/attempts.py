@@ -43,7 +43,10 @@ class Attempt:
 
 @dataclass(frozen=True)
 class _Ending:
-    """What the line at the end of an attempt says; the line at its start holds the fields of ``Attempt`` before ``end``."""
+    """What the line at the end of an attempt says.
+
+    The line at its start holds the fields of ``Attempt`` before ``end``.
+    """
 
     number: int
     end: str
@@ -116,7 +119,10 @@ class AttemptLog:
 
 
 def read_attempts(lines: Iterable[bytes], path: Path) -> list[Attempt]:
-    """The attempts that the lines of ``path`` tell of, oldest first. A damaged line is skipped, and said in the process's log."""
+    """The attempts that the lines of ``path`` tell of, oldest first.
+
+    A damaged line is skipped, and said in the process's log.
+    """
     found: dict[int, Attempt] = {}
     for number, line in enumerate(lines, start=1):
         try:

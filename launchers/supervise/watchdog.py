@@ -232,7 +232,10 @@ class Supervision:
 
 
 def read_heartbeat(run_dir: Path) -> dict[str, Any]:
-    """The newest heartbeat; empty when there is none. A damaged one counts as none, and is said in the process's log."""
+    """The newest heartbeat; empty when there is none.
+
+    A damaged one counts as none, and is said in the process's log.
+    """
     path = run_dir / HEARTBEAT
     try:
         return parse_heartbeat(path.read_bytes(), str(path))
@@ -241,7 +244,10 @@ def read_heartbeat(run_dir: Path) -> dict[str, Any]:
 
 
 def parse_heartbeat(content: bytes, path: str) -> dict[str, Any]:
-    """What the file ``path`` says, the fields of ``write_heartbeat`` with their types; empty where it is damaged, with a warning."""
+    """What the file ``path`` says: the fields of ``write_heartbeat`` with their types.
+
+    Empty where it is damaged, with a warning.
+    """
     try:
         return decoded(_BEAT, content)
     except DamagedLineError as error:

@@ -17,7 +17,10 @@ _BAND_ROWS = 128
 
 
 def largest(matrix: torch.Tensor, block: Block | None) -> torch.Tensor:
-    """Largest magnitude of each block, float32 of shape ``scale_shape``; NaN where an entry is, 0 where there is none."""
+    """Largest magnitude of each block, float32 of shape ``scale_shape``.
+
+    NaN where an entry is, 0 where there is none.
+    """
     if matrix.numel() == 0:
         return torch.zeros(scale_shape(matrix.shape, block), device=matrix.device)
     if block is None:

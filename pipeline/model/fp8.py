@@ -1,9 +1,10 @@
 """FP8 weights as Hugging Face folders hold them: codes, scales and names, and how to write and read them.
 
-As in DeepSeek-V3's checkpoints and SGLang's loader: a matrix is ``float8_e4m3fn`` codes and float32 scales, ``code * scale`` being its
-value. One scale for each 128x128 block (``*.weight_scale_inv``, arXiv 2412.19437, section 3.3.2; "inv" because it is what undoes the
-scaling), or one for the whole tensor (``*.weight_scale``). Blocks are counted from the first row and column; the last may be smaller.
-``fp8_layout`` says which tensors these are, and their scales' names and shapes.
+As in DeepSeek-V3's checkpoints and SGLang's loader: a matrix is ``float8_e4m3fn`` codes and float32 scales, ``code *
+scale`` being its value. One scale for each 128x128 block (``*.weight_scale_inv``, arXiv 2412.19437, section 3.3.2;
+"inv" because it is what undoes the scaling), or one for the whole tensor (``*.weight_scale``). Blocks are counted from
+the first row and column; the last may be smaller. ``fp8_layout`` says which tensors these are, and their scales' names
+and shapes.
 
 Training rounds by Transformer Engine's rules instead (``megatron_ext.fp8.quantise``). Pure torch: CPU and CUDA give the
 same bits.
@@ -134,7 +135,9 @@ def quantise_tensors(
     block: Block | None = BLOCK,
     amax: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Tensors by Hugging Face name, those in ``names`` (``fp8_layout.quantised_names``) replaced by codes, each followed by its scale.
+    """Tensors by Hugging Face name; those in ``names`` are replaced by codes, each followed by its scale.
+
+    ``names`` come from ``fp8_layout.quantised_names``.
 
     ``amax`` by name, where ``tensors`` are shards and ``block`` is ``None``. Errors are those of :func:`quantise`.
     """

@@ -1,7 +1,9 @@
-"""Which weights travel in FP8, what their scales are called and how many there are: from the layout alone, no tensors, no torch.
+"""Says which weights travel in FP8, and the names and number of their scales, from the layout alone.
 
-A shard whose edges lie on block edges may be quantised before it is sent, at a half of the bytes; any other is quantised after it
-was gathered. :func:`aligned` says which. ``fp8`` has the format and computes codes and scales.
+No tensors, no torch.
+
+A shard whose edges lie on block edges may be quantised before it is sent, at a half of the bytes; any other is
+quantised after it was gathered. :func:`aligned` says which. ``fp8`` has the format and computes codes and scales.
 """
 
 from __future__ import annotations
@@ -22,14 +24,18 @@ def scale_name(name: str, block: Block | None = BLOCK) -> str:
 
 
 def scale_shape(shape: tuple[int, ...], block: Block | None = BLOCK) -> tuple[int, ...]:
-    """Shape of the scales of a matrix of ``shape``: ``[ceil(rows / height), ceil(columns / width)]``, or ``[]`` for one."""
+    """Shape of the scales of a matrix of ``shape``.
+
+    ``[ceil(rows / height), ceil(columns / width)]``, or ``[]`` for one.
+    """
     return () if block is None else (-(-shape[0] // block[0]), -(-shape[1] // block[1]))
 
 
 def quantised(row: Row) -> bool:
     """Whether a row's tensors go out in FP8: the matrices of attention, feed-forward and experts.
 
-    Embeddings, output layer, norms, biases and the router keep their type, as in DeepSeek-V3's and Qwen3's FP8 checkpoints.
+    Embeddings, output layer, norms, biases and the router keep their type, as in DeepSeek-V3's and Qwen3's FP8
+    checkpoints.
     """
     return row.layer is not None and len(row.sources[0].shape) == 2 and not row.parameter.endswith("router.weight")
 
@@ -42,8 +48,8 @@ def quantised_names(rows: Iterable[Row]) -> frozenset[str]:
 def aligned(row: Row, tp: int, block: Block | None = BLOCK) -> bool:
     """Whether every one of ``tp`` ranks (for an expert, of ``etp``) may quantise its own shard before it is sent.
 
-    True: codes and scales of the shards, put together, are bitwise those of the whole tensors (with one scale per tensor, given
-    an ``amax`` reduced over the shards). False: gather first.
+    True: codes and scales of the shards, put together, are bitwise those of the whole tensors (with one scale per
+    tensor, given an ``amax`` reduced over the shards). False: gather first.
     """
     if block is None or row.split is None:
         return True

@@ -53,8 +53,8 @@ Rounds: TypeAlias = tuple[tuple[Bucket, ...], ...]
 def plan(rows: Sequence[Row], grid: Grid, itemsize: int, bucket_mib: float, fp8: bool = False) -> Rounds:
     """Buckets of an export by round: each at most ``bucket_mib`` MiB, or a single tensor.
 
-    ``rows``: of the whole model. ``itemsize``: bytes of the model's type. ``fp8``: the matrices of :func:`fp8_layout.quantised` leave as codes
-    and scales in 128x128 blocks.
+    ``rows``: of the whole model. ``itemsize``: bytes of the model's type. ``fp8``: the matrices of
+    :func:`fp8_layout.quantised` leave as codes and scales in 128x128 blocks.
     """
     limit = bucket_mib * 2**20
     drafts = list(_cut(rows, grid, itemsize, limit, fp8))

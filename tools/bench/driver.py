@@ -2,17 +2,18 @@
 
     python -m tools.bench.driver --rows 2048 --mean 5000 --longest 31700 --json driver.json
 
-Simulated engines, processes of their own as in a run, write replies as SGLang does (lengths log-normal, cut off at the longest) and
-parse them; the driver receives the samples, has them decoded and judged, and makes the batch. CPU seconds by phase, of the driver with
-all its threads:
+Simulated engines, processes of their own as in a run, write replies as SGLang does (lengths log-normal, cut off at the
+longest) and parse them; the driver receives the samples, has them decoded and judged, and makes the batch. CPU seconds
+by phase, of the driver with all its threads:
 
     decode   samples from the engines, and their text
     verify   judging: the texts to worker processes and the verdicts back (the verifier itself is trivial)
     build    the flat batch
-    pack     rows dealt to data-parallel ranks and packed into micro-batches (in a run rank 0 deals), each rank's rows taken
+    pack     rows dealt to data-parallel ranks (in a run rank 0 deals), taken by each rank, packed into micro-batches
     ship     each share pickled and copied, as into Ray's shared memory
 
-``engines`` are the CPU seconds in which the engines' processes turned JSON into arrays, ``rss_gib`` is the driver's peak.
+``engines`` are the CPU seconds in which the engines' processes turned JSON into arrays, ``rss_gib`` is the driver's
+peak.
 """
 
 from __future__ import annotations

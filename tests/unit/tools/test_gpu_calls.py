@@ -1,4 +1,7 @@
-"""What only a GPU runs calls the project's functions as they are defined: a CPU holds names and arguments, not results."""
+"""What only a GPU runs calls the project's functions as they are defined.
+
+A CPU holds names and arguments, not results.
+"""
 
 import ast
 import importlib
