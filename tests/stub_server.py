@@ -17,6 +17,35 @@ class Handler(http.server.BaseHTTPRequestHandler):
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 
+# As SGLang documents them: /health (200 when the scheduler answers), /v1/loads (its figures), /generate (one token a request here).
+# {reply_s}: seconds that an answer takes; {healthy_s}: seconds after the start in which /health answers; {moves}: do figures change
+GENERATE = """
+import http.server, json, sys, time
+began = time.monotonic()
+class Handler(http.server.BaseHTTPRequestHandler):
+    def reply(self, value):
+        body = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def do_GET(self):
+        used = time.monotonic() if {moves} else 5
+        figures = {{"timestamp": time.time(), "num_running_reqs": 1, "num_waiting_reqs": 0, "num_used_tokens": used}}
+        if self.path == "/health" and time.monotonic() - began > {healthy_s}:
+            return self.send_error(503)
+        self.reply({{"loads": [figures]}} if self.path == "/v1/loads" else {{}})
+    def do_POST(self):
+        rows = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["input_ids"]
+        if {reply_s} < 0:
+            sys.exit(3)
+        time.sleep({reply_s})
+        meta = {{"finish_reason": {{"type": "stop"}}, "output_token_logprobs": [[-0.5, 7, None]], "weight_version": "0"}}
+        self.reply([{{"output_ids": [7], "meta_info": meta}}] * len(rows))
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
+"""
+
 
 class Stub(SglangServer):
     """Runs ``program`` with the port as its argument."""

@@ -29,6 +29,7 @@ import msgspec
 from launchers.supervise.stacks import children, seen_from_outside
 from pipeline.config.schema import RunConfig
 from pipeline.monitoring.event_kinds import DamagedLineError, decoded
+from pipeline.rollout.sglang.startup import startup_limit_s
 
 if TYPE_CHECKING:
     from pipeline.monitoring.recorder import Recorder
@@ -84,13 +85,13 @@ class Patience:
 
 
 def least_seconds(config: RunConfig) -> float:
-    """The least time that counts as a stall.
-
-    ``monitoring.stall.min_seconds``, and the time an SGLang engine may take to be started again in the middle of a
-    step.
-    """
-    revival = config.rollout.sglang.startup_timeout_s if config.rollout.engine == "sglang" else 0.0
-    return config.monitoring.stall.min_seconds + revival
+    """``monitoring.stall.min_seconds``, and the time that finding a dead SGLang engine and starting it again takes within a step."""
+    least = config.monitoring.stall.min_seconds
+    if config.rollout.engine != "sglang":
+        return least
+    return (
+        least + config.rollout.sglang.liveness_timeout_s + startup_limit_s(config.rollout, Path(config.model.hf_path))
+    )
 
 
 class Watchdog:

@@ -24,6 +24,7 @@ from pipeline.rollout.engine import EngineError, WeightUpdateError
 from pipeline.rollout.native.decoder import token_log_probs
 from pipeline.rollout.native.engine import NativeEngine
 from pipeline.rollout.pool import EnginePool
+from pipeline.rollout.sglang.liveness import Liveness
 from pipeline.types import Role, WeightBucket
 from tests.integration.servers import (
     FAMILIES,
@@ -85,17 +86,42 @@ def test_many_calls_answer_as_one(engines, monkeypatch):
     assert_agrees(groups, decoder_of("llama", 0))
 
 
-def test_what_is_late_is_aborted_on_the_server(engines, monkeypatch):
+def test_when_one_call_fails_the_others_are_aborted_on_the_server(engines, monkeypatch):
     engine = engines["llama"]
     push(engine, "llama", 1, seed=0)
     monkeypatch.setattr(engine, "_kv_tokens", 500)  # a call for every sample, some of them still unsent
-    monkeypatch.setattr(engine._config.sglang, "request_timeout_s", 0.5)
-    with pytest.raises(EngineError, match=r"no answer within 0\.5 s"):
+    call = engine._call
+
+    def fail_late(rows, version):
+        if rows[0][0].prompt.token_ids != (4,):
+            return call(rows, version)
+        time.sleep(0.5)
+        raise EngineError("failed late")
+
+    monkeypatch.setattr(engine, "_call", fail_late)
+    with pytest.raises(EngineError, match="failed late"):
         engine.generate([generate_request([i], 1, temperature=0.05, new=450) for i in range(4, 20)])
     monkeypatch.undo()
     engine.generate([generate_request([5], 1, new=2)])  # queued behind the abort
     assert running_on(engine) == 0
     assert_agrees(engine.generate(REQUESTS), decoder_of("llama", 0))
+
+
+def test_a_server_at_work_answers_every_look_and_its_figures_move(engines):
+    engine = engines["llama"]
+    push(engine, "llama", 1, seed=0)
+    liveness = Liveness(engine._running, 60, lambda: True)
+    long = [generate_request([i], 2, temperature=0.05, new=450) for i in range(4, 20)]
+    running = threading.Thread(target=engine.generate, args=(long,))
+    running.start()
+    figures = []
+    while running.is_alive():
+        assert liveness.look() == ""
+        assert liveness._silent_s == 0
+        figures.append(liveness._figures[0])
+    running.join()
+    assert max(load["num_running_reqs"] for load in figures) > 0
+    assert len({load["num_used_tokens"] for load in figures}) > 1
 
 
 def test_updates_are_served_and_every_tensor_is_read_back_in_turn(engines, family):

@@ -7,6 +7,7 @@ names.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -26,6 +27,7 @@ from pipeline.model.architecture import ModelError
 from pipeline.rollout.engine import EngineError, EngineTimeoutError, WeightUpdateError
 from pipeline.rollout.sglang import fp8 as sglang_fp8
 from pipeline.rollout.sglang import replies
+from pipeline.rollout.sglang.liveness import Liveness
 from pipeline.rollout.sglang.server import SglangServer
 from pipeline.rollout.sglang.verify import UpdateVerifier, server_log_probs
 from pipeline.rollout.transport import Deadline, WeightTransport
@@ -117,11 +119,11 @@ class SglangEngine:
         self._settled.set()
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[SampleGroup]:
-        """One group per request, in order. Raises ``EngineError`` when the server fails, is late or is refusing.
+        """One group per request, in order. Raises ``EngineError`` when the server fails or refuses, or is dead.
 
-        What is sent is many HTTP calls, a bounded number of them at a time, so that
-        ``rollout.sglang.request_timeout_s`` bounds a limited amount of work however long the whole takes. When one
-        fails, the rest is aborted on the server.
+        What is sent is many HTTP calls, a bounded number of them at a time. When one fails, the rest is aborted on the server. No
+        call has a deadline. The server is dead when its process ended, or when it was silent for
+        ``rollout.sglang.liveness_timeout_s`` (``pipeline.rollout.sglang.liveness``); then it is ended too.
         """
         if self._version is None:
             raise EngineError(f"{self._name}: {self._refusal()}")
@@ -133,7 +135,8 @@ class SglangEngine:
         rows = [(request, seed) for request in requests for seed in request.seeds]
         if not rows:
             return [SampleGroup(request.prompt, (), request.role) for request in requests]
-        samples = self._samples(rows, self._version)
+        with self._watched():
+            samples = self._samples(rows, self._version)
         self._check_versions(samples)
         drawn = iter(samples)
         return [SampleGroup(r.prompt, tuple(islice(drawn, len(r.seeds))), r.role) for r in requests]
@@ -227,10 +230,10 @@ class SglangEngine:
         """Alive when the process runs and answers. Never raises."""
         if self._server is None:
             return EngineHealth(False, None, self._refusal())
-        if not self._server.alive:
-            return EngineHealth(False, None, f"server process ended; log: {self._log_path}")
         if self._stuck:
             return EngineHealth(False, None, self._stuck)
+        if not self._server.alive:
+            return EngineHealth(False, None, f"server process ended; log: {self._log_path}")
         # SGLang's /health generates a token, which a paused server does not.
         path = "/model_info" if self._version is None else "/health"
         if not self._server.answers(path, timeout_s=10):
@@ -268,6 +271,32 @@ class SglangEngine:
                 raise
         return [sample for call in calls for sample in call.result()]
 
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Watch the server meanwhile. A dead one is ended, so that every call on it fails; then ``EngineTimeoutError`` says why."""
+        server, over = self._running, threading.Event()
+        verdict: list[str] = []
+        liveness = Liveness(server, self._config.sglang.liveness_timeout_s, lambda: self._version is not None)
+
+        def watch() -> None:
+            while not over.wait(liveness.interval_s):
+                if (dead := liveness.look()) and not over.is_set():
+                    self._stuck = f"{self._name}: {dead}; log: {self._log_path}; its end:\n{server.log_tail()}"
+                    verdict.append(self._stuck)
+                    server.close()
+                    return
+
+        # Nobody joins this thread: it may be in the middle of a look, which takes SGLang a second.
+        threading.Thread(target=watch, name=f"{self._name} watch", daemon=True).start()
+        try:
+            yield
+        except EngineError as error:
+            if verdict:
+                raise EngineTimeoutError(verdict[0]) from error
+            raise
+        finally:
+            over.set()
+
     def _call(self, rows: Sequence[_Row], version: int) -> list[Sample]:
         """One HTTP call; after ``abort`` none, but what the server says of a request that it aborts in its queue."""
         if self._aborted.is_set():
@@ -277,6 +306,7 @@ class SglangEngine:
             input_ids=[request.prompt.token_ids for request, _ in rows],
             sampling_params=[self._sampling_params(request, seed) for request, seed in rows],
             return_logprob=True,
+            timeout_s=math.inf,  # the watch ends a server that is silent
         )
         try:
             return replies.samples(body, rows)

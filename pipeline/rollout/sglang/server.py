@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from datetime import datetime
@@ -22,6 +24,7 @@ from pipeline.config.schema import RolloutConfig
 from pipeline.ports import free_port
 from pipeline.rollout.engine import EngineError, EngineTimeoutError
 from pipeline.rollout.sglang import cpu as sglang_cpu
+from pipeline.rollout.sglang.startup import READ_BYTES_PER_S, startup_limit_s, weight_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -49,39 +52,40 @@ class SglangServer:
         self._seed = seed
         self._load_weights = load_weights
         self._process: subprocess.Popen[bytes] | None = None
+        self._closing = threading.Lock()
         self._log_offset = 0  # where in the log this start's output begins
 
     def start(self) -> None:
         """Launch, and wait until the server answers. Raises ``EngineError`` with the end of its log."""
         for _ in range(_PORT_ATTEMPTS):
             self._launch(free_port())
-            if self._wait_until_healthy():
+            failure = self._wait_until_healthy()
+            if not failure:
                 return
             reason = self.log_tail()
             self.close()
             # Another process may take the port between free_port() and the server's bind.
             if _CLASH not in reason.lower():
                 break
-        raise EngineError(
-            f"SGLang server for {self._hf_path} did not come up within {self._config.sglang.startup_timeout_s:g} s "
-            f"(rollout.sglang.startup_timeout_s); end of {self.log_path}:\n{reason}"
-        )
+        raise EngineError(f"SGLang server for {self._hf_path} {failure}; end of {self.log_path}:\n{reason}")
 
     @property
     def alive(self) -> bool:
         """Whether the server process runs."""
-        return self._process is not None and self._process.poll() is None
+        process = self._process  # another thread may close meanwhile
+        return process is not None and process.poll() is None
 
     def post(self, path: str, *, timeout_s: float | None = None, **body: object) -> Any:
         """POST ``body`` as JSON; the decoded reply. Raises ``EngineError`` when there is none or it is not 200.
 
-        ``timeout_s`` is ``rollout.sglang.request_timeout_s`` unless given; after that, ``EngineTimeoutError``.
+        After ``timeout_s``, ``EngineTimeoutError``: ``rollout.sglang.liveness_timeout_s`` unless given. ``math.inf``: never; the
+        caller watches the server instead.
         """
         return self.check(self._request("POST", path, body, timeout_s))
 
-    def content(self, path: str, **body: object) -> bytes:
+    def content(self, path: str, *, timeout_s: float | None = None, **body: object) -> bytes:
         """As ``post``, the body of the reply as it came."""
-        response = self._request("POST", path, body)
+        response = self._request("POST", path, body, timeout_s)
         self._require_ok(response)
         return response.content
 
@@ -120,21 +124,23 @@ class SglangServer:
 
     def close(self) -> None:
         """End the server and its children, and wait for that. Idempotent."""
-        if self._process is None:
-            return
-        self._process.terminate()  # the guard's SIGTERM handler kills the group and cleans up
-        try:
-            self._process.wait(_CLOSE_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            logger.warning(
-                "the guard of %s (pid %d) did not end within %g s and is killed; the server dies with it",
-                self.url,
-                self._process.pid,
-                _CLOSE_TIMEOUT_S,
-            )
-            self._process.kill()
-            self._process.wait()
-        self._process = None
+        with self._closing:  # who closes as well returns no earlier: what comes next may need the GPUs
+            process = self._process
+            if process is None:
+                return
+            process.terminate()  # the guard's SIGTERM handler kills the group and cleans up
+            try:
+                process.wait(_CLOSE_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                logger.warning(
+                    "the guard of %s (pid %d) did not end within %g s and is killed; the server dies with it",
+                    self.url,
+                    process.pid,
+                    _CLOSE_TIMEOUT_S,
+                )
+                process.kill()
+                process.wait()
+            self._process = None
 
     def command(self, port: int) -> list[str]:
         """The server's command line."""
@@ -178,21 +184,28 @@ class SglangServer:
                 env=environment,
             )
 
-    def _wait_until_healthy(self) -> bool:
-        deadline = time.monotonic() + self._config.sglang.startup_timeout_s
-        while self.alive and time.monotonic() < deadline:
+    def _wait_until_healthy(self) -> str:
+        """Why the server is not up, "" when it is."""
+        limit_s, begun = startup_limit_s(self._config, self._hf_path), time.monotonic()
+        while self.alive and time.monotonic() < begun + limit_s:
             if self.answers("/health", timeout_s=5):
-                return True
+                return ""
             time.sleep(0.25)
-        return False
+        if not self.alive:
+            return f"ended while it started, after {time.monotonic() - begun:.0f} s"
+        return (
+            f"runs, but did not answer /health within {limit_s:.3g} s: {self._config.sglang.startup_timeout_s:g} s "
+            f"(rollout.sglang.startup_timeout_s; raise it if the server is merely slow) and what reading "
+            f"{weight_bytes(self._config, self._hf_path) / 1e9:.3g} GB takes at {READ_BYTES_PER_S / 1e9:g} GB/s"
+        )
 
     def _request(
         self, method: str, path: str, body: Mapping[str, object] | None = None, timeout_s: float | None = None
     ) -> httpx.Response:
         remedy = ""
         if timeout_s is None:
-            timeout_s = self._config.sglang.request_timeout_s
-            remedy = "; if the server is merely slow, raise rollout.sglang.request_timeout_s"
+            timeout_s = self._config.sglang.liveness_timeout_s
+            remedy = "; if the server is merely slow, raise rollout.sglang.liveness_timeout_s"
         try:
             return _http(method, self.url + path, body, timeout_s)
         except httpx.TimeoutException as error:
@@ -210,4 +223,5 @@ class SglangServer:
 
 
 def _http(method: str, url: str, body: Mapping[str, object] | None, timeout_s: float) -> httpx.Response:
-    return http_client.client(proxies=False).request(method, url, json=body, timeout=timeout_s)
+    limit = None if math.isinf(timeout_s) else timeout_s
+    return http_client.client(proxies=False).request(method, url, json=body, timeout=limit)

@@ -70,10 +70,19 @@ def test_time_that_nobody_saw_does_not_count(monkeypatch):
     assert seen == [0, 5, 10, 25, 30, 0, 5]
 
 
-def test_an_sglang_engine_may_be_started_again_within_a_step():
-    native = config("monitoring.stall.min_seconds=60", "rollout.engine=native")
-    sglang = config("monitoring.stall.min_seconds=60", "rollout.engine=sglang", "rollout.sglang.startup_timeout_s=200")
-    assert (watchdog.least_seconds(native), watchdog.least_seconds(sglang)) == (60, 260)
+def test_a_dead_sglang_engine_may_be_found_and_started_again_within_a_step(tmp_path):
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(65_000_000_000)  # sparse
+    words = ["monitoring.stall.min_seconds=60", f"model.hf_path={tmp_path}", "rollout.sglang.startup_timeout_s=200"]
+    words += ["rollout.sglang.liveness_timeout_s=70"]
+    native, sglang = (
+        load_config(
+            Path("recipe/pm4.yaml"), [*words, f"rollout.engine={engine}"], check=False
+        )  # weights only, no model
+        for engine in ("native", "sglang")
+    )
+    assert watchdog.least_seconds(native) == 60
+    assert watchdog.least_seconds(sglang) == 60 + 70 + 200 + 650
 
 
 class Others:

@@ -13,6 +13,7 @@ from pipeline.rollout.engine import EngineError, EngineTimeoutError
 from pipeline.rollout.sglang import cpu as sglang_cpu
 from pipeline.rollout.sglang import server as sglang_server
 from pipeline.rollout.sglang.server import SglangServer
+from pipeline.rollout.sglang.startup import startup_limit_s
 from tests.stub_server import SERVE, Stub
 
 
@@ -50,7 +51,8 @@ def test_a_server_outlives_the_thread_that_started_it(tmp_path):
 
 def test_a_failing_start_shows_the_end_of_the_log(tmp_path):
     server = Stub("print(*range(100), 'CUDA error: out of luck', sep='\\n'); raise SystemExit(3)", tmp_path)
-    with pytest.raises(EngineError, match=r"server\.log:\n(\d+\n)+CUDA error: out of luck") as error:
+    ended = r"ended while it started, after \d+ s; end of .*server\.log:\n(\d+\n)+CUDA error: out of luck"
+    with pytest.raises(EngineError, match=ended) as error:
         server.start()
     assert "\n10\n" not in str(error.value)  # the end, not all
     assert len(server.ports) == 1
@@ -74,9 +76,19 @@ if not pathlib.Path({str(marker)!r}).exists():
 
 def test_a_server_that_never_answers_is_ended(tmp_path):
     server = Stub("import time; time.sleep(60)", tmp_path, startup_timeout_s=0.6)
-    with pytest.raises(EngineError, match=r"within 0\.6 s \(rollout\.sglang\.startup_timeout_s\)"):
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.truncate(30_000_000)
+    waited = r"runs, but did not answer /health within 0\.9 s: 0\.6 s \(rollout\.sglang\.startup_timeout_s.*0\.03 GB .* 0\.1 GB/s"
+    with pytest.raises(EngineError, match=waited):
         server.start()
     assert not server.alive
+
+
+def test_the_start_has_time_to_read_the_weights(tmp_path):
+    with (tmp_path / "model-00001-of-00001.safetensors").open("wb") as file:
+        file.truncate(65_000_000_000)  # sparse
+    assert startup_limit_s(RolloutConfig(), tmp_path) == 300 + 650
+    assert startup_limit_s(RolloutConfig(weight_dtype="fp8"), tmp_path) == 300  # comes up without weights
 
 
 def test_a_stuck_guard_is_killed_and_its_server_with_it(tmp_path, monkeypatch):
@@ -95,9 +107,9 @@ def test_a_stuck_guard_is_killed_and_its_server_with_it(tmp_path, monkeypatch):
 
 def test_a_slow_reply_names_the_setting(tmp_path):
     program = SERVE.replace("self.send_error", "import time; time.sleep(2); self.send_error")
-    server = Stub(program, tmp_path, request_timeout_s=0.2)
+    server = Stub(program, tmp_path, liveness_timeout_s=0.2)
     server.start()
-    with pytest.raises(EngineTimeoutError, match=r"within 0\.2 s; .*raise rollout\.sglang\.request_timeout_s"):
+    with pytest.raises(EngineTimeoutError, match=r"within 0\.2 s; .*raise rollout\.sglang\.liveness_timeout_s"):
         server.post("/generate")
     with pytest.raises(EngineTimeoutError, match=r"within 0\.1 s; log"):  # the caller's deadline, and its remedy
         server.post("/generate", timeout_s=0.1)
