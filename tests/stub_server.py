@@ -17,8 +17,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 
-# As SGLang documents them: /health (200 when the scheduler answers), /v1/loads (its figures), /generate (one token a request here).
-# {reply_s}: seconds that an answer takes; {healthy_s}: seconds after the start in which /health answers; {moves}: do figures change
+# As SGLang documents them: /health (200 when the scheduler answers), /v1/loads (its figures), /generate (here one token
+# a request). {reply_s}: seconds that an answer takes, {healthy_s}: seconds after the start in which /health answers,
+# {moves}: whether the figures change
 GENERATE = """
 import http.server, json, sys, time
 began = time.monotonic()
@@ -38,10 +39,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.reply({{"loads": [figures]}} if self.path == "/v1/loads" else {{}})
     def do_POST(self):
         rows = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["input_ids"]
-        if {reply_s} < 0:
-            sys.exit(3)
         time.sleep({reply_s})
-        meta = {{"finish_reason": {{"type": "stop"}}, "output_token_logprobs": [[-0.5, 7, None]], "weight_version": "0"}}
+        stop = {{"type": "stop"}}
+        meta = {{"finish_reason": stop, "weight_version": "0", "output_token_logprobs": [[-0.5, 7, None]]}}
         self.reply([{{"output_ids": [7], "meta_info": meta}}] * len(rows))
 http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """

@@ -85,7 +85,7 @@ class Patience:
 
 
 def least_seconds(config: RunConfig) -> float:
-    """``monitoring.stall.min_seconds``, and the time that finding a dead SGLang engine and starting it again takes within a step."""
+    """``monitoring.stall.min_seconds``, and the time to find a dead SGLang engine and start it again within a step."""
     least = config.monitoring.stall.min_seconds
     if config.rollout.engine != "sglang":
         return least

@@ -215,14 +215,14 @@ class SglangConfig:
     max_total_tokens: int = key(65536, "size of the KV cache; 0: let SGLang decide", range=NOT_NEGATIVE, unit="tokens")
     startup_timeout_s: float = key(
         300.0,
-        "longest wait for a server's first answer to /health, not counting the time to read the weights: 1 s more per 0.1 GB",
+        "longest wait for a server's first answer to /health, without the time to read the weights: 1 s more per 0.1 GB",
         range=POSITIVE,
         unit="seconds",
     )
     liveness_timeout_s: float = key(
         300.0,
-        "longest silence of a server that owes answers (none to /health, or requests to run and nothing generated); then it is"
-        " started again. Generating itself has no deadline",
+        "longest silence of a server that owes answers (none to /health, or requests to run and nothing generated);"
+        " then it is started again. Generating itself has no deadline",
         range=Range(60),  # SGLang's own /health gives up after 20 s
         unit="seconds",
     )

@@ -121,8 +121,8 @@ class SglangEngine:
     def generate(self, requests: Sequence[GenerateRequest]) -> list[SampleGroup]:
         """One group per request, in order. Raises ``EngineError`` when the server fails or refuses, or is dead.
 
-        What is sent is many HTTP calls, a bounded number of them at a time. When one fails, the rest is aborted on the server. No
-        call has a deadline. The server is dead when its process ended, or when it was silent for
+        What is sent is many HTTP calls, a bounded number of them at a time. When one fails, the rest is aborted on the
+        server. No call has a deadline. The server is dead when its process ended, or when it was silent for
         ``rollout.sglang.liveness_timeout_s`` (``pipeline.rollout.sglang.liveness``); then it is ended too.
         """
         if self._version is None:
@@ -273,7 +273,7 @@ class SglangEngine:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """Watch the server meanwhile. A dead one is ended, so that every call on it fails; then ``EngineTimeoutError`` says why."""
+        """Watch the server. A dead one is ended: every call on it fails, and ``EngineTimeoutError`` says why."""
         server, over = self._running, threading.Event()
         verdict: list[str] = []
         liveness = Liveness(server, self._config.sglang.liveness_timeout_s, lambda: self._version is not None)

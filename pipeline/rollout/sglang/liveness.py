@@ -1,8 +1,9 @@
 """Tells whether an SGLang server that owes answers still works on them.
 
-A generate call has no deadline: how long answers queue in a server depends on their number and length. Silence has a limit instead.
-SGLang's ``/health`` answers after the scheduler's next batch (sglang/srt/entrypoints/http_server.py), and ``/v1/loads`` reads the
-scheduler's figures from shared memory (sglang/srt/managers/load_snapshot.py), so a look costs the server nothing.
+A generate call has no deadline: how long answers queue in a server depends on their number and length. Silence has a
+limit instead. SGLang's ``/health`` answers after the scheduler's next batch (sglang/srt/entrypoints/http_server.py);
+``/v1/loads`` reads the scheduler's figures from shared memory (sglang/srt/managers/load_snapshot.py), so a look costs
+the server nothing.
 """
 
 from __future__ import annotations

@@ -78,8 +78,8 @@ class SglangServer:
     def post(self, path: str, *, timeout_s: float | None = None, **body: object) -> Any:
         """POST ``body`` as JSON; the decoded reply. Raises ``EngineError`` when there is none or it is not 200.
 
-        After ``timeout_s``, ``EngineTimeoutError``: ``rollout.sglang.liveness_timeout_s`` unless given. ``math.inf``: never; the
-        caller watches the server instead.
+        After ``timeout_s``, ``EngineTimeoutError``: ``rollout.sglang.liveness_timeout_s`` unless given. ``math.inf``:
+        never; the caller watches the server instead.
         """
         return self.check(self._request("POST", path, body, timeout_s))
 

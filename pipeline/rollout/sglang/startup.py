@@ -10,7 +10,7 @@ READ_BYTES_PER_S = 1e8  # of weights that no cache holds, from a file system tha
 
 
 def startup_limit_s(config: RolloutConfig, hf_path: Path) -> float:
-    """Seconds until the first answer to ``/health``: ``rollout.sglang.startup_timeout_s``, and the time that reading the weights takes.
+    """Seconds until ``/health`` answers first: ``rollout.sglang.startup_timeout_s`` and the time to read the weights.
 
     A server that gets FP8 weights reads none. The read is counted at 0.1 GB/s: 65 GB add 650 s.
     """

@@ -1,4 +1,4 @@
-"""A server that owes answers is given up when it is silent, never because it is slow; a small program is in its place."""
+"""A server that owes answers is given up when it is silent, never because it is slow; a program stands in for it."""
 
 import math
 import os
