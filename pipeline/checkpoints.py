@@ -3,7 +3,7 @@
 A checkpoint is written into ``.writing-step-N`` and renamed to ``step-N`` after its manifest (sizes and CRC-32 of every
 file) is on disk. An old one is renamed to ``.removing-step-N`` before it is deleted. So a folder named ``step-N`` is
 complete by construction. Beside the learner it holds the driver's state: ``state.json``, and ``state.safetensors`` for
-arrays.
+arrays. What is read is not trusted: whatever the files hold, it is a checkpoint or a ``CheckpointError``.
 """
 
 from __future__ import annotations
@@ -14,27 +14,46 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
+from msgspec import Meta
 from safetensors.numpy import load_file, save
 
+from pipeline.data import DataError
 from pipeline.disk import naming, require
 
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
-MANIFEST = "manifest.json"
+MANIFEST, STATE, ARRAYS = "manifest.json", "state.json", "state.safetensors"
 _WRITING, _REMOVING = ".writing-", ".removing-"
 _NAME = re.compile(r"step-(\d{8})$")
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint is missing, incomplete or damaged; the message names the file."""
+
+
+class _Fingerprint(msgspec.Struct, frozen=True):
+    """Of a file's content."""
+
+    bytes: int
+    crc32: int
+
+
+class _Manifest(msgspec.Struct):
+    """Every file of a checkpoint but the manifest itself, by its path in the folder."""
+
+    schema: Annotated[int, Meta(ge=1)]
+    step: int
+    files: dict[str, _Fingerprint]
 
 
 @dataclass(frozen=True)
@@ -50,12 +69,34 @@ class Checkpoint:
         return self.path / "learner"
 
     def state(self) -> dict[str, Any]:
-        """The driver's state, but for its arrays."""
-        return json.loads((self.path / "state.json").read_text())
+        """The driver's state, but for its arrays. Raises ``CheckpointError`` unless it is a JSON object."""
+        with self.examined(STATE):
+            found = json.loads((self.path / STATE).read_bytes())
+            if not isinstance(found, dict):
+                raise ValueError("it is not a JSON object")
+        return found
 
     def arrays(self) -> dict[str, np.ndarray]:
         """The arrays of the driver's state, by name."""
-        return load_file(self.path / "state.safetensors")
+        return load_file(self.path / ARRAYS)
+
+    @contextmanager
+    def examined(self, name: str) -> Iterator[None]:
+        """Whatever the block finds wrong with the content of a file, a ``ValueError``, becomes a ``CheckpointError``."""
+        path = self.path / name
+        try:
+            yield
+        except DataError:  # other data than the checkpoint was trained on: nothing is wrong with the file
+            raise
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{path} is damaged: {error}; {self.remedy}") from error
+        except FileNotFoundError as error:
+            raise CheckpointError(f"{path} is missing; {self.remedy}") from error
+
+    @property
+    def remedy(self) -> str:
+        """What to do without this checkpoint."""
+        return f"delete {self.path} to resume from an older checkpoint"
 
 
 class CheckpointStore:
@@ -114,10 +155,10 @@ class CheckpointStore:
             (writing / "learner").mkdir(parents=True)
             with naming(writing / "learner"):
                 save_learner(writing / "learner")
-            with naming(writing / "state.json"):
-                (writing / "state.json").write_text(json.dumps(state))
-            with naming(writing / "state.safetensors"):  # safetensors' own ``save_file`` makes files of mode 0600
-                (writing / "state.safetensors").write_bytes(save(dict(arrays)))
+            with naming(writing / STATE):
+                (writing / STATE).write_text(json.dumps(state))
+            with naming(writing / ARRAYS):  # safetensors' own ``save_file`` makes files of mode 0600
+                (writing / ARRAYS).write_bytes(save(dict(arrays)))
             _write_manifest(writing, step)
         except BaseException:
             shutil.rmtree(writing, ignore_errors=True)
@@ -138,7 +179,7 @@ class CheckpointStore:
         complete = self.complete()
         if not complete:
             return None
-        _check_files(complete[-1].path)
+        _check_files(complete[-1])
         return complete[-1]
 
 
@@ -150,40 +191,46 @@ def _hidden(path: Path) -> Path:
     return path.rename(next(name for name in names if not name.exists()))
 
 
+def _files(folder: Path) -> dict[str, Path]:
+    return {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def _write_manifest(folder: Path, step: int) -> None:
     """Last of all, of every file in ``folder``."""
-    files = {str(p.relative_to(folder)): _fingerprint(p) for p in sorted(folder.rglob("*")) if p.is_file()}
-    manifest = json.dumps({"schema": SCHEMA, "step": step, "files": files}, indent=1)
+    files = {name: _fingerprint(path) for name, path in _files(folder).items()}
+    manifest = msgspec.json.format(msgspec.json.encode(_Manifest(SCHEMA, step, files)), indent=1).decode()
     _write_durably(folder / f".{MANIFEST}", manifest)
     os.rename(folder / f".{MANIFEST}", folder / MANIFEST)
 
 
-def _fingerprint(path: Path) -> dict[str, int]:
+def _fingerprint(path: Path) -> _Fingerprint:
     """Size and CRC-32; the file is also flushed to disk, since the manifest will vouch for it."""
     crc = 0
     with naming(path), path.open("rb") as file:
         os.fsync(file.fileno())
         while block := file.read(1 << 22):
             crc = zlib.crc32(block, crc)
-    return {"bytes": path.stat().st_size, "crc32": crc}
+    return _Fingerprint(path.stat().st_size, crc)
 
 
-def _check_files(path: Path) -> None:
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path / MANIFEST} cannot be read ({error}); resume from an older checkpoint") from error
-    if manifest["schema"] > SCHEMA:
+def _check_files(checkpoint: Checkpoint) -> None:
+    path = checkpoint.path
+    with checkpoint.examined(MANIFEST):
+        manifest = msgspec.json.decode((path / MANIFEST).read_bytes(), type=_Manifest)
+        if manifest.step != checkpoint.step:
+            raise ValueError(f"it is of step {manifest.step}")
+        if unnamed := {STATE, ARRAYS} - manifest.files.keys():
+            raise ValueError(f"it does not name {', '.join(sorted(unnamed))}")
+    if manifest.schema > SCHEMA:
         raise CheckpointError(
-            f"{path} has checkpoint schema {manifest['schema']}; this version reads up to {SCHEMA}: update isentrope"
+            f"{path} has checkpoint schema {manifest.schema}; this version reads up to {SCHEMA}: update isentrope"
         )
-    for name, expected in manifest["files"].items():
-        if not (path / name).is_file():
-            raise CheckpointError(f"{path / name} is missing; delete {path} to resume from an older checkpoint")
-        if _fingerprint(path / name) != expected:
-            raise CheckpointError(
-                f"{path / name} differs from the manifest; delete {path} to resume from an older checkpoint"
-            )
+    held = _files(path)
+    for name, expected in manifest.files.items():
+        if name not in held:
+            raise CheckpointError(f"{path / name} is missing; {checkpoint.remedy}")
+        if _fingerprint(held[name]) != expected:
+            raise CheckpointError(f"{path / name} differs from the manifest; {checkpoint.remedy}")
 
 
 def _write_durably(path: Path, text: str) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import msgspec
 
 from pipeline.checkpoints import CheckpointStore
 from pipeline.config.schema import RunConfig
@@ -20,6 +23,16 @@ from pipeline.step.prepare import prepare
 from pipeline.step.queue import RolloutQueue
 from pipeline.step.repeated import repeated_entropy, with_repeated
 from pipeline.types import ControlDecision, Prompt, StepOutcome
+
+
+class LoopState(msgspec.Struct):
+    """What a checkpoint keeps beside the learner and the arrays of what waits."""
+
+    step: int
+    cursor: dict[str, Any]
+    controller: dict[str, Any]
+    decision: ControlDecision
+    queue: list[dict[str, Any]]
 
 
 @dataclass

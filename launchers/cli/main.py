@@ -28,12 +28,13 @@ from launchers.cli import (
     report_cmd,
     train_cmd,
 )
+from pipeline.checkpoints import CheckpointError
 from pipeline.config.errors import ConfigError
 from pipeline.data import DataError
 from pipeline.monitoring.console import clean
 from pipeline.monitoring.events import EventLogError
 
-USAGE_ERROR = 2  # wrong command line or configuration; anything else that fails exits with 1
+USAGE_ERROR = 2  # wrong command line, configuration, data or checkpoint; anything else that fails exits with 1
 
 app = typer.Typer(
     name="isentrope",
@@ -75,10 +76,7 @@ def options(
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
-    """Entry point.
-
-    Exits with 0, 1 (failure) or 2 (command line or configuration); errors are one block, no traceback.
-    """
+    """Entry point. Exits with 0, 1 (failure) or 2 (``USAGE_ERROR``); errors are one block, no traceback."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
@@ -87,7 +85,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     command = typer.main.get_command(app)  # not ``app`` itself: that would install an exception hook of its own
     try:
         command(args=[word for word in words if word != "--debug"], prog_name="isentrope")
-    except (ConfigError, DataError, EventLogError) as error:
+    except (ConfigError, DataError, EventLogError, CheckpointError) as error:
         if debug:
             raise
         typer.echo(clean(str(error)), err=True)

@@ -11,13 +11,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 
 from launchers.placement import PlacementError, place
 from launchers.run.inputs import check_start
 from launchers.supervise.sidecar import Sidecar
 from launchers.supervise.watchdog import Others, Watchdog
-from pipeline.checkpoints import Checkpoint, CheckpointError, CheckpointStore
+from pipeline.checkpoints import STATE, Checkpoint, CheckpointError, CheckpointStore
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import resolve_path
 from pipeline.config.schema import RunConfig
@@ -29,7 +30,7 @@ from pipeline.entropy.factory import build_controller
 from pipeline.evaluation.evaluate import choose_prompts
 from pipeline.evaluation.evaluate import evaluate as evaluate_engine
 from pipeline.learner import Learner
-from pipeline.loop import TrainingLoop
+from pipeline.loop import LoopState, TrainingLoop
 from pipeline.monitoring.recorder import Recorder
 from pipeline.reshard.engine_grid import Placement
 from pipeline.rewards.stage import VerifierStage
@@ -38,7 +39,6 @@ from pipeline.rollout.pool import EnginePool
 from pipeline.rollout.rollouts import Rollouts
 from pipeline.rollout.weight_sync import push_weights
 from pipeline.step.queue import RolloutQueue
-from pipeline.types import ControlDecision
 
 if TYPE_CHECKING:
     from launchers.run.ray_cluster import Node
@@ -151,13 +151,16 @@ def restore(loop: TrainingLoop, checkpoint: Checkpoint, *, allow_change: bool = 
 
     With ``allow_change``, the place in the data is kept only if the data are the same.
     """
-    state = checkpoint.state()
-    if not allow_change or loop.cursor.fits(state["cursor"]):
-        loop.cursor.load_state_dict(state["cursor"])
-    loop.queue.load_state_dict(state["queue"], checkpoint.arrays())
-    loop.controller.load_state_dict(state["controller"])
-    loop.decision = ControlDecision(**state["decision"])
-    loop.step = state["step"]
+    plain = checkpoint.state()
+    with checkpoint.examined(STATE):
+        state = msgspec.convert(plain, LoopState)
+        if state.step != checkpoint.step:
+            raise ValueError(f"step is {state.step}")
+        if not allow_change or loop.cursor.fits(state.cursor):
+            loop.cursor.load_state_dict(state.cursor)
+        loop.queue.load_state_dict(state.queue, checkpoint.arrays())
+        loop.controller.load_state_dict(state.controller)
+    loop.decision, loop.step = state.decision, state.step
     loop.learner.restore(checkpoint.learner)
 
 

@@ -71,7 +71,7 @@ def train(
 def _verdict(code: int, after: Progress, steps: int, cancelled: bool) -> tuple[str, str]:
     """What the exit code of `isentrope train` and its last event mean."""
     if code == USAGE_ERROR:
-        return "failed", "the configuration was refused; the message is in the log"
+        return "failed", "configuration, data or checkpoint were refused; the message is in the log"
     if code != 0:
         ending = signal.Signals(-code).name if code < 0 else f"exit code {code}"
         if cancelled:

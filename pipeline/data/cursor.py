@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
+from msgspec import Meta
 
 from pipeline.data import DataError
 from pipeline.seeds import stream_seed
 from pipeline.types import Prompt
+
+
+class _State(msgspec.Struct):
+    """A place in the order."""
+
+    seed: int
+    epoch: Annotated[int, Meta(ge=0, lt=2**31)]
+    position: Annotated[int, Meta(ge=0)]  # prompts taken of the epoch
+    deferred: list[int]  # prompts that go last in the epoch
+    prompts: int
+    fingerprint: str
 
 
 class DataCursor:
@@ -63,22 +76,29 @@ class DataCursor:
 
     def fits(self, state: Mapping[str, Any]) -> bool:
         """Whether a saved state belongs to these prompts and this seed."""
-        return bool(state["fingerprint"] == self._fingerprint and state["seed"] == self._seed)
+        return bool(state.get("fingerprint") == self._fingerprint and state.get("seed") == self._seed)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a saved state. Raises ``DataError`` when it was saved on other prompts or with another seed."""
-        if state["fingerprint"] != self._fingerprint:
+        """Continue from a saved state.
+
+        Raises ``DataError`` when it was saved on other prompts or with another seed, ``ValueError`` for a place that these
+        prompts do not have.
+        """
+        saved = msgspec.convert(state, _State)
+        if saved.fingerprint != self._fingerprint:
             raise DataError(
                 f"the checkpoint was trained on {state['prompts']} prompts with fingerprint {state['fingerprint']}, this run "
                 f"has {len(self._prompts)} with fingerprint {self._fingerprint}: resume with the same data (source, held_out, "
                 "chat template, tokenizer and rollout.max_prompt_tokens), start a new run, or say --allow-change"
             )
-        if state["seed"] != self._seed:
+        if saved.seed != self._seed:
             raise DataError(
                 f"the checkpoint's data order has seed {state['seed']}, this run has seed={self._seed}: resume with the same"
             )
-        self._begin_epoch(state["epoch"], state["deferred"])
-        self._position = state["position"]
+        if saved.position > len(self._prompts):
+            raise ValueError(f"cursor.position is {state['position']}, there are {len(self._prompts)} prompts")
+        self._begin_epoch(saved.epoch, saved.deferred)
+        self._position = saved.position
 
     def _begin_epoch(self, epoch: int, deferred: list[int]) -> None:
         """Shuffle an epoch; ``deferred`` prompts were taken for the batch it begins in, so they go last."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 from pipeline.config.schema import BandConfig
 from pipeline.entropy.state import Stateful
@@ -57,7 +58,7 @@ class Band:
 class SetPoint(Stateful):
     """Walks toward the target by at most ``ramp`` per step in ln H, from the first reading on (bumpless); 0: jumps."""
 
-    STATE = ("value",)
+    STATE: ClassVar = {"value": float | None}
 
     def __init__(self, ramp: float) -> None:
         self._ramp = ramp

@@ -14,13 +14,13 @@ Guards, in the order they are asked:
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import ClassVar
 
 from pipeline.entropy.actuator import Actuator
 from pipeline.entropy.band import Band, SetPoint
 from pipeline.entropy.law import Law
 from pipeline.entropy.sensor import Sensor, usable
-from pipeline.entropy.state import Stateful
+from pipeline.entropy.state import Count, Stateful
 from pipeline.entropy.watch import AWAY_STEPS, ResponseWatch
 from pipeline.types import ControlDecision, EntropyReading
 
@@ -47,7 +47,15 @@ class ClosedLoop(Stateful):
         saturation_steps: steps at a limit before the state is "saturated".
     """
 
-    STATE = ("u", "prompts", "calm", "bad_readings", "no_positives", "within", "explosion")
+    STATE: ClassVar = {
+        "u": float,
+        "prompts": Count,
+        "calm": Count,
+        "bad_readings": Count,
+        "no_positives": Count,
+        "within": bool,
+        "explosion": Count,
+    }
 
     def __init__(
         self,
@@ -109,19 +117,8 @@ class ClosedLoop(Stateful):
         state = "saturated" if self._watch.saturated else "tracking"
         return self._decision(state, self._reason(entropy, goal, step), goal, entropy)
 
-    def state_dict(self) -> dict[str, Any]:
-        """See ``EntropyController``."""
-        parts = {name: part.state_dict() for name, part in self._parts().items()}
-        return {**super().state_dict(), **parts}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See ``EntropyController``."""
-        parts = self._parts()
-        super().load_state_dict({name: value for name, value in state.items() if name not in parts})
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-
-    def _parts(self) -> dict[str, Any]:
+    def parts(self) -> dict[str, Stateful]:
+        """See ``Stateful``."""
         return {"law": self._law, "sensor": self._sensor, "set_point": self._set_point, "watch": self._watch}
 
     def _without_reading(self, reading: EntropyReading, step: int) -> ControlDecision:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pipeline.config.schema import EntropyConfig
 from pipeline.entropy.actuator import actuator_of
 from pipeline.entropy.gains import CLOSED_LOOP_STEPS, DEAD_TIME
-from pipeline.entropy.state import Stateful
+from pipeline.entropy.state import Count, Stateful
 from pipeline.types import ControlDecision, EntropyReading
 
 PERIOD = 20  # steps at one level; a square wave late by a whole level is its own opposite, so above any delay
@@ -16,7 +18,7 @@ _SHARE = 0.9  # of the range between the limits, at most
 class Excitation(Stateful):
     """An ``EntropyController`` that takes no notice of the entropy: ``PERIOD`` steps high, as many low, and so on."""
 
-    STATE = ("steps",)
+    STATE: ClassVar = {"steps": Count}
 
     def __init__(self, config: EntropyConfig) -> None:
         self._actuator = actuator_of(config)

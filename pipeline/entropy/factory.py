@@ -85,7 +85,7 @@ class Fingerprinted:
                 f"controller state was saved under entropy configuration {state.get('config')}, this run has "
                 f"{self._fingerprint}: resume with the run's own config.yaml, or start a new run"
             )
-        self._controller.load_state_dict(state["controller"])
+        self._controller.load_state_dict(state.get("controller", {}))
 
 
 def _prompts(config: EntropyConfig, actuator: Actuator, prompts_per_step: int) -> tuple[int, int]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 
-from pipeline.entropy.state import Stateful
+from pipeline.entropy.state import Count, Stateful
 
 RATIOS = tuple(float(ratio) for ratio in np.geomspace(1 / 8, 8, 13))  # gains considered, of the one assumed
 SPREAD = 0.6  # standard deviation of ln(gain / assumed) before any reading
@@ -43,7 +44,13 @@ class PlantObserver(Stateful):
         missed: root mean square of r, the same.
     """
 
-    STATE = ("levels", "drifts", "scores", "variance", "readings")
+    STATE: ClassVar = {
+        "levels": list[float],
+        "drifts": list[float],
+        "scores": list[float],
+        "variance": float,
+        "readings": Count,
+    }
 
     def __init__(
         self,
@@ -64,6 +71,13 @@ class PlantObserver(Stateful):
         self.scores: list[float] = self._prior.tolist()  # s_i
         self.variance = missed**2
         self.readings = 0
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See ``Stateful``."""
+        super().load_state_dict(state)
+        gains = len(self._gains)
+        if len(self.levels) not in (0, gains) or {len(self.drifts), len(self.scores)} != {gains}:
+            raise ValueError(f"controller state levels, drifts, scores: expected {gains} numbers each")
 
     @property
     def predicted(self) -> float:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from pipeline.entropy.state import Stateful
+from pipeline.entropy.state import Count, Stateful
 from pipeline.smoothing import ema
 
 if TYPE_CHECKING:  # it imports torch, which a check of the configuration does without
@@ -34,7 +34,7 @@ class Sensor(Stateful):
             robust standard deviations plus 2 % of the median is pulled back to that distance.
     """
 
-    STATE = ("recent", "value", "offset", "offsets")
+    STATE: ClassVar = {"recent": list[float], "value": float | None, "offset": float, "offsets": Count}
 
     def __init__(self, ema: float = 0.0, window: int = 0) -> None:
         self._ema = ema

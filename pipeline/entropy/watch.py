@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from statistics import fmean, linear_regression
+from typing import ClassVar, Literal
 
-from pipeline.entropy.state import Stateful
+from pipeline.entropy.state import Count, Stateful
 
 AWAY_STEPS = 50  # of pushing before a response of the wrong sign is called one
 _AWAY_GAP = 0.1  # |ln(H*/H)| by then, and its growth from each third of those steps to the next: an integral that
@@ -23,7 +24,15 @@ class ResponseWatch(Stateful):
     The command pushes when it is beyond rest (``u`` = 0) in the direction of the error, or at the limit on that side.
     """
 
-    STATE = ("at_limit", "direction", "gaps", "worst", "unreachable", "lowest", "highest")
+    STATE: ClassVar = {
+        "at_limit": Count,
+        "direction": Literal[-1, 0, 1],
+        "gaps": list[float],
+        "worst": float,
+        "unreachable": bool,
+        "lowest": float | None,
+        "highest": float | None,
+    }
 
     def __init__(self, lower: float, upper: float, saturation_steps: int) -> None:
         self._lower, self._upper = lower, upper

@@ -10,14 +10,43 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
+import msgspec
 import numpy as np
 import torch
+from msgspec import Meta
 
 from pipeline.types import ControlDecision, Prompt, Role, Sample, SampleGroup, StepSamples, WeightSpan
 
-_SMALL = ("temperature", "seed", "finish_reason", "reward", "correct", "verifier_error")  # fields of a sample
+_Count = Annotated[int, Meta(ge=0)]
+
+
+class _SampleFields(TypedDict):
+    temperature: float
+    seed: int
+    finish_reason: str
+    reward: float
+    correct: bool
+    verifier_error: str
+
+
+class _GroupFields(TypedDict):
+    prompt: Prompt
+    role: Role
+    samples: list[_SampleFields]
+
+
+class _DrawnFields(TypedDict):
+    """What JSON keeps of the samples of one step."""
+
+    version: _Count
+    decision: ControlDecision
+    main: list[_GroupFields]
+    auxiliary: list[_GroupFields]
+    repeated: list[_GroupFields]
+    stale: _Count
+    old_log_probs: bool  # whether the arrays hold some
 
 
 @dataclass(frozen=True)
@@ -51,28 +80,36 @@ def plain_of(waiting: Iterable[Drawn]) -> tuple[list[dict[str, Any]], dict[str, 
     return [_fields(drawn) for drawn in waiting], arrays
 
 
-def drawn_of(fields: Sequence[Mapping[str, Any]], arrays: Mapping[str, np.ndarray]) -> list[Drawn]:
-    """What ``plain_of`` was given, bit for bit."""
+def drawn_of(plain: Sequence[Mapping[str, Any]], arrays: Mapping[str, np.ndarray]) -> list[Drawn]:
+    """What ``plain_of`` was given, bit for bit. Raises ``ValueError`` on other fields, and where they are not of ``arrays``."""
+    fields = msgspec.convert(plain, list[_DrawnFields])
+    counted = sum(len(group["samples"]) for drawn in fields for group in _groups_of(drawn))
+    waits_old = sum(drawn["old_log_probs"] for drawn in fields)
+    if (counted, waits_old) != (len(arrays["token_counts"]), len(arrays["old_counts"])):
+        held = f"{len(arrays['token_counts'])} samples and old log-probs of {len(arrays['old_counts'])} steps"
+        raise ValueError(f"queue: {counted} samples and {waits_old} such steps wait, state.safetensors holds {held}")
     samples, old = _samples(arrays), iter(_split(arrays["old_log_probs"], arrays["old_counts"]))
 
-    def group(state: Mapping[str, Any]) -> SampleGroup:
-        role = Role(state["role"])
-        prompt = Prompt(**{**state["prompt"], "token_ids": tuple(state["prompt"]["token_ids"])})
-        drawn = tuple(Sample(**next(samples), **small, role=role) for small in state["samples"])
-        return SampleGroup(prompt, drawn, role)
+    def group(state: _GroupFields) -> SampleGroup:
+        drawn = tuple(Sample(**next(samples), **small, role=state["role"]) for small in state["samples"])
+        return SampleGroup(state["prompt"], drawn, state["role"])
 
-    def step(state: Mapping[str, Any]) -> Drawn:
+    def step(state: _DrawnFields) -> Drawn:
         main, auxiliary, repeated = (
-            [group(each) for each in state[part]] for part in ("main", "auxiliary", "repeated")
+            [group(each) for each in part] for part in (state["main"], state["auxiliary"], state["repeated"])
         )
         return Drawn(
             state["version"],
-            ControlDecision(**state["decision"]),
+            state["decision"],
             StepSamples(main, auxiliary, state["stale"], repeated),
             torch.from_numpy(next(old)) if state["old_log_probs"] else None,
         )
 
     return [step(state) for state in fields]
+
+
+def _groups_of(drawn: _DrawnFields) -> list[_GroupFields]:
+    return [*drawn["main"], *drawn["auxiliary"], *drawn["repeated"]]
 
 
 def _fields(drawn: Drawn) -> dict[str, Any]:
@@ -89,7 +126,7 @@ def _fields(drawn: Drawn) -> dict[str, Any]:
 
 
 def _group_fields(group: SampleGroup) -> dict[str, Any]:
-    small = [{name: getattr(sample, name) for name in _SMALL} for sample in group.samples]
+    small = [{name: getattr(sample, name) for name in _SampleFields.__annotations__} for sample in group.samples]
     return {"prompt": vars(group.prompt), "role": str(group.role), "samples": small}
 
 

@@ -5,6 +5,8 @@ Keys: ``entropy.aent.rate``, the change per nat outside the band, and ``entropy.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pipeline.config.schema import EntropyConfig
 from pipeline.entropy.actuator import Actuator, command_limits
 from pipeline.entropy.law import ANY, Edges, Law, Loop, published_loop
@@ -29,7 +31,7 @@ class AentLaw(Law):
     which the learner's kernel does not compute; bonus and reading are the full entropy.
     """
 
-    STATE = ("coefficient",)
+    STATE: ClassVar = {"coefficient": float}
 
     def __init__(self, rate: float, least: float, most: float) -> None:
         self._rate, self._least, self._most = rate, least, most

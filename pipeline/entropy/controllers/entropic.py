@@ -5,6 +5,8 @@ Keys: ``entropy.entropic.kp`` per nat of error, and ``entropy.entropic.ki`` per 
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pipeline.config.schema import EntropyConfig
 from pipeline.entropy.actuator import Actuator, command_limits
 from pipeline.entropy.law import ANY, Edges, Law, Loop, published_loop
@@ -28,7 +30,7 @@ class EntropicLaw(Law):
     the sum from growing at a limit.
     """
 
-    STATE = ("total",)
+    STATE: ClassVar = {"total": float}
 
     def __init__(self, kp: float, ki: float, lower: float, upper: float) -> None:
         self._kp, self._ki, self._lower, self._upper = kp, ki, lower, upper

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 from pipeline.config.schema import EntropyConfig
 from pipeline.entropy.actuator import PACKAGE, Actuator, command_limits
@@ -19,6 +19,7 @@ from pipeline.entropy.gains import CLOSED_LOOP_STEPS, DEAD_TIME, MOMENTUM_STEPS
 from pipeline.entropy.law import ANY, Edges, Law, Loop
 from pipeline.entropy.observer import MISSED, RATIOS, SPREAD, WIDE_RATIOS, PlantObserver
 from pipeline.entropy.sensor import HAMPEL_WINDOW, Sensor
+from pipeline.entropy.state import Stateful
 from pipeline.registry import names
 
 MADE_FOR = names(PACKAGE)  # any
@@ -60,7 +61,7 @@ class PiLaw(Law):
         pace: ``QUIET`` where readings are repeated; it has an l2 of its own, whatever ki is, but 0.
     """
 
-    STATE = ("sent",)
+    STATE: ClassVar = {"sent": list[float]}
 
     def __init__(
         self,
@@ -103,14 +104,9 @@ class PiLaw(Law):
         """See ``Law``."""
         self.plant.forget_fall()
 
-    def state_dict(self) -> dict[str, Any]:
-        """JSON-serialisable state."""
-        return {**super().state_dict(), "plant": self.plant.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly where ``state_dict`` was taken."""
-        super().load_state_dict({name: value for name, value in state.items() if name != "plant"})
-        self.plant.load_state_dict(state["plant"])
+    def parts(self) -> dict[str, Stateful]:
+        """See ``Stateful``."""
+        return {"plant": self.plant}
 
     def _error(self, error: float) -> float:
         if abs(error) <= self._dead_band:

@@ -5,6 +5,8 @@ Keys: ``entropy.skywork.step``, the change per step, and ``entropy.skywork.upper
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from pipeline.config.schema import EntropyConfig
 from pipeline.entropy.actuator import Actuator, command_limits
 from pipeline.entropy.law import ANY, Edges, Law, Loop, published_loop
@@ -27,7 +29,7 @@ class SkyworkLaw(Law):
     coefficient that integrates, so the entropy, which integrates it again, swings around the target.
     """
 
-    STATE = ("coefficient",)
+    STATE: ClassVar = {"coefficient": float}
 
     def __init__(self, step: float, upper: float) -> None:
         self._step, self._upper = step, upper

@@ -3,12 +3,27 @@
 import errno
 import json
 import os
+import zlib
+from pathlib import Path
+from types import SimpleNamespace
 
+import msgspec
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from launchers.cli.main import run
+from launchers.run import assemble
 from pipeline import checkpoints
 from pipeline.checkpoints import CheckpointError, CheckpointStore
+from pipeline.config.load import load_config
+from pipeline.data import DataError
+from pipeline.data.cursor import DataCursor
+from pipeline.entropy.factory import build_controller
+from pipeline.loop import LoopState
+from pipeline.step.queue import RolloutQueue
+from pipeline.types import ControlDecision, EntropyReading, Prompt
 
 
 def write(folder):
@@ -174,3 +189,149 @@ def test_arrays_that_meet_a_full_disk_name_their_file(tmp_path):
 
     with pytest.raises(OSError, match=r"No space left on device: .*/state\.safetensors"):
         CheckpointStore(tmp_path, keep_last=1).save(1, {}, {"big": np.zeros(10**6)}, full)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.just(10**400) | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+TEXTS = JSON.map(json.dumps).map(str.encode) | st.binary(max_size=40)
+HOSTILE = [b"[" * 100_000, b'{"step": ' + b"9" * 5000 + b"}", b"", b"null", b"[]", b'{"\xff": 1}']
+
+
+@st.composite
+def changed(draw, document):
+    """``document`` with one value, anywhere in it, replaced or removed."""
+    document = msgspec.to_builtins(document)
+    place = document
+    while True:
+        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+        key = draw(st.sampled_from(keys))
+        if isinstance(place[key], dict | list) and place[key] and draw(st.booleans()):
+            place = place[key]
+            continue
+        if draw(st.booleans()):
+            place[key] = draw(JSON)
+        else:
+            del place[key]
+        return json.dumps(document).encode()
+
+
+def vouched(checkpoint, text):
+    """Put ``text`` into state.json, and its checksum into the manifest."""
+    (checkpoint.path / "state.json").write_bytes(text)
+    manifest = json.loads((checkpoint.path / "manifest.json").read_text())
+    manifest["files"]["state.json"] = {"bytes": len(text), "crc32": zlib.crc32(text)}
+    (checkpoint.path / "manifest.json").write_text(json.dumps(manifest))
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_a_manifest_holds_it_is_read_or_named(tmp_path_factory, data):
+    store = CheckpointStore(tmp_path_factory.mktemp("checkpoints"), keep_last=1)
+    file = store.save(7, {"step": 7}, {}, write).path / "manifest.json"
+    good = json.loads(file.read_text())
+    file.write_bytes(data.draw(TEXTS | st.sampled_from(HOSTILE) | changed(good)))
+    said = ""
+    try:
+        assert store.latest().step == 7
+    except CheckpointError as error:
+        said = str(error)
+    assert not said or str(file.parent) in said
+
+
+def parts(config):
+    """Of a training loop all that a checkpoint restores, without a learner."""
+    prompts = [Prompt(str(i), (1, i), "", "", "exact") for i in range(9)]
+    cursor = DataCursor(prompts, 0)
+    controller = build_controller(config.entropy, 100, 4)
+    loop = SimpleNamespace(
+        cursor=cursor,
+        controller=controller,
+        queue=RolloutQueue(config, cursor, None, None, None),
+        learner=SimpleNamespace(restore=lambda folder: None),
+        decision=controller.initial(),
+        step=0,
+    )
+    for step in range(5):
+        cursor.take(4)
+        loop.decision = controller.update(EntropyReading(3.0 + step, 10.0, step), 1)
+    return loop
+
+
+CONFIG = load_config("configs/quickstart.yaml")
+
+
+def state_of(loop):
+    waiting, arrays = loop.queue.state_dict()
+    state = {"step": 5, "cursor": loop.cursor.state_dict(), "controller": loop.controller.state_dict()}
+    return {**state, "decision": vars(loop.decision), "queue": waiting}, arrays
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_a_state_holds_the_run_goes_on_or_the_file_is_named(tmp_path_factory, data):
+    loop = parts(CONFIG)
+    state, arrays = state_of(loop)
+    store = CheckpointStore(tmp_path_factory.mktemp("checkpoints"), keep_last=1)
+    saved = store.save(5, state, arrays, write)
+    vouched(saved, data.draw(TEXTS | st.sampled_from(HOSTILE) | changed(state)))
+    said = ""
+    try:
+        assemble.restore(loop, store.latest())
+    except (CheckpointError, DataError) as error:
+        said = str(error)
+    expected = (
+        f"{saved.path / 'state.json'} is damaged: ",
+        "the checkpoint was trained on",
+        "the checkpoint's data order",
+    )
+    assert not said or said.startswith(expected)
+    if not said:
+        assert loop.step == 5
+        assert isinstance(loop.decision, ControlDecision)
+        loop.cursor.take(4)
+        assert isinstance(loop.controller.update(EntropyReading(4.0, 10.0, 5), 1), ControlDecision)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"step": -5}, "step is -5"),
+        ({"step": 10**400}, "step"),
+        ({"decision": [1]}, r"Expected `object`, got `array` - at `\$.decision`"),
+        ({"queue": [{}]}, r"missing required field `version`"),
+        ({"controller": {"config": "x", "controller": {}}}, "controller state was saved under"),
+    ],
+)
+def test_a_state_that_no_run_wrote_is_named(tmp_path, state, message):
+    loop = parts(CONFIG)
+    good, arrays = state_of(loop)
+    store = CheckpointStore(tmp_path, keep_last=1)
+    vouched(store.save(5, good, arrays, write), json.dumps({**good, **state}).encode())
+    with pytest.raises(CheckpointError, match=rf"state\.json is damaged: .*{message}.*; delete .*step-00000005"):
+        assemble.restore(loop, store.latest())
+
+
+def test_a_good_state_is_restored_exactly(tmp_path):
+    loop = parts(CONFIG)
+    state, arrays = state_of(loop)
+    store = CheckpointStore(tmp_path, keep_last=1)
+    store.save(5, state, arrays, write)
+    fresh = parts(CONFIG)
+    fresh.cursor.take(3)
+    assemble.restore(fresh, store.latest())
+    assert repr(state_of(fresh)) == repr(state_of(loop))
+    assert LoopState.__struct_fields__ == tuple(state)
+
+
+def test_a_damaged_checkpoint_exits_with_2(tmp_path, capsys):
+    store = CheckpointStore(tmp_path / "checkpoints", keep_last=1)
+    file = store.save(1, {}, {}, write).path / "manifest.json"
+    file.write_text("[]")
+    (tmp_path / "config.yaml").write_text(f"defaults: [{Path('configs/quickstart.yaml').resolve()}]")
+    with pytest.raises(SystemExit) as ended:
+        run(["evaluate", "--run", str(tmp_path)])
+    assert ended.value.code == 2
+    assert f"{file} is damaged: Expected `object`, got `array`; delete {file.parent}" in capsys.readouterr().err
