@@ -82,7 +82,7 @@ class Checkpoint:
 
     @contextmanager
     def examined(self, name: str) -> Iterator[None]:
-        """Whatever the block finds wrong with the content of a file, a ``ValueError``, becomes a ``CheckpointError``."""
+        """A ``ValueError`` that the block raises about a file's content becomes a ``CheckpointError``."""
         path = self.path / name
         try:
             yield

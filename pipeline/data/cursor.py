@@ -81,8 +81,8 @@ class DataCursor:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state.
 
-        Raises ``DataError`` when it was saved on other prompts or with another seed, ``ValueError`` for a place that these
-        prompts do not have.
+        Raises ``DataError`` when it was saved on other prompts or with another seed.
+        Raises ``ValueError`` for a place that these prompts do not have.
         """
         saved = msgspec.convert(state, _State)
         if saved.fingerprint != self._fingerprint:

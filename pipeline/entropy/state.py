@@ -13,7 +13,7 @@ Count = Annotated[int, Meta(ge=0, lt=2**31)]
 
 
 class Stateful:
-    """Saves and restores the attributes named in ``STATE`` (JSON values, each of its type) and those of its ``parts``."""
+    """Saves and restores the attributes named in ``STATE`` (JSON values, by type) and those of its ``parts``."""
 
     STATE: ClassVar[Mapping[str, Any]] = {}
 
@@ -27,7 +27,7 @@ class Stateful:
         return own | {name: part.state_dict() for name, part in self.parts().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue exactly where ``state_dict`` was taken. Raises ``ValueError`` on other fields or types than its own."""
+        """Continue exactly where ``state_dict`` was taken. Raises ``ValueError`` on other fields or types."""
         parts = self.parts()
         if not isinstance(state, dict) or set(state) != {*self.STATE, *parts}:
             found = sorted(state) if isinstance(state, dict) else type(state).__name__

@@ -81,7 +81,10 @@ def plain_of(waiting: Iterable[Drawn]) -> tuple[list[dict[str, Any]], dict[str, 
 
 
 def drawn_of(plain: Sequence[Mapping[str, Any]], arrays: Mapping[str, np.ndarray]) -> list[Drawn]:
-    """What ``plain_of`` was given, bit for bit. Raises ``ValueError`` on other fields, and where they are not of ``arrays``."""
+    """What ``plain_of`` was given, bit for bit.
+
+    Raises ``ValueError`` on other fields, and where the fields are not those of ``arrays``.
+    """
     fields = msgspec.convert(plain, list[_DrawnFields])
     counted = sum(len(group["samples"]) for drawn in fields for group in _groups_of(drawn))
     waits_old = sum(drawn["old_log_probs"] for drawn in fields)
