@@ -1,4 +1,6 @@
-"""How a step's rows are cut: into mini-batches (optimizer steps), over data-parallel ranks, into micro-batches. Pure functions."""
+"""How a step's rows are cut: into mini-batches (optimizer steps), over data-parallel ranks, into micro-batches. Pure
+functions.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,12 @@ from pipeline.types import PER_TOKEN, TrainBatch
 
 
 def mini_batches(auxiliary: torch.Tensor, count: int) -> list[torch.Tensor]:
-    """The rows of ``count`` mini-batches: main rows dealt out in turn and auxiliary rows likewise, so that each has its share of both.
+    """The rows of ``count`` mini-batches: main rows dealt out in turn and auxiliary rows likewise, so that each has its
+    share of both.
 
-    ``auxiliary``: bool ``[rows]``. Weights are left alone: the caller multiplies each mini-batch's loss by ``count``. Then the mean of
-    the mini-batch gradients, at equal parameters, is exactly the gradient of the whole batch, however unequal their token counts.
+    ``auxiliary``: bool ``[rows]``. Weights are left alone: the caller multiplies each mini-batch's loss by ``count``.
+    Then the mean of the mini-batch gradients, at equal parameters, is exactly the gradient of the whole batch, however
+    unequal their token counts.
     """
     if count == 1:
         return [torch.arange(len(auxiliary))]
@@ -54,15 +58,18 @@ class Cut:
 
 
 def micro_batches(lengths: Sequence[int], ranks: int, cut: Cut) -> list[list[list[int]]]:
-    """Row indices ``[rank][micro-batch][row]``, for rows of ``lengths`` input tokens (at least 1 each) over data-parallel ranks.
+    """Row indices ``[rank][micro-batch][row]``, for rows of ``lengths`` input tokens (at least 1 each) over
+    data-parallel ranks.
 
     Promised, whatever the lengths; ``positions`` are tokens computed, padding included:
 
     - every row once; the same answer on every rank, without communication;
-    - as many micro-batches on every rank, a multiple of ``cut.multiple_of``; some are empty where rows are too few for that;
+    - as many micro-batches on every rank, a multiple of ``cut.multiple_of``; some are empty where rows are too few for
+      that;
     - none has more than ``cut.max_rows`` rows or ``cut.max_tokens`` positions;
-    - the ranks' work differs by no more than the largest row (packed; work: tokens) or micro-batch (grid; work: positions), so the
-      busiest has at most ``mean + (1 - 1/ranks) * largest``: at most 5 % over the mean where the largest is 5 % of it.
+    - the ranks' work differs by no more than the largest row (packed; work: tokens) or micro-batch (grid; work:
+      positions), so the busiest has at most ``mean + (1 - 1/ranks) * largest``: at most 5 % over the mean where the
+      largest is 5 % of it.
 
     Micro-batches are of nearly equal work, which suits pipelines and expert parallelism, and every rank begins with its
     largest: if that fits into memory, all do. Of attention's work the part that grows with the square of the length is
@@ -94,7 +101,9 @@ def _budget(lengths: Sequence[int], cut: Cut) -> int:
 
 
 def _pack(lengths: Sequence[int], ranks: int, budget: int, cut: Cut) -> list[list[list[int]]]:
-    """Packed micro-batches per rank: as many as best fit needs on the rank that needs most, of even work where that fits the ``budget``."""
+    """Packed micro-batches per rank: as many as best fit needs on the rank that needs most, of even work where that
+    fits the ``budget``.
+    """
     shares = partition(lengths, ranks)
     loads = [[lengths[row] for row in own] for own in shares]
     fitted = [best_fit(own, budget) for own in loads]
@@ -111,7 +120,8 @@ def _pack(lengths: Sequence[int], ranks: int, budget: int, cut: Cut) -> list[lis
 def _runs(lengths: Sequence[int], ranks: int, budget: int, cut: Cut) -> list[list[list[int]]]:
     """As few grids per rank as hold the rows within the ``budget``.
 
-    Grids are runs of the rows in order of length (neighbours waste the least padding), cut so that the largest is as small as can be.
+    Grids are runs of the rows in order of length (neighbours waste the least padding), cut so that the largest is as
+    small as can be.
     """
     order = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     widths = [cut.aligned(lengths[row]) for row in order]
@@ -127,7 +137,9 @@ def _runs(lengths: Sequence[int], ranks: int, budget: int, cut: Cut) -> list[lis
 
 
 def _starts(widths: list[int], parts: int, cap: int, max_rows: int) -> list[int]:
-    """Where runs begin if each takes all it may: ``cap`` positions, ``max_rows`` rows, and no row that another run is short of."""
+    """Where runs begin if each takes all it may: ``cap`` positions, ``max_rows`` rows, and no row that another run is
+    short of.
+    """
     starts = [0]
     for row in range(1, len(widths)):
         rows = row - starts[-1] + 1
@@ -150,7 +162,8 @@ def deal(
 
 
 def dummy(batch: TrainBatch) -> TrainBatch:
-    """A batch like ``batch`` of one row that no loss or metric sees: auxiliary, of weight 0, with two tokens and one target.
+    """A batch like ``batch`` of one row that no loss or metric sees: auxiliary, of weight 0, with two tokens and one
+    target.
 
     It fills an empty micro-batch: one without targets would need care everywhere.
     """

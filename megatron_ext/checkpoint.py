@@ -29,8 +29,9 @@ _METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
 class _SaveInProcess(torch_dist.TorchDistSaveShardedStrategy):
     """megatron's ``torch_dist`` writer without its helper processes.
 
-    The upstream writer starts a spawned manager and forks one process per file even for a synchronous save, which hangs in
-    scripts without a main guard and is unsafe inside Ray actors. Same files, read by the upstream loader (0.16 to 0.19).
+    The upstream writer starts a spawned manager and forks one process per file even for a synchronous save, which hangs
+    in scripts without a main guard and is unsafe inside Ray actors. Same files, read by the upstream loader (0.16 to
+    0.19).
     """
 
     def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> None:
@@ -139,8 +140,8 @@ def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 def _count_padding(optimizer: MegatronOptimizer) -> None:
     """Let DistributedOptimizer gather its buffers as they are.
 
-    megatron 0.16 to 0.19 leaves out the padding between buckets, but then looks for parameters where they are with it: with several
-    buckets (tied embeddings under PP have one to themselves) the state it saves is another parameter's.
+    megatron 0.16 to 0.19 leaves out the padding between buckets, but then looks for parameters where they are with it:
+    with several buckets (tied embeddings under PP have one to themselves) the state it saves is another parameter's.
     """
     for part in _parts(optimizer):
         for buffer in part.buffers if isinstance(part, DistributedOptimizer) else ():
@@ -152,8 +153,9 @@ def _count_padding(optimizer: MegatronOptimizer) -> None:
 def _with_torch_adam(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """The parts of ``optimizer`` that run torch's AdamW, for want of Transformer Engine and Apex.
 
-    AdamW keeps ``step`` with every parameter, where Transformer Engine's FusedAdam keeps one in each parameter group. megatron 0.16 to
-    0.19 saves and restores AdamW's ``step`` wrongly in four ways; the next functions mend them, and leave FusedAdam's alone.
+    AdamW keeps ``step`` with every parameter, where Transformer Engine's FusedAdam keeps one in each parameter group.
+    megatron 0.16 to 0.19 saves and restores AdamW's ``step`` wrongly in four ways; the next functions mend them, and
+    leave FusedAdam's alone.
     """
     return [part for part in _parts(optimizer) if isinstance(part.optimizer, torch.optim.AdamW)]
 
@@ -170,8 +172,8 @@ def _allocate(optimizer: MegatronOptimizer) -> None:
 def _lend(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
     """Let loading find what it looks for.
 
-    ``step`` of AdamW: DistributedOptimizer keeps it elsewhere, the others do not save a step of 0 at all. Groups of parameters: from 0.19
-    on they are known by their learning rates too, which are this configuration's.
+    ``step`` of AdamW: DistributedOptimizer keeps it elsewhere, the others do not save a step of 0 at all. Groups of
+    parameters: from 0.19 on they are known by their learning rates too, which are this configuration's.
     """
     parts = _parts(optimizer)
     for index, part in enumerate(parts):
@@ -194,7 +196,9 @@ def _set_states(part: DistributedOptimizer, parameter: torch.nn.Parameter, tenso
 
 
 def _part_steps(optimizer: MegatronOptimizer) -> None:
-    """Give every parameter its own ``step`` after DistributedOptimizer.load_state_dict handed all of them one tensor."""
+    """Give every parameter its own ``step`` after DistributedOptimizer.load_state_dict handed all of them one
+    tensor.
+    """
     for part in _with_torch_adam(optimizer):
         for state in part.optimizer.state.values():
             state["step"] = state["step"].clone()

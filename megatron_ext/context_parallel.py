@@ -1,8 +1,10 @@
-"""Context parallelism: each rank of a CP group computes two chunks of every row, the ``r``-th from the start and from the end.
+"""Context parallelism: each rank of a CP group computes two chunks of every row, the ``r``-th from the start and from
+the end.
 
-With ``cp`` ranks a row is cut into ``2 cp`` equal chunks; rank ``r`` has chunks ``r`` and ``2 cp - 1 - r``, which gives all ranks the
-same share of a causal mask. Megatron's rotary embedding and Transformer Engine's attention take rows cut so
-(megatron-core's ``get_batch_on_this_cp_rank``). Without Transformer Engine, :class:`GatheredAttention` is the attention.
+With ``cp`` ranks a row is cut into ``2 cp`` equal chunks; rank ``r`` has chunks ``r`` and ``2 cp - 1 - r``, which gives
+all ranks the same share of a causal mask. Megatron's rotary embedding and Transformer Engine's attention take rows cut
+so (megatron-core's ``get_batch_on_this_cp_rank``). Without Transformer Engine, :class:`GatheredAttention` is the
+attention.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ def shard(rows: torch.Tensor, topology: Topology) -> torch.Tensor:
 
 
 def own_targets(mask: torch.Tensor, topology: Topology) -> torch.Tensor:
-    """This rank's part of ``mask`` (bool ``[rows, seq]``), with at least one target: a rank without any computes one for nobody."""
+    """This rank's part of ``mask`` (bool ``[rows, seq]``), with at least one target: a rank without any computes one
+    for nobody.
+    """
     own = shard(mask, topology)
     if not own.any():
         own = own.clone()
@@ -40,7 +44,8 @@ def own_targets(mask: torch.Tensor, topology: Topology) -> torch.Tensor:
 
 
 def gather(outputs: PolicyOutputs, mask: torch.Tensor, topology: Topology) -> PolicyOutputs:
-    """What all ranks of the group know of the targets of ``mask`` (bool ``[rows, seq]``), from each one's :func:`own_targets`.
+    """What all ranks of the group know of the targets of ``mask`` (bool ``[rows, seq]``), from each one's
+    :func:`own_targets`.
 
     Differentiable: every rank then computes the same loss of all targets and differentiates it by its own outputs.
     """
@@ -60,8 +65,8 @@ def gather(outputs: PolicyOutputs, mask: torch.Tensor, topology: Topology) -> Po
 class GatheredAttention(MegatronModule):
     """Causal attention of this rank's queries over the keys and values of the whole row, gathered from the CP group.
 
-    For where Transformer Engine, which passes keys and values around in a ring, is not at hand: exact, on any device, with the
-    memory of all keys. Values may be of another width than keys (multi-head latent attention).
+    For where Transformer Engine, which passes keys and values around in a ring, is not at hand: exact, on any device,
+    with the memory of all keys. Values may be of another width than keys (multi-head latent attention).
     """
 
     def __init__(
@@ -85,10 +90,13 @@ class GatheredAttention(MegatronModule):
         packed_seq_params: Any = None,
         **__: Any,
     ) -> torch.Tensor:
-        """``query`` ``[seq / cp, rows, heads, width]``, ``key`` and ``value`` with key-value heads: ``[seq / cp, rows, heads x width]``."""
+        """``query`` ``[seq / cp, rows, heads, width]``, ``key`` and ``value`` with key-value heads: ``[seq / cp, rows,
+        heads x width]``.
+        """
         if packed_seq_params is not None:
             raise ValueError(
-                "learner.packing with learner.context_parallel_size > 1 needs Transformer Engine: set one of the two off"
+                "learner.packing with learner.context_parallel_size > 1 needs Transformer Engine: set one of the two "
+                "off"
             )
         size, rank = self._group.size(), self._group.rank()
         positions = [_positions(query.shape[0], index, size, query.device) for index in range(size)]

@@ -2,8 +2,8 @@
 
 megatron-core 0.16 to 0.19 names CUDA directly where it only means "this rank's device". :func:`install` redirects those
 names to the CPU; on a machine with CUDA it does nothing. It runs when ``megatron_ext`` is imported, hence before any
-``import megatron``, because megatron binds some of these names at import. It goes when megatron-core takes its device from the
-process group.
+``import megatron``, because megatron binds some of these names at import. It goes when megatron-core takes its device
+from the process group.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def install() -> None:
     # Tensor.type() == "torch.cuda.FloatTensor": core/optimizer/{optimizer,distrib_optimizer,clip_grads}.py.
     torch.Tensor.type = _type(torch.Tensor.type)  # type: ignore[method-assign]
     _redirect_rng()
-    # Advice that a CPU cannot follow (Apex, Transformer Engine, CUDA queues), and upstream's own use of what it deprecates.
+    # Advice that a CPU cannot follow (Apex, Transformer Engine, CUDA queues), and upstream's own use of what it
+    # deprecates.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core\.")
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"(megatron\.core|torch\.distributed\.(checkpoint|c10d_logger))"
@@ -66,15 +67,18 @@ def install_layers() -> None:
     # core/transformer/moe/moe_utils.py names te_general_gemm whether or not Transformer Engine was imported (0.16).
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None
-    # core/transformer/multi_latent_attention.py takes Transformer Engine for installed when only its own wrapper is (0.16).
+    # core/transformer/multi_latent_attention.py takes Transformer Engine for installed when only its own wrapper is
+    # (0.16).
     if not isinstance(multi_latent_attention.TELinear, type):  # a stand-in
         multi_latent_attention.HAVE_TE = False
-    # core/transformer/multi_latent_attention.py knows the layer that is whole on every rank only beside Transformer Engine (0.19).
+    # core/transformer/multi_latent_attention.py knows the layer that is whole on every rank only beside Transformer
+    # Engine (0.19).
     if multi_latent_attention.Linear is None:
         multi_latent_attention.Linear = modelopt_layers.Linear
     if torch.cuda.is_available() or torch.cuda.Stream is _NoStream:
         return
-    # core/transformer/moe/token_dispatcher.py: split sizes are handed to all_to_all as arrays only where they came from a GPU.
+    # core/transformer/moe/token_dispatcher.py: split sizes are handed to all_to_all as arrays only where they came from
+    # a GPU.
     moved = token_dispatcher.maybe_move_tensor_to_cpu
 
     def move(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
@@ -84,7 +88,8 @@ def install_layers() -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = move
     # core/transformer/moe/token_dispatcher.py copies those sizes on a stream of its own.
     torch.cuda.Stream = _NoStream  # type: ignore[misc,assignment]
-    # core/tensor_parallel/mappings.py: the ranks that share an expert (expert-TP) gather unequal numbers of tokens, which gloo refuses.
+    # core/tensor_parallel/mappings.py: the ranks that share an expert (expert-TP) gather unequal numbers of tokens,
+    # which gloo refuses.
     mappings._gather_along_first_dim = _unequal(mappings._gather_along_first_dim, _gather_unequal)
     mappings._reduce_scatter_along_first_dim = _unequal(mappings._reduce_scatter_along_first_dim, _scatter_unequal)
 
@@ -106,7 +111,9 @@ def _unequal(
 
 
 def _gather_unequal(tensor: torch.Tensor, group: dist.ProcessGroup, sizes: list[int]) -> torch.Tensor:
-    """All ranks' parts, of ``sizes[rank]`` rows each, one after the other: a sum of what is zero but for the own part."""
+    """All ranks' parts, of ``sizes[rank]`` rows each, one after the other: a sum of what is zero but for the
+    own part.
+    """
     gathered = tensor.new_zeros(sum(sizes), *tensor.shape[1:])
     gathered.split(sizes)[group.rank()].copy_(tensor)
     dist.all_reduce(gathered, group=group)

@@ -1,8 +1,8 @@
 """The policy's head: from the decoder's last hidden states to log-probs and entropy of chosen targets.
 
-Megatron's output layer never runs. It would compute logits of every position, prompts and padding included, and keep them
-whole; they would be by far the largest tensor of a step. Here hidden states are selected first, and the projection is part
-of the kernel.
+Megatron's output layer never runs. It would compute logits of every position, prompts and padding included, and keep
+them whole; they would be by far the largest tensor of a step. Here hidden states are selected first, and the projection
+is part of the kernel.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Head:
     def __init__(
         self, gpt: GPTModel, vocab_size: int, group: dist.ProcessGroup, device: torch.device, kernel: str
     ) -> None:
-        """``vocab_size`` without padding; ``group`` is the tensor-parallel group; ``kernel`` is ``learner.log_prob_kernel``.
+        """``vocab_size`` without padding; ``group`` is the tensor-parallel group; ``kernel`` is
+        ``learner.log_prob_kernel``.
 
         Raises ``ValueError`` on a kernel that this device cannot run.
         """
@@ -35,7 +36,8 @@ class Head:
             raise ValueError(f"learner.log_prob_kernel={kernel!r} is not known; choose one of {', '.join(KERNELS)}")
         if kernel == "triton" and device.type != "cuda":
             raise ValueError(
-                f"learner.log_prob_kernel=triton needs a CUDA device, the learner is on {device}: choose auto, fused or torch"
+                f"learner.log_prob_kernel=triton needs a CUDA device, the learner is on {device}: choose auto, fused "
+                "or torch"
             )
         self._gpt, self._vocab_size, self._group = gpt, vocab_size, group
         self._fused = kernel in ("auto", "fused")
@@ -43,10 +45,11 @@ class Head:
 
     @contextmanager
     def selecting(self, mask: torch.Tensor) -> Iterator[None]:
-        """Within, the model returns the hidden states ``[1, n, hidden]`` where ``mask`` is True, row-major, in place of logits.
+        """Within, the model returns the hidden states ``[1, n, hidden]`` where ``mask`` is True, row-major, in place of
+        logits.
 
-        ``mask``: bool ``[rows, seq]``, over the positions that this rank was given (all of a row's under sequence parallelism,
-        its own part of them under context parallelism).
+        ``mask``: bool ``[rows, seq]``, over the positions that this rank was given (all of a row's under sequence
+        parallelism, its own part of them under context parallelism).
         """
         if not self._gpt.post_process:
             yield

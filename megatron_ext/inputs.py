@@ -48,7 +48,9 @@ def alignment(config: TransformerConfig) -> int:
 
 
 def build(micro: TrainBatch, *, packing: bool, align: int = 1) -> ModelInputs:
-    """The inputs of ``micro`` (on CPU), sequences padded to a multiple of ``align``; a grid is as wide as its longest row."""
+    """The inputs of ``micro`` (on CPU), sequences padded to a multiple of ``align``; a grid is as wide as its longest
+    row.
+    """
     ends = micro.lengths.cumsum(0)
     inner = torch.ones(len(micro.tokens), dtype=torch.bool)
     inner[ends - 1] = False  # a row's last token is no input,

@@ -39,7 +39,8 @@ MicroBatch = tuple[TrainBatch, inputs.ModelInputs]  # the rows, and what the mod
 
 
 class MegatronLearner:
-    """One rank of the learner. Every rank makes the same calls in the same order with the same batch, whole or its share of it.
+    """One rank of the learner. Every rank makes the same calls in the same order with the same batch, whole or its
+    share of it.
 
     Results do not depend on the layout or on how rows are cut into micro-batches: the batch's weights carry the whole
     normalisation, and the divisions that Megatron makes (by micro-batches and by DP size) are undone.
@@ -115,11 +116,12 @@ class MegatronLearner:
         return self._measured(batch, ("log_probs", "entropy", "moment"))
 
     def update(self, batch: TrainBatch | Share, step: int) -> StepStats:
-        """``updates_per_step`` optimizer steps on ``batch`` at one learning rate; see ``pipeline.learner.Learner.update``.
+        """``updates_per_step`` optimizer steps on ``batch`` at one learning rate; see
+        ``pipeline.learner.Learner.update``.
 
-        With several mini-batches the statistics are sums over all of them, each at the weights it met; the gradient norm
-        is their mean. Raises ``FloatingPointError`` on a loss or gradient norm that is not finite, on every rank, before
-        weights and optimizer state take that step.
+        With several mini-batches the statistics are sums over all of them, each at the weights it met; the gradient
+        norm is their mean. Raises ``FloatingPointError`` on a loss or gradient norm that is not finite, on every rank,
+        before weights and optimizer state take that step.
         """
         start = time.perf_counter()
         share = self._share(batch, for_update=True)
@@ -180,8 +182,8 @@ class MegatronLearner:
     def restore(self, directory: Path) -> None:
         """Load what :meth:`save` wrote at the same layout; training goes on as if never interrupted.
 
-        Hyper-parameters are this learner's own: with another configuration it goes on under that one. Raises ``ValueError`` that
-        names every field in which the model is another.
+        Hyper-parameters are this learner's own: with another configuration it goes on under that one. Raises
+        ``ValueError`` that names every field in which the model is another.
         """
         identity.check(Path(directory), self._architecture, f"{self._hf_path}/config.json")
         checkpoint.restore(
@@ -193,7 +195,8 @@ class MegatronLearner:
         shutdown()
 
     def deal(self, lengths: torch.Tensor, auxiliary: torch.Tensor, *, for_update: bool) -> list[list[list[list[int]]]]:
-        """Rows ``[data-parallel rank][mini-batch][micro-batch][row]`` of a batch with these ``TrainBatch`` fields; on every rank the same.
+        """Rows ``[data-parallel rank][mini-batch][micro-batch][row]`` of a batch with these ``TrainBatch`` fields; on
+        every rank the same.
 
         ``for_update``: for :meth:`update`; else for log-probs and statistics, which know one mini-batch.
         """
@@ -213,7 +216,9 @@ class MegatronLearner:
         return next(shares(batch, [own]))
 
     def _measured(self, batch: TrainBatch | Share, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Fields of ``PolicyOutputs`` of all targets of the whole batch, float32 ``[targets]`` each on the CPU, on every rank."""
+        """Fields of ``PolicyOutputs`` of all targets of the whole batch, float32 ``[targets]`` each on the CPU, on
+        every rank.
+        """
         topology = self._topology
         share = self._share(batch, for_update=False)
         found = torch.zeros(len(names), share.total, device=topology.device)
@@ -231,7 +236,9 @@ class MegatronLearner:
         return {name: values.to("cpu", copy=True) for name, values in zip(names, found, strict=True)}
 
     def _accumulate(self, batch: TrainBatch, first: int, sizes: Sequence[int]) -> dict[str, float]:
-        """Gradients of one mini-batch, as in :meth:`_run`, into the main gradients; its metric sums, the same on every rank."""
+        """Gradients of one mini-batch, as in :meth:`_run`, into the main gradients; its metric sums, the same on every
+        rank.
+        """
         for model in self._models:
             model.zero_grad_buffer()
         self._optimizer.zero_grad()
@@ -310,7 +317,9 @@ class MegatronLearner:
         return loss * scale, {**sums, **counts, "loss": loss.detach().double()}
 
     def _reduce(self, micro_sums: list[dict[str, torch.Tensor]]) -> dict[str, float]:
-        """Sums (maxima for ``*_max``) over micro-batches and DP, then to all stages: one collective each, none alone."""
+        """Sums (maxima for ``*_max``) over micro-batches and DP, then to all stages: one collective each, none
+        alone.
+        """
         topology = self._topology
         box: list[dict[str, float] | None] = [None]
         if topology.last_stage:

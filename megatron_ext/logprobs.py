@@ -1,14 +1,14 @@
 """Exact log-probabilities and entropy of a policy whose vocabulary is split over tensor-parallel ranks.
 
-Two entries with one arithmetic: :func:`log_probs_and_entropy` from logits, :func:`linear_log_probs_and_entropy` from the
-hidden states and the output weight, where logits exist one block of columns at a time. Each gives, per token, the
-log-probability of the target at T=1, the entropy at T=1 and, if asked, the log-probability at another temperature and the moment
-that the entropy's response to an update depends on. Two
-collectives in all (one MAX, one packed SUM) whatever the blocks; none without tensor parallelism. The backward pass
-recomputes and communicates nothing.
+Two entries with one arithmetic: :func:`log_probs_and_entropy` from logits, :func:`linear_log_probs_and_entropy` from
+the hidden states and the output weight, where logits exist one block of columns at a time. Each gives, per token, the
+log-probability of the target at T=1, the entropy at T=1 and, if asked, the log-probability at another temperature and
+the moment that the entropy's response to an update depends on. Two collectives in all (one MAX, one packed SUM)
+whatever the blocks; none without tensor parallelism. The backward pass recomputes and communicates nothing.
 
-A kernel (``logprobs_torch``, ``logprobs_triton``) adds a block of logits to each token's running maximum and sums (online softmax,
-arXiv 1805.02867) and turns a block into its gradient; everything else is here. docs/logprobs.md has the mathematics.
+A kernel (``logprobs_torch``, ``logprobs_triton``) adds a block of logits to each token's running maximum and sums
+(online softmax, arXiv 1805.02867) and turns a block into its gradient; everything else is here. docs/logprobs.md has
+the mathematics.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from torch.autograd.function import once_differentiable
 
 from megatron_ext import logprobs_torch
 
-# Tokens and columns of a block of the fused entry. CPU: 4 MiB of float32, near the last cache and wide enough for the matrix
-# product. Elsewhere 64 MiB in bf16, and half as much again for 4096 hidden states of 5120 in float32.
+# Tokens and columns of a block of the fused entry. CPU: 4 MiB of float32, near the last cache and wide enough for the
+# matrix product. Elsewhere 64 MiB in bf16, and half as much again for 4096 hidden states of 5120 in float32.
 _TILE_CPU = (2048, 512)
 _TILE = (4096, 8192)
 
@@ -58,17 +58,17 @@ def log_probs_and_entropy(
         logits: float32 or bfloat16 ``[n, v_local]``, this rank's contiguous columns; rank ``r`` of ``group`` owns the
             global ids from ``r * v_local`` on. ``-inf`` means probability 0. At least one logit of a row is finite.
         targets: int64 ``[n]``, global ids. An id outside ``[0, vocab_size)`` gives NaN, never a plausible number.
-        vocab_size: columns with a global id from here on are padding: probability and gradient exactly 0.
-        group: the tensor-parallel group; ``None`` or a group of one: no communication.
-        temperature: T > 0 of the third result, one for all or float32 ``[n]`` (where that is not above 0: NaN); ``None``:
+        vocab_size: columns with a global id from here on are padding: probability and gradient exactly 0. group: the
+        tensor-parallel group; ``None`` or a group of one: no communication. temperature: T > 0 of the third result, one
+        for all or float32 ``[n]`` (where that is not above 0: NaN); ``None``:
             there is none.
         entropy_grad: whether the entropy takes part in autograd (entropy bonus).
         moment: whether the fourth result is wanted.
         kernel: ``torch``, ``triton`` (CUDA), or ``auto``: triton on CUDA, else torch. Changes speed, never results.
 
     Returns:
-        ``log_probs`` is differentiable, ``entropy`` only if ``entropy_grad``, ``tempered`` and ``moment`` never; what was not
-        asked for is ``None``.
+        ``log_probs`` is differentiable, ``entropy`` only if ``entropy_grad``, ``tempered`` and ``moment`` never; what
+        was not asked for is ``None``.
     """
     if logits.is_leaf and logits.requires_grad:
         raise ValueError("logits is a leaf: its buffer is overwritten by backward; pass the output of an operation")
@@ -91,15 +91,17 @@ def linear_log_probs_and_entropy(
 ) -> Outputs:
     """As :func:`log_probs_and_entropy` of ``hidden @ weight.T``, of which no more than one block exists at a time.
 
-    The backward pass computes each block again: four matrix products in all where the logits kept whole take three. Beside the two
-    gradients it needs memory for a block, whatever the number of tokens and the vocabulary.
+    The backward pass computes each block again: four matrix products in all where the logits kept whole take three.
+    Beside the two gradients it needs memory for a block, whatever the number of tokens and the vocabulary.
 
     Args:
-        hidden: float32 or bfloat16 ``[n, h]``, the same on all ranks of ``group``. Its gradient is this rank's columns' share of
-            the whole: enter through megatron's ``copy_to_tensor_model_parallel_region`` (or a gather of sequence-parallel
-            parts), whose backward adds the shares up.
-        weight: ``[v_local, h]``, this rank's contiguous rows of the output weight, in the type of ``hidden``.
-        tile: tokens and columns of a block; by default what suits the device. Changes memory and speed, results by rounding only
+        hidden: float32 or bfloat16 ``[n, h]``, the same on all ranks of ``group``. Its gradient is this rank's columns'
+        share of
+            the whole: enter through megatron's ``copy_to_tensor_model_parallel_region`` (or a gather of
+            sequence-parallel parts), whose backward adds the shares up.
+        weight: ``[v_local, h]``, this rank's contiguous rows of the output weight, in the type of ``hidden``. tile:
+        tokens and columns of a block; by default what suits the device. Changes memory and speed, results by rounding
+        only
             (in bf16 the weight's gradient is rounded once per ``tile[0]`` tokens).
         targets, vocab_size, group, temperature, entropy_grad, moment, kernel: as there.
     """

@@ -1,7 +1,7 @@
 """Blocks of logits in torch, on any device: the kernel of ``logprobs`` where Triton does not run.
 
-Rows are worked on a few at a time so that temporaries stay in cache. Exponentials are base 2: on CPU ``exp2`` takes a third of the time
-of ``exp`` (torch's own vector code instead of MKL's).
+Rows are worked on a few at a time so that temporaries stay in cache. Exponentials are base 2: on CPU ``exp2`` takes a
+third of the time of ``exp`` (torch's own vector code instead of MKL's).
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def accumulate(
     """Add a block of logits to each token's maximum and sums, in place.
 
     Args:
-        logits: float32 or bfloat16 ``[n, b]``, b > 0; not changed.
-        column: int64 ``[n]``, the target's column in this block; outside ``[0, b)`` where it is not in it.
-        maximum: float32 ``[n]``, of the logits so far; at least ``FLOOR``, which stands for no finite logit.
-        sums: float32 ``[4, n]``: e^x, x e^x and e^(x/T) over the logits so far, x relative to ``maximum``; the target's logit.
+        logits: float32 or bfloat16 ``[n, b]``, b > 0; not changed. column: int64 ``[n]``, the target's column in this
+        block; outside ``[0, b)`` where it is not in it. maximum: float32 ``[n]``, of the logits so far; at least
+        ``FLOOR``, which stands for no finite logit. sums: float32 ``[4, n]``: e^x, x e^x and e^(x/T) over the logits so
+        far, x relative to ``maximum``; the target's logit.
             With ``[6, n]`` also e^2x and x e^2x.
         inverse_temperature: float32 ``[n]``, 1/T; ``None``: the third sum is left alone.
     """
@@ -72,8 +72,9 @@ def gradient_(
 ) -> None:
     """Overwrite a block of logits ``[n, b]``, b > 0, with the gradient of the loss with respect to it.
 
-    ``maximum``, ``log_total`` (log of the sum of e^x) and ``entropy`` are those of the whole vocabulary, ``grad_log_probs`` and
-    ``grad_entropy`` what comes from above; float32 ``[n]`` each. ``column`` as in :func:`accumulate`.
+    ``maximum``, ``log_total`` (log of the sum of e^x) and ``entropy`` are those of the whole vocabulary,
+    ``grad_log_probs`` and ``grad_entropy`` what comes from above; float32 ``[n]`` each. ``column`` as in
+    :func:`accumulate`.
     """
     offset = log_total.mul(-LOG2_E)
     constant, factor = grad_log_probs.neg(), None
@@ -103,7 +104,9 @@ def gradient_(
 
 
 def rescale_(sums: torch.Tensor, shift: torch.Tensor, inverse_temperature: torch.Tensor | None) -> None:
-    """Take ``sums`` ``[4 or 6, n]`` from one maximum to another that lies ``-shift`` higher (finite, at most 0), in place."""
+    """Take ``sums`` ``[4 or 6, n]`` from one maximum to another that lies ``-shift`` higher (finite, at most 0), in
+    place.
+    """
     scale = shift.exp()
     sums[1] = scale * (sums[1] + shift * sums[0])
     sums[0] *= scale
@@ -115,7 +118,9 @@ def rescale_(sums: torch.Tensor, shift: torch.Tensor, inverse_temperature: torch
 
 
 def _chunks(logits: torch.Tensor, spaces: int) -> Iterator[tuple[Any, ...]]:
-    """Slices of rows, each with ``spaces`` float32 tensors to work in: the same memory every time, which stays in cache."""
+    """Slices of rows, each with ``spaces`` float32 tensors to work in: the same memory every time, which stays in
+    cache.
+    """
     rows, width = logits.shape
     most = _CHUNK_LOGITS_CPU if logits.device.type == "cpu" else _CHUNK_LOGITS
     step = min(rows, max(1, most // width))

@@ -46,9 +46,10 @@ def build(
 ) -> GPTModel:
     """This rank's part of ``model``, on its device, parameters not yet filled (``weights.hf.load`` does that).
 
-    With virtual stages (``topology.grid.vpp > 1``) it is model chunk ``chunk`` of them. The vocabulary is padded to a multiple of
-    TP. Of ``options`` it takes sequence parallelism, recomputation, whose layers and FP8 (the sizes are the topology's); by default
-    megatron-core's own layers. Raises ``ValueError`` where the layout does not fit the model, or FP8 the device.
+    With virtual stages (``topology.grid.vpp > 1``) it is model chunk ``chunk`` of them. The vocabulary is padded to a
+    multiple of TP. Of ``options`` it takes sequence parallelism, recomputation, whose layers and FP8 (the sizes are the
+    topology's); by default megatron-core's own layers. Raises ``ValueError`` where the layout does not fit the model,
+    or FP8 the device.
     """
     options = options or LearnerConfig(transformer_impl="local")
     if dtype not in DTYPES:
@@ -84,7 +85,8 @@ def build(
         parameter = parameters.get(row.parameter)
         if parameter is not None and row.float32:
             parameter.data = parameter.data.float()
-        # Without initialisation megatron leaves weights unmarked; the gradient norm would then count rank 0's part only.
+        # Without initialisation megatron leaves weights unmarked; the gradient norm would then count rank 0's part
+        # only.
         if parameter is not None and row.split is not None and not hasattr(parameter, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(parameter, True, row.split, 1)
         # megatron 0.16 reduces experts over the wrong ranks where only their TP is another (later versions do as here).
@@ -96,7 +98,10 @@ def build(
 def transformer_config(
     model: Architecture, topology: Topology, dtype: str, options: LearnerConfig, numerics: Numerics
 ) -> TransformerConfig:
-    """megatron-core's configuration. Fusions are off but with Transformer Engine: they need its kernels or Apex's, on any device."""
+    """megatron-core's configuration.
+
+    Fusions are off but with Transformer Engine: they need its kernels or Apex's, on any device.
+    """
     grid, parameter_dtype = topology.grid, DTYPES[dtype]
     fused: dict[str, Any] = dict.fromkeys(
         (
@@ -152,7 +157,9 @@ def transformer_config(
 
 
 def _schedule_config(grid: Grid) -> dict[str, Any]:
-    """With the defaults, which batch what a stage sends and receives, the interleaved schedule's gradients are wrong on gloo."""
+    """With the defaults, which batch what a stage sends and receives, the interleaved schedule's gradients are wrong on
+    gloo.
+    """
     return {"overlap_p2p_comm": True, "batch_p2p_comm": False} if grid.vpp > 1 else {}
 
 
@@ -170,7 +177,10 @@ def _recompute_config(options: LearnerConfig) -> dict[str, Any]:
 
 
 def _moe_config(moe: Moe | None) -> dict[str, Any]:
-    """Experts and router. The policy's own loss is all that is trained on: no auxiliary loss, and expert biases stay as loaded."""
+    """Experts and router.
+
+    The policy's own loss is all that is trained on: no auxiliary loss, and expert biases stay as loaded.
+    """
     if moe is None:
         return {}
     return {
@@ -243,7 +253,9 @@ class _RMSNorm(torch.nn.RMSNorm):
 
 
 def _spec(config: TransformerConfig, chunk: int | None, impl: str) -> TransformerBlockSubmodules:
-    """Modules for this rank's layers, dense and expert ones: Transformer Engine's, or megatron-core's own and ours where those refuse."""
+    """Modules for this rank's layers, dense and expert ones: Transformer Engine's, or megatron-core's own and ours
+    where those refuse.
+    """
     engine = impl == "transformer_engine"
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=engine, normalization="RMSNorm", vp_stage=chunk)
     if engine:
@@ -268,7 +280,9 @@ def _spec(config: TransformerConfig, chunk: int | None, impl: str) -> Transforme
 
 
 def global_parameters(gpt: GPTModel) -> dict[str, torch.Tensor]:
-    """Parameters, and the buffers that the layout has (expert biases), under layout names: global layer and expert numbers."""
+    """Parameters, and the buffers that the layout has (expert biases), under layout names: global layer and expert
+    numbers.
+    """
     biases = ((name, buffer) for name, buffer in gpt.named_buffers() if name.endswith(".router.expert_bias"))
     return {_global_name(gpt, layout.canonical(name)): tensor for name, tensor in (*gpt.named_parameters(), *biases)}
 

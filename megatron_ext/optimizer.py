@@ -66,7 +66,9 @@ def build(wrapped: Sequence[DistributedDataParallel], learner: schema.LearnerCon
 
 
 def schedule(optimizer: MegatronOptimizer, config: schema.OptimizerConfig, total_steps: int) -> OptimizerParamScheduler:
-    """Update ``k`` of ``n`` (from 1) runs at the schedule's point ``k`` of ``n + 1``: neither the first nor the last is at 0."""
+    """Update ``k`` of ``n`` (from 1) runs at the schedule's point ``k`` of ``n + 1``: neither the first nor the last is
+    at 0.
+    """
     last = total_steps + 1
     if config.warmup_steps >= last and config.lr_schedule != "constant":
         raise ValueError(

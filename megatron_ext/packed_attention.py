@@ -12,9 +12,9 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 class PackedAttention(DotProductAttention):
     """megatron-core's attention; of a packed sequence it attends to each row by itself.
 
-    That is causal attention under a block-diagonal mask, without the mask or the scores outside the blocks: ``n`` tokens in one
-    would take ``n^2`` bytes for the mask and ``heads * n^2`` scores, rows of ``l`` tokens take ``heads * l^2`` each. Transformer
-    Engine's kernels take the same ``PackedSeqParams``.
+    That is causal attention under a block-diagonal mask, without the mask or the scores outside the blocks: ``n``
+    tokens in one would take ``n^2`` bytes for the mask and ``heads * n^2`` scores, rows of ``l`` tokens take ``heads *
+    l^2`` each. Transformer Engine's kernels take the same ``PackedSeqParams``.
     """
 
     def forward(
@@ -27,7 +27,9 @@ class PackedAttention(DotProductAttention):
         packed_seq_params: PackedSeqParams | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """As upstream; with ``packed_seq_params``, ``[n, heads, channels]`` in and out and ``attention_mask`` unused."""
+        """As upstream; with ``packed_seq_params``, ``[n, heads, channels]`` in and out and ``attention_mask``
+        unused.
+        """
         if packed_seq_params is None:
             return super().forward(query, key, value, attention_mask, *args, **kwargs)
         lengths = packed_seq_params.cu_seqlens_q.diff().tolist()

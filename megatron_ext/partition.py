@@ -12,15 +12,15 @@ Part = tuple[int, list[int]]  # sum, and the items that make it up
 def partition(loads: Sequence[int], parts: int, *, equal_counts: bool = False) -> list[list[int]]:
     """Indices of ``loads`` (at least 0) in ``parts`` lists of nearly equal sum: the largest differencing method.
 
-    Karmarkar and Karp 1982: put the two least balanced partial solutions on top of each other, the fullest part of one over the
-    emptiest of the other, until one is left. With ``equal_counts`` partial solutions start with an item in every part, so
-    that the numbers of items differ by at most one (Yakir's balanced variant, 1996).
+    Karmarkar and Karp 1982: put the two least balanced partial solutions on top of each other, the fullest part of one
+    over the emptiest of the other, until one is left. With ``equal_counts`` partial solutions start with an item in
+    every part, so that the numbers of items differ by at most one (Yakir's balanced variant, 1996).
 
-    Promised: every index once; the same answer for the same input; the largest and the smallest sum differ by no more than
-    the largest load (with ``equal_counts``: than the loads of some ``parts`` consecutive ones in order of size), hence
-    ``largest sum <= mean + (1 - 1/parts) * largest load``; no empty part where there are loads enough. Against the best
-    possible largest sum: at most 4/3 of it (Michiels et al. 2007), without ``equal_counts``; in practice within a
-    fraction of a percent.
+    Promised: every index once; the same answer for the same input; the largest and the smallest sum differ by no more
+    than the largest load (with ``equal_counts``: than the loads of some ``parts`` consecutive ones in order of size),
+    hence ``largest sum <= mean + (1 - 1/parts) * largest load``; no empty part where there are loads enough. Against
+    the best possible largest sum: at most 4/3 of it (Michiels et al. 2007), without ``equal_counts``; in practice
+    within a fraction of a percent.
     """
     order = sorted(range(len(loads)), key=lambda index: -loads[index])
     step = parts if equal_counts else 1
@@ -39,10 +39,11 @@ def partition(loads: Sequence[int], parts: int, *, equal_counts: bool = False) -
 
 
 def best_fit(loads: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of ``loads`` (each at most ``capacity``) in few lists of at most ``capacity`` each: best fit, largest first.
+    """Indices of ``loads`` (each at most ``capacity``) in few lists of at most ``capacity`` each: best fit, largest
+    first.
 
-    Every load goes where it leaves the least room. Promised: no more than 11/9 of the fewest lists there can be, and one (Johnson 1974);
-    any two lists together hold more than ``capacity``.
+    Every load goes where it leaves the least room. Promised: no more than 11/9 of the fewest lists there can be, and
+    one (Johnson 1974); any two lists together hold more than ``capacity``.
     """
     parts: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # what is left of the capacity, and the list; in order

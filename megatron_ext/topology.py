@@ -16,8 +16,8 @@ from pipeline.model.grid import Grid, Place
 class Topology:
     """One rank's place in the TP x CP x DP x PP grid (TP innermost, PP outermost; megatron's default order).
 
-    ``dp_size`` counts replicas that train on different rows; the ranks of a CP group share theirs. Experts are divided otherwise
-    over the same ranks: ``place`` has the coordinates of both grids, ``grid`` the sizes.
+    ``dp_size`` counts replicas that train on different rows; the ranks of a CP group share theirs. Experts are divided
+    otherwise over the same ranks: ``place`` has the coordinates of both grids, ``grid`` the sizes.
     """
 
     rank: int
@@ -55,7 +55,8 @@ class Topology:
 
 
 def initialize(rank: int, address: tuple[str, int], grid: Grid, seed: int) -> Topology:
-    """Join the ``grid.world_size`` processes at ``address`` (host and free port of rank 0) and build the parallel groups.
+    """Join the ``grid.world_size`` processes at ``address`` (host and free port of rank 0) and build the parallel
+    groups.
 
     ``seed`` starts every RNG, the TP tracker's too.
     """

@@ -20,7 +20,8 @@ class DiskFullError(OSError):
 
 @contextmanager
 def reserved(folder: Path) -> Iterator[None]:
-    """Keep ``RESERVE_BYTES`` of the disk while the block runs, so that whoever ends the run afterwards can still write why.
+    """Keep ``RESERVE_BYTES`` of the disk while the block runs, so that whoever ends the run afterwards can still write
+    why.
 
     A failure for lack of space, in this process or reported by another, leaves the block as ``DiskFullError``.
     """
@@ -41,7 +42,9 @@ def reserved(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """A failure of the operating system that leaves the block names ``path``: those of read, write and fsync name nothing."""
+    """A failure of the operating system that leaves the block names ``path``: those of read, write and fsync name
+    nothing.
+    """
     try:
         yield
     except OSError as error:
@@ -51,7 +54,10 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def require(folder: Path, needed: int, what: str) -> None:
-    """Raise ``DiskFullError`` unless ``folder``, which exists, has room for ``needed`` bytes. Quotas are not seen, only disks."""
+    """Raise ``DiskFullError`` unless ``folder``, which exists, has room for ``needed`` bytes.
+
+    Quotas are not seen, only disks.
+    """
     if shutil.disk_usage(folder).free < needed:
         raise full(folder, f"{what} needs about {needed:,} bytes")
 

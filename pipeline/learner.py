@@ -1,4 +1,7 @@
-"""What the loop asks of a learner. ``megatron_ext.learner`` is the implementation; ``launchers.run.actors`` fans it out."""
+"""What the loop asks of a learner.
+
+``megatron_ext.learner`` is the implementation; ``launchers.run.actors`` fans it out.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,8 @@ from pipeline.types import StepStats, TrainBatch
 class Learner(Protocol):
     """A trainable policy, possibly sharded over ranks.
 
-    Lifecycle: ``load`` or ``restore`` first; then any of ``log_probs``, ``statistics``, ``update``, ``export_shards``, ``save``; ``close`` last.
-    Every rank of a sharded learner must make the same calls in the same order.
+    Lifecycle: ``load`` or ``restore`` first; then any of ``log_probs``, ``statistics``, ``update``, ``export_shards``,
+    ``save``; ``close`` last. Every rank of a sharded learner must make the same calls in the same order.
     """
 
     def load(self, hf_path: Path) -> None:
@@ -33,10 +36,12 @@ class Learner(Protocol):
         """One optimizer step on ``batch``; ``step`` labels the entropy reading."""
 
     def export_shards(self, version: int) -> Iterator[Any]:
-        """The current weights as full tensors under Hugging Face names, one ``WeightBucket`` after another; in FP8 with ``rollout.weight_dtype=fp8``.
+        """The current weights as full tensors under Hugging Face names, one ``WeightBucket`` after another; in FP8 with
+        ``rollout.weight_dtype=fp8``.
 
-        A sharded learner's ranks put buckets together at the same time: each rank yields one item a round, the bucket that it owns or
-        ``None``, and the buckets of all ranks make up the version. Over Ray the yielded objects are opaque handles that an engine's ``load_bucket`` accepts; the driver never holds the bytes.
+        A sharded learner's ranks put buckets together at the same time: each rank yields one item a round, the bucket
+        that it owns or ``None``, and the buckets of all ranks make up the version. Over Ray the yielded objects are
+        opaque handles that an engine's ``load_bucket`` accepts; the driver never holds the bytes.
         """
 
     def export_size(self) -> tuple[int, int]:

@@ -1,9 +1,9 @@
 """The methods by name: what each is, where it comes from, and the configuration that switches it on.
 
-An advantage, a loss, a token shaping, an actuator and a controller say it in their own files (``METHOD``), as ``pipeline.registry`` lists them.
-``isentrope lab methods`` and docs/methods.md print the table of all of them. Overrides are on top of any
-configuration without entropy control (``entropy.controller=none``) and one update per step; parameters are the
-published defaults where there are any.
+An advantage, a loss, a token shaping, an actuator and a controller say it in their own files (``METHOD``), as
+``pipeline.registry`` lists them. ``isentrope lab methods`` and docs/methods.md print the table of all of them.
+Overrides are on top of any configuration without entropy control (``entropy.controller=none``) and one update per step;
+parameters are the published defaults where there are any.
 """
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ def _samplers() -> Iterator[Method]:
 def _not_offered() -> Iterator[Method]:
     """What is known of and left out."""
     yield _absent(
-        "s2l_po", "sampler", "2605.30789", "the first part of each group from a frozen smaller sibling, ever less of it", "code",
+        "s2l_po", "sampler", "2605.30789", "the first part of each group from a frozen smaller sibling, ever less of "
+        "it", "code",
         "engines serve one model; this needs a second, frozen one beside it",
     )  # fmt: skip
     for name in ("papo", "aem", "gcpo", "mcpo", "avspo", "oger", "gxpo", "sps", "imax", "longact", "aer"):

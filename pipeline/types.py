@@ -1,7 +1,7 @@
 """The nouns of one training step: what travels between the loop, the engines, the learner and the controller.
 
-Everything here is a frozen dataclass. Entropies and log-probabilities are natural logarithms (nats). A *target* is a token
-that the loss is about: one that the policy drew, which the logits at the token before it predict.
+Everything here is a frozen dataclass. Entropies and log-probabilities are natural logarithms (nats). A *target* is a
+token that the loss is about: one that the policy drew, which the logits at the token before it predict.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class Prompt:
 class Cuts:
     """CUTS (arXiv 2604.18493): draw a token uniformly among the ``top`` likeliest of probability at least ``floor``.
 
-    So the last ``samples`` responses of a request are drawn, after their first ``warmup_tokens`` tokens. Where no token reaches the
-    floor, the token is drawn as usual.
+    So the last ``samples`` responses of a request are drawn, after their first ``warmup_tokens`` tokens. Where no token
+    reaches the floor, the token is drawn as usual.
     """
 
     samples: int
@@ -62,7 +62,9 @@ class GenerateRequest:
     temperature: float
     max_new_tokens: int
     role: Role = Role.MAIN
-    top_p: float = 1.0  # only the likeliest tokens that make up this share; below 1 for benchmarks alone: what is trained on is not truncated
+    # only the likeliest tokens that make up this share; below 1 for benchmarks alone: what is trained on is not
+    # truncated
+    top_p: float = 1.0
     cuts: Cuts | None = None
 
 
@@ -80,7 +82,8 @@ class Sample:
     """One response.
 
     ``log_probs`` are those of the behaviour policy at ``temperature`` (the temperature the tokens were drawn with),
-    never at another one; of a response drawn by CUTS they are the policy's own. The end-of-sequence token, when drawn, is the last entry of ``token_ids``.
+    never at another one; of a response drawn by CUTS they are the policy's own. The end-of-sequence token, when drawn,
+    is the last entry of ``token_ids``.
     """
 
     token_ids: np.ndarray  # int64 [n]
@@ -129,7 +132,9 @@ class StepSamples:
 
 @dataclass(frozen=True)
 class KeptSample:
-    """One rollout that the run writes down and, in the steps that measure it, the policy's exact entropy at each of its tokens."""
+    """One rollout that the run writes down and, in the steps that measure it, the policy's exact entropy at each of its
+    tokens.
+    """
 
     prompt: Prompt
     sample: Sample
@@ -140,9 +145,10 @@ class KeptSample:
 class Actuation:
     """What the controller's command does to the loss of one step.
 
-    ``kind`` is an actuator name (``none``, ``resample``, ``reweight``, ``fc``, ``dcpo``, ``tok``, ``entropy_bonus``, ``high_prob``,
-    ``clip_cov``); ``command`` is in that actuator's unit: a temperature for ``resample``, ``reweight``, ``fc`` and ``dcpo``, a coefficient
-    for ``tok``, ``entropy_bonus`` and ``high_prob``, a fraction of tokens for ``clip_cov``. ``alpha`` scales the positive term.
+    ``kind`` is an actuator name (``none``, ``resample``, ``reweight``, ``fc``, ``dcpo``, ``tok``, ``entropy_bonus``,
+    ``high_prob``, ``clip_cov``); ``command`` is in that actuator's unit: a temperature for ``resample``, ``reweight``,
+    ``fc`` and ``dcpo``, a coefficient for ``tok``, ``entropy_bonus`` and ``high_prob``, a fraction of tokens for
+    ``clip_cov``. ``alpha`` scales the positive term.
     """
 
     kind: str = "none"
@@ -154,10 +160,10 @@ class Actuation:
 class TrainBatch:
     """The rows of one update, ragged: every main row, then the correct auxiliary rows. CPU tensors.
 
-    A row is prompt + response. The rows lie one behind the other in flat arrays, without padding: ``[tokens]`` over all tokens,
-    ``[targets]`` over the tokens that the loss is about, ``[rows]``. ``weights`` holds the whole normalisation (token mean, sequence
-    mean, the positive term's denominator and alpha), so the loss is the plain sum over targets of ``weights[row] * term`` whatever
-    the micro-batch size or the number of ranks.
+    A row is prompt + response. The rows lie one behind the other in flat arrays, without padding: ``[tokens]`` over all
+    tokens, ``[targets]`` over the tokens that the loss is about, ``[rows]``. ``weights`` holds the whole normalisation
+    (token mean, sequence mean, the positive term's denominator and alpha), so the loss is the plain sum over targets of
+    ``weights[row] * term`` whatever the micro-batch size or the number of ranks.
     """
 
     tokens: torch.Tensor  # int32 [tokens]
@@ -222,7 +228,9 @@ PER_TARGET = frozenset(
 
 @dataclass(frozen=True)
 class Share:
-    """What one data-parallel rank is given of a batch: the rows of its micro-batches, one micro-batch behind the other."""
+    """What one data-parallel rank is given of a batch: the rows of its micro-batches, one micro-batch behind
+    the other.
+    """
 
     batch: TrainBatch  # these rows only
     micro_batches: Sequence[
@@ -239,7 +247,9 @@ class Share:
 
 
 def shares(batch: TrainBatch, dealt: Sequence[Sequence[Sequence[Sequence[int]]]]) -> Iterator[Share]:
-    """The share of each data-parallel rank; ``dealt``: rows ``[rank][mini-batch][micro-batch][row]``, as a learner deals them."""
+    """The share of each data-parallel rank; ``dealt``: rows ``[rank][mini-batch][micro-batch][row]``, as a learner
+    deals them.
+    """
     starts = batch.targets.cumsum(0) - batch.targets
     for own in dealt:
         rows = torch.tensor([row for mini in own for micro in mini for row in micro], dtype=torch.int64)
@@ -306,7 +316,9 @@ class StepOutcome:
 
 @dataclass(frozen=True)
 class WeightBucket:
-    """Full tensors under Hugging Face names, at most the configured bytes together (one tensor may exceed them alone)."""
+    """Full tensors under Hugging Face names, at most the configured bytes together (one tensor may exceed them
+    alone).
+    """
 
     version: int
     index: int

@@ -1,16 +1,17 @@
 """A model's linear layers computed as the chosen FP8 recipe would, in torch on any device: to measure FP8's effect.
 
-The three products of a linear layer take their operands through ``quantise``, as Transformer Engine's ``Linear`` does; sums are float32,
-the result is of the input's type:
+The three products of a linear layer take their operands through ``quantise``, as Transformer Engine's ``Linear`` does;
+sums are float32, the result is of the input's type:
 
 - forward ``y = x w'``: ``x`` and ``w`` rounded along the input features;
 - ``dx = g w``: ``g`` and ``w`` rounded along the output features;
 - ``dw = g' x``: ``g`` and ``x`` rounded along the tokens.
 
-Where blocks are one-dimensional (blockwise x and g, all of mxfp8) the two roundings of a tensor differ, each made of the original.
-Under TP each rank rounds its own shard, so a tensorwise scale of a weight, of a row-parallel input or of a column-parallel gradient is
-of the shard; what sequence parallelism divides is rounded as one whole. ``delayed`` reduces its largest magnitudes over TP x CP x DP.
-All of that is as Transformer Engine does it. Not emulated: the tensor cores' shorter accumulators, and FP8 in attention.
+Where blocks are one-dimensional (blockwise x and g, all of mxfp8) the two roundings of a tensor differ, each made of
+the original. Under TP each rank rounds its own shard, so a tensorwise scale of a weight, of a row-parallel input or of
+a column-parallel gradient is of the shard; what sequence parallelism divides is rounded as one whole. ``delayed``
+reduces its largest magnitudes over TP x CP x DP. All of that is as Transformer Engine does it. Not emulated: the tensor
+cores' shorter accumulators, and FP8 in attention.
 """
 
 from __future__ import annotations
@@ -58,8 +59,9 @@ class Operands:
 def install(gpt: GPTModel, precision: PrecisionConfig) -> None:
     """Let the linear layers of ``gpt``'s transformer layers (attention, feed-forward, experts) compute in FP8.
 
-    Embedding, output layer, router and norms stay as they are, and with ``first_last_layers_bf16`` so do those layers. To be called
-    once, on a model of megatron-core's own linear layers. ``delayed`` adds its state to them as buffers, which checkpoints hold.
+    Embedding, output layer, router and norms stay as they are, and with ``first_last_layers_bf16`` so do those layers.
+    To be called once, on a model of megatron-core's own linear layers. ``delayed`` adds its state to them as buffers,
+    which checkpoints hold.
     """
     for layer in gpt.decoder.layers:
         if not precision.in_bf16(layer.layer_number - 1, gpt.config.num_layers):
@@ -166,7 +168,9 @@ def _forward(quantisers: Operands) -> Callable[..., torch.Tensor]:
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, quantisers: Operands) -> torch.Tensor:
-    """``x`` ``[..., in]`` times the transpose of ``weight`` ``[out, in]``, all three products of it rounded as the module says."""
+    """``x`` ``[..., in]`` times the transpose of ``weight`` ``[out, in]``, all three products of it rounded as the
+    module says.
+    """
     return _Linear.apply(x, weight, quantisers, torch.is_grad_enabled())
 
 

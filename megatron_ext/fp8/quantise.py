@@ -1,7 +1,8 @@
 """Transformer Engine's quantisers in torch: one rounding rule per recipe, bit for bit as its CUDA kernels (2.20) round.
 
-A matrix ``x`` becomes FP8 codes and the factors that undo the scaling: ``code * scale_inv``. Every rule multiplies by a ``scale`` in
-float32, clamps at the largest code and rounds to nearest even; they differ in who shares a scale and how it is found.
+A matrix ``x`` becomes FP8 codes and the factors that undo the scaling: ``code * scale_inv``. Every rule multiplies by a
+``scale`` in float32, clamps at the largest code and rounds to nearest even; they differ in who shares a scale and how
+it is found.
 
 =========== ======================================== ==============================================
 recipe      one scale for                            scale
@@ -12,7 +13,8 @@ blockwise   1 x 128 (x, grad), 128 x 128 (w) blocks  the same, rounded down to a
 mxfp8       1 x 32 entries                           ``2**-e``, ``2**e >= amax / largest code`` (E8M0)
 =========== ======================================== ==============================================
 
-``amax`` takes no notice of NaN, as the kernels' ``fmaxf`` does not; a NaN entry stays NaN. An infinite entry becomes the largest code.
+``amax`` takes no notice of NaN, as the kernels' ``fmaxf`` does not; a NaN entry stays NaN. An infinite entry becomes
+the largest code.
 
 Sources: TransformerEngine, ``common/recipe/{recipe_common.cuh,delayed_scaling.cu}``,
 ``common/transpose/quantize_transpose_{square,vector}_blockwise.cu``, ``common/cast/mxfp8/quantize_mxfp8.cuh``,
@@ -37,7 +39,9 @@ _FLOAT32_MAX = torch.finfo(torch.float32).max
 
 @dataclass(frozen=True)
 class Quantised:
-    """A matrix in FP8: ``codes`` ``[rows, columns]`` (e4m3 or e5m2) and float32 ``scale_inv``, of shape ``scale_shape``."""
+    """A matrix in FP8: ``codes`` ``[rows, columns]`` (e4m3 or e5m2) and float32 ``scale_inv``, of shape
+    ``scale_shape``.
+    """
 
     codes: torch.Tensor
     scale_inv: torch.Tensor
@@ -49,7 +53,9 @@ class Quantised:
 
 
 def tensorwise(x: torch.Tensor, dtype: torch.dtype, amax: torch.Tensor | None = None) -> Quantised:
-    """Current scaling: one scale per tensor, from its own largest magnitude (``amax``: over all ranks that hold a part of it)."""
+    """Current scaling: one scale per tensor, from its own largest magnitude (``amax``: over all ranks that hold a part
+    of it).
+    """
     scale = scale_of(amax_of(x, None) if amax is None else amax, dtype)
     return _quantised(x, dtype, scale, None)
 
@@ -70,8 +76,8 @@ def mxfp8(x: torch.Tensor, dtype: torch.dtype, block: Block) -> Quantised:
 class Delayed:
     """Delayed scaling of one tensor: the scale of this pass comes from the largest magnitudes of earlier ones.
 
-    ``history`` (float32 ``[length]``) and ``scale`` (float32 ``[]``) are the state, changed in place; ``history[0]`` is the pass in
-    progress. The scale starts at 1, so that the first pass saturates at the largest code.
+    ``history`` (float32 ``[length]``) and ``scale`` (float32 ``[]``) are the state, changed in place; ``history[0]`` is
+    the pass in progress. The scale starts at 1, so that the first pass saturates at the largest code.
     """
 
     def __init__(
@@ -88,7 +94,8 @@ class Delayed:
         return _quantised(x, self._dtype, self.scale, None)
 
     def update(self) -> None:
-        """End of a pass: ``history[0]``, by now the largest over all ranks, joins the history and the scale is made anew.
+        """End of a pass: ``history[0]``, by now the largest over all ranks, joins the history and the scale is made
+        anew.
 
         A pass that met only zeros leaves both as they are; a largest magnitude that is not finite leaves the scale.
         """
@@ -111,7 +118,9 @@ def amax_of(x: torch.Tensor, block: Block | None) -> torch.Tensor:
 
 
 def scale_of(amax: torch.Tensor, dtype: torch.dtype, overflow: float = _FLOAT32_MAX) -> torch.Tensor:
-    """``largest code / amax``; 1 where ``amax`` is 0 or not finite, ``overflow`` where the quotient is too large for float32."""
+    """``largest code / amax``; 1 where ``amax`` is 0 or not finite, ``overflow`` where the quotient is too large for
+    float32.
+    """
     # By a tensor, not a number: CUDA divides a number as multiplication with a rounded reciprocal, CPU does not.
     scale = torch.full_like(amax, torch.finfo(dtype).max) / amax
     scale = torch.where(scale.isinf(), overflow, scale)
@@ -119,7 +128,9 @@ def scale_of(amax: torch.Tensor, dtype: torch.dtype, overflow: float = _FLOAT32_
 
 
 def e8m0_of(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Biased exponent ``e`` (int32, 0 to 254) of the smallest power of two, ``2**(e - 127)``, at or above ``amax / largest code``."""
+    """Biased exponent ``e`` (int32, 0 to 254) of the smallest power of two, ``2**(e - 127)``, at or above ``amax /
+    largest code``.
+    """
     bits = (amax * torch.full_like(amax, 1 / torch.finfo(dtype).max)).view(torch.int32)
     exponent, mantissa = bits >> 23, bits & 0x007FFFFF
     # 2**-127, the least there is, holds all of the lower half of the subnormal numbers.

@@ -1,6 +1,8 @@
-"""Which layers a model is made of and how they compute: megatron-core's own, Transformer Engine's, FP8, or FP8 emulated.
+"""Which layers a model is made of and how they compute: megatron-core's own, Transformer Engine's, FP8, or FP8
+emulated.
 
-Everything that is asked of Transformer Engine is here, and refused here where it or the chip is missing. Not yet run on a GPU.
+Everything that is asked of Transformer Engine is here, and refused here where it or the chip is missing. Not yet run on
+a GPU.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ _FP8_FIELDS = (
 
 @dataclass(frozen=True)
 class Numerics:
-    """Whose layers a model is built of (``impl``: "local" | "transformer_engine") and the number format of its linear layers."""
+    """Whose layers a model is built of (``impl``: "local" | "transformer_engine") and the number format of its linear
+    layers.
+    """
 
     impl: str = "local"
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
@@ -50,7 +54,9 @@ class Numerics:
         return self.precision.fp8 != "none" and not self.precision.emulate
 
     def transformer_fields(self, *, mla: bool, moe: bool) -> dict[str, Any]:
-        """``TransformerConfig``'s fields for Transformer Engine: its fusions, one grouped product for a rank's experts, and FP8."""
+        """``TransformerConfig``'s fields for Transformer Engine: its fusions, one grouped product for a rank's experts,
+        and FP8.
+        """
         if self.impl == "local":
             return {}
         fields: dict[str, Any] = {
@@ -66,10 +72,12 @@ class Numerics:
 
 @contextmanager
 def own_layers_unfused() -> Iterator[None]:
-    """Within, megatron-core's own linear layers (the output layer) are built without fused accumulation of weight gradients.
+    """Within, megatron-core's own linear layers (the output layer) are built without fused accumulation of weight
+    gradients.
 
-    Transformer Engine's layers fuse by themselves; megatron-core's need an extension of Apex, and refuse a configuration that asks for
-    fusion without: a patch of core/tensor_parallel/layers.py (0.16 to 0.19). It goes when the output layer has a setting of its own.
+    Transformer Engine's layers fuse by themselves; megatron-core's need an extension of Apex, and refuse a
+    configuration that asks for fusion without: a patch of core/tensor_parallel/layers.py (0.16 to 0.19). It goes when
+    the output layer has a setting of its own.
     """
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 
@@ -112,7 +120,8 @@ def usable(device: torch.device) -> bool:
 
 
 def chip_problem(recipe: str, capability: tuple[int, int], cuda: str | None) -> str | None:
-    """Why a chip of compute capability ``capability`` with CUDA ``cuda`` cannot run ``recipe``, and what to choose; or ``None``.
+    """Why a chip of compute capability ``capability`` with CUDA ``cuda`` cannot run ``recipe``, and what to choose; or
+    ``None``.
 
     Source: TransformerEngine, ``pytorch/quantization.py``, ``_compute_*_support``.
     """
@@ -136,7 +145,8 @@ def _require(key: str, device: torch.device, instead: str) -> None:
         )
     if importlib.util.find_spec("transformer_engine") is None:
         raise ValueError(
-            f"{key}: Transformer Engine is not installed; pip install 'isentrope[gpu]' on a GPU machine, or set {instead}"
+            f"{key}: Transformer Engine is not installed; pip install 'isentrope[gpu]' on a GPU machine, or set "
+            f"{instead}"
         )
     try:
         importlib.import_module("transformer_engine.pytorch")

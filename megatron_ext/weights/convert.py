@@ -1,7 +1,7 @@
 """Hugging Face folders to megatron-core's ``torch_dist`` checkpoints and back: streaming, in parallel, resumable.
 
-Both directions cut the work into parts of about ``PART_BYTES`` and hold one tensor per worker, all workers together never more than
-twice the largest tensor (or ``LEAST_BUDGET``). No megatron here but for the comparison of logits.
+Both directions cut the work into parts of about ``PART_BYTES`` and hold one tensor per worker, all workers together
+never more than twice the largest tensor (or ``LEAST_BUDGET``). No megatron here but for the comparison of logits.
 """
 
 from __future__ import annotations
@@ -77,8 +77,9 @@ def hf_to_megatron(
     """Write a Hugging Face folder as a ``torch_dist`` checkpoint cut for ``grid``; it loads at any layout.
 
     The folder ``KEPT`` of the checkpoint gets configuration, tokenizer and all else but weights, for the way back.
-    ``dtype`` "fp32" or "bf16" casts; ``None`` keeps the folder's types. Called again after a kill, it goes on where it was.
-    Raises ``ValueError`` for a folder, layout or ``out`` that cannot be used, ``ConversionError`` where writing or verifying fails.
+    ``dtype`` "fp32" or "bf16" casts; ``None`` keeps the folder's types. Called again after a kill, it goes on where it
+    was. Raises ``ValueError`` for a folder, layout or ``out`` that cannot be used, ``ConversionError`` where writing or
+    verifying fails.
     """
     start = time.perf_counter()
     model = architecture.read(hf)
@@ -237,8 +238,8 @@ def megatron_to_hf(
 
     ``checkpoint`` is anything that :func:`torch_dist.find` understands; configuration, tokenizer and all else but
     weights is copied from ``hf``: the Hugging Face folder of the same model, or what ``hf_to_megatron`` ``KEPT`` of it.
-    ``dtype`` "fp32" or "bf16" casts, "fp8" quantises the matrices of :func:`fp8_layout.quantised` in 128x128 blocks and makes
-    the rest bfloat16; ``None`` keeps the checkpoint's types. Resumes and raises like :func:`hf_to_megatron`.
+    ``dtype`` "fp32" or "bf16" casts, "fp8" quantises the matrices of :func:`fp8_layout.quantised` in 128x128 blocks and
+    makes the rest bfloat16; ``None`` keeps the checkpoint's types. Resumes and raises like :func:`hf_to_megatron`.
     """
     start = time.perf_counter()
     directory = torch_dist.find(checkpoint)
@@ -341,7 +342,8 @@ def _require_space(work: Work, nbytes: int) -> None:
     free = shutil.disk_usage(work.folder).free
     if nbytes > free:
         raise ConversionError(
-            f"{work.out} needs {nbytes / 1e9:.2f} GB more, its disk has {free / 1e9:.2f} GB free: make room, or choose another --out"
+            f"{work.out} needs {nbytes / 1e9:.2f} GB more, its disk has {free / 1e9:.2f} GB free: make room, or "
+            "choose another --out"
         )
 
 

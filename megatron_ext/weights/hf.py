@@ -29,8 +29,8 @@ def load(
 ) -> None:
     """Fill this rank's ``parameters`` (under layout names) from a Hugging Face folder, padding with zeros.
 
-    ``rows`` are those of the whole model, so that every rank refuses a folder with missing, misshapen or unknown tensors.
-    Raises ``ValueError`` that names the tensor, both shapes and the layout row.
+    ``rows`` are those of the whole model, so that every rank refuses a folder with missing, misshapen or unknown
+    tensors. Raises ``ValueError`` that names the tensor, both shapes and the layout row.
     """
     folder = Folder(hf_path)
     check(folder, rows, model)
@@ -53,11 +53,13 @@ def export(
     topology: Topology,
     version: int,
 ) -> Iterator[WeightBucket | None]:
-    """The weights as full tensors under Hugging Face names, one item a round on every rank: the bucket that it owns, or ``None``.
+    """The weights as full tensors under Hugging Face names, one item a round on every rank: the bucket that it owns, or
+    ``None``.
 
-    A collective of all ranks, though only a bucket's holders exchange messages. In a round all of them are under way at once, and each pair of ranks
-    exchanges one each way at most: nobody waits for a rank that waits for another. A round takes up to three times the size of a
-    bucket on a rank: what it sends, what it receives, its own bucket. The tensors are copies: training may go on while they travel.
+    A collective of all ranks, though only a bucket's holders exchange messages. In a round all of them are under way at
+    once, and each pair of ranks exchanges one each way at most: nobody waits for a rank that waits for another. A round
+    takes up to three times the size of a bucket on a rank: what it sends, what it receives, its own bucket. The tensors
+    are copies: training may go on while they travel.
     """
     if topology.backend == "nccl":
         dist.barrier()  # NCCL sets its communicator up in the first call that all ranks make

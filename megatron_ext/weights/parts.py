@@ -48,8 +48,8 @@ class Budget:
 class Work:
     """The folder in which ``out`` is made, and its journal: what is being made, then one line per finished part.
 
-    A context: the folder is locked within. Raises ``ValueError`` where ``out`` exists and is not empty, where another process is at
-    work, or where an unfinished conversion with other ``settings`` is in the way.
+    A context: the folder is locked within. Raises ``ValueError`` where ``out`` exists and is not empty, where another
+    process is at work, or where an unfinished conversion with other ``settings`` is in the way.
     """
 
     def __init__(self, out: Path, settings: Mapping[str, Any]) -> None:
@@ -93,8 +93,8 @@ class Work:
     ) -> list[Any]:
         """``convert(i)`` of every part that is not finished, on ``workers`` threads; results of all, in order.
 
-        ``parts`` are their sizes in bytes, reported to ``progress`` as they finish. A result is JSON; what it stands for must be on
-        disk when ``convert`` returns. Raises ``ConversionError`` where the disk is full.
+        ``parts`` are their sizes in bytes, reported to ``progress`` as they finish. A result is JSON; what it stands
+        for must be on disk when ``convert`` returns. Raises ``ConversionError`` where the disk is full.
         """
         progress(sum(parts[index] for index in self.finished))
         pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
@@ -107,7 +107,8 @@ class Work:
                 progress(parts[part])
         except OSError as error:
             raise ConversionError(
-                f"{self.out} could not be written: {error.strerror or error}. {len(self.finished)} of {len(parts)} parts "
+                f"{self.out} could not be written: {error.strerror or error}. {len(self.finished)} of {len(parts)} "
+                "parts "
                 f"are kept in {self.folder}: make room and give the same command again, or remove that folder"
             ) from error
         finally:

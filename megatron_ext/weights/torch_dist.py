@@ -1,9 +1,10 @@
 """Layout rows in megatron-core's distributed checkpoint format (``torch_dist``), written and read tensor by tensor.
 
-The format is PyTorch's distributed checkpoint: ``.distcp`` files of ``torch.save`` records and one ``.metadata`` that says which box
-of which global tensor each record holds; beside it megatron's ``metadata.json`` and ``common.pt``. The global tensor of a row is the
-parameter at TP 1, without vocabulary padding; layers, where all are alike, and experts are stacked along leading axes
-(megatron-core: ``TransformerBlock``, ``SequentialMLP`` and ``MLP.sharded_state_dict``). No megatron here: conversion starts fast.
+The format is PyTorch's distributed checkpoint: ``.distcp`` files of ``torch.save`` records and one ``.metadata`` that
+says which box of which global tensor each record holds; beside it megatron's ``metadata.json`` and ``common.pt``. The
+global tensor of a row is the parameter at TP 1, without vocabulary padding; layers, where all are alike, and experts
+are stacked along leading axes (megatron-core: ``TransformerBlock``, ``SequentialMLP`` and ``MLP.sharded_state_dict``).
+No megatron here: conversion starts fast.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ _CONFIG = {
 }
 _EXTRA_FILE = "__extra.distcp"
 
-# Norms that Transformer Engine fuses into the linear layer after them. Megatron's local layers store some under these names too;
-# a norm is written under both, one record, so that either kind of model finds it.
+# Norms that Transformer Engine fuses into the linear layer after them. Megatron's local layers store some under these
+# names too; a norm is written under both, one record, so that either kind of model finds it.
 _FUSED = {
     ".input_layernorm.weight": ".self_attention.linear_qkv.layer_norm_weight",
     ".pre_mlp_layernorm.weight": ".mlp.linear_fc1.layer_norm_weight",
@@ -78,7 +79,8 @@ class Stored:
 def stored(row: Row, model: Architecture, stacked: bool | None = None) -> Stored:
     """Where megatron-core's ``sharded_state_dict`` puts a row of ``model``.
 
-    Dense layers are ``stacked``; those of a model with a list of expert layers (``moe_layer_freq``, as ``models`` sets it) are not.
+    Dense layers are ``stacked``; those of a model with a list of expert layers (``moe_layer_freq``, as ``models`` sets
+    it) are not.
     """
     name, leading = row.parameter, []
     if row.layer is not None and (model.moe is None if stacked is None else stacked):
@@ -110,7 +112,9 @@ class Chunk:
 
 
 def chunks(row: Row, tp: int, rank: int) -> tuple[Chunk, ...]:
-    """The records that rank ``rank`` of ``tp`` holds of a row: one per source, or one for all where they are interleaved."""
+    """The records that rank ``rank`` of ``tp`` holds of a row: one per source, or one for all where they are
+    interleaved.
+    """
     parts = [(_position(row, part), part) for part in row.slices(tp, rank)]
     runs = [parts] if row.groups else [[part] for part in parts]
     found = []
@@ -130,11 +134,14 @@ def _position(row: Row, part: Slice) -> int:
     raise ValueError(f"{row}: {part} is no part of the whole")
 
 
-# --- writing -----------------------------------------------------------------------------------------------------------
+# --- writing
+# -----------------------------------------------------------------------------------------------------------
 
 
 def write(descriptor: int, start: int, name: str, tensor: torch.Tensor, leading: int) -> tuple[int, int]:
-    """Write a contiguous tensor, behind ``leading`` axes of size 1, as one record at ``start``; its length and checksum."""
+    """Write a contiguous tensor, behind ``leading`` axes of size 1, as one record at ``start``; its length and
+    checksum.
+    """
     before, after = _frame((1,) * leading + tuple(tensor.shape), tensor.dtype)
     os.pwrite(descriptor, before, start)
     checksum = put(descriptor, start + len(before), name, tensor)
@@ -144,7 +151,9 @@ def write(descriptor: int, start: int, name: str, tensor: torch.Tensor, leading:
 
 @functools.lru_cache(maxsize=256)
 def _frame(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[bytes, bytes]:
-    """What torch.save writes before and after the values of a tensor, which ``put`` then writes and sums in one pass."""
+    """What torch.save writes before and after the values of a tensor, which ``put`` then writes and sums in one
+    pass.
+    """
     frame = _Frame()
     with skip_data(), serialization.patch("save.compute_crc32", False):  # type: ignore[attr-defined]
         torch.save(torch.empty(shape, dtype=dtype), cast("IO[bytes]", frame))
@@ -219,7 +228,8 @@ def _extra_state(place: Stored) -> str | None:
     return f"{module}._extra_state/shard_{offset}_{shape}"
 
 
-# --- reading -----------------------------------------------------------------------------------------------------------
+# --- reading
+# -----------------------------------------------------------------------------------------------------------
 
 
 def find(path: Path) -> Path:
@@ -348,7 +358,9 @@ class Checkpoint:
 
 
 def _described(path: Path, offset: int, length: int) -> tuple[int, int, int, tuple[int, ...], tuple[int, ...]]:
-    """Where a record's values begin in the file and how many there are; its tensor's storage offset, shape and strides."""
+    """Where a record's values begin in the file and how many there are; its tensor's storage offset, shape and
+    strides.
+    """
     page = offset - offset % mmap.ALLOCATIONGRANULARITY
     with (
         path.open("rb") as file,

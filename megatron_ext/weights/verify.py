@@ -27,7 +27,8 @@ LOGITS_TOLERANCE = 1e-4  # both models in float32
 def verify(
     directory: Path, hf: Path, written: Path, model: Architecture, rows: Sequence[Row], workers: int, budget: Budget
 ) -> str:
-    """Compare every tensor of a checkpoint and a Hugging Face folder bit for bit, and what was ``written`` with its manifest.
+    """Compare every tensor of a checkpoint and a Hugging Face folder bit for bit, and what was ``written`` with its
+    manifest.
 
     The logits of small models too. Raises ``ConversionError`` that names the tensors that differ.
     """

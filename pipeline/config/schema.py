@@ -215,7 +215,8 @@ class SglangConfig:
     max_total_tokens: int = key(65536, "size of the KV cache; 0: let SGLang decide", range=NOT_NEGATIVE, unit="tokens")
     startup_timeout_s: float = key(
         300.0,
-        "longest wait for a server's first answer to /health, without the time to read the weights: 1 s more per 0.1 GB",
+        "longest wait for a server's first answer to /health, without the time to read the weights: 1 s more per 0.1 "
+        "GB",
         range=POSITIVE,
         unit="seconds",
     )
@@ -354,7 +355,8 @@ class DataConfig:
     )
     on_verifier_error: str = key(
         "stop",
-        "what happens when no response of a step could be judged (the verifier raises, hangs, or gives no reward in [0, 1])",
+        "what happens when no response of a step could be judged (the verifier raises, hangs, or gives no reward in "
+        "[0, 1])",
         choices={"stop": "end the run, exit code 2", "mark": "go on: such samples get reward 0 and are counted"},
     )
 

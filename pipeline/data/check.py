@@ -1,4 +1,6 @@
-"""Looks through a data source before a run: how prompts read and how long they are, what is dropped, what occurs twice."""
+"""Looks through a data source before a run: how prompts read and how long they are, what is dropped, what
+occurs twice.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,10 @@ PERCENTILES = {"least": 0, "median": 50, "p95": 95, "longest": 100}
 
 @dataclass(frozen=True)
 class DataReport:
-    """What ``check_data`` found. Lengths are in tokens of the whole rendered prompt; without a tokenizer there are none."""
+    """What ``check_data`` found.
+
+    Lengths are in tokens of the whole rendered prompt; without a tokenizer there are none.
+    """
 
     questions: int
     verifiers: dict[str, int]  # questions by verifier

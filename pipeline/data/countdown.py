@@ -1,8 +1,9 @@
 """The countdown tasks: reach a two-digit target with every given digit once, evaluated left to right.
 
-``pm<n>`` allows + and -, ``cd<n>`` also *. A problem is ``n`` sorted digits 1-9 and a target 00-99, written ``1234,24``;
-the prompt is ``1234,24=``, a response ``4*3*2*1``. A task holds every problem that has at least one solution (pm4: 2,835
-problems, median 12 solutions), so a policy can be right in several ways: what diversity costs and gains is visible.
+``pm<n>`` allows + and -, ``cd<n>`` also *. A problem is ``n`` sorted digits 1-9 and a target 00-99, written
+``1234,24``; the prompt is ``1234,24=``, a response ``4*3*2*1``. A task holds every problem that has at least one
+solution (pm4: 2,835 problems, median 12 solutions), so a policy can be right in several ways: what diversity costs and
+gains is visible.
 """
 
 from __future__ import annotations

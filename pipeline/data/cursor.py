@@ -29,8 +29,8 @@ class _State(msgspec.Struct):
 class DataCursor:
     """Shuffled epochs without replacement; a pure function of the prompts, the seed and how much was taken.
 
-    One ``take`` never holds a prompt twice, not even across the end of an epoch: the sampling seeds derive from the prompt,
-    so a repetition would draw the same responses again.
+    One ``take`` never holds a prompt twice, not even across the end of an epoch: the sampling seeds derive from the
+    prompt, so a repetition would draw the same responses again.
     """
 
     def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
@@ -87,13 +87,16 @@ class DataCursor:
         saved = msgspec.convert(state, _State)
         if saved.fingerprint != self._fingerprint:
             raise DataError(
-                f"the checkpoint was trained on {state['prompts']} prompts with fingerprint {state['fingerprint']}, this run "
-                f"has {len(self._prompts)} with fingerprint {self._fingerprint}: resume with the same data (source, held_out, "
+                f"the checkpoint was trained on {state['prompts']} prompts with fingerprint {state['fingerprint']}, "
+                "this run "
+                f"has {len(self._prompts)} with fingerprint {self._fingerprint}: resume with the same data (source, "
+                "held_out, "
                 "chat template, tokenizer and rollout.max_prompt_tokens), start a new run, or say --allow-change"
             )
         if saved.seed != self._seed:
             raise DataError(
-                f"the checkpoint's data order has seed {state['seed']}, this run has seed={self._seed}: resume with the same"
+                f"the checkpoint's data order has seed {state['seed']}, this run has seed={self._seed}: resume with "
+                "the same"
             )
         if saved.position > len(self._prompts):
             raise ValueError(f"cursor.position is {state['position']}, there are {len(self._prompts)} prompts")

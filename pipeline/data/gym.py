@@ -21,8 +21,8 @@ def generate_questions(dataset: str, size: int, params: Mapping[str, Any], seed:
     """At most ``size`` distinct questions of a reasoning-gym dataset.
 
     A question that the generator repeats is kept once, so none is both trained on and held out; the id is a hash of the
-    question, so it is stable when ``size`` grows. Raises ``DataError`` for an unknown dataset or parameter, a bad value,
-    or a dataset whose scorer needs data that JSON cannot carry.
+    question, so it is stable when ``size`` grows. Raises ``DataError`` for an unknown dataset or parameter, a bad
+    value, or a dataset whose scorer needs data that JSON cannot carry.
     """
     source = _create(dataset, size, dict(params), seed)
     questions: dict[str, Question] = {}
@@ -35,7 +35,8 @@ def generate_questions(dataset: str, size: int, params: Mapping[str, Any], seed:
         )
         if index == 0 and not _same_score(source, source[0], entry):
             raise DataError(
-                f"data.source.task={dataset!r}: its scorer needs Python objects that JSON cannot carry; choose another dataset"
+                f"data.source.task={dataset!r}: its scorer needs Python objects that JSON cannot carry; choose "
+                "another dataset"
             )
         if index == 0 and (refusal := _refusal(questions[name])):
             raise DataError(f"data.source.task={dataset!r}: {refusal}")
@@ -56,7 +57,8 @@ def _create(dataset: str, size: int, params: dict[str, Any], seed: int) -> Any:
         if key not in known:
             nearest = (difflib.get_close_matches(key, known, n=1, cutoff=0.0) or ["none"])[0]
             raise DataError(
-                f"data.source.params.{key}: {dataset} has no such parameter; nearest: {nearest}; all: {', '.join(known)} "
+                f"data.source.params.{key}: {dataset} has no such parameter; nearest: {nearest}; all: "
+                f"{', '.join(known)} "
                 "(the number of questions is data.source.size, their seed data.source.seed)"
             )
     try:

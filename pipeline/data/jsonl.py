@@ -1,4 +1,5 @@
-"""Prompts from a JSONL file: one object a line with ``id``, ``prompt`` or ``messages``, ``answer``, ``verifier``, ``meta``.
+"""Prompts from a JSONL file: one object a line with ``id``, ``prompt`` or ``messages``, ``answer``, ``verifier``,
+``meta``.
 
 Every malformed line is found before anything else happens, and reported with file, line number and reason.
 """
@@ -26,7 +27,8 @@ _REPORTED = 10  # malformed lines described one by one
 def read_jsonl(path: Path | str, verifier: str) -> list[Question]:
     """The questions of a file. ``verifier`` is used for every line, unless it is "auto": then each line names its own.
 
-    Raises ``DataError`` listing the malformed lines (ten in full, then their number), or when the file is missing or empty.
+    Raises ``DataError`` listing the malformed lines (ten in full, then their number), or when the file is missing or
+    empty.
     """
     path = Path(path)
     if not path.is_file():

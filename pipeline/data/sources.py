@@ -30,7 +30,8 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer, *, max_prompt_tokens:
     """Read or generate the prompts of ``config.source``, tokenize them and set the held-out ones apart.
 
     Which prompts are held out depends on their ids alone, so a growing file never moves one from one side to the other;
-    the countdown task has its own fixed split. Raises ``DataError`` (bad source, no prompt left) and ``UnknownVerifierError``.
+    the countdown task has its own fixed split. Raises ``DataError`` (bad source, no prompt left) and
+    ``UnknownVerifierError``.
     """
     if config.verifier != "auto":
         check_verifier(config.verifier)
@@ -75,7 +76,8 @@ def check_prompts(prompts: PromptSet, config: RunConfig) -> None:
         )
     if config.entropy.repeated_prompts > len(prompts.held_out):
         raise DataError(
-            f"entropy.repeated_prompts={config.entropy.repeated_prompts} exceeds the {len(prompts.held_out)} held-out prompts "
+            f"entropy.repeated_prompts={config.entropy.repeated_prompts} exceeds the {len(prompts.held_out)} "
+            "held-out prompts "
             f"(data.held_out={config.data.held_out}): lower it, or raise data.held_out"
         )
 

@@ -12,8 +12,8 @@ from pipeline.data import DataError
 def eos_token_ids(folder: Path) -> tuple[int, ...]:
     """Tokens that end a response, at least one.
 
-    Those of ``generation_config.json``, else ``config.json``, else ``tokenizer_config.json``. Raises ``DataError`` when none
-    of them names one: responses would never end.
+    Those of ``generation_config.json``, else ``config.json``, else ``tokenizer_config.json``. Raises ``DataError`` when
+    none of them names one: responses would never end.
     """
     ids = _token_ids(folder, "eos")
     if not ids:

@@ -18,7 +18,8 @@ import tokenizers.decoders
 from pipeline.data import DataError
 from pipeline.data.special_tokens import eos_token_ids, pad_token_id, read_json
 
-# The byte that each letter of a byte-level vocabulary stands for: printable Latin-1 for itself, the others from 256 on (GPT-2).
+# The byte that each letter of a byte-level vocabulary stands for: printable Latin-1 for itself, the others from 256 on
+# (GPT-2).
 _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTE_OF = {chr(byte): byte for byte in _PRINTABLE}
 BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))}
@@ -107,7 +108,9 @@ class Tokenizer:
 
     @cached_property
     def _bytes(self) -> np.ndarray | None:
-        """Bytes that each token stands for, object [vocabulary + 1]; None unless the tokenizer is byte-level, when a text is its tokens'."""
+        """Bytes that each token stands for, object [vocabulary + 1]; None unless the tokenizer is byte-level, when a
+        text is its tokens'.
+        """
         if not isinstance(self._backend.decoder, tokenizers.decoders.ByteLevel):
             return None
         special = {added.content for added in self._backend.get_added_tokens_decoder().values() if added.special}

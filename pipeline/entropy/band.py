@@ -51,7 +51,9 @@ class Band:
 
     @property
     def fingerprint(self) -> list[object]:
-        """All that decides the band, for the check on resume; a longer run changes it only if the schedule stretches."""
+        """All that decides the band, for the check on resume; a longer run changes it only if the schedule
+        stretches.
+        """
         return [self._schedule, self._first, self._last, self._hold, self._steps, self._points]
 
 

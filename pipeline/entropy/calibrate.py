@@ -48,7 +48,8 @@ class Calibration:
 
 
 def calibration(config: EntropyConfig, records: Sequence[Record]) -> Calibration:
-    """Kp = 1 / (b (tc + dead time)), internal model control with the identified delay in the dead time; ki in proportion.
+    """Kp = 1 / (b (tc + dead time)), internal model control with the identified delay in the dead time; ki in
+    proportion.
 
     Raises ``IdentificationError`` where the data do not tell the sign of the gain.
     """

@@ -4,8 +4,8 @@ Guards, in the order they are asked:
 
 - no usable reading (NaN, infinite, negative, no tokens): hold the command; after 3 steps let it decay to rest;
 - explosion (H above 2.5 times the set-point for 3 steps, having been below 2): the lower limit, and say so;
-- no positives: hold the command and the integral, since the actuator had nothing to act through; from the second step on
-  draw more auxiliary prompts (split range), after 10 let the command decay: a temperature at which nothing is
+- no positives: hold the command and the integral, since the actuator had nothing to act through; from the second step
+  on draw more auxiliary prompts (split range), after 10 let the command decay: a temperature at which nothing is
   correct would otherwise be held for ever;
 - saturation: keep the limit, draw more auxiliary prompts (split range), and say that the target is not reached;
 - a response too weak or of the wrong sign for 50 steps: say so.
@@ -25,7 +25,8 @@ from pipeline.entropy.watch import AWAY_STEPS, ResponseWatch
 from pipeline.types import ControlDecision, EntropyReading
 
 EXPLOSION = 2.5  # times the set-point
-WITHIN = 2.0  # times the set-point, below which the filtered H must have been before: noise on a descent from above is no explosion
+# times the set-point, below which the filtered H must have been before: noise on a descent from above is no explosion
+WITHIN = 2.0
 EXPLOSION_STEPS = 3
 PATIENCE_READING = 3  # steps without a usable reading before the command decays
 PATIENCE_POSITIVES = 10  # steps without positives before the command decays

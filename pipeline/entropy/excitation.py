@@ -1,4 +1,6 @@
-"""Open-loop excitation: a command that switches between two levels, so that its effect on the entropy can be told from the drift."""
+"""Open-loop excitation: a command that switches between two levels, so that its effect on the entropy can be told from
+the drift.
+"""
 
 from __future__ import annotations
 

@@ -4,11 +4,12 @@ The model of ``plant`` without its bends: with x = ln H of the policy,
 
     x_{k+1} = x_k + b u_{k-s} + d + process noise,      reading_k = x_k + sensor noise
 
-so a reading is a level plus b times the commands summed so far plus d k, plus noise that is white in one part and a random walk in the
-other. For each delay s and ratio of the two noises the readings are whitened (the innovations of a Kalman filter, Harvey 1989)
-and b, d follow by least squares; delays and ratios are then averaged by likelihood, so that intervals count what is not known of
-them. Differences of ln H alone would drown b in sensor noise; and because the likelihood is one of predictions, data taken while a controller was in the loop are as good as
-any, provided that the command varied (Ljung 1999, section 13.4). Momentum shows up as delay.
+so a reading is a level plus b times the commands summed so far plus d k, plus noise that is white in one part and a
+random walk in the other. For each delay s and ratio of the two noises the readings are whitened (the innovations of a
+Kalman filter, Harvey 1989) and b, d follow by least squares; delays and ratios are then averaged by likelihood, so that
+intervals count what is not known of them. Differences of ln H alone would drown b in sensor noise; and because the
+likelihood is one of predictions, data taken while a controller was in the loop are as good as any, provided that the
+command varied (Ljung 1999, section 13.4). Momentum shows up as delay.
 """
 
 from __future__ import annotations
@@ -58,14 +59,18 @@ class Identified:
 
 
 def identify(records: Sequence[Record]) -> Identified:
-    """Fit all records together (each has a level of its own). Raises ``IdentificationError`` on too few steps or a command at rest."""
+    """Fit all records together (each has a level of its own).
+
+    Raises ``IdentificationError`` on too few steps or a command at rest.
+    """
     stretches = [stretch for record in records for stretch in _finite(record)]
     steps = sum(len(stretch.entropy) for stretch in stretches)
     if steps < LEAST_STEPS:
         raise IdentificationError(f"{steps} steps with a finite entropy: identification needs at least {LEAST_STEPS}")
     if max((float(np.ptp(stretch.command)) for stretch in stretches), default=0.0) < 1e-6:
         raise IdentificationError(
-            "the command never varied, so its gain cannot be told from the drift: use a run with a controller, or --excite"
+            "the command never varied, so its gain cannot be told from the drift: use a run with a controller, or "
+            "--excite"
         )
     fits = [_fit(stretches, ratio) for ratio in _RATIOS]
     likelihood = np.stack([fit.likelihood for fit in fits])  # [ratios, delays]
@@ -136,7 +141,8 @@ def _columns(stretch: Record) -> np.ndarray:
 def _whiten(columns: np.ndarray, ratio: float) -> tuple[np.ndarray, float]:
     """Innovations of every column, in units of the sensor noise, and the sum of the logarithms of their scales.
 
-    The filter is that of a random walk seen through white noise; it starts at the first row, which is used up: the level is free.
+    The filter is that of a random walk seen through white noise; it starts at the first row, which is used up: the
+    level is free.
     """
     level, variance = columns[0].copy(), 1.0
     white, logs = np.empty((len(columns) - 1, columns.shape[1])), 0.0

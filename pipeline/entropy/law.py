@@ -1,4 +1,7 @@
-"""What a control law must answer, and what a controller's file builds. The guards around a law are in ``closed_loop``."""
+"""What a control law must answer, and what a controller's file builds.
+
+The guards around a law are in ``closed_loop``.
+"""
 
 from __future__ import annotations
 

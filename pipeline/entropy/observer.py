@@ -30,10 +30,11 @@ class PlantObserver(Stateful):
 
         s_i <- f s_i + (1 - f) p_i - r_i^2 / (4 v),    p_i = -(ln(b_i / b) / spread)^2 / 2,    v = the mean square of r.
 
-    (Multiple-model estimation: Magill 1965, IEEE Trans. Automatic Control 10(4); the forgetting f = 0.99, and counting half of a miss, are
-    ours.) The first readings correct y by a least-squares line's l1 = 2 (2 k - 1) / (k (k + 1)), and from the 20th on d by its l2 = 6 / (k (k + 1)),
-    k readings in all, until these fall below the lasting gains (growing memory: Morrison 1969): the drift is known when the band is reached. While
-    the command rests, all gains predict the same and the scores go back to the prior; a command that moves tells them apart.
+    (Multiple-model estimation: Magill 1965, IEEE Trans. Automatic Control 10(4); the forgetting f = 0.99, and counting
+    half of a miss, are ours.) The first readings correct y by a least-squares line's l1 = 2 (2 k - 1) / (k (k + 1)),
+    and from the 20th on d by its l2 = 6 / (k (k + 1)), k readings in all, until these fall below the lasting gains
+    (growing memory: Morrison 1969): the drift is known when the band is reached. While the command rests, all gains
+    predict the same and the scores go back to the prior; a command that moves tells them apart.
 
     Args:
         gain: b assumed, of ln H per unit of u and step.
@@ -91,7 +92,9 @@ class PlantObserver(Stateful):
 
     @property
     def gain(self) -> float:
-        """Of ln H per unit of u and step, the mean: where little is known, rather too much than too little, so that the command is careful."""
+        """Of ln H per unit of u and step, the mean: where little is known, rather too much than too little, so that the
+        command is careful.
+        """
         return float(self._weights() @ self._gains)
 
     def observe(self, reading: float, acted: float) -> None:

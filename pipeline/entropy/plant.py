@@ -6,10 +6,11 @@ With y = ln H of the policy before update k, u_k the command in force at that up
     y_{k+1} = y_k + b H / (H + knee) a_k + d (H / H_d)^p + noise      H = exp(y_k), H_d = 0.3
     reading = exp(y_{k - sensor_lag} + noise), or an outlier
 
-``m`` is 1, or 0 where no positive was found. The gain b fades as H -> 0: for a peaked policy the local form
-sum_a pi_a^2 (log pi_a + H)^2 of arXiv 2510.08141 is of order H^2 in H, of order H in ln H. With p > 0 the drift grows with H, so a
-command at its limit holds some entropy and no higher one: the ceiling seen on real runs. Gain, drift, power and noise default to
-what was measured on a 100k-parameter model (docs/control.md); another model has others (``isentrope entropy calibrate``).
+``m`` is 1, or 0 where no positive was found. The gain b fades as H -> 0: for a peaked policy the local form sum_a
+pi_a^2 (log pi_a + H)^2 of arXiv 2510.08141 is of order H^2 in H, of order H in ln H. With p > 0 the drift grows with H,
+so a command at its limit holds some entropy and no higher one: the ceiling seen on real runs. Gain, drift, power and
+noise default to what was measured on a 100k-parameter model (docs/control.md); another model has others (``isentrope
+entropy calibrate``).
 
 Everything is deterministic in the seed. Units: nats, steps; u is in the actuator's own unit (ln T for temperatures).
 """
@@ -52,7 +53,9 @@ class Plant:
     outliers: float = 0.0  # share of readings that are a third or three times what they should be
 
     def reachable(self, lower: float, upper: float) -> tuple[float, float]:
-        """The entropies that commands between ``lower`` and ``upper`` (u) can hold; (0, inf) where nothing bounds them."""
+        """The entropies that commands between ``lower`` and ``upper`` (u) can hold; (0, inf) where nothing
+        bounds them.
+        """
         if self.drift_power == 0:
             return 0.0, math.inf if self.gain * upper > -self.drift else 0.0
 
@@ -131,7 +134,8 @@ class Trace:
 def simulate(entropy: EntropyConfig, scenario: Scenario, seed: int, staleness: int = 0) -> Trace:
     """Run the configured controller on ``scenario``, whose band replaces the configuration's.
 
-    ``staleness`` is what the readings tell the law. Raises ``ValueError`` on a configuration that has no acting controller.
+    ``staleness`` is what the readings tell the law. Raises ``ValueError`` on a configuration that has no acting
+    controller.
     """
     actuator = acting(entropy)
     if actuator is None:
@@ -185,8 +189,8 @@ def _move(plant: Plant, y: float, u: float) -> float:
 class Performance:
     """How well a trace keeps its band; errors are relative, H / target - 1, of the policy's true entropy.
 
-    Steps of the way to the band, ``settle`` after the start and after each change of the target, count for ``overshoot``, ``settling``
-    and ``variation`` only.
+    Steps of the way to the band, ``settle`` after the start and after each change of the target, count for
+    ``overshoot``, ``settling`` and ``variation`` only.
     """
 
     time_in_band: float  # share of steps within +-10 % of the target

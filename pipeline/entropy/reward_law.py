@@ -1,7 +1,9 @@
-"""The law of The Entropy Mechanism (arXiv 2505.22617): over a run, reward R = -a exp(H) + b, so that b - a is the ceiling at H = 0.
+"""The law of The Entropy Mechanism (arXiv 2505.22617): over a run, reward R = -a exp(H) + b, so that b - a is the
+ceiling at H = 0.
 
-The paper finds that the first 15 % of a run predict the rest. It speaks of runs whose entropy falls by itself: once something holds the entropy
-no such relation holds, and the law must not be used to choose a target while a controller acts.
+The paper finds that the first 15 % of a run predict the rest. It speaks of runs whose entropy falls by itself: once
+something holds the entropy no such relation holds, and the law must not be used to choose a target while a controller
+acts.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ class RewardLaw:
 
 
 def fit_reward_law(entropy: Sequence[float], reward: Sequence[float]) -> RewardLaw:
-    """Fit one run, an entry per step in order; pairs that are not finite are left out. Raises ``ValueError`` on too few points."""
+    """Fit one run, an entry per step in order; pairs that are not finite are left out. Raises ``ValueError`` on too few
+    points.
+    """
     pairs = np.array([entropy, reward], float)
     pairs = pairs[:, np.isfinite(pairs).all(axis=0)]
     if pairs.shape[1] < LEAST_POINTS:

@@ -26,7 +26,8 @@ def usable(reading: EntropyReading) -> bool:
 
 
 class Sensor(Stateful):
-    """Hampel filter, then exponential mean; where there is a repeated reading, that one, brought to the level of the others.
+    """Hampel filter, then exponential mean; where there is a repeated reading, that one, brought to the level of the
+    others.
 
     Args:
         ema: weight of the past in the mean; 0: none.
@@ -45,7 +46,10 @@ class Sensor(Stateful):
         self.offsets = 0  # pairs of readings seen
 
     def filter(self, entropy: float, repeated: float | None = None) -> float:
-        """The filtered entropy, at least ``FLOOR``. ``repeated``: of the same prompts and seeds as ever, see ``EntropyReading``."""
+        """The filtered entropy, at least ``FLOOR``.
+
+        ``repeated``: of the same prompts and seeds as ever, see ``EntropyReading``.
+        """
         clean = self._hampel(entropy)
         if self._window:
             self.recent = [*self.recent, entropy][-self._window :]

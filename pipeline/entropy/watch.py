@@ -12,8 +12,9 @@ _AWAY_GAP = 0.1  # |ln(H*/H)| by then, and its growth from each third of those s
 _AWAY_GROWTH = 0.02  # still gathers itself against the drift reaches neither
 _RECOVERED = 0.7  # of its largest gap: once this is reached, the response is no longer called wrong
 UNREACHABLE_STEPS = 25  # at a limit before a target can be called out of reach
-# Fall of |ln(H*/H)| per step at the limit below which it is, and above which it no longer is. On the simulated plant the
-# first is found within 30 steps in 4 of 5 runs; a climb out of collapse is called so, wrongly and for a while, in 1 of 4 (docs/control.md).
+# Fall of |ln(H*/H)| per step at the limit below which it is, and above which it no longer is. On the simulated plant
+# the first is found within 30 steps in 4 of 5 runs; a climb out of collapse is called so, wrongly and for a while, in 1
+# of 4 (docs/control.md).
 _STANDSTILL, _ON_ITS_WAY = 0.0015, 0.003
 _DISTINCT = 0.97  # entropies closer than this are one
 
@@ -67,18 +68,24 @@ class ResponseWatch(Stateful):
 
     @property
     def resting(self) -> bool:
-        """The limit reached is rest itself (a one-sided actuator): it waits for the policy's own drift to do the work."""
+        """The limit reached is rest itself (a one-sided actuator): it waits for the policy's own drift to do
+        the work.
+        """
         return self.at_limit > 0 and (self._lower if self.direction < 0 else self._upper) == 0
 
     @property
     def saturated(self) -> bool:
-        """The command has been at its limit long enough to say so; at rest, only once the entropy has stopped moving."""
+        """The command has been at its limit long enough to say so; at rest, only once the entropy has stopped
+        moving.
+        """
         if self.resting:
             return len(self.gaps) > AWAY_STEPS and self.gaps[0] - self.gaps[-1] < _AWAY_GROWTH
         return self.at_limit >= self._saturation_steps
 
     def reachable(self, entropy: float) -> str:
-        """In words, what seems within reach of a command that is at its limit with the entropy standing still at ``entropy``."""
+        """In words, what seems within reach of a command that is at its limit with the entropy standing still at
+        ``entropy``.
+        """
         if self.lowest is None or self.highest is None:
             return "unknown"
         if self.direction > 0:

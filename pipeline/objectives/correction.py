@@ -1,15 +1,16 @@
 """Importance weights against the train-inference mismatch: ``objective.correction``.
 
-The engine draws from pi_engine, the learner differentiates pi_learner. With ``rho = pi_learner / pi_engine`` at the weights that
-drew the sample (``d`` of ``mismatch``, so ``rho = exp(d)``; ``level: sequence``: ``exp`` of the sum of d over the whole response):
+The engine draws from pi_engine, the learner differentiates pi_learner. With ``rho = pi_learner / pi_engine`` at the
+weights that drew the sample (``d`` of ``mismatch``, so ``rho = exp(d)``; ``level: sequence``: ``exp`` of the sum of d
+over the whole response):
 
-- ``tis``, truncated: ``min(rho, high)`` (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training",
-  fengyao.notion.site; truncation: Ionides 2008);
-- ``mis``, masked: ``rho`` where ``low <= rho <= high``, else 0 (by sequence: Liu et al. 2025, "When speed kills stability:
-  demystifying RL collapse from the training-inference mismatch"; by token: IcePop, arXiv 2510.18855).
+- ``tis``, truncated: ``min(rho, high)`` (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy
+  RL training", fengyao.notion.site; truncation: Ionides 2008);
+- ``mis``, masked: ``rho`` where ``low <= rho <= high``, else 0 (by sequence: Liu et al. 2025, "When speed kills
+  stability: demystifying RL collapse from the training-inference mismatch"; by token: IcePop, arXiv 2510.18855).
 
-The weights carry no gradient. Main rows only: auxiliary rows were drawn at another temperature on purpose, and an importance
-weight would cancel just that.
+The weights carry no gradient. Main rows only: auxiliary rows were drawn at another temperature on purpose, and an
+importance weight would cancel just that.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ def importance_weights(
         config: which weights.
 
     Returns:
-        Float32 ``[n]`` in ``[0, high]``, and detached float64 scalars that add up over parts of a batch. What they count is
-        tokens, or sequences at level ``sequence``.
+        Float32 ``[n]`` in ``[0, high]``, and detached float64 scalars that add up over parts of a batch. What they
+        count is tokens, or sequences at level ``sequence``.
     """
     if config.kind == "none":
         return 1.0, {}
@@ -66,8 +67,8 @@ def importance_weights(
 def metrics(sums: Mapping[str, float]) -> dict[str, float]:
     """From added ``SUMS``: the mean weight, the share truncated or masked, and the effective sample size as a share.
 
-    The latter is Kish's (1965), (sum w)^2 / (n sum w^2): 1 where all weights are equal, 0 where all are masked. Empty where the
-    correction is off; NaN over nothing.
+    The latter is Kish's (1965), (sum w)^2 / (n sum w^2): 1 where all weights are equal, 0 where all are masked. Empty
+    where the correction is off; NaN over nothing.
     """
     if not sums:
         return {}

@@ -1,15 +1,16 @@
 """What an update is predicted to do to the entropy, token by token: the instrument that shows whose push it is.
 
-Let s_t = -dL/d log pi_t be what the loss L pushes the drawn token t by: everything in L that reaches the token through its log-probability,
-weights, clipping, shaping, correction and actuators included (an entropy bonus acts through the entropy itself and is not).
-For a tabular policy, in which each token's context has logits of its own, plain gradient descent with learning rate eta moves them by
-eta s_t (onehot_t - pi), and the entropy of that context by eta times
+Let s_t = -dL/d log pi_t be what the loss L pushes the drawn token t by: everything in L that reaches the token through
+its log-probability, weights, clipping, shaping, correction and actuators included (an entropy bonus acts through the
+entropy itself and is not). For a tabular policy, in which each token's context has logits of its own, plain gradient
+descent with learning rate eta moves them by eta s_t (onehot_t - pi), and the entropy of that context by eta times
 
     -s_t [pi_t (log pi_t + H_t) - sum_k pi_k^2 (log pi_k + H_t)] + O(eta^2)
 
-(arXiv 2505.22617 has the expectation over tokens; this is its value for the token drawn). The sum over tokens is the metric: the
-first-order change of sum_t H_t, in nats, per unit of learning rate. A token-mean loss makes it a mean over tokens of A times the bracket.
-Shared weights and Adam move tokens that were not drawn, too: signs and shares carry over to a network, magnitudes do not.
+(arXiv 2505.22617 has the expectation over tokens; this is its value for the token drawn). The sum over tokens is the
+metric: the first-order change of sum_t H_t, in nats, per unit of learning rate. A token-mean loss makes it a mean over
+tokens of A times the bracket. Shared weights and Adam move tokens that were not drawn, too: signs and shares carry over
+to a network, magnitudes do not.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def entropy_change_sums(
 ) -> dict[str, torch.Tensor]:
     """Detached float64 scalars that add up over parts of a batch: the metric, and the shares of it.
 
-    ``entropy_change_positive`` and ``_negative`` are those of main tokens that the loss pushes up (s > 0) and down; the rest is the auxiliary
-    rows'.
+    ``entropy_change_positive`` and ``_negative`` are those of main tokens that the loss pushes up (s > 0) and down; the
+    rest is the auxiliary rows'.
 
     Args:
         loss: scalar, differentiable with respect to ``log_probs``.

@@ -6,10 +6,11 @@ same whatever the micro-batch size, the order of rows or the number of ranks.
 The terms, each times the token's weight (``r`` = pi / pi_old, both at T=1; A the advantage):
 
 - main rows: the surrogate that ``objective.loss`` names (``losses``; by default PPO's, clipped), times the token's
-  weight of ``shaping``; k3 KL to a reference (Schulman), whose gradient is not that of the KL it estimates: public
-  code may multiply it by r / sg(r) for that (2506.09477), which is not done here; what the actuator adds (below). ``correction`` may multiply
-  the surrogate, and the positive term of ``reweight``, by a detached weight against the mismatch of engine and
-  learner; KL and entropy bonus are left alone, and so are all denominators: a masked token counts in them and adds 0.
+  weight of ``shaping``; k3 KL to a reference (Schulman), whose gradient is not that of the KL it estimates: public code
+  may multiply it by r / sg(r) for that (2506.09477), which is not done here; what the actuator adds (below).
+  ``correction`` may multiply the surrogate, and the positive term of ``reweight``, by a detached weight against the
+  mismatch of engine and learner; KL and entropy bonus are left alone, and so are all denominators: a masked token
+  counts in them and adds 0.
 - auxiliary rows: SCOPE-RL's positive term (2510.08141 v7), ``min(r, clip(r, 1 - eps_low, 1 + eps_high))`` with the
   constant advantage 1 and no importance weight, neither for the temperature the row was drawn at nor against the
   mismatch.

@@ -1,11 +1,12 @@
 """How far engine and learner disagree about the same tokens at equal weights.
 
-``d = log pi_learner - log pi_engine`` of every main token, both at T=1, the learner's at the weights that drew the token. Equal
-weights give unequal probabilities where precision, kernels or parallel layout differ, and every token is then off-policy
-by ``exp(d)`` (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training", fengyao.notion.site).
+``d = log pi_learner - log pi_engine`` of every main token, both at T=1, the learner's at the weights that drew the
+token. Equal weights give unequal probabilities where precision, kernels or parallel layout differ, and every token is
+then off-policy by ``exp(d)`` (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
+training", fengyao.notion.site).
 
-Everything is a sum over tokens, so micro-batches and ranks add up; a quantile of |d| comes from counts in log-spaced bins, as in
-DDSketch (Masson, Rim, Lee 2019, arXiv 1908.10693): bounded relative error, and merging is exact.
+Everything is a sum over tokens, so micro-batches and ranks add up; a quantile of |d| comes from counts in log-spaced
+bins, as in DDSketch (Masson, Rim, Lee 2019, arXiv 1908.10693): bounded relative error, and merging is exact.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ MEANS = {
 def mismatch_sums(log_ratio: torch.Tensor, main: torch.Tensor) -> dict[str, torch.Tensor]:
     """Detached float64 scalars to be added over parts of a batch; of ``mismatch_max`` the maximum.
 
-    KL(pi_engine || pi_learner) is estimated on the engine's own samples (Schulman, joschu.net/blog/kl-approx.html):
-    k1 = -d is unbiased and may be negative; k3 = exp(d) - 1 - d is unbiased too where the learner gives mass only to what the
-    engine can draw, never negative, and far less noisy.
+    KL(pi_engine || pi_learner) is estimated on the engine's own samples (Schulman, joschu.net/blog/kl-approx.html): k1
+    = -d is unbiased and may be negative; k3 = exp(d) - 1 - d is unbiased too where the learner gives mass only to what
+    the engine can draw, never negative, and far less noisy.
 
     Args:
         log_ratio: ``[n]``, d; anything where ``main`` is False.
@@ -62,7 +63,8 @@ def mismatch_sums(log_ratio: torch.Tensor, main: torch.Tensor) -> dict[str, torc
 def quantile(counts: Sequence[float], q: float, largest: float) -> float:
     """The smallest |d|, nats, that at least a share ``q`` of the tokens do not exceed; NaN of no tokens.
 
-    Off by at most ``RELATIVE_ERROR`` of itself between ``SMALLEST`` and ``LARGEST``; below, it is 0; above, ``largest``.
+    Off by at most ``RELATIVE_ERROR`` of itself between ``SMALLEST`` and ``LARGEST``; below, it is 0; above,
+    ``largest``.
 
     Args:
         counts: of ``BINS``, added up over all tokens.

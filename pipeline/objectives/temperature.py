@@ -18,7 +18,9 @@ POLICY_TEMPERATURE = 1.0
 
 
 def check_temperatures(groups: Iterable[SampleGroup]) -> None:
-    """Raise ``ValueError`` on a main sample not drawn at T=1, or any sample drawn at a temperature that is not positive."""
+    """Raise ``ValueError`` on a main sample not drawn at T=1, or any sample drawn at a temperature that is not
+    positive.
+    """
     for group in groups:
         for sample in group.samples:
             if group.role is Role.MAIN and sample.temperature != POLICY_TEMPERATURE:

@@ -62,7 +62,8 @@ def final_answer(text: str) -> str | None:
 
     Only what follows the last ``</think>`` counts; thinking that never ends has no answer. There, in this order:
 
-    1. What ends last of ``\boxed{...}`` (also ``\fbox``, with spaces before the brace), ``<answer>...</answer>`` and a line
+    1. What ends last of ``\boxed{...}`` (also ``\fbox``, with spaces before the brace), ``<answer>...</answer>`` and a
+      line
        ``Answer: ...``. So a last line "Answer: 34" beats an earlier box. A box inside the other two is opened.
        When the last box is not closed, the response was cut: it has no answer.
     2. What follows the last "answer is", up to the end of the sentence.
@@ -116,7 +117,9 @@ def _boxes(text: str) -> tuple[list[tuple[int, str]], int | None]:
 
 
 def _braced(text: str, start: int) -> tuple[int, str] | None:
-    r"""(end, content) of the group at ``start``: ``{...}``, ``\text{...}``, or like ``42`` up to a space; None if open."""
+    r"""(end, content) of the group at ``start``: ``{...}``, ``\text{...}``, or like ``42`` up to a space; None
+    if open.
+    """
     bare = re.compile(r"(?:\\[A-Za-z]+\s*)?(?=\{)|[^\s${}]+").match(text, start)
     if bare is None:
         return None
@@ -181,7 +184,9 @@ def chosen_letter(text: str) -> str:
 
 
 def only_letter(text: str) -> str:
-    r"""The letter A to T, in capitals, that ``text`` consists of: ``B``, ``b``, ``(B)``, ``B.``, ``\text{(B)}``; else ""."""
+    r"""The letter A to T, in capitals, that ``text`` consists of: ``B``, ``b``, ``(B)``, ``B.``, ``\text{(B)}``; else
+    "".
+    """
     found = _ONLY_LETTER.match(text)
     return found[1].upper() if found else ""
 

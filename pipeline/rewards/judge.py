@@ -14,8 +14,8 @@ _BAD_ANSWER = (ArithmeticError, AttributeError, LookupError, TypeError, ValueErr
 
 
 class Judge:
-    """The verifiers at work. Built-in ones that are linear in the text run here; the others in ``workers`` processes each
-    (0: as many as CPUs), with ``timeout`` seconds per call.
+    """The verifiers at work. Built-in ones that are linear in the text run here; the others in ``workers`` processes
+    each (0: as many as CPUs), with ``timeout`` seconds per call.
     """
 
     def __init__(self, workers: int, timeout: float) -> None:

@@ -1,6 +1,7 @@
 r"""One notation for mathematical answers: numbers, units and powers written in many ways become plain LaTeX.
 
-Text only, linear in its length. What is equal (``2x+1`` and ``1+2x``) math-verify decides; here only spellings are folded.
+Text only, linear in its length. What is equal (``2x+1`` and ``1+2x``) math-verify decides; here only spellings are
+folded.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ _MONEY_COMMAND = re.compile(r"\\(?:euro|pounds|yen|textdollar|texteuro|textsterl
 _THOUSANDS = re.compile(r"(?<![\d.,])(\d{1,3})((?:,\d{3})+|(?: \d{3})+|(?:'\d{3})+)(?!\d|[,']\d)")
 _SCIENTIFIC = re.compile(r"(?<![A-Za-z\\\d.])(\d+\.?\d*|\.\d+)[eE]([+-]?\d+)(?![\dA-Za-z.])")
 _TIMES_TEN = re.compile(
-    r"(?:(?<![\d.A-Za-z\\^_{])(\d+\.?\d*|\.\d+)\s*(?:\\times|\\cdot|\*)\s*|(?<![\d.A-Za-z)}*^_\\/])(?<!\\times )(?<!\\cdot ))"
+    r"(?:(?<![\d.A-Za-z\\^_{])(\d+\.?\d*|\.\d+)\s*(?:\\times|\\cdot|\*)\s*"
+    r"|(?<![\d.A-Za-z)}*^_\\/])(?<!\\times )(?<!\\cdot ))"
     r"10\s*\^\s*\{\s*([+-]?\d+)\s*\}(?!\s*[\^!])"
 )
 _BARE_FRACTION = re.compile(r"\\frac\s*(?:(\d)|(\{\w+\}))\s*(?:(\d)|(\{\w+\}))")
@@ -68,8 +70,8 @@ _LONGEST_EXPONENT = 400  # digits that an exponent may write out; beyond, a powe
 
 
 def plain_latex(answer: str) -> str:
-    r"""``answer`` without delimiters, currency, units and separators; powers braced, ``1e-5`` and ``0.\overline{3}`` written
-    out. "" where nothing is left.
+    r"""``answer`` without delimiters, currency, units and separators; powers braced, ``1e-5`` and ``0.\overline{3}``
+    written out. "" where nothing is left.
     """
     text = answer.strip().translate(_CHARACTERS)
     text = _NO_SPACE.sub("", text).replace("{,}", ",")
@@ -89,7 +91,9 @@ def plain_latex(answer: str) -> str:
 
 
 def words(latex: str) -> str | None:
-    r"""The words of an answer that is text and no mathematics (``\text{Tuesday}``, ``yes``), in lower case; else None."""
+    r"""The words of an answer that is text and no mathematics (``\text{Tuesday}``, ``yes``), in lower case;
+    else None.
+    """
     boxed = _WHOLE_TEXT.match(latex)
     text = (boxed[1] if boxed else latex).strip()
     is_text = _WORDS.match(text) and not _NO_WORDS.search(text) and (boxed or re.search("[A-Za-z]{3}|^[Nn]o$", text))

@@ -24,8 +24,8 @@ _LONGEST_ERROR = 200  # characters
 class VerifierPool:
     """``workers`` processes (0: as many as CPUs) that run one verifier, each call limited to ``timeout`` seconds.
 
-    Workers are forked from a server process that has the verifier's library loaded and nothing of the driver (no CUDA, no
-    threads), so replacing a killed one takes milliseconds. Raises what the verifier's import raises.
+    Workers are forked from a server process that has the verifier's library loaded and nothing of the driver (no CUDA,
+    no threads), so replacing a killed one takes milliseconds. Raises what the verifier's import raises.
     """
 
     def __init__(self, verifier: str, workers: int, timeout: float) -> None:

@@ -27,7 +27,8 @@ class Decoder(Protocol):
 
 
 class VerifierStage:
-    """Fills ``text``, ``reward``, ``correct`` and ``verifier_error`` of samples; which verifier judges, each prompt says.
+    """Fills ``text``, ``reward``, ``correct`` and ``verifier_error`` of samples; which verifier judges, each prompt
+    says.
 
     The built-in verifiers that are linear in the text run here; the others in processes with ``verifier_timeout_s`` per
     call. A call that raises, hangs or dies gives reward 0 and a ``verifier_error``; so does an aborted sample.

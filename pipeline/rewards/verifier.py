@@ -40,7 +40,9 @@ class Verifier(Protocol):
 
 
 def check_verifier(name: str) -> None:
-    """Raise ``UnknownVerifierError`` unless ``name`` is a file, or a function ``module:attribute`` of (prompt, text)."""
+    """Raise ``UnknownVerifierError`` unless ``name`` is a file, or a function ``module:attribute`` of (prompt,
+    text).
+    """
     if name in names(_PACKAGE):
         return
     module, colon, attribute = name.partition(":")

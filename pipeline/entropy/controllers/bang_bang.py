@@ -29,9 +29,9 @@ LIMITS = (0.8, 1.2)  # temperatures, as published
 class BangBangLaw(Law):
     """T = upper if H <= H* else lower (published: 1.2 and 0.8); returned as ln T.
 
-    The published code's faults are not reproduced: it crashes when no positive is found, starts hot whatever the entropy,
-    forgets its state in a checkpoint, reads the entropy from rows drawn at T too, and overwrites main rows with positives
-    (here they are added, all in the one batch).
+    The published code's faults are not reproduced: it crashes when no positive is found, starts hot whatever the
+    entropy, forgets its state in a checkpoint, reads the entropy from rows drawn at T too, and overwrites main rows
+    with positives (here they are added, all in the one batch).
     """
 
     def __init__(self, lower: float, upper: float) -> None:

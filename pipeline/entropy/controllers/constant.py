@@ -1,4 +1,6 @@
-"""``constant``: no loop. The actuator's command stays what ``entropy.command`` says, as a fixed entropy bonus has it."""
+"""``constant``: no loop. The actuator's command stays what ``entropy.command`` says, as a fixed entropy bonus
+has it.
+"""
 
 from __future__ import annotations
 

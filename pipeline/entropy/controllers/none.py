@@ -1,4 +1,6 @@
-"""``none``: no control, plain GRPO, with the entropy reported all the same. Its row of the table is that of ``grpo``."""
+"""``none``: no control, plain GRPO, with the entropy reported all the same. Its row of the table is that of
+``grpo``.
+"""
 
 from __future__ import annotations
 

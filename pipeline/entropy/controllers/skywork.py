@@ -25,8 +25,8 @@ METHOD = controller_method(
 class SkyworkLaw(Law):
     """beta <- clip(beta + D if H < H* else beta - D, 0, beta_max); the bonus is on, with that beta, only while H < H*.
 
-    For the actuator ``entropy_bonus``. Published: H* = 0.2, D = 1e-4, beta_max = 0.005, beta_0 = 0. A two-point law on a
-    coefficient that integrates, so the entropy, which integrates it again, swings around the target.
+    For the actuator ``entropy_bonus``. Published: H* = 0.2, D = 1e-4, beta_max = 0.005, beta_0 = 0. A two-point law on
+    a coefficient that integrates, so the entropy, which integrates it again, swings around the target.
     """
 
     STATE: ClassVar = {"coefficient": float}

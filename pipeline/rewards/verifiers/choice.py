@@ -9,8 +9,8 @@ INLINE = True  # time linear in the text and no foreign code: it needs no proces
 
 
 class Verifier:
-    """1 when the letter that the response ends on is ``answer``: a letter from A to T (``B``, ``(B)``, ``B.``), or a list of
-    accepted ones.
+    """1 when the letter that the response ends on is ``answer``: a letter from A to T (``B``, ``(B)``, ``B.``), or a
+    list of accepted ones.
     """
 
     def extract(self, text: str) -> str | None:
@@ -35,7 +35,8 @@ def _letters(answer: object) -> list[str]:
     letters = [only_letter(each) if isinstance(each, str) else "" for each in accepted]
     if not letters or not all(letters):
         raise ValueError(
-            f"answer {answer!r} is no choice: give a letter from A to T, or a list of accepted letters (a number could count "
+            f"answer {answer!r} is no choice: give a letter from A to T, or a list of accepted letters (a number "
+            "could count "
             "from 0 or from 1)"
         )
     return letters

@@ -9,8 +9,8 @@ INLINE = True  # time linear in the text and no foreign code: it needs no proces
 
 
 class Verifier:
-    """1 when what the response says after its thinking equals ``answer`` (a string or number, or a list of accepted ones),
-    up to white space. Numbers are compared as numbers: ``12.0`` is ``12``.
+    """1 when what the response says after its thinking equals ``answer`` (a string or number, or a list of accepted
+    ones), up to white space. Numbers are compared as numbers: ``12.0`` is ``12``.
     """
 
     def extract(self, text: str) -> str | None:
