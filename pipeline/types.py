@@ -93,7 +93,7 @@ class Sample:
     role: Role
     finish_reason: str  # "stop" | "length" | "abort"
     weight_versions: tuple[WeightSpan, ...]
-    text: str = ""  # decoded response without special tokens; filled by the verifier stage
+    text: str = ""  # decoded response without end and padding tokens; filled by the verifier stage
     reward: float = 0.0  # in [0, 1]; 0 until verified
     correct: bool = False  # reward == 1, the indicator of SCOPE-RL's positive term
     verifier_error: str = ""  # "" or why the verifier could not judge this sample (then reward is 0)

@@ -39,17 +39,22 @@ class Tokenizer:
         # Left in the file by whoever last used the tokenizer. Obeyed, they would cut or pad prompts in silence.
         self._backend.no_truncation()
         self._backend.no_padding()
-        self._check((*eos_token_ids, pad_token_id))
+        self._ends = frozenset((*eos_token_ids, pad_token_id))
+        self._check(tuple(self._ends))
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a plain text, with the special tokens (e.g. a BOS) that the model expects around it."""
         return self._ids(text, special=True)
 
     def decode_batch(self, sequences: Sequence[np.ndarray]) -> list[str]:
-        """Text of each int array [n], without special tokens."""
+        """Text of each int array [n], without end-of-sequence and padding tokens.
+
+        Other special tokens stay: a model may have been taught ``<answer>`` as one, and verifiers read it.
+        """
         table = self._bytes
         if table is None:
-            return self._backend.decode_batch([ids.tolist() for ids in sequences], skip_special_tokens=True)
+            kept = [[token for token in ids.tolist() if token not in self._ends] for ids in sequences]
+            return self._backend.decode_batch(kept, skip_special_tokens=False)
         # mode: ids beyond the table are its last entry, which is empty. The library takes eight times as long.
         pieces = (table.take(ids, mode="clip").tolist() for ids in sequences)
         return [b"".join(piece).decode("utf-8", "replace") for piece in pieces]
@@ -113,12 +118,11 @@ class Tokenizer:
         """
         if not isinstance(self._backend.decoder, tokenizers.decoders.ByteLevel):
             return None
-        special = {added.content for added in self._backend.get_added_tokens_decoder().values() if added.special}
         size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
         table = np.full(size + 1, b"", dtype=object)
         for number in range(size):
             token = self._backend.id_to_token(number) or ""
-            if token not in special:
+            if number not in self._ends:
                 known = all(letter in BYTE_OF for letter in token)
                 table[number] = bytes(map(BYTE_OF.__getitem__, token)) if known else token.encode()
         return table

@@ -23,7 +23,7 @@ class Decoder(Protocol):
     """The part of a tokenizer that verification needs."""
 
     def decode_batch(self, sequences: Sequence[np.ndarray]) -> list[str]:
-        """Text of each id array, without special tokens."""
+        """Text of each id array, without end-of-sequence and padding tokens."""
 
 
 class VerifierStage:

@@ -81,6 +81,22 @@ def test_a_prompt_that_the_model_cannot_take_is_named(tmp_path):
         load(load_tokenizer(tmp_path / "model"), kind="jsonl", path=path)
 
 
+def test_answer_tags_that_are_special_tokens_reach_the_verifier(tmp_path):
+    import shutil
+
+    import numpy as np
+    import tokenizers
+
+    shutil.copytree(PM4, tmp_path / "model")
+    backend = tokenizers.Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json"))
+    backend.add_special_tokens(["<answer>", "</answer>"])
+    backend.save(str(tmp_path / "model" / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path / "model")
+    ids = backend.encode("<answer>12</answer>", add_special_tokens=False).ids
+    (text,) = tokenizer.decode_batch([np.array([*ids, *tokenizer.eos_token_ids, tokenizer.pad_token_id])])
+    assert text.replace(" ", "") == "<answer>12</answer>"
+
+
 def test_a_growing_file_keeps_its_split(tokenizer, tmp_path):
     def held_out(n):
         path = write(tmp_path / "a.jsonl", *(question(i) for i in range(n)))
