@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from pipeline.learner import Learner
+from pipeline.model import architecture
+from pipeline.rollout.arrivals import checked
 from pipeline.rollout.engine import EngineError
 from pipeline.rollout.pool import EnginePool
 from pipeline.rollout.weight_sync import push_weights
@@ -23,7 +27,7 @@ class Rollouts:
     Args:
         learner: where weights come from; it must still hold the version last pushed when ``generate`` is called.
         hf_path: what an engine is started with before it receives weights.
-        on_fault: told of every engine brought back, in words.
+        on_fault: told of every engine brought back and of samples left out, in words.
         colocated: engines and learner share GPUs, and take turns with their memory.
     """
 
@@ -56,14 +60,31 @@ class Rollouts:
     def generate(self, requests: Sequence[GenerateRequest]) -> list[SampleGroup]:
         """One group per request, in order.
 
-        Raises ``EngineError`` when no engine had died, or when a second try fails too.
+        Samples that cannot be right come back empty and aborted, and ``on_fault`` is told. Where none is right, all are
+        drawn once more. Raises ``EngineError`` when no engine had died, or when a second try fails too.
         """
+        groups, faults = self._drawn(requests)
+        if faults and faults.total() == sum(len(request.seeds) for request in requests):
+            self._on_fault(f"every sample is drawn again: {_told(faults)}")
+            groups, faults = self._drawn(requests)
+            if faults.total() == sum(len(request.seeds) for request in requests):
+                raise EngineError(
+                    f"no sample of {faults.total()} is fit for use, twice in a row: {_told(faults)}; look at the "
+                    "engines' logs, and whether they serve the learner's model"
+                )
+        if faults:
+            self._on_fault(f"{faults.total()} samples are left out: {_told(faults)}")
+        return groups
+
+    def _drawn(self, requests: Sequence[GenerateRequest]) -> tuple[list[SampleGroup], Counter[str]]:
+        """The groups, checked, and how many samples have which fault; an engine that died is started again, once."""
         try:
-            return self._pool.generate(requests)
+            groups = self._pool.generate(requests)
         except EngineError as error:
             self._revive(error)
             push_weights(self._learner, self._pool, self._version)
-            return self._pool.generate(requests)
+            groups = self._pool.generate(requests)
+        return checked(groups, requests, self._vocabulary)
 
     def figures(self) -> dict[str, dict[str, float]]:
         """The figures of weight sync and engines for a step's record.
@@ -85,9 +106,18 @@ class Rollouts:
             self._revive(error)
             self._pool.release()
 
+    @cached_property
+    def _vocabulary(self) -> int:
+        """Token ids that the model has an embedding for."""
+        return architecture.read(self._hf_path).vocab
+
     def _revive(self, error: EngineError) -> None:
         revived = self._pool.revive(self._hf_path)
         if not revived:
             raise error
         self._revived.update(revived)
         self._on_fault(f"engine {', '.join(map(str, revived))} was started again: {error}")
+
+
+def _told(faults: Counter[str]) -> str:
+    return ", ".join(f"{count} with {fault}" for fault, count in faults.items())

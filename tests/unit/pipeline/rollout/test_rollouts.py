@@ -1,5 +1,8 @@
 """Whose turn it is on shared GPUs, and what becomes of an engine that dies when it should leave them."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
 from pipeline.rollout.engine import EngineError
@@ -76,3 +79,88 @@ def test_an_engine_that_dies_instead_is_started_again_and_leaves(tmp_path):
     assert told == ["start", "empty cache", "start", "release"]
     found.push(2)
     assert found.generate([REQUEST])
+
+
+class Wrong(NativeEngine):
+    """Spoils what it draws, as often as it is told to: every sample, or each request's first."""
+
+    def __init__(self, spoil, times, all_of_them):
+        super().__init__()
+        self.spoil, self.times, self.all = spoil, times, all_of_them
+
+    def generate(self, requests):
+        groups = super().generate(requests)
+        self.times -= 1
+        if self.times < 0:
+            return groups
+        return [
+            replace(
+                g,
+                samples=tuple(self.spoil(s) if self.all or not i else s for i, s in enumerate(g.samples))
+                if g.samples
+                else (),
+            )
+            for g in groups
+        ]
+
+
+def log_prob(value):
+    return lambda s: replace(s, log_probs=np.full_like(s.log_probs, value))
+
+
+SPOILT = {
+    "log-probs that are not finite": log_prob(np.nan),
+    "more tokens than allowed": lambda s: replace(
+        s, token_ids=np.tile(s.token_ids, 99), log_probs=np.tile(s.log_probs, 99)
+    ),
+    "token ids beyond the vocabulary": lambda s: replace(s, token_ids=s.token_ids + 10**6),
+    "tokens and log-probs of different number": lambda s: replace(s, log_probs=s.log_probs[1:]),
+}
+
+
+def wrong(tmp_path, spoil, times=1, all_of_them=False):
+    faults = []
+    folder, _ = write_folder(tmp_path / "model", "llama")
+    pool = EnginePool([Wrong(spoil, times, all_of_them)])
+    pool.start(folder)
+    return Rollouts(pool, Trainer([]), folder, faults.append), faults
+
+
+@pytest.mark.parametrize("fault", SPOILT)
+def test_what_an_engine_gets_wrong_is_left_out_and_told(tmp_path, fault):
+    asked = replace(REQUEST, seeds=(1, 2, 3))
+    found, faults = wrong(tmp_path, SPOILT[fault])
+    first, *others = found.generate([asked])[0].samples
+    assert (first.finish_reason, len(first.token_ids), len(first.log_probs)) == ("abort", 0, 0)
+    assert all(len(sample.token_ids) for sample in others)
+    assert faults == [f"1 samples are left out: 1 with {fault}"]
+    assert found.generate([asked])[0].samples[0].finish_reason != "abort"
+
+
+def test_minus_infinity_is_no_log_prob(tmp_path):
+    found, faults = wrong(tmp_path, log_prob(-np.inf))
+    found.generate([replace(REQUEST, seeds=(1, 2))])
+    assert faults == ["1 samples are left out: 1 with log-probs that are not finite"]
+
+
+def test_where_nothing_is_right_all_is_drawn_once_more(tmp_path):
+    found, faults = wrong(tmp_path, log_prob(np.nan), all_of_them=True)
+    (group,) = found.generate([REQUEST])
+    assert all(np.isfinite(sample.log_probs).all() and len(sample.token_ids) for sample in group.samples)
+    assert len(faults) == 1
+    found, _ = wrong(tmp_path, log_prob(np.nan), times=2, all_of_them=True)
+    with pytest.raises(
+        EngineError, match=r"no sample of \d+ is fit for use, twice in a row: \d+ with log-probs that are not fin"
+    ):
+        found.generate([REQUEST])
+
+
+def test_missing_samples_and_groups_are_noticed(tmp_path):
+    found, faults = wrong(tmp_path, lambda s: s)
+    whole = found._pool.generate
+    found._pool.generate = lambda requests: [replace(g, samples=g.samples[1:]) for g in whole(requests)]
+    assert len(found.generate([replace(REQUEST, seeds=(1, 2))])[0].samples) == 1
+    assert faults == ["1 samples are left out: 1 with no answer"]
+    found._pool.generate = lambda requests: whole(requests)[1:]
+    with pytest.raises(EngineError, match="engines answered 2 requests with 1 groups"):
+        found.generate([REQUEST, REQUEST])
