@@ -71,7 +71,8 @@ class DamagedLineError(ValueError):
     """A line is no event; the message says why."""
 
 
-Step = Annotated[int, Meta(ge=0, le=10_000_000)]  # or updates done; more are no number of steps but damage
+# Updates done, or of an update; more are no number of steps but damage, and readers keep a row for each.
+Step = Annotated[int, Meta(ge=0, le=1_000_000)]
 Number = float | None  # null: not finite
 Figures = dict[str, Number]
 # In an event each field of StepRecord has the type of its JSON form.
