@@ -77,7 +77,7 @@ def _scaled(gold: Any, answer: Any) -> tuple[Any, Any]:
         import sympy
 
         size = abs(gold.evalf(3))
-        if size < 1e-3:
+        if 0 < size < 1e-3:  # 0: of a sum or product that sympy left unevaluated
             factor = sympy.Integer(10) ** -int(sympy.floor(sympy.log(size, 10)))
             return gold * factor, answer * factor
     return gold, answer
