@@ -10,7 +10,7 @@ export HF_HUB_OFFLINE ?= 1
 
 MCORE19_TESTS ?= tests/distributed
 # `make test` has none of the sinks' libraries.
-SINK_TESTS := tests/unit/pipeline/monitoring/test_sinks.py tests/unit/pipeline/monitoring/test_sidecar.py
+SINK_TESTS := tests/unit/pipeline/monitoring/test_sinks.py tests/unit/pipeline/monitoring/test_deliver.py
 
 # SGLang's torchvision is a build for CUDA; with these two in the environment it can be imported.
 MEND := requirements/torchvision_without_cuda.py requirements/torchvision_without_cuda.pth

@@ -17,10 +17,9 @@ from itertools import accumulate
 import numpy as np
 
 from pipeline.monitoring.series import Series
-from pipeline.smoothing import ema
+from pipeline.smoothing import EMA, ema
 
 Floats = Sequence[float] | np.ndarray
-EMA = 0.8  # weight of the past
 DRIFT = 20  # steps that the drift towards the band is taken over
 STAY = 20  # steps in the band that count as settled
 

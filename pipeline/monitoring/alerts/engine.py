@@ -23,8 +23,7 @@ from pipeline.monitoring.alerts.rules import Rule
 from pipeline.monitoring.alerts.schema import ConditionConfig
 from pipeline.monitoring.events import EventReader
 from pipeline.monitoring.metrics import scalars
-from pipeline.monitoring.tracking import EMA
-from pipeline.smoothing import ema
+from pipeline.smoothing import EMA, ema
 
 SNAPSHOTS = 8  # checkpoints whose state is kept: a run resumes from one of the newest
 
