@@ -37,7 +37,7 @@ _WRITING, _REMOVING = ".writing-", ".removing-"
 _NAME = re.compile(r"step-(\d{8})$")
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(DataError):
     """A checkpoint is missing, incomplete or damaged; the message names the file."""
 
 

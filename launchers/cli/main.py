@@ -28,7 +28,6 @@ from launchers.cli import (
     report_cmd,
     train_cmd,
 )
-from pipeline.checkpoints import CheckpointError
 from pipeline.config.errors import ConfigError
 from pipeline.data import DataError
 from pipeline.monitoring.console import clean
@@ -85,7 +84,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     command = typer.main.get_command(app)  # not ``app`` itself: that would install an exception hook of its own
     try:
         command(args=[word for word in words if word != "--debug"], prog_name="isentrope")
-    except (ConfigError, DataError, EventLogError, CheckpointError) as error:
+    except (ConfigError, DataError, EventLogError) as error:
         if debug:
             raise
         typer.echo(clean(str(error)), err=True)
