@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from pipeline.ports import free_port  # noqa: E402
 
 WARM_UP = 50  # steps
-SINKS = "monitoring.sinks=[tensorboard,wandb,mlflow,prometheus]"
+SINKS = "tensorboard,wandb,mlflow,prometheus"
 
 
 def train(run_dir: Path, arguments: argparse.Namespace, *overrides: str) -> float:
@@ -84,7 +84,11 @@ def cpu_per_step(run_dir: Path, steps: int) -> float:
 def measure(arguments: argparse.Namespace) -> dict:
     """Every pair, and what they say together."""
     folder = (ROOT / "runs" / "bench" / "monitoring").resolve()
-    with_sinks = [SINKS, "monitoring.wandb.mode=offline", f"monitoring.prometheus.port={free_port()}"]
+    with_sinks = [
+        f"monitoring.sinks=[{arguments.sinks}]",
+        "monitoring.wandb.mode=offline",
+        f"monitoring.prometheus.port={free_port()}",
+    ]
     pairs = []
     for index in range(arguments.pairs):
         order = {"none": [], "all": with_sinks} if index % 2 == 0 else {"all": with_sinks, "none": []}
@@ -105,6 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200, help="of each run")
+    parser.add_argument("--sinks", default=SINKS, help="with commas between them")
     parser.add_argument("--runtime", choices=("inline", "ray"), default="inline")
     parser.add_argument("--json", type=Path, help="file for all figures")
     arguments = parser.parse_args()
