@@ -122,7 +122,9 @@ def _state(found: Mapping[str, Any]) -> Text:
     """What the controller does, in words."""
     if found["state"] is None:
         return Text("no step yet", "dim")
-    command = "no control" if found["actuator"] == "none" else f"{_unit(found)} {found['command']:.4g}"
+    command = "no control" if found["actuator"] == "none" else f"{_unit(found)} not recorded"
+    if found["actuator"] != "none" and found["command"] is not None:
+        command = f"{_unit(found)} {found['command']:.4g}"
     return Text.assemble(
         (found["state"], STATE_STYLES.get(found["state"], "dim")),
         f": {found['reason']}" if found["reason"] else "",
@@ -146,7 +148,7 @@ def _figures(found: Mapping[str, Any], width: int) -> Table:
 def figures(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What the panel lists, in words; an empty value: not known."""
     seconds, sync, memory = found["seconds"] or {}, found["sync"] or {}, found["memory"] or {}
-    engines = found["engines"] or {}
+    alive, total = ((found["engines"] or {}).get(name) for name in ("alive", "total"))
     phases = ("sample", "verify", "batch", "train", "sync", "other")
     split = ((phase, f"{seconds[phase]:.3g} s") for phase in phases if phase in seconds)
     band = f"{found['band_low']:.3g}-{found['band_high']:.3g}" if found["band_low"] is not None else ""
@@ -165,7 +167,7 @@ def figures(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         *split,
         ("sync bytes", size(sync["bytes"]) if sync.get("bytes") is not None else ""),
         *((f"{name} memory", f"{gib:.2f} GiB") for name, gib in memory.items() if gib is not None),
-        ("engines", f"{engines['alive']:.0f} of {engines['total']:.0f}" if "total" in engines else ""),
+        ("engines", f"{alive:.0f} of {total:.0f}" if alive is not None and total is not None else ""),
         ("restarts", str(len(found["restarts"]) or "")),
         ("faults", str(found["faults"] or "")),
     ]

@@ -47,6 +47,11 @@ class Gang:
             self.close()
         while len(self._members) < world:
             self._members.append(_start())
+        results, taken = self._run(function, world, arguments)
+        return results if not taken else self.run(function, world, *arguments)
+
+    def _run(self, function: Callable[..., Any], world: int, arguments: tuple[Any, ...]) -> tuple[list[Any], bool]:
+        """Results by rank, and whether another process took the port between its choice and its use."""
         address = ("127.0.0.1", _free_port())
         for rank in range(world):
             self._members[rank][1].send((function, rank, world, address, arguments))
@@ -60,9 +65,11 @@ class Gang:
             good, value = pipe.recv()
             if not good:
                 self.close()
+                if "EADDRINUSE" in value:
+                    return [], True
                 raise AssertionError(f"rank {rank} of {world} failed:\n{value}")
             results.append(value)
-        return results
+        return results, False
 
     def close(self) -> None:
         """End the processes."""

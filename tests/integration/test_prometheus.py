@@ -125,7 +125,7 @@ def watched(tmp_path_factory):
             for step in range(3):
                 runs.record_step(recorder, step, 0.125, state="saturated", metrics={"mismatch_kl": 0.002})
             recorder.event("step", **full_step())
-            recorder.event("alert", step=3, rule="reward_drop", condition="reward_drop", severity="info", reason="why")
+            recorder.event("alert", step=3, rule="reward_drop", state="begin", severity="info", reason="why")
             recorder.fault("engine 0 was started again")
             server.wait('count_over_time(isentrope_alert_active{rule="reward_drop"}[1m]) > 1')  # a rate needs two
             yield server

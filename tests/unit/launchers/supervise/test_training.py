@@ -13,7 +13,7 @@ from launchers.supervise.training import _verdict, train
         (0, "completed", "", True, "completed", "7 steps"),  # it was done before it could be cancelled
         (0, "stopped", "", False, "saved", "checkpoint after 7 of 9 steps"),
         (0, "stopped", "", True, "cancelled", "checkpoint after 7 of 9 steps"),
-        (2, "", "", False, "failed", "configuration was refused"),
+        (2, "", "", False, "failed", "configuration, data or checkpoint were refused"),
         (1, "failed", "EngineError: gone", False, "again", "EngineError: gone"),
         (1, "", "", False, "again", "exit code 1"),
         (-9, "", "", False, "again", "SIGKILL"),

@@ -57,7 +57,7 @@ def damaged(draw, line):
     return json.dumps(event).encode()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)  # the same examples every time: CI must not depend on luck
 @given(st.data())
 def test_every_reader_reads_on(run_dir, lines, data):
     written = list(lines)

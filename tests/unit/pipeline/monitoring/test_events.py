@@ -118,7 +118,7 @@ DAMAGED = {
     line("step"): "missing required field",
     line("resume", step="2"): "Expected `int`, got `str`",
     line("resume", step=-5): "Expected `int` >= 0",
-    line("resume", step=10**25): "Expected `int` <= 10000000",
+    line("resume", step=10**25): "Expected `int` <= 1000000",
     line("run_end", status=3): "Expected `str`",
     line("run_end", status="well"): "Invalid enum value",
     line("evaluation", step=1, pass_at_k={"1": 0.5}): "Expected `object`, got `float`",
