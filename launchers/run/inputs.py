@@ -13,9 +13,8 @@ from pipeline.config.load import resolve_path
 from pipeline.config.schema import RunConfig
 from pipeline.data.sources import check_prompts, load_prompts
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.model import folder as model_folder
 from pipeline.model.architecture import ModelError, read
-from pipeline.model.folder import Folder
+from pipeline.model.folder import Folder, check
 from pipeline.model.layout import rows
 from pipeline.monitoring.sinks.factory import problems as sink_problems
 
@@ -35,19 +34,14 @@ def check_inputs(config: RunConfig) -> None:
 
 
 def _packages(config: RunConfig) -> Iterator[Problem]:
-    needed = {
-        "sglang": ("rollout.engine", config.rollout.engine == "sglang", "sglang"),
-        "ray": ("runtime", config.runtime == "ray", ""),
-        "transformer_engine": (
-            "learner.transformer_impl",
-            config.learner.transformer_impl == "transformer_engine",
-            "gpu",
-        ),
+    needed = {  # package, which is also the value that asks for it: key, what to install
+        "sglang": ("rollout.engine", "'isentrope[sglang]'"),
+        "ray": ("runtime", "ray"),
+        "transformer_engine": ("learner.transformer_impl", "'isentrope[gpu]'"),
     }
-    for package, (key, wanted, extra) in needed.items():
-        if wanted and importlib.util.find_spec(package) is None:
-            command = f"pip install 'isentrope[{extra}]'" if extra else f"pip install {package}"
-            yield Problem(key, attrgetter(key)(config), f"the package {package} is not installed", command)
+    for package, (key, install) in needed.items():
+        if attrgetter(key)(config) == package and importlib.util.find_spec(package) is None:
+            yield Problem(key, package, f"the package {package} is not installed", f"pip install {install}")
 
 
 def _run_dir(config: RunConfig) -> Iterator[Problem]:
@@ -63,7 +57,7 @@ def _model(config: RunConfig) -> Iterator[Problem]:
     path = resolve_path(config.model.hf_path)
     try:
         architecture = read(path)
-        model_folder.check(Folder(path), rows(architecture), architecture)
+        check(Folder(path), rows(architecture), architecture)
     except ModelError as error:
         for refusal in error.refusals:
             yield Problem("model.hf_path", config.model.hf_path, f"{path}: {refusal.problem}", refusal.remedy)
