@@ -36,7 +36,7 @@ class Topology:
     dp_group: dist.ProcessGroup
     grid: Grid
     device: torch.device
-    backend: str  # "nccl" | "gloo"
+    backend: str  # "nccl" | "gloo" | "fake" (a rehearsal: no other process is there)
 
     @property
     def place(self) -> Place:
@@ -73,6 +73,15 @@ def initialize(rank: int, address: tuple[str, int], grid: Grid, seed: int) -> To
     dist.init_process_group(
         backend, init_method=f"tcp://{address[0]}:{address[1]}", rank=rank, world_size=grid.world_size
     )
+    return divide(grid, seed, device)
+
+
+def divide(grid: Grid, seed: int, device: torch.device) -> Topology:
+    """Build the parallel groups of the processes that joined (:func:`initialize`), and start every RNG from ``seed``.
+
+    megatron-core's groups over gloo, beside those of the backend, need real processes: a ``fake`` backend has none.
+    """
+    backend = dist.get_backend()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=grid.tp,
         pipeline_model_parallel_size=grid.pp,
@@ -80,11 +89,12 @@ def initialize(rank: int, address: tuple[str, int], grid: Grid, seed: int) -> To
         context_parallel_size=grid.cp,
         expert_model_parallel_size=grid.ep,
         expert_tensor_parallel_size=grid.expert_tp,
+        create_gloo_process_groups=backend != "fake",
     )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Topology(
-        rank=rank,
+        rank=dist.get_rank(),
         world_size=grid.world_size,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=grid.tp,
