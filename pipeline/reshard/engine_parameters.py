@@ -34,6 +34,12 @@ class Target:
     dim: int  # of ``parameter[index]``
     start: int
 
+    @property
+    def half(self) -> int | None:
+        """Which half of ``parameter[index]``, along ``dim``: 0 gate, 1 up, also where SGLang pads both; else None."""
+        joined = ".gate_up_proj." in self.parameter or ".w13_" in self.parameter
+        return int(self.start > 0) if joined else None
+
 
 def targets(plan: Plan, process: int) -> dict[str, Target]:
     """The place of every tensor of which ``process``, an engine rank, needs something; by the plan's names.

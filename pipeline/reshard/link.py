@@ -1,8 +1,8 @@
 """The process group by which weights move, and the place where its processes meet before each update.
 
-The group is made from torch's backend class (gloo, or NCCL between GPUs). So torch's own registry of groups, which
-belongs to Megatron in a learner's process and to SGLang in a server's, does not know it, and two processes of a plan may
-be threads of one program. Nobody can wait in a circle: all processes meet first, each says which plan it made or why it
+The group is made from torch's backend class (gloo, or NCCL between GPUs). Torch's own registry of groups belongs to
+Megatron in a learner's process and to SGLang in a server's, and stays theirs; two processes of a plan may even be
+threads of one program. Nobody can wait in a circle: all processes meet first, each says which plan it made or why it
 cannot take part, and only when all have said the same do they form the one group.
 """
 
@@ -113,7 +113,7 @@ class Link:
             group: Any = ProcessGroupNCCL(keys, self._process, self._world, options)
             group.barrier().wait()  # NCCL sets its communicator up in the first call that all processes make
             return group
-        gloo = ProcessGroupGloo._Options()
+        gloo = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # missing in torch's types
         gloo._devices = [ProcessGroupGloo.create_device(hostname=_own_address(order.store[0]))]
         gloo._timeout = limit
         try:

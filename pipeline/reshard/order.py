@@ -26,7 +26,10 @@ class PlanInputs:
     dtype: str  # a key of ``plan.ITEM_SIZES``
 
     def plan(self) -> Plan:
-        """The plan; made once in a process. Raises ``ValueError`` as ``make_plan`` does, ``ModelError`` on the folder."""
+        """The plan, made once in a process.
+
+        Raises what ``make_plan`` raises, and ``ModelError`` on the folder.
+        """
         return _plan(self)
 
 

@@ -1,9 +1,9 @@
 """What runs inside every rank of an SGLang server when weights come: takes its slices into the rank's own parameters.
 
 ``--custom-weight-loader`` names :func:`receive`, and SGLang calls it for ``/update_weights_from_tensor`` with this
-``load_format`` (``sglang/srt/model_executor/model_runner_components/weight_updater.py``). No tensor of the request holds
-weights: its one tensor tells the rank what to do, and the weights come from the learner's ranks. An exception here
-would end the server, so what goes wrong is reported in a file beside the engine, which reads it.
+``load_format`` (``sglang/srt/model_executor/model_runner_components/weight_updater.py``). The request's one tensor
+tells the rank what to do; the weights come from the learner's ranks. An exception here would end the server, so what
+goes wrong is reported in a file, which the engine reads.
 """
 
 from __future__ import annotations
@@ -103,16 +103,17 @@ class _Parameters:
         if place.parameter not in self._parameters:
             raise ValueError(f"{name}: the server has no parameter {place.parameter!r}")
         parameter = self._parameters[place.parameter][place.index]
-        length = shape[place.dim]
+        dim, start, length = place.dim, place.start, shape[place.dim]
         if place.half is not None:
-            parameter = parameter.chunk(2, place.dim)[place.half]
-            # On a CPU SGLang pads the feed-forward to 32 entries a rank and divides that; we divide evenly, and what is
-            # left of each rank's part must add nothing.
-            parameter.narrow(place.dim, length, parameter.shape[place.dim] - length).zero_()
-        room = [length if dim == place.dim else size for dim, size in enumerate(parameter.shape)]
-        if room != list(shape) or place.start + length > parameter.shape[place.dim]:
+            parameter, start = parameter.chunk(2, dim)[place.half], 0
+        room = parameter.shape[dim]
+        if start + length > room or (*parameter.shape[:dim], length, *parameter.shape[dim + 1 :]) != tuple(shape):
             raise ValueError(
-                f"{name}: {list(shape)} from {place.start} on does not fit into the server's {place.parameter!r}, "
+                f"{name}: {list(shape)} from {start} on does not fit into the server's {place.parameter!r}, "
                 f"{list(parameter.shape)}"
             )
-        return parameter.narrow(place.dim, place.start, length)
+        if place.half is not None:
+            # On a CPU SGLang pads the feed-forward to 32 entries a rank and divides that; the plan divides evenly, and
+            # what is left of each rank's part must add nothing.
+            parameter.narrow(dim, length, room - length).zero_()
+        return parameter.narrow(dim, start, length)
