@@ -276,7 +276,12 @@ def build_engine(config: RunConfig, index: int, log_dir: Path) -> RolloutEngine:
         return SglangEngine(config.rollout, index=index, log_dir=log_dir, seed=config.seed)
     from pipeline.rollout.native.engine import NativeEngine
 
-    return NativeEngine(weight_sync_timeout_s=config.rollout.weight_sync_timeout_s)
+    rollout = config.rollout
+    return NativeEngine(
+        weight_sync_timeout_s=rollout.weight_sync_timeout_s,
+        stop=tuple(rollout.stop),
+        stop_token_ids=tuple(rollout.stop_token_ids),
+    )
 
 
 def engine_gpus(config: RunConfig) -> int:

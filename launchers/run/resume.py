@@ -33,7 +33,8 @@ _FIXED = (
 # What makes it another experiment under the same name.
 _IDENTITY = (
     *("seed", "model.hf_path", "rollout.max_prompt_tokens"),
-    *("data.source", "data.held_out", "data.chat_template", "data.system_prompt", "data.examples", "data.verifier"),
+    *("data.source", "data.held_out", "data.chat_template", "data.chat_template_file", "data.chat_template_kwargs"),
+    *("data.system_prompt", "data.examples", "data.verifier", "rollout.stop", "rollout.stop_token_ids"),
 )
 
 

@@ -24,6 +24,7 @@ from yaml.nodes import MappingNode, Node
 from pipeline.config.errors import ConfigError, Problem
 from pipeline.config.keys import Key, free_form_key, nearest_keys, schema_keys
 from pipeline.config.schema import RunConfig
+from pipeline.config.synonyms import what_to_write
 from pipeline.config.validate import problems_of
 from pipeline.config.yaml12 import Dumper, UnreadableError, compose, entry_of, value_of
 
@@ -252,7 +253,10 @@ def _apply(tree: DictConfig, assignment: Assignment, schema: type) -> Problem | 
         return Problem(
             key, value, what, "write the value; for a secret, name its variable in the cluster's secrets", source
         )
-    wrong_type = Problem(key, value, "wrong type", f"give {known.type_name}" if known else "give a plain value", source)
+    wanted = f"give {known.type_name}" if known else "give a plain value"
+    if known and known.is_section:
+        wanted += f", e.g. {next(name for name in schema_keys(schema) if name.startswith(key + '.'))}"
+    wrong_type = Problem(key, value, "wrong type", wanted, source)
     if known is not None and not _plausible(known, value):
         return wrong_type
     if known is not None:
@@ -305,6 +309,9 @@ def _number(expected: Any, value: Any) -> Any:
 
 
 def _unknown(assignment: Assignment, schema: type) -> Problem:
+    meant = what_to_write(assignment.key) if schema is RunConfig else ""
+    if meant:
+        return Problem(assignment.key, assignment.value, "unknown key", meant, assignment.source)
     nearest = nearest_keys(assignment.key, schema)
     remedy = f"did you mean {' or '.join(nearest)}?" if nearest else "see `isentrope config show` for every key"
     return Problem(assignment.key, assignment.value, "unknown key", remedy, assignment.source)

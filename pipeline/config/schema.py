@@ -281,6 +281,10 @@ class RolloutConfig:
         1024, "prompts longer than this are dropped when the data is read, and counted", range=COUNT, unit="tokens"
     )
     max_new_tokens: int = key(1024, "length limit of a response", range=COUNT, unit="tokens")
+    stop: list[str] = key([], "texts that end a response, beside the model's own end; they stay in it")
+    stop_token_ids: list[int] = key(
+        [], "token ids that end a response, beside the model's own; they stay in it", range=NOT_NEGATIVE
+    )
     weight_transport: str = key(
         "tensor",
         "how weights reach an SGLang server",
@@ -334,6 +338,12 @@ class DataConfig:
     source: SourceConfig = key(SourceConfig(), "prompt source")
     held_out: float = key(0.1, "share of the source kept for evaluation, chosen by prompt id", range=SHARE)
     chat_template: bool = key(False, "render prompts with the tokenizer's chat template")
+    chat_template_file: str = key(
+        "", "Jinja file used in place of the model's own chat template; needs chat_template", path=True
+    )
+    chat_template_kwargs: dict[str, Any] = key(
+        {}, "variables for the chat template, e.g. {enable_thinking: false}; needs chat_template"
+    )
     system_prompt: str = key("", "system message put before every prompt when chat_template is on")
     examples: list[list[str]] = key(
         [], "[[question, answer], ...] put before every prompt as earlier turns (few-shot); needs chat_template"

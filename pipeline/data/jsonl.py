@@ -19,6 +19,14 @@ from pipeline.rewards.verifier import UnknownVerifierError, check_verifier
 from pipeline.types import Prompt
 
 _KEYS = ("id", "prompt", "messages", "answer", "verifier", "meta")
+# What other data sets call them; without this table the nearest spelling of "question" would be "messages".
+_MEANT = {
+    **dict.fromkeys(("question", "problem", "query", "instruction", "input", "text"), "prompt"),
+    **dict.fromkeys(("conversation", "conversations", "chat"), "messages"),
+    **dict.fromkeys(("ground_truth", "solution", "reference", "target", "label", "output", "expected"), "answer"),
+    **dict.fromkeys(("reward", "reward_fn", "grader"), "verifier"),
+    **dict.fromkeys(("index", "idx", "uid", "uuid"), "id"),
+}
 _ROLES = ("system", "user", "assistant")
 _LONGEST_REFERENCE_S = 5.0  # for a verifier to compare a reference with itself
 _REPORTED = 10  # malformed lines described one by one
@@ -77,7 +85,7 @@ def _question(line: bytes, verifier: str) -> Question:
         raise DataError(f"must be a JSON object, not {type(item).__name__}")
     for key in item:
         if key not in _KEYS:
-            nearest = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.0)[0]
+            nearest = _MEANT.get(key) or difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.0)[0]
             raise DataError(f"unknown key {key!r}, nearest is {nearest!r}; put further data under 'meta'")
     if not isinstance(item.get("id"), str | int) or isinstance(item["id"], bool) or item["id"] == "":
         raise DataError(f"'id' must be a non-empty string or an integer, not {item.get('id')!r}")

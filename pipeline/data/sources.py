@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 from pipeline.config.schema import DataConfig, RunConfig
 from pipeline.data import DataError
@@ -120,7 +122,12 @@ def to_prompt(question: Question, config: DataConfig, tokenizer: Tokenizer) -> P
     try:
         if chat:
             messages = question.messages or ({"role": "user", "content": text},)
-            text = tokenizer.render_chat([*_example_turns(config), *messages], config.system_prompt)
+            text = tokenizer.render_chat(
+                [*_example_turns(config), *messages],
+                config.system_prompt,
+                _template(config.chat_template_file),
+                config.chat_template_kwargs,
+            )
         token_ids = tokenizer.encode_rendered(text) if chat else tokenizer.encode(text)
     except DataError as error:
         raise DataError(f"prompt {question.id!r}: {error}") from error
@@ -128,6 +135,15 @@ def to_prompt(question: Question, config: DataConfig, tokenizer: Tokenizer) -> P
         raise DataError(f"prompt {question.id!r} has no tokens: {text!r}")
     verifier = question.verifier if config.verifier == "auto" else config.verifier
     return Prompt(question.id, token_ids, text, question.answer, verifier, question.meta)
+
+
+@cache
+def _template(path: str) -> str:
+    """The text of ``data.chat_template_file``; "" where none is named. Raises ``DataError``."""
+    try:
+        return Path(path).read_text(encoding="utf-8") if path else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"data.chat_template_file={path}: cannot be read ({error}): give a Jinja file") from error
 
 
 def _example_turns(config: DataConfig) -> Iterator[Message]:
