@@ -28,12 +28,11 @@ from launchers.cli import (
     report_cmd,
     train_cmd,
 )
+from launchers.cli.arguments import USAGE_ERROR
 from pipeline.config.errors import ConfigError
 from pipeline.data import DataError
 from pipeline.monitoring.console import clean
 from pipeline.monitoring.events import EventLogError
-
-USAGE_ERROR = 2  # wrong command line, configuration, data or checkpoint; anything else that fails exits with 1
 
 app = typer.Typer(
     name="isentrope",

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from launchers.cli.arguments import CONFIG, JSON, MEAN_RESPONSE, OVERRIDES
 from pipeline.config.errors import ConfigError
-from pipeline.config.load import PACKAGED, load_config, resolve_path
+from pipeline.config.load import PACKAGED, load_config, override, resolve_path
 from pipeline.config.schema import PrecisionConfig, RunConfig
 from pipeline.units import GIB
 
@@ -123,7 +123,7 @@ def _load(config: Path | None, overrides: list[str]) -> tuple[RunConfig, Path]:
             problem = "neither a folder with a config.json nor named as one of those packaged"
             raise ConfigError("model.hf_path", run.model.hf_path, problem, f"give a folder, or one of {names}")
         folder = named[0]
-        overrides = [*overrides, f"model.hf_path={folder}"]
+        overrides = [*overrides, override("model.hf_path", folder)]
     return load_config(config, overrides), folder
 
 

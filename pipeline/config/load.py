@@ -85,6 +85,8 @@ def load(
         assignments += _parse_override(text, schema)
     if here:
         assignments = [_found(given, schema) for given in assignments]
+    if here and path is not None and schema is RunConfig:
+        assignments += _verifier_folder(assignments, resolve_path(path).resolve())
     config: Schema = _build(assignments, schema)
     problems = rules(config)
     if problems:
@@ -106,6 +108,21 @@ def _found(given: Assignment, schema: type) -> Assignment:
     return replace(given, value=str(path.relative_to(PACKAGED) if path.is_relative_to(PACKAGED) else path))
 
 
+def _verifier_folder(assignments: Sequence[Assignment], path: Path) -> Iterator[Assignment]:
+    """``data.verifier_folder`` where none is given and a verifier may be the user's own: it is then written down, so
+    that workers, resumed runs and jobs look in the same place.
+    """
+    last = {given.key: given for given in assignments}
+    given = {name: last[name].value for name in last if name.startswith("data.")}
+    named = str(given.get("data.verifier", "auto"))
+    may_be_own = ":" in named or (named == "auto" and given.get("data.source.kind") == "jsonl")
+    if may_be_own and not given.get("data.verifier_folder"):
+        by = last["data.verifier"].source if ":" in named else COMMAND_LINE
+        file = path if by == COMMAND_LINE else Path(by)
+        if ":" in named or not file.is_relative_to(PACKAGED):
+            yield Assignment("data.verifier_folder", str(file.parent), str(file))
+
+
 def resolve_path(value: str | Path, folder: Path = Path()) -> Path:
     """A relative path from ``folder`` if it exists there, else from the packaged ``configs/`` if it exists there.
 
@@ -116,6 +133,12 @@ def resolve_path(value: str | Path, folder: Path = Path()) -> Path:
     inside = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
     own = path.is_absolute() or os.path.exists(folder / path) or not os.path.exists(PACKAGED / inside)
     return folder / path if own else PACKAGED / inside
+
+
+def override(key: str, text: str | Path) -> str:
+    """``key=text`` as an override that means exactly ``text``, whatever signs of YAML or references it holds."""
+    quoted = yaml.dump(str(text), Dumper=Dumper, default_style='"', width=math.inf, allow_unicode=True)
+    return f"{key}={quoted.rstrip()}"
 
 
 def to_yaml(config: RunConfig) -> str:

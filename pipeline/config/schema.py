@@ -22,7 +22,7 @@ FOLDER_NAME = Form(r"[\w.+-][\w.+ -]*", "cannot be part of a folder name", "use 
 MODULE_FUNCTION = Form(
     r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*",
     "nor module:function",
-    "name your own as module:function, e.g. my_package.rewards:score, with the module on PYTHONPATH",
+    "name your own as module:function, e.g. my_package.rewards:score, with the module beside the configuration file",
 )
 
 
@@ -354,8 +354,21 @@ class DataConfig:
         choices=VERIFIERS,
         form=MODULE_FUNCTION,
     )
+    verifier_folder: str = key(
+        "",
+        "where modules of your own verifiers are looked for, before the working directory; empty: the folder of the "
+        "configuration file that sets data.verifier, else of the configuration file",
+        path=True,
+    )
     verifier_timeout_s: float = key(
         5.0, "longest verification; then the sample is marked and gets reward 0", range=POSITIVE, unit="seconds"
+    )
+    verifier_budget_s: float = key(
+        0.0,
+        "longest verification of all that is judged at once (a step's responses) by one verifier; the rest is marked "
+        "and gets reward 0; 0: verifier_timeout_s x (6 + a twentieth of the responses per process)",
+        range=NOT_NEGATIVE,
+        unit="seconds",
     )
     verifier_workers: int = key(
         0,
