@@ -121,9 +121,9 @@ def test_a_step_of_real_lengths_is_balanced(packed, even):
     assert sum(work) <= 1.05 * sum(lengths)
 
 
-@pytest.mark.parametrize("ranks", [8, 64])
+@pytest.mark.parametrize("ranks", [1, 8, 64])
 def test_a_step_of_16384_rows_is_cut_in_a_moment(ranks):
-    """Mean 5,000 tokens, largest 31,700: a second or so, where dealing anew until it fits took minutes.
+    """Mean 5,000 tokens, largest 31,700: under a second, where dealing anew until it fits took minutes.
 
     Fewest within 2 %.
     """
@@ -131,7 +131,7 @@ def test_a_step_of_16384_rows_is_cut_in_a_moment(ranks):
     lengths = [min(31700, 200 + int(draw.lognormvariate(8.15, 0.8))) for _ in range(16384)]
     start = time.process_time()
     dealt = batching.micro_batches(lengths, ranks, batching.Cut(max_tokens=32768, packed=True))
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 2
     work = [sum(lengths[row] for rows in own for row in rows) for own in dealt]
     assert max(work) <= 1.05 * sum(work) / ranks
     assert len(dealt[0]) <= math.ceil(1.02 * math.ceil(sum(lengths) / 32768) / ranks)
