@@ -20,6 +20,7 @@ from launchers.cli import (
     doctor_cmd,
     entropy_cmd,
     evaluate_cmd,
+    init_cmd,
     jobs_cmd,
     lab_cmd,
     launch_cmd,
@@ -43,6 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.command("init")(init_cmd.init)
 app.command("train")(train_cmd.train)
 app.command("evaluate")(evaluate_cmd.evaluate)
 app.add_typer(benchmark_cmd.app, name="benchmark")

@@ -84,7 +84,7 @@ class Tokenizer:
         import jinja2
 
         conversation = ([{"role": "system", "content": system}] if system else []) + [dict(m) for m in messages]
-        if not (template or self._has_template):
+        if not (template or self.has_template):
             raise DataError(
                 f"{self.folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json; "
                 "of several, the one named default): set data.chat_template=false and use plain prompts, name a "
@@ -143,7 +143,8 @@ class Tokenizer:
         return table
 
     @cached_property
-    def _has_template(self) -> bool:
+    def has_template(self) -> bool:
+        """Whether the folder has a chat template of its own."""
         template = read_json(self.folder / "tokenizer_config.json").get("chat_template")
         if isinstance(template, list):  # named templates
             template = next((each.get("template") for each in template if each.get("name") == "default"), None)
