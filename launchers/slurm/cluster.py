@@ -92,7 +92,19 @@ class ClusterConfig:
     )
     network_gb_s: float = key(
         5.0,
-        "what Ray moves into a node over TCP, far below an InfiniBand figure; for the plan's weight sync",
+        "into a node over TCP, where engines share the learner's GPUs; for the plan's weight sync",
+        range=Range(0.001),
+        unit="GB/s",
+    )
+    gpu_network_gb_s: float = key(
+        50.0,
+        "between GPUs of two nodes, one GPU, each way (400 Gbit/s); for the plan's weight sync",
+        range=Range(0.001),
+        unit="GB/s",
+    )
+    gpu_link_gb_s: float = key(
+        400.0,
+        "between GPUs of a node, one GPU, each way (NVLink 4); for the plan's weight sync",
         range=Range(0.001),
         unit="GB/s",
     )
