@@ -1,4 +1,4 @@
-"""``isentrope plan weights``: predicts the bytes that a run's weight sync moves from learner to engines, and its seconds."""
+"""``isentrope plan weights``: predicts the bytes that a weight sync moves from learner to engines, and its seconds."""
 
 from __future__ import annotations
 
