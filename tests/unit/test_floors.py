@@ -22,6 +22,7 @@ FLOORS = {
     "pipeline.disk": 1,
     "pipeline.methods": 1,
     "pipeline.registry": 1,
+    "pipeline.batching": 1,
     "pipeline.config": 1,
     "pipeline.model": 1,
     "pipeline.entropy": 2,

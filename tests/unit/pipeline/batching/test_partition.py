@@ -6,7 +6,7 @@ from unittest import mock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ext.partition import best_fit, partition
+from pipeline.batching.partition import best_fit, partition
 
 LOADS = st.lists(st.integers(0, 1000), max_size=60)
 
