@@ -169,13 +169,9 @@ def with_absolute_paths(config: RunConfig, *, elsewhere: bool = False) -> RunCon
 
     ``elsewhere``: on another machine, whose paths are absolute already. Raises ``ConfigError`` where one is not.
     """
-    source, template = config.data.source, config.data.chat_template_file
+    source = config.data.source
     if elsewhere:
-        given = {
-            "model.hf_path": config.model.hf_path,
-            "data.source.path": source.path,
-            "data.chat_template_file": template,
-        }
+        given = {"model.hf_path": config.model.hf_path, "data.source.path": source.path}
         lost = [(key, path) for key, path in given.items() if path and not (packaged(path) or Path(path).is_absolute())]
         if lost:
             remedy = "give the absolute path on the cluster"
@@ -183,8 +179,8 @@ def with_absolute_paths(config: RunConfig, *, elsewhere: bool = False) -> RunCon
                 [Problem(*each, "a relative path, and the run starts on another machine", remedy) for each in lost]
             )
         return config
-    path, template = (str(Path(given).resolve()) if given else "" for given in (source.path, template))
-    data = replace(config.data, source=replace(source, path=path), chat_template_file=template)
+    path = str(Path(source.path).resolve()) if source.path else ""
+    data = replace(config.data, source=replace(source, path=path))
     model = replace(config.model, hf_path=_anywhere(config.model.hf_path))
     return replace(config, model=model, data=data, monitoring=_monitoring_anywhere(config.monitoring))
 
