@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import accumulate
@@ -17,13 +17,12 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 import pipeline.config.schema as schema
-from megatron_ext import batching, context_parallel, inputs, models, optimizer
-from megatron_ext.checkpoint import Checkpointer
+from megatron_ext import checkpoint, context_parallel, inputs, models, optimizer
 from megatron_ext.fp8 import transformer_engine
 from megatron_ext.head import Head
 from megatron_ext.topology import Topology, shutdown
 from megatron_ext.weights import hf
-from pipeline.fingerprints import Files
+from pipeline.batching import dealing
 from pipeline.model import architecture, identity, layout
 from pipeline.objectives.loss import (
     SENSOR_SUMS,
@@ -35,7 +34,7 @@ from pipeline.objectives.loss import (
     tempered_at,
 )
 from pipeline.reshard import buckets
-from pipeline.types import EntropyReading, Share, StepStats, TrainBatch, WeightBucket, shares
+from pipeline.types import EntropyReading, Share, StepStats, TrainBatch, WeightBucket
 
 MicroBatch = tuple[TrainBatch, inputs.ModelInputs]  # the rows, and what the model is given for them
 
@@ -80,7 +79,9 @@ class MegatronLearner:
         self._rows = layout.rows(self._architecture, topology.grid)
         itemsize = models.DTYPES[model.dtype].itemsize
         self._rounds = buckets.plan(self._rows, topology.grid, itemsize, learner.bucket_mib, weight_dtype == "fp8")
-        self._cut = _cut(learner, inputs.alignment(self._chunks[0].config))
+        # How this learner deals a batch to its data-parallel ranks; on every rank the same.
+        cut = _cut(learner, inputs.alignment(self._chunks[0].config))
+        self.dealer = dealing.Dealer(cut, topology.dp_size, learner.updates_per_step)
         self._models = optimizer.data_parallel(self._chunks, learner)
         self._optimizer = optimizer.build(self._models, learner, model.dtype)
         self._scheduler = optimizer.schedule(self._optimizer, learner.optimizer, total_steps)
@@ -91,7 +92,6 @@ class MegatronLearner:
             self._reference = [
                 {name: torch.empty_like(p.data) for name, p in gpt.named_parameters()} for gpt in self._chunks
             ]
-        self._checkpointer = Checkpointer(self._chunks, self._optimizer, self._scheduler, self._reference, topology)
 
     def load(self, hf_path: Path) -> None:
         """Read this rank's slices of a Hugging Face folder; see ``pipeline.learner.Learner.load``."""
@@ -174,34 +174,28 @@ class MegatronLearner:
         parameters = transformer_engine.Dequantised(self._parameters)
         return hf.export(parameters, self._rounds, self._topology, version)
 
-    def save(self, directory: Path) -> Callable[[], Files]:
-        """Copy the whole state, to be written by what is returned; see ``pipeline.learner.Learner.save``."""
-        write = self._checkpointer.save(Path(directory))
+    def save(self, directory: Path) -> None:
+        """Write the whole state; see ``pipeline.learner.Learner.save``."""
+        checkpoint.save(
+            Path(directory), self._chunks, self._optimizer, self._scheduler, self._reference, self._topology
+        )
         if self._topology.rank == 0:
             identity.record(Path(directory), self._architecture)
-        return write
 
-    def restore(self, directory: Path, files: Files) -> None:
+    def restore(self, directory: Path) -> None:
         """Load what :meth:`save` wrote at the same layout; training goes on as if never interrupted.
 
         Hyper-parameters are this learner's own: with another configuration it goes on under that one. Raises
         ``ValueError`` that names every field in which the model is another.
         """
         identity.check(Path(directory), self._architecture, f"{self._hf_path}/config.json")
-        self._checkpointer.restore(Path(directory), files)
+        checkpoint.restore(
+            Path(directory), self._chunks, self._optimizer, self._scheduler, self._reference, self._topology
+        )
 
     def close(self) -> None:
         """Leave the process groups."""
         shutdown()
-
-    def deal(self, lengths: torch.Tensor, auxiliary: torch.Tensor, *, for_update: bool) -> list[list[list[list[int]]]]:
-        """Rows ``[data-parallel rank][mini-batch][micro-batch][row]`` of a batch with these ``TrainBatch`` fields; on
-        every rank the same.
-
-        ``for_update``: for :meth:`update`; else for log-probs and statistics, which know one mini-batch.
-        """
-        updates = self._config.updates_per_step if for_update else 1
-        return batching.deal(lengths, auxiliary, self._topology.dp_size, self._cut, updates)
 
     @property
     def data_parallel_rank(self) -> int:
@@ -212,8 +206,7 @@ class MegatronLearner:
         """This rank's share of ``batch``, if that is not it."""
         if isinstance(batch, Share):
             return batch
-        own = self.deal(batch.lengths, batch.auxiliary, for_update=for_update)[self.data_parallel_rank]
-        return next(shares(batch, [own]))
+        return next(self.dealer.shares(batch, [self.data_parallel_rank], for_update=for_update))
 
     def _measured(self, batch: TrainBatch | Share, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Fields of ``PolicyOutputs`` of all targets of the whole batch, float32 ``[targets]`` each on the CPU, on
@@ -251,7 +244,7 @@ class MegatronLearner:
 
         Per micro-batch what was asked for by ``names``, or metric sums; last stage only.
         """
-        # What Megatron divides the loss by, and the mini-batch rule of ``batching.mini_batches``.
+        # What Megatron divides the loss by, and the mini-batch rule of ``dealing.mini_batches``.
         scale = len(sizes) * self._topology.dp_size * self._config.updates_per_step
         finish = partial(self._named, names=names) if forward_only else partial(self._loss, scale=scale)
 
@@ -279,10 +272,10 @@ class MegatronLearner:
         )
 
     def _micro_batch(self, batch: TrainBatch, first: int, size: int) -> MicroBatch:
-        rows = batch.take(torch.arange(first, first + size)) if size else batching.dummy(batch)
+        rows = batch.take(torch.arange(first, first + size)) if size else dealing.dummy(batch)
         device = self._topology.device
-        given = inputs.build(rows, packing=self._cut.packed, align=self._cut.align)
-        return batching.on_device(rows, device), given.to(device)
+        given = inputs.build(rows, packing=self.dealer.cut.packed, align=self.dealer.cut.align)
+        return dealing.on_device(rows, device), given.to(device)
 
     def _outputs(
         self, micro: TrainBatch, given: inputs.ModelInputs, hidden: torch.Tensor, *, moment: bool
@@ -362,10 +355,10 @@ def _reading(totals: dict[str, float], step: int, staleness: int) -> EntropyRead
     return EntropyReading(totals[entropy], totals[tokens], step=step, staleness=staleness)
 
 
-def _cut(learner: schema.LearnerConfig, align: int) -> batching.Cut:
+def _cut(learner: schema.LearnerConfig, align: int) -> dealing.Cut:
     """Micro-batches as configured: by tokens, else by rows."""
     interleaved = learner.virtual_pipeline_model_parallel_size > 1
-    return batching.Cut(
+    return dealing.Cut(
         max_rows=0 if learner.max_tokens_per_micro_batch else learner.micro_batch_size,
         max_tokens=learner.max_tokens_per_micro_batch,
         packed=learner.packing,

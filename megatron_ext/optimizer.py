@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch.distributed as dist
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -60,6 +61,7 @@ def build(wrapped: Sequence[DistributedDataParallel], learner: schema.LearnerCon
             fp8_recipe=learner.precision.fp8_recipe if learner.precision.fp8_param else None,
         ),
         list(wrapped),
+        use_gloo_process_groups=dist.get_backend() != "fake",
     )
     wrapped[0].config.grad_scale_func = optimizer.scale_loss
     return optimizer

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from pipeline.model.grid import Grid, Place
-
-# How long a rank waits for the slowest one's disk when a checkpoint is written or checked. A rank that died is noticed
-# at once, by its closed connections; a disk that hangs, by the watchdog, when the next checkpoint is due.
-COORDINATION_TIMEOUT = timedelta(hours=6)
 
 
 @dataclass(frozen=True)
@@ -40,9 +35,8 @@ class Topology:
     dp_size: int
     dp_group: dist.ProcessGroup
     grid: Grid
-    coordination: dist.ProcessGroup | None  # gloo, of all ranks, beside the training's; None: there is one rank
     device: torch.device
-    backend: str  # "nccl" | "gloo"
+    backend: str  # "nccl" | "gloo" | "fake" (a rehearsal: no other process is there)
 
     @property
     def place(self) -> Place:
@@ -79,6 +73,15 @@ def initialize(rank: int, address: tuple[str, int], grid: Grid, seed: int) -> To
     dist.init_process_group(
         backend, init_method=f"tcp://{address[0]}:{address[1]}", rank=rank, world_size=grid.world_size
     )
+    return divide(grid, seed, device)
+
+
+def divide(grid: Grid, seed: int, device: torch.device) -> Topology:
+    """Build the parallel groups of the processes that joined (:func:`initialize`), and start every RNG from ``seed``.
+
+    megatron-core's groups over gloo, beside those of the backend, need real processes: a ``fake`` backend has none.
+    """
+    backend = dist.get_backend()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=grid.tp,
         pipeline_model_parallel_size=grid.pp,
@@ -86,11 +89,12 @@ def initialize(rank: int, address: tuple[str, int], grid: Grid, seed: int) -> To
         context_parallel_size=grid.cp,
         expert_model_parallel_size=grid.ep,
         expert_tensor_parallel_size=grid.expert_tp,
+        create_gloo_process_groups=backend != "fake",
     )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Topology(
-        rank=rank,
+        rank=dist.get_rank(),
         world_size=grid.world_size,
         tp_rank=parallel_state.get_tensor_model_parallel_rank(),
         tp_size=grid.tp,
@@ -105,15 +109,9 @@ def initialize(rank: int, address: tuple[str, int], grid: Grid, seed: int) -> To
         dp_size=parallel_state.get_data_parallel_world_size(),
         dp_group=parallel_state.get_data_parallel_group(),
         grid=grid,
-        coordination=_coordination(grid.world_size),
         device=device,
         backend=backend,
     )
-
-
-def _coordination(world_size: int) -> dist.ProcessGroup | None:
-    """Checkpoints are agreed on here, in a thread beside the training, whose collectives must not mix with these."""
-    return dist.new_group(backend="gloo", timeout=COORDINATION_TIMEOUT) if world_size > 1 else None
 
 
 def shutdown() -> None:

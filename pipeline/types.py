@@ -204,7 +204,9 @@ class TrainBatch:
         return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
 
     def take(self, rows: torch.Tensor) -> TrainBatch:
-        """The batch of the ``rows`` (int64), in their order."""
+        """The batch of the ``rows`` (int64), in their order; all of them in turn are this batch itself."""
+        if len(rows) == self.rows and torch.equal(rows, torch.arange(self.rows, device=rows.device)):
+            return self
         spans = {name: _spans(counts, rows) for name, counts in (("token", self.lengths), ("target", self.targets))}
 
         def picked(name: str, value: torch.Tensor) -> Any:
@@ -238,6 +240,11 @@ class Share:
     ]  # rows of each micro-batch, by mini-batch (optimizer step); 0 where rows are too few
     starts: torch.Tensor  # int64 [rows], where each row's targets begin among those of the whole batch
     total: int  # targets of the whole batch
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows."""
+        return sum(value.nbytes for value in self.batch.tensors().values())
 
     def positions(self, first: int, end: int) -> torch.Tensor:
         """Int64 ``[n]``: where the targets of rows ``first`` to ``end`` lie among those of the whole batch."""

@@ -27,6 +27,27 @@ def ragged(tokens: torch.Tensor, lengths: torch.Tensor, loss_mask: torch.Tensor,
     )
 
 
+def distinct(sizes: list[tuple[int, int]]) -> TrainBatch:
+    """Rows of so many prompt and response tokens; every entry is one of a kind, so that a misplaced one shows."""
+    prompts, targets = (torch.tensor(numbers) for numbers in zip(*sizes, strict=True))
+    rows, per_target = torch.arange(float(len(sizes))), torch.arange(float(targets.sum()))
+    kinds = torch.tensor([False, True]).repeat(len(sizes))
+    return TrainBatch(
+        tokens=torch.arange(int((prompts + targets).sum()), dtype=torch.int32),
+        loss_mask=kinds.repeat_interleave(torch.stack([prompts, targets], dim=1).flatten()),
+        lengths=prompts + targets,
+        targets=targets,
+        weights=rows,
+        advantages=rows + 0.1,
+        auxiliary=rows > 2,
+        correct=rows > 3,
+        temperatures=rows + 0.2,
+        behavior_log_probs=-per_target,
+        old_log_probs=-per_target - 0.5,
+        positive_weights=rows + 0.3,
+    )
+
+
 def rows_of(flat: torch.Tensor, counts: torch.Tensor) -> list[list]:
     """The entries of each row."""
     return [row.tolist() for row in flat.split(counts.tolist())]

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+from pipeline.config.load import override
 from pipeline.monitoring.report import build_report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,7 +40,7 @@ def main() -> int:
     for method, config in CONFIGS.items():
         run_dir = arguments.out / method
         shutil.rmtree(run_dir, ignore_errors=True)
-        command = [*isentrope, "train", "--config", config, f"run_dir={run_dir}", *overrides]
+        command = [*isentrope, "train", "--config", config, override("run_dir", run_dir), *overrides]
         if code := subprocess.run(command, cwd=ROOT, check=False).returncode:
             return code
     runs = [arguments.out / method for method in CONFIGS]

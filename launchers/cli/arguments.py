@@ -10,6 +10,7 @@ import typer
 
 from pipeline.monitoring.console import clean
 
+USAGE_ERROR = 2  # wrong command line, configuration, data or checkpoint; anything else that fails exits with 1
 CONFIG = typer.Option(
     None,
     "--config",

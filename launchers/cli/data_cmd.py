@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from launchers.cli.arguments import CONFIG, JSON
-from pipeline.config.load import load_config, resolve_path
+from launchers.cli.arguments import CONFIG, JSON, USAGE_ERROR
+from pipeline.config.load import load_config, override, resolve_path
 from pipeline.config.schema import DataConfig, RunConfig, SourceConfig
 
 if TYPE_CHECKING:
     from pipeline.data.check import DataReport
 
 app = typer.Typer(help="Data files: what a run would make of them.", no_args_is_help=True)
-SHOWN = 5  # prompts of a kind that are named
+SHOWN, FAULTS_SHOWN = 5, 100  # prompts of a kind, and lines that cannot be used, that are named
 _FILE = typer.Argument(None, metavar="[FILE]", help="JSONL file; default: the data source of --config.")
 _SET = typer.Option([], "--set", metavar="KEY=VALUE", help="Overrides of the configuration.")
 
@@ -29,8 +29,9 @@ def check(
 ) -> None:
     """Read a data file as training would: one rendered prompt, token lengths, what is dropped and why, duplicates.
 
-    Every line that cannot be used is reported by file and line, with exit code 2. With --config, prompts are rendered
-    by its tokenizer and chat template and counted in tokens.
+    Lines that cannot be used, among them those with a reference that no response could match, are listed by file and
+    line; there is then exit code 2. With --config, prompts are rendered by its tokenizer and chat template and counted
+    in tokens, and verifiers of your own are looked for in its folder.
 
     Examples:
 
@@ -41,7 +42,7 @@ def check(
     if file is None and config is None:
         raise typer.BadParameter("give a FILE, a --config, or both")
     if file is not None:
-        overrides = [*overrides, "data.source.kind=jsonl", f"data.source.path={file.absolute()}"]
+        overrides = [*overrides, "data.source.kind=jsonl", override("data.source.path", file.absolute())]
     if config is None:
         source = SourceConfig(kind="jsonl", path=str(file))
         settings, tokenizer = RunConfig(data=DataConfig(source=source)), None
@@ -56,16 +57,24 @@ def check(
     if as_json:
         typer.echo(json.dumps(asdict(report)))
     else:
-        typer.echo("\n".join(_lines(report, settings.rollout.max_prompt_tokens)))
+        typer.echo("\n".join(_lines(report, settings)))
+    if report.faults or report.not_rendered:
+        raise typer.Exit(USAGE_ERROR)
 
 
 @app.command("grade")
-def grade(file: Path = typer.Argument(metavar="FILE", help="JSONL file."), as_json: bool = JSON) -> None:
+def grade(
+    file: Path = typer.Argument(metavar="FILE", help="JSONL file."),
+    config: Path | None = CONFIG,
+    overrides: list[str] = _SET,
+    as_json: bool = JSON,
+) -> None:
     """Say what verifiers say of responses: reward, the answer that was found in the response, errors.
 
     Every line of FILE holds "verifier", "answer" (the reference) and "response"; "meta" where the verifier needs it.
     With --json, one JSON object a line. Lines that are malformed and references that no response could match are
-    reported by file and line, with exit code 2.
+    reported by file and line, with exit code 2. With --config, its time limits hold, and verifiers of your own are
+    looked for in its folder.
 
     Example:
 
@@ -73,7 +82,8 @@ def grade(file: Path = typer.Argument(metavar="FILE", help="JSONL file."), as_js
     """
     from pipeline.rewards.grade import grade_file
 
-    for found in grade_file(file):
+    settings = load_config(config, overrides).data if config else DataConfig()
+    for found in grade_file(file, settings):
         if as_json:
             typer.echo(json.dumps(asdict(found)))
         else:
@@ -81,7 +91,14 @@ def grade(file: Path = typer.Argument(metavar="FILE", help="JSONL file."), as_js
             typer.echo(f"{found.line:>5}  reward {found.reward:g}  extracted {found.extracted!r}{error}")
 
 
-def _lines(report: DataReport, limit: int) -> Iterator[str]:
+def _lines(report: DataReport, settings: RunConfig) -> Iterator[str]:
+    limit, path = settings.rollout.max_prompt_tokens, settings.data.source.path
+    if report.faults:
+        yield f"lines that cannot be used: {len(report.faults)}; mend or remove:"
+        yield from _some((f"  {path}:{fault.line}: {fault.problem}" for fault in report.faults), FAULTS_SHOWN)
+    if report.not_rendered:
+        yield f"prompts that the model cannot take: {len(report.not_rendered)}"
+        yield from _some((f"  {problem}" for problem in report.not_rendered.values()), FAULTS_SHOWN)
     yield f"{report.questions} questions; verifiers: " + ", ".join(f"{n} x {v}" for v, n in report.verifiers.items())
     if report.lengths:
         yield "prompt tokens: " + ", ".join(f"{name} {length:g}" for name, length in report.lengths.items())
@@ -89,12 +106,14 @@ def _lines(report: DataReport, limit: int) -> Iterator[str]:
         yield from _some(f"  {name}: {length} tokens" for name, length in report.too_long.items())
     yield f"questions asked more than once: {len(report.duplicates)}"
     yield from _some("  " + ", ".join(same) for same in report.duplicates)
+    if not report.example:
+        return
     example = report.example
     yield f"the first ({example['id']}, answer {example['answer']!r}, verifier {example['verifier']}):"
     yield str(example["prompt"])
 
 
-def _some(lines: Iterable[str]) -> list[str]:
+def _some(lines: Iterable[str], shown: int = SHOWN) -> list[str]:
     found = list(lines)
-    more = [f"  ... and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
-    return found[:SHOWN] + more
+    more = [f"  ... and {len(found) - shown} more"] if len(found) > shown else []
+    return found[:shown] + more

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from launchers.cli.arguments import JSON
+from launchers.plan.words import duration
 
 if TYPE_CHECKING:
     from launchers.lab.matrix import Outcome
@@ -42,14 +45,16 @@ def methods(as_json: bool = JSON) -> None:
 
 @app.command("run")
 def run(
-    suite: str = typer.Option("small", "--suite", "-s", help="Packaged suite, or a YAML file."),
+    suite: str = typer.Option("", "--suite", "-s", help="Packaged suite (small is the first to try), or a YAML file."),
     methods: list[str] = typer.Option([], "--methods", "-m", help="Only these (the baseline is always among them)."),
     seeds: int | None = typer.Option(None, "--seeds", help="Runs of each method; default: the suite's."),
     out: Path = typer.Option(Path("runs/lab"), "--out", "-o", help="Folder of the runs and the report."),
-    workers: int = typer.Option(os.cpu_count() or 1, "--workers", min=1, help="Runs at the same time."),
+    workers: int = typer.Option(0, "--workers", min=0, help="Runs at the same time; 0: as many as there are cores."),
     as_json: bool = JSON,
 ) -> None:
     """Run every method of a suite on every seed, then write one report (lab.html, lab.md, lab.png, lab.json).
+
+    How many runs that is and about how long they take is said first; without --suite the suite `small` is proposed.
 
     May be stopped and started again: complete runs are kept, by the hash of their configuration, and broken ones
     resumed.
@@ -60,14 +65,19 @@ def run(
 
       isentrope lab run -m isentrope_reweight -m clip_cov --seeds 5 --out runs/two
     """
-    from launchers.lab.matrix import run_matrix  # reads the runs' configurations
+    from launchers.lab.matrix import is_complete, run_matrix  # reads the runs' configurations
     from launchers.lab.report import write_report  # loads matplotlib
     from launchers.lab.suite import cells, chosen, load_suite
     from pipeline.methods import all_methods
 
     known = {name: method.overrides for name, method in all_methods().items() if not method.missing}
-    wanted = chosen(load_suite(suite, known), methods, seeds, known)
+    wanted = chosen(load_suite(suite or "small", known), methods, seeds, known)
     matrix = cells(wanted, known, out)
+    workers = workers or os.cpu_count() or 1
+    missing = sum(not is_complete(Path(cell.config.run_dir)) for cell in matrix)
+    typer.echo(_announcement(wanted.title, len(matrix), missing, workers, wanted.minutes_per_run), err=True)
+    if missing and not (suite or methods):
+        _confirm()
     out.mkdir(parents=True, exist_ok=True)
     with _Bar(len(matrix)) as bar:
         outcomes = run_matrix(matrix, workers, bar.show)
@@ -76,6 +86,26 @@ def run(
     if result["failed"]:
         typer.echo(f"{len(result['failed'])} of {len(matrix)} runs failed; start again to resume them", err=True)
         raise typer.Exit(1)
+
+
+def _announcement(title: str, runs: int, missing: int, workers: int, minutes_per_run: float) -> str:
+    """What is about to be done, and about how long it takes."""
+    busy = min(workers, os.cpu_count() or 1)
+    minutes = math.ceil(missing / busy) * minutes_per_run
+    length = (
+        f"about {duration(60 * minutes)} at {minutes_per_run:g} min a run and core" if minutes else "time not known"
+    )
+    what = f"{runs} runs, {missing} of them still to do" if missing < runs else f"{runs} runs"
+    return f"{title}: {what}, {workers} at a time; {length}; may be stopped and started again"
+
+
+def _confirm() -> None:
+    """Ask whether the proposed suite is meant; whoever cannot be asked names it. Raises ``typer.Exit``."""
+    hint = "--suite small (shorter: -m isentrope_reweight --seeds 1)"
+    if not sys.stdin.isatty():
+        raise typer.BadParameter(f"no suite is named; to run the one above give {hint}")
+    if not typer.confirm(f"Run it? Another time: {hint}", err=True):
+        raise typer.Exit
 
 
 class _Bar:

@@ -20,6 +20,7 @@ from launchers.cli import (
     doctor_cmd,
     entropy_cmd,
     evaluate_cmd,
+    init_cmd,
     jobs_cmd,
     lab_cmd,
     launch_cmd,
@@ -28,12 +29,11 @@ from launchers.cli import (
     report_cmd,
     train_cmd,
 )
+from launchers.cli.arguments import USAGE_ERROR
 from pipeline.config.errors import ConfigError
 from pipeline.data import DataError
 from pipeline.monitoring.console import clean
 from pipeline.monitoring.events import EventLogError
-
-USAGE_ERROR = 2  # wrong command line, configuration, data or checkpoint; anything else that fails exits with 1
 
 app = typer.Typer(
     name="isentrope",
@@ -44,6 +44,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.command("init")(init_cmd.init)
 app.command("train")(train_cmd.train)
 app.command("evaluate")(evaluate_cmd.evaluate)
 app.add_typer(benchmark_cmd.app, name="benchmark")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -13,11 +14,15 @@ from rich.table import Table
 
 from launchers.cli.arguments import CONFIG, JSON, MEAN_RESPONSE, OVERRIDES
 from pipeline.config.errors import ConfigError
-from pipeline.config.load import PACKAGED, load_config, resolve_path
-from pipeline.config.schema import RunConfig
+from pipeline.config.load import PACKAGED, load_config, override, resolve_path
+from pipeline.config.schema import PrecisionConfig, RunConfig
 from pipeline.units import GIB
 
-DOES_NOT_FIT = 1
+if TYPE_CHECKING:
+    from pipeline.model.architecture import Architecture
+
+FAILED = 1  # it does not fit, or is not built as planned
+_SHOWN = 20  # differences; --json has all
 
 
 def learner(
@@ -34,18 +39,21 @@ def learner(
         1.25, min=1.0, help="Tokens of the busiest expert-parallel rank over the mean."
     ),
     figure: Path | None = typer.Option(None, help="Also draw the memory of every stage into this PNG."),
+    build: bool = typer.Option(
+        False, "--build", help="Also build a rank of each kind, without memory or GPUs, and compare it with the plan."
+    ),
     as_json: bool = JSON,
 ) -> None:
     """Plan the learner: GiB per GPU by pipeline stage, whether it fits, what would lower it, and the seconds of a step.
 
     For GPUs, with Transformer Engine's layers unless learner.transformer_impl=local; rollout engines need GPUs of their
-    own. Exit code 1: it does not fit.
+    own. Exit code 1: it does not fit, or --build found a difference.
 
     Examples:
 
-      isentrope plan learner --config recipe/qwen3_32b.yaml
+      isentrope plan learner --config recipe/qwen3-32b.yaml --build
 
-      isentrope plan learner --config recipe/qwen3_32b.yaml learner.data_parallel_size=4 --mean-response 3000 --json
+      isentrope plan learner --config recipe/qwen3-32b.yaml learner.data_parallel_size=4 --mean-response 3000 --json
     """
     run, folder = _load(config, overrides)
     from launchers.plan.remedies import draw, summary
@@ -64,6 +72,8 @@ def learner(
         raise typer.BadParameter(str(error), param_hint="model.hf_path") from error
     try:
         result = summary(model, run, machine, gpu_gib * GIB, response, expert_imbalance)
+        if build:
+            result["build"] = _rehearse(model, run)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="learner") from error
     result = {"name": run.name, "model": run.model.hf_path} | result
@@ -73,8 +83,29 @@ def learner(
         typer.echo(json.dumps(result))
     else:
         _show(result)
-    if not result["fits"]:
-        raise typer.Exit(DOES_NOT_FIT)
+    if not result["fits"] or (build and result["build"]["differences"]):
+        raise typer.Exit(FAILED)
+
+
+def _rehearse(model: Architecture, run: RunConfig) -> dict[str, Any]:
+    """Ranks of each kind, built and compared with the plans. FP8 is left out: see ``megatron_ext.rehearsal``."""
+    from launchers.plan import rehearsal
+    from launchers.plan.work import from_config
+    from megatron_ext.rehearsal import build
+
+    plain = replace(run, learner=replace(run.learner, precision=PrecisionConfig()))
+    work = from_config(model, plain)
+    plan = rehearsal.sync_plan(work, plain)
+    ranks, differences = [], []
+    for rank in rehearsal.kinds(work.grid):
+        built = build(model, plain.learner, plain.model.dtype, rank)
+        differences += rehearsal.differences(work, plan, built)
+        counts = {name: getattr(built, name) for name in ("parameters", "gradients", "optimizer")}
+        ranks.append(
+            {"rank": rank, "stage": built.place.pp, "tensors": len(built.shapes), "seconds": built.seconds}
+            | {f"{name}_bytes": count for name, count in counts.items()}
+        )
+    return {"layers": "local", "ranks": ranks, "differences": differences}
 
 
 def _load(config: Path | None, overrides: list[str]) -> tuple[RunConfig, Path]:
@@ -92,7 +123,7 @@ def _load(config: Path | None, overrides: list[str]) -> tuple[RunConfig, Path]:
             problem = "neither a folder with a config.json nor named as one of those packaged"
             raise ConfigError("model.hf_path", run.model.hf_path, problem, f"give a folder, or one of {names}")
         folder = named[0]
-        overrides = [*overrides, f"model.hf_path={folder}"]
+        overrides = [*overrides, override("model.hf_path", folder)]
     return load_config(config, overrides), folder
 
 
@@ -132,8 +163,26 @@ def _show(result: dict[str, Any]) -> None:
                 f"  {remedy['key']}={_value(remedy['value'])}: -{remedy['saves_bytes'] / GIB:.1f} GiB, "
                 f"{remedy['gpus']} GPUs"
             )
-    for line in lines:
+    for line in (*lines, *_build_lines(result.get("build"))):
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def _build_lines(build: Mapping[str, Any] | None) -> Iterator[str]:
+    """What was built and, where it is not as planned, in what it differs."""
+    if build is None:
+        return
+    ranks = build["ranks"]
+    numbers, longest = ", ".join(str(rank["rank"]) for rank in ranks), max(rank["seconds"] for rank in ranks)
+    yield (
+        f"built: ranks {numbers} of megatron-core's own layers, {sum(rank['tensors'] for rank in ranks)} tensors, at "
+        f"most {longest:.1f} s a rank"
+    )
+    if not build["differences"]:
+        yield "AS PLANNED: places, names, shapes, bytes, and what a weight sync sends"
+        return
+    yield f"NOT AS PLANNED: {len(build['differences'])} differences"
+    for each in build["differences"][:_SHOWN]:
+        yield f"  rank {each['rank']}, {each['what']}: planned {each['planned']}, built {each['built']}"
 
 
 def _train_phase(step: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""``isentrope plan weights``: predicts how many bytes a weight sync from learner to engines moves, and its seconds."""
+"""``isentrope plan weights``: predicts the bytes that a weight sync moves from learner to engines, and its seconds."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def weights(
     from pipeline.model.grid import Grid
     from pipeline.reshard.engine_grid import EngineGrid, Placement
     from pipeline.reshard.plan import ITEM_SIZES, BucketError, make_plan
-    from pipeline.reshard.report import draw, run_summary, summary
+    from pipeline.reshard.report import draw, summary
 
     if dtype not in ITEM_SIZES:
         raise _bad("--dtype", dtype, f"it must be one of {', '.join(ITEM_SIZES)}")
@@ -71,7 +71,6 @@ def weights(
         raise _bad("--dtype", dtype, str(error)) from error
     result = {"model": model, "learner": learner, "engines": engines, "colocated": colocated, "dtype": dtype}
     result |= {"plan_seconds": time.perf_counter() - started} | summary(plan, inter_gbps, intra_gbps)
-    result |= run_summary(plan, dtype)
     if figure:
         place = "colocated" if colocated else "disaggregated"
         draw(result, f"{model} {dtype}: learner {learner} to engines {engines}, {place}", figure)
@@ -126,28 +125,26 @@ def _bad(option: str, value: str, why: str) -> typer.BadParameter:
 def _show(result: dict[str, Any]) -> None:
     """The summary as two tables."""
     console = Console()
-    table = Table("GiB received, at most", "plan", "least", "ratio", "whole tensors", "a run")
-    for what, plan, least, ratio, full, run in (
+    table = Table("GiB received, at most", "plan", "least", "ratio", "gather and broadcast")
+    for what, *keys in (
         (
             "by an engine rank",
             "per_rank_ingress_bytes",
             "per_rank_minimum_bytes",
             "per_rank_ingress_ratio",
-            "achieved_with_full_tensors_per_rank_ingress_bytes",
-            "run_per_rank_ingress_bytes",
+            "gather_broadcast_per_rank_ingress_bytes",
         ),
         (
             "by a node, from others",
             "inter_node_ingress_bytes",
             "inter_node_lower_bound_bytes",
             "inter_node_ratio",
-            "achieved_with_full_tensors_inter_node_bytes",
-            "run_inter_node_ingress_bytes",
+            "gather_broadcast_inter_node_bytes",
         ),
     ):
-        shown = "-" if result[ratio] is None else f"{result[ratio]:.3f}"
-        numbers = [f"{result[key] / GIB:.2f}" for key in (plan, least, full, run)]
-        table.add_row(what, *numbers[:2], shown, *numbers[2:])
+        plan, least, ratio, full = (result[key] for key in keys)
+        shown = "-" if ratio is None else f"{ratio:.3f}"
+        table.add_row(what, f"{plan / GIB:.2f}", f"{least / GIB:.2f}", shown, f"{full / GIB:.2f}")
     console.print(table)
     peak, bound = result["peak_buffer_bytes"] / 2**20, result["bucket_bytes"] / 2**20
     quantise = ", ".join(f"{count} {when}" for when, count in result["quantise"].items() if when != "not")
@@ -159,8 +156,6 @@ def _show(result: dict[str, Any]) -> None:
         f"predicted {result['predicted_seconds']:.2f} s at {result['inter_gbps']:g} GB/s between and "
         f"{result['intra_gbps']:g} GB/s within nodes, per GPU",
         f"tensors quantised to FP8: {quantise} sending" if quantise else "",
-        f"a run's own sync: {result['run_buckets']} buckets in {result['run_rounds']} rounds, "
-        f"the busiest learner rank sends {result['run_sent_max_over_mean']:.2f} x the mean",
         f"planned {result['tasks']} tasks in {result['plan_seconds']:.2f} s",
     ):
         if line:

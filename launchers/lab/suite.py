@@ -1,8 +1,6 @@
 """A suite: one task, one budget, and the methods that are compared on it.
 
 Suites are YAML files in ``configs/lab/``, checked as strictly as a run's configuration.
-
-Kept in ``configs/lab/``, as strict as a run's configuration.
 """
 
 from __future__ import annotations
@@ -17,7 +15,7 @@ from omegaconf import MISSING
 
 from pipeline.config.check import key_problems
 from pipeline.config.errors import ConfigError, Problem
-from pipeline.config.key import COUNT, key
+from pipeline.config.key import COUNT, NOT_NEGATIVE, key
 from pipeline.config.load import PACKAGED, config_hash, load, load_config
 from pipeline.config.schema import RunConfig
 
@@ -38,6 +36,11 @@ class SuiteConfig:
         [], "when the baseline is shown as if it had been stopped there", range=COUNT, unit="steps"
     )
     seeds: int = key(3, "runs of each method, with seeds 0, 1, ...", range=COUNT, unit="runs")
+    minutes_per_run: float = key(
+        0.0,
+        "what one run took on one core of ours; `lab run` says what that makes in all; 0: not measured",
+        range=NOT_NEGATIVE,
+    )
 
 
 @dataclass(frozen=True)

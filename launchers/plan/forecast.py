@@ -6,8 +6,9 @@ Estimates at stated speeds, not measurements.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from dataclasses import dataclass
+
+import numpy as np
 
 from launchers.plan import memory
 from launchers.plan.engines import Gpu, Rollout, rollout
@@ -18,8 +19,9 @@ from pipeline.config.schema import RunConfig
 from pipeline.model.architecture import Architecture
 from pipeline.model.layout import rows
 from pipeline.reshard.engine_grid import EngineGrid, Placement
+from pipeline.reshard.pieces import INTER, LOCAL
 from pipeline.reshard.plan import make_plan
-from pipeline.reshard.report import run_summary
+from pipeline.reshard.report import predicted_seconds
 from pipeline.units import GIB
 
 ENGINE_CONTEXT_GIB = 3.0  # of an engine that has released its memory: CUDA context, libraries, NCCL; as the learner's
@@ -32,14 +34,6 @@ class Sync:
 
     model_bytes: int  # one copy
     node_bytes: int  # that enter the busiest node from others
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Saving:
-    """Seconds and bytes of one checkpoint, which is written while the run goes on."""
-
-    node_bytes: int  # that the node with most learner ranks copies into its memory, then writes
     seconds: float
 
 
@@ -65,7 +59,6 @@ class Forecast:
     rollouts: Rollout | None
     train_seconds: float
     sync: Sync
-    saving: Saving
 
     @property
     def step_seconds(self) -> float | None:
@@ -102,7 +95,6 @@ def forecast(
         rollouts=drawn,
         train_seconds=speed(work, Machine(cluster.gpu_tflops)).seconds,
         sync=_sync(model, config, cluster, work, placed),
-        saving=_saving(checkpoint_bytes(model, config), cluster, placed),
     )
 
 
@@ -113,26 +105,22 @@ def checkpoint_bytes(model: Architecture, config: RunConfig) -> int:
     return parameters * (CHECKPOINT_BYTES[config.model.dtype] + reference)
 
 
-def _saving(whole: int, cluster: ClusterConfig, placed: Placement) -> Saving:
-    """Ranks write alike much, for those that hold the same divide it."""
-    most = max(Counter(placed.nodes[: placed.learners]).values())
-    node_bytes = whole * most // placed.learners
-    return Saving(node_bytes, node_bytes / cluster.disk_gb_s / 1e9)
-
-
 def _sync(model: Architecture, config: RunConfig, cluster: ClusterConfig, work: Work, placed: Placement) -> Sync:
-    """What a run's own weight sync moves (``plan_report.run_summary``), in three hops.
+    """What the reshard plan moves, bucket after bucket.
 
-    From the owners' GPUs into their nodes' memory, once into every node with an engine, and whole tensors to each of an
-    engine's GPUs. Here one after the other, though buckets overlap.
+    Between GPUs of their own by NCCL. Where engines share the learner's GPUs, through the nodes' memory: what the
+    busiest GPU sends and receives by ``host_gb_s``, what enters the busiest node by ``network_gb_s``.
     """
     settings = config.rollout
     tp = settings.tensor_parallel_size if settings.engine == "sglang" else 1
     engines = EngineGrid(tp=tp, count=settings.engines)
     dtype = "fp8" if settings.weight_dtype == "fp8" else config.model.dtype
     plan = make_plan(model, work.grid, engines, placed, config.learner.bucket_mib << 20, dtype)
-    moved = run_summary(plan, dtype)
-    owned, across = max(moved["run_sent_bytes_by_learner_rank"]), moved["run_inter_node_ingress_bytes"]
-    model_bytes = moved["run_per_rank_ingress_bytes"]
-    seconds = (owned + model_bytes) / cluster.host_gb_s / 1e9 + across / cluster.network_gb_s / 1e9
-    return Sync(model_bytes, across, seconds)
+    traffic = plan.traffic()
+    into_nodes = np.bincount(placed.nodes, weights=traffic[INTER, 1].sum(0))
+    if settings.placement == "colocated":
+        through_memory = traffic[LOCAL + 1 :].sum((0, 1, 2)).max() / cluster.host_gb_s
+        seconds = float(through_memory + into_nodes.max() / cluster.network_gb_s) / 1e9
+    else:
+        seconds = predicted_seconds(traffic, cluster.gpu_network_gb_s, cluster.gpu_link_gb_s)
+    return Sync(plan.bounds.full, int(into_nodes.max()), seconds)

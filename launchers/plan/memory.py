@@ -141,10 +141,10 @@ def _dispatch(work: Work, span: range) -> float:
 
 
 def _sync(work: Work, stage: int) -> float:
-    """A bucket's owner receives its shards and puts the full tensors of its stage together (``weights.hf.export``)."""
+    """What a GPU sends and receives in one bucket (``pipeline.reshard.plan``), at most what its stage holds."""
     tensors = [
         math.prod(source.shape) * (_FLOAT if row.float32 else work.itemsize)
         for row in table(work.model, work.grid)[stage]
         for source in row.sources
     ]
-    return 2.0 * min(sum(tensors), max(work.learner.bucket_mib << 20, *tensors))
+    return float(min(sum(tensors), work.learner.bucket_mib << 20))

@@ -18,6 +18,7 @@ MAIN = 4  # bytes of float32: main gradients, main parameters, each of Adam's tw
 # entries to which the distributed optimizer's buffer aligns every parameter (megatron-core, param_and_grad_buffer.py)
 _START = 64
 _END = 128  # and, with the number of ranks, every bucket's end
+_BUCKET = 40_000_000  # entries at which ``overlap_grad_reduce`` begins the next (distributed_data_parallel.py)
 # Bytes of scales per FP8 byte: one float32 for 128 x 128 weights, one byte for 32 (docs of Transformer Engine's
 # recipes).
 _SCALES = {"blockwise": 4 / FP8_BLOCK**2, "mxfp8": 1 / 32}
@@ -33,6 +34,8 @@ class Held:
     fp8: float  # copies of weights in FP8, by rows and by columns; with fp8_param only those by columns
     reference: float
     largest: int  # entries of the largest parameter
+    bucket_ends: int  # entries of padding, at most, that are not counted: at the ends of buckets within a buffer
+    unsure: float  # bytes by which a rank's optimizer may differ: the padding in its share, which has no state
 
 
 def held(work: Work, stage: int) -> Held:
@@ -46,10 +49,11 @@ def held(work: Work, stage: int) -> Held:
     everything = [row for part in chunks.values() for row in part]
     trained = [[row for row in part if not _is_buffer(row)] for part in chunks.values()]
     divided = [
-        [row for row in part if _with_experts(work, row) == which] for part in trained for which in (False, True)
+        [row for row in part if _buffer(work, row) == which] for part in trained for which in ("all", "tied", "experts")
     ]
     exact = sum(entries(work, row) for part in divided for row in part)
     padded = sum(_buffer_entries(work, part) for part in divided)
+    ends = sum(_bucket_ends(work, part) for part in divided)
     fp8 = sum(entries(work, row) for row in everything if stored_in_fp8(work, row))
     copies = (1 if work.learner.precision.fp8_param else 2) * (1 + _scales(work))
     return Held(
@@ -59,6 +63,8 @@ def held(work: Work, stage: int) -> Held:
         fp8=copies * fp8,
         reference=work.itemsize * exact if work.reference else 0.0,
         largest=max((entries(work, row) for row in everything), default=0),
+        bucket_ends=ends,
+        unsure=_optimizer_copies(work) * MAIN * (padded - exact + ends),
     )
 
 
@@ -89,10 +95,15 @@ def _is_buffer(row: Row) -> bool:
     return row.parameter.endswith(".expert_bias")
 
 
-def _with_experts(work: Work, row: Row) -> bool:
-    """Whether a parameter is reduced over the replicas of an expert rather than over all data-parallel ranks."""
-    grid = work.grid
-    return row.expert is not None and (grid.ep > 1 or grid.expert_tp != grid.tp)
+def _buffer(work: Work, row: Row) -> str:
+    """Parameters that megatron-core reduces together: over ``all`` data-parallel ranks, or over an expert's replicas.
+
+    A ``tied`` matrix that two stages hold has a bucket of its own there.
+    """
+    if row.expert is not None and (work.grid.ep > 1 or work.grid.expert_tp != work.grid.tp):
+        return "experts"
+    ends = row.parameter.startswith(("embedding.", "output_layer."))
+    return "tied" if work.model.tied and work.grid.pp > 1 and ends else "all"
 
 
 def _buffer_entries(work: Work, part: Sequence[Row]) -> int:
@@ -103,19 +114,31 @@ def _buffer_entries(work: Work, part: Sequence[Row]) -> int:
     return _up(sum(_up(size, _START) for size in sizes), math.lcm(_replicas(work, part), _END))
 
 
+def _bucket_ends(work: Work, part: Sequence[Row]) -> int:
+    config = work.learner.optimizer
+    if not (part and config.distributed and config.overlap_grad_reduce):
+        return 0
+    within = _buffer_entries(work, part) // _BUCKET
+    return within * (math.lcm(_replicas(work, part), _END) - 1)
+
+
 def _optimizer_bytes(work: Work, part: Sequence[Row]) -> float:
     """Bytes of Adam's moments and, beside parameters of another type, of float32 main parameters.
 
     Of the rank with the largest share.
     """
-    copies = 2 if work.itemsize == MAIN else 3
     shared = _replicas(work, part) if work.learner.optimizer.distributed else 1
-    return copies * MAIN * _buffer_entries(work, part) / shared
+    return _optimizer_copies(work) * MAIN * _buffer_entries(work, part) / shared
+
+
+def _optimizer_copies(work: Work) -> int:
+    """Float32 numbers that the optimizer keeps of a parameter."""
+    return 2 if work.itemsize == MAIN else 3
 
 
 def _replicas(work: Work, part: Sequence[Row]) -> int:
     """Ranks that hold these parameters alike."""
-    return work.grid.expert_dp if part and _with_experts(work, part[0]) else work.grid.dp
+    return work.grid.expert_dp if part and _buffer(work, part[0]) == "experts" else work.grid.dp
 
 
 def _up(number: int, multiple: int) -> int:

@@ -169,9 +169,13 @@ def with_absolute_paths(config: RunConfig, *, elsewhere: bool = False) -> RunCon
 
     ``elsewhere``: on another machine, whose paths are absolute already. Raises ``ConfigError`` where one is not.
     """
-    source = config.data.source
+    source, template = config.data.source, config.data.chat_template_file
     if elsewhere:
-        given = {"model.hf_path": config.model.hf_path, "data.source.path": source.path}
+        given = {
+            "model.hf_path": config.model.hf_path,
+            "data.source.path": source.path,
+            "data.chat_template_file": template,
+        }
         lost = [(key, path) for key, path in given.items() if path and not (packaged(path) or Path(path).is_absolute())]
         if lost:
             remedy = "give the absolute path on the cluster"
@@ -179,8 +183,8 @@ def with_absolute_paths(config: RunConfig, *, elsewhere: bool = False) -> RunCon
                 [Problem(*each, "a relative path, and the run starts on another machine", remedy) for each in lost]
             )
         return config
-    path = str(Path(source.path).resolve()) if source.path else ""
-    data = replace(config.data, source=replace(source, path=path))
+    path, template = (str(Path(given).resolve()) if given else "" for given in (source.path, template))
+    data = replace(config.data, source=replace(source, path=path), chat_template_file=template)
     model = replace(config.model, hf_path=_anywhere(config.model.hf_path))
     return replace(config, model=model, data=data, monitoring=_monitoring_anywhere(config.monitoring))
 

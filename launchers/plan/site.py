@@ -110,6 +110,8 @@ def needed_paths(config: RunConfig, cluster: ClusterConfig | None) -> list[tuple
         found.append(
             ("data.source.path", config.data.source.path, "file", "copy the data there, or give its path there")
         )
+    if config.data.chat_template_file:
+        found.append(("data.chat_template_file", config.data.chat_template_file, "file", "copy the template there"))
     if cluster is not None:
         found.append(("cluster.scratch", cluster.scratch, "folder", "make it, on a file system that every node shares"))
         image = cluster.container.image

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from launchers.run.ray_cluster import most_on_one_node, use_interface_of
 from launchers.supervise.roll_call import ROLL_CALL, Whereabouts, whereabouts
-from pipeline.fingerprints import Files
+from pipeline.batching.dealing import Dealer
 from pipeline.learner import Learner
 from pipeline.monitoring.memory import resident_gib
 from pipeline.rollout.engine import EngineError, EngineTimeoutError, RolloutEngine, WeightUpdateError
@@ -31,7 +31,6 @@ from pipeline.types import (
     StepStats,
     TrainBatch,
     WeightBucket,
-    shares,
 )
 from pipeline.units import GIB
 
@@ -39,6 +38,7 @@ LOCALHOST = "127.0.0.1"
 BUCKETS_IN_FLIGHT = 2  # how many buckets the object store may hold while engines catch up
 HEALTH_TIMEOUT_S = 30.0  # an engine's own health check takes at most 10
 CLOSE_TIMEOUT_S = 60.0
+SENT_BYTES = 64 << 10  # what is smaller goes with the call: through shared memory it takes 3 ms longer
 GRACE_S = 10.0  # what an engine gets above its own deadline, so that its own words arrive
 
 BuildRank = Callable[
@@ -63,12 +63,9 @@ def answer(replies: Any, who: str, timeout_s: float | None = None) -> Any:
         ) from error
 
 
-@ray.remote(concurrency_groups={"checkpoint": 1})  # type: ignore[call-overload]  # missing in Ray's types
+@ray.remote
 class LearnerRank:
-    """One process of the Megatron learner, which is given its share of every batch.
-
-    ``checkpoint`` writes while the rank trains.
-    """
+    """One process of the Megatron learner, which is given its share of every batch."""
 
     def whereabouts(self) -> Whereabouts:
         """See ``launchers.supervise.roll_call``."""
@@ -116,20 +113,9 @@ class LearnerRank:
             memory["gpu"] = torch.cuda.max_memory_allocated() / GIB
         return replace(stats, memory=memory)
 
-    def save(self, directory: Path) -> None:
-        """First half of ``Learner.save``: copy this rank's state."""
-        self.write = self.learner.save(directory)
-
-    @ray.method(concurrency_group="checkpoint")
-    def write_saved(self) -> Files:
-        """Second half of ``Learner.save``: write the copy and drop it; the fingerprints of this rank's files."""
-        write = self.write
-        del self.write
-        return write()
-
-    def data_parallel_rank(self) -> int:
-        """Which share of a batch is this rank's."""
-        return self.learner.data_parallel_rank
+    def dealing(self) -> tuple[Dealer, int]:
+        """How the learner deals a batch, and which share is this rank's."""
+        return self.learner.dealer, self.learner.data_parallel_rank
 
     def bucket_owners(self) -> list[list[int]]:
         """Ranks whose export yields a bucket, by round."""
@@ -164,7 +150,8 @@ class RayLearner:
         address = (host, self._answer(self.ranks[0].rendezvous.remote(host)))
         threads = max(1, (os.cpu_count() or 1) // most_on_one_node(hosts))
         self._answer([rank.build.remote(build, i, address, threads) for i, rank in enumerate(self.ranks)])
-        self.data_parallel_ranks = self._answer([rank.data_parallel_rank.remote() for rank in self.ranks])
+        told = self._answer([rank.dealing.remote() for rank in self.ranks])
+        self.dealer, self.data_parallel_ranks = told[0][0], [own for _, own in told]
 
     def _everywhere(self, method: str, *args: Any, **kwargs: Any) -> Any:
         return self._answer([rank.call.remote(method, *args, **kwargs) for rank in self.ranks])[0]
@@ -203,13 +190,10 @@ class RayLearner:
         return replace(answers[0], memory=memory)
 
     def _shared(self, batch: TrainBatch, *, for_update: bool) -> list[tuple[Any, Any]]:
-        """Every rank with its share of ``batch``, in shared memory.
-
-        Rank 0 deals the rows; it is told their lengths only.
-        """
-        dealt = self._answer(self.ranks[0].call.remote("deal", batch.lengths, batch.auxiliary, for_update=for_update))
-        handles = [ray.put(share) for share in shares(batch, dealt)]
-        return [(rank, handles[own]) for rank, own in zip(self.ranks, self.data_parallel_ranks, strict=True)]
+        """Every rank with its share of ``batch``: in shared memory, or a small one itself."""
+        made = self.dealer.shares(batch, range(self.dealer.ranks), for_update=for_update)
+        given = [share if share.nbytes < SENT_BYTES else ray.put(share) for share in made]
+        return [(rank, given[own]) for rank, own in zip(self.ranks, self.data_parallel_ranks, strict=True)]
 
     def export_size(self) -> tuple[int, int]:
         """See ``pipeline.learner.Learner``."""
@@ -232,20 +216,13 @@ class RayLearner:
         """Every rank takes part; their answers, by rank."""
         return [rank.next_bucket.remote(version, number) for rank in self.ranks]
 
-    def save(self, directory: Path) -> Callable[[], Files]:
-        """See ``pipeline.learner.Learner``. Every rank writes its part, beside its training."""
-        self._answer([rank.save.remote(directory) for rank in self.ranks])
-        ranks = list(self.ranks)
-
-        def write() -> Files:
-            written = self._answer([rank.write_saved.remote() for rank in ranks])
-            return {name: found for files in written for name, found in files.items()}
-
-        return write
-
-    def restore(self, directory: Path, files: Files) -> None:
+    def save(self, directory: Path) -> None:
         """See ``pipeline.learner.Learner``."""
-        self._everywhere("restore", directory, files)
+        self._everywhere("save", directory)
+
+    def restore(self, directory: Path) -> None:
+        """See ``pipeline.learner.Learner``."""
+        self._everywhere("restore", directory)
 
     def close(self) -> None:
         """End the rank processes."""

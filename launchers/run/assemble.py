@@ -111,7 +111,7 @@ def serve(config: RunConfig, run: Path | None, stack: ExitStack) -> tuple[Engine
     learner = start_learner(config, stack) if checkpoint else None
     engine = start_engines(config, Path(stack.enter_context(TemporaryDirectory())), stack, learner)
     if checkpoint and learner:
-        checkpoint.restore(learner.restore)
+        learner.restore(checkpoint.learner)
         push_weights(learner, engine, checkpoint.step)
     return engine, checkpoint.step if checkpoint else 0
 
@@ -161,7 +161,7 @@ def restore(loop: TrainingLoop, checkpoint: Checkpoint, *, allow_change: bool = 
         loop.queue.load_state_dict(state.queue, checkpoint.arrays())
         loop.controller.load_state_dict(state.controller)
     loop.decision, loop.step = state.decision, state.step
-    checkpoint.restore(loop.learner.restore)
+    loop.learner.restore(checkpoint.learner)
 
 
 def start_learner(config: RunConfig, stack: ExitStack) -> Learner:
@@ -276,7 +276,12 @@ def build_engine(config: RunConfig, index: int, log_dir: Path) -> RolloutEngine:
         return SglangEngine(config.rollout, index=index, log_dir=log_dir, seed=config.seed)
     from pipeline.rollout.native.engine import NativeEngine
 
-    return NativeEngine(weight_sync_timeout_s=config.rollout.weight_sync_timeout_s)
+    rollout = config.rollout
+    return NativeEngine(
+        weight_sync_timeout_s=rollout.weight_sync_timeout_s,
+        stop=tuple(rollout.stop),
+        stop_token_ids=tuple(rollout.stop_token_ids),
+    )
 
 
 def engine_gpus(config: RunConfig) -> int:

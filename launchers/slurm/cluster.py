@@ -92,12 +92,21 @@ class ClusterConfig:
     )
     network_gb_s: float = key(
         5.0,
-        "what Ray moves into a node over TCP, far below an InfiniBand figure; for the plan's weight sync",
+        "into a node over TCP, where engines share the learner's GPUs; for the plan's weight sync",
         range=Range(0.001),
         unit="GB/s",
     )
-    disk_gb_s: float = key(
-        1.0, "what one node writes to scratch; for the plan's checkpoints", range=Range(0.001), unit="GB/s"
+    gpu_network_gb_s: float = key(
+        50.0,
+        "between GPUs of two nodes, one GPU, each way (400 Gbit/s); for the plan's weight sync",
+        range=Range(0.001),
+        unit="GB/s",
+    )
+    gpu_link_gb_s: float = key(
+        400.0,
+        "between GPUs of a node, one GPU, each way (NVLink 4); for the plan's weight sync",
+        range=Range(0.001),
+        unit="GB/s",
     )
     cpus_per_node: int = key(
         0, "CPUs of a node that a job takes; 0: all of an exclusive node", range=NOT_NEGATIVE, unit="CPUs"

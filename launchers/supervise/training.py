@@ -10,7 +10,6 @@ The verdict is one word:
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 from launchers import environment
 from launchers.supervise.attempts import Progress, begun, progress
 from launchers.supervise.watchdog import Supervision
-from pipeline.config.load import load_config
+from pipeline.config.load import load_config, override
 from pipeline.disk import DiskFullError
 
 DRIVER = "driver.pid"
@@ -48,7 +47,7 @@ def train(
     steps = wanted.steps
     going_on = begun(run_dir)
     source = ["--resume", str(run_dir), f"steps={steps}"] if going_on else ["--config", str(config)]
-    where = [] if going_on else [f"run_dir={json.dumps(str(run_dir))}"]
+    where = [] if going_on else [override("run_dir", run_dir)]
     command = [sys.executable, "-m", "launchers.cli.main", "train", *source, *where]
     driver = subprocess.Popen(command, env=environment.child(**({"RAY_ADDRESS": address} if address else {})))
     (attempt_dir / DRIVER).write_text(str(driver.pid))

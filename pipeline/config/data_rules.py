@@ -13,12 +13,12 @@ from pipeline.config.schema import RunConfig
 def data_problems(config: RunConfig) -> Iterator[Problem]:
     """Every combination of data and evaluation keys that cannot work, or in which one of them would have no effect."""
     yield from _data(config)
-    yield from _examples(config)
+    yield from _chat(config)
     yield from _evaluation(config)
 
 
 def _data(config: RunConfig) -> Iterator[Problem]:
-    data, source = config.data, config.data.source
+    source = config.data.source
     if source.kind == "countdown" and not re.fullmatch(r"(pm|cd)[2-5]", source.task):
         remedy = "use pm2 to pm5 (+ and -) or cd2 to cd5 (+, - and *)"
         yield Problem("data.source.task", source.task, "not a countdown task", remedy)
@@ -40,24 +40,18 @@ def _data(config: RunConfig) -> Iterator[Problem]:
             f"has no effect with data.source.kind={source.kind}",
             "remove it, or set data.source.kind=reasoning_gym",
         )
-    if data.system_prompt and not data.chat_template:
-        yield Problem(
-            "data.system_prompt",
-            data.system_prompt,
-            "has no effect without the chat template",
-            "set data.chat_template=true or remove it",
-        )
 
 
-def _examples(config: RunConfig) -> Iterator[Problem]:
+def _chat(config: RunConfig) -> Iterator[Problem]:
     data = config.data
-    if data.examples and not data.chat_template:
-        yield Problem(
-            "data.examples",
-            data.examples,
-            "has no effect without the chat template",
-            "set data.chat_template=true or remove it",
-        )
+    for name in ("system_prompt", "chat_template_file", "chat_template_kwargs", "examples"):
+        if getattr(data, name) and not data.chat_template:
+            yield Problem(
+                f"data.{name}",
+                getattr(data, name),
+                "has no effect without the chat template",
+                "set data.chat_template=true or remove it",
+            )
     for example in data.examples:
         if len(example) != 2:
             yield Problem("data.examples", example, "not a pair", "write [[question, answer], ...]")
@@ -82,7 +76,9 @@ def _evaluation(config: RunConfig) -> Iterator[Problem]:
 
 
 def data_file_problems(config: RunConfig) -> Iterator[Problem]:
-    """Whether the data file is on this machine."""
-    source = config.data.source
+    """Whether the files of the data are on this machine."""
+    source, template = config.data.source, config.data.chat_template_file
+    if template and not Path(template).is_file():
+        yield Problem("data.chat_template_file", template, "no such file", "give the path of a Jinja file")
     if source.kind == "jsonl" and not Path(source.path).is_file():
         yield Problem("data.source.path", source.path, "no such file", "give the path of a JSONL file of prompts")

@@ -24,6 +24,7 @@ from yaml.nodes import MappingNode, Node
 from pipeline.config.errors import ConfigError, Problem
 from pipeline.config.keys import Key, free_form_key, nearest_keys, schema_keys
 from pipeline.config.schema import RunConfig
+from pipeline.config.synonyms import what_to_write
 from pipeline.config.validate import problems_of
 from pipeline.config.yaml12 import Dumper, UnreadableError, compose, entry_of, value_of
 
@@ -84,6 +85,8 @@ def load(
         assignments += _parse_override(text, schema)
     if here:
         assignments = [_found(given, schema) for given in assignments]
+    if here and path is not None and schema is RunConfig:
+        assignments += _verifier_folder(assignments, resolve_path(path).resolve())
     config: Schema = _build(assignments, schema)
     problems = rules(config)
     if problems:
@@ -105,6 +108,21 @@ def _found(given: Assignment, schema: type) -> Assignment:
     return replace(given, value=str(path.relative_to(PACKAGED) if path.is_relative_to(PACKAGED) else path))
 
 
+def _verifier_folder(assignments: Sequence[Assignment], path: Path) -> Iterator[Assignment]:
+    """``data.verifier_folder`` where none is given and a verifier may be the user's own: it is then written down, so
+    that workers, resumed runs and jobs look in the same place.
+    """
+    last = {given.key: given for given in assignments}
+    given = {name: last[name].value for name in last if name.startswith("data.")}
+    named = str(given.get("data.verifier", "auto"))
+    may_be_own = ":" in named or (named == "auto" and given.get("data.source.kind") == "jsonl")
+    if may_be_own and not given.get("data.verifier_folder"):
+        by = last["data.verifier"].source if ":" in named else COMMAND_LINE
+        file = path if by == COMMAND_LINE else Path(by)
+        if ":" in named or not file.is_relative_to(PACKAGED):
+            yield Assignment("data.verifier_folder", str(file.parent), str(file))
+
+
 def resolve_path(value: str | Path, folder: Path = Path()) -> Path:
     """A relative path from ``folder`` if it exists there, else from the packaged ``configs/`` if it exists there.
 
@@ -115,6 +133,12 @@ def resolve_path(value: str | Path, folder: Path = Path()) -> Path:
     inside = Path(*path.parts[1:]) if path.parts[:1] == ("configs",) else path
     own = path.is_absolute() or os.path.exists(folder / path) or not os.path.exists(PACKAGED / inside)
     return folder / path if own else PACKAGED / inside
+
+
+def override(key: str, text: str | Path) -> str:
+    """``key=text`` as an override that means exactly ``text``, whatever signs of YAML or references it holds."""
+    quoted = yaml.dump(str(text), Dumper=Dumper, default_style='"', width=math.inf, allow_unicode=True)
+    return f"{key}={quoted.rstrip()}"
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -252,7 +276,10 @@ def _apply(tree: DictConfig, assignment: Assignment, schema: type) -> Problem | 
         return Problem(
             key, value, what, "write the value; for a secret, name its variable in the cluster's secrets", source
         )
-    wrong_type = Problem(key, value, "wrong type", f"give {known.type_name}" if known else "give a plain value", source)
+    wanted = f"give {known.type_name}" if known else "give a plain value"
+    if known and known.is_section:
+        wanted += f", e.g. {next(name for name in schema_keys(schema) if name.startswith(key + '.'))}"
+    wrong_type = Problem(key, value, "wrong type", wanted, source)
     if known is not None and not _plausible(known, value):
         return wrong_type
     if known is not None:
@@ -305,6 +332,9 @@ def _number(expected: Any, value: Any) -> Any:
 
 
 def _unknown(assignment: Assignment, schema: type) -> Problem:
+    meant = what_to_write(assignment.key) if schema is RunConfig else ""
+    if meant:
+        return Problem(assignment.key, assignment.value, "unknown key", meant, assignment.source)
     nearest = nearest_keys(assignment.key, schema)
     remedy = f"did you mean {' or '.join(nearest)}?" if nearest else "see `isentrope config show` for every key"
     return Problem(assignment.key, assignment.value, "unknown key", remedy, assignment.source)

@@ -32,6 +32,9 @@ def model_problems(config: RunConfig, folder: Path) -> Iterator[Problem]:
 
 def _lengths(config: RunConfig, model: Architecture) -> Iterator[Problem]:
     rollout, positions = config.rollout, model.max_positions
+    if rollout.stop_token_ids and max(rollout.stop_token_ids) >= model.vocab:
+        what = f"the model's vocabulary has {model.vocab} tokens, numbered from 0"
+        yield Problem("rollout.stop_token_ids", rollout.stop_token_ids, what, "give ids of its tokenizer.json")
     length = rollout.max_prompt_tokens + rollout.max_new_tokens
     if length > positions:
         yield Problem(

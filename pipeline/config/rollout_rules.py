@@ -11,6 +11,7 @@ from pipeline.config.schema import RunConfig
 def rollout_problems(config: RunConfig) -> Iterator[Problem]:
     """Every combination of rollout keys that cannot work, or in which one of them would have no effect."""
     yield from _engines(config)
+    yield from _stop(config)
     yield from _colocated(config)
     yield from _kv_cache(config)
     yield from _fp8_rollouts(config)
@@ -39,6 +40,11 @@ def _engines(config: RunConfig) -> Iterator[Problem]:
             "the native engine takes weights in memory, there is no server to carry them to",
             "remove it, or set rollout.engine=sglang",
         )
+
+
+def _stop(config: RunConfig) -> Iterator[Problem]:
+    if "" in config.rollout.stop:
+        yield Problem("rollout.stop", config.rollout.stop, "an empty text ends every response at once", "remove it")
 
 
 def _colocated(config: RunConfig) -> Iterator[Problem]:

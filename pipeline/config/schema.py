@@ -22,7 +22,7 @@ FOLDER_NAME = Form(r"[\w.+-][\w.+ -]*", "cannot be part of a folder name", "use 
 MODULE_FUNCTION = Form(
     r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*",
     "nor module:function",
-    "name your own as module:function, e.g. my_package.rewards:score, with the module on PYTHONPATH",
+    "name your own as module:function, e.g. my_package.rewards:score, with the module beside the configuration file",
 )
 
 
@@ -281,6 +281,10 @@ class RolloutConfig:
         1024, "prompts longer than this are dropped when the data is read, and counted", range=COUNT, unit="tokens"
     )
     max_new_tokens: int = key(1024, "length limit of a response", range=COUNT, unit="tokens")
+    stop: list[str] = key([], "texts that end a response, beside the model's own end; they stay in it")
+    stop_token_ids: list[int] = key(
+        [], "token ids that end a response, beside the model's own; they stay in it", range=NOT_NEGATIVE
+    )
     weight_transport: str = key(
         "tensor",
         "how weights reach an SGLang server",
@@ -334,6 +338,12 @@ class DataConfig:
     source: SourceConfig = key(SourceConfig(), "prompt source")
     held_out: float = key(0.1, "share of the source kept for evaluation, chosen by prompt id", range=SHARE)
     chat_template: bool = key(False, "render prompts with the tokenizer's chat template")
+    chat_template_file: str = key(
+        "", "Jinja file used in place of the model's own chat template; needs chat_template", path=True
+    )
+    chat_template_kwargs: dict[str, Any] = key(
+        {}, "variables for the chat template, e.g. {enable_thinking: false}; needs chat_template"
+    )
     system_prompt: str = key("", "system message put before every prompt when chat_template is on")
     examples: list[list[str]] = key(
         [], "[[question, answer], ...] put before every prompt as earlier turns (few-shot); needs chat_template"
@@ -344,8 +354,21 @@ class DataConfig:
         choices=VERIFIERS,
         form=MODULE_FUNCTION,
     )
+    verifier_folder: str = key(
+        "",
+        "where modules of your own verifiers are looked for, before the working directory; empty: the folder of the "
+        "configuration file that sets data.verifier, else of the configuration file",
+        path=True,
+    )
     verifier_timeout_s: float = key(
         5.0, "longest verification; then the sample is marked and gets reward 0", range=POSITIVE, unit="seconds"
+    )
+    verifier_budget_s: float = key(
+        0.0,
+        "longest verification of all that is judged at once (a step's responses) by one verifier; the rest is marked "
+        "and gets reward 0; 0: verifier_timeout_s x (6 + a twentieth of the responses per process)",
+        range=NOT_NEGATIVE,
+        unit="seconds",
     )
     verifier_workers: int = key(
         0,

@@ -56,8 +56,16 @@ for _tag, _rule in _RULES.items():
 
 
 class Dumper(yaml.SafeDumper):
-    """Quotes every text that YAML 1.1 or 1.2 would take for something else."""
+    """Quotes every text that YAML 1.1 or 1.2 would take for something else, and escapes what OmegaConf would take for a
+    reference.
+    """
 
+    def represent_text(self, text: str) -> ScalarNode:
+        r"""``${`` becomes ``\${``, and backslashes before it are doubled."""
+        return self.represent_str(re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text))
+
+
+Dumper.add_representer(str, Dumper.represent_text)
 
 for _tag, _rule in _RULES.items():
     Dumper.add_implicit_resolver(_tag, re.compile(rf"(?:{_rule})\Z"), None)

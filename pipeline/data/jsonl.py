@@ -9,57 +9,90 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.schema import DataConfig
 from pipeline.data import DataError
 from pipeline.data.questions import Question
-from pipeline.rewards.judge import Judge
+from pipeline.rewards.judge import judge_of
 from pipeline.rewards.verifier import UnknownVerifierError, check_verifier
 from pipeline.types import Prompt
 
 _KEYS = ("id", "prompt", "messages", "answer", "verifier", "meta")
+# What other data sets call them; without this table the nearest spelling of "question" would be "messages".
+_MEANT = {
+    **dict.fromkeys(("question", "problem", "query", "instruction", "input", "text"), "prompt"),
+    **dict.fromkeys(("conversation", "conversations", "chat"), "messages"),
+    **dict.fromkeys(("ground_truth", "solution", "reference", "target", "label", "output", "expected"), "answer"),
+    **dict.fromkeys(("reward", "reward_fn", "grader"), "verifier"),
+    **dict.fromkeys(("index", "idx", "uid", "uuid"), "id"),
+}
 _ROLES = ("system", "user", "assistant")
-_LONGEST_REFERENCE_S = 5.0  # for a verifier to compare a reference with itself
 _REPORTED = 10  # malformed lines described one by one
 
 
-def read_jsonl(path: Path | str, verifier: str) -> list[Question]:
-    """The questions of a file. ``verifier`` is used for every line, unless it is "auto": then each line names its own.
+@dataclass(frozen=True)
+class Fault:
+    """A line that cannot be used."""
 
-    Raises ``DataError`` listing the malformed lines (ten in full, then their number), or when the file is missing or
-    empty.
+    line: int  # from 1
+    problem: str
+
+
+def read_jsonl(path: Path | str, config: DataConfig) -> list[Question]:
+    """The questions of a file.
+
+    Raises ``DataError`` listing the lines that cannot be used (ten in full, then their number), or when the file is
+    missing or empty.
+    """
+    questions, faults = examine_jsonl(path, config)
+    if faults:
+        raise DataError(_report(Path(path), faults))
+    return questions
+
+
+def examine_jsonl(path: Path | str, config: DataConfig) -> tuple[list[Question], list[Fault]]:
+    """The questions of a file, and every line that cannot be used: malformed, or with a reference that no response
+    could match.
+
+    ``config.verifier`` is used for every line, unless it is "auto": then each line names its own. Raises ``DataError``
+    when the file is missing or empty.
     """
     path = Path(path)
     if not path.is_file():
         raise DataError(f"data.source.path={path}: no such file; give a JSONL file with the keys {', '.join(_KEYS)}")
     questions: list[Question] = []
-    faults: list[str] = []
+    faults: list[Fault] = []
     line_of: dict[str, int] = {}
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                question = _question(line, verifier)
+                question = _question(line, config)
                 if question.id in line_of:
                     raise DataError(f"duplicate id {question.id!r}, first on line {line_of[question.id]}")
             except (DataError, UnknownVerifierError) as error:
-                faults.append(f"  {path}:{number}: {error}")
+                faults.append(Fault(number, str(error)))
                 continue
             line_of[question.id] = number
             questions.append(question)
-    faults += [f"  {path}:{line_of[question.id]}: {reason}" for question, reason in _refused(questions) if reason]
-    if faults:
-        raise DataError(_report(path, faults))
-    if not questions:
+    if not questions and not faults:
         raise DataError(f"data.source.path={path}: the file is empty; it needs one JSON object a line")
-    return questions
+    accepted = []
+    for question, reason in _refused(questions, config):
+        if reason:
+            faults.append(Fault(line_of[question.id], reason))
+        else:
+            accepted.append(question)
+    return accepted, sorted(faults, key=lambda fault: fault.line)
 
 
-def _refused(questions: Sequence[Question]) -> Iterator[tuple[Question, str]]:
+def _refused(questions: Sequence[Question], config: DataConfig) -> Iterator[tuple[Question, str]]:
     """Every question with the reason why no response could match its reference answer, or ""."""
-    judge = Judge(workers=0, timeout=_LONGEST_REFERENCE_S)
+    judge = judge_of(config)
     asked = [Prompt(each.id, (), "", each.answer, each.verifier, each.meta) for each in questions]
     try:
         yield from zip(questions, judge.refusals(asked), strict=True)
@@ -67,7 +100,7 @@ def _refused(questions: Sequence[Question]) -> Iterator[tuple[Question, str]]:
         judge.close()
 
 
-def _question(line: bytes, verifier: str) -> Question:
+def _question(line: bytes, config: DataConfig) -> Question:
     """One line. Raises ``DataError`` or ``UnknownVerifierError`` with the reason."""
     try:
         item = json.loads(line)
@@ -77,7 +110,7 @@ def _question(line: bytes, verifier: str) -> Question:
         raise DataError(f"must be a JSON object, not {type(item).__name__}")
     for key in item:
         if key not in _KEYS:
-            nearest = difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.0)[0]
+            nearest = _MEANT.get(key) or difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.0)[0]
             raise DataError(f"unknown key {key!r}, nearest is {nearest!r}; put further data under 'meta'")
     if not isinstance(item.get("id"), str | int) or isinstance(item["id"], bool) or item["id"] == "":
         raise DataError(f"'id' must be a non-empty string or an integer, not {item.get('id')!r}")
@@ -89,7 +122,7 @@ def _question(line: bytes, verifier: str) -> Question:
     return Question(
         id=str(item["id"]),
         answer=item["answer"],
-        verifier=_verifier(item, verifier),
+        verifier=_verifier(item, config),
         text=text,
         messages=messages,
         meta=item.get("meta", {}),
@@ -114,18 +147,18 @@ def _conversation(item: dict[str, Any]) -> tuple[str, tuple[dict[str, str], ...]
     return "", tuple(messages)
 
 
-def _verifier(item: dict[str, Any], override: str) -> str:
-    if override != "auto":
-        return override
+def _verifier(item: dict[str, Any], config: DataConfig) -> str:
+    if config.verifier != "auto":
+        return config.verifier
     name = item.get("verifier")
     if not isinstance(name, str):
         raise DataError("'verifier' is missing: name one here, or one for all lines with data.verifier")
-    check_verifier(name)
+    check_verifier(name, config.verifier_folder)
     return name
 
 
-def _report(path: Path, faults: list[str]) -> str:
-    shown = faults[:_REPORTED]
+def _report(path: Path, faults: list[Fault]) -> str:
+    shown = [f"  {path}:{fault.line}: {fault.problem}" for fault in faults[:_REPORTED]]
     if len(faults) > len(shown):
         shown.append(f"  ... and {len(faults) - len(shown)} more")
     lines = "1 malformed line" if len(faults) == 1 else f"{len(faults)} malformed lines"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 from pipeline.config.schema import DataConfig, RunConfig
 from pipeline.data import DataError
 from pipeline.data.countdown import countdown_task
 from pipeline.data.gym import generate_questions
-from pipeline.data.jsonl import read_jsonl
+from pipeline.data.jsonl import Fault, examine_jsonl, read_jsonl
 from pipeline.data.questions import Question
 from pipeline.data.tokenizer import Message, Tokenizer
 from pipeline.rewards.verifier import check_verifier
@@ -34,7 +36,7 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer, *, max_prompt_tokens:
     ``UnknownVerifierError``.
     """
     if config.verifier != "auto":
-        check_verifier(config.verifier)
+        check_verifier(config.verifier, config.verifier_folder)
     if config.examples and not config.chat_template:
         raise DataError("data.examples are turns of a conversation: set data.chat_template=true, or remove them")
     train: list[Prompt] = []
@@ -82,6 +84,18 @@ def check_prompts(prompts: PromptSet, config: RunConfig) -> None:
         )
 
 
+def examine_questions(config: DataConfig) -> tuple[Sequence[Question], list[Fault]]:
+    """The questions of ``config.source`` that can be used, in its order, and the lines of a file that cannot.
+
+    Raises ``DataError`` where there is nothing to read.
+    """
+    if config.verifier != "auto":
+        check_verifier(config.verifier, config.verifier_folder)
+    if config.source.kind == "jsonl":
+        return examine_jsonl(config.source.path, config)
+    return read_questions(config), []
+
+
 def read_questions(config: DataConfig) -> Sequence[Question]:
     """The questions of ``config.source``, in its order. Raises ``DataError``."""
     source = config.source
@@ -90,7 +104,7 @@ def read_questions(config: DataConfig) -> Sequence[Question]:
     if source.kind == "reasoning_gym":
         return generate_questions(source.task, source.size, source.params, source.seed)
     if source.kind == "jsonl":
-        return read_jsonl(source.path, config.verifier)
+        return read_jsonl(source.path, config)
     raise DataError(f"data.source.kind={source.kind!r} must be countdown, reasoning_gym or jsonl")
 
 
@@ -120,7 +134,12 @@ def to_prompt(question: Question, config: DataConfig, tokenizer: Tokenizer) -> P
     try:
         if chat:
             messages = question.messages or ({"role": "user", "content": text},)
-            text = tokenizer.render_chat([*_example_turns(config), *messages], config.system_prompt)
+            text = tokenizer.render_chat(
+                [*_example_turns(config), *messages],
+                config.system_prompt,
+                _template(config.chat_template_file),
+                config.chat_template_kwargs,
+            )
         token_ids = tokenizer.encode_rendered(text) if chat else tokenizer.encode(text)
     except DataError as error:
         raise DataError(f"prompt {question.id!r}: {error}") from error
@@ -128,6 +147,15 @@ def to_prompt(question: Question, config: DataConfig, tokenizer: Tokenizer) -> P
         raise DataError(f"prompt {question.id!r} has no tokens: {text!r}")
     verifier = question.verifier if config.verifier == "auto" else config.verifier
     return Prompt(question.id, token_ids, text, question.answer, verifier, question.meta)
+
+
+@cache
+def _template(path: str) -> str:
+    """The text of ``data.chat_template_file``; "" where none is named. Raises ``DataError``."""
+    try:
+        return Path(path).read_text(encoding="utf-8") if path else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"data.chat_template_file={path}: cannot be read ({error}): give a Jinja file") from error
 
 
 def _example_turns(config: DataConfig) -> Iterator[Message]:

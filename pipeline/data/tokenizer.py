@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -67,22 +68,36 @@ class Tokenizer:
         stream = tokenizers.decoders.DecodeStream(skip_special_tokens=False)
         return [stream.step(self._backend, token) or "" for token in token_ids.tolist()]
 
-    def render_chat(self, messages: Sequence[Message], system: str = "") -> str:
+    def render_chat(
+        self,
+        messages: Sequence[Message],
+        system: str = "",
+        template: str = "",
+        variables: Mapping[str, Any] = MappingProxyType({}),
+    ) -> str:
         """The conversation as the model's chat template writes it, ready for the assistant's turn.
 
-        ``system``, if any, goes before ``messages`` as a system message. Raises ``DataError`` when the folder has no
-        chat template or the template refuses these messages.
+        ``system``, if any, goes before ``messages`` as a system message. ``template`` (Jinja): used in place of the
+        model's. ``variables``: what the template reads beside the messages. Raises ``DataError`` when there is no chat
+        template or the template refuses these messages.
         """
         import jinja2
 
         conversation = ([{"role": "system", "content": system}] if system else []) + [dict(m) for m in messages]
+        if not (template or self.has_template):
+            raise DataError(
+                f"{self.folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json; "
+                "of several, the one named default): set data.chat_template=false and use plain prompts, name a "
+                "template with data.chat_template_file, or choose an instruction-tuned model"
+            )
         try:
-            rendered = self._chat.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+            rendered = self._chat.apply_chat_template(
+                conversation, chat_template=template or None, tokenize=False, add_generation_prompt=True, **variables
+            )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             roles = [message["role"] for message in conversation]
-            raise DataError(
-                f"the chat template of {self.folder} refuses messages with roles {roles}: {error}"
-            ) from error
+            owner = "data.chat_template_file" if template else f"the chat template of {self.folder}"
+            raise DataError(f"{owner} refuses messages with roles {roles}: {error}") from error
         return str(rendered)
 
     def encode_chat(self, messages: Sequence[Message], system: str = "") -> tuple[int, ...]:
@@ -128,16 +143,15 @@ class Tokenizer:
         return table
 
     @cached_property
-    def _chat(self) -> Any:
+    def has_template(self) -> bool:
+        """Whether the folder has a chat template of its own."""
         template = read_json(self.folder / "tokenizer_config.json").get("chat_template")
         if isinstance(template, list):  # named templates
             template = next((each.get("template") for each in template if each.get("name") == "default"), None)
-        if template is None and not (self.folder / "chat_template.jinja").is_file():
-            raise DataError(
-                f"{self.folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json; "
-                "of several, the one named default): set data.chat_template=false and use plain prompts, or choose an "
-                "instruction-tuned model"
-            )
+        return template is not None or (self.folder / "chat_template.jinja").is_file()
+
+    @cached_property
+    def _chat(self) -> Any:
         # Not AutoTokenizer: that one imports the model's configuration class, and with it torchvision where installed.
         from transformers import PreTrainedTokenizerFast
 

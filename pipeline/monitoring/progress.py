@@ -14,6 +14,7 @@ from rich.text import Text
 from pipeline.entropy.actuator import temperatures
 from pipeline.monitoring.console import CleanConsole
 from pipeline.monitoring.event_kinds import StepRecord
+from pipeline.monitoring.start_note import start_note
 from pipeline.monitoring.tracking import waiting
 
 PERIOD = 0.25  # seconds between two refreshes of the panel
@@ -44,6 +45,8 @@ class Progress:
 
     def step(self, record: StepRecord) -> None:
         """Show a step, if it is time to."""
+        if record.step == 0 and record.entropy_count:
+            self._console.print(start_note(record), soft_wrap=True, highlight=False, markup=False)
         self._entropies += [record.entropy] if self._waits else []
         last = record.step + 1 == self._steps
         if self._live is not None:

@@ -1,8 +1,9 @@
-"""Carries out a :class:`Plan` with point-to-point messages of torch.distributed (gloo or NCCL).
+"""Carries out a :class:`Plan` with point-to-point messages.
 
 For every bucket: copies within the process, then stage 1, then stage 2. In a stage each pair of processes exchanges one
 message, a flat buffer of all pieces of the bucket; buffers live for one stage, so the plan's bound holds for what is in
-flight.
+flight. Behind its pieces a message has the sender's digest of each. The receiver compares them with the digests of what
+it has written, read back from where it wrote it.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from pipeline.model.fp8 import CODES, quantise
 from pipeline.model.fp8_layout import BLOCK, scale_name
 from pipeline.model.grid import Grid
 from pipeline.model.layout import Row
+from pipeline.reshard import digest
 from pipeline.reshard.pieces import FANOUT, LOCAL
 from pipeline.reshard.plan import Plan, Tasks, Tensor
 
@@ -126,76 +127,101 @@ class EngineShards:
         return [shard.narrow(tensor.dim, start - first, length)]
 
 
+class Exchange(Protocol):
+    """What carries the messages of one stage, e.g. ``link.Link``."""
+
+    def exchange(self, sends: Sequence[tuple[int, torch.Tensor]], receives: Sequence[tuple[int, torch.Tensor]]) -> None:
+        """Send and receive flat buffers, each with the process at its other end; return when all have arrived."""
+        ...
+
+
+class DigestError(RuntimeError):
+    """What was written differs from what was sent; the message names the tensor."""
+
+
 @dataclass
 class Moved:
-    """What one process did; bytes."""
+    """What one process did; bytes of weights."""
 
     copied: int = 0  # within the process
     sent: int = 0
     received: int = 0
-    peak_buffer: int = 0  # send and receive buffers held at once
+    peak_buffer: int = 0  # send and receive buffers held at once, without digests
 
 
-def execute(
-    plan: Plan,
-    tasks: Tasks,
-    process: int,
-    learner: Reader,
-    engine: EngineShards,
-    device: torch.device | str = "cpu",
-    group: dist.ProcessGroup | None = None,
-) -> Moved:
-    """Move the weights of this process's share of ``plan``.
+@dataclass(frozen=True)
+class Mover:
+    """One process's share of a plan, ready to be carried out any number of times."""
 
-    Every process of ``group`` calls it, numbered as in the plan.
+    plan: Plan
+    process: int
+    tasks: Tasks  # ``plan.tasks(process)``
+    device: torch.device
 
-    ``tasks``: ``plan.tasks(process)``, the same for every sync. ``learner``: what the process holds; ``engine``: where
-    what it needs belongs. A process without a rank on one side passes ``EngineShards({})`` there. Weights of another
-    type are converted as they are packed. Returns once this process has sent and received all of its own.
-    """
-    moved = Moved()
-    dist.barrier(group)  # NCCL sets its communicators up in the first call that all processes make
-    stages = 2 * tasks.bucket + (tasks.kind == FANOUT)
-    for first, last in _runs(stages):
-        run = np.arange(first, last)
-        local = run[tasks.kind[run] == LOCAL]
-        for task in local:
-            tensor, start, length = _interval(plan, tasks, task)
-            _copy(learner.read(tensor, start, length), engine.read(tensor, start, length)[0], tensor.dim)
-        moved.copied += int(tasks.bytes[local].sum())
-        reader = engine if tasks.kind[first] == FANOUT else learner
-        _exchange(plan, tasks, run[tasks.kind[run] != LOCAL], process, reader, engine, device, group, moved)
-    return moved
+    @classmethod
+    def of(cls, plan: Plan, process: int, device: torch.device | str = "cpu") -> Mover:
+        """For a process, with buffers on its ``device``."""
+        return cls(plan, process, plan.tasks(process), torch.device(device))
 
+    def move(self, learner: Reader, engine: EngineShards, link: Exchange) -> Moved:
+        """Move the weights of this process's share. Every process of the plan does the same.
 
-def _exchange(
-    plan: Plan,
-    tasks: Tasks,
-    run: np.ndarray,
-    process: int,
-    reader: Reader,
-    engine: EngineShards,
-    device: torch.device | str,
-    group: dist.ProcessGroup | None,
-    moved: Moved,
-) -> None:
-    """One stage of one bucket."""
-    sends = list(_messages(plan, tasks, run[tasks.source[run] == process], tasks.destination, device))
-    receives = list(_messages(plan, tasks, run[tasks.destination[run] == process], tasks.source, device))
-    for message in sends:
-        for tensor, start, length, view in message.pieces:
-            _copy(reader.read(tensor, start, length), view, tensor.dim)
-    operations = [dist.P2POp(dist.irecv, message.buffer, message.peer, group) for message in receives]
-    operations += [dist.P2POp(dist.isend, message.buffer, message.peer, group) for message in sends]
-    for work in dist.batch_isend_irecv(operations) if operations else ():
-        work.wait()
-    for message in receives:
-        for tensor, start, length, view in message.pieces:
-            engine.read(tensor, start, length)[0].copy_(view)
-    sent, received = (sum(message.buffer.numel() for message in side) for side in (sends, receives))
-    moved.sent += sent
-    moved.received += received
-    moved.peak_buffer = max(moved.peak_buffer, sent + received)
+        ``learner``: what the process holds; ``engine``: where what it needs belongs. A process without a rank on one
+        side passes ``EngineShards({})`` there. Weights of another type are converted as they are packed and as they are
+        written. Returns once this process has sent and received all of its own. Raises :class:`DigestError`, and what
+        ``link`` raises.
+        """
+        moved, tasks = Moved(), self.tasks
+        for first, last in _runs(2 * tasks.bucket + (tasks.kind == FANOUT)):
+            run = np.arange(first, last)
+            local = run[tasks.kind[run] == LOCAL]
+            for task in local:
+                tensor, start, length = self._interval(task)
+                _copy(learner.read(tensor, start, length), engine.read(tensor, start, length)[0], tensor.dim)
+            moved.copied += int(tasks.bytes[local].sum())
+            reader = engine if tasks.kind[first] == FANOUT else learner
+            self._stage(run[tasks.kind[run] != LOCAL], reader, engine, link, moved)
+        return moved
+
+    def _stage(self, run: np.ndarray, reader: Reader, engine: EngineShards, link: Exchange, moved: Moved) -> None:
+        """One stage of one bucket."""
+        tasks, process = self.tasks, self.process
+        sends = list(self._messages(run[tasks.source[run] == process], tasks.destination))
+        receives = list(self._messages(run[tasks.destination[run] == process], tasks.source))
+        for message in sends:
+            for tensor, start, length, view in message.pieces:
+                _copy(reader.read(tensor, start, length), view, tensor.dim)
+            message.digests.copy_(torch.stack([digest.content(view) for _, _, _, view in message.pieces]))
+        link.exchange(*([(message.peer, message.buffer) for message in side] for side in (sends, receives)))
+        for message in receives:
+            _write(message, engine)
+        sent, received = (sum(message.nbytes for message in side) for side in (sends, receives))
+        moved.sent += sent
+        moved.received += received
+        moved.peak_buffer = max(moved.peak_buffer, sent + received)
+
+    def _messages(self, run: np.ndarray, peers: np.ndarray) -> Iterator[_Message]:
+        """``run`` by peer.
+
+        Wider numbers come first, so that every view is aligned; both sides put them in the same order.
+        """
+        tasks = self.tasks
+        widths = np.array([self.plan.tensors[index].item_size for index in tasks.tensor[run]], dtype=np.int64)
+        run = run[np.lexsort((tasks.start[run], tasks.tensor[run], -widths, peers[run]))]
+        for first, last in _runs(peers[run]):
+            members = run[first:last]
+            sizes = tasks.bytes[members].tolist()
+            padded = -(-sum(sizes) // 8) * 8
+            buffer = torch.empty(padded + 8 * len(sizes), dtype=torch.uint8, device=self.device)
+            pieces = []
+            for task, data in zip(members, buffer[: sum(sizes)].split(sizes), strict=True):
+                tensor, start, length = self._interval(task)
+                shape = [length if dim == tensor.dim else size for dim, size in enumerate(tensor.shape)]
+                pieces.append((tensor, start, length, data.view(DTYPES[tensor.item_size]).view(shape)))
+            yield _Message(int(peers[members[0]]), buffer, sum(sizes), pieces, buffer[padded:].view(torch.int64))
+
+    def _interval(self, task: int) -> tuple[Tensor, int, int]:
+        return self.plan.tensors[self.tasks.tensor[task]], int(self.tasks.start[task]), int(self.tasks.length[task])
 
 
 @dataclass(frozen=True)
@@ -203,32 +229,26 @@ class _Message:
     """All that one process sends to another in one stage of one bucket."""
 
     peer: int
-    buffer: torch.Tensor  # bytes
+    buffer: torch.Tensor  # bytes: the pieces, then their digests
+    nbytes: int  # of the pieces
     pieces: list[tuple[Tensor, int, int, torch.Tensor]]  # tensor, start, length, view of the buffer
+    digests: torch.Tensor  # int64 [pieces], a view of the buffer
 
 
-def _messages(
-    plan: Plan, tasks: Tasks, run: np.ndarray, peers: np.ndarray, device: torch.device | str
-) -> Iterator[_Message]:
-    """``run`` by peer.
-
-    Wider numbers come first, so that every view is aligned; both sides put them in the same order.
-    """
-    widths = np.array([plan.tensors[index].item_size for index in tasks.tensor[run]], dtype=np.int64)
-    run = run[np.lexsort((tasks.start[run], tasks.tensor[run], -widths, peers[run]))]
-    for first, last in _runs(peers[run]):
-        members = run[first:last]
-        buffer = torch.empty(int(tasks.bytes[members].sum()), dtype=torch.uint8, device=device)
-        pieces = []
-        for task, data in zip(members, buffer.split(tasks.bytes[members].tolist()), strict=True):
-            tensor, start, length = _interval(plan, tasks, task)
-            shape = [length if dim == tensor.dim else size for dim, size in enumerate(tensor.shape)]
-            pieces.append((tensor, start, length, data.view(DTYPES[tensor.item_size]).view(shape)))
-        yield _Message(int(peers[members[0]]), buffer, pieces)
-
-
-def _interval(plan: Plan, tasks: Tasks, task: int) -> tuple[Tensor, int, int]:
-    return plan.tensors[tasks.tensor[task]], int(tasks.start[task]), int(tasks.length[task])
+def _write(message: _Message, engine: EngineShards) -> None:
+    """Write what came to where it belongs, and compare its digests."""
+    found = []
+    for tensor, start, length, view in message.pieces:
+        target = engine.read(tensor, start, length)[0]
+        target.copy_(view)
+        found.append(digest.content(target.to(view.dtype)))
+    differs = torch.stack(found) != message.digests
+    if differs.any():
+        names = [piece[0].name for piece, wrong in zip(message.pieces, differs.tolist(), strict=True) if wrong]
+        raise DigestError(
+            f"{len(names)} tensors differ from what process {message.peer} sent, first {names[0]!r}: either a byte was "
+            "lost on the way or the engine's parameters cannot hold the type that was sent"
+        )
 
 
 def _copy(parts: Sequence[torch.Tensor], target: torch.Tensor, dim: int) -> None:

@@ -240,11 +240,12 @@ def _tensors(
             groups = row.ep, engines.expert_group(row.expert, experts)
         fp8 = dtype == "fp8" and quantised(row)
         whose = index if row.groups else 0  # elsewhere all sources of a row are divided alike
-        key = source.shape, row.split, row.groups, whose, row.layer is None, stages, groups, fp8
+        item_size = 4 if row.float32 else ITEM_SIZES[dtype]
+        key = source.shape, row.split, row.groups, whose, row.layer is None, stages, groups, fp8, item_size
         if key not in kinds:
             held = _held(row, index, learner, stages)
             needed = _needed(row, index, engines, experts, placement)
-            kinds[key] = _kinds(row, index, held, needed, ITEM_SIZES[dtype], fp8)
+            kinds[key] = _kinds(row, index, held, needed, item_size, fp8)
         for kind in kinds[key]:
             kind.members.append(len(tensors))
             tensors.append(kind.tensor(source.name, source.shape, row.dim))

@@ -1,6 +1,6 @@
 """The cost of a :class:`Plan` as numbers and a picture, beside other ways to move the same weights.
 
-The others are the least that any plan could move, whole tensors, and a run's own sync.
+The others are the least that any plan could move, and gather and broadcast of whole tensors.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.model.layout import rows
-from pipeline.reshard import buckets
 from pipeline.reshard.pieces import FANOUT, INTER, LOCAL, NEAR
-from pipeline.reshard.plan import ITEM_SIZES, Plan
+from pipeline.reshard.plan import Plan
 from pipeline.units import GIB
 
 
@@ -23,9 +21,8 @@ def summary(plan: Plan, inter_gbps: float, intra_gbps: float) -> dict[str, Any]:
 
     ``inter_gbps``, ``intra_gbps``: 10^9 bytes a second that one GPU sends, and at the same time receives, over the
     network and within its node. Single numbers are those of the busiest rank or node; ratios are ``None`` where nothing
-    has to move. "Full tensors" is what engines receive that accept whole tensors only, as SGLang's
-    update_weights_from_tensor and update_weights_from_distributed do, and what a TP all-gather with PP broadcast of
-    every parameter costs.
+    has to move. ``gather_broadcast``: what ranks receive where every parameter is gathered over TP and broadcast to all
+    engine ranks, as slime and verl do.
     """
     traffic, bounds = plan.traffic(), plan.bounds
     engines = [plan.placement.engine_process(rank) for rank in range(plan.placement.engines)]
@@ -44,9 +41,9 @@ def summary(plan: Plan, inter_gbps: float, intra_gbps: float) -> dict[str, Any]:
         "inter_node_ingress_bytes": _most(entered),
         "inter_node_lower_bound_bytes": _most(bounds.node_ingress),
         "inter_node_ratio": _ratio(entered, bounds.node_ingress),
-        "achieved_with_full_tensors_per_rank_ingress_bytes": _most(full),
-        "achieved_with_full_tensors_ratio": _ratio(full, bounds.ingress),
-        "achieved_with_full_tensors_inter_node_bytes": _most(bounds.full_node_ingress),
+        "gather_broadcast_per_rank_ingress_bytes": _most(full),
+        "gather_broadcast_ratio": _ratio(full, bounds.ingress),
+        "gather_broadcast_inter_node_bytes": _most(bounds.full_node_ingress),
         "bucket_bytes": plan.bucket_bytes,
         "buckets": plan.buckets,
         "peak_buffer_bytes": max(_most(traffic[[NEAR, INTER]].sum((0, 1))), _most(traffic[FANOUT].sum(0))),
@@ -62,40 +59,10 @@ def summary(plan: Plan, inter_gbps: float, intra_gbps: float) -> dict[str, Any]:
         "ingress_bytes_by_engine_rank": ingress.tolist(),
         "minimum_bytes_by_engine_rank": bounds.ingress[engines].tolist(),
         "need_bytes_by_engine_rank": bounds.need[engines].tolist(),
-        "full_tensor_bytes_by_engine_rank": full.tolist(),
+        "gather_broadcast_bytes_by_engine_rank": full.tolist(),
         "inter_node_ingress_bytes_by_node": entered.tolist(),
         "inter_node_lower_bound_bytes_by_node": bounds.node_ingress.tolist(),
         "sent_bytes_by_process": sent.tolist(),
-    }
-
-
-def run_summary(plan: Plan, dtype: str) -> dict[str, Any]:
-    """What a training run's own sync moves at these layouts. Keys begin with ``run_``.
-
-    Learner ranks put whole tensors into Ray's object store, bucket by bucket, each owner its own (:mod:`buckets`).
-    Every node with an engine fetches each bucket once. From there every rank of a server on GPUs copies whole tensors.
-    Bytes are those of the busiest rank or node.
-    """
-    placement, nodes = plan.placement, np.array(plan.placement.nodes)
-    rounds = buckets.plan(
-        rows(plan.model, plan.learner), plan.learner, ITEM_SIZES[dtype], plan.bucket_bytes / 2**20, dtype == "fp8"
-    )
-    engines = set(placement.engine_nodes(plan.engines.tp))
-    entered = np.zeros(len(plan.bounds.node_ingress), dtype=np.int64)
-    for bucket in (bucket for line in rounds for bucket in line):
-        home = nodes[bucket.owner]
-        entered[[node for node in engines if node != home]] += bucket.nbytes
-        entered[home] += bucket.nbytes * int((nodes[list(bucket.holders)] != home).sum()) // len(bucket.holders)
-    owned = np.array(buckets.owned(rounds, plan.learner.world_size))
-    return {
-        "run_per_rank_ingress_bytes": int(owned.sum()),
-        "run_inter_node_ingress_bytes": _most(entered),
-        "run_inter_node_ratio": _ratio(entered, plan.bounds.full_node_ingress),
-        "run_sent_max_over_mean": _most(owned) / owned.mean(),
-        "run_rounds": len(rounds),
-        "run_buckets": sum(len(line) for line in rounds),
-        "run_inter_node_ingress_bytes_by_node": entered.tolist(),
-        "run_sent_bytes_by_learner_rank": owned.tolist(),
     }
 
 
@@ -118,7 +85,7 @@ def draw(result: dict[str, Any], title: str, path: Path) -> None:
 
     figure, (ranks, nodes) = plt.subplots(1, 2, figsize=(10, 3.6), width_ratios=(2, 1), layout="constrained")
     series = (
-        (ranks, "full_tensor_bytes_by_engine_rank", "whole tensors (gather and broadcast)", "#c9cdd2", 0.85),
+        (ranks, "gather_broadcast_bytes_by_engine_rank", "gather and broadcast", "#c9cdd2", 0.85),
         (ranks, "ingress_bytes_by_engine_rank", "plan", "#2f6db3", 0.85),
         (ranks, "minimum_bytes_by_engine_rank", "least possible", "#e07b39", 0.35),
         (nodes, "inter_node_ingress_bytes_by_node", "plan", "#2f6db3", 0.85),

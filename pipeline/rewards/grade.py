@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.config.schema import DataConfig
 from pipeline.data import DataError
-from pipeline.rewards.judge import Judge
+from pipeline.rewards.judge import judge_of
 from pipeline.rewards.stage import verdict
 from pipeline.rewards.verifier import UnknownVerifierError, check_verifier, make_verifier
 from pipeline.types import Prompt
@@ -26,9 +27,10 @@ class Grade:
     error: str  # "" or why the verifier could not judge
 
 
-def grade_file(path: Path, *, workers: int = 0, timeout: float = 5.0) -> list[Grade]:
+def grade_file(path: Path, config: DataConfig) -> list[Grade]:
     """The grades of all lines, in order; keys beside the three (and ``meta``) are left alone.
 
+    ``config`` says how verifiers run, and where a user's own is looked for; which one judges, each line says.
     Raises ``DataError`` naming file and line of everything that is malformed, and of references that are refused.
     """
     if not path.is_file():
@@ -38,21 +40,21 @@ def grade_file(path: Path, *, workers: int = 0, timeout: float = 5.0) -> list[Gr
     for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
         if line.strip():
             try:
-                calls[number] = _call(line, number)
+                calls[number] = _call(line, number, config.verifier_folder)
             except (DataError, UnknownVerifierError) as error:
                 faults.append((number, str(error)))
-    judge = Judge(workers, timeout)
+    judge = judge_of(config)
     try:
         refusals = judge.refusals([prompt for prompt, _ in calls.values()])
         faults += [(number, reason) for number, reason in zip(calls, refusals, strict=True) if reason]
         if faults:
             raise DataError("\n".join(f"{path}:{number}: {reason}" for number, reason in sorted(faults)))
-        return _grades(calls, judge.outcomes(list(calls.values())))
+        return _grades(calls, judge.outcomes(list(calls.values())), config.verifier_folder)
     finally:
         judge.close()
 
 
-def _call(line: bytes, number: int) -> tuple[Prompt, str]:
+def _call(line: bytes, number: int, folder: str) -> tuple[Prompt, str]:
     try:
         item = json.loads(line)
     except ValueError as error:
@@ -67,14 +69,14 @@ def _call(line: bytes, number: int) -> tuple[Prompt, str]:
             raise DataError(f"{key!r} must be a string, not {item[key]!r}")
     if not isinstance(item.get("meta", {}), dict):
         raise DataError(f"'meta' must be an object, not {item['meta']!r}")
-    check_verifier(item["verifier"])
+    check_verifier(item["verifier"], folder)
     prompt = Prompt(f"line {number}", (), "", item["answer"], item["verifier"], item.get("meta", {}))
     return prompt, item["response"]
 
 
-def _grades(calls: dict[int, tuple[Prompt, str]], outcomes: Sequence[float | str]) -> list[Grade]:
+def _grades(calls: dict[int, tuple[Prompt, str]], outcomes: Sequence[float | str], folder: str) -> list[Grade]:
     grades = []
     for (number, (prompt, text)), outcome in zip(calls.items(), outcomes, strict=True):
         reward, error = verdict(outcome)
-        grades.append(Grade(number, reward, make_verifier(prompt.verifier).extract(text), error))
+        grades.append(Grade(number, reward, make_verifier(prompt.verifier, folder).extract(text), error))
     return grades

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from pipeline.config.schema import DataConfig
 from pipeline.rewards.pool import Outcome, VerifierPool, describe
 from pipeline.rewards.verifier import Verifier, check_verifier, inline, make_verifier
 from pipeline.rewards.verifiers.math import certainly_mathematics
@@ -14,13 +15,18 @@ _BAD_ANSWER = (ArithmeticError, AttributeError, LookupError, TypeError, ValueErr
 
 
 class Judge:
-    """The verifiers at work. Built-in ones that are linear in the text run here; the others in ``workers`` processes
-    each (0: as many as CPUs), with ``timeout`` seconds per call.
+    """The verifiers at work. Built-in ones that are linear in the text run here; the others in processes of their own.
+
+    ``workers``: processes of a verifier, 0 for as many as CPUs. ``timeout``: seconds per call. ``budget``: seconds for
+    all the responses of one ``outcomes``, 0 for what ``VerifierPool.budget`` gives them. ``folder``: where modules of
+    the user's own are looked for first.
     """
 
-    def __init__(self, workers: int, timeout: float) -> None:
+    def __init__(self, workers: int, timeout: float, budget: float, folder: str) -> None:
         self._workers = workers
         self._timeout = timeout
+        self._budget = budget
+        self._folder = folder
         self._pools: dict[str, VerifierPool] = {}
 
     def outcomes(self, calls: Sequence[tuple[Prompt, str]]) -> list[Outcome]:
@@ -64,20 +70,27 @@ class Judge:
         self._pools.clear()
 
     def _pool(self, verifier: str) -> VerifierPool:
-        check_verifier(verifier)
+        check_verifier(verifier, self._folder)
         if verifier not in self._pools:
-            self._pools[verifier] = VerifierPool(verifier, self._workers, self._timeout)
+            self._pools[verifier] = VerifierPool(verifier, self._folder, self._workers, self._timeout)
         return self._pools[verifier]
 
     def _judge_apart(self, verifier: str, calls: list[tuple[Prompt, str]]) -> Iterator[Outcome]:
         """Outcomes from the verifier's pool; a response that was drawn twice is judged once."""
         distinct = {(prompt.id, text): (prompt, text) for prompt, text in calls}
-        outcomes = dict(zip(distinct, self._pool(verifier).scores(list(distinct.values())), strict=True))
+        outcomes = dict(zip(distinct, self._pool(verifier).scores(list(distinct.values()), self._budget), strict=True))
         return (outcomes[prompt.id, text] for prompt, text in calls)
 
 
+def judge_of(config: DataConfig) -> Judge:
+    """The verifiers at work as ``config`` has them."""
+    return Judge(config.verifier_workers, config.verifier_timeout_s, config.verifier_budget_s, config.verifier_folder)
+
+
 def quick(prompt: Prompt) -> bool:
-    """Whether a reference needs no process of its own to be tried: an inline verifier, a user's function, a number."""
+    """Whether a reference needs no process of its own to be tried: an inline verifier, a user's function, plain
+    mathematics.
+    """
     if inline(prompt.verifier) or ":" in prompt.verifier:
         return True
     return prompt.verifier == "math" and certainly_mathematics(prompt.answer)

@@ -15,6 +15,24 @@ from pipeline.rewards.notation import words
 _OTHER_BASE = re.compile(r"^\w+\s*_\s*(?:\d|\{\d+\})$")
 _SLOW = re.compile(r"\^\{[^{}]*\d{4}|\^\{[^{}]*\^|\d{4,}\s*\)*!|!\s*\)*!")
 _CANONICAL_LENGTH = 160  # characters
+# For ``certainly_equal_to_itself``: stand-ins for a number above 0, and for any finite expression.
+_POSITIVE, _FINITE = "\x01", "\x02"
+_NUMBER = r"(?<![.\d])\d{1,12}(?:\.\d{1,12})?(?![.\d])"
+_ATOM = rf"{_NUMBER}|[A-Za-z{_POSITIVE}{_FINITE}]|\\(?:pi|theta|alpha|beta)(?![A-Za-z])"
+_PART = rf"(?:(?:{_ATOM})|[-+])"
+_SUM = rf"{_PART}+"
+_NOT_ZERO = rf"(?:[1-9]\d{{0,11}}(?:[a-z{_POSITIVE}]|\\pi)?|[a-z{_POSITIVE}]|\\pi)"
+_POSITIVE_ROOT = re.compile(r"\\sqrt(?:\[[2-9]\])?\{[1-9]\d{0,11}\}")
+_FINITE_ROOT = re.compile(rf"\\sqrt\{{{_SUM}\}}")
+_FINITE_POWER = re.compile(r"(?<=[A-Za-z\d)])\^\{[1-9]\}")
+_FINITE_FRACTION = re.compile(rf"\\frac\{{{_SUM}\}}\{{{_NOT_ZERO}\}}")
+_MEMBERS = rf"(?:{_SUM}|-?\\infty)(?:,(?:{_SUM}|-?\\infty))*"
+_INTERVAL = rf"[(\[]{_MEMBERS}[)\]]"
+_MATRIX = rf"\\begin\{{([pbvB]?matrix)\}}(?:{_PART}|&|\\\\)+\\end\{{\1\}}"
+_TEXT = r"\\text\{[A-Za-z0-9 ().,:'-]+\}"
+_FINITE_TEXT = re.compile(
+    rf"{_MATRIX}|{_TEXT}|{_MEMBERS}|{_INTERVAL}(?:\\cup{_INTERVAL})*|\\\{{{_MEMBERS}\\\}}|(?:{_PART}|[()])+(?:\\%)?"
+)
 
 
 def parse(latex: str) -> Any:
@@ -27,6 +45,25 @@ def parse(latex: str) -> Any:
     library, spelling = _library()
     found = library.parse(f"${latex}$", spelling, fallback_mode="no_fallback", parsing_timeout=None)
     return found[0] if found else latex.replace(" ", "")
+
+
+def certainly_equal_to_itself(latex: str) -> bool:
+    r"""Whether ``parse`` is known, without its library, to give something that equals itself.
+
+    Words do. So does what sums, products and small powers of numbers, letters and roots make, in tuples, intervals or
+    alone, as long as nothing is divided by what could be 0: sympy then has a finite value, and what math-verify cannot
+    read stays text. Innermost roots, powers and fractions are struck out until none is left.
+    """
+    if words(latex) is not None:
+        return True
+    if len(latex) > _CANONICAL_LENGTH:
+        return False
+    text, before = latex.replace(" ", ""), ""
+    while text != before:
+        before = text
+        text = _POSITIVE_ROOT.sub(_POSITIVE, text)
+        text = _FINITE_POWER.sub("", _FINITE_ROOT.sub(_FINITE, _FINITE_FRACTION.sub(_FINITE, text)))
+    return bool(_FINITE_TEXT.fullmatch(text))
 
 
 def equal(gold: Any, answer: Any) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.config.schema import DataConfig
 from pipeline.data import DataError
-from pipeline.rewards.judge import Judge
+from pipeline.rewards.judge import judge_of
 from pipeline.rewards.pool import Outcome
 from pipeline.types import Sample, SampleGroup
 
@@ -31,12 +31,13 @@ class VerifierStage:
     says.
 
     The built-in verifiers that are linear in the text run here; the others in processes with ``verifier_timeout_s`` per
-    call. A call that raises, hangs or dies gives reward 0 and a ``verifier_error``; so does an aborted sample.
+    call and ``verifier_budget_s`` for all. A call that raises, hangs, dies or comes too late gives reward 0 and a
+    ``verifier_error``; so does an aborted sample.
     """
 
     def __init__(self, config: DataConfig, tokenizer: Decoder) -> None:
         self._tokenizer = tokenizer
-        self._judge = Judge(config.verifier_workers, config.verifier_timeout_s)
+        self._judge = judge_of(config)
 
     def verify(self, groups: Sequence[SampleGroup]) -> list[SampleGroup]:
         """The groups with every sample judged. Raises ``UnknownVerifierError`` for a name that nobody registered."""

@@ -1,6 +1,7 @@
 """A verifier by its name: a file of ``verifiers``, or a user's own function.
 
-A name of the form ``module:attribute`` is a user's own function ``(prompt, text) -> float``.
+A name of the form ``module:attribute`` is a user's own function ``(prompt, text) -> float``. Its module is looked for
+in ``data.verifier_folder``, then in the working directory, then where Python finds every module.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ import difflib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import ModuleType
 from typing import Protocol, cast
 
 from pipeline.data import DataError
@@ -39,9 +42,10 @@ class Verifier(Protocol):
         """Why no response could match the prompt's reference answer, with the remedy; "" where one can."""
 
 
-def check_verifier(name: str) -> None:
-    """Raise ``UnknownVerifierError`` unless ``name`` is a file, or a function ``module:attribute`` of (prompt,
-    text).
+def check_verifier(name: str, folder: str = "") -> None:
+    """Raise ``UnknownVerifierError`` unless ``name`` is a file, or a function ``module:attribute`` of (prompt, text).
+
+    ``folder`` (``data.verifier_folder``; "" for none): where its module is looked for first.
     """
     if name in names(_PACKAGE):
         return
@@ -52,30 +56,30 @@ def check_verifier(name: str) -> None:
             f"unknown verifier {name!r}: nearest is {nearest!r}; known: {', '.join(names(_PACKAGE))}, "
             "or 'module:function' for your own"
         )
-    _own_function(name, module, attribute)
+    _own_function(name, module, attribute, folder)
 
 
-def _own_function(name: str, module: str, attribute: str) -> Callable[[Prompt, str], float]:
+def _own_function(name: str, module: str, attribute: str, folder: str) -> Callable[[Prompt, str], float]:
     """A user's function, its module imported. Raises ``UnknownVerifierError`` with what is wrong with it."""
-    folder = str(Path.cwd())
-    if folder not in sys.path:  # the command, unlike `python -m`, does not look for modules where it is called
-        sys.path.append(folder)
     try:
-        function = getattr(importlib.import_module(module), attribute, None)
+        imported = _own_module(module, list(dict.fromkeys(filter(None, (folder, str(Path.cwd()))))))
     except ModuleNotFoundError as error:
-        missing = f"module {error.name!r} is not found" + (
-            "" if error.name == module else f", which {module!r} imports"
-        )
+        imports = "" if error.name and f"{module}.".startswith(f"{error.name}.") else f", which {module!r} imports"
+        tried = f"{folder} (data.verifier_folder), " if folder else ""
         raise UnknownVerifierError(
-            f"verifier {name!r}: {missing}; it must read 'module:function' with the module in the working directory "
-            f"({folder}) or on PYTHONPATH"
+            f"verifier {name!r}: module {error.name!r} is not found{imports}; tried {tried}{Path.cwd()} (the working "
+            "directory) and PYTHONPATH: put it there, or name another as module:function"
         ) from error
-    except Exception as error:  # a user's module may raise anything
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
         raise UnknownVerifierError(
             f"verifier {name!r}: module {module!r} cannot be imported: {type(error).__name__}: {error}"
         ) from error
+    function = getattr(imported, attribute, None)
     if function is None:
-        raise UnknownVerifierError(f"verifier {name!r}: module {module!r} has no function {attribute!r}")
+        raise UnknownVerifierError(
+            f"verifier {name!r}: module {module!r} ({_place(imported)}) has no function {attribute!r}"
+            + _nearest(attribute, imported)
+        )
     if not callable(function):
         raise UnknownVerifierError(f"verifier {name!r}: {attribute!r} is no function but {type(function).__name__}")
     try:
@@ -89,14 +93,52 @@ def _own_function(name: str, module: str, attribute: str) -> Callable[[Prompt, s
     return cast("Callable[[Prompt, str], float]", function)
 
 
+def _own_module(module: str, folders: Sequence[str]) -> ModuleType:
+    """A module, imported from the first of ``folders`` that has it, else from where Python finds it.
+
+    The folders stay at the end of ``sys.path``: what the module imports later is found beside it, and nothing that is
+    installed is hidden. Raises what the import raises; ``ImportError`` where another module of that name is loaded.
+    """
+    sys.path += [folder for folder in folders if folder not in sys.path]
+    importlib.invalidate_caches()
+    top = module.partition(".")[0]
+    spec = PathFinder.find_spec(top, list(folders))
+    if spec is None or spec.origin is None:
+        return importlib.import_module(module)
+    loaded = sys.modules.get(top)
+    if loaded is not None and _place(loaded) != spec.origin:
+        raise ImportError(f"{spec.origin} has the name of {_place(loaded)}, which is loaded: rename it")
+    sys.path.insert(0, str(_folder_of(spec)))
+    try:
+        return importlib.import_module(module)
+    finally:
+        sys.path.remove(str(_folder_of(spec)))
+
+
+def _folder_of(spec: ModuleSpec) -> Path:
+    return Path(str(spec.origin)).parents[1 if spec.submodule_search_locations is not None else 0]
+
+
+def _place(module: ModuleType) -> str:
+    return str(getattr(module, "__file__", None) or "a module of Python's own")
+
+
+def _nearest(attribute: str, module: ModuleType) -> str:
+    near = difflib.get_close_matches(attribute, [name for name, value in vars(module).items() if callable(value)], n=1)
+    return f": did you mean {near[0]!r}?" if near else ""
+
+
 @lru_cache(maxsize=64)
-def make_verifier(name: str) -> Verifier:
-    """The verifier called ``name``, its libraries loaded. Raises ``UnknownVerifierError``."""
-    check_verifier(name)
+def make_verifier(name: str, folder: str = "") -> Verifier:
+    """The verifier called ``name``, its libraries loaded. ``folder``: see ``check_verifier``.
+
+    Raises ``UnknownVerifierError``.
+    """
+    check_verifier(name, folder)
     if name in names(_PACKAGE):
         return cast("Verifier", load(_PACKAGE, name).Verifier())
     module, _, attribute = name.partition(":")
-    return _function.Verifier(_own_function(name, module, attribute))
+    return _function.Verifier(_own_function(name, module, attribute, folder))
 
 
 @cache

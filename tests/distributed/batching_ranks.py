@@ -35,7 +35,7 @@ def train(rank, world, address, folder, tp, pp, batches, config):
     """Log-probs and full gradients of the first batch, then statistics of an update on each and the weights after."""
     align = config.pop("align", 1)  # what sequence parallelism and FP8 ask for
     made = learner(rank, world, address, folder, tp, pp, **config)
-    made._cut = replace(made._cut, align=align)
+    made.dealer = replace(made.dealer, cut=replace(made.dealer.cut, align=align))
     log_probs, grads = made.log_probs(batches[0]), gradients(made, batches[0])
     stats = [made.update(rows, step) for step, rows in enumerate(batches)]
     weights = exported(made)

@@ -1,11 +1,16 @@
 """What every process of ``test_execute.py`` runs; results are compared there."""
 
+from contextlib import closing
+from dataclasses import replace
+
 import torch
-import torch.distributed as dist
+from torch.distributed import TCPStore
 
 from pipeline.model import fp8, fp8_layout
 from pipeline.model.layout import rows
-from pipeline.reshard.execute import DTYPES, EngineShards, LearnerShards, QuantisedShards, execute
+from pipeline.reshard.execute import DTYPES, EngineShards, LearnerShards, Mover, QuantisedShards
+from pipeline.reshard.link import Link
+from pipeline.reshard.order import Order, PlanInputs
 from pipeline.reshard.plan import make_plan
 
 
@@ -34,27 +39,29 @@ def move(rank, world, address, case, bucket_bytes, dtype):
     """Execute the plan of ``case``; names of engine tensors that are not bitwise as gathered and sliced, what moved,
     the plan's figures.
     """
-    dist.init_process_group("gloo", init_method=f"tcp://{address[0]}:{address[1]}", rank=rank, world_size=world)
-    try:
-        model, learner, engines, placement = case
-        plan = make_plan(model, learner, engines, placement, bucket_bytes, dtype, smallest_share=64)
-        full = full_tensors(model, DTYPES[4 if dtype == "fp32" else 2])
-        reader = engine = EngineShards({})
-        if rank < learner.world_size:
-            held = LearnerShards(rows(model, learner), learner, rank, local_parameters(model, learner, rank, full))
-            reader = QuantisedShards(held, keep_bytes=1 << 15) if dtype == "fp8" else held
-        if rank in {placement.engine_process(number) for number in range(engines.world_size)}:
-            engine = EngineShards.empty(plan, rank)
-        moved = execute(plan, plan.tasks(rank), rank, reader, engine)
-        for tensor in plan.tensors:
-            if tensor.quantise == "before" and tensor.item_size == 1:
-                full[tensor.name], full[fp8_layout.scale_name(tensor.name)] = fp8.quantise(full[tensor.name])
-        wrong = wrong_shards(plan, rank, engine, full)
-        traffic = plan.traffic()[:, :, :, rank]
-        peak = max(traffic[1:3].sum((0, 1)).max(), traffic[3].sum(0).max())
-        return wrong, moved, int(plan.bounds.ingress[rank]), int(traffic[1:, 0].sum()), int(peak), plan.buckets
-    finally:
-        dist.destroy_process_group()
+    model, learner, engines, placement = case
+    plan = make_plan(model, learner, engines, placement, bucket_bytes, dtype, smallest_share=64)
+    full = full_tensors(model, DTYPES[4 if dtype == "fp32" else 2])
+    reader = engine = EngineShards({})
+    if rank < learner.world_size:
+        held = LearnerShards(rows(model, learner), learner, rank, local_parameters(model, learner, rank, full))
+        reader = QuantisedShards(held, keep_bytes=1 << 15) if dtype == "fp8" else held
+    if rank in {placement.engine_process(number) for number in range(engines.world_size)}:
+        engine = EngineShards.empty(plan, rank)
+    store = TCPStore(*address, is_master=True, wait_for_workers=False) if rank == 0 else None
+    order = Order(0, 0, PlanInputs("", learner, engines, placement, bucket_bytes, dtype), "", address, 0, 60.0)
+    with closing(Link(order, rank, torch.device("cpu"))) as link:
+        link.meet(order, "ready")
+        moved = Mover.of(plan, rank).move(reader, engine, link)
+        link.meet(replace(order, number=1), "done")  # the store stays until all are through
+    del store
+    for tensor in plan.tensors:
+        if tensor.quantise == "before" and tensor.item_size == 1:
+            full[tensor.name], full[fp8_layout.scale_name(tensor.name)] = fp8.quantise(full[tensor.name])
+    wrong = wrong_shards(plan, rank, engine, full)
+    traffic = plan.traffic()[:, :, :, rank]
+    peak = max(traffic[1:3].sum((0, 1)).max(), traffic[3].sum(0).max())
+    return wrong, moved, int(plan.bounds.ingress[rank]), int(traffic[1:, 0].sum()), int(peak), plan.buckets
 
 
 def wrong_shards(plan, rank, engine, full):

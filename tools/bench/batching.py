@@ -25,9 +25,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from megatron_ext import batching, topology
-from megatron_ext.batching import Cut
+from megatron_ext import topology
 from megatron_ext.learner import MegatronLearner
+from pipeline.batching import dealing
+from pipeline.batching.dealing import Cut
 from pipeline.config.schema import LearnerConfig, ModelConfig, ObjectiveConfig
 from pipeline.model import architecture, layout
 from pipeline.model.grid import Grid
@@ -88,7 +89,7 @@ def arithmetic(rows: int, ranks: int) -> dict[str, dict[str, float]]:
     seconds = dict.fromkeys(ways, 0.0)
     for name, cut in {"micro_batch_size": fixed, "max_tokens_per_micro_batch": grid, "with packing": packed}.items():
         start = time.process_time()
-        ways[name] = tokens, batching.micro_batches(tokens, ranks, cut), cut
+        ways[name] = tokens, dealing.micro_batches(tokens, ranks, cut), cut
         seconds[name] = time.process_time() - start
     table = {}
     for name, (widths, dealt, cut) in ways.items():

@@ -37,7 +37,7 @@ import numpy as np
 import tokenizers
 import torch
 
-from megatron_ext import batching
+from pipeline.batching import dealing
 from pipeline.config.schema import DataConfig, RunConfig
 from pipeline.data.tokenizer import Tokenizer, load_tokenizer
 from pipeline.rewards.stage import VerifierStage
@@ -153,9 +153,9 @@ def _engine(call: tuple[Sequence[int], int]) -> tuple[float, bytes]:
 
 def ship(batch: TrainBatch, clock: Clock) -> int:
     """Bytes of all shares, each made, pickled and copied."""
-    cut, total = batching.Cut(max_tokens=BUDGET, packed=True), 0
+    cut, total = dealing.Cut(max_tokens=BUDGET, packed=True), 0
     with clock("pack"):
-        dealt = batching.deal(batch.lengths, batch.auxiliary, RANKS, cut, 1)
+        dealt = dealing.deal(batch.lengths, batch.auxiliary, RANKS, cut, 1)
     made = shares(batch, dealt)
     for _ in dealt:
         with clock("pack"):

@@ -22,12 +22,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import TCPStore
 
 from pipeline.model.architecture import FAMILIES, Architecture, Moe
 from pipeline.model.grid import Grid
 from pipeline.model.layout import Row, rows
 from pipeline.reshard.engine_grid import EngineGrid, Placement
-from pipeline.reshard.execute import EngineShards, LearnerShards, execute
+from pipeline.reshard.execute import EngineShards, LearnerShards, Mover
+from pipeline.reshard.link import Link
+from pipeline.reshard.order import Order, PlanInputs
 from pipeline.reshard.plan import make_plan
 from tools.bench import layouts
 
@@ -203,12 +206,19 @@ def measure(rank: int, case: tuple[Architecture, Grid, EngineGrid, bool], world:
     parameters = _parameters(model, learner, rank) if rank < learner.world_size else {}
     held = LearnerShards(rows(model, learner), learner, rank, parameters) if parameters else EngineShards({})
     plan = make_plan(model, learner, engines, placement, BUCKET_BYTES)
-    tasks = plan.tasks(rank)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if rank == 0 else None
+    address = [("127.0.0.1", store.port if store else 0)]
+    dist.broadcast_object_list(address)
+    inputs = PlanInputs("", learner, engines, placement, BUCKET_BYTES, "bf16")
+    order = Order(0, 0, inputs, "", address[0], 0, 60.0)
+    link = Link(order, rank, torch.device("cpu"))
+    link.meet(order, "ready")
+    mover = Mover.of(plan, rank)
     shards = [EngineShards.empty(plan, rank) for _ in range(2)]
     peers = GatherBroadcast(model, learner, engines, placement, rank)
     seconds: dict[str, list[float]] = {"plan": [], "gather_broadcast": []}
     for _ in range(REPEATS + 1):
-        seconds["plan"].append(_timed(lambda: execute(plan, tasks, rank, held, shards[0])))
+        seconds["plan"].append(_timed(lambda: mover.move(held, shards[0], link)))
         seconds["gather_broadcast"].append(_timed(lambda: peers.run(parameters, shards[1])))
     same = all(torch.equal(part, shards[1].shards[name][1]) for name, (_, part) in shards[0].shards.items())
     received = int(plan.traffic()[1:, 1].sum((0, 1))[rank])

@@ -8,7 +8,7 @@ from math import isfinite
 from typing import Any
 
 from pipeline.rewards.answers import final_answer
-from pipeline.rewards.mathematics import equal, parse
+from pipeline.rewards.mathematics import certainly_equal_to_itself, equal, parse
 from pipeline.rewards.notation import plain_latex, rational
 from pipeline.types import Prompt
 
@@ -72,9 +72,9 @@ def references(answer: Any) -> Sequence[str]:
 
 
 def certainly_mathematics(answer: Any) -> bool:
-    """Whether ``answer`` is a plain number, which needs no library to be known to equal itself."""
+    """Whether ``answer`` needs no library to be known to equal itself."""
     try:
-        return all(rational(reference) is not None for reference in references(answer))
+        return all(rational(each) is not None or certainly_equal_to_itself(each) for each in references(answer))
     except ValueError:
         return False
 

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 
 from pipeline.data.special_tokens import eos_token_ids
+from pipeline.data.tokenizer import load_tokenizer
 from pipeline.model import architecture, fp8, layout
 from pipeline.model import folder as model_folder
 from pipeline.model.architecture import Architecture, ModelError
 from pipeline.rollout.engine import EngineError, WeightUpdateError
 from pipeline.rollout.native.decoder import Decoder, KeyValues, computes
+from pipeline.rollout.native.response_end import ResponseEnd
 from pipeline.rollout.native.sampling import draw, nucleus, uniform_top, uniforms
 from pipeline.rollout.update_session import UpdateSession
 from pipeline.types import Cuts, EngineHealth, GenerateRequest, Sample, SampleGroup, WeightBucket, WeightSpan
@@ -39,9 +41,12 @@ class NativeEngine:
         eos_token_ids: tuple[int, ...] | None = None,
         max_batch_rows: int = 1024,
         weight_sync_timeout_s: float = 600.0,
+        stop: tuple[str, ...] = (),
+        stop_token_ids: tuple[int, ...] = (),
     ) -> None:
         """``eos_token_ids`` end a response; None: read them from the model folder. ``max_batch_rows`` bounds memory.
 
+        ``stop`` and ``stop_token_ids``: texts and token ids that end a response too (``rollout.stop``).
         ``weight_sync_timeout_s``: how long an update waits for the running batch.
         """
         self._timeout_s = weight_sync_timeout_s
@@ -50,7 +55,8 @@ class NativeEngine:
         self._lock = threading.Lock()  # an update waits for the running batch, and the other way round
         self._abort = threading.Event()
         self._model: Architecture | None = None
-        self._eos: tuple[int, ...] = ()
+        self._stop, self._stop_token_ids = stop, stop_token_ids
+        self._end = ResponseEnd(())
         self._decoder: Decoder | None = None  # None: nothing consistent is loaded
         self._version = 0
         self._session: UpdateSession | None = None
@@ -70,7 +76,9 @@ class NativeEngine:
             raise EngineError(f"native engine: {error}") from error
         tensors = {name: folder.tensor(name) for name in layout.tensor_shapes(model)}
         self._model, self._decoder, self._version = model, Decoder(model, tensors), 0
-        self._eos = eos_token_ids(hf_path) if self._eos_override is None else self._eos_override
+        ids = eos_token_ids(hf_path) if self._eos_override is None else self._eos_override
+        tokenizer = load_tokenizer(hf_path) if self._stop else None
+        self._end = ResponseEnd((*ids, *self._stop_token_ids), self._stop, tokenizer)
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[SampleGroup]:
         """One group per request, in order. Raises ``EngineError`` while no consistent weights are loaded."""
@@ -85,7 +93,7 @@ class NativeEngine:
             drawn: list[_Drawn] = []
             size = self._batch_rows(decoder.model, rows)
             for first in range(0, len(rows), size):
-                drawn += _decode(decoder, rows[first : first + size], self._eos, self._abort)
+                drawn += _decode(decoder, rows[first : first + size], self._end, self._abort)
             return _as_groups(requests, drawn, version)
 
     def begin_update(self, version: int) -> None:
@@ -212,7 +220,7 @@ def _as_groups(requests: Sequence[GenerateRequest], drawn: list[_Drawn], version
 
 
 @torch.inference_mode()
-def _decode(decoder: Decoder, rows: Sequence[_Row], eos: tuple[int, ...], abort: threading.Event) -> list[_Drawn]:
+def _decode(decoder: Decoder, rows: Sequence[_Row], end: ResponseEnd, abort: threading.Event) -> list[_Drawn]:
     """Draw all rows of one batch, token by token, dropping finished rows once they are half of the batch."""
     limits = torch.tensor([row.limit for row in rows])
     longest = int(limits.max())
@@ -220,7 +228,6 @@ def _decode(decoder: Decoder, rows: Sequence[_Row], eos: tuple[int, ...], abort:
     shares = torch.tensor([row.top_p for row in rows], dtype=torch.float32)[:, None]
     cuts = [row.cuts for row in rows]
     numbers = uniforms(torch.tensor([row.seed for row in rows], dtype=torch.int64), longest)
-    stop_tokens = torch.tensor(eos, dtype=torch.int64)
     batch = _prefill(decoder, [row.prompt for row in rows], longest)
     tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
     log_probs = torch.zeros(len(rows), longest)
@@ -233,7 +240,7 @@ def _decode(decoder: Decoder, rows: Sequence[_Row], eos: tuple[int, ...], abort:
         tokens[live, t] = token
         log_probs[live, t] = scaled.gather(1, token[:, None]).squeeze(1)
         lengths[live] += running
-        stopped[live] |= running & torch.isin(token, stop_tokens)
+        stopped[live] |= running & end.reached(tokens[live, max(0, t + 1 - end.window) : t + 1])
         running &= ~stopped[live] & (t + 1 < limits)
         remaining = int(running.sum())
         if remaining == 0 or abort.is_set():

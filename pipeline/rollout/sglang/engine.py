@@ -318,7 +318,9 @@ class SglangEngine:
             "temperature": request.temperature,
             "top_p": request.top_p,
             "max_new_tokens": request.max_new_tokens,
-            "stop_token_ids": list(self._eos),
+            "stop_token_ids": [*self._eos, *self._config.stop_token_ids],
+            "stop": self._config.stop,
+            "no_stop_trim": True,  # what ended a response was drawn by the policy, and is trained on
             "sampling_seed": seed,
         }
 

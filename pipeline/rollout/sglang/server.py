@@ -154,7 +154,8 @@ class SglangServer:
             *("--host", "127.0.0.1", "--port", str(port), "--dtype", self._dtype),
             *("--tensor-parallel-size", str(config.tensor_parallel_size), "--random-seed", str(self._seed % 2**31)),
             *("--mem-fraction-static", str(settings.mem_fraction_static), "--weight-version", "0"),
-            *("--skip-tokenizer-init", "--log-level", "warning"),
+            *("--log-level", "warning"),
+            *(() if config.stop else ("--skip-tokenizer-init",)),  # it looks for texts in what it decodes
             *(() if self._load_weights else ("--load-format", "dummy")),
             *(("--max-total-tokens", str(settings.max_total_tokens)) if settings.max_total_tokens else ()),
             *(("--attention-backend", backend) if backend else ()),

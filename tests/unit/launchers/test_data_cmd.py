@@ -48,11 +48,66 @@ def test_check_of_a_configuration_reads_its_own_source(capsys):
 
 def test_bad_lines_end_it_with_2(file, capsys):
     file.write_text(file.read_text() + '{"id": "d"}\n')
-    code, _, err = call(capsys, "data", "check", str(file))
+    code, out, _ = call(capsys, "data", "check", str(file))
     assert code == 2
-    assert f"{file}:4: 'answer' is missing" in err
+    assert f"{file}:4: 'answer' is missing" in out
     code, _, err = call(capsys, "data", "check")
     assert (code, "give a FILE, a --config, or both" in err) == (2, True)
+
+
+def test_every_line_that_cannot_be_used_is_in_the_report(tmp_path, capsys):
+    path = tmp_path / "questions.jsonl"
+    good = json.dumps(LINES[0])
+    bad = [json.dumps(LINES[0] | {"id": f"bad{i}", "answer": None}) for i in range(12)]
+    path.write_text("\n".join([good, *bad, "{", good]))
+    code, out, err = call(capsys, "data", "check", str(path), "--json")
+    found = json.loads(out)
+    assert (code, err, found["questions"]) == (2, "", 1)
+    assert [fault["line"] for fault in found["faults"]] == list(range(2, 16))
+    assert "must read digits,target" in found["faults"][0]["problem"]
+    assert "duplicate id 'a', first on line 1" in found["faults"][-1]["problem"]
+    code, out, _ = call(capsys, "data", "check", str(path))
+    assert (code, "lines that cannot be used: 14; mend or remove:" in out) == (2, True)
+    assert f"{path}:13: " in out
+    path.write_text("\n".join(bad))
+    assert call(capsys, "data", "check", str(path))[0] == 2  # nothing is left to show
+    path.write_text("\n".join(json.dumps(LINES[0] | {"id": i, "answer": None}) for i in range(300)))
+    assert "  ... and 200 more" in call(capsys, "data", "check", str(path))[1]
+
+
+def test_prompts_that_the_model_cannot_take_are_in_the_report(file, capsys):
+    file.write_text(file.read_text() + json.dumps(LINES[0] | {"id": "d", "prompt": "words"}) + "\n")
+    code, out, _ = call(capsys, "data", "check", str(file), "--config", "quickstart.yaml", "--json")
+    assert (code, list(json.loads(out)["not_rendered"])) == (2, ["d"])
+
+
+@pytest.mark.parametrize(
+    "name", ["a #b.jsonl", "a: b.jsonl", "[a].jsonl", "${a}.jsonl", "'.jsonl", "ä\U0001f600.jsonl", "~"]
+)
+def test_a_file_of_any_name_is_read(name, file, capsys, monkeypatch):
+    odd = file.with_name(name)
+    file.rename(odd)
+    monkeypatch.chdir(odd.parent)
+    for given in (str(odd), f"./{name}"):
+        assert answer(capsys, "data", "check", given, "--config", "quickstart.yaml")["questions"] == 3
+        assert answer(capsys, "data", "check", given)["questions"] == 3
+
+
+def test_own_verifiers_are_found_beside_the_configuration(tmp_path, capsys):
+    config = tmp_path / "configs" / "mine.yaml"
+    config.parent.mkdir()
+    (config.parent / "beside_config.py").write_text("def f(prompt, text):\n    return float(text)\n")
+    line = {"verifier": "beside_config:f", "answer": "", "response": "0.5"}
+    (tmp_path / "r.jsonl").write_text(json.dumps(line))
+    (tmp_path / "q.jsonl").write_text(json.dumps({"id": 1, "prompt": "1=", "answer": "", "verifier": line["verifier"]}))
+    config.write_text("defaults: [quickstart.yaml]\ndata: {source: {kind: jsonl, path: ../q.jsonl}}\n")
+    code, out, _ = call(capsys, "data", "grade", str(tmp_path / "r.jsonl"), "--config", str(config), "--json")
+    assert (code, json.loads(out)["reward"]) == (0, 0.5)
+    assert answer(capsys, "data", "check", "--config", str(config))["verifiers"] == {"beside_config:f": 1}
+    code, _, err = call(
+        capsys, "data", "check", str(tmp_path / "q.jsonl"), "--config", str(config), "--set", "data.verifier=nowhere:f"
+    )
+    assert (code, f"tried {config.parent} (data.verifier_folder), " in err) == (2, True)
 
 
 def test_grade_says_what_a_verifier_found(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The laboratory: suites, the table's arithmetic, and a real matrix of two tiny runs."""
 
+import io
 import itertools
 import json
 import math
@@ -12,9 +13,11 @@ from launchers.lab.matrix import is_complete, run_matrix
 from launchers.lab.report import write_report
 from launchers.lab.suite import SuiteConfig, cells, chosen, load_suite
 from pipeline.config.errors import ConfigError
-from pipeline.config.load import load_config, to_yaml
+from pipeline.config.load import PACKAGED, load_config, to_yaml
+from pipeline.methods import all_methods
 from pipeline.monitoring.events import EventLog
 from pipeline.monitoring.summary import read_run
+from tests.command_line import call
 
 KNOWN = {"grpo": ["entropy.controller=none"], "pi": [], "twice": ["entropy.actuator=resample"]}
 
@@ -189,3 +192,33 @@ def test_a_matrix_runs_once_and_reports(tmp_path):
     assert "tests_nowhere" in page
     assert "<svg" in page
     assert (tmp_path / "lab.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_long_suite_says_how_long_and_is_not_started_unasked(capsys, tmp_path, monkeypatch):
+    """Whoever cannot be asked must name the suite; what it would take is said before."""
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    out = tmp_path / "lab"
+    code, _, err = call(capsys, "lab", "run", "--out", str(out))
+    assert code == 2
+    assert "111 runs, 2 at a time; about 56.0 min" in err
+    assert "--suite small" in err
+    assert not out.exists()
+
+
+def test_a_proposed_suite_may_be_declined(capsys, tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr("sys.stdin", Terminal("n\n"))
+    code, _, err = call(capsys, "lab", "run", "--out", str(tmp_path / "lab"))
+    assert code == 0
+    assert "Run it?" in err
+    assert not (tmp_path / "lab").exists()
+
+
+@pytest.mark.parametrize("suite", [path.stem for path in sorted((PACKAGED / "lab").glob("*.yaml"))])
+def test_every_packaged_suite_says_how_long_a_run_takes(suite):
+    known = {name: method.overrides for name, method in all_methods().items() if not method.missing}
+    assert load_suite(suite, known).minutes_per_run > 0

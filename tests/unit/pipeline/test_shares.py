@@ -6,31 +6,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.types import PER_TARGET, PER_TOKEN, TrainBatch, shares
-from tests.grids import rows_of
+from pipeline.types import PER_TARGET, PER_TOKEN, shares
+from tests.grids import distinct, rows_of
 
 SIZES = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5)), min_size=1, max_size=12)  # prompt, response
-
-
-def batch(sizes):
-    """Every entry is one of a kind, so that a misplaced one shows."""
-    prompts, targets = (torch.tensor(numbers) for numbers in zip(*sizes, strict=True))
-    rows, per_target = torch.arange(float(len(sizes))), torch.arange(float(targets.sum()))
-    kinds = torch.tensor([False, True]).repeat(len(sizes))
-    return TrainBatch(
-        tokens=torch.arange(int((prompts + targets).sum()), dtype=torch.int32),
-        loss_mask=kinds.repeat_interleave(torch.stack([prompts, targets], dim=1).flatten()),
-        lengths=prompts + targets,
-        targets=targets,
-        weights=rows,
-        advantages=rows + 0.1,
-        auxiliary=rows > 2,
-        correct=rows > 3,
-        temperatures=rows + 0.2,
-        behavior_log_probs=-per_target,
-        old_log_probs=-per_target - 0.5,
-        positive_weights=rows + 0.3,
-    )
 
 
 def rows(whole):
@@ -42,7 +21,7 @@ def rows(whole):
 
 @given(SIZES, st.data())
 def test_taken_rows_are_those_rows(sizes, data):
-    whole = batch(sizes)
+    whole = distinct(sizes)
     chosen = data.draw(st.lists(st.integers(0, len(sizes) - 1), max_size=8))
     taken = whole.take(torch.tensor(chosen, dtype=torch.int64))
     assert rows(taken) == [rows(whole)[row] for row in chosen]
@@ -52,9 +31,16 @@ def test_taken_rows_are_those_rows(sizes, data):
     }
 
 
+def test_all_rows_in_turn_are_the_batch_itself():
+    whole = distinct([(1, 2), (3, 1)])
+    assert whole.take(torch.arange(2)) is whole
+    assert rows(whole.take(torch.tensor([1, 0]))) == rows(whole)[::-1]
+    assert whole.take(torch.arange(1)).rows == 1
+
+
 @given(SIZES, st.integers(1, 3), st.data())
 def test_shares_hold_every_row_once_and_know_its_place(sizes, ranks, data):
-    whole = batch(sizes)
+    whole = distinct(sizes)
     order = data.draw(st.permutations(range(len(sizes))))
     dealt = [[[list(order[rank::ranks][:2]), []], [list(order[rank::ranks][2:])]] for rank in range(ranks)]
     made = [pickle.loads(pickle.dumps(share)) for share in shares(whole, dealt)]

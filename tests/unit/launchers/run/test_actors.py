@@ -1,8 +1,12 @@
 """What the actors' classes do, without Ray."""
 
+import pytest
+import ray
 import torch
 
-from launchers.run.actors import LOCALHOST, LearnerRank
+from launchers.run.actors import LOCALHOST, SENT_BYTES, LearnerRank, RayLearner
+from pipeline.batching.dealing import Cut, Dealer
+from tests.grids import distinct
 
 
 class Learner:
@@ -24,3 +28,20 @@ def test_every_rank_computes_and_rank_0_alone_answers():
         assert actor.learner.calls == 1
     assert answers[0]["entropy"].shape == (4,)
     assert answers[1:] == [None, None]
+
+
+@pytest.mark.parametrize("targets", [3, SENT_BYTES // 4])
+def test_every_rank_is_given_its_share_and_a_large_one_lies_in_shared_memory_once(targets, monkeypatch):
+    """Four ranks, two of which hold each share."""
+    monkeypatch.setattr(ray, "put", lambda share: ("put", share))
+    learner = RayLearner.__new__(RayLearner)
+    learner.dealer = Dealer(Cut(max_rows=1), ranks=2, updates=1)
+    learner.ranks, learner.data_parallel_ranks = ["a", "b", "c", "d"], [0, 0, 1, 1]
+    batch = distinct([(1, targets)] * 2)
+    given = learner._shared(batch, for_update=True)
+    assert [rank for rank, _ in given] == learner.ranks
+    shares = [share for _, share in given]
+    assert [[id(each) for each in shares].index(id(share)) for share in shares] == [0, 0, 2, 2]
+    large = targets > 3
+    assert all(isinstance(share, tuple) == large for share in shares)
+    assert all((share[1] if large else share).batch.rows == 1 for share in shares)

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.keys import leaf_keys
-from pipeline.config.load import PACKAGED, config_hash, document, load_config, resolve_path, to_yaml
+from pipeline.config.load import PACKAGED, config_hash, document, load_config, override, resolve_path, to_yaml
 
 WRONG = {
     "an integer": ["x", 1.5, True, [1], {"a": 1}, None],
@@ -226,3 +226,36 @@ def test_a_path_that_is_not_there_is_told_whole(tmp_path, monkeypatch):
     with pytest.raises(ConfigError) as caught:
         load_config(Path("quickstart.yaml"), overrides)
     assert [(p.key, p.value) for p in caught.value.problems] == [("data.source.path", str(tmp_path / "no.jsonl"))]
+
+
+def test_own_verifiers_belong_to_the_folder_of_the_file_that_names_them(tmp_path):
+    """And stay there, in the run's own config.yaml, however the run is resumed."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    base, top = tmp_path / "a" / "base.yaml", tmp_path / "b" / "top.yaml"
+    base.write_text("defaults: [quickstart.yaml]\ndata: {verifier: 'mine:score'}\n")
+    top.write_text(f"defaults: [{base}]\n")
+
+    def folder(path, *overrides):
+        return load_config(path, overrides).data.verifier_folder
+
+    assert folder(base) == folder(top) == str(base.parent)
+    assert folder(top, "data.verifier=other:score") == str(top.parent)
+    assert folder(top, "data.verifier=exact") == ""
+    assert folder(top, f"data.verifier_folder={tmp_path}") == str(tmp_path)
+    top.write_text(f"defaults: [{base}]\ndata: {{verifier_folder: ../a}}\n")
+    assert Path(folder(top)).resolve() == base.parent
+    saved = tmp_path / "config.yaml"
+    saved.write_text(to_yaml(load_config(base)))
+    assert folder(saved) == str(base.parent)
+
+
+@pytest.mark.parametrize(
+    "text", ["a b", "a: b", "#a", "[a]", "${a}", r"\${a}", "'", '"', "\x7fa", "ä\U0001f600", "~", "", "010", "a\nb"]
+)
+def test_an_override_means_its_text_and_so_does_what_is_written(text, tmp_path):
+    config = load_config("quickstart.yaml", [override("data.system_prompt", text)], check=False)
+    assert config.data.system_prompt == text
+    for write in (to_yaml, document):
+        (tmp_path / "config.yaml").write_text(write(config))
+        assert load_config(tmp_path / "config.yaml", check=False) == config

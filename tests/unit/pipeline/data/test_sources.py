@@ -263,3 +263,21 @@ def test_reasoning_gym_errors(byte_tokenizer):
         gym(size=0)
     with pytest.raises(DataError, match="JSON cannot carry"):
         gym("rearc")
+
+
+def test_a_chat_template_file_and_its_variables_reach_the_prompt(byte_tokenizer, tmp_path):
+    template = tmp_path / "chat.jinja"
+    template.write_text("{{ opening }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}")
+    config = {"kind": "jsonl", "path": write(tmp_path / "q.jsonl", question(1)), "held_out": 0.0, "chat_template": True}
+    more = {"chat_template_file": str(template), "chat_template_kwargs": {"opening": "so: "}, "system_prompt": "s"}
+    (prompt,) = load(byte_tokenizer, **config, **more).train
+    assert prompt.text == "so: [system]s[user]1+1="
+    with pytest.raises(DataError, match=r"chat_template_file=.*absent\.jinja: cannot be read"):
+        load(byte_tokenizer, **config, chat_template_file=str(tmp_path / "absent.jinja"))
+
+
+@pytest.mark.parametrize(("key", "meant"), [("question", "prompt"), ("ground_truth", "answer"), ("solution", "answer")])
+def test_what_other_data_sets_call_a_key(tokenizer, tmp_path, key, meant):
+    path = write(tmp_path / "q.jsonl", {"id": 1, key: "1"})
+    with pytest.raises(DataError, match=f"unknown key '{key}', nearest is '{meant}'"):
+        load(tokenizer, kind="jsonl", path=path)

@@ -159,3 +159,12 @@ def test_byte_level_text_is_the_library_s(byte_level, sequences):
     kept = [[token for token in ids if token not in ends] for ids in sequences]
     expected = backend.decode_batch(kept, skip_special_tokens=False)
     assert tokenizer.decode_batch([np.array(ids, np.int64) for ids in sequences]) == expected
+
+
+def test_a_template_of_ones_own_with_variables(folder):
+    """No template in the folder is needed then."""
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ sign }}"
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.render_chat([{"role": "user", "content": "1+2"}], "", template, {"sign": "="}) == "1+2="
+    with pytest.raises(DataError, match=r"data\.chat_template_file refuses messages with roles \['user'\]: no"):
+        tokenizer.render_chat([{"role": "user", "content": "1"}], "", "{{ raise_exception('no') }}")

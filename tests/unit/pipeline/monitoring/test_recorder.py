@@ -240,8 +240,9 @@ def test_progress_shows_the_end(tmp_path, terminal):
     recorder._progress.close()
     assert "step 400/400" in output.getvalue()
     assert "T+ 1.20 (reweight)" in output.getvalue()
+    assert "entropy at the start: 0." in output.getvalue()
     if not terminal:
-        assert output.getvalue().count("\n") == 20
+        assert output.getvalue().count("\n") == 20 + 3  # of the note after the first step
 
 
 def test_attempts_are_counted_and_a_fault_knows_its_step(tmp_path):

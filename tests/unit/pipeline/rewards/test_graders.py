@@ -1,13 +1,19 @@
 """What verifiers say of known responses: ``graders.jsonl``, and further spellings of the same kinds."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from pipeline.config.schema import DataConfig
+from pipeline.data.jsonl import read_jsonl
 from pipeline.rewards.answers import canonical_answer, final_answer, grouped_answers
+from pipeline.rewards.mathematics import certainly_equal_to_itself, equal, parse
+from pipeline.rewards.notation import plain_latex
+from pipeline.rewards.pool import VerifierPool
 from pipeline.rewards.verifier import make_verifier
 from pipeline.types import Prompt
 
@@ -162,3 +168,109 @@ def test_references_that_nothing_could_match_are_refused(verifier, answer):
 @pytest.mark.parametrize("case", CASES, ids=[f"{i}" for i in range(len(CASES))])
 def test_references_of_the_known_responses_are_accepted(case):
     assert make_verifier(case["verifier"]).refusal(Prompt("q", (1,), "", case["answer"], case["verifier"], {})) == ""
+
+
+PARTS = (
+    *(
+        "1",
+        "2",
+        "0",
+        "10",
+        "3.5",
+        "x",
+        "y",
+        "e",
+        "i",
+        "n",
+        "I",
+        "S",
+        "Q",
+        "+",
+        "-",
+        "(",
+        ")",
+        "[",
+        "]",
+        ",",
+        "/",
+        "=",
+        "!",
+    ),
+    *(
+        r"\pi",
+        r"\infty",
+        r"\theta ",
+        r"\sqrt{2}",
+        r"\sqrt{x-x}",
+        r"\sqrt{",
+        r"\frac{",
+        r"\frac{1}{2}",
+        r"\frac{x+1}{3y}",
+    ),
+    *(r"\frac{1}{", "}", "{", "^2", "^{3}", "^{", "yes", r"\text{no}"),
+)
+
+
+@given(st.lists(st.sampled_from(PARTS), min_size=1, max_size=9).map("".join))
+@settings(max_examples=150, deadline=None)
+def test_what_is_accepted_without_the_library_it_accepts_too(latex):
+    plain = plain_latex(latex)
+    assume(plain and certainly_equal_to_itself(plain))
+    assert equal(parse(plain), parse(plain))
+
+
+@pytest.mark.parametrize(
+    ("latex", "certain"),
+    [
+        *(
+            (latex, True)
+            for latex in (r"\frac{1-\sqrt{5}}{2}", r"[0,\infty)", "(1,2)", "(x+1)^2", r"\frac{3}{\sqrt{2}}")
+        ),
+        *((latex, True) for latex in (r"\text{Tuesday}", r"x^2+3x-5", r"\frac{\frac{1}{2}}{3}", r"2\sqrt{3}", r"4\pi")),
+        *(
+            (latex, False)
+            for latex in (r"\frac{1}{0}", r"\frac{1}{x-x}", r"\infty-\infty", "0^{-1}", "10^{10^{10}}", "5!")
+        ),
+        *(
+            (latex, False)
+            for latex in (
+                r"\frac{1}{\sqrt{x-x}}",
+                "1=2",
+                "1/0",
+                r"\log(0)",
+                r"\frac{x}{0y}",
+                "9" * 200,
+                "a" * 150 + "!",
+            )
+        ),
+    ],
+)
+def test_what_is_accepted_without_the_library(latex, certain):
+    assert certainly_equal_to_itself(plain_latex(latex)) == certain
+
+
+def test_ten_thousand_latex_references_are_read_in_a_second(tmp_path):
+    """One by one through the library, they took a minute."""
+    file = tmp_path / "many.jsonl"
+    lines = (
+        {"id": i, "prompt": "?", "answer": rf"\frac{{{i}}}{{7}}+\sqrt{{{i + 2}}}", "verifier": "math"}
+        for i in range(10_000)
+    )
+    file.write_text("\n".join(map(json.dumps, lines)))
+    started = time.process_time()
+    assert len(read_jsonl(file, DataConfig())) == 10_000
+    assert time.process_time() - started < 5
+
+
+def test_references_tried_together_are_told_apart():
+    """One that takes too long costs its own line alone, not those that were tried with it."""
+    pool = VerifierPool("math", "", workers=1, timeout=3)
+    try:
+        answers = [rf"\{{{i}, x\}}" for i in range(30)]
+        answers[7] = "10^{10^{10}}"
+        answers[9] = "2^{3^{4^{5^{6}}}}"
+        asked = [Prompt(f"q{i}", (1,), "", answer, "math", {}) for i, answer in enumerate(answers)]
+        refused = {i: reason for i, reason in enumerate(pool.refusals(asked)) if reason}
+        assert set(refused) <= {7, 9}
+    finally:
+        pool.close()

@@ -2,11 +2,13 @@ import os
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pipeline.config.schema import DataConfig
+from pipeline.rewards.pool import VerifierPool
 from pipeline.rewards.stage import VerifierFailedError, VerifierStage, stop_if_none_was_judged
 from pipeline.rewards.verifier import UnknownVerifierError
 from pipeline.types import Prompt, Role, Sample, SampleGroup, WeightSpan
@@ -32,6 +34,18 @@ class Mute(Exception):
 
 def mute(prompt, text):
     raise Mute
+
+def slow(prompt, text):
+    time.sleep(int(text[0]) / 10)
+    return 1.0
+
+def forking(prompt, text):
+    import subprocess
+    one = subprocess.Popen(["sleep", "1000"])
+    two = os.fork() or time.sleep(1000)
+    with open(prompt.answer, "a") as file: file.write(f"{one.pid} {two} ")
+    time.sleep(60 if text == "6" else 0)
+    return 1.0
 
 def odd(prompt, text):
     if text == "1": raise Odd(1, 2)
@@ -144,6 +158,57 @@ def test_a_broken_pool_is_replaced(stage, own):
     errors = [s.verifier_error for s in second.samples]
     assert (errors[0], errors[2]) == ("", "")
     assert errors[1] != ""  # an exception that cannot be sent between processes breaks the pool again
+
+
+def test_what_exceeds_the_steps_budget_is_marked(own):
+    """One process, seven calls of half a second: the second that is given is used up, then the rest has no verdict."""
+    slow = VerifierStage(DataConfig(verifier_workers=1, verifier_budget_s=1.3), Characters())
+    try:
+        started = time.monotonic()
+        (judged,) = slow.verify([group("own_judge:slow", "", ["5", "5+", "5-", "5*", "5++", "5=", "5=="])])
+        assert time.monotonic() - started < 12  # the import of the verifier's process included
+        errors = [sample.verifier_error for sample in judged.samples]
+        assert errors[0] == ""
+        assert errors[-1].startswith("no verdict: the 1.3 s for 7 responses were used up (data.verifier_budget_s)")
+        (again,) = slow.verify([group("own_judge:slow", "", ["0"])])
+        assert verdicts(again) == [("0", 1.0, True, "")]
+    finally:
+        slow.close()
+
+
+def test_a_hundred_calls_that_hang_do_not_take_ten_minutes():
+    pool = object.__new__(VerifierPool)
+    pool.timeout, pool._workers = 5.0, 1
+    assert pool.budget(100) == 55.0
+    pool._workers = 16
+    assert pool.budget(16_384) == pytest.approx(286)  # a quarter of a second each
+
+
+def test_what_a_verifier_forked_ends_with_it(own, tmp_path):
+    """After a call that hangs, and after the pool is closed."""
+    forked = tmp_path / "forked"
+    stage = VerifierStage(DataConfig(verifier_timeout_s=0.7, verifier_workers=1), Characters())
+    stage.verify([group("own_judge:forking", str(forked), ["6"])])
+    assert gone(forked) == 2
+    stage.verify([group("own_judge:forking", str(forked), ["7"])])
+    assert gone(forked, wait=0.5) == 2
+    stage.close()
+    assert gone(forked) == 4
+
+
+def gone(forked, wait=10.0):
+    """How many of the processes named in the file do not run, when all have ended or ``wait`` seconds are over."""
+    pids, end = [int(pid) for pid in forked.read_text().split()], time.monotonic() + wait
+    while (alive := sum(map(running, pids))) and time.monotonic() < end:
+        time.sleep(0.05)
+    return len(pids) - alive
+
+
+def running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_unknown_names_stop_the_run(stage, own):

@@ -1,4 +1,5 @@
 import itertools
+import json
 import sys
 
 import numpy as np
@@ -112,8 +113,12 @@ def test_users_own_function(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("no_such_module:f", "module 'no_such_module' is not found"),
-        ("own_verifier:whole", "module 'own_verifier' has no function 'whole'"),
+        (
+            "no_such_module:f",
+            "module 'no_such_module' is not found; tried .* \\(the working directory\\) and PYTHONPATH",
+        ),
+        ("own_verifier.rewards:f", "module 'own_verifier.rewards' is not found"),
+        ("own_verifier:on", "module 'own_verifier' \\(.*own_verifier.py\\) has no function 'on': did you mean 'one'?"),
         ("own_verifier:number", "'number' is no function but int"),
         ("own_verifier:one", r"it takes \(text\), and is called with \(prompt, text\)"),
         ("needs_more:f", "module 'no_such_library' is not found, which 'needs_more' imports"),
@@ -130,6 +135,29 @@ def test_users_own_function_is_refused_by_what_is_wrong(name, said, tmp_path, mo
     sys.modules.pop("own_verifier", None)
     with pytest.raises(UnknownVerifierError, match=said):
         check_verifier(name)
+
+
+def test_a_users_module_is_looked_for_beside_the_configuration_then_in_the_working_directory(tmp_path, monkeypatch):
+    beside, here = tmp_path / "beside", tmp_path / "here"
+    for folder, value in ((beside, 0.5), (here, 0.25)):
+        folder.mkdir()
+        (folder / "twice_there.py").write_text(f"def f(prompt, text):\n    return {value}\n")
+    (beside / "json.py").write_text("def f(prompt, text):\n    import twice_there\n    return 0.75\n")
+    (here / "only_here.py").write_text("def f(prompt, text):\n    return 0.125\n")
+    monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.chdir(here)
+    assert make_verifier("twice_there:f", str(beside)).score(prompt("", ""), "") == 0.5
+    assert make_verifier("only_here:f", str(beside)).score(prompt("", ""), "") == 0.125
+    with pytest.raises(UnknownVerifierError, match=rf"tried {beside} \(data.verifier_folder\), {here} \(the working"):
+        check_verifier("nowhere:f", str(beside))
+    with pytest.raises(UnknownVerifierError, match=f"json.py has the name of {json.__file__}, which is loaded: rename"):
+        check_verifier("json:f", str(beside))
+
+
+def test_a_module_that_ends_python_is_refused(tmp_path):
+    (tmp_path / "own_exit.py").write_text("import sys\nsys.exit(3)\n")
+    with pytest.raises(UnknownVerifierError, match="cannot be imported: SystemExit: 3"):
+        check_verifier("own_exit:f", str(tmp_path))
 
 
 def test_answers():

@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pipeline.config.load import PACKAGED
+from pipeline.data.tokenizer import load_tokenizer
 from pipeline.model import fp8, layout
 from pipeline.model.architecture import parse
 from pipeline.model.checksum import checksum
@@ -21,6 +23,7 @@ from pipeline.types import Cuts, GenerateRequest, Prompt, Role, WeightBucket, We
 from tests.tiny_folder import hf_config, random_tensors, write_folder
 
 EOS = 3
+PM4 = PACKAGED / "model/pm4-100k"
 
 
 @pytest.fixture(scope="module")
@@ -514,3 +517,22 @@ def test_start_refuses_what_it_does_not_compute(tmp_path, family, changes, named
     (folder / "config.json").write_text(json.dumps(hf_config(family, **changes)))
     with pytest.raises(EngineError, match=named):
         NativeEngine().start(folder)
+
+
+def test_stop_texts_and_ids_end_a_response_and_stay_in_it():
+    """pm4's tokenizer has one digit a token: a text of two characters is found across two tokens."""
+    usual, stopping = NativeEngine(eos_token_ids=()), NativeEngine(eos_token_ids=(), stop=("+1",), stop_token_ids=(3,))
+    for each in (usual, stopping):
+        each.start(PM4)
+    asked = [request(load_tokenizer(PM4).encode("1234,10="), range(200), 1.5, 12)]
+    ended = 0
+    for free, sample in zip(usual.generate(asked)[0].samples, stopping.generate(asked)[0].samples, strict=True):
+        ids = free.token_ids.tolist()
+        plus, one = load_tokenizer(PM4).encode("+1")
+        ends = [i for i in range(len(ids)) if ids[i] == 3 or ids[max(0, i - 1) : i + 1] == [plus, one]]
+        cut = ends[0] + 1 if ends else len(ids)
+        assert sample.token_ids.tolist() == ids[:cut]
+        np.testing.assert_allclose(sample.log_probs, free.log_probs[:cut], atol=1e-5)
+        assert sample.finish_reason == ("stop" if ends else "length")
+        ended += bool(ends)
+    assert 20 < ended < 200

@@ -5,15 +5,15 @@ functions.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
 import torch
 
-from megatron_ext.partition import best_fit, partition
-from pipeline.types import PER_TOKEN, TrainBatch
+from pipeline.batching.partition import best_fit, partition
+from pipeline.types import PER_TOKEN, Share, TrainBatch, shares
 
 
 def mini_batches(auxiliary: torch.Tensor, count: int) -> list[torch.Tensor]:
@@ -140,13 +140,13 @@ def _starts(widths: list[int], parts: int, cap: int, max_rows: int) -> list[int]
     """Where runs begin if each takes all it may: ``cap`` positions, ``max_rows`` rows, and no row that another run is
     short of.
     """
-    starts = [0]
-    for row in range(1, len(widths)):
-        rows = row - starts[-1] + 1
-        full = rows * widths[starts[-1]] > cap or 0 < max_rows < rows
-        if full or len(widths) - row <= parts - len(starts):
-            starts.append(row)
-    return starts
+    starts, rows = [0], len(widths)
+    while True:
+        most = min(cap // widths[starts[-1]], max_rows or rows)
+        following = starts[-1] + max(1, min(most, rows - parts + len(starts) - starts[-1]))
+        if following >= rows:
+            return starts
+        starts.append(following)
 
 
 def deal(
@@ -159,6 +159,24 @@ def deal(
         ranked = micro_batches((lengths[mini] - 1).tolist(), ranks, cut)
         dealt.append([[[rows[i] for i in micro] for micro in own] for own in ranked])
     return [[mini[rank] for mini in dealt] for rank in range(ranks)]
+
+
+@dataclass(frozen=True)
+class Dealer:
+    """How one learner deals every batch."""
+
+    cut: Cut
+    ranks: int  # data-parallel
+    updates: int  # mini-batches of an update
+
+    def shares(self, batch: TrainBatch, ranks: Iterable[int], *, for_update: bool) -> Iterator[Share]:
+        """The shares of these data-parallel ranks.
+
+        ``for_update``: in the mini-batches of an update; log-probs and statistics know one mini-batch.
+        """
+        updates = self.updates if for_update else 1
+        dealt = deal(batch.lengths, batch.auxiliary, self.ranks, self.cut, updates)
+        return shares(batch, [dealt[rank] for rank in ranks])
 
 
 def dummy(batch: TrainBatch) -> TrainBatch:

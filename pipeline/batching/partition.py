@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from bisect import bisect_left, insort
+from bisect import bisect_left, insort, insort_left
 from collections.abc import Sequence
 
 Part = tuple[int, list[int]]  # sum, and the items that make it up
@@ -64,9 +64,22 @@ def _spread(solution: list[Part], parts: int) -> int:
 
 
 def _merge(one: list[Part], other: list[Part], parts: int) -> list[Part]:
-    """Both, fullest first as each of them is: what does not fit into ``parts`` is put together, large with small."""
+    """Both, fullest first as each of them is: what does not fit into ``parts`` is put together, large with small.
+
+    The larger list takes the others in, one by one: one of thousands meets a single item most of the time. Of equal
+    sums those of ``one`` come first, then ``other``'s, then those that were put together.
+    """
     both = max(0, len(one) + len(other) - parts)
     alone, rest = len(one) - both, len(other) - both
-    pairs = zip(one[alone:], reversed(other[rest:]), strict=True)
-    merged = one[:alone] + other[:rest] + [(x + y, items + more) for (x, items), (y, more) in pairs]
-    return sorted(merged, key=lambda part: -part[0])
+    pairs = [(x + y, items + more) for (x, items), (y, more) in zip(one[alone:], reversed(other[rest:]), strict=True)]
+    del one[alone:], other[rest:]
+    merged, fewer, insert = (one, other, insort) if alone >= rest else (other, one[::-1], insort_left)
+    for part in fewer:
+        insert(merged, part, key=_falling)
+    for part in pairs:
+        insort(merged, part, key=_falling)
+    return merged
+
+
+def _falling(part: Part) -> int:
+    return -part[0]

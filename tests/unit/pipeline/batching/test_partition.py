@@ -1,11 +1,12 @@
 import itertools
 import math
 import random
+from unittest import mock
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ext.partition import best_fit, partition
+from pipeline.batching.partition import best_fit, partition
 
 LOADS = st.lists(st.integers(0, 1000), max_size=60)
 
@@ -37,6 +38,23 @@ def test_equal_counts(loads, count):
     tuples = [ordered[i : i + count] for i in range(0, len(ordered), count)]
     totals = sums(loads, parts)
     assert max(totals) - min(totals) <= max((most[0] - most[-1] for most in tuples), default=0)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 5), max_size=60), st.integers(1, 9), st.booleans())
+def test_solutions_are_put_together_as_by_one_sort(loads, count, equal_counts):
+    """The same lists as of the method written down plainly, equal sums included."""
+
+    def plain(one, other, parts):
+        both = max(0, len(one) + len(other) - parts)
+        alone, rest = len(one) - both, len(other) - both
+        pairs = zip(one[alone:], reversed(other[rest:]), strict=True)
+        merged = one[:alone] + other[:rest] + [(x + y, items + more) for (x, items), (y, more) in pairs]
+        return sorted(merged, key=lambda part: -part[0])
+
+    found = partition(loads, count, equal_counts=equal_counts)
+    with mock.patch("megatron_ext.partition._merge", plain):
+        assert partition(loads, count, equal_counts=equal_counts) == found
 
 
 @settings(deadline=None)

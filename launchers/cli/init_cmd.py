@@ -1,0 +1,108 @@
+"""``isentrope init``: writes a first configuration for a model and a data file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from pipeline.config.errors import ConfigError
+from pipeline.config.load import load_config, resolve_path
+
+if TYPE_CHECKING:
+    from launchers.plan.propose import Facts
+    from pipeline.evaluation.start import Start
+    from pipeline.types import Prompt
+
+MEASURED = 16  # prompts, with
+SAMPLES = 4  # responses each, of at most
+LONGEST = 256  # tokens
+LARGEST = 1.5e9  # parameters that are measured unasked, on the CPU
+
+
+def init(
+    model: Path = typer.Argument(..., metavar="MODEL", help="Hugging Face folder of the model."),
+    data: Path = typer.Argument(..., metavar="DATA", help="JSONL file: id, prompt or messages, answer a line."),
+    out: Path = typer.Option(Path("my.yaml"), "--out", "-o", help="The configuration to write."),
+    verifier: str = typer.Option("", "--verifier", help="What grades answers; default: what lines name, else math."),
+    gpus: int = typer.Option(0, "--gpus", min=0, help="GPUs for learner and engines together; 0: train on the CPU."),
+    gpu_gib: float = typer.Option(80.0, "--gpu-gib", min=1.0, help="Memory of one GPU, GiB."),
+    measure: bool | None = typer.Option(
+        None, "--measure/--no-measure", help="Draw responses on the CPU and measure the entropy; default: below 1.5B."
+    ),
+) -> None:
+    """Write a commented configuration for a model and a data file, which validates as it is.
+
+    Sizes come from both, the layout fits the GPUs named, and the band is proposed from the entropy that the model has
+    on these data.
+
+    Examples:
+
+      isentrope init models/SmolLM2-135M math.jsonl
+
+      isentrope init models/Qwen3-4B math.jsonl --gpus 8 -o qwen3.yaml
+    """
+    if out.exists():
+        raise ConfigError("--out", str(out), "this file exists", "choose another name, or remove it first")
+    from launchers.plan import propose
+    from pipeline.config.schema import RunConfig
+    from pipeline.data.check import check_data
+    from pipeline.data.sources import check_prompts, load_prompts
+    from pipeline.data.tokenizer import load_tokenizer
+    from pipeline.model import architecture
+
+    folder = resolve_path(model)
+    try:
+        sizes = architecture.read(folder)
+    except architecture.ModelError as error:
+        raise ConfigError("MODEL", str(model), str(error), "give a Hugging Face folder that is served") from error
+    tokenizer = load_tokenizer(folder)
+    settings = RunConfig()
+    settings.data.source.kind, settings.data.source.path = "jsonl", str(data.absolute())
+    settings.data.chat_template = tokenizer.has_template
+    settings.data.verifier = verifier or ("auto" if _names_verifiers(data) else "math")
+    report = check_data(settings, tokenizer)
+    prompts = load_prompts(settings.data, tokenizer, max_prompt_tokens=10**9)
+    facts = propose.Facts(
+        model=sizes,
+        folder=folder,
+        data=data,
+        prompts=report.questions,
+        longest=int(report.lengths["longest"]),
+        verifier=settings.data.verifier,
+        chat=settings.data.chat_template,
+        gpus=gpus,
+        gpu_gib=gpu_gib,
+        start=None,
+    )
+    if measure or (measure is None and facts.parameters <= LARGEST and sizes.moe is None and sizes.mla is None):
+        facts = replace(facts, start=_measured(facts, [*prompts.train, *prompts.held_out][:MEASURED]))
+    written = propose.text(facts, propose.keys(facts))
+    out.write_text(written)
+    config = load_config(out)
+    check_prompts(load_prompts(config.data, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens), config)
+    band = config.entropy.band
+    typer.echo(f"wrote {out}: {report.questions} prompts, band {band.low:g} to {band.high:g} nats per token")
+    typer.echo(f"next: isentrope train --config {out}")
+
+
+def _measured(facts: Facts, prompts: Sequence[Prompt]) -> Start:
+    from pipeline.evaluation.start import measure
+
+    typer.echo(f"measuring the entropy of {len(prompts)} prompts x {SAMPLES} responses on the CPU", err=True)
+    limit = min(LONGEST, facts.model.max_positions - facts.longest)
+    return measure(facts.folder, prompts, samples=SAMPLES, max_new_tokens=limit)
+
+
+def _names_verifiers(data: Path) -> bool:
+    """Whether the first line of a data file names its verifier; a bad one is reported by its reader, later."""
+    try:
+        with data.open(encoding="utf-8") as lines:
+            first = json.loads(next(lines, "{}"))
+    except (OSError, ValueError):
+        return True
+    return isinstance(first, dict) and "verifier" in first

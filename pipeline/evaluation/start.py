@@ -1,0 +1,57 @@
+"""Where a policy starts: its exact entropy and the lengths of its responses on the prompts of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline.model import architecture, layout
+from pipeline.model.folder import Folder
+from pipeline.rollout.native.decoder import Decoder, token_entropies
+from pipeline.rollout.native.engine import NativeEngine
+from pipeline.seeds import sample_seed
+from pipeline.types import GenerateRequest, Prompt, Role
+
+
+@dataclass(frozen=True)
+class Start:
+    """What was measured, at T=1."""
+
+    entropy: float  # nats per response token, exact over the vocabulary
+    tokens: int  # response tokens measured
+    mean_length: float  # tokens of a response
+    truncated: float  # share of responses that ran into the limit
+
+
+def measure(folder: Path, prompts: Sequence[Prompt], *, samples: int, max_new_tokens: int, seed: int = 0) -> Start:
+    """Draw ``samples`` responses to each prompt with the native engine, on the CPU, and measure their entropy.
+
+    ``folder`` is a Hugging Face folder of a dense model. Raises ``EngineError`` where the engine cannot compute it.
+    """
+    engine = NativeEngine()
+    engine.start(folder)
+    requests = [
+        GenerateRequest(
+            prompt,
+            tuple(sample_seed(seed, 0, prompt.id, index, Role.EVALUATION) for index in range(samples)),
+            1.0,
+            max_new_tokens,
+            Role.EVALUATION,
+        )
+        for prompt in prompts
+    ]
+    groups = engine.generate(requests)
+    engine.close()
+    model, stored = architecture.read(folder), Folder(folder)
+    decoder = Decoder(model, {name: stored.tensor(name) for name in layout.tensor_shapes(model)})
+    total, drawn = 0.0, [sample for group in groups for sample in group.samples]
+    for group in groups:
+        for sample in group.samples:
+            row = torch.tensor([[*group.prompt.token_ids, *sample.token_ids.tolist()]])
+            total += float(token_entropies(decoder, row)[0, len(group.prompt.token_ids) - 1 :].sum())
+    tokens = sum(len(sample.token_ids) for sample in drawn)
+    cut = sum(sample.finish_reason == "length" for sample in drawn)
+    return Start(total / tokens, tokens, tokens / len(drawn), cut / len(drawn))

@@ -1,0 +1,84 @@
+"""Computes what the two sides of a weight update compare: the digest of a tensor's bytes, and that of a plan."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import astuple
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from pipeline.reshard.plan import Plan
+
+_WIDTH = 4096  # 64-bit words of a line
+_LENGTH = 0x9E3779B97F4A7C15  # weight of the number of bytes: 2**64 over the golden ratio
+_LINES = 16  # lines added up at a time on a CPU: half a MiB, which stays in its caches
+
+
+def content(tensor: torch.Tensor) -> torch.Tensor:
+    """A 64-bit sum over the bytes of ``tensor``, int64 of shape ``[]`` on its device, computed there.
+
+    The bytes are taken in row-major order, whatever the strides, as 64-bit words in lines of ``_WIDTH``, filled up with
+    zeros. The sum is over ``(column weight + line weight) * word``, and the number of bytes times a weight of its own,
+    modulo 2**64. Weights are odd in sum, so another value of one word always shows; two words that changed places show
+    but for a chance of 2**-63. CPU and CUDA give the same number: addition of integers has no order.
+    """
+    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    size, whole = len(data), len(data) // (8 * _WIDTH)
+    if size % 8:
+        data = torch.nn.functional.pad(data, (0, -size % 8))
+    elif data.storage_offset() % 8:
+        data = data.clone()  # words begin where words may
+    words = data.view(torch.int64)
+    columns, lines = _weights(_WIDTH, data.device, 0), _weights(whole + 1, data.device, 1)
+    rest = words[whole * _WIDTH :]
+    found = ((columns[: len(rest)] + lines[whole]) * rest).sum() + _signed(size * _LENGTH)
+    return found + _sum(words[: whole * _WIDTH].view(whole, _WIDTH), columns, lines) if whole else found
+
+
+def plan_digest(plan: Plan) -> str:
+    """SHA-256 over everything a plan was made from and everything it says: equal where two processes may act on it."""
+    found = hashlib.sha256()
+    inputs = plan.model.record(), astuple(plan.learner), astuple(plan.engines), astuple(plan.placement)
+    tensors = [astuple(tensor) for tensor in plan.tensors]
+    found.update(json.dumps([inputs, plan.bucket_bytes, plan.buckets, tensors]).encode())
+    for block in plan.blocks:
+        for column in (block.tensors, block.turns, block.buckets, *vars(block.pieces).values()):
+            found.update(json.dumps(column.shape).encode())
+            found.update(column.astype(np.int64).tobytes())
+        found.update(json.dumps([block.entry_bytes, block.chunks]).encode())
+    return found.hexdigest()
+
+
+def _sum(words: torch.Tensor, columns: torch.Tensor, lines: torch.Tensor) -> torch.Tensor:
+    """``(columns + lines) * words``, added up without the products: weights times sums of columns and of lines."""
+    step = _LINES if words.device.type == "cpu" else len(words)
+    by_column, by_line = torch.zeros_like(columns), torch.empty_like(lines[: len(words)])
+    for first in range(0, len(words), step):
+        block = words[first : first + step]
+        by_column += block.sum(0)
+        torch.sum(block, 1, out=by_line[first : first + step])
+    return (columns * by_column).sum() + (lines[: len(words)] * by_line).sum()
+
+
+def _signed(number: int) -> int:
+    """``number`` modulo 2**64, as int64 has it."""
+    return (number + 2**63) % 2**64 - 2**63
+
+
+def _weights(count: int, device: torch.device, parity: int) -> torch.Tensor:
+    """At least ``count`` weights, even (0: of columns) or odd (1: of lines)."""
+    return _cached_weights(1 << max(0, count - 1).bit_length(), device, parity)
+
+
+@lru_cache(maxsize=64)
+def _cached_weights(count: int, device: torch.device, parity: int) -> torch.Tensor:
+    """SplitMix64 (Steele, Lea and Flood 2014) of 0, 1, ... (+ 2**32 for lines)."""
+    with np.errstate(over="ignore"):
+        word = (np.arange(1, count + 1, dtype=np.uint64) + np.uint64(parity << 32)) * np.uint64(_LENGTH)
+        word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        word = (word ^ (word >> np.uint64(31))) & np.uint64(2**64 - 2) | np.uint64(parity)
+    return torch.from_numpy(word.view(np.int64)).to(device)

@@ -1,0 +1,75 @@
+"""Says where in an SGLang rank's own parameters each interval belongs that a :class:`Plan` brings there. Pure data.
+
+No sglang here.
+
+The names are SGLang's (0.5.21, under ``sglang/srt/models``), as ``model.named_parameters()`` of a rank gives them:
+query, key and value rows lie one after the other in ``qkv_proj``, gate and up rows in ``gate_up_proj``, an expert's in
+``w13_weight`` and ``w2_weight`` at the number that the expert has on the rank, and DeepSeek's two down projections in
+``fused_qkv_a_proj_with_mqa``. Everything else has its Hugging Face name. FP8 codes and their scales lie alike. Rows of
+the padded vocabulary that no token has are not written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipeline.model.fp8_layout import BLOCK, scale_name
+from pipeline.reshard.plan import Plan
+
+_FUSED: Mapping[str, tuple[str, ...]] = {  # SGLang's layer -> the Hugging Face layers that it holds, in order
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
+}
+_FUSED_EXPERT: Mapping[str, tuple[str, ...]] = {"w13": ("gate_proj", "up_proj"), "w2": ("down_proj",)}
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the first entry that a rank has of a tensor lies: entry ``start`` of ``parameter[index]`` along ``dim``."""
+
+    parameter: str  # SGLang's name
+    index: tuple[int, ...]  # an expert's number on the rank; (): the parameter itself
+    dim: int  # of ``parameter[index]``
+    start: int
+
+    @property
+    def half(self) -> int | None:
+        """Which half of ``parameter[index]``, along ``dim``: 0 gate, 1 up, also where SGLang pads both; else None."""
+        joined = ".gate_up_proj." in self.parameter or ".w13_" in self.parameter
+        return int(self.start > 0) if joined else None
+
+
+def targets(plan: Plan, process: int) -> dict[str, Target]:
+    """The place of every tensor of which ``process``, an engine rank, needs something; by the plan's names.
+
+    A tensor that is quantised after it arrived has a place for its codes and one, under ``scale_name``, for its scales.
+    DeepSeek's attention keeps a copy of ``kv_b_proj`` that SGLang makes anew in the model's ``post_load_weights()``.
+    """
+    dims, lengths = {}, {}
+    for index, span in plan.needs(process).items():
+        tensor = plan.tensors[index]
+        dims[tensor.name], lengths[tensor.name] = tensor.dim, len(span)
+        if tensor.quantise == "after":
+            name = scale_name(tensor.name)
+            dims[name], lengths[name] = tensor.dim, -(-len(span) // BLOCK[tensor.dim])
+    experts = plan.model.moe.experts // plan.engines.ep if plan.model.moe else 0
+    return {name: _target(name, dim, lengths, experts) for name, dim in dims.items()}
+
+
+def _target(name: str, dim: int, lengths: Mapping[str, int], experts: int) -> Target:
+    """``lengths``: entries of the rank's own, by tensor. ``experts``: on a rank."""
+    path, _, leaf = name.rpartition(".")
+    module, _, layer = path.rpartition(".")
+    above, _, number = module.rpartition(".")
+    expert = above.endswith(".experts")
+    for fused, parts in (_FUSED_EXPERT if expert else _FUSED).items():
+        names = [f"{module}.{part}.{leaf}" for part in parts]
+        # Latent attention without query compression has ``q_proj`` and ``kv_a_proj_with_mqa`` as they are.
+        if layer in parts and all(part in lengths for part in names):
+            start = sum(lengths[part] for part in names[: parts.index(layer)])
+            if expert:
+                return Target(f"{above}.{fused}_{leaf}", (int(number) % experts,), dim, start)
+            return Target(f"{module}.{fused}.{leaf}", (), dim, start)
+    return Target(name, (), dim, 0)

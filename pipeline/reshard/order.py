@@ -1,0 +1,72 @@
+"""What every process is told of one weight update, and what an engine's ranks answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import msgspec
+
+from pipeline.model import architecture
+from pipeline.model.grid import Grid
+from pipeline.reshard.engine_grid import EngineGrid, Placement
+from pipeline.reshard.plan import Plan, make_plan
+
+
+@dataclass(frozen=True)
+class PlanInputs:
+    """All that a plan follows from. Every process makes the plan for itself."""
+
+    model_path: str  # a Hugging Face folder that every process can read
+    learner: Grid
+    engines: EngineGrid
+    placement: Placement
+    bucket_bytes: int
+    dtype: str  # a key of ``plan.ITEM_SIZES``
+
+    def plan(self) -> Plan:
+        """The plan, made once in a process.
+
+        Raises what ``make_plan`` raises, and ``ModelError`` on the folder.
+        """
+        return _plan(self)
+
+
+@lru_cache(maxsize=2)
+def _plan(inputs: PlanInputs) -> Plan:
+    model = architecture.read(Path(inputs.model_path))
+    return make_plan(model, inputs.learner, inputs.engines, inputs.placement, inputs.bucket_bytes, inputs.dtype)
+
+
+@dataclass(frozen=True)
+class Order:
+    """One weight update, the same words for every process that takes part."""
+
+    number: int  # of the update in this run; never used twice
+    version: int  # of the weights
+    inputs: PlanInputs
+    plan_digest: str  # of the plan that the driver made
+    store: tuple[str, int]  # host and port of the TCPStore where the processes meet
+    generation: int  # of the process group: a new one is formed when a process is in another
+    timeout_s: float  # for meeting, and again for moving the bytes
+
+    def to_json(self) -> bytes:
+        """For :meth:`from_json` in another process."""
+        return msgspec.json.encode(self)
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Order:
+        """What :meth:`to_json` wrote."""
+        return msgspec.json.decode(text, type=cls)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one rank of an engine says after an update."""
+
+    process: int  # of the plan
+    version: int
+    received_bytes: int  # of weights, from other processes
+    seconds: float
+    error: str = ""  # "": everything arrived, and every digest of what was written agrees with its sender's

@@ -1,0 +1,105 @@
+"""``isentrope init``: what it writes validates, and its layouts fit."""
+
+import json
+
+import pytest
+import yaml
+
+from launchers.plan import propose
+from pipeline.config.errors import ConfigError
+from pipeline.config.load import PACKAGED, load_config
+from pipeline.evaluation.start import measure
+from pipeline.model import architecture
+from pipeline.types import Prompt
+from tests.command_line import call
+
+PM4 = PACKAGED / "model/pm4-100k"
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "my.jsonl"
+    lines = [{"id": f"{i}", "prompt": f"{i:04},10=", "answer": f"{i % 9}"} for i in range(60)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+def test_it_writes_a_configuration_that_validates_as_it_is(capsys, tmp_path, data):
+    out = tmp_path / "my.yaml"
+    code, said, _ = call(capsys, "init", str(PM4), str(data), "--out", str(out), "--verifier", "exact")
+    assert code == 0
+    assert f"isentrope train --config {out}" in said
+    config = load_config(out)
+    assert (config.rollout.max_prompt_tokens, config.data.verifier, config.runtime) == (8, "exact", "inline")
+    start = float(out.read_text().partition("starts at ")[2].split()[0])
+    assert 0.1 < start < 2
+    assert config.entropy.band.low < start / 2 < config.entropy.band.high
+    code, _, said = call(capsys, "init", str(PM4), str(data), "--out", str(out))
+    assert code == 2
+    assert "this file exists" in said
+
+
+def test_without_a_measurement_it_says_so(capsys, tmp_path, data):
+    out = tmp_path / "my.yaml"
+    assert call(capsys, "init", str(PM4), str(data), "--out", str(out), "--no-measure")[0] == 0
+    assert "Not measured" in out.read_text()
+    assert yaml.safe_load(out.read_text())["entropy"]["band"] == {"low": 0.27, "high": 0.33}
+
+
+def test_bad_data_is_reported_as_training_would(capsys, tmp_path):
+    path = tmp_path / "my.jsonl"
+    path.write_text('{"id": 1, "question": "1+1="}\n')
+    code, _, said = call(capsys, "init", str(PM4), str(path), "--out", str(tmp_path / "my.yaml"))
+    assert code == 2
+    assert "my.jsonl:1: unknown key 'question', nearest is 'prompt'" in said
+    assert not (tmp_path / "my.yaml").exists()
+
+
+def facts(data, name, gpus):
+    folder = PACKAGED / "model" / name
+    return propose.Facts(
+        model=architecture.read(folder),
+        folder=folder,
+        data=data,
+        prompts=1000,
+        longest=300,
+        verifier="math",
+        chat=True,
+        gpus=gpus,
+        gpu_gib=80.0,
+        start=None,
+    )
+
+
+@pytest.mark.parametrize(("name", "gpus"), [("qwen3-4b", 4), ("qwen3-4b", 8), ("qwen3-32b", 32)])
+def test_a_layout_uses_the_gpus_named(data, name, gpus, tmp_path):
+    asked = facts(data, name, gpus)
+    keys = propose.keys(asked)
+    path = tmp_path / "my.yaml"
+    path.write_text(propose.text(asked, keys))
+    config = load_config(path)
+    engines = config.rollout.engines * config.rollout.tensor_parallel_size
+    assert config.learner.world_size + engines == gpus
+
+
+def test_too_few_gpus_are_refused(data):
+    with pytest.raises(ConfigError, match=r"2 GPUs of 80 GiB are too few for 32\.8B parameters"):
+        propose.keys(facts(data, "qwen3-32b", 2))
+
+
+def test_the_entropy_that_is_measured_is_the_policys():
+    """A response's entropy by hand: every token's distribution from the prompt and the tokens before it."""
+    import torch
+
+    from pipeline.model import layout
+    from pipeline.model.folder import Folder
+    from pipeline.rollout.native.decoder import Decoder
+
+    prompt = Prompt("p", (1, 2, 3, 4, 14, 1, 0, 13), "", None, "exact")
+    found = measure(PM4, [prompt], samples=1, max_new_tokens=1)
+    model, stored = architecture.read(PM4), Folder(PM4)
+    decoder = Decoder(model, {name: stored.tensor(name) for name in layout.tensor_shapes(model)})
+    hidden, _ = decoder.prefill(torch.tensor([prompt.token_ids]))
+    first = torch.distributions.Categorical(logits=decoder.logits(hidden[:, -1])).entropy()
+    assert found.tokens == 1
+    assert found.entropy == pytest.approx(float(first), rel=1e-5)
