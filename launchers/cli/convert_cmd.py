@@ -104,7 +104,7 @@ def megatron_to_hf(
         from megatron_ext.weights import convert  # torch
 
         report = convert.megatron_to_hf(
-            checkpoint, hf or _model_of(checkpoint), out, dtype, shard_bytes, workers, verify, progress
+            checkpoint, hf or convert.model_of(checkpoint), out, dtype, shard_bytes, workers, verify, progress
         )
     print_result(asdict(report), as_json)
 
@@ -144,20 +144,3 @@ def _bytes(size: str) -> int:
     if not found or float(found[1]) == 0:
         raise typer.BadParameter(f"{size!r} is no size; write e.g. 5GB or 500MiB", param_hint="--shard-size")
     return int(float(found[1]) * _UNITS[found[2] or ""])
-
-
-def _model_of(checkpoint: Path) -> Path:
-    """What describes a checkpoint's model: kept in it by ``hf-to-megatron``, or ``model.hf_path`` of its run."""
-    from megatron_ext.weights import convert, torch_dist
-    from pipeline.config.load import load_config, resolve_path
-
-    kept = torch_dist.find(checkpoint) / convert.KEPT
-    if kept.is_dir():
-        return kept
-    for folder in (checkpoint, *checkpoint.resolve().parents[:3]):
-        if (folder / "config.yaml").is_file():
-            return resolve_path(load_config(folder / "config.yaml", [], check=False).model.hf_path)
-    raise ValueError(
-        f"--checkpoint {checkpoint} holds no {convert.KEPT}/ and is not in a run with a config.yaml: "
-        "give --hf with its config.json and tokenizer"
-    )

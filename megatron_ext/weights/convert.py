@@ -24,6 +24,7 @@ from megatron_ext.weights import torch_dist
 from megatron_ext.weights.parts import Budget, ConversionError, Work
 from megatron_ext.weights.verify import MANIFEST, in_hf
 from megatron_ext.weights.verify import verify as compare
+from pipeline.config.load import load_config, resolve_path
 from pipeline.model import architecture, fp8, fp8_layout, identity, layout
 from pipeline.model.architecture import Architecture, read_config
 from pipeline.model.folder import Files, Folder, check, is_weights
@@ -300,6 +301,23 @@ class _Tensor(Piece):
     @property
     def nbytes(self) -> int:
         return sum(_nbytes(shape, dtype) for dtype, shape in self.places.values())
+
+
+def model_of(checkpoint: Path) -> Path:
+    """What describes a checkpoint's model: kept in it by ``hf_to_megatron``, or ``model.hf_path`` of its run.
+
+    Raises ``ValueError`` where there is neither.
+    """
+    kept = torch_dist.find(checkpoint) / KEPT
+    if kept.is_dir():
+        return kept
+    for folder in (checkpoint, *checkpoint.resolve().parents[:3]):
+        if (folder / "config.yaml").is_file():
+            return resolve_path(load_config(folder / "config.yaml", [], check=False).model.hf_path)
+    raise ValueError(
+        f"--checkpoint {checkpoint} holds no {KEPT}/ and is not in a run with a config.yaml: "
+        "give --hf with its config.json and tokenizer"
+    )
 
 
 def _type_in_hf(row: Row, source: torch_dist.Checkpoint, dtype: str | None) -> torch.dtype:
