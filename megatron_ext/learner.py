@@ -34,7 +34,7 @@ from pipeline.objectives.loss import (
     tempered_at,
 )
 from pipeline.reshard import buckets
-from pipeline.types import EntropyReading, Share, StepStats, TrainBatch, WeightBucket
+from pipeline.types import EntropyReading, Share, StepStats, TrainBatch, WeightBucket, positions
 
 MicroBatch = tuple[TrainBatch, inputs.ModelInputs]  # the rows, and what the model is given for them
 
@@ -109,13 +109,18 @@ class MegatronLearner:
 
     @torch.no_grad()
     def log_probs(self, batch: TrainBatch | Share, *, reference: bool = False) -> torch.Tensor:
-        """T=1 log-probabilities of the targets, on every rank; see ``pipeline.learner.Learner.log_probs``."""
+        """T=1 log-probabilities of the targets; see ``pipeline.learner.Learner.log_probs``.
+
+        Of a share, on the rank that :attr:`speaks` for it; of a whole batch, on every rank.
+        """
         with self._reference_policy() if reference else nullcontext():
             return self._measured(batch, ("log_probs",))["log_probs"]
 
     @torch.no_grad()
     def statistics(self, batch: TrainBatch | Share) -> dict[str, torch.Tensor]:
-        """Log-probs, entropy and moment of the targets, on every rank; see ``pipeline.learner.Learner.statistics``."""
+        """Log-probs, entropy and moment of the targets; see ``pipeline.learner.Learner.statistics``, and
+        :meth:`log_probs` for where.
+        """
         return self._measured(batch, ("log_probs", "entropy", "moment"))
 
     def update(self, batch: TrainBatch | Share, step: int) -> StepStats:
@@ -202,6 +207,11 @@ class MegatronLearner:
         """Which share of a batch is this rank's."""
         return self._topology.dp_rank
 
+    @property
+    def speaks(self) -> bool:
+        """Whether this one, of the ranks with its share of a batch, says what was measured of it."""
+        return self._topology.last_stage and self._topology.tp_rank == 0 and self._topology.cp_rank == 0
+
     def _share(self, batch: TrainBatch | Share, *, for_update: bool) -> Share:
         """This rank's share of ``batch``, if that is not it."""
         if isinstance(batch, Share):
@@ -209,24 +219,33 @@ class MegatronLearner:
         return next(self.dealer.shares(batch, [self.data_parallel_rank], for_update=for_update))
 
     def _measured(self, batch: TrainBatch | Share, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Fields of ``PolicyOutputs`` of all targets of the whole batch, float32 ``[targets]`` each on the CPU, on
+        """Fields of ``PolicyOutputs`` of all targets of a share or a batch, float32 ``[targets]`` each on the CPU.
+
+        Of a share on the ranks of the last stage (elsewhere nothing), without a word between replicas. Of a whole batch
+        on every rank.
+        """
+        share = self._share(batch, for_update=False)
+        (sizes,) = share.micro_batches
+        outputs = self._run(share.batch, 0, sizes, forward_only=True, names=names)
+        # No outputs but on the last stage; an empty micro-batch has a dummy's, which are no row's.
+        real = [values.T for size, values in zip(sizes, outputs, strict=False) if size]
+        own = torch.cat(real, dim=1).float() if real else torch.zeros(len(names), 0, device=self._topology.device)
+        found = own if isinstance(batch, Share) else self._everywhere(own, share)
+        # Copies: pickled, a view takes the storage of all with it.
+        return {name: values.to("cpu", copy=True) for name, values in zip(names, found, strict=True)}
+
+    def _everywhere(self, own: torch.Tensor, share: Share) -> torch.Tensor:
+        """``[names, n]`` of every share, those of each on its last stage, as ``[names, targets]`` of the whole batch on
         every rank.
         """
         topology = self._topology
-        share = self._share(batch, for_update=False)
-        found = torch.zeros(len(names), share.total, device=topology.device)
-        (sizes,) = share.micro_batches
-        outputs = self._run(share.batch, 0, sizes, forward_only=True, names=names)
-        first = 0
-        for size, values in zip(sizes, outputs, strict=False):  # no outputs but on the last stage
-            where = share.positions(first, first + size).to(topology.device)
-            found[:, where] = values[: len(where)].T  # an empty micro-batch has a dummy's, of no place
-            first += size
+        found = torch.zeros(len(own), share.total, device=topology.device)
+        if topology.last_stage:
+            found[:, positions(share.place).to(topology.device)] = own
         for group, ranks in ((topology.dp_group, topology.dp_size), (topology.pp_group, topology.pp_size)):
             if ranks > 1:
                 dist.all_reduce(found, group=group)
-        # Copies: pickled, a view takes the storage of all with it.
-        return {name: values.to("cpu", copy=True) for name, values in zip(names, found, strict=True)}
+        return found
 
     def _accumulate(self, batch: TrainBatch, first: int, sizes: Sequence[int]) -> dict[str, float]:
         """Gradients of one mini-batch, as in :meth:`_run`, into the main gradients; its metric sums, the same on every

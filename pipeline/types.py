@@ -6,7 +6,7 @@ token that the loss is about: one that the policy drew, which the logits at the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from itertools import accumulate
@@ -228,6 +228,11 @@ PER_TARGET = frozenset(
 )
 
 
+Dealt = Sequence[Sequence[Sequence[int]]]  # one data-parallel rank's rows: [mini-batch][micro-batch][row]
+# Of each row of a share: where its targets begin among those of the whole batch, and how many it has; int64 [rows].
+Place = tuple[torch.Tensor, torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Share:
     """What one data-parallel rank is given of a batch: the rows of its micro-batches, one micro-batch behind
@@ -246,22 +251,33 @@ class Share:
         """Bytes of the rows."""
         return sum(value.nbytes for value in self.batch.tensors().values())
 
-    def positions(self, first: int, end: int) -> torch.Tensor:
-        """Int64 ``[n]``: where the targets of rows ``first`` to ``end`` lie among those of the whole batch."""
-        counts = self.batch.targets[first:end]
-        shifts = self.starts[first:end] - counts.cumsum(0) + counts
-        return torch.arange(int(counts.sum())) + shifts.repeat_interleave(counts)
+    @property
+    def place(self) -> Place:
+        """Where these rows' targets lie."""
+        return self.starts, self.batch.targets
 
 
-def shares(batch: TrainBatch, dealt: Sequence[Sequence[Sequence[Sequence[int]]]]) -> Iterator[Share]:
-    """The share of each data-parallel rank; ``dealt``: rows ``[rank][mini-batch][micro-batch][row]``, as a learner
-    deals them.
-    """
+def shares(batch: TrainBatch, dealt: Sequence[Dealt]) -> Iterator[Share]:
+    """The share of each data-parallel rank, as a learner deals them."""
     starts = batch.targets.cumsum(0) - batch.targets
     for own in dealt:
         rows = torch.tensor([row for mini in own for micro in mini for row in micro], dtype=torch.int64)
         sizes = [[len(micro) for micro in mini] for mini in own]
         yield Share(batch.take(rows), sizes, starts[rows], len(batch.behavior_log_probs))
+
+
+def positions(place: Place) -> torch.Tensor:
+    """Int64 ``[n]``: the number of each target of a share among those of the whole batch."""
+    starts, counts = place
+    return torch.arange(int(counts.sum())) + (starts - counts.cumsum(0) + counts).repeat_interleave(counts)
+
+
+def joined(parts: Iterable[torch.Tensor], places: Sequence[Place]) -> torch.Tensor:
+    """What was measured of the targets of every share, ``[n]`` each, in the batch's order: ``[targets]``."""
+    whole = torch.empty(sum(int(counts.sum()) for _, counts in places))
+    for part, place in zip(parts, places, strict=True):
+        whole[positions(place)] = part
+    return whole
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,13 @@ from pipeline.rollout.engine import EngineError, EngineTimeoutError, RolloutEngi
 from pipeline.types import (
     EngineHealth,
     GenerateRequest,
+    Place,
     SampleGroup,
     Share,
     StepStats,
     TrainBatch,
     WeightBucket,
+    joined,
 )
 from pipeline.units import GIB
 
@@ -113,9 +115,14 @@ class LearnerRank:
             memory["gpu"] = torch.cuda.max_memory_allocated() / GIB
         return replace(stats, memory=memory)
 
-    def dealing(self) -> tuple[Dealer, int]:
-        """How the learner deals a batch, and which share is this rank's."""
-        return self.learner.dealer, self.learner.data_parallel_rank
+    def measure(self, method: str, share: Share, **kwargs: Any) -> Any:
+        """``log_probs`` or ``statistics`` of this rank's share; one rank answers for each share."""
+        answer = getattr(self.learner, method)(share, **kwargs)
+        return answer if self.learner.speaks else None
+
+    def dealing(self) -> tuple[Dealer, int, bool]:
+        """How the learner deals a batch, which share is this rank's, and whether this rank answers for it."""
+        return self.learner.dealer, self.learner.data_parallel_rank, self.learner.speaks
 
     def bucket_owners(self) -> list[list[int]]:
         """Ranks whose export yields a bucket, by round."""
@@ -132,7 +139,10 @@ class LearnerRank:
 
 
 class RayLearner:
-    """``Learner`` over one actor per rank; every rank makes every call, rank 0 answers."""
+    """``Learner`` over one actor per rank; every rank makes every call.
+
+    Rank 0 answers; of what is measured of rows, one rank for each share.
+    """
 
     def __init__(self, build: BuildRank, ranks: Sequence[Any]) -> None:
         """``build`` runs in the process of each of ``ranks`` (actors of ``LearnerRank``).
@@ -151,7 +161,8 @@ class RayLearner:
         threads = max(1, (os.cpu_count() or 1) // most_on_one_node(hosts))
         self._answer([rank.build.remote(build, i, address, threads) for i, rank in enumerate(self.ranks)])
         told = self._answer([rank.dealing.remote() for rank in self.ranks])
-        self.dealer, self.data_parallel_ranks = told[0][0], [own for _, own in told]
+        self.dealer, self.data_parallel_ranks = told[0][0], [own for _, own, _ in told]
+        self.speakers = {own: rank for rank, (_, own, speaks) in enumerate(told) if speaks}  # by share
 
     def _everywhere(self, method: str, *args: Any, **kwargs: Any) -> Any:
         return self._answer([rank.call.remote(method, *args, **kwargs) for rank in self.ranks])[0]
@@ -173,27 +184,35 @@ class RayLearner:
 
     def log_probs(self, batch: TrainBatch, *, reference: bool = False) -> torch.Tensor:
         """See ``pipeline.learner.Learner``."""
-        given = self._shared(batch, for_update=False)
-        return self._answer([rank.call.remote("log_probs", share, reference=reference) for rank, share in given])[0]
+        return joined(*self._measured("log_probs", batch, reference=reference))
 
     def statistics(self, batch: TrainBatch) -> Mapping[str, torch.Tensor]:
         """See ``pipeline.learner.Learner``."""
-        given = self._shared(batch, for_update=False)
-        return self._answer([rank.call.remote("statistics", share) for rank, share in given])[0]
+        found, places = self._measured("statistics", batch)
+        return {name: joined([part[name] for part in found], places) for name in found[0]}
+
+    def _measured(self, method: str, batch: TrainBatch, **kwargs: Any) -> tuple[list[Any], list[Place]]:
+        """What the rank that speaks for each share measured of it, and where its targets lie."""
+        given, places = self._shared(batch, for_update=False)
+        answers = self._answer([rank.measure.remote(method, share, **kwargs) for rank, share in given])
+        return [answers[self.speakers[own]] for own in range(len(places))], places
 
     def update(self, batch: TrainBatch, step: int) -> StepStats:
         """See ``pipeline.learner.Learner``. The first round of version ``step + 1`` is asked for in the same breath."""
-        stats = [rank.update.remote(share, step) for rank, share in self._shared(batch, for_update=True)]
+        given, _ = self._shared(batch, for_update=True)
+        stats = [rank.update.remote(share, step) for rank, share in given]
         self.ahead = {step + 1: self._round(step + 1, 0)}
         answers = self._answer(stats)
         memory = {name: max(answer.memory[name] for answer in answers) for name in answers[0].memory}
         return replace(answers[0], memory=memory)
 
-    def _shared(self, batch: TrainBatch, *, for_update: bool) -> list[tuple[Any, Any]]:
-        """Every rank with its share of ``batch``: in shared memory, or a small one itself."""
-        made = self.dealer.shares(batch, range(self.dealer.ranks), for_update=for_update)
-        given = [share if share.nbytes < SENT_BYTES else ray.put(share) for share in made]
-        return [(rank, given[own]) for rank, own in zip(self.ranks, self.data_parallel_ranks, strict=True)]
+    def _shared(self, batch: TrainBatch, *, for_update: bool) -> tuple[list[tuple[Any, Any]], list[Place]]:
+        """Every rank with its share of ``batch``, in shared memory or a small one itself; the place of every share."""
+        given, places = [], []
+        for share in self.dealer.shares(batch, range(self.dealer.ranks), for_update=for_update):
+            given.append(share if share.nbytes < SENT_BYTES else ray.put(share))
+            places.append(share.place)
+        return [(rank, given[own]) for rank, own in zip(self.ranks, self.data_parallel_ranks, strict=True)], places
 
     def export_size(self) -> tuple[int, int]:
         """See ``pipeline.learner.Learner``."""

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 from megatron_ranks import batch, exported, gradients, learner
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.step.kept import measure
 
@@ -47,6 +48,33 @@ def shaped(rank, world, address, folder, tp, pp, rows, shown, config):
     """Statistics of the rows, full gradients of their loss, and what a run keeps of the rollouts ``shown``."""
     made = learner(rank, world, address, folder, tp, pp, **config)
     found = made.statistics(rows), gradients(made, rows), measure(shown, made, step=0)
+    made.close()
+    return found
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the entries that this rank gives to sums over ranks."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "allreduce" in str(function):
+            self.entries += sum(tensor.numel() for tensor in args[0])
+        return function(*args, **(kwargs or {}))
+
+
+def measured(rank, world, address, folder, tp, pp, config):
+    """Statistics of the whole batch; those of this rank's share, whose they are, and entries that were summed
+    meanwhile.
+    """
+    made, rows = learner(rank, world, address, folder, tp, pp, **config), batch()
+    with Collectives() as in_whole:
+        whole = made.statistics(rows)
+    everybody = list(made.dealer.shares(rows, range(made.dealer.ranks), for_update=False))
+    with Collectives() as in_part:
+        part = made.statistics(everybody[made.data_parallel_rank])
+    places = [share.place for share in everybody]
+    found = whole, part, places, made.data_parallel_rank, made.speaks, (in_whole.entries, in_part.entries)
     made.close()
     return found
 

@@ -13,7 +13,7 @@ import tiny_models
 import torch
 
 from pipeline.config.schema import ObjectiveConfig
-from pipeline.types import Prompt
+from pipeline.types import Prompt, joined
 from tests.unit.pipeline.monitoring import run_writer
 
 # A large epsilon keeps Adam from turning the last bit of a tiny gradient into a whole step.
@@ -204,3 +204,20 @@ def test_statistics_move_no_more_than_their_rows(gang, folders):
         0 < moved <= 2 * len(ranks.batch().tokens) + 2 * 10
     )  # with the rows, as the model's targets; flags of the rows
     assert pickled < 1.5 * size + 2000
+
+
+@pytest.mark.parametrize(("world", "tp", "pp"), [(2, 1, 1), (2, 2, 1), (2, 1, 2), (4, 1, 2)])
+def test_a_rank_measures_its_own_rows_and_one_speaks_for_each_share(gang, folders, world, tp, pp):
+    """To the bit what the whole batch gives, and no grid of the whole is summed over ranks."""
+    config = {"micro_batch_size": 3}
+    answers = gang.run(batching_ranks.measured, world, folders["qwen3"], tp, pp, config)
+    whole, _, places, *_ = answers[0]
+    parts = {own: part for _, part, _, own, speaks, _ in answers if speaks}
+    assert sorted(parts) == list(range(world // (tp * pp)))
+    assert sum(speaks for *_, speaks, _ in answers) == len(parts)
+    for name, values in whole.items():
+        assert torch.equal(joined([parts[own][name] for own in sorted(parts)], places), values)
+        assert all(torch.equal(other[name], values) for other, *_ in answers)
+    if tp == 1:  # tensor-parallel ranks sum activations
+        every = 3 * len(ranks.batch().behavior_log_probs)
+        assert all(summed in ((every, 0), (2 * every, 0)) for *_, summed in answers)

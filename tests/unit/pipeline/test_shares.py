@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.types import PER_TARGET, PER_TOKEN, shares
+from pipeline.types import PER_TARGET, PER_TOKEN, joined, positions, shares
 from tests.grids import distinct, rows_of
 
 SIZES = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 5)), min_size=1, max_size=12)  # prompt, response
@@ -49,10 +49,9 @@ def test_shares_hold_every_row_once_and_know_its_place(sizes, ranks, data):
         listed = [row for mini in own for micro in mini for row in micro]
         assert rows(share.batch) == [rows(whole)[row] for row in listed]
         assert share.micro_batches == [[len(micro) for micro in mini] for mini in own]
-        first = 0
-        for size in (size for mini in share.micro_batches for size in mini):
-            micro = share.batch.take(torch.arange(first, first + size))
-            back[share.positions(first, first + size)] = micro.behavior_log_probs
-            first += size
+        back[positions(share.place)] = share.batch.behavior_log_probs
         assert share.total == len(back)
     assert torch.equal(back, whole.behavior_log_probs)
+    assert torch.equal(
+        joined((share.batch.behavior_log_probs for share in made), [share.place for share in made]), back
+    )
