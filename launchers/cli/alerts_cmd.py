@@ -12,6 +12,7 @@ from typing import Any
 import typer
 
 from launchers.cli.arguments import CONFIG, JSON
+from launchers.cli.terminal import say
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
@@ -32,11 +33,11 @@ def list_rules(config: Path | None = CONFIG, rules: Path | None = RULES, as_json
     found = load_rules(replace(alerts, rules=str(rules)) if rules else alerts)
     rows = [_row(rule) for rule in sorted(found, key=lambda rule: rule.name)]
     if as_json:
-        typer.echo(json.dumps(rows))
+        say(json.dumps(rows))
         return
     for row in rows:
-        typer.echo(f"{row['rule']} ({row['severity']})\n  raised:  {row['condition']}\n  remedy:  {row['remedy']}")
-        typer.echo(f"  file:    {row['file']}\n")
+        say(f"{row['rule']} ({row['severity']})\n  raised:  {row['condition']}\n  remedy:  {row['remedy']}")
+        say(f"  file:    {row['file']}\n")
 
 
 @app.command("test")
@@ -62,7 +63,7 @@ def try_rules(
         return
     found = {str(run): replay_run(run, str(rules) if rules else "") for run in runs}
     if as_json:
-        typer.echo(json.dumps([_result(run, replay) for run, replay in found.items()]))
+        say(json.dumps([_result(run, replay) for run, replay in found.items()]))
         return
     for run, replay in found.items():
         _print(run, replay)
@@ -85,14 +86,12 @@ def _result(run: str, replay: Replay) -> dict[str, Any]:
 
 
 def _print(run: str, replay: Replay) -> None:
-    typer.echo(f"{run}: {len(replay.firings) or 'no'} alert{'' if len(replay.firings) == 1 else 's'}")
+    say(f"{run}: {len(replay.firings) or 'no'} alert{'' if len(replay.firings) == 1 else 's'}")
     for firing in replay.firings:
         until = f"to {firing.end.step}" if firing.end else "to the end"
-        typer.echo(
-            f"  step {firing.begin.step} {until}: {firing.begin.rule} ({firing.begin.severity}): {firing.begin.reason}"
-        )
+        say(f"  step {firing.begin.step} {until}: {firing.begin.rule} ({firing.begin.severity}): {firing.begin.reason}")
     for line in replay.blind:
-        typer.echo(f"  not judged: {line}")
+        say(f"  not judged: {line}")
 
 
 def _deliver(config: RunConfig) -> None:
@@ -117,8 +116,8 @@ def _deliver(config: RunConfig) -> None:
             build().send(*describe(event, config.name))
         except (OSError, DeliveryError) as error:
             failed = True
-            typer.echo(f"{name}: not delivered: {error}", err=True)
+            say(f"{name}: not delivered: {error}", err=True)
         else:
-            typer.echo(f"{name}: delivered")
+            say(f"{name}: delivered")
     if failed:
         raise typer.Exit(1)

@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from pipeline.monitoring.console import clean
+from launchers.cli.terminal import say
 
 USAGE_ERROR = 2  # wrong command line, configuration, data or checkpoint; anything else that fails exits with 1
 CONFIG = typer.Option(
@@ -35,11 +35,11 @@ JSON = typer.Option(False, "--json", help="Print one JSON document on stdout.")
 def print_result(result: Mapping[str, Any], as_json: bool) -> None:
     """A result on stdout: as JSON, or one ``key: value`` line per entry that is not empty."""
     if as_json:
-        typer.echo(json.dumps(result))
+        say(json.dumps(result))
         return
     for name, value in result.items():
         if value not in (None, [], {}, ""):
-            typer.echo(clean(f"{name}: {_plain(value)}"))
+            say(f"{name}: {_plain(value)}")
 
 
 def _plain(value: Any) -> str:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from launchers.cli.arguments import CONFIG, JSON
+from launchers.cli.terminal import say
 from pipeline.config.load import load_config
+from pipeline.monitoring.console import CleanConsole
 
 app = typer.Typer(help="Public benchmarks: AIME, MATH-500, GPQA, MMLU-Pro and others.", no_args_is_help=True)
 NAMES = typer.Argument(..., metavar="NAME...", help="Benchmarks, see `isentrope benchmark list`.")
@@ -40,13 +41,13 @@ def list_benchmarks(as_json: bool = JSON) -> None:
         for name, found in BENCHMARKS.items()
     ]
     if as_json:
-        typer.echo(json.dumps(rows))
+        say(json.dumps(rows))
         return
     table = Table(*rows[0], box=None, header_style="bold")
     for row in rows:
         table.add_row(*map(str, row.values()))
-    Console().print(table)
-    typer.echo("Licences as known to us; read the source's own page before you use or pass data on.")
+    CleanConsole().print(table)
+    say("Licences as known to us; read the source's own page before you use or pass data on.")
 
 
 @app.command("fetch")
@@ -60,7 +61,7 @@ def fetch(names: list[str] = NAMES, data: Path = typer.Option(..., "--data", hel
     from pipeline.evaluation import benchmarks
 
     for name in names:
-        typer.echo(f"wrote {benchmarks.fetch(name, data)}")
+        say(f"wrote {benchmarks.fetch(name, data)}")
 
 
 @app.command("run")
@@ -139,7 +140,7 @@ class _Progress:
     def __init__(self) -> None:
         from rich.progress import Progress
 
-        self._bars = Progress(console=Console(stderr=True))
+        self._bars = Progress(console=CleanConsole(stderr=True))
         self._tasks: dict[str, Any] = {}
 
     def __enter__(self) -> _Progress:
@@ -160,7 +161,7 @@ def _print(entries: list[dict[str, Any]], as_json: bool) -> None:
     from launchers.run.benchmark import published
 
     if as_json:
-        typer.echo(json.dumps([{**entry, "published": published(entry["benchmark"])} for entry in entries]))
+        say(json.dumps([{**entry, "published": published(entry["benchmark"])} for entry in entries]))
         return
     table = Table("benchmark", "questions", "avg@n", "pass@k", "maj@k", "length", box=None, header_style="bold")
     for entry in entries:
@@ -173,8 +174,8 @@ def _print(entries: list[dict[str, Any]], as_json: bool) -> None:
             f"@{top} {100 * entry['maj_at_k'][top]:.1f}",
             f"{entry['mean_length']:.0f}",
         )
-    Console().print(table)
-    typer.echo("percent, [95 % interval over questions and samples]")
+    CleanConsole().print(table)
+    say("percent, [95 % interval over questions and samples]")
     for entry in entries:
         _print_published(published(entry["benchmark"]), entry["benchmark"])
     _print_published(published(""), "averages")
@@ -183,7 +184,7 @@ def _print(entries: list[dict[str, Any]], as_json: bool) -> None:
 def _print_published(entries: list[dict[str, Any]], title: str) -> None:
     for entry in entries:
         figures = ", ".join(f"{method} {value:g}" for method, value in entry["results"].items())
-        typer.echo(f"published, {title}, {entry['model']}: {figures} ({entry['paper']}; {entry['measure']})")
+        say(f"published, {title}, {entry['model']}: {figures} ({entry['paper']}; {entry['measure']})")
 
 
 def _percent(estimate: dict[str, float]) -> str:

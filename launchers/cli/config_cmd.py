@@ -9,6 +9,7 @@ from pathlib import Path
 import typer
 
 from launchers.cli.arguments import CONFIG, JSON, OVERRIDES
+from launchers.cli.terminal import say
 from pipeline.config.load import config_hash, document, load_config
 from pipeline.monitoring.alerts.rules import rules_of
 
@@ -19,7 +20,7 @@ app = typer.Typer(help="Show or validate a configuration.", no_args_is_help=True
 def show(config: Path | None = CONFIG, overrides: list[str] = OVERRIDES, as_json: bool = JSON) -> None:
     """Print the resolved configuration, every key with its meaning. Keys and types are checked, the rules are not."""
     resolved = load_config(config, overrides, check=False)
-    typer.echo(json.dumps(asdict(resolved)) if as_json else document(resolved), nl=as_json)
+    say(json.dumps(asdict(resolved)) if as_json else document(resolved), nl=as_json)
 
 
 @app.command(epilog="Example: isentrope config validate --config configs/quickstart.yaml learner.optimizer.lr=1e-4")
@@ -34,6 +35,6 @@ def validate(config: Path | None = CONFIG, overrides: list[str] = OVERRIDES, as_
 
     check_inputs(resolved)
     if as_json:
-        typer.echo(json.dumps({"valid": True, "name": resolved.name, "config_hash": config_hash(resolved)}))
+        say(json.dumps({"valid": True, "name": resolved.name, "config_hash": config_hash(resolved)}))
     else:
-        typer.echo(f"valid: {resolved.name}, hash {config_hash(resolved)[:12]}")
+        say(f"valid: {resolved.name}, hash {config_hash(resolved)[:12]}")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import typer
 
 from launchers.cli.arguments import JSON, print_result
+from launchers.cli.terminal import say
 from pipeline.units import GIB
 
 if TYPE_CHECKING:
@@ -119,18 +120,19 @@ def _usage_errors() -> Iterator[None]:
         message = str(error)
         for key, option in _OPTIONS.items():
             message = message.replace(key, option)
-        typer.echo(f"error: {message}", err=True)
+        say(f"error: {message}", err=True)
         raise typer.Exit(2) from error
 
 
 @contextmanager
 def _progress(quiet: bool) -> Iterator[Progress]:
     """A bar on stderr."""
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
+    from pipeline.monitoring.console import CleanConsole
+
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as bar:
+    with Progress(*columns, console=CleanConsole(stderr=True), disable=quiet, transient=True) as bar:
         task = bar.add_task("")
 
         def advance(done: int, total: int) -> None:

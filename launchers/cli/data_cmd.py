@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from launchers.cli.arguments import CONFIG, JSON, USAGE_ERROR
+from launchers.cli.terminal import say
 from pipeline.config.load import load_config, override, resolve_path
 from pipeline.config.schema import DataConfig, RunConfig, SourceConfig
 
@@ -55,9 +56,9 @@ def check(
 
     report = check_data(settings, tokenizer)
     if as_json:
-        typer.echo(json.dumps(asdict(report)))
+        say(json.dumps(asdict(report)))
     else:
-        typer.echo("\n".join(_lines(report, settings)))
+        say("\n".join(_lines(report, settings)))
     if report.faults or report.not_rendered:
         raise typer.Exit(USAGE_ERROR)
 
@@ -85,10 +86,10 @@ def grade(
     settings = load_config(config, overrides).data if config else DataConfig()
     for found in grade_file(file, settings):
         if as_json:
-            typer.echo(json.dumps(asdict(found)))
+            say(json.dumps(asdict(found)))
         else:
             error = f"  error: {found.error}" if found.error else ""
-            typer.echo(f"{found.line:>5}  reward {found.reward:g}  extracted {found.extracted!r}{error}")
+            say(f"{found.line:>5}  reward {found.reward:g}  extracted {found.extracted!r}{error}")
 
 
 def _lines(report: DataReport, settings: RunConfig) -> Iterator[str]:

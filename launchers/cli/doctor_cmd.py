@@ -9,6 +9,7 @@ from pathlib import Path
 import typer
 
 from launchers.cli.arguments import JSON
+from launchers.cli.terminal import say
 
 
 def doctor(
@@ -26,8 +27,8 @@ def doctor(
 
     findings = examine(folder)
     if as_json:
-        typer.echo(json.dumps([asdict(finding) for finding in findings]))
+        say(json.dumps([asdict(finding) for finding in findings]))
     else:
-        typer.echo("\n".join(finding.render() for finding in findings))
+        say("\n".join(finding.render() for finding in findings))
     if any(finding.level == BAD for finding in findings):
         raise typer.Exit(1)

@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from launchers.cli.arguments import CONFIG, JSON, OVERRIDES
+from launchers.cli.terminal import say
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
 
@@ -47,21 +48,21 @@ def probe(
     from launchers.lab import instruments as entropy_lab  # torch, Ray: only once the command line is known to be good
 
     found = entropy_lab.probe(
-        resolved, run, temperatures, repeats, prompts, step_size, lambda line: typer.echo(line, err=True)
+        resolved, run, temperatures, repeats, prompts, step_size, lambda line: say(line, err=True)
     )
     slopes = {sign: found.slope(sign) for sign in ("positives", "negatives")}
     if as_json:
         _print_json(asdict(found) | {"slopes": slopes, "step_size": step_size})
         return
-    typer.echo(f"entropy {found.entropy:.4g} nats per token, {found.correct:.0%} correct")
-    typer.echo("T       dH of positives (x 1e-3)   dH of negatives (x 1e-3)")
+    say(f"entropy {found.entropy:.4g} nats per token, {found.correct:.0%} correct")
+    say("T       dH of positives (x 1e-3)   dH of negatives (x 1e-3)")
     for temperature in temperatures:
         cells = [
             f"{1e3 * e.change:+8.2f} +- {1e3 * e.error:.2f}" for e in found.effects if e.temperature == temperature
         ]
-        typer.echo(f"{temperature:<8g}" + "".join(f"{cell:<27}" for cell in cells))
+        say(f"{temperature:<8g}" + "".join(f"{cell:<27}" for cell in cells))
     for sign, expected in (("positives", "above"), ("negatives", "below")):
-        typer.echo(f"slope over ln T of {sign}: {slopes[sign]:+.3g} (SCOPE-RL: {expected} 0)")
+        say(f"slope over ln T of {sign}: {slopes[sign]:+.3g} (SCOPE-RL: {expected} 0)")
 
 
 @app.command("calibrate")
@@ -108,34 +109,28 @@ def calibrate(
             record = record_of(read_run(run))
         found = calibration(resolved.entropy, [record])
     except IdentificationError as error:
-        typer.echo(str(error), err=True)
+        say(str(error), err=True)
         raise typer.Exit(1) from error
     if as_json:
         _print_json(asdict(found))
         return
     plant = found.plant
-    typer.echo(f"from {plant.steps} steps, 95 % intervals; u in the unit of {found.actuator} (ln T for temperatures)")
-    typer.echo(f"gain     {plant.gain:+.4g} of ln H per u and step  {_interval(plant.gain_interval)}")
-    typer.echo(f"drift    {plant.drift:+.4g} of ln H per step        {_interval(plant.drift_interval)}")
-    typer.echo(
-        f"delay    {plant.delay} steps, momentum included  [{plant.delay_interval[0]}, {plant.delay_interval[1]}]"
-    )
-    typer.echo(
-        f"noise    {plant.sensor_noise:.3g} of a reading, {plant.process_noise:.3g} per step of the policy (ln H)"
-    )
-    typer.echo(
-        f"command that holds the entropy: {found.rest_command:.3g}, limits {found.limits[0]:g} to {found.limits[1]:g}"
-    )
+    say(f"from {plant.steps} steps, 95 % intervals; u in the unit of {found.actuator} (ln T for temperatures)")
+    say(f"gain     {plant.gain:+.4g} of ln H per u and step  {_interval(plant.gain_interval)}")
+    say(f"drift    {plant.drift:+.4g} of ln H per step        {_interval(plant.drift_interval)}")
+    say(f"delay    {plant.delay} steps, momentum included  [{plant.delay_interval[0]}, {plant.delay_interval[1]}]")
+    say(f"noise    {plant.sensor_noise:.3g} of a reading, {plant.process_noise:.3g} per step of the policy (ln H)")
+    say(f"command that holds the entropy: {found.rest_command:.3g}, limits {found.limits[0]:g} to {found.limits[1]:g}")
     if not found.reachable:
-        typer.echo("it lies outside the limits: the band cannot be held here with this actuator")
-    typer.echo("predicted tracking (simulated):")
+        say("it lies outside the limits: the band cannot be held here with this actuator")
+    say("predicted tracking (simulated):")
     for name, figures in found.predictions.items():
-        typer.echo(
+        say(
             f"  {name:<9} kp {figures.kp:.3g} ki {figures.ki:.3g}: in band {figures.time_in_band:.0%}, "
             f"RMS {figures.rms:.1%}, settling {figures.settling:.0f} steps, overshoot {figures.overshoot:.0%}, "
             f"mean |du| {figures.variation:.3g}"
         )
-    typer.echo("use: " + " ".join(found.overrides))
+    say("use: " + " ".join(found.overrides))
 
 
 @app.command("law")
@@ -158,7 +153,7 @@ def law(
         try:
             fit = fit_reward_law(history.column("entropy/mean").tolist(), history.column("reward/mean").tolist())
         except ValueError as error:
-            typer.echo(f"{folder}: {error}", err=True)
+            say(f"{folder}: {error}", err=True)
             raise typer.Exit(1) from error
         results.append({"run": str(folder), "controlled": not history.is_baseline, **asdict(fit)})
     if as_json:
@@ -166,20 +161,18 @@ def law(
         return
     for result in results:
         low, high = result["ceiling_interval"]
-        typer.echo(
-            f"{result['run']}: R = -{result['a']:.3f} exp(H) + {result['b']:.3f}, residual {result['residual']:.3f}"
-        )
-        typer.echo(
+        say(f"{result['run']}: R = -{result['a']:.3f} exp(H) + {result['b']:.3f}, residual {result['residual']:.3f}")
+        say(
             f"  fitted for H from {result['entropies'][0]:.3g} to {result['entropies'][1]:.3g}; "
             f"{result['points']} points"
         )
-        typer.echo(f"  ceiling at H = 0: {result['ceiling']:.3f} [{low:.3f}, {high:.3f}]")
-        typer.echo(
+        say(f"  ceiling at H = 0: {result['ceiling']:.3f} [{low:.3f}, {high:.3f}]")
+        say(
             f"  the first 15 % of the steps miss the rest by {result['early_error']:.3f} (RMS); their ceiling: "
             f"{result['early_ceiling']:.3f}"
         )
         if result["controlled"]:
-            typer.echo("  a controller was acting: the law is known for runs without one, choose no target by it")
+            say("  a controller was acting: the law is known for runs without one, choose no target by it")
 
 
 def _resolved(config: Path | None, run: Path | None, overrides: list[str]) -> RunConfig:
@@ -195,4 +188,4 @@ def _interval(bounds: tuple[float, float]) -> str:
 def _print_json(value: Any) -> None:
     from pipeline.monitoring.events import to_json
 
-    typer.echo(to_json(value))
+    say(to_json(value))

@@ -9,12 +9,13 @@ from dataclasses import asdict
 from datetime import datetime
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from launchers.cli.arguments import JSON
+from launchers.cli.terminal import say
 from launchers.slurm import jobs
 from pipeline.config.errors import ConfigError
+from pipeline.monitoring.console import CleanConsole
 
 app = typer.Typer(help="Jobs launched from here: list, status, logs, cancel.", no_args_is_help=True)
 
@@ -27,12 +28,12 @@ def list_jobs(as_json: bool = JSON) -> None:
     """Every job launched from here and its state."""
     known = [(job, jobs.state(job, jobs.shell(job.ssh))["state"]) for job in jobs.known()]
     if as_json:
-        typer.echo(json.dumps([{**asdict(job), "state": state} for job, state in known]))
+        say(json.dumps([{**asdict(job), "state": state} for job, state in known]))
         return
     table = Table("job", "submitted", "state", "run folder")
     for job, state in known:
         table.add_row(job.job_id, f"{datetime.fromtimestamp(job.submitted):%Y-%m-%d %H:%M}", state, job.run_dir)
-    Console().print(table)
+    CleanConsole().print(table)
 
 
 @app.command(epilog="Example: isentrope jobs status 4711")
@@ -41,7 +42,7 @@ def status(job: str | None = JOB, as_json: bool = JSON) -> None:
     found = jobs.find(job)
     result = jobs.details(found, jobs.shell(found.ssh))
     if as_json:
-        typer.echo(json.dumps(result))
+        say(json.dumps(result))
         return
     if result["stall"]:
         result["stall"]["time"] = f"{datetime.fromtimestamp(result['stall']['time']):%Y-%m-%d %H:%M:%S}"
@@ -49,12 +50,12 @@ def status(job: str | None = JOB, as_json: bool = JSON) -> None:
         if name != "attempts" and value not in ("", None, {}):
             parts = value.items() if isinstance(value, dict) else ()
             shown = ", ".join(f"{key} {part}" for key, part in parts if part not in ("", []))
-            typer.echo(f"{name}: {shown or value}")
+            say(f"{name}: {shown or value}")
     for attempt in result["attempts"]:
         began = f"{datetime.fromtimestamp(attempt['started']):%Y-%m-%d %H:%M:%S}"
         ending = attempt.get("end") or "running, or lost"
         reason = f": {attempt['reason']}" if attempt.get("reason") else ""
-        typer.echo(f"attempt {attempt['number']}: {began} from step {attempt['first_step']}, {ending}{reason}")
+        say(f"attempt {attempt['number']}: {began} from step {attempt['first_step']}, {ending}{reason}")
 
 
 @app.command(epilog="Example: isentrope jobs logs 4711 --follow")
@@ -67,7 +68,7 @@ def logs(
         follow(found)
         return
     try:
-        typer.echo(jobs.shell(found.ssh)(f"cat {shlex.quote(found.log)}"), nl=False)
+        say(jobs.shell(found.ssh)(f"cat {shlex.quote(found.log)}"), nl=False)
     except jobs.CommandError as error:
         raise ConfigError("job", found.job_id, f"no log yet: {error}", "wait until the job has started") from error
 
@@ -81,7 +82,7 @@ def cancel(
     found = jobs.find(job)
     jobs.cancel(found, jobs.shell(found.ssh), now=now)
     how = "cancelled" if now else "asked to save and stop"
-    typer.echo(
+    say(
         f"job {found.job_id}: {how}; go on with: isentrope launch slurm --resume {shlex.quote(found.run_dir)} "
         "--cluster ..."
     )
@@ -94,14 +95,14 @@ def follow(job: jobs.Job) -> None:
         state = jobs.state(job, run)
         words = f"{state['state']}{' (' + state['reason'] + ')' if state.get('reason') else ''}"
         if words != before:
-            typer.echo(f"job {job.job_id}: {words}", err=True)
+            say(f"job {job.job_id}: {words}", err=True)
             before = words
         try:
             text = run(f"tail -c +{shown + 1} {shlex.quote(job.log)}")
         except jobs.CommandError:  # not started
             text = ""
         shown += len(text.encode())
-        typer.echo(text, nl=False)
+        say(text, nl=False)
         if state["state"] in (*jobs.OVER, "UNKNOWN"):
             if state["state"] != "COMPLETED":
                 raise typer.Exit(1)

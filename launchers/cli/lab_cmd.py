@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from launchers.cli.arguments import JSON
+from launchers.cli.terminal import say
 from launchers.plan.words import duration
+from pipeline.monitoring.console import CleanConsole
 
 if TYPE_CHECKING:
     from launchers.lab.matrix import Outcome
@@ -34,13 +35,13 @@ def methods(as_json: bool = JSON) -> None:
     from pipeline.methods import EVIDENCE, all_methods  # imports torch
 
     if as_json:
-        typer.echo(json.dumps([asdict(method) | {"offered": not method.missing} for method in all_methods().values()]))
+        say(json.dumps([asdict(method) | {"offered": not method.missing} for method in all_methods().values()]))
         return
     for method in all_methods().values():
-        typer.echo(f"{method.name}: {method.kind}, {method.source} ({method.evidence})")
-        typer.echo(f"    {method.rule}")
-        typer.echo(f"    {' '.join(method.overrides) or f'not offered: {method.missing}'}")
-    typer.echo("; ".join(f"{name}: {meaning}" for name, meaning in EVIDENCE.items()))
+        say(f"{method.name}: {method.kind}, {method.source} ({method.evidence})")
+        say(f"    {method.rule}")
+        say(f"    {' '.join(method.overrides) or f'not offered: {method.missing}'}")
+    say("; ".join(f"{name}: {meaning}" for name, meaning in EVIDENCE.items()))
 
 
 @app.command("run")
@@ -75,16 +76,16 @@ def run(
     matrix = cells(wanted, known, out)
     workers = workers or os.cpu_count() or 1
     missing = sum(not is_complete(Path(cell.config.run_dir)) for cell in matrix)
-    typer.echo(_announcement(wanted.title, len(matrix), missing, workers, wanted.minutes_per_run), err=True)
+    say(_announcement(wanted.title, len(matrix), missing, workers, wanted.minutes_per_run), err=True)
     if missing and not (suite or methods):
         _confirm()
     out.mkdir(parents=True, exist_ok=True)
     with _Bar(len(matrix)) as bar:
         outcomes = run_matrix(matrix, workers, bar.show)
     result = write_report(wanted, matrix, outcomes, out)
-    typer.echo(json.dumps(result) if as_json else (out / "lab.md").read_text())
+    say(json.dumps(result) if as_json else (out / "lab.md").read_text())
     if result["failed"]:
-        typer.echo(f"{len(result['failed'])} of {len(matrix)} runs failed; start again to resume them", err=True)
+        say(f"{len(result['failed'])} of {len(matrix)} runs failed; start again to resume them", err=True)
         raise typer.Exit(1)
 
 
@@ -113,7 +114,7 @@ class _Bar:
 
     def __init__(self, count: int) -> None:
         columns = TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-        self._bar = Progress(*columns, console=Console(stderr=True))
+        self._bar = Progress(*columns, console=CleanConsole(stderr=True))
         self._task = self._bar.add_task("runs", total=count)
 
     def __enter__(self) -> _Bar:

@@ -11,6 +11,7 @@ import typer
 
 from launchers.cli.arguments import CONFIG, MEAN_RESPONSE, OVERRIDES
 from launchers.cli.jobs_cmd import follow
+from launchers.cli.terminal import say
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import to_yaml
 
@@ -67,9 +68,9 @@ def slurm(
     from launchers.slurm.submit import Launch, check_partition, script, submit
 
     launch = Launch(setting.config, described, setting.nodes, setting.run_dir, collect())
-    typer.echo(f"code: {launch.code.described}")
+    say(f"code: {launch.code.described}")
     if dry_run:
-        typer.echo(f"\n--- config.yaml\n{to_yaml(setting.config)}\n--- job script\n{script(launch)}")
+        say(f"\n--- config.yaml\n{to_yaml(setting.config)}\n--- job script\n{script(launch)}")
         return
     check_partition(launch, setting.shell)
     began = time.time()
@@ -77,8 +78,8 @@ def slurm(
     run_dir = setting.run_dir
     remembered = jobs.remember(submitted.job_ids, launch.job_name, run_dir, submitted.experiment, described.ssh, began)
     first = remembered[0]
-    typer.echo(f"submitted: job {', '.join(submitted.job_ids)}, log {first.log}")
-    typer.echo(f"watch it with: isentrope jobs status {first.job_id}; isentrope jobs logs {first.job_id} --follow")
+    say(f"submitted: job {', '.join(submitted.job_ids)}, log {first.log}")
+    say(f"watch it with: isentrope jobs status {first.job_id}; isentrope jobs logs {first.job_id} --follow")
     if not detach:
         follow(remembered[-1])
 
@@ -107,12 +108,12 @@ def local(
         _show(setting)
     resolved, run_dir = setting.config, setting.run_dir
     if dry_run:
-        typer.echo(f"\n--- config.yaml\n{to_yaml(resolved)}")
+        say(f"\n--- config.yaml\n{to_yaml(resolved)}")
         return
     verdict, reason = supervise(resolved, run_dir, attempts)
-    typer.echo(f"{verdict}: {reason}", err=True)
+    say(f"{verdict}: {reason}", err=True)
     if verdict in ("saved", "cancelled"):
-        typer.echo(f"go on with: isentrope launch local --resume {shlex.quote(str(run_dir))}", err=True)
+        say(f"go on with: isentrope launch local --resume {shlex.quote(str(run_dir))}", err=True)
     if verdict in ("failed", "cancelled"):
         raise typer.Exit(1)
 
@@ -130,5 +131,5 @@ def _show(setting: Setting) -> None:
         remedy = "set runtime=ray, or use `isentrope train`"
         raise ConfigError("runtime", setting.config.runtime, "a launched run needs Ray", remedy)
     report = check(setting)
-    typer.echo("\n".join(report.lines))
+    say("\n".join(report.lines))
     report.raise_problems()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import sys
+import traceback
 from collections.abc import Sequence
 from types import TracebackType
 
@@ -30,9 +31,10 @@ from launchers.cli import (
     train_cmd,
 )
 from launchers.cli.arguments import USAGE_ERROR
+from launchers.cli.terminal import say
 from pipeline.config.errors import ConfigError
 from pipeline.data import DataError
-from pipeline.monitoring.console import clean
+from pipeline.monitoring.console import log_to_terminal
 from pipeline.monitoring.events import EventLogError
 
 app = typer.Typer(
@@ -64,7 +66,7 @@ app.command("doctor")(doctor_cmd.doctor)
 
 def _show_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"isentrope {importlib.metadata.version('isentrope')}")
+        say(f"isentrope {importlib.metadata.version('isentrope')}")
         raise typer.Exit
 
 
@@ -79,22 +81,26 @@ def run(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Exits with 0, 1 (failure) or 2 (``USAGE_ERROR``); errors are one block, no traceback."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
-    logging.basicConfig(level=logging.INFO if debug else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    if not debug:
-        sys.excepthook = _one_line
+    log_to_terminal(logging.INFO if debug else logging.WARNING, "%(levelname)s %(name)s: %(message)s")
+    sys.excepthook = _traceback if debug else _one_line
     command = typer.main.get_command(app)  # not ``app`` itself: that would install an exception hook of its own
     try:
         command(args=[word for word in words if word != "--debug"], prog_name="isentrope")
     except (ConfigError, DataError, EventLogError) as error:
         if debug:
             raise
-        typer.echo(clean(str(error)), err=True)
+        say(str(error), err=True)
         sys.exit(USAGE_ERROR)
 
 
 def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """What an unexpected exception prints; Python then exits with 1."""
-    typer.echo(f"error: {kind.__name__}: {clean(str(error))}\n(run again with --debug to see where)", err=True)
+    say(f"error: {kind.__name__}: {error}\n(run again with --debug to see where)", err=True)
+
+
+def _traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What an unexpected exception prints with --debug."""
+    say("".join(traceback.format_exception(kind, error, trace)), err=True, nl=False)
 
 
 if __name__ == "__main__":

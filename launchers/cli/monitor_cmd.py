@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
+from launchers.cli.terminal import say
 from launchers.remote_run import local_folders
 
 if TYPE_CHECKING:
@@ -61,12 +62,12 @@ def monitor(
         if web:
             from pipeline.monitoring.web.server import serve
 
-            serve(folders, host, port, with_token=token, announce=lambda url: typer.echo(f"{url}   (ctrl-C ends)"))
+            serve(folders, host, port, with_token=token, announce=lambda url: say(f"{url}   (ctrl-C ends)"))
             return
         series = [Series(folder) for folder in folders]
         if as_json:
             found = [{**status_of(one), "run": run} for one, run in zip(series, runs, strict=True)]
-            typer.echo(json.dumps(found, allow_nan=False))
+            say(json.dumps(found, allow_nan=False))
         elif live:
             _watch(series, console, every)
         else:

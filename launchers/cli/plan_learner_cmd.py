@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from launchers.cli.arguments import CONFIG, JSON, MEAN_RESPONSE, OVERRIDES
+from launchers.cli.terminal import say
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import PACKAGED, load_config, override, resolve_path
 from pipeline.config.schema import PrecisionConfig, RunConfig
+from pipeline.monitoring.console import CleanConsole
 from pipeline.units import GIB
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def learner(
     if figure:
         draw(result, f"{run.name}: {result['gpus']} GPUs, {_words(result['layout'])}", figure)
     if as_json:
-        typer.echo(json.dumps(result))
+        say(json.dumps(result))
     else:
         _show(result)
     if not result["fits"] or (build and result["build"]["differences"]):
@@ -133,7 +134,7 @@ def _words(layout: Mapping[str, int]) -> str:
 
 def _show(result: dict[str, Any]) -> None:
     """The summary as a table of GiB, the verdict, and a few lines."""
-    console = Console()
+    console = CleanConsole()
     stages = result["stages"]
     parts = [part for part in stages[0]["bytes"] if any(stage["bytes"][part] for stage in stages)]
     table = Table("GiB of one GPU", *(f"stage {stage['stage']}" for stage in stages))

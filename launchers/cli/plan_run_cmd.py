@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 
 from launchers.cli.arguments import MEAN_RESPONSE, OVERRIDES
+from launchers.cli.terminal import say
 
 
 def run(
@@ -34,5 +35,5 @@ def run(
     described = load_cluster(cluster, of_cluster) if cluster else None
     with prepared(config, of_run, described, nodes=nodes, mean_response=mean_response) as setting:
         report = check(setting)
-    typer.echo("\n".join(report.lines))
+    say("\n".join(report.lines))
     report.raise_problems()

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from launchers.cli.arguments import JSON
+from launchers.cli.terminal import say
+from pipeline.monitoring.console import CleanConsole
 from pipeline.units import GIB
 
 LEARNER = ("tp", "pp", "dp", "vpp", "ep", "etp", "first_stage_layers", "last_stage_layers")
@@ -75,7 +76,7 @@ def weights(
         place = "colocated" if colocated else "disaggregated"
         draw(result, f"{model} {dtype}: learner {learner} to engines {engines}, {place}", figure)
     if as_json:
-        typer.echo(json.dumps(result))
+        say(json.dumps(result))
     else:
         _show(result)
 
@@ -124,7 +125,7 @@ def _bad(option: str, value: str, why: str) -> typer.BadParameter:
 
 def _show(result: dict[str, Any]) -> None:
     """The summary as two tables."""
-    console = Console()
+    console = CleanConsole()
     table = Table("GiB received, at most", "plan", "least", "ratio", "gather and broadcast")
     for what, *keys in (
         (

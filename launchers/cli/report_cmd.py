@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from launchers.cli.arguments import JSON, print_result
-from pipeline.monitoring.console import clean
+from launchers.cli.terminal import say
 
 SHOWN = ("method", "seed", "steps", "status", "final_entropy", "time_in_band", "rms_error", "pass_at_1", "pass_at_16")
 
@@ -35,11 +35,11 @@ def report(
     beside = {kind: out.with_suffix(f".{kind}") if asked else None for kind, asked in (("png", png), ("csv", csv))}
     result = build_report(runs, out, **beside)
     if as_json:
-        typer.echo(json.dumps(result))
+        say(json.dumps(result))
         return
     for summary in result["runs"]:
         print_result({name: summary[name] for name in SHOWN}, as_json=False)
-        typer.echo()
+        say()
     for sentence in result["cost"]:
-        typer.echo(clean(sentence))
-    typer.echo(f"wrote {', '.join(str(path) for path in (out, *beside.values()) if path)}")
+        say(sentence)
+    say(f"wrote {', '.join(str(path) for path in (out, *beside.values()) if path)}")

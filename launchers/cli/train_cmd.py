@@ -7,6 +7,7 @@ from pathlib import Path
 import typer
 
 from launchers.cli.arguments import CONFIG, JSON, OVERRIDES, print_result
+from launchers.cli.terminal import say
 from launchers.supervise.signals import stop_requested
 from pipeline.config.load import load_config
 
@@ -42,10 +43,10 @@ def train(
         if found.complete:
             from pipeline.monitoring.report import build_report
 
-            typer.echo(f"{resume}: already complete after {found.step} steps; give more steps to go on", err=True)
+            say(f"{resume}: already complete after {found.step} steps; give more steps to go on", err=True)
             print_result(build_report([resume], resume / "report.html")["runs"][0], as_json)
             return
-        typer.echo(f"resuming {resume} {found}", err=True)
+        say(f"resuming {resume} {found}", err=True)
     with stop_requested() as asked:
         from launchers.run import assemble  # torch, Ray: only once the configuration is known to be good
 
@@ -53,4 +54,4 @@ def train(
     print_result(result, as_json)
     if result["status"] != "completed":
         done = f"stopped after {result['steps']} of {resolved.steps} steps, checkpoint saved"
-        typer.echo(f"{done}; go on with: isentrope train --resume {result['run_dir']}", err=True)
+        say(f"{done}; go on with: isentrope train --resume {result['run_dir']}", err=True)

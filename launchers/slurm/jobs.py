@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from rich.console import Console
 
 from launchers import environment
 from launchers.slurm.cluster import SshConfig
 from launchers.supervise.attempts import FILE, LAUNCH, Attempt, read_attempts
 from launchers.supervise.watchdog import HEARTBEAT, parse_heartbeat
 from pipeline.config.errors import ConfigError
+from pipeline.monitoring.console import CleanConsole
 from pipeline.monitoring.event_kinds import DamagedLineError, decoded, parse_event
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def shell(ssh: SshConfig) -> Shell:
     if not ssh.host:
         return local
     tunnel = ssh_tunnel(ssh)
-    tunnel.console = Console(stderr=True)
+    tunnel.console = CleanConsole(stderr=True)
     try:
         tunnel.connect()
     except (OSError, SystemExit) as error:  # nemo-run exits where the login is refused

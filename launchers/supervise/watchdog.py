@@ -28,6 +28,7 @@ import msgspec
 
 from launchers.supervise.stacks import children, seen_from_outside
 from pipeline.config.schema import RunConfig
+from pipeline.monitoring.console import clean
 from pipeline.monitoring.event_kinds import DamagedLineError, decoded
 from pipeline.rollout.sglang.startup import startup_limit_s
 
@@ -259,6 +260,6 @@ def parse_heartbeat(content: bytes, path: str) -> dict[str, Any]:
 def _exit(run_dir: Path) -> None:
     """End this process at once, whatever its other threads hang in; the last line says how to go on."""
     sys.stdout.flush()
-    sys.stderr.write(f"stalled; go on with: isentrope train --resume {shlex.quote(str(run_dir))}\n")
+    sys.stderr.write(clean(f"stalled; go on with: isentrope train --resume {shlex.quote(str(run_dir))}\n"))
     sys.stderr.flush()
     os._exit(1)

@@ -31,6 +31,7 @@ from typing import IO, TypeVar
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
+from pipeline.monitoring.console import clean, log_to_terminal
 from pipeline.monitoring.events import FILE_NAME, EventLogError, EventReader
 from pipeline.monitoring.sinks import Sink
 from pipeline.monitoring.sinks.factory import build_sinks, problems
@@ -178,14 +179,14 @@ def main() -> None:
     parser.add_argument("--driver", type=int, help="process whose run this is; none: deliver what is there and end")
     parser.add_argument("overrides", nargs="*", help="key=value over the run's configuration")
     arguments = parser.parse_args()
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.WARNING)
+    log_to_terminal(logging.WARNING, "%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # it announces every retry
     try:
         config = load_config(arguments.run_dir / "config.yaml", arguments.overrides, check=False)
         if arguments.driver is None:  # a driver has seen to it
             _refuse(config, arguments.run_dir)
     except ConfigError as error:
-        parser.exit(2, f"{error}\n")
+        parser.exit(2, clean(f"{error}\n"))
     if arguments.driver is not None:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # they ask the driver to end; this ends after it
             signal.signal(number, signal.SIG_IGN)

@@ -166,3 +166,27 @@ def test_nothing_but_megatron_ext_and_the_wiring_imports_megatron_ext():
     assert {
         module for module in users if not module.startswith(("launchers.run.", "launchers.cli.", "launchers.api"))
     } == set()
+
+
+# Who may write to a terminal: everything else goes through them, cleaned of control characters.
+WRITERS = {
+    "echo": {"launchers.cli.terminal"},
+    "print": set(),
+    "Console": set(),
+    "StreamHandler": {"pipeline.monitoring.console"},
+    "basicConfig": {"pipeline.monitoring.console"},
+}
+
+
+def test_text_leaves_for_a_terminal_at_one_place():
+    """``say``, ``CleanConsole`` (also ``.print`` of one) and ``log_to_terminal``."""
+    found = set()
+    for module, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            plain = node.func.id if isinstance(node.func, ast.Name) else ""
+            name = node.func.attr if isinstance(node.func, ast.Attribute) and node.func.attr != "print" else plain
+            if name in WRITERS and module not in WRITERS[name]:
+                found.add((module, name))
+    assert not found

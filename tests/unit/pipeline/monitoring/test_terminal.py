@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import re
 import sys
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pipeline.monitoring.console import CleanConsole
+from pipeline.monitoring.console import CleanConsole, CleanFormatter, clean
 from pipeline.monitoring.events import EventLog
 from pipeline.monitoring.series import Series
 from pipeline.monitoring.status import alerts, status
@@ -218,3 +219,40 @@ def test_runs_of_one_name_have_different_titles(tmp_path):
     text = rendered(tmp_path / "a" / "pi", tmp_path / "b" / "pi")
     assert "pi s0 (a/pi)" in text
     assert "pi s0 (b/pi)" in text
+
+
+def test_every_command_and_the_log_strip_control_characters(tmp_path, capsys):
+    """Of a data file that a stranger wrote, of an error, of a log line with its traceback."""
+    file = tmp_path / "questions.jsonl"
+    line = {"id": "a", "prompt": f"1{ESCAPES}\t1\n2", "answer": ESCAPES + "1", "verifier": "exact"}
+    file.write_text(json.dumps(line) + "\n" + json.dumps(line | {"verifier": "\x1b[31mexat"}))
+    for words in (
+        ["data", "check", str(file)],
+        ["config", "show", f"name={ESCAPES}"],
+        ["train", f"--resume={ESCAPES}"],
+    ):
+        _, out, err = call(capsys, *words)
+        assert not set(out + err) & set("\x1b\x07\x9b\r\x08"), words
+    assert "1\t1\n2" in call(capsys, "data", "check", str(file))[1]
+    try:
+        raise ValueError(f"{ESCAPES}what")
+    except ValueError as error:
+        record = logging.LogRecord("x", logging.ERROR, "", 0, "%s", (f"{ESCAPES}text",), (ValueError, error, None))
+    said = CleanFormatter("%(levelname)s %(message)s").format(record)
+    assert said.startswith("ERROR text\nValueError: what")
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("\x1b[1;31mred\x1b[0m", "red"),
+        ("\x1b]8;;http://evil\x07link\x1b]8;;\x1b\\", "link"),
+        ("\x1b]0;never ended", "]0;never ended"),
+        ("a\r\nb\tc", "a\nb\tc"),
+        ("\u202etxt.exe", "txt.exe"),
+        ("\ud800", ""),
+        ("[bold]", "[bold]"),
+    ],
+)
+def test_cleaned_text(text, left):
+    assert clean(text) == left
