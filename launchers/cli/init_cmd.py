@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from launchers.cli.terminal import say
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import load_config, resolve_path
 
@@ -86,14 +87,14 @@ def init(
     config = load_config(out)
     check_prompts(load_prompts(config.data, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens), config)
     band = config.entropy.band
-    typer.echo(f"wrote {out}: {report.questions} prompts, band {band.low:g} to {band.high:g} nats per token")
-    typer.echo(f"next: isentrope train --config {out}")
+    say(f"wrote {out}: {report.questions} prompts, band {band.low:g} to {band.high:g} nats per token")
+    say(f"next: isentrope train --config {out}")
 
 
 def _measured(facts: Facts, prompts: Sequence[Prompt]) -> Start:
     from pipeline.evaluation.start import measure
 
-    typer.echo(f"measuring the entropy of {len(prompts)} prompts x {SAMPLES} responses on the CPU", err=True)
+    say(f"measuring the entropy of {len(prompts)} prompts x {SAMPLES} responses on the CPU", err=True)
     limit = min(LONGEST, facts.model.max_positions - facts.longest)
     return measure(facts.folder, prompts, samples=SAMPLES, max_new_tokens=limit)
 
