@@ -2,126 +2,129 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing, tensor_parallel
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.dist_checkpointing.utils import force_all_tensors_to_non_fp8
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_ext import snapshot
 from megatron_ext.topology import Topology
 from megatron_ext.weights import unpickle
+from pipeline import fingerprints
+from pipeline.fingerprints import Files
 
-# The distributed optimizer's state, gathered over DP: the one format that megatron can load at another layout.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
-
-
-class _SaveInProcess(torch_dist.TorchDistSaveShardedStrategy):
-    """megatron's ``torch_dist`` writer without its helper processes.
-
-    The upstream writer starts a spawned manager and forks one process per file even for a synchronous save, which hangs
-    in scripts without a main guard and is unsafe inside Ray actors. Same files, read by the upstream loader (0.16 to
-    0.19).
-    """
-
-    def save(self, sharded_state_dict: dict[str, Any], checkpoint_dir: Path) -> None:
-        tensors, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(sharded_state_dict, True)
-        try:
-            dcp.save(
-                torch_dist.mcore_to_pyt_state_dict(tensors, False),
-                storage_writer=dcp.FileSystemWriter(checkpoint_dir),
-                planner=torch_dist.MCoreSavePlanner(flatten_state_dict=False),
-            )
-        except CheckpointException as error:  # a BaseException, which nobody expects
-            said = "; ".join(f"rank {rank}: {failure[0]}" for rank, failure in error.failures.items())
-            raise RuntimeError(f"{checkpoint_dir} could not be written: {said}") from error
+# The distributed optimizer's state as it lies in its buffers: every rank writes its own part, and nothing is gathered.
+_METADATA = {"distrib_optim_sharding_type": "dp_reshardable"}
 
 
-def save(
-    directory: Path,
-    chunks: Sequence[GPTModel],
-    optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
-    reference: Sequence[dict[str, torch.Tensor]],
-    topology: Topology,
-) -> None:
-    """Write parameters, optimizer, schedule, RNG states and the reference policy, if any. A collective of all ranks.
+class Checkpointer:
+    """Saves and restores parameters, optimizer, schedule, RNG states and the reference policy, if any.
 
     ``chunks`` are this rank's model chunks, ``reference`` as many dictionaries of parameters, or none.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    state = _state(chunks, optimizer, reference, topology, loading=False)
-    force_all_tensors_to_non_fp8(state)  # loading does the same; the optimizer holds what FP8 rounded away
-    state["layout"] = _layout(topology)
-    state["scheduler"] = scheduler.state_dict()
-    dist_checkpointing.save(state, str(directory), _SaveInProcess("torch_dist", 1))
 
+    def __init__(
+        self,
+        chunks: Sequence[GPTModel],
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler,
+        reference: Sequence[dict[str, torch.Tensor]],
+        topology: Topology,
+    ) -> None:
+        self._chunks, self._optimizer, self._scheduler = chunks, optimizer, scheduler
+        self._reference, self._topology = reference, topology
+        self._strategy = snapshot.saving(topology)
+        self._validated = False
 
-def restore(
-    directory: Path,
-    chunks: Sequence[GPTModel],
-    optimizer: MegatronOptimizer,
-    scheduler: OptimizerParamScheduler,
-    reference: Sequence[dict[str, torch.Tensor]],
-    topology: Topology,
-) -> None:
-    """Load what :func:`save` wrote, in place, but for hyper-parameters: those stay as ``optimizer`` was configured.
+    def save(self, directory: Path) -> Callable[[], Files]:
+        """Copy the state to the CPU; what is returned writes it. Both are collectives of all ranks.
 
-    Raises ``ValueError`` where the checkpoint has another layout, or would execute code.
-    """
-    unpickle.check(directory)
-    saved = dist_checkpointing.load_common_state_dict(str(directory)).get("layout")
-    if saved != _layout(topology):
-        raise ValueError(
-            f"{directory} was saved by a learner of layout {saved}, this one is {_layout(topology)}: use the same"
+        Each rank writes what no other does, and returns the fingerprints of its files.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        state = self._state(loading=False)
+        force_all_tensors_to_non_fp8(state)  # loading does the same; the optimizer holds what FP8 rounded away
+        state["layout"] = _layout(self._topology)
+        state["scheduler"] = self._scheduler.state_dict()
+        request = dist_checkpointing.save(
+            state,
+            str(directory),
+            self._strategy,
+            async_sharded_save=True,
+            validate_access_integrity=not self._validated,  # the same for every save of a learner
         )
-    state = dist_checkpointing.load(_state(chunks, optimizer, reference, topology, loading=True), str(directory))
-    for index, gpt in enumerate(chunks):
-        gpt.load_state_dict(state["model"][f"model{index}"])
-    configured = [dict(group) for group in optimizer.param_groups]
-    _lend(optimizer, state["optimizer"])
-    optimizer.load_state_dict(state["optimizer"])
-    for group, own in zip(optimizer.param_groups, configured, strict=True):
-        # All but what training changes; the scheduler's own state then sets lr and weight_decay.
-        group.update({key: value for key, value in own.items() if key not in ("params", "step")})
-    _allocate(optimizer)
-    _part_steps(optimizer)
-    scheduler.load_state_dict(state["scheduler"])
-    for kept, loaded in zip(reference, state.get("reference", ()), strict=True):
-        for name, tensor in kept.items():
-            tensor.copy_(loaded[name])
-    _set_rng(state["rng"])
+        self._validated = True
+        return partial(_write, cast(Any, request).async_fn, directory, self._topology)
+
+    def restore(self, directory: Path, files: Files) -> None:
+        """Load what :meth:`save` wrote, in place, but for hyper-parameters: those stay as the optimizer was configured.
+
+        Raises ``DamagedFileError`` where a file is not as ``files`` says, and ``ValueError`` where the checkpoint has
+        another layout, or would execute code.
+        """
+        snapshot.check(directory, files, self._topology)
+        unpickle.check(directory)
+        saved, own = dist_checkpointing.load_common_state_dict(str(directory)).get("layout"), _layout(self._topology)
+        if saved != own:
+            raise ValueError(f"{directory} was saved by a learner of layout {saved}, this one is {own}: use the same")
+        state = dist_checkpointing.load(self._state(loading=True), str(directory), snapshot.loading())
+        for index, gpt in enumerate(self._chunks):
+            gpt.load_state_dict(state["model"][f"model{index}"])
+        self._restore_optimizer(state["optimizer"])
+        self._scheduler.load_state_dict(state["scheduler"])
+        for kept, loaded in zip(self._reference, state.get("reference", ()), strict=True):
+            for name, tensor in kept.items():
+                tensor.copy_(loaded[name])
+        _set_rng(state["rng"])
+
+    @torch.no_grad()
+    def _restore_optimizer(self, state: dict[str, Any]) -> None:
+        optimizer = self._optimizer
+        configured = [dict(group) for group in optimizer.param_groups]
+        _lend(optimizer, state)
+        optimizer.load_state_dict(state)
+        for group, own in zip(optimizer.param_groups, configured, strict=True):
+            # All but what training changes; the scheduler's own state then sets lr and weight_decay.
+            group.update({key: value for key, value in own.items() if key not in ("params", "step")})
+        _allocate(optimizer)
+        _part_steps(optimizer)
+
+    def _state(self, *, loading: bool) -> dict[str, Any]:
+        """The sharded state dict: what each rank owns, described by global name, shape and offset."""
+        _allocate(self._optimizer)
+        _count_padding(self._optimizer)
+        model = {f"model{index}": gpt.sharded_state_dict() for index, gpt in enumerate(self._chunks)}
+        rank, world = self._topology.rank, self._topology.world_size
+        state: dict[str, Any] = {
+            "model": model,
+            "optimizer": self._optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(_METADATA)),
+            "rng": ShardedObject("rng", _rng(), (world,), (rank,)),
+        }
+        if self._reference:
+            pairs = zip(self._chunks, self._reference, strict=True)
+            state["reference"] = [_described(gpt, tensors) for gpt, tensors in pairs]
+        return state
 
 
-def _state(
-    chunks: Sequence[GPTModel],
-    optimizer: MegatronOptimizer,
-    reference: Sequence[dict[str, torch.Tensor]],
-    topology: Topology,
-    loading: bool,
-) -> dict[str, Any]:
-    """The sharded state dict: what each rank owns, described by global name, shape and offset."""
-    _allocate(optimizer)
-    _count_padding(optimizer)
-    model = {f"model{index}": gpt.sharded_state_dict() for index, gpt in enumerate(chunks)}
-    state: dict[str, Any] = {
-        "model": model,
-        "optimizer": optimizer.sharded_state_dict(model, is_loading=loading, metadata=dict(_METADATA)),
-        "rng": ShardedObject("rng", _rng(), (topology.world_size,), (topology.rank,)),
-    }
-    if reference:
-        state["reference"] = [_described(gpt, tensors) for gpt, tensors in zip(chunks, reference, strict=True)]
-    return state
+def _write(write: Callable[[], dict[str, Any]], directory: Path, topology: Topology) -> Files:
+    """What is left of a save, in any thread. Rank 0 answers for the small files that are of no one rank."""
+    files = write()
+    if topology.rank == 0:
+        save_config(CheckpointingConfig("torch_dist", 1), str(directory))
+        rest = [path for path in directory.iterdir() if path.suffix != ".distcp" and path.name not in files]
+        files |= {path.name: fingerprints.read_back(path) for path in rest}
+    return files
 
 
 def _described(gpt: GPTModel, reference: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -138,14 +141,12 @@ def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
 
 
 def _count_padding(optimizer: MegatronOptimizer) -> None:
-    """Let DistributedOptimizer gather its buffers as they are.
+    """Let DistributedOptimizer describe its buckets with the padding at their end.
 
-    megatron 0.16 to 0.19 leaves out the padding between buckets, but then looks for parameters where they are with it:
-    with several buckets (tied embeddings under PP have one to themselves) the state it saves is another parameter's.
+    megatron 0.16 to 0.19 leaves that out of a bucket's size, yet a rank whose part ends in padding describes all of it.
     """
     for part in _parts(optimizer):
         for buffer in part.buffers if isinstance(part, DistributedOptimizer) else ():
-            buffer.numel_unpadded = buffer.numel
             for bucket in buffer.buckets:
                 bucket.numel_unpadded = bucket.grad_data.numel()
 
@@ -192,7 +193,7 @@ def _lend(optimizer: MegatronOptimizer, state: dict[str, Any]) -> None:
 
 def _set_states(part: DistributedOptimizer, parameter: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
     own = part._get_main_param_and_optimizer_states(parameter)
-    type(part)._set_main_param_and_optimizer_states(part, parameter, {"step": own["step"], **tensors})
+    type(part)._set_main_param_and_optimizer_states(part, parameter, {**tensors, "step": own["step"]})
 
 
 def _part_steps(optimizer: MegatronOptimizer) -> None:
@@ -206,12 +207,7 @@ def _part_steps(optimizer: MegatronOptimizer) -> None:
 
 def _layout(topology: Topology) -> dict[str, int | None]:
     """The sizes that decide which rank holds what."""
-    grid = topology.grid
-    return {
-        **{"tp": grid.tp, "pp": grid.pp, "dp": topology.dp_size, "cp": grid.cp, "vpp": grid.vpp},
-        **{"ep": grid.ep, "etp": grid.expert_tp},
-        **{"first_stage_layers": grid.first_stage_layers, "last_stage_layers": grid.last_stage_layers},
-    }
+    return {**asdict(topology.grid), "etp": topology.grid.expert_tp}
 
 
 def _rng() -> dict[str, Any]:

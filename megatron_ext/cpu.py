@@ -35,10 +35,11 @@ def install() -> None:
     torch.cuda.synchronize = lambda device=None: None
     torch.cuda.current_stream = lambda device=None: None  # type: ignore[assignment,return-value]
     # device="cuda" literals: core/optimizer/{clip_grads,optimizer,grad_scaler}.py, core/pipeline_parallel/schedules.py
-    # (num_tokens), core/transformer/utils.py (causal mask).
+    # (num_tokens), core/transformer/utils.py (causal mask), core/dist_checkpointing/exchange_utils.py (shards that
+    # another rank has read).
     # `with torch.device(...)` keeps a set of these functions from its first use on: make that now, with the originals.
     _device_constructors()
-    for name in ("tensor", "zeros", "ones"):
+    for name in ("tensor", "zeros", "ones", "empty", "empty_like"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     # weight.data.cuda(): core/models/common/language_module/language_module.py (tied embeddings under PP).
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]

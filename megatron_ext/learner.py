@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import accumulate
@@ -17,12 +17,14 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 import pipeline.config.schema as schema
-from megatron_ext import checkpoint, context_parallel, inputs, models, optimizer
+from megatron_ext import context_parallel, inputs, models, optimizer
+from megatron_ext.checkpoint import Checkpointer
 from megatron_ext.fp8 import transformer_engine
 from megatron_ext.head import Head
 from megatron_ext.topology import Topology, shutdown
 from megatron_ext.weights import hf
 from pipeline.batching import dealing
+from pipeline.fingerprints import Files
 from pipeline.model import architecture, identity, layout
 from pipeline.objectives.loss import (
     SENSOR_SUMS,
@@ -92,6 +94,7 @@ class MegatronLearner:
             self._reference = [
                 {name: torch.empty_like(p.data) for name, p in gpt.named_parameters()} for gpt in self._chunks
             ]
+        self._checkpointer = Checkpointer(self._chunks, self._optimizer, self._scheduler, self._reference, topology)
 
     def load(self, hf_path: Path) -> None:
         """Read this rank's slices of a Hugging Face folder; see ``pipeline.learner.Learner.load``."""
@@ -179,24 +182,21 @@ class MegatronLearner:
         parameters = transformer_engine.Dequantised(self._parameters)
         return hf.export(parameters, self._rounds, self._topology, version)
 
-    def save(self, directory: Path) -> None:
-        """Write the whole state; see ``pipeline.learner.Learner.save``."""
-        checkpoint.save(
-            Path(directory), self._chunks, self._optimizer, self._scheduler, self._reference, self._topology
-        )
+    def save(self, directory: Path) -> Callable[[], Files]:
+        """Copy the whole state, to be written by what is returned; see ``pipeline.learner.Learner.save``."""
+        write = self._checkpointer.save(Path(directory))
         if self._topology.rank == 0:
             identity.record(Path(directory), self._architecture)
+        return write
 
-    def restore(self, directory: Path) -> None:
+    def restore(self, directory: Path, files: Files) -> None:
         """Load what :meth:`save` wrote at the same layout; training goes on as if never interrupted.
 
         Hyper-parameters are this learner's own: with another configuration it goes on under that one. Raises
         ``ValueError`` that names every field in which the model is another.
         """
         identity.check(Path(directory), self._architecture, f"{self._hf_path}/config.json")
-        checkpoint.restore(
-            Path(directory), self._chunks, self._optimizer, self._scheduler, self._reference, self._topology
-        )
+        self._checkpointer.restore(Path(directory), files)
 
     def close(self) -> None:
         """Leave the process groups."""

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from pipeline.model.grid import Grid, Place
+
+# How long a rank waits for the slowest one's disk when a checkpoint is written or checked. A rank that died is noticed
+# at once, by its closed connections; a disk that hangs, by the watchdog, when the next checkpoint is due.
+COORDINATION_TIMEOUT = timedelta(hours=6)
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Topology:
     dp_size: int
     dp_group: dist.ProcessGroup
     grid: Grid
+    coordination: dist.ProcessGroup | None  # gloo, of all ranks, beside the training's; None: there is one rank
     device: torch.device
     backend: str  # "nccl" | "gloo" | "fake" (a rehearsal: no other process is there)
 
@@ -109,9 +115,15 @@ def divide(grid: Grid, seed: int, device: torch.device) -> Topology:
         dp_size=parallel_state.get_data_parallel_world_size(),
         dp_group=parallel_state.get_data_parallel_group(),
         grid=grid,
+        coordination=_coordination(grid.world_size),
         device=device,
         backend=backend,
     )
+
+
+def _coordination(world_size: int) -> dist.ProcessGroup | None:
+    """Checkpoints are agreed on here, in a thread beside the training, whose collectives must not mix with these."""
+    return dist.new_group(backend="gloo", timeout=COORDINATION_TIMEOUT) if world_size > 1 else None
 
 
 def shutdown() -> None:

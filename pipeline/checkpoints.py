@@ -1,9 +1,10 @@
 """Checkpoints: one folder, one manifest, complete or absent.
 
-A checkpoint is written into ``.writing-step-N`` and renamed to ``step-N`` after its manifest (sizes and CRC-32 of every
-file) is on disk. An old one is renamed to ``.removing-step-N`` before it is deleted. So a folder named ``step-N`` is
-complete by construction. Beside the learner it holds the driver's state: ``state.json``, and ``state.safetensors`` for
-arrays. What is read is not trusted: whatever the files hold, it is a checkpoint or a ``CheckpointError``.
+A checkpoint is written into ``.writing-step-N``, in the background of the training that goes on, and renamed to
+``step-N`` after its manifest (sizes and CRC-32 of every file, taken by whoever wrote it) is on disk. An old one is
+renamed to ``.removing-step-N`` before it is deleted. So a folder named ``step-N`` is complete by construction. Beside
+the learner it holds the driver's state: ``state.json``, and ``state.safetensors`` for arrays. What is read is not
+trusted: whatever the files hold, it is a checkpoint or a ``CheckpointError``.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import logging
 import os
 import re
 import shutil
-import zlib
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -26,13 +27,16 @@ import numpy as np
 from msgspec import Meta
 from safetensors.numpy import load_file, save
 
+from pipeline import fingerprints
 from pipeline.data import DataError
 from pipeline.disk import naming, require
+from pipeline.fingerprints import DamagedFileError, Files, Fingerprint
 
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
 MANIFEST, STATE, ARRAYS = "manifest.json", "state.json", "state.safetensors"
+_LEARNER = "learner"  # folder
 _WRITING, _REMOVING = ".writing-", ".removing-"
 _NAME = re.compile(r"step-(\d{8})$")
 
@@ -41,19 +45,12 @@ class CheckpointError(DataError):
     """A checkpoint is missing, incomplete or damaged; the message names the file."""
 
 
-class _Fingerprint(msgspec.Struct, frozen=True):
-    """Of a file's content."""
-
-    bytes: int
-    crc32: int
-
-
 class _Manifest(msgspec.Struct):
     """Every file of a checkpoint but the manifest itself, by its path in the folder."""
 
     schema: Annotated[int, Meta(ge=1)]
     step: int
-    files: dict[str, _Fingerprint]
+    files: dict[str, Fingerprint]
 
 
 @dataclass(frozen=True)
@@ -63,10 +60,30 @@ class Checkpoint:
     step: int
     path: Path
 
-    @property
-    def learner(self) -> Path:
-        """Folder written by ``Learner.save``."""
-        return self.path / "learner"
+    def restore(self, restore_learner: Callable[[Path, Files], None]) -> None:
+        """Have a learner load its part, by its ``restore``; the ranks that read the files check them first.
+
+        Raises ``CheckpointError`` naming a file that is missing or damaged.
+        """
+        prefix = f"{_LEARNER}/"
+        files = {name.removeprefix(prefix): found for name, found in self.files().items() if name.startswith(prefix)}
+        with self.vouching():
+            restore_learner(self.path / _LEARNER, files)
+
+    def files(self) -> Files:
+        """What the manifest says of every other file. Raises ``CheckpointError`` where the manifest is damaged."""
+        with self.examined(MANIFEST):
+            manifest = msgspec.json.decode((self.path / MANIFEST).read_bytes(), type=_Manifest)
+            if manifest.step != self.step:
+                raise ValueError(f"it is of step {manifest.step}")
+            if unnamed := {STATE, ARRAYS} - manifest.files.keys():
+                raise ValueError(f"it does not name {', '.join(sorted(unnamed))}")
+        if manifest.schema > SCHEMA:
+            raise CheckpointError(
+                f"{self.path} has checkpoint schema {manifest.schema}; this version reads up to {SCHEMA}: update "
+                "isentrope"
+            )
+        return manifest.files
 
     def state(self) -> dict[str, Any]:
         """The driver's state, but for its arrays. Raises ``CheckpointError`` unless it is a JSON object."""
@@ -93,6 +110,14 @@ class Checkpoint:
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} is missing; {self.remedy}") from error
 
+    @contextmanager
+    def vouching(self) -> Iterator[None]:
+        """A ``DamagedFileError`` that leaves the block becomes a ``CheckpointError`` with the remedy."""
+        try:
+            yield
+        except DamagedFileError as error:
+            raise CheckpointError(f"{error}; {self.remedy}") from error
+
     @property
     def remedy(self) -> str:
         """What to do without this checkpoint."""
@@ -100,30 +125,49 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The ``checkpoints/`` folder of a run."""
+    """The ``checkpoints/`` folder of a run. It writes one checkpoint at a time, while training goes on."""
 
     def __init__(self, root: Path, keep_last: int) -> None:
         self.root, self.keep_last = root, keep_last
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[Checkpoint] | None = None
 
     def save(
         self,
         step: int,
         state: Mapping[str, Any],
         arrays: Mapping[str, np.ndarray],
-        save_learner: Callable[[Path], None],
-    ) -> Checkpoint:
-        """Write everything under one manifest, publish it by a rename, then ``prune``.
+        save_learner: Callable[[Path], Callable[[], Files]],
+    ) -> None:
+        """Begin a checkpoint of what is given as it is now; ``finished`` tells when it is published, or what failed.
 
-        ``state`` is JSON-serialisable; ``arrays`` are too large for JSON. ``save_learner`` gets an empty folder.
-        A step that is already published is left as it is. If anything raises, earlier checkpoints are untouched, and
-        what was written is removed. Raises ``DiskFullError`` before anything is written where there is no room for as
-        much as the newest checkpoint takes.
+        ``state`` is JSON-serialisable; ``arrays`` are too large for JSON. ``save_learner`` gets an empty folder and
+        returns what fills it, in the background: see ``pipeline.learner.Learner.save``. A step that is already
+        published is left as it is. Whatever fails, earlier checkpoints are untouched, and what was written is removed.
+        Raises ``DiskFullError`` before anything is written where there is no room for as much as the newest checkpoint
+        takes, and ``RuntimeError`` where the checkpoint before has not been asked for by ``finished``.
         """
+        if self._writing is not None:
+            raise RuntimeError("CheckpointStore.finished must tell of one checkpoint before the next begins")
         final = self.root / f"step-{step:08d}"
-        if not final.exists():
-            self._publish(step, final, state, arrays, save_learner)
-        self.prune()
-        return Checkpoint(step, final)
+        write = _nothing if final.exists() else self._begun(step, state, arrays, save_learner)
+        self._writing = self._writer.submit(self._publish, step, final, write)
+
+    def finished(self, *, wait: bool) -> Checkpoint | None:
+        """The checkpoint that was begun, once, when it is published; raises what failed. None: not yet, or none was.
+
+        ``wait``: until it is.
+        """
+        writing = self._writing
+        if writing is None or not (wait or writing.done()):
+            return None
+        self._writing = None
+        return writing.result()
+
+    def wait(self) -> None:
+        """Let a checkpoint that was begun end one way or the other. For a run that fails: raises nothing."""
+        if self._writing is not None and (error := self._writing.exception()) is not None:
+            log.warning("the checkpoint in the making failed too: %s", error)
 
     def prune(self) -> None:
         """Delete the oldest beyond ``keep_last``, and what a killed process left of writing or deleting.
@@ -138,33 +182,39 @@ class CheckpointStore:
             except OSError as error:
                 log.warning("%s: cannot be deleted, which is tried again with the next checkpoint: %s", path, error)
 
-    def _publish(
+    def _begun(
         self,
         step: int,
-        final: Path,
         state: Mapping[str, Any],
         arrays: Mapping[str, np.ndarray],
-        save_learner: Callable[[Path], None],
-    ) -> None:
+        save_learner: Callable[[Path], Callable[[], Files]],
+    ) -> Callable[[], None]:
+        """Make the folder and take the state as it is; what is returned writes all of it, the manifest last."""
         self.prune()
         if newest := self.complete()[-1:]:
             size = sum(path.stat().st_size for path in newest[0].path.rglob("*") if path.is_file())
             require(self.root, size, f"a checkpoint after step {step}")
         writing = self.root / f"{_WRITING}step-{step:08d}"
-        try:
-            (writing / "learner").mkdir(parents=True)
-            with naming(writing / "learner"):
-                save_learner(writing / "learner")
-            with naming(writing / STATE):
-                (writing / STATE).write_text(json.dumps(state))
-            with naming(writing / ARRAYS):  # safetensors' own ``save_file`` makes files of mode 0600
-                (writing / ARRAYS).write_bytes(save(dict(arrays)))
-            _write_manifest(writing, step)
-        except BaseException:
-            shutil.rmtree(writing, ignore_errors=True)
-            raise
-        os.rename(writing, final)
-        _sync_folder(self.root)
+        own = {STATE: json.dumps(state).encode(), ARRAYS: save(dict(arrays))}
+        with _removed_on_failure(writing), naming(writing / _LEARNER):
+            (writing / _LEARNER).mkdir(parents=True)
+            write_learner = save_learner(writing / _LEARNER)
+
+        def write() -> None:
+            with _removed_on_failure(writing):
+                with naming(writing / _LEARNER):
+                    files = {f"{_LEARNER}/{name}": found for name, found in write_learner().items()}
+                files |= {name: fingerprints.write(writing / name, data) for name, data in own.items()}
+                _write_manifest(writing, step, files)
+                os.rename(writing, self.root / f"step-{step:08d}")
+            _sync_folder(self.root)
+
+        return write
+
+    def _publish(self, step: int, final: Path, write: Callable[[], None]) -> Checkpoint:
+        write()
+        self.prune()
+        return Checkpoint(step, final)
 
     def complete(self) -> list[Checkpoint]:
         """Every published checkpoint, oldest first."""
@@ -172,15 +222,21 @@ class CheckpointStore:
         return sorted((Checkpoint(int(m[1]), p) for m, p in found if m), key=lambda c: c.step)
 
     def latest(self) -> Checkpoint | None:
-        """The newest published checkpoint, every file checked against the manifest; None when there is none.
+        """The newest published checkpoint; None when there is none.
 
-        Raises ``CheckpointError`` naming the file that is missing or damaged.
+        Every file is there in its full size, and the driver's own are what the manifest says. What the learner's hold
+        is checked by its ranks, each some of them, when they load: ``Checkpoint.restore``. Raises ``CheckpointError``
+        naming the file that is missing or damaged.
         """
         complete = self.complete()
         if not complete:
             return None
-        _check_files(complete[-1])
-        return complete[-1]
+        newest = complete[-1]
+        files = newest.files()
+        with newest.vouching():
+            fingerprints.check_sizes(newest.path, files)
+            fingerprints.check_contents(newest.path, files, (STATE, ARRAYS))
+        return newest
 
 
 def _hidden(path: Path) -> Path:
@@ -191,53 +247,24 @@ def _hidden(path: Path) -> Path:
     return path.rename(next(name for name in names if not name.exists()))
 
 
-def _files(folder: Path) -> dict[str, Path]:
-    return {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+def _nothing() -> None:
+    """What is left to write of a checkpoint that is published."""
 
 
-def _write_manifest(folder: Path, step: int) -> None:
-    """Last of all, of every file in ``folder``."""
-    files = {name: _fingerprint(path) for name, path in _files(folder).items()}
-    manifest = msgspec.json.format(msgspec.json.encode(_Manifest(SCHEMA, step, files)), indent=1).decode()
-    _write_durably(folder / f".{MANIFEST}", manifest)
+@contextmanager
+def _removed_on_failure(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _write_manifest(folder: Path, step: int, files: Files) -> None:
+    """Last of all, of every other file in ``folder``."""
+    manifest = msgspec.json.format(msgspec.json.encode(_Manifest(SCHEMA, step, dict(sorted(files.items())))), indent=1)
+    fingerprints.write(folder / f".{MANIFEST}", manifest)
     os.rename(folder / f".{MANIFEST}", folder / MANIFEST)
-
-
-def _fingerprint(path: Path) -> _Fingerprint:
-    """Size and CRC-32; the file is also flushed to disk, since the manifest will vouch for it."""
-    crc = 0
-    with naming(path), path.open("rb") as file:
-        os.fsync(file.fileno())
-        while block := file.read(1 << 22):
-            crc = zlib.crc32(block, crc)
-    return _Fingerprint(path.stat().st_size, crc)
-
-
-def _check_files(checkpoint: Checkpoint) -> None:
-    path = checkpoint.path
-    with checkpoint.examined(MANIFEST):
-        manifest = msgspec.json.decode((path / MANIFEST).read_bytes(), type=_Manifest)
-        if manifest.step != checkpoint.step:
-            raise ValueError(f"it is of step {manifest.step}")
-        if unnamed := {STATE, ARRAYS} - manifest.files.keys():
-            raise ValueError(f"it does not name {', '.join(sorted(unnamed))}")
-    if manifest.schema > SCHEMA:
-        raise CheckpointError(
-            f"{path} has checkpoint schema {manifest.schema}; this version reads up to {SCHEMA}: update isentrope"
-        )
-    held = _files(path)
-    for name, expected in manifest.files.items():
-        if name not in held:
-            raise CheckpointError(f"{path / name} is missing; {checkpoint.remedy}")
-        if _fingerprint(held[name]) != expected:
-            raise CheckpointError(f"{path / name} differs from the manifest; {checkpoint.remedy}")
-
-
-def _write_durably(path: Path, text: str) -> None:
-    with naming(path), path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _sync_folder(path: Path) -> None:

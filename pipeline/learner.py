@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from pipeline.fingerprints import Files
 from pipeline.types import StepStats, TrainBatch
 
 
@@ -50,11 +51,19 @@ class Learner(Protocol):
     def empty_cache(self) -> None:
         """Give back GPU memory that is kept for reuse only: engines on the same GPUs need it."""
 
-    def save(self, directory: Path) -> None:
-        """Write parameters, optimizer, schedule and RNG state into an empty directory (dist_checkpointing)."""
+    def save(self, directory: Path) -> Callable[[], Files]:
+        """Copy parameters, optimizer, schedule and RNG state to the CPU; what is returned writes the copy.
 
-    def restore(self, directory: Path) -> None:
-        """Load what ``save`` wrote, at this learner's own layout."""
+        It is called once, in any thread, while training goes on; it fills ``directory``, which is empty, and returns
+        the fingerprint of every file (dist_checkpointing's ``torch_dist``). It has to end before the next ``save``.
+        """
+
+    def restore(self, directory: Path, files: Files) -> None:
+        """Load what ``save`` wrote, at this learner's own layout.
+
+        ``files``: the fingerprints from writing it; ``DamagedFileError`` names a file that differs, before anything is
+        loaded.
+        """
 
     def close(self) -> None:
         """Release processes and process groups."""

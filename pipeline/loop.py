@@ -53,12 +53,23 @@ class TrainingLoop:
     step: int = 0
 
     def run(self, stop_requested: Callable[[], bool]) -> None:
-        """Train until ``config.steps`` or until asked to stop; either way the last step ends in a checkpoint."""
+        """Train until ``config.steps`` or until asked to stop; either way the last step ends in a checkpoint.
+
+        A run that fails lets a checkpoint in the making be completed.
+        """
+        try:
+            self._run(stop_requested)
+        except Exception:
+            self.checkpoints.wait()
+            raise
+
+    def _run(self, stop_requested: Callable[[], bool]) -> None:
         self.rollouts.push(self.step)
         if self.step == 0 and self.config.evaluation.at_start and not stop_requested():
             self.evaluate()
         while self.step < self.config.steps and not stop_requested():
             self.train_step()
+            self.record_saved(wait=False)
             for every, act in (
                 (self.config.evaluation.every, self.evaluate),
                 (self.config.checkpoint.every, self.save),
@@ -66,6 +77,7 @@ class TrainingLoop:
                 if every and self.step % every == 0 and self.step < self.config.steps:
                     act()
         self.save()
+        self.record_saved(wait=True)
         if self.step == self.config.steps and self.config.evaluation.at_end:
             self.evaluate()
 
@@ -109,8 +121,13 @@ class TrainingLoop:
         self.recorder.evaluation(self.step, result.to_dict())
 
     def save(self) -> None:
-        """Checkpoint learner, controller, data cursor, what waits and the pending decision under one manifest."""
+        """Begin a checkpoint of learner, controller, data cursor, what waits and the pending decision.
+
+        The one before is completed first; this one is written while training goes on.
+        """
         self.recorder.begin("checkpoint")
+        self.record_saved(wait=True)
+        self.recorder.snapshot(self.step)
         waiting, arrays = self.queue.state_dict()
         state = {
             "step": self.step,
@@ -119,4 +136,9 @@ class TrainingLoop:
             "decision": vars(self.decision),
             "queue": waiting,
         }
-        self.recorder.checkpoint(self.checkpoints.save(self.step, state, arrays, self.learner.save))
+        self.checkpoints.save(self.step, state, arrays, self.learner.save)
+
+    def record_saved(self, *, wait: bool) -> None:
+        """Record the checkpoint in the making when it is complete; raises what kept it from being written."""
+        if (saved := self.checkpoints.finished(wait=wait)) is not None:
+            self.recorder.checkpoint(saved)

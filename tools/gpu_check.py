@@ -43,6 +43,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,14 +125,18 @@ def _train_until_killed(folder: Path, losses: Path) -> None:
     made = _learner(folder, distributed=True)
     for step in (0, 1):
         made.update(_batch(step), step)
-    made.save(folder / "checkpoint")
+    written = made.save(folder / "checkpoint")()
+    (folder / "files.json").write_bytes(msgspec.json.encode(written))
     losses.write_text(json.dumps([made.update(_batch(step), step).loss for step in (2, 3)]))
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _train_on(folder: Path, losses: Path) -> None:
     made = _learner(folder, distributed=True)
-    made.restore(folder / "checkpoint")
+    from pipeline.fingerprints import Fingerprint
+
+    written = msgspec.json.decode((folder / "files.json").read_bytes(), type=dict[str, Fingerprint])
+    made.restore(folder / "checkpoint", written)
     losses.write_text(json.dumps([made.update(_batch(step), step).loss for step in (2, 3)]))
     made.close()
 

@@ -45,7 +45,7 @@ def probe(
         engine = assemble.start_engines(config, folder / "logs", stack)
         learner = assemble.start_learner(config, stack)
         if checkpoint:
-            learner.restore(checkpoint.learner)
+            checkpoint.restore(learner.restore)
         else:
             learner.load(assemble.hf_path(config))
         state = folder / "state"
@@ -69,7 +69,7 @@ def excite(config: RunConfig, run: Path | None, steps: int) -> Record:
         loop.controller = Excitation(config.entropy)
         loop.decision = loop.controller.initial()
         if checkpoint:
-            loop.learner.restore(checkpoint.learner)
+            checkpoint.restore(loop.learner.restore)
         else:
             loop.learner.load(assemble.hf_path(config))
         recorder.start(0)

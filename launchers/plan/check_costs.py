@@ -146,30 +146,49 @@ def time(setting: Setting) -> Iterator[str | Problem]:
 
 
 def _save_interval(setting: Setting, cluster: ClusterConfig, usable: int) -> Iterator[str | Problem]:
-    """Whether the step in progress ends, and checkpoints come, before the time is up."""
+    """Whether the step in progress and its checkpoint end, and checkpoints come, before the time is up."""
     try:
-        step = setting.forecast.step_seconds if setting.forecast else None
+        forecast = setting.forecast
     except ValueError:
         return
-    if step is None:
+    step = forecast.step_seconds if forecast else None
+    if forecast is None or step is None:
         return
-    every, steps = setting.config.checkpoint.every, setting.config.steps
+    every, steps, saving = setting.config.checkpoint.every, setting.config.steps, forecast.saving
+    yield (
+        f"saving: up to {size(saving.node_bytes)} a node are copied into its memory, then written in about "
+        f"{duration(saving.seconds)} while the run goes on (predicted)"
+    )
     if every:
         yield (
             f"save interval: {every} steps = about {duration(every * step)} of the {duration(usable)} before saving "
             "begins (predicted)"
         )
-    if step + STOP_S <= cluster.save_before_s:
+        if saving.seconds > every * step:
+            yield "note: writing a checkpoint takes longer than that: the run will wait for it; raise checkpoint.every"
+    # A checkpoint in the making is completed beside the step in progress; then the last one is written.
+    needed = max(step, saving.seconds) + saving.seconds + STOP_S
+    if needed <= cluster.save_before_s:
         return
-    enough = math.ceil((step + STOP_S) / 60) * 60
-    what = f"a step takes about {duration(step)} (predicted): the one in progress would not end before the job does"
+    enough = math.ceil(needed / 60) * 60
+    what = (
+        f"a step takes about {duration(step)} and a checkpoint {duration(saving.seconds)} (predicted): the one in "
+        "progress would not be saved before the job ends"
+    )
+    remedy = f"raise it to {enough} or more (and cluster.walltime above that)"
     between = min(every or steps, steps) * step
-    if between > usable:
+    if saving.seconds + STOP_S > cluster.save_before_s:
+        what = (
+            f"writing a checkpoint takes about {duration(saving.seconds)} (predicted), so that none would be complete"
+        )
+        remedy += ", use more nodes, or correct cluster.disk_gb_s"
+        yield Problem("cluster.save_before_s", cluster.save_before_s, what, remedy)
+    elif between > usable:
         saved = (
             f"no checkpoint comes before, so that every attempt begins at the same step ({duration(between)} between "
             "checkpoints)"
         )
-        remedy = f"raise it to {enough} or more (and cluster.walltime above that), or lower checkpoint.every"
+        remedy += ", or lower checkpoint.every"
         yield Problem("cluster.save_before_s", cluster.save_before_s, f"{what}, and {saved}", remedy)
     else:
         yield f"note: {what}, and be done again; cluster.save_before_s={enough} would save it"

@@ -6,6 +6,7 @@ Estimates at stated speeds, not measurements.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +39,14 @@ class Sync:
 
 
 @dataclass(frozen=True)
+class Saving:
+    """Seconds and bytes of one checkpoint, which is written while the run goes on."""
+
+    node_bytes: int  # that the node with most learner ranks copies into its memory, then writes
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Memory:
     """GiB of the fullest GPU of each kind, in the phase in which it is fullest."""
 
@@ -59,6 +68,7 @@ class Forecast:
     rollouts: Rollout | None
     train_seconds: float
     sync: Sync
+    saving: Saving
 
     @property
     def step_seconds(self) -> float | None:
@@ -95,6 +105,7 @@ def forecast(
         rollouts=drawn,
         train_seconds=speed(work, Machine(cluster.gpu_tflops)).seconds,
         sync=_sync(model, config, cluster, work, placed),
+        saving=_saving(checkpoint_bytes(model, config), cluster, placed),
     )
 
 
@@ -103,6 +114,13 @@ def checkpoint_bytes(model: Architecture, config: RunConfig) -> int:
     parameters = sum(math.prod(source.shape) for row in rows(model) for source in row.sources)
     reference = ITEM_SIZES[config.model.dtype] if config.objective.kl_coef > 0 else 0
     return parameters * (CHECKPOINT_BYTES[config.model.dtype] + reference)
+
+
+def _saving(whole: int, cluster: ClusterConfig, placed: Placement) -> Saving:
+    """Ranks write alike much, for those that hold the same divide it."""
+    most = max(Counter(placed.nodes[: placed.learners]).values())
+    node_bytes = whole * most // placed.learners
+    return Saving(node_bytes, node_bytes / cluster.disk_gb_s / 1e9)
 
 
 def _sync(model: Architecture, config: RunConfig, cluster: ClusterConfig, work: Work, placed: Placement) -> Sync:

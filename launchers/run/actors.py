@@ -20,6 +20,7 @@ import torch.distributed as dist
 from launchers.run.ray_cluster import most_on_one_node, use_interface_of
 from launchers.supervise.roll_call import ROLL_CALL, Whereabouts, whereabouts
 from pipeline.batching.dealing import Dealer
+from pipeline.fingerprints import Files
 from pipeline.learner import Learner
 from pipeline.monitoring.memory import resident_gib
 from pipeline.rollout.engine import EngineError, EngineTimeoutError, RolloutEngine, WeightUpdateError
@@ -65,9 +66,12 @@ def answer(replies: Any, who: str, timeout_s: float | None = None) -> Any:
         ) from error
 
 
-@ray.remote
+@ray.remote(concurrency_groups={"checkpoint": 1})  # type: ignore[call-overload]  # missing in Ray's types
 class LearnerRank:
-    """One process of the Megatron learner, which is given its share of every batch."""
+    """One process of the Megatron learner, which is given its share of every batch.
+
+    ``checkpoint`` writes while the rank trains.
+    """
 
     def whereabouts(self) -> Whereabouts:
         """See ``launchers.supervise.roll_call``."""
@@ -123,6 +127,17 @@ class LearnerRank:
     def dealing(self) -> tuple[Dealer, int, bool]:
         """How the learner deals a batch, which share is this rank's, and whether this rank answers for it."""
         return self.learner.dealer, self.learner.data_parallel_rank, self.learner.speaks
+
+    def save(self, directory: Path) -> None:
+        """First half of ``Learner.save``: copy this rank's state."""
+        self.write = self.learner.save(directory)
+
+    @ray.method(concurrency_group="checkpoint")
+    def write_saved(self) -> Files:
+        """Second half of ``Learner.save``: write the copy and drop it; the fingerprints of this rank's files."""
+        write = self.write
+        del self.write
+        return write()
 
     def bucket_owners(self) -> list[list[int]]:
         """Ranks whose export yields a bucket, by round."""
@@ -235,13 +250,20 @@ class RayLearner:
         """Every rank takes part; their answers, by rank."""
         return [rank.next_bucket.remote(version, number) for rank in self.ranks]
 
-    def save(self, directory: Path) -> None:
-        """See ``pipeline.learner.Learner``."""
-        self._everywhere("save", directory)
+    def save(self, directory: Path) -> Callable[[], Files]:
+        """See ``pipeline.learner.Learner``. Every rank writes its part, beside its training."""
+        self._answer([rank.save.remote(directory) for rank in self.ranks])
+        ranks = list(self.ranks)
 
-    def restore(self, directory: Path) -> None:
+        def write() -> Files:
+            written = self._answer([rank.write_saved.remote() for rank in ranks])
+            return {name: found for files in written for name, found in files.items()}
+
+        return write
+
+    def restore(self, directory: Path, files: Files) -> None:
         """See ``pipeline.learner.Learner``."""
-        self._everywhere("restore", directory)
+        self._everywhere("restore", directory, files)
 
     def close(self) -> None:
         """End the rank processes."""

@@ -111,7 +111,7 @@ def serve(config: RunConfig, run: Path | None, stack: ExitStack) -> tuple[Engine
     learner = start_learner(config, stack) if checkpoint else None
     engine = start_engines(config, Path(stack.enter_context(TemporaryDirectory())), stack, learner)
     if checkpoint and learner:
-        learner.restore(checkpoint.learner)
+        checkpoint.restore(learner.restore)
         push_weights(learner, engine, checkpoint.step)
     return engine, checkpoint.step if checkpoint else 0
 
@@ -161,7 +161,7 @@ def restore(loop: TrainingLoop, checkpoint: Checkpoint, *, allow_change: bool = 
         loop.queue.load_state_dict(state.queue, checkpoint.arrays())
         loop.controller.load_state_dict(state.controller)
     loop.decision, loop.step = state.decision, state.step
-    loop.learner.restore(checkpoint.learner)
+    checkpoint.restore(loop.learner.restore)
 
 
 def start_learner(config: RunConfig, stack: ExitStack) -> Learner:

@@ -15,21 +15,10 @@ from pipeline.config.errors import ConfigError, Problem
 from pipeline.config.keys import leaf_keys
 from pipeline.config.load import UNHASHED, load_config
 from pipeline.config.schema import RunConfig
+from pipeline.model.grid import KEYS
 
 # A checkpoint is restored by as many ranks, each with the same part, that wrote it, in the same number format.
-_FIXED = (
-    "model.dtype",
-    "learner.tensor_model_parallel_size",
-    "learner.pipeline_model_parallel_size",
-    "learner.virtual_pipeline_model_parallel_size",
-    "learner.num_layers_in_first_pipeline_stage",
-    "learner.num_layers_in_last_pipeline_stage",
-    "learner.data_parallel_size",
-    "learner.context_parallel_size",
-    "learner.expert_model_parallel_size",
-    "learner.expert_tensor_parallel_size",
-    "learner.optimizer.distributed",
-)
+_FIXED = ("model.dtype", *(f"learner.{key}" for key in KEYS.values()), "learner.optimizer.distributed")
 # What makes it another experiment under the same name.
 _IDENTITY = (
     *("seed", "model.hf_path", "rollout.max_prompt_tokens"),

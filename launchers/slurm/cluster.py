@@ -108,6 +108,9 @@ class ClusterConfig:
         range=Range(0.001),
         unit="GB/s",
     )
+    disk_gb_s: float = key(
+        1.0, "what one node writes to scratch; for the plan's checkpoints", range=Range(0.001), unit="GB/s"
+    )
     cpus_per_node: int = key(
         0, "CPUs of a node that a job takes; 0: all of an exclusive node", range=NOT_NEGATIVE, unit="CPUs"
     )

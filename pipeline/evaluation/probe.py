@@ -117,7 +117,7 @@ class Probe:
         self._prompts, self._config = prompts, config
         self._state = state_dir
         self._version = 0
-        learner.save(state_dir)
+        self._files = learner.save(state_dir)()
 
     def run(
         self,
@@ -150,7 +150,7 @@ class Probe:
         return Asymmetry(fmean(before), fmean(correct), effects)
 
     def _restore(self) -> None:
-        self._learner.restore(self._state)
+        self._learner.restore(self._state, self._files)
         self._push()
 
     def _push(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.config.schema import LearnerConfig
@@ -125,16 +126,23 @@ class Grid:
         return tuple(found[layer] for layer in range(layers))
 
 
+# Every size of a grid and the key of ``learner`` that sets it; ``dp`` counts the ranks of a CP group as replicas too.
+KEYS: Mapping[str, str] = {
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "dp": "data_parallel_size",
+    "vpp": "virtual_pipeline_model_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
+    "first_stage_layers": "num_layers_in_first_pipeline_stage",
+    "last_stage_layers": "num_layers_in_last_pipeline_stage",
+    "cp": "context_parallel_size",
+}
+_OPTIONAL = ("etp", "first_stage_layers", "last_stage_layers")  # 0 in a configuration: not given
+
+
 def grid_of(layout: LearnerConfig) -> Grid:
     """The sizes that a configuration asks for. Raises ``ValueError`` where they do not fit together."""
-    return Grid(
-        tp=layout.tensor_model_parallel_size,
-        pp=layout.pipeline_model_parallel_size,
-        dp=layout.context_parallel_size * layout.data_parallel_size,
-        vpp=layout.virtual_pipeline_model_parallel_size,
-        ep=layout.expert_model_parallel_size,
-        etp=layout.expert_tensor_parallel_size or None,
-        first_stage_layers=layout.num_layers_in_first_pipeline_stage or None,
-        last_stage_layers=layout.num_layers_in_last_pipeline_stage or None,
-        cp=layout.context_parallel_size,
-    )
+    sizes = {name: getattr(layout, key) for name, key in KEYS.items()}
+    given = {name: sizes[name] or None for name in _OPTIONAL}
+    return Grid(**sizes | given | {"dp": sizes["dp"] * sizes["cp"]})

@@ -125,6 +125,10 @@ class _Evaluation(_Event, total=False):
     seconds: float
 
 
+class _Snapshot(_Event):
+    step: Step
+
+
 class _Checkpoint(_Event):
     step: Step
     path: str
@@ -164,6 +168,7 @@ _KINDS: dict[str, Any] = {
     "resume": _Start,
     "step": TypedDict("_Step", {"schema": int, "kind": str, **_STEP}, total=False),  # type: ignore[operator]
     "evaluation": _Evaluation,
+    "snapshot": _Snapshot,
     "checkpoint": _Checkpoint,
     "alert": _Alert,
     "fault": _Fault,

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 FILE_NAME = "events.jsonl"
 _BLOCK = 1 << 20  # bytes
 _ENCODER = msgspec.json.Encoder(enc_hook=lambda value: value.item())  # of NumPy numbers
+_BETWEEN_STEPS = ("evaluation", "snapshot", "checkpoint")  # kinds whose ``step`` counts the updates done before
 
 
 class EventLogError(RuntimeError):
@@ -157,9 +158,10 @@ def read_all_events(path: Path) -> list[dict[str, Any]]:
 def in_force(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Drop what later events supersede.
 
-    ``resume`` at step k (k updates done) supersedes earlier steps and alerts from step k on, evaluations and
-    checkpoints after k updates, and an earlier ``run_end``. A step that is not beyond all before it supersedes those
-    from its number on; a repeated evaluation or checkpoint of one step supersedes the earlier one.
+    ``resume`` at step k (k updates done) supersedes earlier steps and alerts from step k on, evaluations,
+    snapshots and checkpoints after k updates, and an earlier ``run_end``. A step that is not beyond all before it
+    supersedes those from its number on; a repeated evaluation, snapshot or checkpoint of one step supersedes the
+    earlier one.
     """
     kept: dict[tuple[str, int], dict[str, Any]] = {}
     last = -1
@@ -171,7 +173,7 @@ def in_force(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
             for step in range(event["step"], last + 1):
                 kept.pop(("step", step), None)
             last = event["step"]
-        key = (event["kind"], event["step"] if event["kind"] in ("step", "evaluation", "checkpoint") else index)
+        key = (event["kind"], event["step"] if event["kind"] in ("step", *_BETWEEN_STEPS) else index)
         kept.pop(key, None)
         kept[key] = event
     return list(kept.values())
@@ -180,7 +182,7 @@ def in_force(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 def _lost(event: dict[str, Any], resumed: int) -> bool:
     if event["kind"] in ("step", "alert"):
         return event["step"] >= resumed
-    if event["kind"] in ("evaluation", "checkpoint"):
+    if event["kind"] in _BETWEEN_STEPS:
         return event["step"] > resumed
     return event["kind"] == "run_end"
 

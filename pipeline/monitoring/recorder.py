@@ -165,6 +165,10 @@ class Recorder:
         log.warning(description)
         self.event("fault", step=self._done, description=description)
 
+    def snapshot(self, step: int) -> None:
+        """Record that what a run was after ``step`` updates is being written; ``checkpoint`` follows, with luck."""
+        self.event("snapshot", step=step)
+
     def checkpoint(self, checkpoint: Checkpoint) -> None:
         """Record a published checkpoint, and flush the log to the disk with it."""
         self.event("checkpoint", **self._published(checkpoint))

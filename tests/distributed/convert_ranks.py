@@ -77,7 +77,7 @@ def save_after_an_update(rank, world, address, folder, directory, tp, pp, config
     """A trained learner's export, and its checkpoint on disk."""
     made = ranks.learner(rank, world, address, folder, tp, pp, **config)
     made.update(ranks.batch(), 0)
-    made.save(Path(directory))
+    made.save(Path(directory))()
     weights = ranks.exported(made)
     made.close()
     return weights
@@ -85,4 +85,4 @@ def save_after_an_update(rank, world, address, folder, directory, tp, pp, config
 
 def refusal_to_restore(rank, world, address, folder, directory):
     """What a learner says to a checkpoint of another model."""
-    return ranks.refusal_to_restore(ranks.learner(rank, world, address, folder, 1, 1), directory)
+    return ranks.refusal_to_restore(ranks.learner(rank, world, address, folder, 1, 1), directory, {})

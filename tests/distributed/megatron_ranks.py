@@ -187,18 +187,18 @@ def reference_policy(rank, world, address, folder):
 
 def restore_elsewhere(rank, world, address, folder, directory):
     """Save on TP ``world``, restore on PP ``world``: the message of the refusal."""
-    learner(rank, world, address, folder, world, 1).save(Path(directory))
+    files = learner(rank, world, address, folder, world, 1).save(Path(directory))()
     from megatron_ext import topology
 
     topology.shutdown()
     made = learner(rank, world, (address[0], address[1] + 1), folder, 1, world)
-    return refusal_to_restore(made, directory)
+    return refusal_to_restore(made, directory, files)
 
 
-def refusal_to_restore(made, directory):
+def refusal_to_restore(made, directory, files):
     """What a learner says to a checkpoint that it cannot restore; the learner is closed."""
     try:
-        made.restore(Path(directory))
+        made.restore(Path(directory), files)
     except ValueError as error:
         return str(error)
     finally:
@@ -335,17 +335,50 @@ def save_and_continue(rank, world, address, folder, directory, tp, pp, batches, 
     first = learner(rank, world, address, folder, tp, pp, **config)
     for step in range(2):
         first.update(batches[step], step)
-    first.save(Path(directory))
+    write = first.save(Path(directory))
     expected = [first.update(batches[step], step) for step in (2, 3)]
     weights = exported(first)
     reference = first.log_probs(batches[0], reference=True) if config.get("objective") else None
     other = _other_topology(first, folder, tp, pp, config)
-    other.restore(Path(directory))
+    other.restore(Path(directory), everyones(write()))
     repeated = [other.update(batches[step], step) for step in (2, 3)]
     again = other.log_probs(batches[0], reference=True) if config.get("objective") else None
     result = (expected, repeated, weights, exported(other), reference, again)
     first.close()
     return result
+
+
+def restore_damaged(rank, world, address, folder, directory, name, change):
+    """Save, damage a file (``change``: flip, truncate or remove), restore.
+
+    What is said, whether the weights were left alone, and the fingerprints of this rank's files.
+    """
+    made = learner(rank, world, address, folder, 1, 1, optimizer={"distributed": True})
+    made.update(batch(), 0)
+    own = made.save(Path(directory))()
+    files = everyones(own)
+    made.update(batch(seed=1), 1)
+    before = exported(made)
+    if rank == 0:
+        path = Path(directory) / name
+        data = bytearray(path.read_bytes())
+        data[9] ^= change == "flip"
+        path.unlink() if change == "remove" else path.write_bytes(data[:-1] if change == "truncate" else data)
+    dist.barrier()
+    try:
+        made.restore(Path(directory), files)
+    except ValueError as error:
+        said = str(error)
+    after = exported(made)
+    made.close()
+    return said, all(torch.equal(before[key], after[key]) for key in before), own
+
+
+def everyones(files):
+    """The fingerprints of all ranks' files, as the driver joins them."""
+    theirs = [None] * dist.get_world_size()
+    dist.all_gather_object(theirs, files)
+    return {name: found for one in theirs for name, found in one.items()}
 
 
 def with_fused_adam(rank, world, address, function, *arguments):
@@ -395,12 +428,12 @@ def restore_with(rank, world, address, folder, directory, optimizers, steps, con
     first = learner(rank, world, address, folder, 1, 1, **config, optimizer=optimizers[0])
     for step in range(steps):
         first.update(batch(seed=step), step)
-    first.save(Path(directory))
+    files = everyones(first.save(Path(directory))())
     results = []
     for optimizer in optimizers:
         changed = replace(first._config, optimizer=OptimizerConfig(**optimizer))
         other = _other_topology(first, folder, 1, 1, config, changed)
-        other.restore(Path(directory))
+        other.restore(Path(directory), files)
         results.append((other.update(batch(seed=steps), steps), exported(other)))
     weights = exported(first)
     first.close()

@@ -7,6 +7,7 @@ import pytest
 import tiny_models
 import torch
 
+from pipeline import fingerprints
 from pipeline.config.schema import ObjectiveConfig
 
 OVERLAP = {"optimizer": {"distributed": True, "overlap_grad_reduce": True, "overlap_param_gather": True}}
@@ -100,6 +101,40 @@ def test_configured_learning_rate_rules_after_restore(gang, tmp_path, case):
     for name, start in weights.items():
         assert torch.allclose(near[name] - start, (far[name] - start) / 5, rtol=1e-3, atol=1e-6), name
         assert (far[name] - start).abs().max() > 1e-3, name
+
+
+DAMAGE = {  # file, what is done to it, what is said
+    "a flipped bit of rank 1": ("__1_0.distcp", "flip", "checksum"),
+    "a truncated file of rank 1": ("__1_0.distcp", "truncate", "bytes, not"),
+    "a missing file of rank 0": (".metadata", "remove", "is missing"),
+    "a flipped bit of all ranks' file": ("metadata.json", "flip", "checksum"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_ranks_refuse_a_damaged_checkpoint_before_they_load_any_of_it(gang, tmp_path, damage):
+    """Each rank reads its own files; all say what one found."""
+    folder = tiny_models.write(tmp_path / "hf", tiny_models.config("qwen2"))
+    name, change, what = DAMAGE[damage]
+    said, untouched, _ = zip(*gang.run(ranks.restore_damaged, 2, folder, tmp_path / "save", name, change), strict=True)
+    assert len(set(said)) == 1
+    assert name in said[0]
+    assert what in said[0]
+    assert all(untouched)
+
+
+def test_every_rank_writes_its_part_and_knows_what_it_wrote(gang, tmp_path):
+    """The parameters that two DP ranks both hold are divided between them, and the optimizer's state is."""
+    folder = tiny_models.write(tmp_path / "hf", tiny_models.config("qwen2"))
+    found = gang.run(ranks.restore_damaged, 2, folder, tmp_path / "save", ".metadata", "remove")
+    own = [written for _, _, written in found]
+    assert not own[0].keys() & own[1].keys()
+    assert own[0].keys() | own[1].keys() == {path.name for path in (tmp_path / "save").iterdir()} | {".metadata"}
+    assert own[1].keys() == {"__1_0.distcp"}
+    for name, written in {**own[0], **own[1]}.items():
+        assert name == ".metadata" or fingerprints.read_back(tmp_path / "save" / name) == written, name
+    sizes = [own[rank][f"__{rank}_0.distcp"].bytes for rank in range(2)]
+    assert max(sizes) < 1.25 * min(sizes)
 
 
 def test_another_layout_is_refused(gang, tmp_path):

@@ -20,6 +20,7 @@ FLOORS = {
     "pipeline.smoothing": 1,
     "pipeline.student": 1,
     "pipeline.disk": 1,
+    "pipeline.fingerprints": 1,
     "pipeline.methods": 1,
     "pipeline.registry": 1,
     "pipeline.batching": 1,

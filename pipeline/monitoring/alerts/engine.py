@@ -155,7 +155,7 @@ class AlertEngine:
         moment = self._moment(time, event, found if kind == "evaluation" else {})
         step = max(0, memory.step - 1) if kind in ("step", "evaluation", "checkpoint") else memory.step
         alerts = self._look([watch for watch in self._watches() if watch.hears(kind)], moment, step, time)
-        if kind == "checkpoint":
+        if kind == "snapshot" or (kind == "checkpoint" and event["step"] == memory.step):
             self._snapshots[event["step"]] = copy.deepcopy(memory)
             self._snapshots = dict(list(self._snapshots.items())[-SNAPSHOTS:])
         return alerts

@@ -40,7 +40,7 @@ class PrometheusSink:
         self._registry = CollectorRegistry()
         self._gauges: dict[str, Gauge] = {}
         self._last_event = time.time()
-        self._last_checkpoint = 0
+        self._done = self._last_checkpoint = 0  # updates
         self._steps = self._counter("steps", "Training steps done by this attempt.").labels(*self._labels)
         self._faults = self._counter("faults", "What broke and was mended.").labels(*self._labels)
         self._alerts = self._counter("alerts", "Alerts that began.", "rule", "severity")
@@ -66,12 +66,13 @@ class PrometheusSink:
                 self._start(event)
             case "step":
                 self._steps.inc()
-                self._set("step", event["step"] + 1)
-                self._set("steps_since_checkpoint", event["step"] + 1 - self._last_checkpoint)
+                self._done = event["step"] + 1
+                self._set("step", self._done)
+                self._set("steps_since_checkpoint", self._done - self._last_checkpoint)
                 self._in_state(event["state"])
             case "checkpoint":
                 self._last_checkpoint = event["step"]
-                self._set("steps_since_checkpoint", 0)
+                self._set("steps_since_checkpoint", max(0, self._done - event["step"]))  # of a run that went on since
             case "fault":
                 self._faults.inc()
             case "alert":
@@ -88,7 +89,7 @@ class PrometheusSink:
             self._target.unlink(missing_ok=True)
 
     def _start(self, event: dict[str, Any]) -> None:
-        self._last_checkpoint = event["step"]
+        self._done = self._last_checkpoint = event["step"]
         self._set("step", event["step"])
         self._set("steps_since_checkpoint", 0)
         self._alert_active.clear()  # what was lost is told again

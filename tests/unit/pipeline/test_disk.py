@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import disk
+from pipeline import disk, fingerprints
 from pipeline.checkpoints import CheckpointStore
 from pipeline.disk import RESERVE, RESERVE_BYTES, DiskFullError, is_full, naming, require, reserved
 from pipeline.monitoring.events import EventLog, read_events
+from tests.saving import saved
 
 
 def fill(_: Path) -> None:
@@ -70,9 +71,9 @@ class Usage:
 def test_a_checkpoint_that_does_not_fit_leaves_nothing_behind(tmp_path, monkeypatch):
     store = CheckpointStore(tmp_path, keep_last=2)
     with pytest.raises(OSError, match="No space left"):
-        store.save(1, {}, {}, fill)
+        saved(store, 1, {}, {}, fill)
     assert list(tmp_path.iterdir()) == []
-    store.save(2, {}, {}, lambda folder: (folder / "w").write_bytes(bytes(2000)))
+    saved(store, 2, {}, {}, lambda folder: lambda: {"w": fingerprints.write(folder / "w", bytes(2000))})
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda folder: Usage)
     with pytest.raises(DiskFullError, match="a checkpoint after step 3 needs about 2,"):
         store.save(3, {}, {}, lambda folder: pytest.fail("it must not be tried"))
@@ -82,7 +83,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_nothing_behind(tmp_path, monkeypa
 
 def test_what_a_killed_save_left_goes_with_the_next(tmp_path):
     (tmp_path / ".writing-step-00000007/learner").mkdir(parents=True)
-    CheckpointStore(tmp_path, keep_last=2).save(8, {}, {}, lambda folder: None)
+    saved(CheckpointStore(tmp_path, keep_last=2), 8, {}, {})
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000008"]
 
 

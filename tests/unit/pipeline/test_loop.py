@@ -1,10 +1,21 @@
-"""The loop reads like the algorithm: a step fits a screen, and everything in it has a name."""
+"""The loop reads like the algorithm: a step fits a screen, and everything in it has a name. Checkpoints are written
+beside it.
+"""
 
 import ast
+import threading
+from concurrent.futures import wait
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from pipeline import fingerprints
+from pipeline.checkpoints import CheckpointStore
+from pipeline.config.load import load_config
+from pipeline.loop import TrainingLoop
+
+NO_EVALUATION = [f"evaluation.{key}" for key in ("at_start=false", "at_end=false", "every=0")]
 ROOT = Path(__file__).resolve().parents[3]
 SCREEN = 40  # lines
 
@@ -27,3 +38,119 @@ def test_train_step_fits_a_screen():
 def test_arguments_are_named_not_unpacked(module):
     tree = ast.parse((ROOT / f"pipeline/{module}.py").read_text())
     assert [node.lineno for node in ast.walk(tree) if starred(node)] == []
+
+
+class Slow:
+    """A learner that copies its state at once and writes it when it is allowed to; it counts its updates."""
+
+    def __init__(self) -> None:
+        self.updates, self.allowed, self.error = 0, threading.Event(), None
+
+    def save(self, folder):
+        copied = str(self.updates).encode()
+
+        def write():
+            self.allowed.wait()
+            if self.error is not None:
+                raise self.error
+            return {"updates": fingerprints.write(folder / "updates", copied)}
+
+        return write
+
+
+class Log:
+    """A recorder of what happens, in order."""
+
+    def __init__(self) -> None:
+        self.said = []
+
+    def begin(self, activity):
+        self.said.append(activity)
+
+    def snapshot(self, step):
+        self.said.append(f"snapshot {step}")
+
+    def checkpoint(self, saved):
+        self.said.append(f"checkpoint {saved.step}")
+
+
+def run_of(root, steps, every, at_step):
+    """A loop whose steps do nothing but count, and call ``at_step(step, learner)``."""
+    learner, nothing = Slow(), SimpleNamespace(state_dict=dict)
+    loop = TrainingLoop(
+        config=load_config("quickstart.yaml", [f"steps={steps}", f"checkpoint.every={every}", *NO_EVALUATION]),
+        rollouts=SimpleNamespace(push=lambda step: None),
+        learner=learner,
+        verifier=None,
+        cursor=nothing,
+        queue=SimpleNamespace(state_dict=lambda: ([], {})),
+        controller=nothing,
+        held_out=(),
+        recorder=Log(),
+        checkpoints=CheckpointStore(root, keep_last=9),
+        decision=SimpleNamespace(),
+    )
+
+    def step():
+        loop.recorder.said.append(f"step {loop.step}")
+        at_step(loop.step, learner)
+        learner.updates += 1
+        loop.step += 1
+
+    loop.train_step = step
+    return loop
+
+
+def saved_updates(root):
+    return {path.name: int((path / "learner/updates").read_text()) for path in sorted(root.glob("step-*"))}
+
+
+def test_steps_go_on_while_a_checkpoint_is_written(tmp_path):
+    """It is recorded when it is complete, and holds what was there when it was begun."""
+    loop = run_of(tmp_path, 5, 2, lambda step, learner: learner.allowed.set() if step == 3 else None)
+    loop.run(lambda: False)
+    said = [word for word in loop.recorder.said if word != "checkpoint"]
+    begun, complete = said.index("snapshot 2"), said.index("checkpoint 2")
+    assert said[begun + 1 : begun + 3] == ["step 2", "step 3"], "the checkpoint was not waited for"
+    assert complete < said.index("snapshot 4"), "one at a time"
+    assert said[-2:] == ["snapshot 5", "checkpoint 5"], "the end waits for it"
+    assert saved_updates(tmp_path) == {"step-00000002": 2, "step-00000004": 4, "step-00000005": 5}
+
+
+def test_a_request_to_stop_waits_for_the_checkpoint_in_the_making_and_makes_one(tmp_path):
+    stop = threading.Event()
+
+    def at_step(step, learner):
+        if step == 2:
+            stop.set()
+            threading.Timer(0.05, learner.allowed.set).start()
+
+    loop = run_of(tmp_path, 9, 2, at_step)
+    loop.run(stop.is_set)
+    assert saved_updates(tmp_path) == {"step-00000002": 2, "step-00000003": 3}
+    assert [word for word in loop.recorder.said if word.startswith("checkpoint ")] == ["checkpoint 2", "checkpoint 3"]
+
+
+def test_what_kept_a_checkpoint_from_being_written_ends_the_run_after_the_step_in_progress(tmp_path):
+    def at_step(step, learner):
+        if step == 3:
+            learner.error = RuntimeError("rank 1: No space left on device")
+            learner.allowed.set()
+            wait([loop.checkpoints._writing])
+
+    loop = run_of(tmp_path, 9, 2, at_step)
+    with pytest.raises(RuntimeError, match="rank 1: No space left"):
+        loop.run(lambda: False)
+    assert [word for word in loop.recorder.said if word.startswith("step")] == [f"step {n}" for n in range(4)]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_fails_completes_the_checkpoint_in_the_making(tmp_path):
+    def at_step(step, learner):
+        if step == 2:
+            threading.Timer(0.05, learner.allowed.set).start()
+            raise FloatingPointError("loss is nan")
+
+    with pytest.raises(FloatingPointError, match="nan"):
+        run_of(tmp_path, 9, 2, at_step).run(lambda: False)
+    assert saved_updates(tmp_path) == {"step-00000002": 2}

@@ -191,8 +191,9 @@ def test_seconds_and_gpu_hours_of_a_32b_run(tmp_path):
     ("save_before", "every", "key", "said"),
     [
         (1200, 50, None, None),
-        (600, 50, "cluster.save_before_s", "raise it to 900 or more"),  # a step of 14.6 min, 12 h between checkpoints
-        (600, 10, None, "cluster.save_before_s=900 would save it"),
+        # A step of 14.6 min, then a checkpoint of 114.7 GB a node at 1 GB/s; 12 h between checkpoints.
+        (600, 50, "cluster.save_before_s", "raise it to 1020 or more"),
+        (600, 10, None, "cluster.save_before_s=1020 would save it"),
     ],
 )
 def test_a_step_must_end_before_the_time_limit(tmp_path, save_before, every, key, said):
@@ -202,6 +203,24 @@ def test_a_step_must_end_before_the_time_limit(tmp_path, save_before, every, key
     problems = {problem.key: problem for problem in report.problems if problem.key != "checkpoint.keep_last"}
     assert set(problems) == ({key} if key else set())
     assert said is None or said in (problems[key].remedy if key else line(report, "note: a step takes about"))
+
+
+def test_the_last_checkpoint_must_be_written_before_the_time_limit(tmp_path):
+    """427.2 GiB over 32 learner ranks, 8 a node: 114.7 GB at the cluster's rate, which one kind of node has."""
+    more = {"recipe": "recipe/qwen3-32b.yaml", "nodes": 8, "stated_response": 2500}
+
+    def planned(disk_gb_s, *keys):
+        return check(setting(tmp_path, *keys, cluster=["save_before_s=900", f"disk_gb_s={disk_gb_s}"], **more))
+
+    quick = planned(1)
+    assert "up to 106.8 GiB a node" in line(quick, "saving:")
+    assert "in about 114.7 s" in line(quick, "saving:")
+    assert "cluster.save_before_s" not in {problem.key for problem in quick.problems}
+    slow = {problem.key: problem for problem in planned(0.1).problems}["cluster.save_before_s"]
+    assert slow.value == 900
+    assert "writing a checkpoint takes about 19.1 min" in slow.problem
+    assert slow.remedy.startswith("raise it to 2340 or more")  # twice 1,147 s, then 20 s
+    assert "the run will wait for it" in line(planned(0.1, "checkpoint.every=2"), "note: writing a checkpoint")
 
 
 def test_an_engine_s_memory(tmp_path):

@@ -14,6 +14,7 @@ from pipeline.checkpoints import CheckpointError, CheckpointStore
 from pipeline.step.queue import RolloutQueue
 from pipeline.step.waiting import Drawn, drawn_of, plain_of
 from pipeline.types import ControlDecision, Prompt, Role, Sample, SampleGroup, StepSamples, WeightSpan
+from tests.saving import saved
 
 FLOATS = st.floats(width=32, allow_nan=False)
 TEXTS = st.text(st.characters(), max_size=8)  # surrogates too: a tokenizer's bytes need not be UTF-8
@@ -91,8 +92,8 @@ def essence(drawn):
 
 def through_a_checkpoint(folder, waiting):
     fields, arrays = plain_of(waiting)
-    saved = CheckpointStore(folder, keep_last=1).save(1, {"queue": fields}, arrays, lambda learner: None)
-    return drawn_of(saved.state()["queue"], saved.arrays())
+    made = saved(CheckpointStore(folder, keep_last=1), 1, {"queue": fields}, arrays)
+    return drawn_of(made.state()["queue"], made.arrays())
 
 
 @settings(max_examples=60, deadline=None)
@@ -126,8 +127,8 @@ def test_a_queue_goes_on_from_a_checkpoint(tmp_path):
     before, after = RolloutQueue.__new__(RolloutQueue), RolloutQueue.__new__(RolloutQueue)
     before._waiting = deque([waiting(), waiting(rows=3)])
     fields, arrays = before.state_dict()
-    saved = CheckpointStore(tmp_path, keep_last=1).save(1, {"queue": fields}, arrays, lambda learner: None)
-    after.load_state_dict(saved.state()["queue"], saved.arrays())
+    made = saved(CheckpointStore(tmp_path, keep_last=1), 1, {"queue": fields}, arrays)
+    after.load_state_dict(made.state()["queue"], made.arrays())
     assert list(map(essence, after._waiting)) == list(map(essence, before._waiting))
 
 
@@ -140,7 +141,7 @@ def test_tokens_are_kept_in_arrays_alone_in_12_bytes_each():
 def test_damage_to_what_waits_is_named(tmp_path):
     fields, arrays = plain_of([waiting()])
     store = CheckpointStore(tmp_path, keep_last=1)
-    file = store.save(1, {"queue": fields}, arrays, lambda learner: None).path / "state.safetensors"
+    file = saved(store, 1, {"queue": fields}, arrays).path / "state.safetensors"
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
