@@ -88,6 +88,7 @@ def divide(grid: Grid, seed: int, device: torch.device) -> Topology:
     megatron-core's groups over gloo, beside those of the backend, need real processes: a ``fake`` backend has none.
     """
     backend = dist.get_backend()
+    real = backend != "fake"
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=grid.tp,
         pipeline_model_parallel_size=grid.pp,
@@ -95,7 +96,7 @@ def divide(grid: Grid, seed: int, device: torch.device) -> Topology:
         context_parallel_size=grid.cp,
         expert_model_parallel_size=grid.ep,
         expert_tensor_parallel_size=grid.expert_tp,
-        create_gloo_process_groups=backend != "fake",
+        create_gloo_process_groups=real,
     )
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
@@ -115,15 +116,15 @@ def divide(grid: Grid, seed: int, device: torch.device) -> Topology:
         dp_size=parallel_state.get_data_parallel_world_size(),
         dp_group=parallel_state.get_data_parallel_group(),
         grid=grid,
-        coordination=_coordination(grid.world_size),
+        coordination=_coordination() if real and grid.world_size > 1 else None,
         device=device,
         backend=backend,
     )
 
 
-def _coordination(world_size: int) -> dist.ProcessGroup | None:
+def _coordination() -> dist.ProcessGroup:
     """Checkpoints are agreed on here, in a thread beside the training, whose collectives must not mix with these."""
-    return dist.new_group(backend="gloo", timeout=COORDINATION_TIMEOUT) if world_size > 1 else None
+    return dist.new_group(backend="gloo", timeout=COORDINATION_TIMEOUT)
 
 
 def shutdown() -> None:
