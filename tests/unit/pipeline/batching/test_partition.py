@@ -53,7 +53,7 @@ def test_solutions_are_put_together_as_by_one_sort(loads, count, equal_counts):
         return sorted(merged, key=lambda part: -part[0])
 
     found = partition(loads, count, equal_counts=equal_counts)
-    with mock.patch("megatron_ext.partition._merge", plain):
+    with mock.patch("pipeline.batching.partition._merge", plain):
         assert partition(loads, count, equal_counts=equal_counts) == found
 
 
