@@ -35,8 +35,10 @@ from pipeline.objectives.loss import (
     reduce_metrics,
     tempered_at,
 )
-from pipeline.reshard import buckets
-from pipeline.types import EntropyReading, Share, StepStats, TrainBatch, WeightBucket, positions
+from pipeline.reshard.execute import LearnerShards, QuantisedShards
+from pipeline.reshard.order import Order
+from pipeline.reshard.participant import Participant
+from pipeline.types import EntropyReading, Share, StepStats, TrainBatch, positions
 
 MicroBatch = tuple[TrainBatch, inputs.ModelInputs]  # the rows, and what the model is given for them
 
@@ -58,11 +60,8 @@ class MegatronLearner:
         total_steps: int,
         seed: int,
         topology: Topology,
-        weight_dtype: str = "auto",
     ) -> None:
         """Build model, optimizer and schedule for ``total_steps`` calls of :meth:`update`; weights come with ``load``.
-
-        ``weight_dtype``: what the weights are exported in, ``rollout.weight_dtype``.
 
         Raises ``ValueError`` on a model or layout that cannot be built.
         """
@@ -79,8 +78,8 @@ class MegatronLearner:
             self._chunks[-1], self._architecture.vocab, topology.tp_group, topology.device, learner.log_prob_kernel
         )
         self._rows = layout.rows(self._architecture, topology.grid)
-        itemsize = models.DTYPES[model.dtype].itemsize
-        self._rounds = buckets.plan(self._rows, topology.grid, itemsize, learner.bucket_mib, weight_dtype == "fp8")
+        self._participant = Participant()  # in weight updates
+        self._store: dist.TCPStore | None = None
         # How this learner deals a batch to its data-parallel ranks; on every rank the same.
         cut = _cut(learner, inputs.alignment(self._chunks[0].config))
         self.dealer = dealing.Dealer(cut, topology.dp_size, learner.updates_per_step)
@@ -167,20 +166,20 @@ class MegatronLearner:
             seconds=time.perf_counter() - start,
         )
 
-    @property
-    def bucket_owners(self) -> list[list[int]]:
-        """Global ranks whose export yields a bucket, by round, in the buckets' order; the same for every version."""
-        return [[bucket.owner for bucket in line] for line in self._rounds]
+    def meeting_point(self, *, one_machine: bool = True) -> tuple[str, int]:
+        """This process's store; whoever drives ranks on several machines knows its host."""
+        if self._store is None:
+            self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        return "127.0.0.1", self._store.port
 
-    def export_size(self) -> tuple[int, int]:
-        """Bytes that leave the owners, and buckets; see ``pipeline.learner.Learner.export_size``."""
-        buckets = [bucket for line in self._rounds for bucket in line]
-        return sum(bucket.nbytes for bucket in buckets), len(buckets)
-
-    def export_shards(self, version: int) -> Iterator[WeightBucket | None]:
-        """One item a round on every rank: the bucket that the rank owns, or ``None``. Exhaust it on all ranks."""
+    @torch.no_grad()
+    def send(self, order: Order) -> None:
+        """This rank's part; see ``pipeline.learner.Learner.send``."""
+        topology = self._topology
         parameters = transformer_engine.Dequantised(self._parameters)
-        return hf.export(parameters, self._rounds, self._topology, version)
+        shards = LearnerShards(self._rows, topology.grid, topology.rank, parameters)
+        reader = QuantisedShards(shards) if order.inputs.dtype == "fp8" else shards
+        self._participant.send(order, topology.rank, reader, topology.device)
 
     def save(self, directory: Path) -> Callable[[], Files]:
         """Copy the whole state, to be written by what is returned; see ``pipeline.learner.Learner.save``."""
@@ -200,6 +199,7 @@ class MegatronLearner:
 
     def close(self) -> None:
         """Leave the process groups."""
+        self._participant.close()
         shutdown()
 
     @property

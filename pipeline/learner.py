@@ -5,20 +5,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from pipeline.fingerprints import Files
+from pipeline.reshard.order import Order
 from pipeline.types import StepStats, TrainBatch
 
 
 class Learner(Protocol):
     """A trainable policy, possibly sharded over ranks.
 
-    Lifecycle: ``load`` or ``restore`` first; then any of ``log_probs``, ``statistics``, ``update``, ``export_shards``,
+    Lifecycle: ``load`` or ``restore`` first; then any of ``log_probs``, ``statistics``, ``update``, ``send``,
     ``save``; ``close`` last. Every rank of a sharded learner must make the same calls in the same order.
     """
 
@@ -36,17 +37,18 @@ class Learner(Protocol):
     def update(self, batch: TrainBatch, step: int) -> StepStats:
         """One optimizer step on ``batch``; ``step`` labels the entropy reading."""
 
-    def export_shards(self, version: int) -> Iterator[Any]:
-        """The current weights as full tensors under Hugging Face names, one ``WeightBucket`` after another; in FP8 with
-        ``rollout.weight_dtype=fp8``.
+    def meeting_point(self, *, one_machine: bool) -> tuple[str, int]:
+        """Host and port of the TCPStore where the processes of a weight update meet; rank 0 keeps it.
 
-        A sharded learner's ranks put buckets together at the same time: each rank yields one item a round, the bucket
-        that it owns or ``None``, and the buckets of all ranks make up the version. Over Ray the yielded objects are
-        opaque handles that an engine's ``load_bucket`` accepts; the driver never holds the bytes.
+        ``one_machine``: all of them run on one.
         """
 
-    def export_size(self) -> tuple[int, int]:
-        """Bytes and buckets of one version; the same for every version."""
+    def send(self, order: Order) -> None:
+        """Send the current weights, as every rank's part of the order's plan says, straight from the parameters.
+
+        Returns when all ranks have sent theirs. Raises ``RuntimeError`` when a process is lost or late, ``ValueError``
+        when it made another plan.
+        """
 
     def empty_cache(self) -> None:
         """Give back GPU memory that is kept for reuse only: engines on the same GPUs need it."""

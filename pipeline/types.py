@@ -338,23 +338,6 @@ class StepOutcome:
 
 
 @dataclass(frozen=True)
-class WeightBucket:
-    """Full tensors under Hugging Face names, at most the configured bytes together (one tensor may exceed them
-    alone).
-    """
-
-    version: int
-    index: int
-    count: int  # buckets in this version
-    tensors: Mapping[str, torch.Tensor]
-    checksum: int  # ``pipeline.model.checksum.checksum(tensors)``
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the tensors as one buffer, which Ray shares between processes without a copy."""
-        return _unpickle_bucket, (self.version, self.index, self.count, self.checksum, *pack(self.tensors))
-
-
-@dataclass(frozen=True)
 class EngineHealth:
     """One engine as its supervisor sees it."""
 
@@ -387,9 +370,3 @@ def _spans(counts: torch.Tensor, rows: torch.Tensor) -> list[tuple[int, int]]:
 
 def _unpickle_batch(specs: list[Spec], flat: np.ndarray, actuation: Actuation, staleness: int) -> TrainBatch:
     return TrainBatch(**unpack(specs, flat), actuation=actuation, staleness=staleness)
-
-
-def _unpickle_bucket(
-    version: int, index: int, count: int, checksum: int, specs: list[Spec], flat: np.ndarray
-) -> WeightBucket:
-    return WeightBucket(version, index, count, unpack(specs, flat), checksum)

@@ -143,7 +143,7 @@ def _train_on(folder: Path, losses: Path) -> None:
 
 def weights() -> Iterator[Row]:
     """One update of a server beside the learner by each of ``rollout.weight_transport``."""
-    for transport in ("tensor", "distributed", "disk"):
+    for transport in ("plan", "disk"):
         with _engine_beside_learner(weight_transport=transport) as (made, engine):
             yield _pushed("weights", transport, made, engine, 1)
 
@@ -153,7 +153,7 @@ def colocated() -> Iterator[Row]:
     with _engine_beside_learner(placement="colocated") as (made, engine):
         for version in (1, 2, 3):
             before = torch.cuda.mem_get_info()[0]
-            engine.release()
+            engine[0].release()
             freed = (torch.cuda.mem_get_info()[0] - before) / 2**30
             found = _pushed("colocated", f"round {version}", made, engine, version)
             yield row("colocated", found.what, found.ok and freed > 1, **found.figures, **{"released GiB": freed})
@@ -162,7 +162,11 @@ def colocated() -> Iterator[Row]:
 @contextmanager
 def _engine_beside_learner(**rollout: Any) -> Iterator[tuple[Any, Any]]:
     from pipeline.config.schema import RolloutConfig, SglangConfig
+    from pipeline.model.grid import Grid
+    from pipeline.reshard.engine_grid import EngineGrid, Placement
+    from pipeline.reshard.order import PlanInputs
     from pipeline.rollout.sglang.engine import SglangEngine
+    from pipeline.rollout.weight_sync import WeightSync
 
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
         folder = _model(Path(name))
@@ -172,17 +176,19 @@ def _engine_beside_learner(**rollout: Any) -> Iterator[tuple[Any, Any]]:
         engine.start(folder)
         made = _learner(folder)
         stack.callback(made.close)
-        yield made, engine
+        inputs = PlanInputs(str(folder), Grid(), EngineGrid(), Placement.consecutive(1, 1, False), 512 << 20, "bf16")
+        # One GPU holds both, which NCCL refuses.
+        yield made, (engine, WeightSync(made, engine, inputs, 600.0, backend="gloo", probe=True))
 
 
-def _pushed(part: str, what: str, made: Any, engine: Any, version: int) -> Row:
+def _pushed(part: str, what: str, made: Any, engine_and_sync: Any, version: int) -> Row:
     """An update, its weights pushed, and how far the server's log-probs are from the learner's; bf16 on both sides."""
-    from pipeline.rollout.weight_sync import push_weights
     from pipeline.types import GenerateRequest, Prompt
 
+    engine, sync = engine_and_sync
     made.update(_batch(version), version)
     start = time.perf_counter()
-    push_weights(made, engine, version)
+    sync.push(version)
     seconds = time.perf_counter() - start
     prompt = tuple(range(100, 100 + PROMPT))
     (group,) = engine.generate([GenerateRequest(Prompt("p", prompt, "", None, "exact"), tuple(range(8)), 1.0, 128)])

@@ -50,7 +50,8 @@ def probe(
             learner.load(assemble.hf_path(config))
         state = folder / "state"
         state.mkdir()
-        parts = Probe(learner, engine, verifier, prompts.train, config, state)
+        sync = assemble.weight_sync(config, learner, engine)
+        parts = Probe(learner, engine, sync, verifier, prompts.train, config, state)
         return parts.run(temperatures, repeats, prompts_per_update, said)
 
 

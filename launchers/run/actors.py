@@ -1,13 +1,12 @@
 """Learner ranks and rollout engines as Ray actors, behind the same protocols as their in-process forms.
 
-Weights never pass through the driver: the learner's ranks put their buckets into the object store, and the engines take
-them from there, one copy a node. Calls to one actor run in order, so a whole update is sent without waiting in between.
+Weights pass neither through the driver nor through Ray: the learner's ranks send them to the engines' processes.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -23,22 +22,12 @@ from pipeline.batching.dealing import Dealer
 from pipeline.fingerprints import Files
 from pipeline.learner import Learner
 from pipeline.monitoring.memory import resident_gib
+from pipeline.reshard.order import Order
 from pipeline.rollout.engine import EngineError, EngineTimeoutError, RolloutEngine, WeightUpdateError
-from pipeline.types import (
-    EngineHealth,
-    GenerateRequest,
-    Place,
-    SampleGroup,
-    Share,
-    StepStats,
-    TrainBatch,
-    WeightBucket,
-    joined,
-)
+from pipeline.types import EngineHealth, GenerateRequest, Place, SampleGroup, Share, StepStats, TrainBatch, joined
 from pipeline.units import GIB
 
 LOCALHOST = "127.0.0.1"
-BUCKETS_IN_FLIGHT = 2  # how many buckets the object store may hold while engines catch up
 HEALTH_TIMEOUT_S = 30.0  # an engine's own health check takes at most 10
 CLOSE_TIMEOUT_S = 60.0
 SENT_BYTES = 64 << 10  # what is smaller goes with the call: through shared memory it takes 3 ms longer
@@ -87,7 +76,6 @@ class LearnerRank:
             use_interface_of(ray.util.get_node_ip_address())
         self.rank = rank
         self.learner: Any = build(rank, address)  # one rank of several has more than ``Learner`` says
-        self.export: Iterator[WeightBucket | None] = iter(())
 
     def host(self) -> str:
         """IPv4 address of this rank's node."""
@@ -139,19 +127,6 @@ class LearnerRank:
         del self.write
         return write()
 
-    def bucket_owners(self) -> list[list[int]]:
-        """Ranks whose export yields a bucket, by round."""
-        return self.learner.bucket_owners
-
-    def next_bucket(self, version: int, number: int) -> WeightBucket | None:
-        """This rank's bucket of round ``number`` of ``version``, if it owns one.
-
-        Rounds must be asked for in order from 0.
-        """
-        if number == 0:
-            self.export = self.learner.export_shards(version)
-        return next(self.export)
-
 
 class RayLearner:
     """``Learner`` over one actor per rank; every rank makes every call.
@@ -165,11 +140,10 @@ class RayLearner:
         Only there is megatron-core loaded.
         """
         self.ranks = list(ranks)
-        self.owners: list[list[int]] = []  # of buckets, by round
-        self.ahead: dict[int, list[Any]] = {}  # version -> its first round, already asked for
         for i, rank in enumerate(self.ranks):
             ROLL_CALL.add(f"learner-{i}", rank)
         hosts = self._answer([rank.host.remote() for rank in self.ranks])
+        self.host = hosts[0]
         # Ranks meet at rank 0's node; on one machine without its outside address, which a container may not reach.
         host = hosts[0] if len(set(hosts)) > 1 else LOCALHOST
         address = (host, self._answer(self.ranks[0].rendezvous.remote(host)))
@@ -213,11 +187,9 @@ class RayLearner:
         return [answers[self.speakers[own]] for own in range(len(places))], places
 
     def update(self, batch: TrainBatch, step: int) -> StepStats:
-        """See ``pipeline.learner.Learner``. The first round of version ``step + 1`` is asked for in the same breath."""
+        """See ``pipeline.learner.Learner``."""
         given, _ = self._shared(batch, for_update=True)
-        stats = [rank.update.remote(share, step) for rank, share in given]
-        self.ahead = {step + 1: self._round(step + 1, 0)}
-        answers = self._answer(stats)
+        answers = self._answer([rank.update.remote(share, step) for rank, share in given])
         memory = {name: max(answer.memory[name] for answer in answers) for name in answers[0].memory}
         return replace(answers[0], memory=memory)
 
@@ -229,26 +201,15 @@ class RayLearner:
             places.append(share.place)
         return [(rank, given[own]) for rank, own in zip(self.ranks, self.data_parallel_ranks, strict=True)], places
 
-    def export_size(self) -> tuple[int, int]:
+    def meeting_point(self, *, one_machine: bool) -> tuple[str, int]:
         """See ``pipeline.learner.Learner``."""
-        return self._answer(self.ranks[0].call.remote("export_size"))
+        _, port = self._answer(self.ranks[0].call.remote("meeting_point"))
+        return (LOCALHOST if one_machine else self.host), port
 
-    def export_shards(self, version: int) -> Iterator[Any]:
-        """Handles of the buckets of ``version``, each from its owner.
-
-        While the engines load one round, the next is put together.
-        """
-        self.owners = self.owners or self._answer(self.ranks[0].bucket_owners.remote())
-        ahead = self.ahead.pop(version, None) or self._round(version, 0)
-        self.ahead = {}
-        for number, owners in enumerate(self.owners, start=1):
-            replies, ahead = ahead, self._round(version, number) if number < len(self.owners) else []
-            for owner in owners:
-                yield replies[owner]
-
-    def _round(self, version: int, number: int) -> list[Any]:
-        """Every rank takes part; their answers, by rank."""
-        return [rank.next_bucket.remote(version, number) for rank in self.ranks]
+    def send(self, order: Order) -> None:
+        """See ``pipeline.learner.Learner``. Raises ``EngineTimeoutError`` when a rank does not answer in time."""
+        replies = [rank.call.remote("send", order) for rank in self.ranks]
+        answer(replies, "learner", order.timeout_s + min(order.timeout_s, GRACE_S))
 
     def save(self, directory: Path) -> Callable[[], Files]:
         """See ``pipeline.learner.Learner``. Every rank writes its part, beside its training."""
@@ -288,14 +249,6 @@ class EngineProcess:
         """Run one method of the engine, after every call queued before it."""
         return getattr(self.engine, method)(*args)
 
-    def update(self, phases: Sequence[str], *arguments: Any) -> None:
-        """Phases of a weight update in order, each with its one argument.
-
-        Buckets are arguments of their own, as Ray resolves no others.
-        """
-        for phase, argument in zip(phases, arguments, strict=True):
-            getattr(self.engine, phase)(argument)
-
     @ray.method(concurrency_group="control")
     def control(self, method: str) -> Any:
         """Run ``abort`` or ``health`` beside whatever runs."""
@@ -305,19 +258,13 @@ class EngineProcess:
 class RayEngine:
     """``RolloutEngine`` over one actor, made by ``spawn`` at every ``start``.
 
-    ``begin_update`` and ``load_bucket`` only queue; what goes wrong in them is raised by ``verify_update``. A call is
-    sent when the next is known to follow, the first and the last bucket's with their neighbours: a model of one bucket
-    takes two round trips, all of it and then ``commit_update``. Each phase may take ``timeout_s``
-    (``rollout.weight_sync_timeout_s``), the learner's export of a bucket included, and a little grace; a process that
-    does not answer by then is not alive.
+    Each phase of an update may take ``timeout_s`` (``rollout.weight_sync_timeout_s``) and a little grace; a process
+    that does not answer by then is not alive.
     """
 
     def __init__(self, spawn: Callable[[], Any], name: str, timeout_s: float) -> None:
         self.spawn, self.name, self.timeout_s = spawn, name, timeout_s
         self.process: Any = None
-        self.waiting: list[tuple[str, Any]] = []  # phases that are yet to be sent, and their arguments
-        self.sent: list[tuple[list[str], Any]] = []  # phases of a call, reply
-        self.buckets = 0  # of the update in progress
         self.stuck = ""
 
     @property
@@ -332,7 +279,7 @@ class RayEngine:
 
     def start(self, hf_path: Path) -> None:
         """See ``pipeline.rollout.engine.RolloutEngine``."""
-        self.process, self.waiting, self.sent, self.stuck = self.spawn(), [], [], ""
+        self.process, self.stuck = self.spawn(), ""
         ROLL_CALL.add(self.name.replace(" ", "-"), self.process)
         self._call("start", hf_path)
 
@@ -345,53 +292,33 @@ class RayEngine:
         self._call("release")
 
     def begin_update(self, version: int) -> None:
-        """Queue the beginning of an update."""
-        self.waiting, self.sent, self.buckets = [("begin_update", version)], [], 0
+        """See ``pipeline.rollout.engine.RolloutEngine``."""
+        self._phase("begin_update", version)
 
-    def load_bucket(self, bucket: Any) -> None:
-        """Queue one bucket (an object-store handle); waits while more than ``BUCKETS_IN_FLIGHT`` are queued."""
-        if self.buckets:
-            self._send()
-        self.buckets += 1
-        self.waiting.append((f"load_bucket {self.buckets}", bucket))
-        self._collect(len(self.sent) + 1 - BUCKETS_IN_FLIGHT)
+    def receive(self, order: Order, engine: int = 0) -> None:
+        """See ``pipeline.rollout.engine.RolloutEngine``."""
+        self._phase("receive", order, engine)
 
     def verify_update(self, version: int) -> None:
-        """Wait for the update to be verified; the first failure of all its phases is raised."""
-        self._finish("verify_update", version)
+        """See ``pipeline.rollout.engine.RolloutEngine``."""
+        self._phase("verify_update", version)
 
     def commit_update(self, version: int) -> None:
         """See ``pipeline.rollout.engine.RolloutEngine``."""
-        self._finish("commit_update", version)
+        self._phase("commit_update", version)
 
     def abort_update(self) -> None:
         """Queue the end of the update, behind whatever of it still runs."""
-        self.waiting, self.sent = [], []
         if self.process is not None:
             self.process.call.remote("abort_update")
 
-    def _finish(self, phase: str, version: int) -> None:
-        """Send what waits, with one more phase, and wait for all."""
-        self.waiting.append((phase, version))
-        self._send()
-        self._collect(len(self.sent))
-
-    def _send(self) -> None:
-        phases, arguments = zip(*self.waiting, strict=True)
-        methods = [phase.partition(" ")[0] for phase in phases]
-        self.sent.append((list(phases), self.actor.update.remote(methods, *arguments)))
-        self.waiting = []
-
-    def _collect(self, count: int) -> None:
-        """Wait for the first ``count`` calls that were sent."""
-        done, self.sent = self.sent[: max(0, count)], self.sent[max(0, count) :]
-        for phases, reply in done:
-            limit = len(phases) * (self.timeout_s + min(self.timeout_s, GRACE_S))
-            try:
-                answer(reply, f"{self.name}: {', '.join(phases)}", limit)
-            except EngineTimeoutError as error:
-                self.stuck = f"{error}; if it is merely slow, raise rollout.weight_sync_timeout_s ({self.timeout_s:g})"
-                raise WeightUpdateError(self.stuck) from error
+    def _phase(self, phase: str, *arguments: Any) -> None:
+        limit = self.timeout_s + min(self.timeout_s, GRACE_S)
+        try:
+            answer(self.actor.call.remote(phase, *arguments), f"{self.name}: {phase}", limit)
+        except EngineTimeoutError as error:
+            self.stuck = f"{error}; if it is merely slow, raise rollout.weight_sync_timeout_s ({self.timeout_s:g})"
+            raise WeightUpdateError(self.stuck) from error
 
     def abort(self) -> None:
         """See ``pipeline.rollout.engine.RolloutEngine``."""

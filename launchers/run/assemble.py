@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -31,13 +32,17 @@ from pipeline.evaluation.evaluate import choose_prompts
 from pipeline.evaluation.evaluate import evaluate as evaluate_engine
 from pipeline.learner import Learner
 from pipeline.loop import LoopState, TrainingLoop
+from pipeline.model import architecture
+from pipeline.model.grid import grid_of
 from pipeline.monitoring.recorder import Recorder
-from pipeline.reshard.engine_grid import Placement
+from pipeline.reshard.engine_grid import EngineGrid, Placement
+from pipeline.reshard.order import PlanInputs
+from pipeline.reshard.plan import BucketError
 from pipeline.rewards.stage import VerifierStage
 from pipeline.rollout.engine import RolloutEngine
 from pipeline.rollout.pool import EnginePool
 from pipeline.rollout.rollouts import Rollouts
-from pipeline.rollout.weight_sync import push_weights
+from pipeline.rollout.weight_sync import WeightSync
 from pipeline.step.queue import RolloutQueue
 
 if TYPE_CHECKING:
@@ -112,7 +117,7 @@ def serve(config: RunConfig, run: Path | None, stack: ExitStack) -> tuple[Engine
     engine = start_engines(config, Path(stack.enter_context(TemporaryDirectory())), stack, learner)
     if checkpoint and learner:
         checkpoint.restore(learner.restore)
-        push_weights(learner, engine, checkpoint.step)
+        weight_sync(config, learner, engine).push(checkpoint.step)
     return engine, checkpoint.step if checkpoint else 0
 
 
@@ -128,7 +133,8 @@ def build_loop(config: RunConfig, recorder: Recorder, stack: ExitStack) -> Train
     learner = start_learner(config, stack)
     engines = start_engines(config, recorder.run_dir / "logs", stack, learner)
     colocated = config.rollout.placement == "colocated"
-    rollouts = Rollouts(engines, learner, hf_path(config), recorder.fault, colocated=colocated)
+    sync = weight_sync(config, learner, engines)
+    rollouts = Rollouts(engines, learner, sync, hf_path(config), recorder.fault, colocated=colocated)
     cursor = DataCursor(prompts.train, config.seed)
     repeated = choose_prompts(prompts.held_out, config.entropy.repeated_prompts)
     return TrainingLoop(
@@ -190,7 +196,6 @@ def build_learner_rank(config: RunConfig, rank: int, address: tuple[str, int]) -
     """The learner of one rank, in this process."""
     from megatron_ext import topology
     from megatron_ext.learner import MegatronLearner
-    from pipeline.model.grid import grid_of
 
     layout = config.learner
     placed = topology.initialize(rank, address, grid_of(layout), config.seed)
@@ -202,7 +207,6 @@ def build_learner_rank(config: RunConfig, rank: int, address: tuple[str, int]) -
         total_steps=config.steps,
         seed=config.seed,
         topology=placed,
-        weight_dtype=config.rollout.weight_dtype,
     )
 
 
@@ -249,6 +253,72 @@ def start_engines(config: RunConfig, log_dir: Path, stack: ExitStack, learner: L
     stack.callback(pool.close)
     pool.start(hf_path(config))
     return pool
+
+
+def plan_inputs(config: RunConfig) -> PlanInputs:
+    """What the plan of a run's weight updates is made from; a plan that cannot be made raises ``ConfigError``.
+
+    Learner and engines are processes of their own, also where they share GPUs or, inline, a process.
+    """
+    rollout, layout = config.rollout, config.learner
+    whole = rollout.engine == "native" or rollout.weight_transport == "disk"  # taken by the engine's own process
+    ranks = 1 if whole else rollout.tensor_parallel_size
+    learners: tuple[int, ...] = (0,)
+    homes: tuple[int, ...] = (0,) * rollout.engines
+    if config.runtime != "inline":
+        _, placed = _placed(config)
+        learners, homes = placed.learner_nodes, placed.engine_nodes(max(1, engine_gpus(config)))
+    nodes = (*learners, *(home for home in homes for _ in range(ranks)))
+    inputs = PlanInputs(
+        model_path=str(hf_path(config)),
+        learner=grid_of(layout),
+        engines=EngineGrid(ranks, 1 if whole else expert_groups(rollout.sglang.extra_args), rollout.engines),
+        placement=Placement(len(learners), rollout.engines * ranks, colocated=False, nodes=nodes),
+        bucket_bytes=layout.bucket_mib << 20,
+        dtype=_sent_type(config),
+    )
+    try:
+        inputs.plan()
+    except BucketError as error:
+        raise ConfigError("learner.bucket_mib", layout.bucket_mib, str(error), "raise it") from error
+    except ValueError as error:
+        remedy = "choose another rollout.tensor_parallel_size, or set rollout.weight_transport=disk"
+        raise ConfigError("rollout.tensor_parallel_size", ranks, str(error), remedy) from error
+    return inputs
+
+
+def weight_sync(config: RunConfig, learner: Learner, engines: RolloutEngine) -> WeightSync:
+    """Moves the weights of ``learner`` into ``engines``."""
+    rollout = config.rollout
+    on_gpus = engine_gpus(config) and rollout.placement != "colocated" and rollout.weight_transport == "plan"
+    return WeightSync(
+        learner,
+        engines,
+        plan_inputs(config),
+        rollout.weight_sync_timeout_s,
+        backend="nccl" if on_gpus else "gloo",
+        probe=rollout.engine == "sglang",
+    )
+
+
+def expert_groups(arguments: Sequence[str]) -> int:
+    """Into how many groups SGLang's own arguments have a server divide experts."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--ep-size", "--expert-parallel-size", "--ep", dest="ep", type=int, default=1)
+    return parser.parse_known_args(arguments)[0].ep
+
+
+def _sent_type(config: RunConfig) -> str:
+    """The type in which weights travel: the learner's, or the server's where that is smaller."""
+    if config.rollout.weight_dtype == "fp8":
+        return "fp8"
+    if config.rollout.engine == "native" or config.model.dtype == "bf16":
+        return config.model.dtype
+    stored = architecture.read_config(hf_path(config))
+    served = config.rollout.sglang.dtype
+    if served == "auto":
+        served = str(stored.get("dtype") or stored.get("torch_dtype") or "bfloat16")
+    return "fp32" if served == "float32" else "bf16"
 
 
 def shared_gpus(gpus: Sequence[str], engines: int, size: int) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ def _engines(config: RunConfig) -> Iterator[Problem]:
             "the native engine has no tensor parallelism",
             "set it to 1, or rollout.engine=sglang",
         )
-    if rollout.engine == "native" and rollout.weight_transport != "tensor":
+    if rollout.engine == "native" and rollout.weight_transport != "plan":
         yield Problem(
             "rollout.weight_transport",
             rollout.weight_transport,

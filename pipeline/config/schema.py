@@ -188,7 +188,7 @@ class LearnerConfig:
         unit="updates",
     )
     bucket_mib: int = key(
-        512, "largest weight-sync bucket (a larger single tensor travels alone)", range=COUNT, unit="MiB"
+        512, "what a process sends and receives at once in a weight update, at most", range=COUNT, unit="MiB"
     )
     optimizer: OptimizerConfig = key(OptimizerConfig(), "optimizer and schedule")
 
@@ -286,11 +286,10 @@ class RolloutConfig:
         [], "token ids that end a response, beside the model's own; they stay in it", range=NOT_NEGATIVE
     )
     weight_transport: str = key(
-        "tensor",
+        "plan",
         "how weights reach an SGLang server",
         choices={
-            "tensor": "handles of shared memory, CUDA IPC",
-            "distributed": "broadcast in a process group",
+            "plan": "each rank's slices, straight from the learner's ranks",
             "disk": "a Hugging Face folder",
         },
     )

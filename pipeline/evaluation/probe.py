@@ -22,7 +22,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.learner import Learner
 from pipeline.rewards.stage import VerifierStage
 from pipeline.rollout.engine import RolloutEngine
-from pipeline.rollout.weight_sync import push_weights
+from pipeline.rollout.weight_sync import WeightSync
 from pipeline.seeds import sample_seed
 from pipeline.step.batch import build_batch, usable
 from pipeline.types import ControlDecision, GenerateRequest, Prompt, Role, SampleGroup, TrainBatch
@@ -100,6 +100,7 @@ class Probe:
     Args:
         learner: loaded; its state is saved to ``state_dir`` (an empty folder that all its ranks see) now.
         engine: started.
+        sync: moves the weights from one to the other.
         prompts: to draw from, at least ``MEASURING_PROMPTS`` are used if there are so many.
         config: as ``probe_config`` made it.
     """
@@ -108,12 +109,13 @@ class Probe:
         self,
         learner: Learner,
         engine: RolloutEngine,
+        sync: WeightSync,
         verifier: VerifierStage,
         prompts: Sequence[Prompt],
         config: RunConfig,
         state_dir: Path,
     ) -> None:
-        self._learner, self._engine, self._verifier = learner, engine, verifier
+        self._learner, self._engine, self._sync, self._verifier = learner, engine, sync, verifier
         self._prompts, self._config = prompts, config
         self._state = state_dir
         self._version = 0
@@ -155,7 +157,7 @@ class Probe:
 
     def _push(self) -> None:
         self._version += 1
-        push_weights(self._learner, self._engine, self._version)
+        self._sync.push(self._version)
 
     def _chosen(self, repeat: int, role: Role, count: int) -> list[Prompt]:
         rng = random.Random(f"{self._config.seed} {repeat} {role}")

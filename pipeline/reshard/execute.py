@@ -20,7 +20,7 @@ import torch
 from pipeline.model.fp8 import CODES, quantise
 from pipeline.model.fp8_layout import BLOCK, scale_name
 from pipeline.model.grid import Grid
-from pipeline.model.layout import Row
+from pipeline.model.layout import Row, Slice
 from pipeline.reshard import digest
 from pipeline.reshard.pieces import FANOUT, LOCAL
 from pipeline.reshard.plan import Plan, Tasks, Tensor
@@ -46,28 +46,27 @@ class LearnerShards:
     """
 
     def __init__(self, rows: Sequence[Row], learner: Grid, rank: int, parameters: Mapping[str, torch.Tensor]) -> None:
-        self._pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
+        self._parameters = parameters
+        self._cuts: dict[str, list[tuple[Row, Slice]]] = {}
         for row in rows:
-            part = row.part(learner, rank)
-            if part is None:
-                continue
-            for cut in row.slices(*part):
-                view = parameters[row.parameter].narrow(row.dim, cut.start, cut.length)
-                self._pieces.setdefault(row.sources[cut.source].name, []).append((cut.source_start, view))
+            for cut in row.slices(*part) if (part := row.part(learner, rank)) else ():
+                self._cuts.setdefault(row.sources[cut.source].name, []).append((row, cut))
 
     def read(self, tensor: Tensor, start: int, length: int) -> list[torch.Tensor]:
         """See :class:`Reader`."""
         found = []
-        for first, view in self._pieces[tensor.name]:
-            begin, end = max(start, first), min(start + length, first + view.shape[tensor.dim])
+        for row, cut in self._cuts[tensor.name]:
+            begin, end = max(start, cut.source_start), min(start + length, cut.source_start + cut.length)
             if begin < end:
-                found.append(view.narrow(tensor.dim, begin - first, end - begin))
+                at = cut.start + begin - cut.source_start
+                found.append(self._parameters[row.parameter].narrow(row.dim, at, end - begin))
         return found
 
     def held(self, name: str) -> tuple[int, list[torch.Tensor]]:
         """Where the rank's part of a Hugging Face tensor begins, and its consecutive views."""
-        pieces = self._pieces[name]
-        return pieces[0][0], [view for _, view in pieces]
+        cuts = self._cuts[name]
+        views = [self._parameters[row.parameter].narrow(row.dim, cut.start, cut.length) for row, cut in cuts]
+        return cuts[0][1].source_start, views
 
 
 class QuantisedShards:
@@ -241,7 +240,7 @@ def _write(message: _Message, engine: EngineShards) -> None:
     for tensor, start, length, view in message.pieces:
         target = engine.read(tensor, start, length)[0]
         target.copy_(view)
-        found.append(digest.content(target.to(view.dtype)))
+        found.append(digest.content(target.to(view.dtype)).to(view.device))
     differs = torch.stack(found) != message.digests
     if differs.any():
         names = [piece[0].name for piece, wrong in zip(message.pieces, differs.tolist(), strict=True) if wrong]

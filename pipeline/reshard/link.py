@@ -31,7 +31,7 @@ class Link:
     """One process's side of the group; kept from update to update, as long as orders name the same generation."""
 
     def __init__(self, order: Order, process: int, device: torch.device) -> None:
-        """Reach the store. Raises ``LinkError``."""
+        """Reach the store. ``device``: where messages lie. Raises ``LinkError``."""
         self.key = (order.store, order.generation)
         self._process, self._device = process, device
         self._world = order.inputs.placement.world_size
@@ -44,6 +44,7 @@ class Link:
             raise LinkError(f"the store at {host}:{port}, where all processes meet, does not answer") from error
         self._group: Any = None
         self._end = 0.0
+        self._last = ""  # this process's key of the update before
 
     def meet(self, order: Order, word: str) -> None:
         """Wait until every process has come to the update; all must say the same ``word``.
@@ -51,6 +52,7 @@ class Link:
         Raises ``LinkError`` that names the processes which did not come, or said another word.
         """
         limit = timedelta(seconds=order.timeout_s)
+        self._end = time.monotonic() + order.timeout_s
         keys = [_key(order, process) for process in range(self._world)]
         try:
             self._store.set(keys[self._process], word)
@@ -62,7 +64,9 @@ class Link:
         for process, other in enumerate(said):
             if other != word:
                 raise LinkError(f"{_named([process], order)}: {other}; {_named([self._process], order)}: {word}")
-        self._end = time.monotonic() + order.timeout_s
+        if self._last:  # nobody looks at it any more: all have come to a later update
+            self._store.delete_key(self._last)
+        self._last = keys[self._process]
         if self._group is None:
             self._group = self._formed(order, limit)
 

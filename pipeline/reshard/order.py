@@ -32,11 +32,24 @@ class PlanInputs:
         """
         return _plan(self)
 
+    def engine_processes(self, engine: int) -> list[int]:
+        """The processes of one engine's ranks."""
+        size = self.engines.tp
+        return [self.placement.engine_process(rank) for rank in range(engine * size, (engine + 1) * size)]
+
 
 @lru_cache(maxsize=2)
 def _plan(inputs: PlanInputs) -> Plan:
     model = architecture.read(Path(inputs.model_path))
     return make_plan(model, inputs.learner, inputs.engines, inputs.placement, inputs.bucket_bytes, inputs.dtype)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Tokens, and the learner's log-probs of all but the first at T=1, nats."""
+
+    tokens: tuple[int, ...]
+    log_probs: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -49,7 +62,9 @@ class Order:
     plan_digest: str  # of the plan that the driver made
     store: tuple[str, int]  # host and port of the TCPStore where the processes meet
     generation: int  # of the process group: a new one is formed when a process is in another
-    timeout_s: float  # for meeting, and again for moving the bytes
+    timeout_s: float  # for meeting and moving the bytes
+    backend: str = "gloo"  # or "nccl": between GPUs, none of which is two processes'
+    probe: Probe | None = None  # in the first update after a start: what the engine must then compute
 
     def to_json(self) -> bytes:
         """For :meth:`from_json` in another process."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import torch
 
@@ -11,7 +10,7 @@ from pipeline.reshard import digest
 from pipeline.reshard.execute import EngineShards, Moved, Mover, Reader
 from pipeline.reshard.link import Link, refuse
 from pipeline.reshard.order import Order, PlanInputs, Report
-from pipeline.reshard.plan import Plan
+from pipeline.reshard.places import Places
 
 
 class Participant:
@@ -24,26 +23,21 @@ class Participant:
         self._link: Link | None = None
 
     def send(self, order: Order, process: int, learner: Reader, device: torch.device | str = "cpu") -> Moved:
-        """Send what ``process`` holds and others need.
+        """Send what ``process`` holds and others need. ``device``: the rank's own.
 
         Raises ``LinkError``, ``ValueError`` and ``KeyError``; the group is then left, so that nobody waits for it.
         """
-        return self._move(order, process, learner, lambda plan, process: EngineShards({}), torch.device(device))
+        return self._move(order, process, learner, None, torch.device(device))
 
-    def receive(
-        self,
-        order: Order,
-        process: int,
-        shards: Callable[[Plan, int], EngineShards],
-        device: torch.device | str = "cpu",
-    ) -> Report:
-        """Receive what ``process`` needs to where ``shards`` says that it belongs.
+    def receive(self, order: Order, process: int, places: Places, device: torch.device | str = "cpu") -> Report:
+        """Receive what ``process`` needs to its ``places``.
 
         Never raises: within a server an exception would end it. What went wrong is in the report.
         """
         begun = time.perf_counter()
         try:
-            moved = self._move(order, process, EngineShards({}), shards, torch.device(device))
+            moved = self._move(order, process, EngineShards({}), places, torch.device(device))
+            places.finish()
         except Exception as error:  # noqa: BLE001 (whatever it is, it is reported, and the server lives)
             return Report(process, order.version, 0, time.perf_counter() - begun, f"{type(error).__name__}: {error}")
         return Report(process, order.version, moved.received, time.perf_counter() - begun)
@@ -54,20 +48,14 @@ class Participant:
             self._link.close()
         self._link = None
 
-    def _move(
-        self,
-        order: Order,
-        process: int,
-        learner: Reader,
-        shards: Callable[[Plan, int], EngineShards],
-        device: torch.device,
-    ) -> Moved:
+    def _move(self, order: Order, process: int, learner: Reader, places: Places | None, device: torch.device) -> Moved:
         met = False
+        device = device if order.backend == "nccl" else torch.device("cpu")
         try:
             mover = self._prepared(order.inputs, process, device)
             if self._digest != order.plan_digest:
                 raise ValueError(f"it made another plan ({self._digest}) than the driver ({order.plan_digest})")
-            engine = shards(mover.plan, process)
+            engine = places.shards(mover.plan, process) if places else EngineShards({})
             if self._link is None or self._link.key != (order.store, order.generation):
                 self.close()
                 self._link = Link(order, process, device)

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from pipeline.types import EngineHealth, GenerateRequest, SampleGroup, WeightBucket
+from pipeline.reshard.order import Order
+from pipeline.types import EngineHealth, GenerateRequest, SampleGroup
 
 
 class EngineError(RuntimeError):
@@ -24,14 +25,15 @@ class WeightUpdateError(EngineError):
 class RolloutEngine(Protocol):
     """Draws samples from the policy.
 
-    Weights move in two phases. First everything arrives and is verified: ``begin_update(v)``, ``load_bucket`` for every
-    bucket of version ``v``, ``verify_update(v)``. Then ``commit_update(v)`` only lets the engine continue. Whoever
-    drives several engines verifies all of them before it commits any (``EnginePool``), so none serves ``v`` until all
-    have it. From ``begin_update`` until ``commit_update`` returns the engine hands out nothing. When anything fails in
-    between, its driver calls ``abort_update`` (``push_weights`` does), and the engine keeps refusing (``EngineError``)
-    until a later update commits. A phase that takes longer than ``rollout.weight_sync_timeout_s`` raises
-    ``WeightUpdateError``; an engine that an operation was stuck in is then not alive, so that it is started again.
-    Every sample carries the version(s) of the weights that drew it, so a mixed or stale one can be recognised.
+    Weights move in two phases. First everything arrives and is verified: ``begin_update(v)``, ``receive`` of an order
+    of version ``v`` while the learner's ranks send it, ``verify_update(v)``. Then ``commit_update(v)`` only lets the
+    engine continue. Whoever drives several engines verifies all of them before it commits any (``EnginePool``), so none
+    serves ``v`` until all have it. From ``begin_update`` until ``commit_update`` returns the engine hands out nothing.
+    When anything fails in between, its driver calls ``abort_update`` (``WeightSync`` does), and the engine keeps
+    refusing (``EngineError``) until a later update commits. A phase that takes longer than
+    ``rollout.weight_sync_timeout_s`` raises ``WeightUpdateError``; an engine that an operation was stuck in is then not
+    alive, so that it is started again. Every sample carries the version(s) of the weights that drew it, so a mixed or
+    stale one can be recognised.
     """
 
     def start(self, hf_path: Path) -> None:
@@ -50,11 +52,14 @@ class RolloutEngine(Protocol):
     def begin_update(self, version: int) -> None:
         """Pause, and mark the loaded weights as inconsistent."""
 
-    def load_bucket(self, bucket: WeightBucket) -> None:
-        """Take one bucket; order is free, each must arrive once. Checks the bucket's version and checksum."""
+    def receive(self, order: Order, engine: int = 0) -> None:
+        """Take what the learner's ranks send, as engine number ``engine`` of the order's plan.
+
+        Raises ``WeightUpdateError`` unless every byte arrived and is what was sent.
+        """
 
     def verify_update(self, version: int) -> None:
-        """Check that everything arrived and that the engine holds it; it stays paused. Raises ``WeightUpdateError``."""
+        """Check that the engine computes with what arrived; it stays paused. Raises ``WeightUpdateError``."""
 
     def commit_update(self, version: int) -> None:
         """Serve ``version``, which must have been verified. Raises ``WeightUpdateError``."""

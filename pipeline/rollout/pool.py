@@ -8,8 +8,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
 
+from pipeline.reshard.link import refuse
+from pipeline.reshard.order import Order
 from pipeline.rollout.engine import EngineError, RolloutEngine, WeightUpdateError
-from pipeline.types import EngineHealth, GenerateRequest, SampleGroup, WeightBucket
+from pipeline.types import EngineHealth, GenerateRequest, SampleGroup
 
 T = TypeVar("T")
 
@@ -89,9 +91,17 @@ class EnginePool:
         self._updating = version
         self._on_all(lambda engine: engine.begin_update(version))
 
-    def load_bucket(self, bucket: WeightBucket) -> None:
-        """Hand the bucket to every engine."""
-        self._on_all(lambda engine: engine.load_bucket(bucket))
+    def receive(self, order: Order, engine: int = 0) -> None:
+        """Have every engine take its part; they are numbered from ``engine`` on."""
+
+        def take(number: int) -> None:
+            try:
+                self._engines[number].receive(order, engine + number)
+            except BaseException as error:
+                refuse(order, order.inputs.engine_processes(engine + number), str(error))  # so that nobody waits for it
+                raise
+
+        self._map(take, range(len(self._engines)))
 
     def verify_update(self, version: int) -> None:
         """Verify on every engine; all stay paused."""

@@ -13,7 +13,7 @@ from pipeline.model import architecture
 from pipeline.rollout.arrivals import checked
 from pipeline.rollout.engine import EngineError
 from pipeline.rollout.pool import EnginePool
-from pipeline.rollout.weight_sync import push_weights
+from pipeline.rollout.weight_sync import WeightSync
 from pipeline.types import GenerateRequest, SampleGroup
 
 log = logging.getLogger(__name__)
@@ -26,6 +26,7 @@ class Rollouts:
 
     Args:
         learner: where weights come from; it must still hold the version last pushed when ``generate`` is called.
+        sync: moves them into the engines of ``pool``.
         hf_path: what an engine is started with before it receives weights.
         on_fault: told of every engine brought back and of samples left out, in words.
         colocated: engines and learner share GPUs, and take turns with their memory.
@@ -35,12 +36,14 @@ class Rollouts:
         self,
         pool: EnginePool,
         learner: Learner,
+        sync: WeightSync,
         hf_path: Path,
         on_fault: Callable[[str], None] = log.warning,
         *,
         colocated: bool = False,
     ) -> None:
-        self._pool, self._learner, self._hf_path, self._on_fault = pool, learner, hf_path, on_fault
+        self._pool, self._learner, self._sync = pool, learner, sync
+        self._hf_path, self._on_fault = hf_path, on_fault
         self._colocated = colocated
         self._version = 0
         self._size: tuple[int, int] | None = None  # of a weight sync
@@ -52,10 +55,10 @@ class Rollouts:
         if self._colocated:
             self._learner.empty_cache()
         try:
-            push_weights(self._learner, self._pool, version)
+            self._sync.push(version)
         except EngineError as error:
             self._revive(error)
-            push_weights(self._learner, self._pool, version)
+            self._sync.push(version)
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[SampleGroup]:
         """One group per request, in order.
@@ -82,7 +85,7 @@ class Rollouts:
             groups = self._pool.generate(requests)
         except EngineError as error:
             self._revive(error)
-            push_weights(self._learner, self._pool, self._version)
+            self._sync.push(self._version)
             groups = self._pool.generate(requests)
         return checked(groups, requests, self._vocabulary)
 
@@ -91,7 +94,7 @@ class Rollouts:
 
         ``alive`` are the engines that were not started again since the last call.
         """
-        self._size = self._size or self._learner.export_size()
+        self._size = self._size or self._sync.size()
         engines: dict[str, float] = {"alive": len(self._pool) - len(self._revived), "total": len(self._pool)}
         self._revived = set()
         return {"sync": dict(zip(("bytes", "buckets"), self._size, strict=True)), "engines": engines}
@@ -115,6 +118,7 @@ class Rollouts:
         revived = self._pool.revive(self._hf_path)
         if not revived:
             raise error
+        self._sync.renew()
         self._revived.update(revived)
         self._on_fault(f"engine {', '.join(map(str, revived))} was started again: {error}")
 

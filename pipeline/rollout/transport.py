@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from typing import Protocol
 
+from pipeline.reshard.order import Order
 from pipeline.rollout.engine import EngineTimeoutError
-from pipeline.types import WeightBucket
 
 
 class Deadline:
@@ -25,35 +25,27 @@ class Deadline:
 
 
 class WeightTransport(Protocol):
-    """Carries weight buckets into one server; one object per start of the server.
+    """Takes weights into one server; one object per start of the server.
 
     States and what may be called in them::
 
-        new --connect--> idle --begin(v)--> sending --send*, verify--> verified --commit--> idle
-        idle, sending, verified --abort--> idle             any --close--> closed
+        idle --begin--> open --receive--> received --verify--> verified --commit--> idle
+        idle, open, received, verified --abort--> idle             any --close--> closed
 
-    The engine is the caller, and owns everything else: ``RolloutEngine.begin_update`` pauses the server, then calls
-    ``begin``; ``load_bucket`` checks a bucket's version, checksum, names and shapes, then calls ``send``, so that no
-    wrong byte reaches a transport; ``verify_update`` sees that all buckets came, calls ``verify``, then verifies what
-    the server holds; ``commit_update`` calls ``commit``, then lets the server continue; ``abort_update`` calls
-    ``abort``; ``start`` calls ``connect``, and ``close`` calls ``close``. The server is paused from ``begin`` to
-    ``commit`` and after ``abort``.
-
-    Every phase gets a deadline. What cannot be done raises ``EngineError``, what is late ``EngineTimeoutError``; either
-    way the engine aborts. ``begin`` after ``abort`` mends everything that a failed update left behind.
+    The engine is the caller, and owns everything else: it pauses the server before ``begin``, and lets it continue
+    after ``commit``. Every phase gets a deadline. What cannot be done raises ``EngineError``, what is late
+    ``EngineTimeoutError``; either way the engine aborts. ``begin`` after ``abort`` mends everything that a failed
+    update left behind.
     """
 
-    def connect(self, deadline: Deadline) -> None:
-        """Set up what lasts as long as the server, e.g. a process group."""
+    def begin(self, deadline: Deadline) -> None:
+        """Get ready; also ends what an earlier update left open on the server."""
 
-    def begin(self, version: int, deadline: Deadline) -> None:
-        """Get ready for the buckets of ``version``; also ends what an earlier update left open on the server."""
+    def receive(self, order: Order, engine: int, deadline: Deadline) -> None:
+        """Take all that the learner's ranks send to engine number ``engine``."""
 
-    def send(self, bucket: WeightBucket, deadline: Deadline) -> None:
-        """Carry one bucket. When it returns, the bucket's memory may be used again."""
-
-    def verify(self, deadline: Deadline) -> None:
-        """All buckets were sent; when it returns, the server's parameters hold every one of them."""
+    def verify(self, order: Order, deadline: Deadline) -> None:
+        """When it returns, the server is ready to compute with what was received."""
 
     def commit(self) -> None:
         """The update is done; give back what only it needed."""
@@ -62,4 +54,4 @@ class WeightTransport(Protocol):
         """Give up the update. Touches only this side, so that it neither waits for a dead server nor raises."""
 
     def close(self) -> None:
-        """Take down what ``connect`` set up. Idempotent; never raises."""
+        """Give back everything. Idempotent; never raises."""

@@ -1,72 +1,72 @@
-"""Sends weights to an SGLang server through a Hugging Face folder on a disk that both see."""
+"""Takes weights into an SGLang server through a Hugging Face folder on a disk that both see."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+import torch
 
-from pipeline.model.folder import is_weights, write_index
+from pipeline.model.folder import Files, is_weights
+from pipeline.model.fp8 import CODES
+from pipeline.model.fp8_layout import scale_name, scale_shape
+from pipeline.reshard.execute import DTYPES, EngineShards
+from pipeline.reshard.order import Order
+from pipeline.reshard.participant import Participant
+from pipeline.reshard.places import Places
+from pipeline.reshard.plan import Plan
 from pipeline.rollout.engine import EngineError
 from pipeline.rollout.sglang.server import SglangServer
 from pipeline.rollout.transport import Deadline
-from pipeline.types import WeightBucket
+
+_FILE_BYTES = 4 << 30
 
 
 class DiskTransport:
     """``WeightTransport`` by /update_weights_from_disk.
 
-    Every bucket becomes a safetensors shard in ``scratch/version-N.partial``. ``verify`` adds the index, links the rest
-    of the model folder (configuration, tokenizer), gives the complete folder its name ``version-N`` in one step and has
-    the server load it. The scratch folder exists only during an update; what a killed run left of it goes when the next
-    one connects. Each tensor-parallel rank reads the pages of the slices it copies; the disk takes the whole model once
-    per update.
+    This process receives whole tensors, as an engine of one rank, straight into the pages of safetensors files in
+    ``scratch/version-N.partial``. ``verify`` links the rest of the model folder (configuration, tokenizer), gives the
+    complete folder its name ``version-N`` in one step and has the server load it. ``commit``, ``abort`` and ``close``
+    remove it, and the next start removes what a killed run left. Each rank of the server reads the pages of its slices;
+    the disk takes the whole model once per engine.
     """
 
     def __init__(self, server: SglangServer, hf_path: Path, scratch: Path) -> None:
-        self._server = server
-        self._hf_path = hf_path
-        self._scratch = scratch
-        self._version = 0
-        self._shards: dict[str, str] = {}  # tensor -> its file
-        self._bytes = 0
+        """``hf_path``: the model folder.
 
-    def connect(self, deadline: Deadline) -> None:
-        """Remove what a killed run left."""
+        ``scratch``: a folder of this engine's own, on the run's file system.
+        """
+        self._server, self._hf_path, self._scratch = server, hf_path, scratch
+        self._participant = Participant()
+        self._remove()  # what a killed run left
+
+    def begin(self, deadline: Deadline) -> None:
+        """Make room."""
         self._remove()
 
-    def begin(self, version: int, deadline: Deadline) -> None:
-        """Make an empty scratch folder."""
-        self._remove()
-        self._version, self._shards, self._bytes = version, {}, 0
-        self._partial.mkdir(parents=True)
+    def receive(self, order: Order, engine: int, deadline: Deadline) -> None:
+        """Fill the files."""
+        partial = self._scratch / f"version-{order.version}.partial"
+        partial.mkdir(parents=True)
+        places = _Pages(partial)
+        report = self._participant.receive(order, order.inputs.placement.engine_process(engine), places)
+        if report.error:
+            raise EngineError(report.error)
 
-    def send(self, bucket: WeightBucket, deadline: Deadline) -> None:
-        """Write one shard."""
-        name = f"model-{bucket.index + 1:05d}-of-{bucket.count:05d}.safetensors"
-        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in bucket.tensors.items()}
-        try:
-            save_file(tensors, self._partial / name, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise EngineError(f"{self._partial / name} cannot be written: {error}; make room there") from error
-        self._shards |= dict.fromkeys(tensors, name)
-        self._bytes += sum(tensor.nbytes for tensor in tensors.values())
-        deadline.remaining_s()  # a slow disk is late, too
-
-    def verify(self, deadline: Deadline) -> None:
+    def verify(self, order: Order, deadline: Deadline) -> None:
         """Complete the folder and have the server load it."""
-        write_index(self._partial, self._shards, self._bytes)
+        partial = self._scratch / f"version-{order.version}.partial"
         for path in self._hf_path.iterdir():
             if path.is_file() and not is_weights(path):
-                (self._partial / path.name).symlink_to(path.resolve())
-        folder = self._partial.rename(self._scratch / f"version-{self._version}")
+                (partial / path.name).symlink_to(path.resolve())
+        folder = partial.rename(self._scratch / f"version-{order.version}")
         self._server.post(
             "/update_weights_from_disk",
             model_path=str(folder),
             load_format="auto",  # whatever the server was started with
-            weight_version=str(self._version),
+            weight_version=str(order.version),
             timeout_s=deadline.remaining_s(),
         )
 
@@ -79,12 +79,37 @@ class DiskTransport:
         self._remove()
 
     def close(self) -> None:
-        """Remove what an unfinished update wrote."""
+        """Remove what an unfinished update wrote, and leave the group."""
+        self._participant.close()
         self._remove()
-
-    @property
-    def _partial(self) -> Path:
-        return self._scratch / f"version-{self._version}.partial"
 
     def _remove(self) -> None:
         shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+class _Pages(Places):
+    """The files of a Hugging Face folder, mapped."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(self._mapped)
+        self._folder = folder
+        self._files: Files | None = None
+
+    def shards(self, plan: Plan, process: int) -> EngineShards:
+        """See :class:`Places`. Raises ``OSError`` when the disk is full."""
+        tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        for tensor in plan.tensors:
+            tensors[tensor.name] = DTYPES[tensor.item_size], tensor.shape
+            if tensor.quantise == "after":
+                tensors[tensor.name] = CODES, tensor.shape
+                tensors[scale_name(tensor.name)] = torch.float32, scale_shape(tensor.shape)
+        self._files = Files(self._folder, tensors, _FILE_BYTES)
+        self._files.allocate()
+        return super().shards(plan, process)
+
+    def _mapped(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        assert self._files is not None  # shards() made it
+        entry = self._files.entries[name]
+        path = self._folder / entry.file
+        pages = torch.from_file(str(path), shared=True, size=path.stat().st_size, dtype=torch.uint8)
+        return pages[entry.start : entry.start + entry.nbytes].view(dtype).view(list(shape))

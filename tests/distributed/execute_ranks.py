@@ -12,6 +12,7 @@ from pipeline.reshard.execute import DTYPES, EngineShards, LearnerShards, Mover,
 from pipeline.reshard.link import Link
 from pipeline.reshard.order import Order, PlanInputs
 from pipeline.reshard.plan import make_plan
+from tests.plan_source import local_parameters
 
 
 def full_tensors(model, dtype):
@@ -19,20 +20,6 @@ def full_tensors(model, dtype):
     generator = torch.Generator().manual_seed(0)
     sources = {source.name: source.shape for row in rows(model) for source in row.sources}
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in sources.items()}
-
-
-def local_parameters(model, learner, rank, full):
-    """Shards of a learner rank, cut here and not by the code under test."""
-    parameters = {}
-    for row in rows(model, learner):
-        part = row.part(learner, rank)
-        if part is None:
-            continue
-        parameters[row.parameter] = shard = torch.zeros(row.local_shape(part[0]), dtype=full[row.sources[0].name].dtype)
-        for cut in row.slices(*part):
-            source = full[row.sources[cut.source].name].narrow(row.dim, cut.source_start, cut.length)
-            shard.narrow(row.dim, cut.start, cut.length).copy_(source)
-    return parameters
 
 
 def move(rank, world, address, case, bucket_bytes, dtype):

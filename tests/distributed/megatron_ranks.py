@@ -1,5 +1,6 @@
 """What each rank does in the Megatron tests; run by ``gang.Gang``."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -78,32 +79,60 @@ def learner(
     return made
 
 
-def exported(made, version: int = 0) -> dict[str, torch.Tensor]:
-    return tensors_of(everywhere(made.export_shards(version)))
+def exported(made, bucket_bytes: int = 1 << 20) -> dict[str, torch.Tensor]:
+    """The learner's weights as an engine takes them, on every rank."""
+    dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}[next(iter(made._parameters.values())).dtype]
+    return moved(made.send, made._hf_path, made._topology.grid, dtype, bucket_bytes)
 
 
-def everywhere(items):
-    """The buckets of all ranks, in their order, on every rank."""
-    ours, theirs = list(items), [None] * dist.get_world_size()
-    dist.all_gather_object(theirs, ours)
-    return sorted((b for items in theirs for b in items if b is not None), key=lambda b: b.index)
+def moved(send, folder, grid, dtype: str, bucket_bytes: int = 1 << 20) -> dict[str, torch.Tensor]:
+    """What an engine, a thread of rank 0, ends up with when every rank calls ``send`` with an order.
+
+    On every rank; FP8 codes, which torch cannot pickle here, on rank 0 only.
+    """
+    from pipeline.reshard.digest import plan_digest
+    from pipeline.reshard.engine_grid import EngineGrid, Placement
+    from pipeline.reshard.order import Order, PlanInputs
+    from pipeline.reshard.participant import Participant
+    from pipeline.reshard.places import HostPlaces
+
+    engine, first = grid.world_size, dist.get_rank() == 0
+    inputs = PlanInputs(str(folder), grid, EngineGrid(), Placement.consecutive(engine, 1, False), bucket_bytes, dtype)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if first else None
+    told = [store.port if store else 0]
+    dist.broadcast_object_list(told)
+    order = Order(0, 0, inputs, plan_digest(inputs.plan()), ("127.0.0.1", told[0]), 0, 60.0)
+    places, taking = HostPlaces(), Participant()
+    with ThreadPoolExecutor(1) as thread:
+        report = thread.submit(taking.receive, order, engine, places) if first else None
+        send(order)
+    assert not report or not report.result().error, report.result().error
+    taking.close()
+    if dtype == "fp8":
+        return places.tensors
+    box = [places.tensors]
+    dist.broadcast_object_list(box)
+    return box[0]
 
 
-def tensors_of(buckets) -> dict[str, torch.Tensor]:
-    return {name: tensor for b in buckets for name, tensor in b.tensors.items()}
+def sender(parameters, rows, grid, fp8=False):
+    """``send`` of any tensors under the layout's names."""
+    from pipeline.reshard.execute import LearnerShards, QuantisedShards
+    from pipeline.reshard.participant import Participant
+
+    shards = LearnerShards(rows, grid, dist.get_rank(), parameters)
+    return lambda order: Participant().send(order, dist.get_rank(), QuantisedShards(shards) if fp8 else shards)
 
 
 def gradients(made, rows: TrainBatch) -> dict[str, torch.Tensor]:
-    """Full gradients under Hugging Face names, by exporting main_grad in the parameters' place."""
-    from megatron_ext.weights import hf
-
+    """Full gradients under Hugging Face names, by sending main_grad in the parameters' place."""
     share = made._share(rows, for_update=False)
     made._accumulate(share.batch, 0, share.micro_batches[0])
     if made._config.optimizer.distributed:
         _gather_gradients(made)
     # What has no gradient (the buffer of expert biases) stands for itself.
     grads = {name: getattr(p, "main_grad", p).clone() for name, p in made._parameters.items()}
-    return tensors_of(everywhere(hf.export(grads, made._rounds, made._topology, 0)))
+    return moved(sender(grads, made._rows, made._topology.grid), made._hf_path, made._topology.grid, "fp32")
 
 
 def _gather_gradients(made):
@@ -262,19 +291,12 @@ def _whatever_the_cut(stats):
 
 
 def inspect(rank, world, address, folder, layout, tokens, candidates):
-    """log p(candidate | prefix) at every position, and the export after loading, in one and in many buckets."""
-    from megatron_ext.weights import hf
-    from pipeline.reshard import buckets
-
+    """log p(candidate | prefix) at every position, and the weights as an engine takes them, in one and many buckets."""
     made = learner(rank, world, address, folder, **layout, micro_batch_size=512)
     table = torch.stack([_log_probs_of(made, tokens, token) for token in candidates], dim=-1)
-    whole = everywhere(made.export_shards(7))
-    assert made.export_size() == (sum(t.nbytes for bucket in whole for t in bucket.tensors.values()), len(whole))
-    small = buckets.plan(made._rows, made._topology.grid, 4, SMALL_BUCKET_MIB)
-    yielded = list(hf.export(made._parameters, small, made._topology, 8))
-    many = everywhere(yielded)
+    whole, many = exported(made), exported(made, SMALL_BUCKET)
     made.close()
-    return table, whole, many, [b and b.index for b in yielded], small
+    return table, whole, many
 
 
 def inspect_new_family(*arguments):
@@ -286,11 +308,10 @@ def inspect_new_family(*arguments):
 
 
 def load_and_export(rank, world, address, folder, grid, dtype="fp32", fp8=False):
-    """Global layers of each model chunk of this rank, and the export of all its chunks, on a grid of any shape."""
+    """Global layers of each model chunk of this rank, and the weights of all chunks, on a grid of any shape."""
     from megatron_ext import models, topology
     from megatron_ext.weights import hf
     from pipeline.model import architecture, layout
-    from pipeline.reshard import buckets
 
     placed = topology.initialize(rank, address, grid, seed=0)
     model = architecture.read(folder)
@@ -298,8 +319,8 @@ def load_and_export(rank, world, address, folder, grid, dtype="fp32", fp8=False)
     chunks = models.build_chunks(model, placed, dtype)
     parameters = {name: tensor for gpt in chunks for name, tensor in models.global_parameters(gpt).items()}
     hf.load(parameters, rows, model, folder, placed)
-    plan = buckets.plan(rows, grid, models.DTYPES[dtype].itemsize, SMALL_BUCKET_MIB, fp8)
-    whole = tensors_of(everywhere(hf.export(parameters, plan, placed, 0)))
+    parameters = {name: tensor.detach() for name, tensor in parameters.items()}
+    whole = moved(sender(parameters, rows, grid, fp8), folder, grid, "fp8" if fp8 else dtype, SMALL_BUCKET)
     topology.shutdown()
     return [[layer.layer_number - 1 for layer in gpt.decoder.layers] for gpt in chunks], whole
 
@@ -314,7 +335,7 @@ def parameters_after_updates(rank, world, address, folder, tp, optimizer):
     return found
 
 
-SMALL_BUCKET_MIB = 0.005  # 5 KiB: a few tensors of the tiny models, less than the largest
+SMALL_BUCKET = 20_000  # bytes: a few tensors of the tiny models, less than the largest
 
 
 def _log_probs_of(made, tokens, token):

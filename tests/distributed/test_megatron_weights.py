@@ -12,7 +12,8 @@ import torch
 from pipeline.model import architecture, fp8, fp8_layout, layout
 from pipeline.model.checksum import checksum
 from pipeline.model.grid import Grid
-from pipeline.reshard import buckets
+from pipeline.reshard.engine_grid import EngineGrid, Placement
+from pipeline.reshard.plan import make_plan
 from pipeline.rollout.native.decoder import Decoder
 
 DENSE = {"TP1": (1, 1, 1, 1, None), "TP2": (2, 2, 1, 1, None), "TP2xPP2": (4, 2, 2, 1, None)}
@@ -35,7 +36,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "layout"), CASES)
-def test_logits_equal_transformers_and_export_equals_the_folder(gang, tmp_path, name, layout):
+def test_logits_equal_transformers_and_an_engine_takes_the_folders_bits(gang, tmp_path, name, layout):
     world, tp, pp, ep, etp = EXPERTS[layout]
     config = tiny_models.config(name)
     source = tiny_models.weights(config)
@@ -48,22 +49,11 @@ def test_logits_equal_transformers_and_export_equals_the_folder(gang, tmp_path, 
     experts_under_tp = tp > 1 and "num_experts_per_tok" in config
     placed = {"tp": tp, "pp": pp, "sizes": {"ep": ep, "etp": etp or 0}, "sequence_parallel": experts_under_tp}
     results = gang.run(ranks.inspect, world, folder, placed, tokens, candidates)
-    _, whole, many, _, plan = results[0]
-    for table, *_ in results:
+    for table, whole, many in results:
         assert (table - expected).abs().max() < 1e-4
-    for version, items in ((7, whole), (8, many)):
-        exported = {key: tensor for bucket in items for key, tensor in bucket.tensors.items()}
-        assert exported.keys() == source.keys()
-        assert all(torch.equal(exported[key], source[key]) for key in source)
-        assert [(b.version, b.index, b.count) for b in items] == [(version, i, len(items)) for i in range(len(items))]
-        assert all(b.checksum == checksum(b.tensors) for b in items)
-    sizes = [[t.nbytes for t in bucket.tensors.values()] for bucket in many]
-    assert all(len(size) == 1 or sum(size) <= ranks.SMALL_BUCKET_MIB * 2**20 for size in sizes)
-    assert any(len(size) > 1 for size in sizes)
-    assert [sum(size) for size in sizes] == [bucket.nbytes for line in plan for bucket in line]
-    for rank, (*_, yielded, other) in enumerate(results):
-        assert other == plan
-        assert yielded == [next((b.index for b in line if b.owner == rank), None) for line in plan]
+        for taken in (whole, many):
+            assert taken.keys() == source.keys()
+            assert all(torch.equal(taken[key], source[key]) for key in source)
 
 
 @pytest.mark.parametrize("layout", ["TP1", "TP2xPP2"])
@@ -83,7 +73,7 @@ def test_a_new_dense_family_costs_one_entry(gang, tmp_path, layout):
     world, tp, pp, *_ = DENSE[layout]
     results = gang.run(ranks.inspect_new_family, world, folder, {"tp": tp, "pp": pp}, tokens, [3, 30])
     assert all((table - expected).abs().max() < 1e-4 for table, *_ in results)
-    exported = ranks.tensors_of(results[0][1])
+    exported = results[0][1]
     assert exported.keys() == source.keys()
     assert all(torch.equal(exported[name], source[name]) for name in source)
     with new_family.registered(), torch.no_grad():
@@ -170,8 +160,9 @@ def test_fp8_has_the_same_bits_whichever_side_quantises(gang, tmp_path, case):
     source = tiny_models.weights(config)
     folder = tiny_models.write(tmp_path, config, source)
     rows = layout.rows(architecture.read(folder), grid)
-    entries = [entry for line in buckets.plan(rows, grid, 2, 1, fp8=True) for b in line for entry in b.entries]
-    assert {entry.quantise for entry in entries} == expected | {None}
+    placement = Placement.consecutive(grid.world_size, 1, False)
+    plan = make_plan(architecture.read(folder), grid, EngineGrid(), placement, dtype="fp8")
+    assert {tensor.quantise for tensor in plan.tensors} == expected | {None}
     exported = gang.run(ranks.load_and_export, grid.world_size, folder, grid, "bf16", True)[0][1]
     kept = {name: t if name.endswith("correction_bias") else t.bfloat16() for name, t in source.items()}
     whole = fp8.quantise_tensors(kept, fp8_layout.quantised_names(rows))
@@ -180,7 +171,7 @@ def test_fp8_has_the_same_bits_whichever_side_quantises(gang, tmp_path, case):
 
 
 def test_replicas_stay_bitwise_equal(gang, tmp_path):
-    """Any replica may own a bucket: after updates they hold the same bits, also where each updates its part only."""
+    """Any replica may send: after updates they hold the same bits, also where each updates its part only."""
     folder = tiny_models.write(tmp_path, tiny_models.config("llama"))
     first, _, third, _ = gang.run(ranks.parameters_after_updates, 4, folder, 2, {"distributed": True})
     assert first.keys() == third.keys()

@@ -6,9 +6,10 @@ import numpy as np
 import torch
 
 from pipeline.model.architecture import parse
-from pipeline.model.checksum import checksum
+from pipeline.reshard.engine_grid import EngineGrid
 from pipeline.rollout.native.decoder import Decoder, token_log_probs
-from pipeline.types import GenerateRequest, Prompt, Role, WeightBucket
+from pipeline.types import GenerateRequest, Prompt, Role
+from tests.plan_source import Source
 from tests.tiny_folder import hf_config, random_tensors
 
 FAMILIES = ("llama", "qwen3")
@@ -41,20 +42,24 @@ def decoder_of(family, seed):
     return Decoder(parse(hf_config(family)), random_tensors(hf_config(family), seed))
 
 
-def buckets(family, version, seed):
-    tensors = random_tensors(hf_config(family), seed)
-    names = sorted(tensors)
-    for i in range(3):
-        part = {name: tensors[name] for name in names[i::3]}
-        yield WeightBucket(version, i, 3, part, checksum(part))
+def source(engine, family, seed=None, learner=None):
+    """A learner of the model of a started engine, or of a pool's; version ``v`` are the tensors of seed ``v``, or of
+    ``seed``.
+    """
+    every = getattr(engine, "_engines", (engine,))
+    config = every[0]._config
+    ranks = 1 if config.weight_transport == "disk" else config.tensor_parallel_size
+
+    def tensors(version):
+        return random_tensors(hf_config(family), version if seed is None else seed)
+
+    return Source(every[0]._server._hf_path, tensors, EngineGrid(ranks, count=len(every)), learner)
 
 
 def push(engine, family, version, seed=None):
-    engine.begin_update(version)
-    for bucket in buckets(family, version, version if seed is None else seed):
-        engine.load_bucket(bucket)
-    engine.verify_update(version)
-    engine.commit_update(version)
+    given = source(engine, family, seed=seed)
+    given.next_version = version
+    given.sync(engine, probe=True).push(version)
 
 
 def assert_agrees(groups, decoder):

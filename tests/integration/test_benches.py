@@ -22,7 +22,6 @@ SMALL = {
     "conversion": "--megabytes 1 --repeat 1 --workers 1 --work OUT",
     "driver": "--rows 48 --mean 100 --longest 700 --json OUT/driver.json",
     "event_log": "--steps 300 --out OUT/event_log",
-    "export": "--only DP2",
     "fp8_effect": f"--config quickstart.yaml --model {MODEL} --prompts 1 --samples 1 --new-tokens 4",
     "frontier": "RUNS --temperatures 1.0 --workers 1",
     "logprobs": "--rounds 1 --shrink 64",

@@ -1,4 +1,4 @@
-"""Weights of a learner of several ranks into several engines under Ray: rounds of buckets, each from its owner."""
+"""Weights of a learner of several ranks into several engines under Ray: every rank sends its share of the plan."""
 
 from contextlib import ExitStack
 
@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from launchers.run.assemble import start_engines, start_learner
+from launchers.run.assemble import start_engines, start_learner, weight_sync
 from pipeline.config.schema import LearnerConfig, ModelConfig, RolloutConfig, RunConfig
 from pipeline.rollout.native.engine import NativeEngine
-from pipeline.rollout.weight_sync import push_weights
 from pipeline.types import GenerateRequest, Prompt
 from tests.distributed.megatron_ranks import batch
 from tests.tiny_folder import write_folder
@@ -30,7 +29,7 @@ def parts(tmp_path):
         learner = start_learner(config, stack)
         engines = start_engines(config, tmp_path / "logs", stack)
         learner.load(trained)
-        yield learner, engines, trained
+        yield learner, engines, trained, weight_sync(config, learner, engines)
 
 
 def drawn(groups):
@@ -38,13 +37,13 @@ def drawn(groups):
     return [s.token_ids.tolist() for s in samples], np.concatenate([s.log_probs for s in samples])
 
 
-def test_every_owner_s_buckets_reach_every_engine(parts):
-    learner, engines, trained = parts
+def test_every_rank_s_share_reaches_every_engine(parts):
+    learner, engines, trained, sync = parts
     for version in (1, 2, 3):
-        push_weights(learner, engines, version)
-    owners = [owner for line in learner.owners for owner in line]
-    assert len(learner.owners) > 2
-    assert sorted(set(owners)) == [0, 1, 2, 3]
+        sync.push(version)
+    plan = sync._inputs.plan()
+    assert plan.buckets > 2
+    assert (plan.traffic()[:, 0, :, :4].sum((0, 1)) > 0).all()  # bytes sent by each of the four ranks
     alone = NativeEngine()
     alone.start(trained)
     (tokens, log_probs), (expected, exact) = drawn(engines.generate(REQUESTS)), drawn(alone.generate(REQUESTS))
@@ -55,7 +54,7 @@ def test_every_owner_s_buckets_reach_every_engine(parts):
 
     rows = batch(8, 2, vocab=4096)
     learner.update(rows, 3)
-    push_weights(learner, engines, 4)
+    sync.push(4)
     groups = engines.generate(REQUESTS)
     assert drawn(groups)[0] != expected
     for group in groups:

@@ -1,6 +1,4 @@
-"""Real SGLang servers, a Llama (whose weights can be read back) and a Qwen3 (whose can not), on whatever device there
-is.
-"""
+"""Real SGLang servers, a Llama and a Qwen3, on whatever device there is."""
 
 import importlib.util
 import itertools
@@ -9,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import httpx
@@ -19,24 +18,23 @@ import torch
 if importlib.util.find_spec("sglang") is None:
     pytest.skip("needs the sglang extra", allow_module_level=True)
 
-from pipeline.model.checksum import checksum
 from pipeline.rollout.engine import EngineError, WeightUpdateError
 from pipeline.rollout.native.decoder import token_log_probs
 from pipeline.rollout.native.engine import NativeEngine
 from pipeline.rollout.pool import EnginePool
 from pipeline.rollout.sglang.liveness import Liveness
-from pipeline.types import Role, WeightBucket
+from pipeline.types import Role
 from tests.integration.servers import (
     FAMILIES,
     REQUESTS,
     TOLERANCE,
     assert_agrees,
-    buckets,
     decoder_of,
     generate_request,
     process_group,
     push,
     server_pid,
+    source,
 )
 
 pytestmark = pytest.mark.xdist_group("sglang")  # the servers start once
@@ -124,7 +122,7 @@ def test_a_server_at_work_answers_every_look_and_its_figures_move(engines):
     assert len({load["num_used_tokens"] for load in figures}) > 1
 
 
-def test_updates_are_served_and_every_tensor_is_read_back_in_turn(engines, family):
+def test_updates_are_served(engines, family):
     engine = engines[family]
     for version in range(2, 9):
         push(engine, family, version)
@@ -204,14 +202,14 @@ def test_abort_returns_partial_samples(engines, monkeypatch, kv_tokens, count):
     assert engine.generate(REQUESTS)[0].samples[0].finish_reason != "abort"
 
 
-def test_a_bad_bucket_never_reaches_the_server(engines, family):
+def test_an_update_that_does_not_fit_the_server_moves_nothing_into_it(engines, family):
     engine = engines[family]
+    given = source(engine, family)
+    before = given.sync(engine)
     engine.begin_update(30)
-    first, second, _ = buckets(family, 30, 30)
-    engine.load_bucket(first)
-    part = {**second.tensors, min(second.tensors): torch.zeros(3, 3)}
-    with pytest.raises(WeightUpdateError, match="shape"):
-        engine.load_bucket(WeightBucket(30, 1, 3, part, checksum(part)))
+    other = replace(before._order(30), plan_digest="0" * 64)
+    with pytest.raises(WeightUpdateError, match="another plan"):
+        engine.receive(other)
     with pytest.raises(EngineError, match="push the weights again"):
         engine.generate(REQUESTS)
     assert engine.health().alive
@@ -220,17 +218,15 @@ def test_a_bad_bucket_never_reaches_the_server(engines, family):
     assert_agrees(engine.generate(REQUESTS), decoder_of(family, 31))
 
 
-def test_weights_that_differ_on_the_server_do_not_commit(engines, family, monkeypatch):
-    """What arrives is right, what the server is sent is not: only the verification after the update can see it."""
-    from pipeline.rollout import transport_tensor
-
-    engine, original = engines[family], transport_tensor.shared
-    monkeypatch.setattr(transport_tensor, "shared", lambda tensors: original({n: t * 1.5 for n, t in tensors.items()}))
-    with pytest.raises(WeightUpdateError, match=r"reads back differently|differ by"):
-        push(engine, family, 40)
+def test_weights_in_the_wrong_place_do_not_commit(engines, family):
+    """Every byte is what was sent, but not what the learner computes with: only the probe can see it."""
+    engine = engines[family]
+    given = source(engine, family)
+    given.log_probs = lambda batch: source(engine, family, seed=7).log_probs(batch)
+    with pytest.raises(WeightUpdateError, match="verify_update: log-probs differ by"):
+        given.sync(engine, probe=True).push(40)
     with pytest.raises(EngineError, match="push the weights again"):
         engine.generate(REQUESTS)
-    monkeypatch.undo()
     push(engine, family, 41)
     assert_agrees(engine.generate(REQUESTS), decoder_of(family, 41))
 

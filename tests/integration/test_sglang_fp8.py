@@ -15,15 +15,15 @@ if importlib.util.find_spec("sglang") is None:
 from pipeline.config.schema import RolloutConfig, SglangConfig
 from pipeline.model import architecture, fp8, fp8_layout, layout
 from pipeline.model.architecture import parse
-from pipeline.model.checksum import checksum
 from pipeline.model.fp8 import values
+from pipeline.model.grid import Grid
+from pipeline.reshard.engine_grid import EngineGrid
 from pipeline.rollout.engine import EngineError, WeightUpdateError
 from pipeline.rollout.native.decoder import Decoder, token_log_probs
 from pipeline.rollout.sglang import fp8 as sglang_fp8
 from pipeline.rollout.sglang.engine import SglangEngine, build_transport
-from pipeline.rollout.transport import Deadline
-from pipeline.types import WeightBucket
 from tests.integration.servers import generate_request
+from tests.plan_source import Source
 from tests.tiny_folder import hf_config, random_tensors, write_folder
 
 # On each of two ranks one block of query, key, value, gate and up rows.
@@ -54,24 +54,20 @@ def engine(tmp_path, monkeypatch):
 
 
 def weights(version):
-    rows = layout.rows(architecture.parse(CONFIG))
-    tensors = {name: tensor.bfloat16() for name, tensor in random_tensors(CONFIG, version).items()}
-    return fp8.quantise_tensors(tensors, fp8_layout.quantised_names(rows))
+    return {name: tensor.bfloat16() for name, tensor in random_tensors(CONFIG, version).items()}
 
 
-def push(engine, version, tensors):
-    """In two buckets; scales travel with their codes."""
-    names = sorted(name for name in tensors if not name.endswith("_scale_inv"))
-    engine.begin_update(version)
-    for i in range(2):
-        part = {n: tensors[n] for name in names[i::2] for n in (name, fp8_layout.scale_name(name)) if n in tensors}
-        engine.load_bucket(WeightBucket(version, i, 2, part, checksum(part)))
-    engine.verify_update(version)
-    engine.commit_update(version)
+def source(folder, ranks):
+    """A learner of two ranks; its quantised weights are what it computes with."""
+    return Source(folder, weights, EngineGrid(ranks), Grid(tp=2), dtype="fp8")
 
 
-def assert_agrees(groups, tensors):
-    decoder = Decoder(parse(CONFIG), values(tensors))
+def decoder_of(version):
+    names = fp8_layout.quantised_names(layout.rows(architecture.parse(CONFIG)))
+    return Decoder(parse(CONFIG), values(fp8.quantise_tensors(weights(version), names)))
+
+
+def assert_agrees(groups, decoder):
     for group in groups:
         for sample in group.samples:
             prompt = group.prompt.token_ids
@@ -85,22 +81,18 @@ def test_a_server_of_two_ranks_takes_codes_and_scales(engine, tmp_path):
     with pytest.raises(EngineError, match="it has no weights yet; push them first"):
         engine.generate(requests)
     assert engine.health().alive
-    for version, transport in ((1, "tensor"), (2, "disk"), (3, "tensor")):
+    for version, transport in ((1, "plan"), (2, "disk"), (3, "plan")):
         engine._transport.close()
         engine._config.weight_transport = transport
         engine._transport = build_transport(engine._config, engine._server, engine._fp8_folder, engine._scratch)
-        engine._transport.connect(Deadline(60))
-        sent = weights(version)
-        push(engine, version, sent)
+        given = source(tmp_path / "model", 1 if transport == "disk" else 2)
+        given.next_version = version
+        given.sync(engine, probe=True).push(version)
         groups = engine.generate(requests)
         assert all(sample.drawn_with(version) for group in groups for sample in group.samples)
-        assert_agrees(groups, sent)
+        assert_agrees(groups, decoder_of(version))
 
-    wrong = dict(sent)
-    name = fp8_layout.scale_name("model.layers.0.mlp.down_proj.weight")
-    wrong[name] = torch.full_like(sent[name], 100.0)
-    engine._verifier.expect = lambda version, tensors, keep=engine._verifier.expect: keep(
-        version, {n: sent[n] for n in tensors}
-    )
+    given = source(tmp_path / "model", 2)
+    given.next_version = 9
     with pytest.raises(WeightUpdateError, match="log-probs differ by"):
-        push(engine, 4, wrong)
+        given.sync(engine, probe=True).push(4)

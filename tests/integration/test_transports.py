@@ -1,46 +1,53 @@
-"""Every way by which weights reach real SGLang servers, and what happens when one is lost on the way."""
+"""How weights reach real SGLang servers, and what happens when a process of either side is lost on the way."""
 
 import importlib.util
+import multiprocessing
 import os
 import signal
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 if importlib.util.find_spec("sglang") is None:
     pytest.skip("needs the sglang extra", allow_module_level=True)
 
+from pipeline.model.grid import Grid
+from pipeline.model.layout import rows
+from pipeline.reshard.execute import LearnerShards
+from pipeline.reshard.link import Link
 from pipeline.rollout.engine import EngineError, WeightUpdateError
+from pipeline.rollout.native.engine import NativeEngine
 from pipeline.rollout.pool import EnginePool
 from pipeline.rollout.rollouts import Rollouts
 from pipeline.rollout.sglang.engine import build_transport
-from pipeline.rollout.transport import Deadline
-from tests.integration.servers import REQUESTS, assert_agrees, buckets, decoder_of, push, server_pid
+from tests.integration.servers import (
+    REQUESTS,
+    assert_agrees,
+    decoder_of,
+    process_group,
+    push,
+    server_pid,
+    source,
+)
+from tests.plan_source import Source, local_parameters
 
 pytestmark = pytest.mark.xdist_group("sglang")  # the servers start once
 
-TRANSPORTS = ("tensor", "distributed", "disk")
+GRIDS = {"TP2": Grid(tp=2), "PP2": Grid(pp=2), "TP2 PP2": Grid(tp=2, pp=2), "DP2": Grid(dp=2)}
 
 
 @pytest.fixture
-def use(engines, folders, monkeypatch):
-    """Change the engines' transport, all at the same time as a pool's start does."""
-
-    def change(name, transport):
-        engine = engines[name]
-        monkeypatch.setattr(engine._config, "weight_transport", transport)
-        engine._transport.close()
-        engine._transport = build_transport(engine._config, engine._server, folders[name.split()[0]], engine._scratch)
-        engine._transport.connect(Deadline(60))
-
-    def change_all(transport):
-        with ThreadPoolExecutor() as threads:
-            list(threads.map(lambda name: change(name, transport), engines))
-
-    yield change_all
+def by_disk(engines, folders, monkeypatch):
+    """An engine that takes weights from a folder."""
+    engine = engines["llama tp2"]
+    monkeypatch.setattr(engine._config, "weight_transport", "disk")
+    engine._transport = build_transport(engine._config, engine._server, folders["llama"], engine._scratch)
+    yield engine
+    engine._transport.close()
     monkeypatch.undo()
-    change_all("tensor")
+    engine._transport = build_transport(engine._config, engine._server, folders["llama"], engine._scratch)
 
 
 def pool_of(*engines):
@@ -49,106 +56,186 @@ def pool_of(*engines):
     return pool
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-def test_every_transport_updates_every_server(engines, use, transport):
-    use(transport)
-    llamas = pool_of(engines["llama"], engines["llama tp2"])
+@pytest.mark.parametrize("name", ["llama", "llama tp2", "qwen3"])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_every_rank_receives_its_slices_and_no_other_byte(engines, name, grid):
+    engine, family = engines[name], name.split()[0]
+    given = source(engine, family, learner=GRIDS[grid])
+    sync = given.sync(engine)
     for version in (101, 102):
-        push(llamas, "llama", version)
-        push(engines["qwen3"], "qwen3", version)
-    for engine in (engines["llama"], engines["llama tp2"]):  # not through the pool: each of them
-        groups = engine.generate(REQUESTS)
-        assert all(sample.drawn_with(102) for group in groups for sample in group.samples)
-        assert_agrees(groups, decoder_of("llama", 102))
-    assert_agrees(engines["qwen3"].generate(REQUESTS), decoder_of("qwen3", 102))
-    assert not engines["llama"]._scratch.exists()
+        sync.push(version)
+        plan = given.inputs.plan()
+        least = [int(plan.bounds.ingress[report.process]) for report in engine._transport.reports]
+        assert [report.received_bytes for report in engine._transport.reports] == least
+        assert min(least) > 0
+    groups = engine.generate(REQUESTS)
+    assert all(sample.drawn_with(102) for group in groups for sample in group.samples)
+    assert_agrees(groups, decoder_of(family, 102))
+    assert not list(engine._scratch.glob("*"))
 
 
-def test_a_broadcast_that_the_server_refuses_fails_at_once_and_the_next_push_mends(engines, use):
-    use("distributed")
+def test_a_folder_on_the_disk_updates_a_server_of_two_ranks(by_disk):
+    for version in (103, 104):
+        push(by_disk, "llama", version)
+    assert_agrees(by_disk.generate(REQUESTS), decoder_of("llama", 104))
+    assert not by_disk._scratch.exists()
+
+
+def test_a_request_that_the_server_refuses_fails_at_once_and_the_next_push_mends(engines):
     engine = engines["llama"]
-    engine.begin_update(110)
-    engine._server.post("/end_weight_update")  # behind our back: the server will not receive what we send
-    begun = time.monotonic()
-    with pytest.raises(WeightUpdateError, match=r"load_bucket 1/3: .*400.*must run between"):
-        engine.load_bucket(next(buckets("llama", 110, 110)))
-    assert time.monotonic() - begun < 10
-    engine.abort_update()
+    given = source(engine, "llama")
+    sync, begun = given.sync(engine), time.monotonic()
+    # Behind our back: the server will not take what is sent.
+    engine_begin = engine.begin_update
+    engine.begin_update = lambda version: (engine_begin(version), engine._server.post("/end_weight_update"))
+    try:
+        with pytest.raises(WeightUpdateError, match=r"receive: .*400.*must run between"):
+            sync.push(110)
+    finally:
+        del engine.begin_update
+    assert time.monotonic() - begun < 20
     assert engine.health().alive
     engine._transport.session._open = False
-    push(engine, "llama", 111)
+    sync.push(111)
     assert_agrees(engine.generate(REQUESTS), decoder_of("llama", 111))
 
 
-class Saboteur:
-    """The part of a learner that a push needs; in its first export it calls ``sabotage`` after the first bucket."""
-
-    def __init__(self, sabotage):
-        self.sabotage = sabotage
-
-    def export_shards(self, version):
-        for bucket in buckets("llama", version, version):
-            yield bucket
-            sabotage, self.sabotage = self.sabotage, lambda: None
-            sabotage()
+def rank_pids(engine):
+    """The server's ranks, by their titles."""
+    found = {}
+    for pid in process_group(server_pid(engine)):
+        title = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+        if "scheduler" in title:
+            found[title] = int(pid)
+    return [found[title] for title in sorted(found)]
 
 
-@pytest.mark.parametrize(
-    ("transport", "signals"),
-    [
-        ("tensor", {"llama": signal.SIGSTOP}),
-        ("distributed", {"llama": signal.SIGKILL, "llama tp2": signal.SIGSTOP}),
-    ],
-    ids=["tensor", "distributed"],
-)
-def test_servers_lost_and_stopped_in_mid_update_are_revived_with_one_version(
-    engines, folders, use, monkeypatch, transport, signals
+def in_the_second_exchange(monkeypatch, sabotage):
+    """Call ``sabotage`` once, when this process's second exchange begins: some bytes have moved, others have not."""
+    exchange, calls, lock = Link.exchange, [], threading.Lock()
+
+    def spoilt(self, sends, receives):
+        if sends or receives:
+            with lock:
+                calls.append(1)
+                if len(calls) == 2:
+                    sabotage()
+        exchange(self, sends, receives)
+
+    monkeypatch.setattr(Link, "exchange", spoilt)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("victim", ["head", "rank"])
+def test_a_server_lost_or_stopped_in_mid_update_is_revived_with_one_version(
+    engines, folders, monkeypatch, victim, number
 ):
-    use(transport)
-    chosen = {name: engines[name] for name in signals}
-    for engine, number in zip(chosen.values(), signals.values(), strict=True):
-        if number == signal.SIGSTOP:
-            monkeypatch.setattr(engine._config, "weight_sync_timeout_s", 4.0)
+    engine = engines["llama tp2"]
+    monkeypatch.setattr(engine._config, "weight_sync_timeout_s", 6.0)
+    given = source(engine, "llama")
 
     def sabotage():
-        for name, number in signals.items():
-            os.killpg(server_pid(engines[name]), number)
+        os.kill(server_pid(engine) if victim == "head" else rank_pids(engine)[1], number)
+        if victim == "head" and number == signal.SIGSTOP:  # the ranks go on without it
+            time.sleep(0.1)
 
-    pool, faults = pool_of(*chosen.values()), []
-    rollouts = Rollouts(pool, Saboteur(sabotage), folders["llama"], faults.append)
+    in_the_second_exchange(monkeypatch, sabotage)
+    faults = []
+    pool = pool_of(engine)
+    rollouts = Rollouts(pool, given, given.sync(pool, 6.0), folders["llama"], faults.append)
     rollouts.push(120)
     (fault,) = faults
-    numbers = ", ".join(str(i) for i in range(len(chosen)))
-    assert f"engine {numbers} was started again: push of weight version 120 failed in load_bucket 2" in fault
-    for engine, number in zip(chosen.values(), signals.values(), strict=True):
-        assert f"{engine._name}: update to version 120: load_bucket 2/3" in fault
-        if number == signal.SIGSTOP:
-            assert (
-                "load_bucket 2/3 took longer than 4 s; if the server is merely slow, raise rollout.weight_sync" in fault
-            )
+    assert "engine 0 was started again: push of weight version 120 failed in receive" in fault
     assert pool.health().weight_version == 120
     groups = rollouts.generate(REQUESTS)
     assert all(sample.drawn_with(120) for group in groups for sample in group.samples)
     assert_agrees(groups, decoder_of("llama", 120))
 
 
-def test_a_failed_verification_leaves_both_engines_refusing(engines, use, monkeypatch):
+def send_as_a_process(order, rank, folder, pipe):
+    """A learner rank of its own; it says that it is in the middle of an update, and then takes a while."""
+    from pipeline.reshard.participant import Participant
+    from tests.tiny_folder import hf_config, random_tensors
+
+    exchange, calls = Link.exchange, []
+
+    def slow(self, sends, receives):
+        calls.append(1)
+        if len(calls) == 2:
+            pipe.send("in the middle")
+            time.sleep(60)
+        exchange(self, sends, receives)
+
+    Link.exchange = slow
+    plan = order.inputs.plan()
+    full = random_tensors(hf_config("llama"), order.version)
+    shards = local_parameters(plan.model, order.inputs.learner, rank, full)
+    reader = LearnerShards(rows(plan.model, order.inputs.learner), order.inputs.learner, rank, shards)
+    Participant().send(order, rank, reader)
+
+
+class HalfAProcess(Source):
+    """Of two learner ranks the second is a process of its own, which gets ``number`` in its second exchange, once."""
+
+    number = None
+
+    def send(self, order):
+        if self.number is None:
+            return super().send(order)
+        number, self.number = self.number, None
+        self.sent.append(order)
+        ours, theirs = multiprocessing.Pipe()
+        process = multiprocessing.get_context("spawn").Process(
+            target=send_as_a_process, args=(order, 1, self.inputs.model_path, theirs)
+        )
+        process.start()
+
+        def strike():
+            ours.recv()
+            os.kill(process.pid, number)
+
+        threading.Thread(target=strike, daemon=True).start()
+        full = self.weights(order.version)
+        shards = local_parameters(self.model, self.learner, 0, full)
+        reader = LearnerShards(rows(self.model, self.learner), self.learner, 0, shards)
+        try:
+            self.ranks[0].send(order, 0, reader)
+        finally:
+            if number == signal.SIGKILL:
+                process.join()
+                raise EngineError("learner: its process died")
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            raise EngineError("learner: its process did not answer")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_learner_rank_lost_or_stopped_in_mid_update_leaves_engines_that_refuse_and_take_the_next(engines, number):
+    engine = engines["llama tp2"]
+    push(engine, "llama", 129)
+    plain = source(engine, "llama", learner=Grid(tp=2))
+    given = HalfAProcess(Path(plain.inputs.model_path), plain.weights, plain.inputs.engines, Grid(tp=2))
+    given.number = number
+    sync = given.sync(engine, 25.0)
+    with pytest.raises(WeightUpdateError, match="push of weight version 130 failed in receive: learner: its process"):
+        sync.push(130)
+    assert engine.health().alive
+    with pytest.raises(EngineError, match="push the weights again"):
+        engine.generate(REQUESTS)
+    sync.push(131)
+    assert_agrees(engine.generate(REQUESTS), decoder_of("llama", 131))
+
+
+def test_a_failed_verification_leaves_both_engines_refusing(engines, folders, monkeypatch):
     """No engine serves a version that not all have: one holds it, verified, when the other fails."""
-    use("tensor")
-    good, bad = engines["llama"], engines["llama tp2"]
-    pool = pool_of(good, bad)
+    good = NativeEngine()
+    good.start(folders["llama"])
+    bad = engines["llama"]
+    pool = pool_of(bad, good)
     push(pool, "llama", 130)
-
-    def fail(*args):
-        raise EngineError("rows read back differently")
-
-    pool.begin_update(131)
-    for bucket in buckets("llama", 131, 131):
-        pool.load_bucket(bucket)
-    monkeypatch.setattr(bad._verifier, "check", fail)
-    with pytest.raises(EngineError, match="read back differently"):
-        pool.verify_update(131)
-    pool.abort_update()
+    monkeypatch.setattr("pipeline.rollout.sglang.verify.check", fail)
+    with pytest.raises(WeightUpdateError, match="another computation"):
+        push(pool, "llama", 131)
     for engine in (good, bad):
         with pytest.raises(EngineError, match="push the weights again"):
             engine.generate(REQUESTS)
@@ -156,3 +243,7 @@ def test_a_failed_verification_leaves_both_engines_refusing(engines, use, monkey
     monkeypatch.undo()
     push(pool, "llama", 132)
     assert_agrees(pool.generate(REQUESTS), decoder_of("llama", 132))
+
+
+def fail(*args):
+    raise EngineError("another computation")

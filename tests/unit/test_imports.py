@@ -73,7 +73,7 @@ def test_what_patches_torch_is_seen():
 
 
 def test_planning_the_weights_way_needs_no_torch():
-    modules = [f"pipeline.reshard.{name}" for name in ("plan", "buckets", "report", "pieces", "engine_grid")]
+    modules = [f"pipeline.reshard.{name}" for name in ("plan", "order", "report", "pieces", "engine_grid")]
     act = f"import sys, {', '.join(modules)}; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", act], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -15,12 +15,15 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.model import architecture, fp8, layout
 from pipeline.model import folder as model_folder
 from pipeline.model.architecture import Architecture, ModelError
+from pipeline.reshard.order import Order
+from pipeline.reshard.participant import Participant
+from pipeline.reshard.places import HostPlaces
 from pipeline.rollout.engine import EngineError, WeightUpdateError
 from pipeline.rollout.native.decoder import Decoder, KeyValues, computes
 from pipeline.rollout.native.response_end import ResponseEnd
 from pipeline.rollout.native.sampling import draw, nucleus, uniform_top, uniforms
 from pipeline.rollout.update_session import UpdateSession
-from pipeline.types import Cuts, EngineHealth, GenerateRequest, Sample, SampleGroup, WeightBucket, WeightSpan
+from pipeline.types import Cuts, EngineHealth, GenerateRequest, Sample, SampleGroup, WeightSpan
 from pipeline.units import GIB
 
 _CACHE_BYTES = 2 * GIB  # key-value cache of one batch, at most
@@ -60,6 +63,7 @@ class NativeEngine:
         self._decoder: Decoder | None = None  # None: nothing consistent is loaded
         self._version = 0
         self._session: UpdateSession | None = None
+        self._participant = Participant()
         self._arrived: dict[str, torch.Tensor] = {}
         self._verified: Decoder | None = None  # of an update that is yet to be committed
 
@@ -107,20 +111,22 @@ class NativeEngine:
                 f"{self._timeout_s:g} s; raise rollout.weight_sync_timeout_s or lower rollout.max_new_tokens"
             )
         self._lock.release()
-        self._session = UpdateSession("native engine", version, layout.tensor_shapes(self._model))
+        self._session = UpdateSession("native engine", version)
 
-    def load_bucket(self, bucket: WeightBucket) -> None:
-        """Check and take one bucket; on ``WeightUpdateError`` the whole update must start again."""
-        session, self._session = self._open_session("load_bucket"), None
-        session.admit(bucket)
-        # Copied: the sender may reuse a bucket's memory for the next one.
-        self._arrived.update({name: tensor.detach().to("cpu", copy=True) for name, tensor in bucket.tensors.items()})
-        self._session = session
+    def receive(self, order: Order, engine: int = 0) -> None:
+        """Take whole tensors; on ``WeightUpdateError`` the whole update must start again."""
+        session, self._session = self._open_session("receive"), None
+        session.expects(order)
+        places = HostPlaces()
+        report = self._participant.receive(order, order.inputs.placement.engine_process(engine), places)
+        if report.error:
+            raise WeightUpdateError(f"native engine: update to version {order.version}: receive: {report.error}")
+        session.order, self._arrived, self._session = order, places.tensors, session
 
     def verify_update(self, version: int) -> None:
-        """Check that everything arrived; every tensor's bytes were verified by checksum on arrival."""
+        """Make the decoder; every tensor's bytes were compared with their senders' digests on arrival."""
         session, self._session = self._open_session("verify_update"), None
-        session.finish(version)
+        session.received(version)
         assert self._model is not None  # begin_update saw to it
         self._verified, self._arrived = Decoder(self._model, fp8.values(self._arrived)), {}
         session.verified()
@@ -153,6 +159,7 @@ class NativeEngine:
     def close(self) -> None:
         """Drop the weights."""
         self._model = None
+        self._participant.close()
         self.abort_update()
 
     def _open_session(self, operation: str) -> UpdateSession:

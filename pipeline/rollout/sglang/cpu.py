@@ -23,14 +23,13 @@ ARGUMENTS = (
 ATTENTION_BACKEND = "torch_native"
 
 
-def environment(ranks: int) -> dict[str, str]:
+def environment(ranks: int, python_path: str) -> dict[str, str]:
     """Environment variables that a server of so many tensor-parallel ranks needs on CPU, beside those it inherits."""
-    inherited = os.environ.get("PYTHONPATH", "")
     # SGLang wants a NUMA node for each rank unless told which cores each may use: here all that we may.
     cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
     binding = {"SGLANG_CPU_OMP_THREADS_BIND": "|".join([cores] * ranks)} if ranks > 1 else {}
     return binding | {
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(SHIM_FOLDER), inherited))),
+        "PYTHONPATH": os.pathsep.join((str(SHIM_FOLDER), python_path)),
         "SGLANG_USE_CPU_ENGINE": "1",
         # One thread per server: with more, each small operator of a decode step pays for waking them.
         "OMP_NUM_THREADS": "1",

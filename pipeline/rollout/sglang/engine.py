@@ -1,15 +1,14 @@
 """The rollout engine that drives a real SGLang server over HTTP, releases 0.5.17 to 0.5.2x.
 
 Requests and responses are token ids; the server holds no tokenizer. Returned log-probs are at the temperature of the
-draw and not renormalised by top-p, which is off. Weights travel by the transport that ``rollout.weight_transport``
-names.
+draw and not renormalised by top-p, which is off. Weights come as ``rollout.weight_transport`` says.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import islice
@@ -17,25 +16,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from pipeline.config.schema import RolloutConfig
 from pipeline.data.special_tokens import eos_token_ids
 from pipeline.model import architecture, layout
 from pipeline.model import folder as model_folder
 from pipeline.model.architecture import ModelError
+from pipeline.reshard.order import Order
 from pipeline.rollout.engine import EngineError, EngineTimeoutError, WeightUpdateError
 from pipeline.rollout.sglang import fp8 as sglang_fp8
-from pipeline.rollout.sglang import replies
+from pipeline.rollout.sglang import replies, verify
 from pipeline.rollout.sglang.liveness import Liveness
 from pipeline.rollout.sglang.server import SglangServer
-from pipeline.rollout.sglang.verify import UpdateVerifier, server_log_probs
+from pipeline.rollout.sglang.slices import SliceTransport
 from pipeline.rollout.transport import Deadline, WeightTransport
 from pipeline.rollout.transport_disk import DiskTransport
-from pipeline.rollout.transport_distributed import DistributedTransport
-from pipeline.rollout.transport_tensor import TensorTransport
 from pipeline.rollout.update_session import UpdateSession
-from pipeline.types import EngineHealth, GenerateRequest, Sample, SampleGroup, WeightBucket
+from pipeline.types import EngineHealth, GenerateRequest, Sample, SampleGroup
 
 _CALLS_IN_FLIGHT = 8  # each fills the KV cache if every response is as long as allowed; most are not
 _ABORT_TIMEOUT_S = 10.0  # the server only passes it on
@@ -66,12 +63,10 @@ class SglangEngine:
         self._scratch, self._fp8_folder = log_dir / f"weights-{index}", log_dir / f"model-fp8-{index}"
         self._server: SglangServer | None = None
         self._transport: WeightTransport | None = None
-        self._verifier: UpdateVerifier | None = None
         self._stuck = ""  # why the server is to be started again although it runs
         self._eos: tuple[int, ...] = ()
         self._kv_tokens = 0  # what the server's KV cache holds
         self._aborted = threading.Event()
-        self._shapes: dict[str, tuple[int, ...]] = {}
         self._released: list[str] = []  # kinds of GPU memory that the server has left
         self._version: int | None = None  # None: the server's weights are not consistent, or it is not up
         self._committed: set[int] = set()
@@ -87,12 +82,12 @@ class SglangEngine:
             model_folder.check(model_folder.Folder(hf_path), layout.rows(model), model)
         except ModelError as error:
             raise EngineError(f"{self._name}: {error}") from error
-        self._shapes = layout.tensor_shapes(model)
         self._eos = eos_token_ids(hf_path)
         dtype = self._config.sglang.dtype
         if dtype == "auto":  # said outright, because SGLang's own auto makes float16 of float32
             dtype = str(stored.get("dtype") or stored.get("torch_dtype") or "bfloat16")
-            dtype = "bfloat16" if self._fp8 and dtype == "float32" else dtype  # FP8 layers have 16-bit activations
+            # FP8 layers have 16-bit activations, and the learner has no float16 to send.
+            dtype = "bfloat16" if dtype == "float16" or (self._fp8 and dtype == "float32") else dtype
         served = sglang_fp8.make_folder(hf_path, self._fp8_folder) if self._fp8 else hf_path
         with ExitStack() as on_failure:
             on_failure.callback(self.close)
@@ -107,13 +102,7 @@ class SglangEngine:
             self._server, self._stuck, self._released = server, "", []
             server.start()
             self._kv_tokens = int(server.get("/server_info")["max_total_num_tokens"])
-            ranks = self._config.tensor_parallel_size
-            self._verifier = UpdateVerifier(
-                self._name, server, model, self._shapes, dtype=getattr(torch, dtype), ranks=ranks
-            )
             self._transport = build_transport(self._config, server, served, self._scratch)
-            with self._phase("connect"):
-                self._transport.connect(self._deadline())
             on_failure.pop_all()
         self._version, self._committed = (None, set()) if self._fp8 else (0, {0})
         self._settled.set()
@@ -155,38 +144,32 @@ class SglangEngine:
         self._settled.clear()
         self._version, self._session = None, None
         with self._phase("begin_update", version):
-            server, transport, verifier = self._up
-            verifier.reset()
+            server, transport = self._up
             deadline = self._deadline()
             self._resume("weights", deadline)
             server.post("/pause_generation", mode="retract", timeout_s=deadline.remaining_s())
-            transport.begin(version, deadline)
-        self._session = UpdateSession(self._name, version, self._shapes, codes=self._fp8)
+            transport.begin(deadline)
+        self._session = UpdateSession(self._name, version)
 
-    def load_bucket(self, bucket: WeightBucket) -> None:
-        """Check the bucket, then load it into the server.
-
-        On ``WeightUpdateError`` the whole update must start again.
-        """
-        session, self._session = self._open_session("load_bucket"), None
-        session.admit(bucket)
-        with self._phase(f"load_bucket {bucket.index + 1}/{bucket.count}", session.version):
-            _, transport, verifier = self._up
-            transport.send(bucket, self._deadline())
-            verifier.expect(session.version, bucket.tensors)
-        self._session = session
+    def receive(self, order: Order, engine: int = 0) -> None:
+        """Have the server's ranks take their slices. On ``WeightUpdateError`` the whole update must start again."""
+        session, self._session = self._open_session("receive"), None
+        session.expects(order)
+        with self._phase("receive", order.version):
+            _, transport = self._up
+            transport.receive(order, engine, self._deadline())
+        session.order, self._session = order, session
 
     def verify_update(self, version: int) -> None:
         """Let the server finish loading, and verify what it holds. It stays paused."""
         session, self._session = self._open_session("verify_update"), None
-        session.finish(version)
+        order = session.received(version)
         with self._phase("verify_update", version):
-            _, transport, verifier = self._up
+            server, transport = self._up
             deadline = self._deadline()
-            transport.verify(deadline)
+            transport.verify(order, deadline)
             self._resume("kv_cache", deadline)
-            verifier.check(version, deadline)
-            verifier.reset()
+            verify.check(server, order, deadline)
         session.verified()
         self._session = session
 
@@ -195,7 +178,7 @@ class SglangEngine:
         session, self._session = self._open_session("commit_update"), None
         session.commit(version)
         with self._phase("commit_update", version):
-            server, transport, _ = self._up
+            server, transport = self._up
             transport.commit()
             server.post("/continue_generation", timeout_s=self._deadline().remaining_s())
         self._committed.add(version)
@@ -208,8 +191,6 @@ class SglangEngine:
         The server stays as it is until the next one begins, and nothing that it draws is handed out.
         """
         self._version, self._session = None, None
-        if self._verifier is not None:
-            self._verifier.reset()
         if self._transport is not None:
             self._transport.abort()
         self._settled.set()
@@ -219,7 +200,7 @@ class SglangEngine:
 
         For comparison with the learner's.
         """
-        return server_log_probs(self._running, token_ids)
+        return verify.server_log_probs(self._running, token_ids)
 
     def abort(self) -> None:
         """End running requests; what they have so far comes back with finish_reason "abort"."""
@@ -366,10 +347,10 @@ class SglangEngine:
         return self._session
 
     @property
-    def _up(self) -> tuple[SglangServer, WeightTransport, UpdateVerifier]:
-        if self._server is None or self._transport is None or self._verifier is None:
+    def _up(self) -> tuple[SglangServer, WeightTransport]:
+        if self._server is None or self._transport is None:
             raise EngineError(self._refusal())
-        return self._server, self._transport, self._verifier
+        return self._server, self._transport
 
     @property
     def _running(self) -> SglangServer:
@@ -390,12 +371,8 @@ class SglangEngine:
 def build_transport(config: RolloutConfig, server: SglangServer, hf_path: Path, scratch: Path) -> WeightTransport:
     """What ``rollout.weight_transport`` names.
 
-    ``hf_path``: the model folder; ``scratch``: a folder for the disk's use.
+    ``hf_path``: the model folder; ``scratch``: a folder for what an update leaves on the disk.
     """
-    ranks = config.tensor_parallel_size
-    builders: dict[str, Callable[[], WeightTransport]] = {
-        "tensor": lambda: TensorTransport(server, ranks),
-        "distributed": lambda: DistributedTransport(server, ranks),
-        "disk": lambda: DiskTransport(server, hf_path, scratch),
-    }
-    return builders[config.weight_transport]()
+    if config.weight_transport == "disk":
+        return DiskTransport(server, hf_path, scratch)
+    return SliceTransport(server, config.tensor_parallel_size, scratch)

@@ -10,24 +10,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import torch
 
-from pipeline.model.fp8 import quantise
-from pipeline.model.fp8_layout import scale_name
+from pipeline.model.fp8 import CODES
 from pipeline.reshard.engine_parameters import Target, targets
-from pipeline.reshard.execute import DTYPES, EngineShards
+from pipeline.reshard.execute import EngineShards
 from pipeline.reshard.order import Order, Report
 from pipeline.reshard.participant import Participant
+from pipeline.reshard.places import Places
 from pipeline.reshard.plan import Plan
 
 LOADER = f"{__name__}.receive"
 CONTROL = "isentrope"  # the name of the request's one tensor
 
 _PARTICIPANT = Participant()  # of this rank
+_REMEDY = "the server was started with a layout that the plan does not know: set rollout.weight_transport=disk"
 
 
 @dataclass(frozen=True)
@@ -48,11 +49,8 @@ def receive(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Ten
     text = bytes(dict(named_tensors)[CONTROL].cpu().numpy())
     control = msgspec.json.decode(text, type=Control)
     parameters = {name: parameter.data for name, parameter in model.named_parameters()}
-    place = _Parameters(parameters)
     device = next(iter(parameters.values())).device
-    report = _PARTICIPANT.receive(control.order, control.process, place.shards, device)
-    if not report.error:
-        report = place.finish(report)
+    report = _PARTICIPANT.receive(control.order, control.process, _Parameters(parameters, device), device)
     path = Path(control.report)
     path.with_suffix(".partial").write_bytes(msgspec.json.encode(report))
     os.replace(path.with_suffix(".partial"), path)
@@ -63,45 +61,23 @@ def read_report(path: Path) -> Report:
     return msgspec.json.decode(path.read_bytes(), type=Report)
 
 
-class _Parameters:
-    """The rank's parameters as the plan's tensors; what comes before it is quantised lies beside them until then."""
+class _Parameters(Places):
+    """The parameters of the rank as the plan's tensors."""
 
-    def __init__(self, parameters: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, parameters: Mapping[str, torch.Tensor], device: torch.device) -> None:
+        super().__init__(self._place, device)
         self._parameters = parameters
-        self._places: Mapping[str, Target] = {}
-        self._waiting: dict[str, torch.Tensor] = {}  # tensors that are quantised after they arrived
+        self._planned: Mapping[str, Target] = {}
 
     def shards(self, plan: Plan, process: int) -> EngineShards:
-        """Where everything belongs that ``process`` needs. Raises ``ValueError`` where the server has no such place."""
-        self._places, self._waiting = targets(plan, process), {}
-        found = {}
-        for index, span in plan.needs(process).items():
-            tensor = plan.tensors[index]
-            shape = [len(span) if dim == tensor.dim else size for dim, size in enumerate(tensor.shape)]
-            if tensor.quantise == "after":
-                example = next(iter(self._parameters.values()))
-                view = example.new_empty(shape, dtype=DTYPES[tensor.item_size])
-                self._waiting[tensor.name] = view
-            else:
-                view = self._view(tensor.name, shape)
-            found[tensor.name] = span.start, view
-        return EngineShards(found)
+        """See :class:`Places`. Raises ``ValueError`` where the server has no such place."""
+        self._planned = targets(plan, process)
+        return super().shards(plan, process)
 
-    def finish(self, report: Report) -> Report:
-        """Quantise what had to arrive first."""
-        try:
-            for name, values in self._waiting.items():
-                for part, result in zip((name, scale_name(name)), quantise(values, name=name), strict=True):
-                    self._view(part, list(result.shape)).copy_(result)
-        except (ValueError, RuntimeError) as error:
-            return replace(report, error=str(error))
-        self._waiting = {}
-        return report
-
-    def _view(self, name: str, shape: Sequence[int]) -> torch.Tensor:
-        place = self._places[name]
+    def _place(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        place = self._planned[name]
         if place.parameter not in self._parameters:
-            raise ValueError(f"{name}: the server has no parameter {place.parameter!r}")
+            raise ValueError(f"{name}: the server has no parameter {place.parameter!r}; {_REMEDY}")
         parameter = self._parameters[place.parameter][place.index]
         dim, start, length = place.dim, place.start, shape[place.dim]
         if place.half is not None:
@@ -110,7 +86,11 @@ class _Parameters:
         if start + length > room or (*parameter.shape[:dim], length, *parameter.shape[dim + 1 :]) != tuple(shape):
             raise ValueError(
                 f"{name}: {list(shape)} from {start} on does not fit into the server's {place.parameter!r}, "
-                f"{list(parameter.shape)}"
+                f"{list(parameter.shape)}; {_REMEDY}"
+            )
+        if CODES in (dtype, parameter.dtype) and dtype != parameter.dtype:
+            raise ValueError(
+                f"{name} comes as {dtype}, the server has {parameter.dtype}: start it as rollout.weight_dtype says"
             )
         if place.half is not None:
             # On a CPU SGLang pads the feed-forward to 32 entries a rank and divides that; the plan divides evenly, and

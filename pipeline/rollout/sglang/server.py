@@ -24,10 +24,12 @@ from pipeline.config.schema import RolloutConfig
 from pipeline.ports import free_port
 from pipeline.rollout.engine import EngineError, EngineTimeoutError
 from pipeline.rollout.sglang import cpu as sglang_cpu
+from pipeline.rollout.sglang.receiver import LOADER
 from pipeline.rollout.sglang.startup import READ_BYTES_PER_S, startup_limit_s, weight_bytes
 
 logger = logging.getLogger(__name__)
 
+_ROOT = Path(__file__).resolve().parents[3]
 _GUARD = Path(__file__).with_name("guard.py")
 _PORT_ATTEMPTS = 3
 _CLOSE_TIMEOUT_S = 30.0
@@ -154,7 +156,7 @@ class SglangServer:
             *("--host", "127.0.0.1", "--port", str(port), "--dtype", self._dtype),
             *("--tensor-parallel-size", str(config.tensor_parallel_size), "--random-seed", str(self._seed % 2**31)),
             *("--mem-fraction-static", str(settings.mem_fraction_static), "--weight-version", "0"),
-            *("--log-level", "warning"),
+            *("--log-level", "warning", "--custom-weight-loader", LOADER),
             *(() if config.stop else ("--skip-tokenizer-init",)),  # it looks for texts in what it decodes
             *(() if self._load_weights else ("--load-format", "dummy")),
             *(("--max-total-tokens", str(settings.max_total_tokens)) if settings.max_total_tokens else ()),
@@ -169,9 +171,9 @@ class SglangServer:
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         # Short, because sockets live there and a socket's path holds at most 107 characters.
         scratch = tempfile.mkdtemp(prefix="sgl-", dir="/tmp")
-        environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": _python_path(os.environ.get("PYTHONPATH"))}
         if not torch.cuda.is_available():
-            environment |= sglang_cpu.environment(self._config.tensor_parallel_size)
+            environment |= sglang_cpu.environment(self._config.tensor_parallel_size, environment["PYTHONPATH"])
         with self.log_path.open("ab") as log:  # a resumed or revived run keeps the log of what ended before
             log.write(f"--- server starts at {self.url}, {datetime.now():%Y-%m-%d %H:%M:%S} ---\n".encode())
             self._log_offset = log.tell()
@@ -221,6 +223,11 @@ class SglangServer:
             raise EngineError(
                 f"{self.url}{path}: the server has ended; end of {self.log_path}:\n{self.log_tail()}"
             ) from error
+
+
+def _python_path(inherited: str | None) -> str:
+    """Where the server's ranks find the function that takes weights."""
+    return os.pathsep.join(filter(None, (str(_ROOT), inherited)))
 
 
 def _http(method: str, url: str, body: Mapping[str, object] | None, timeout_s: float) -> httpx.Response:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.packing import pack, unpack
-from pipeline.types import Actuation, Prompt, Role, Sample, SampleGroup, TrainBatch, WeightBucket, WeightSpan
+from pipeline.types import Actuation, Prompt, Role, Sample, SampleGroup, TrainBatch, WeightSpan
 
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool])
 
@@ -24,11 +24,7 @@ def test_pack_then_unpack_is_bitwise(kinds, transposed):
     assert all(back[n].dtype == t.dtype and torch.equal(back[n], t) for n, t in tensors.items())
 
 
-def test_a_bucket_and_a_batch_survive_pickling():
-    bucket = WeightBucket(3, 0, 1, {"a": torch.randn(3, 5), "b": torch.ones(2, dtype=torch.bfloat16)}, 77)
-    back = pickle.loads(pickle.dumps(bucket))
-    assert (back.version, back.index, back.count, back.checksum) == (3, 0, 1, 77)
-    assert all(torch.equal(back.tensors[n], t) for n, t in bucket.tensors.items())
+def test_a_batch_survives_pickling():
     mask, row, counts = torch.arange(12) % 4 > 1, torch.rand(3), torch.full((3,), 4)
     batch = TrainBatch(
         *(torch.arange(12), mask, counts, counts // 2, row, row, row > 0.5, row > 0.1, row, torch.rand(6)),

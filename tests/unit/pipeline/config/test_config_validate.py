@@ -104,9 +104,9 @@ BROKEN = {
     "native TP": (["rollout.tensor_parallel_size=2"], "rollout.tensor_parallel_size", "native"),
     "native transport": (["rollout.weight_transport=disk"], "rollout.weight_transport", "no server to carry them to"),
     "transport": (
-        ["rollout.engine=sglang", "rollout.weight_transport=tensors"],
+        ["rollout.engine=sglang", "rollout.weight_transport=tensor"],
         "rollout.weight_transport",
-        "not one of tensor, d",
+        "not one of plan, d",
     ),
     "no time": (["rollout.weight_sync_timeout_s=0"], "rollout.weight_sync_timeout_s", "out of range"),
     "betas": (["learner.optimizer.betas=[0.9]"], "learner.optimizer.betas", "two numbers"),

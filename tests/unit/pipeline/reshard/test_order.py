@@ -10,10 +10,11 @@ from pipeline.model.grid import Grid
 from pipeline.model.layout import rows
 from pipeline.reshard.digest import plan_digest
 from pipeline.reshard.engine_grid import EngineGrid, Placement
-from pipeline.reshard.execute import EngineShards, LearnerShards
+from pipeline.reshard.execute import LearnerShards
 from pipeline.reshard.link import Link, LinkError, refuse
 from pipeline.reshard.order import Order, PlanInputs
 from pipeline.reshard.participant import Participant
+from pipeline.reshard.places import HostPlaces
 from tests.tiny_folder import hf_config, random_tensors, write_folder
 
 
@@ -68,26 +69,25 @@ def test_an_order_survives_its_json(order):
 def test_threads_of_one_process_take_their_slices_and_keep_the_group(order):
     full, reader = shards_of_rank(order)
     parties = [Participant() for _ in range(3)]
-    received = [EngineShards.empty(order.inputs.plan(), process) for process in (1, 2)]
+    received = [HostPlaces(), HostPlaces()]
     groups = []
     for turn in range(2):
         now = replace(order, number=order.number + turn)
         sent, *reports = at_once(
             lambda now=now: parties[0].send(now, 0, reader),
-            *(
-                lambda now=now, p=p: parties[p].receive(now, p, lambda plan, process: received[process - 1])
-                for p in (1, 2)
-            ),
+            *(lambda now=now, p=p: parties[p].receive(now, p, received[p - 1]) for p in (1, 2)),
         )
         assert [report.error for report in reports] == ["", ""]
         assert sent.sent == sum(report.received_bytes for report in reports)
         assert [report.received_bytes for report in reports] == order.inputs.plan().bounds.ingress[1:].tolist()
         groups.append([party._link._group for party in parties])
     assert groups[0] == groups[1]
-    for shards in received:
-        for name, (first, values) in shards.shards.items():
-            tensor = next(tensor for tensor in order.inputs.plan().tensors if tensor.name == name)
-            assert values.equal(full[name].narrow(tensor.dim, first, values.shape[tensor.dim]))
+    plan = order.inputs.plan()
+    for process, places in enumerate(received, start=1):
+        for index, span in plan.needs(process).items():
+            tensor = plan.tensors[index]
+            expected = full[tensor.name].narrow(tensor.dim, span.start, len(span))
+            assert places.tensors[tensor.name].equal(expected)
 
 
 def test_another_plan_is_told_to_everyone_before_any_byte_moves(order):
@@ -95,8 +95,8 @@ def test_another_plan_is_told_to_everyone_before_any_byte_moves(order):
     other = replace(order, plan_digest="0" * 64)
     error, first, second = at_once(
         lambda: Participant().send(order, 0, reader),
-        lambda: Participant().receive(other, 1, EngineShards.empty),
-        lambda: Participant().receive(order, 2, EngineShards.empty),
+        lambda: Participant().receive(other, 1, HostPlaces()),
+        lambda: Participant().receive(order, 2, HostPlaces()),
     )
     assert isinstance(error, LinkError)
     for said in (str(error), first.error, second.error):
@@ -108,7 +108,7 @@ def test_who_cannot_come_is_not_waited_for(order):
     _, reader = shards_of_rank(order)
     error, report, _ = at_once(
         lambda: Participant().send(order, 0, reader),
-        lambda: Participant().receive(order, 1, EngineShards.empty),
+        lambda: Participant().receive(order, 1, HostPlaces()),
         lambda: refuse(order, [2], "its server has ended"),
     )
     assert "engine rank 1: its server has ended" in str(error)
@@ -120,7 +120,7 @@ def test_who_does_not_come_is_named_when_the_time_is_over(order):
     late = replace(order, timeout_s=1.0)
     error, report = at_once(
         lambda: Participant().send(late, 0, reader),
-        lambda: Participant().receive(late, 1, EngineShards.empty),
+        lambda: Participant().receive(late, 1, HostPlaces()),
     )
     assert "engine rank 1 did not come within 1 s" in str(error)
     assert "engine rank 1 did not come within 1 s" in report.error
@@ -138,8 +138,8 @@ def test_a_byte_that_changes_on_its_way_is_found(order, monkeypatch):
     monkeypatch.setattr(Link, "exchange", spoil)
     _, _, bad = at_once(
         lambda: Participant().send(order, 0, reader),
-        lambda: Participant().receive(order, 1, EngineShards.empty),
-        lambda: Participant().receive(order, 2, EngineShards.empty),
+        lambda: Participant().receive(order, 1, HostPlaces()),
+        lambda: Participant().receive(order, 2, HostPlaces()),
     )
     assert "tensors differ from what process 0 sent, first" in bad.error
     assert bad.process == 2

@@ -5,12 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.model.checksum import checksum
+from pipeline.reshard.engine_grid import EngineGrid
 from pipeline.rollout.engine import EngineError, WeightUpdateError
 from pipeline.rollout.native.engine import NativeEngine
 from pipeline.rollout.pool import EnginePool, split_requests
-from pipeline.rollout.weight_sync import push_weights
-from pipeline.types import GenerateRequest, Prompt, WeightBucket
+from pipeline.types import GenerateRequest, Prompt
+from tests.plan_source import Source
 from tests.tiny_folder import hf_config, random_tensors, write_folder
 
 
@@ -35,9 +35,9 @@ class FailingEngine(NativeEngine):
         self._fail_in("begin_update")
         super().begin_update(version)
 
-    def load_bucket(self, bucket):
-        self._fail_in("load_bucket")
-        super().load_bucket(bucket)
+    def receive(self, order, engine=0):
+        self._fail_in("receive")
+        super().receive(order, engine)
 
     def verify_update(self, version):
         self._fail_in("verify_update")
@@ -53,19 +53,10 @@ class FailingEngine(NativeEngine):
         self._fail_in("close")
 
 
-class Exporter:
-    """The part of a learner that a push needs: weights of seed = version, in three buckets."""
-
-    fails_after = None
-
-    def export_shards(self, version):
-        tensors = random_tensors(hf_config("llama"), version)
-        names = sorted(tensors)
-        for i in range(3):
-            if i == self.fails_after:
-                raise RuntimeError("rank 1 ran out of memory")
-            part = {name: tensors[name] for name in names[i::3]}
-            yield WeightBucket(version, i, 3, part, checksum(part))
+def sync_of(pool, folder, timeout_s=20.0):
+    """Pushes weights of seed = version into every engine of ``pool``."""
+    source = Source(folder, lambda version: random_tensors(hf_config("llama"), version), EngineGrid(count=len(pool)))
+    return source.sync(pool, timeout_s)
 
 
 @pytest.fixture(scope="module")
@@ -133,57 +124,52 @@ def test_split_gives_every_request_once_and_balances(requests, engines):
 
 def test_a_push_is_served(folder):
     pool = started([NativeEngine(), NativeEngine()], folder)
-    push_weights(Exporter(), pool, 4)
+    sync_of(pool, folder).push(4)
     assert pool.health().weight_version == 4
     assert all(sample.drawn_with(4) for group in pool.generate(REQUESTS) for sample in group.samples)
     pool.close()
 
 
-def test_push_never_looks_into_opaque_buckets(folder):
-    """Over Ray the driver holds handles; here a box that only the engine opens."""
-
-    class Box:
-        def __init__(self, content):
-            self.__content = content
-
-        def open(self):
-            return self.__content
-
-    class Opener(NativeEngine):
-        def load_bucket(self, bucket):
-            super().load_bucket(bucket.open())
-
-    class Boxer(Exporter):
-        def export_shards(self, version):
-            return map(Box, super().export_shards(version))
-
-    engine = Opener()
-    engine.start(folder)
-    push_weights(Boxer(), engine, 2)
-    assert engine.health().weight_version == 2
+def test_every_engine_takes_what_is_its_own(folder):
+    """Engines are numbered as in the plan; each ends with whole tensors, wherever these came from."""
+    engines = [NativeEngine() for _ in range(3)]
+    pool = started(engines, folder)
+    sync_of(pool, folder).push(4)
+    alone = NativeEngine()
+    alone.start(write_folder(folder.parent / "seed4", "llama", seed=4)[0])
+    expected = tokens_of(alone.generate(REQUESTS))
+    assert [tokens_of(engine.generate(REQUESTS)) for engine in engines] == [expected] * 3
+    pool.close()
 
 
-@pytest.mark.parametrize("phase", ["begin_update", "load_bucket", "verify_update", "commit_update"])
+@pytest.mark.parametrize("phase", ["begin_update", "receive", "verify_update", "commit_update"])
 def test_one_failing_engine_makes_the_pool_refuse_until_a_push_succeeds(folder, phase):
     good = NativeEngine()
     pool = started([good, FailingEngine(phase)], folder)
+    sync = sync_of(pool, folder)
+    started_at = time.monotonic()
     with pytest.raises(WeightUpdateError, match=rf"version 1 failed in {phase}.*broken cable"):
-        push_weights(Exporter(), pool, 1)
+        sync.push(1)
+    assert time.monotonic() - started_at < 10, "nobody waits for an engine that has said no"
     with pytest.raises(EngineError, match="push the weights again"):
         pool.generate(REQUESTS)
     assert pool.health().weight_version is None
     assert good.health().weight_version is None, "its update was aborted"
-    push_weights(Exporter(), pool, 2)
+    sync.push(2)
     assert all(sample.drawn_with(2) for group in pool.generate(REQUESTS) for sample in group.samples)
     pool.close()
 
 
-def test_a_failing_export_leaves_the_pool_refusing(folder):
+def test_a_failing_sender_leaves_the_pool_refusing(folder):
     pool = started([NativeEngine(), NativeEngine()], folder)
-    learner = Exporter()
-    learner.fails_after = 2
-    with pytest.raises(WeightUpdateError, match=r"export after bucket 2.*out of memory"):
-        push_weights(learner, pool, 1)
+    sync = sync_of(pool, folder)
+
+    def fail():
+        raise RuntimeError("rank 1 ran out of memory")
+
+    sync._learner.before_send = fail
+    with pytest.raises(WeightUpdateError, match=r"version 1 failed in receive.*out of memory"):
+        sync.push(1)
     with pytest.raises(EngineError, match="push the weights again"):
         pool.generate(REQUESTS)
     pool.close()
@@ -213,11 +199,11 @@ def test_no_engine_commits_before_all_have_verified(folder):
             super().commit_update(version)
 
     pool = started([Logging(0), Logging(0.2), Logging(0.1)], folder)
-    push_weights(Exporter(), pool, 3)
+    sync = sync_of(pool, folder)
+    sync.push(3)
     assert log == ["verified"] * 3 + ["commits"] * 3
     pool.begin_update(4)
-    for bucket in Exporter().export_shards(4):
-        pool.load_bucket(bucket)
+    sync._transfer(sync._order(4))
     with pytest.raises(WeightUpdateError, match="before every engine has verified"):
         pool.commit_update(4)
     pool.close()
@@ -226,7 +212,8 @@ def test_no_engine_commits_before_all_have_verified(folder):
 def test_revive_starts_the_dead_engines_and_the_pool_waits_for_weights(folder):
     living, dead = FailingEngine(""), FailingEngine("")
     pool = started([living, dead], folder)
-    push_weights(Exporter(), pool, 1)
+    sync = sync_of(pool, folder)
+    sync.push(1)
     assert pool.revive(folder) == []
     before = tokens_of(pool.generate(REQUESTS))  # nobody was dead, so nothing has changed
     NativeEngine.close(dead)
@@ -237,7 +224,8 @@ def test_revive_starts_the_dead_engines_and_the_pool_waits_for_weights(folder):
     assert (living.health().weight_version, dead.health().weight_version) == (1, 0)
     with pytest.raises(EngineError, match="push the weights again"):
         pool.generate(REQUESTS)
-    push_weights(Exporter(), pool, 1)
+    sync.renew()
+    sync.push(1)
     assert tokens_of(pool.generate(REQUESTS)) == before
     pool.close()
 
@@ -252,7 +240,7 @@ def test_a_failed_revival_can_be_repeated(folder):
     with pytest.raises(EngineError, match="push the weights again"):
         pool.generate(REQUESTS)
     assert pool.revive(folder) == [0]
-    push_weights(Exporter(), pool, 1)
+    sync_of(pool, folder).push(1)
     assert len(pool.generate(REQUESTS)) == len(REQUESTS)
 
 

@@ -10,7 +10,7 @@ from pipeline.rollout.native.engine import NativeEngine
 from pipeline.rollout.pool import EnginePool
 from pipeline.rollout.rollouts import Rollouts
 from tests.tiny_folder import write_folder
-from tests.unit.pipeline.rollout.test_pool import Exporter, request
+from tests.unit.pipeline.rollout.test_pool import request, sync_of
 
 REQUEST = request(1)
 
@@ -34,20 +34,14 @@ class Turns(NativeEngine):
         self.told.append("release")
 
 
-class Trainer(Exporter):
-    def __init__(self, told):
-        self.told = told
-
-    def empty_cache(self):
-        self.told.append("empty cache")
-
-
 def rollouts(tmp_path, *, colocated, dies=False):
     told, faults = [], []
     folder, _ = write_folder(tmp_path / "model", "llama")
     pool = EnginePool([Turns(told, dies)])
     pool.start(folder)
-    return Rollouts(pool, Trainer(told), folder, faults.append, colocated=colocated), told, faults
+    sync = sync_of(pool, folder)
+    sync._learner.empty_cache = lambda: told.append("empty cache")
+    return Rollouts(pool, sync._learner, sync, folder, faults.append, colocated=colocated), told, faults
 
 
 def test_engines_leave_before_training_and_come_back_with_the_weights(tmp_path):
@@ -123,7 +117,8 @@ def wrong(tmp_path, spoil, times=1, all_of_them=False):
     folder, _ = write_folder(tmp_path / "model", "llama")
     pool = EnginePool([Wrong(spoil, times, all_of_them)])
     pool.start(folder)
-    return Rollouts(pool, Trainer([]), folder, faults.append), faults
+    sync = sync_of(pool, folder)
+    return Rollouts(pool, sync._learner, sync, folder, faults.append), faults
 
 
 @pytest.mark.parametrize("fault", SPOILT)

@@ -4,17 +4,19 @@ import json
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
 
 from pipeline.model.architecture import read_config
-from pipeline.model.checksum import checksum
 from pipeline.model.folder import Folder
+from pipeline.model.grid import Grid
 from pipeline.rollout.engine import EngineError, EngineTimeoutError
 from pipeline.rollout.transport import Deadline
 from pipeline.rollout.transport_disk import DiskTransport
-from pipeline.types import WeightBucket
+from tests.plan_source import Source
 from tests.stub_server import Stub
 from tests.tiny_folder import hf_config, random_tensors, write_folder
 
@@ -52,35 +54,35 @@ def server(tmp_path):
 
 @pytest.fixture
 def transport(server, folder, tmp_path):
-    transport = DiskTransport(server, folder, tmp_path / "scratch")
-    transport.connect(Deadline(30))
-    return transport
+    return DiskTransport(server, folder, tmp_path / "scratch")
 
 
-def buckets(version):
-    """As they come over Ray: views of one buffer."""
-    tensors = random_tensors(hf_config("llama"), version)
-    names = sorted(tensors)
-    for i in range(2):
-        chosen = names[i::2]
-        flat, start, part = torch.cat([tensors[n].reshape(-1) for n in chosen]), 0, {}
-        for name in chosen:
-            part[name] = flat[start : start + tensors[name].numel()].view(tensors[name].shape)
-            start += tensors[name].numel()
-        yield WeightBucket(version, i, 2, part, checksum(part))
+@pytest.fixture
+def given(folder):
+    """A learner of two ranks."""
+    return Source(folder, lambda version: random_tensors(hf_config("llama"), version), learner=Grid(tp=2))
 
 
-def send_all(transport, version):
-    transport.begin(version, Deadline(30))
-    for bucket in buckets(version):
-        transport.send(bucket, Deadline(30))
+def receive(transport, given, version):
+    """All of an update but its end; the order."""
+    order = given.sync(transport)._order(version)
+    order = replace(order, number=version, generation=version)
+    transport.begin(Deadline(30))
+    with ThreadPoolExecutor() as threads:
+        sent = threads.submit(given.send, order)
+        transport.receive(order, 0, Deadline(30))
+        sent.result()
+    return order
 
 
-def test_the_folder_is_complete_when_it_gets_its_name_and_gone_after_the_commit(transport, tmp_path):
+def test_the_folder_is_complete_when_it_gets_its_name_and_gone_after_the_commit(
+    transport, given, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("pipeline.rollout.transport_disk._FILE_BYTES", 1 << 18)
     scratch = tmp_path / "scratch"
-    send_all(transport, 7)
+    order = receive(transport, given, 7)
     assert [path.name for path in scratch.iterdir()] == ["version-7.partial"]
-    transport.verify(Deadline(30))
+    transport.verify(order, Deadline(30))
     (written,) = scratch.iterdir()
     seen = json.loads((tmp_path / "seen.json").read_text())
     assert (seen["model_path"], seen["weight_version"]) == (str(scratch / "version-7"), "7")
@@ -99,30 +101,30 @@ def test_the_folder_is_complete_when_it_gets_its_name_and_gone_after_the_commit(
     assert not scratch.exists()
 
 
-@pytest.mark.parametrize("leave", ["abort", "close", "connect"])
-def test_an_unfinished_update_leaves_nothing(transport, server, folder, tmp_path, leave):
-    send_all(transport, 7)
-    if leave == "connect":  # the run was killed; this is the next one's
-        DiskTransport(server, folder, tmp_path / "scratch").connect(Deadline(30))
+@pytest.mark.parametrize("leave", ["abort", "close", "again"])
+def test_an_unfinished_update_leaves_nothing(transport, given, server, folder, tmp_path, leave):
+    receive(transport, given, 7)
+    if leave == "again":  # the run was killed; this is the next one's
+        DiskTransport(server, folder, tmp_path / "scratch")
     else:
         getattr(transport, leave)()
         getattr(transport, leave)()
     assert not (tmp_path / "scratch").exists()
 
 
-def test_a_second_update_begins_from_nothing(transport, tmp_path):
-    transport.begin(7, Deadline(30))
-    transport.send(next(buckets(7)), Deadline(30))
-    send_all(transport, 8)
-    transport.verify(Deadline(30))
+def test_a_second_update_begins_from_nothing(transport, given, tmp_path):
+    receive(transport, given, 7)
+    transport.verify(receive(transport, given, 8), Deadline(30))
     assert [path.name for path in (tmp_path / "scratch").iterdir()] == ["version-8"]
 
 
-def test_a_disk_that_takes_nothing_is_named(transport, tmp_path):
-    transport.begin(7, Deadline(30))
-    (tmp_path / "scratch" / "version-7.partial").rmdir()
-    with pytest.raises(EngineError, match=r"version-7\.partial/model-00001-of-00002\.safetensors cannot be written"):
-        transport.send(next(buckets(7)), Deadline(30))
+def test_a_disk_that_takes_nothing_is_named_and_the_learner_hears_of_it(transport, given, monkeypatch):
+    def full(descriptor, start, length):
+        raise OSError(28, "No space left on device", "version-7.partial")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(EngineError, match=r"No space left on device: 'version-7\.partial'"):
+        receive(transport, given, 7)
 
 
 def server_pid(server):
@@ -139,11 +141,11 @@ def server_pid(server):
     ],
     ids=["killed", "stopped"],
 )
-def test_a_server_lost_before_it_loads(transport, server, number, error, message):
-    send_all(transport, 7)
+def test_a_server_lost_before_it_loads(transport, given, server, number, error, message):
+    order = receive(transport, given, 7)
     os.kill(server_pid(server), number)
     with pytest.raises(error, match=message):
-        transport.verify(Deadline(0.7))
+        transport.verify(order, Deadline(0.7))
     transport.abort()
 
 

@@ -10,16 +10,17 @@ from safetensors.torch import save_file
 
 from pipeline.config.load import PACKAGED
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.model import fp8, layout
+from pipeline.model import fp8
 from pipeline.model.architecture import parse
-from pipeline.model.checksum import checksum
 from pipeline.model.fp8 import quantise_tensors
+from pipeline.reshard.link import Link
 from pipeline.rollout.engine import EngineError, WeightUpdateError
 from pipeline.rollout.native import engine as native
 from pipeline.rollout.native.decoder import Decoder, token_log_probs
 from pipeline.rollout.native.engine import NativeEngine
-from pipeline.rollout.update_session import UpdateSession
-from pipeline.types import Cuts, GenerateRequest, Prompt, Role, WeightBucket, WeightSpan
+from pipeline.types import Cuts, GenerateRequest, Prompt, Role, WeightSpan
+from tests import plan_source
+from tests.plan_source import Source
 from tests.tiny_folder import hf_config, random_tensors, write_folder
 
 EOS = 3
@@ -42,18 +43,24 @@ def request(tokens, seeds=(1,), temperature=1.0, new=8, role=Role.MAIN):
     return GenerateRequest(Prompt(str(tokens), tuple(tokens), "", None, "exact"), tuple(seeds), temperature, new, role)
 
 
-def buckets(tensors, version, count=3):
-    names = sorted(tensors)
-    parts = [{name: tensors[name] for name in names[i::count]} for i in range(count)]
-    return [WeightBucket(version, i, count, part, checksum(part)) for i, part in enumerate(parts)]
+def weights(version):
+    return random_tensors(hf_config("qwen3"), version)
 
 
-def push(engine, tensors, version):
-    engine.begin_update(version)
-    for bucket in buckets(tensors, version):
-        engine.load_bucket(bucket)
-    engine.verify_update(version)
-    engine.commit_update(version)
+@pytest.fixture
+def source(folder):
+    return Source(folder, weights)
+
+
+@pytest.fixture
+def sync(source, engine):
+    return source.sync(engine, 20.0)
+
+
+def begun(sync, version=7):
+    """The order of an update that has begun."""
+    sync._engines.begin_update(version)
+    return sync._order(version)
 
 
 def mixed_requests():
@@ -220,11 +227,10 @@ def test_memory_bound_splits_batches(engine, monkeypatch):
     ]
 
 
-def test_update_serves_the_new_weights(engine, tmp_path):
-    tensors = random_tensors(hf_config("qwen3"), 1)
-    push(engine, tensors, 5)
+def test_update_serves_the_new_weights(engine, sync, tmp_path):
+    sync.push(5)
     assert engine.health().weight_version == 5
-    other_folder, _ = write_folder(tmp_path, "qwen3", seed=1)
+    other_folder, _ = write_folder(tmp_path, "qwen3", seed=5)
     reference = NativeEngine()
     reference.start(other_folder)
     mine, theirs = engine.generate(mixed_requests()), reference.generate(mixed_requests())
@@ -234,149 +240,117 @@ def test_update_serves_the_new_weights(engine, tmp_path):
             assert sample.drawn_with(5)
 
 
-def test_update_survives_a_sender_that_reuses_memory(engine):
-    tensors = random_tensors(hf_config("qwen3"), 1)
-    engine.begin_update(1)
-    for bucket in buckets(tensors, 1):
-        engine.load_bucket(bucket)
-        for tensor in bucket.tensors.values():
-            tensor.fill_(float("nan"))
-    engine.verify_update(1)
-    engine.commit_update(1)
+def test_update_survives_a_sender_that_reuses_memory(engine, source, sync, monkeypatch):
+    sent = []
+    original = plan_source.local_parameters
+    monkeypatch.setattr(plan_source, "local_parameters", lambda *given: sent.append(original(*given)) or sent[-1])
+    order = begun(sync)
+    sync._transfer(order)
+    for tensor in sent[0].values():
+        tensor.fill_(float("nan"))
+    engine.verify_update(7)
+    engine.commit_update(7)
     assert np.isfinite(engine.generate([request([5, 6])])[0].samples[0].log_probs).all()
 
 
-def corrupted(good):
-    part = dict(good.tensors)
-    name = min(part)
-    part[name] = part[name] + 1e-3
-    return WeightBucket(good.version, good.index, good.count, part, good.checksum)
-
-
-def changed(good, **tensors):
-    part = {**good.tensors, **tensors}
-    return WeightBucket(good.version, good.index, good.count, part, checksum(part))
-
-
-BAD_BUCKETS = {
-    "checksum": corrupted,
-    "of version 8": lambda good: WeightBucket(8, good.index, good.count, good.tensors, good.checksum),
-    "announces 4": lambda good: WeightBucket(good.version, good.index, 4, good.tensors, good.checksum),
-    "arrived twice": lambda good: WeightBucket(good.version, 0, good.count, good.tensors, good.checksum),
-    "shape": lambda good: changed(good, **{min(good.tensors): torch.zeros(2, 2)}),
-    "not a parameter": lambda good: changed(good, extra=torch.zeros(1)),
-    "'lm_head.weight' arrived twice": lambda good: changed(good, **{"lm_head.weight": torch.zeros(48, 64)}),
-}
-
-
-@pytest.mark.parametrize("message", BAD_BUCKETS)
-def test_a_bad_bucket_ends_the_update_until_a_whole_one_commits(engine, message):
-    tensors = random_tensors(hf_config("qwen3"), 1)
-    first, second, _ = buckets(tensors, 7)
-    assert "lm_head.weight" in first.tensors
-    engine.begin_update(7)
-    engine.load_bucket(first)
-    with pytest.raises(WeightUpdateError, match=message):
-        engine.load_bucket(BAD_BUCKETS[message](second))
-    for action in (
-        lambda: engine.load_bucket(second),
-        lambda: engine.verify_update(7),
-        lambda: engine.commit_update(7),
-    ):
+def refuses_until_a_whole_update_commits(engine, sync):
+    for action in (lambda: engine.verify_update(7), lambda: engine.commit_update(7)):
         with pytest.raises(WeightUpdateError, match="begin_update"):
             action()
     with pytest.raises(EngineError, match="push the weights again"):
         engine.generate([request([5, 6])])
     assert engine.health().weight_version is None
-    push(engine, tensors, 7)
+    sync.renew()
+    sync.push(7)
     assert engine.generate([request([5, 6])])[0].samples[0].drawn_with(7)
 
 
+def test_a_lost_byte_ends_the_update(engine, sync, monkeypatch):
+    original = Link.exchange
+
+    def exchange(self, sends, receives):
+        original(self, sends, receives)
+        for _, buffer in receives[:1]:
+            buffer[len(buffer) // 3] ^= 1
+
+    monkeypatch.setattr(Link, "exchange", exchange)
+    with pytest.raises(WeightUpdateError, match=r"receive: DigestError: 1 tensors differ from what process 0 sent"):
+        sync._transfer(begun(sync))
+    monkeypatch.undo()
+    refuses_until_a_whole_update_commits(engine, sync)
+
+
+def test_another_plan_ends_the_update(engine, sync):
+    order = replace(begun(sync), plan_digest="0" * 64)
+    with pytest.raises(WeightUpdateError, match="it made another plan"):
+        sync._transfer(order)
+    refuses_until_a_whole_update_commits(engine, sync)
+
+
+def test_a_sender_that_fails_ends_the_update(engine, source, sync):
+    def fail():
+        raise RuntimeError("rank 1 ran out of memory")
+
+    source.before_send = fail
+    with pytest.raises(WeightUpdateError, match="rank 1 ran out of memory"):
+        sync._transfer(begun(sync))
+    source.before_send = lambda: None
+    refuses_until_a_whole_update_commits(engine, sync)
+
+
+def test_a_sender_that_does_not_come_is_named(engine, source):
+    sync = source.sync(engine, 0.3)
+    with pytest.raises(WeightUpdateError, match=r"learner rank 0 did not come within 0\.3 s"):
+        engine.receive(begun(sync))
+    refuses_until_a_whole_update_commits(engine, sync)
+
+
+def test_another_version_is_refused(engine, sync):
+    begun(sync, 7)
+    with pytest.raises(WeightUpdateError, match="receive of version 8; finish or restart the update of 7"):
+        engine.receive(sync._order(8))
+    refuses_until_a_whole_update_commits(engine, sync)
+
+
+def test_an_update_is_received_once(engine, sync):
+    order = begun(sync)
+    sync._transfer(order)
+    with pytest.raises(WeightUpdateError, match="receive for a second time"):
+        engine.receive(order)
+    refuses_until_a_whole_update_commits(engine, sync)
+
+
 @pytest.mark.parametrize(
-    ("sent", "version", "message"),
-    [(slice(0, 2), 7, "2 of 3 buckets"), (slice(0, 0), 7, "buckets arrived"), (slice(0, 3), 8, r"verify_update\(8\)")],
+    ("received", "version", "message"), [(False, 7, "before anything was received"), (True, 8, r"verify_update\(8\)")]
 )
-def test_a_partial_update_does_not_verify(engine, sent, version, message):
-    engine.begin_update(7)
-    for bucket in buckets(random_tensors(hf_config("qwen3"), 1), 7)[sent]:
-        engine.load_bucket(bucket)
+def test_a_partial_update_does_not_verify(engine, sync, received, version, message):
+    order = begun(sync)
+    if received:
+        sync._transfer(order)
     with pytest.raises(WeightUpdateError, match=message):
         engine.verify_update(version)
     with pytest.raises(EngineError, match="push the weights again"):
         engine.generate([request([5, 6])])
 
 
-def test_a_missing_tensor_does_not_verify(engine):
-    tensors = random_tensors(hf_config("qwen3"), 1)
-    del tensors["model.norm.weight"]
-    engine.begin_update(7)
-    for bucket in buckets(tensors, 7):
-        engine.load_bucket(bucket)
-    with pytest.raises(WeightUpdateError, match=r"model\.norm\.weight"):
-        engine.verify_update(7)
-
-
-def in_fp8(version):
-    """The matrices of the layers as codes; a bucket holds them with their scales."""
-    tensors = random_tensors(hf_config("qwen3"), version)
+def test_fp8_weights_are_used_at_their_values(engine, folder):
+    Source(folder, weights, dtype="fp8").sync(engine).push(7)
+    tensors = weights(7)
     names = {name for name, tensor in tensors.items() if tensor.ndim == 2 and ".layers." in name}
-    found = quantise_tensors(tensors, names)
-    part = {
-        i: {n: t for n, t in found.items() if (f".layers.{i}." in n) or (".layers." not in n and i == 0)}
-        for i in (0, 1)
-    }
-    return found, [WeightBucket(version, i, 2, part[i], checksum(part[i])) for i in part]
-
-
-def test_fp8_weights_are_used_at_their_values(engine):
-    tensors, parts = in_fp8(7)
-    engine.begin_update(7)
-    for bucket in parts:
-        engine.load_bucket(bucket)
-    engine.verify_update(7)
-    engine.commit_update(7)
+    kept = {name: tensor if name in names else tensor.bfloat16() for name, tensor in tensors.items()}
     (group,) = engine.generate([request([5, 6], range(4))])
-    decoder = Decoder(parse(hf_config("qwen3")), fp8.values(tensors))
-    rounded = Decoder(parse(hf_config("qwen3")), random_tensors(hf_config("qwen3"), 7))
+    decoder = Decoder(parse(hf_config("qwen3")), fp8.values(quantise_tensors(kept, names)))
+    rounded = Decoder(parse(hf_config("qwen3")), kept)
     for sample in group.samples:
         tokens = torch.tensor([[5, 6, *sample.token_ids.tolist()]])
         np.testing.assert_allclose(sample.log_probs, token_log_probs(decoder, tokens)[0, 1:].numpy(), atol=1e-5)
         assert np.abs(sample.log_probs - token_log_probs(rounded, tokens)[0, 1:].numpy()).mean() > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t, n: t.pop(n + "_scale_inv"), "bucket 2/2: '{n}' came as FP8 codes with nothing"),
-        (lambda t, n: t.update({n: t[n][:4]}), r"bucket 2/2: '{n}' has shape \(4, 64\)"),
-        (lambda t, n: t.update({n: t[n].float()}), "bucket 2/2: '{n}_scale_inv' is not a parameter"),
-    ],
-    ids=["no scale", "shape", "a scale without codes"],
-)
-def test_broken_fp8_buckets_are_refused(engine, change, message):
-    _, (first, second) = in_fp8(7)
-    name, tensors = "model.layers.1.mlp.up_proj.weight", dict(second.tensors)
-    change(tensors, name)
-    engine.begin_update(7)
-    engine.load_bucket(first)
-    with pytest.raises(WeightUpdateError, match=message.format(n=name)):
-        engine.load_bucket(WeightBucket(7, 1, 2, tensors, checksum(tensors)))
-
-
-def test_an_engine_without_fp8_refuses_codes():
-    session = UpdateSession("engine 3", 7, layout.tensor_shapes(parse(hf_config("qwen3"))), codes=False)
-    with pytest.raises(WeightUpdateError, match=r"engine 3.*came as FP8 codes, but the engine was started without"):
-        session.admit(in_fp8(7)[1][0])
-
-
 @pytest.mark.parametrize("version", [7, 8])
-def test_only_what_was_verified_commits(engine, version):
-    engine.begin_update(7)
-    first, *rest = buckets(random_tensors(hf_config("qwen3"), 1), 7)
-    engine.load_bucket(first)
+def test_only_what_was_verified_commits(engine, sync, version):
+    sync._transfer(begun(sync))
     if version == 8:
-        for bucket in rest:
-            engine.load_bucket(bucket)
         engine.verify_update(7)
         assert engine.health().weight_version is None, "verified is not served"
         with pytest.raises(EngineError, match="push the weights again"):
@@ -385,32 +359,29 @@ def test_only_what_was_verified_commits(engine, version):
         engine.commit_update(version)
 
 
-def test_nothing_is_admitted_after_verification(engine):
-    tensors = random_tensors(hf_config("qwen3"), 1)
-    engine.begin_update(7)
-    for bucket in buckets(tensors, 7):
-        engine.load_bucket(bucket)
+def test_nothing_is_received_after_verification(engine, sync):
+    order = begun(sync)
+    sync._transfer(order)
     engine.verify_update(7)
-    with pytest.raises(WeightUpdateError, match="after verify_update"):
-        engine.load_bucket(buckets(tensors, 7)[0])
+    with pytest.raises(WeightUpdateError, match="receive for a second time"):
+        engine.receive(order)
 
 
-@pytest.mark.parametrize("until", ["start", "begin", "load", "verify", "commit"])
-def test_after_an_abort_the_next_update_mends(engine, until):
-    tensors = random_tensors(hf_config("qwen3"), 1)
+@pytest.mark.parametrize("until", ["start", "begin", "receive", "verify", "commit"])
+def test_after_an_abort_the_next_update_mends(engine, sync, until):
     steps = [
         lambda: engine.begin_update(7),
-        lambda: [engine.load_bucket(bucket) for bucket in buckets(tensors, 7)],
+        lambda: sync._transfer(sync._order(7)),
         lambda: engine.verify_update(7),
         lambda: engine.commit_update(7),
     ]
-    for step in steps[: ["start", "begin", "load", "verify", "commit"].index(until)]:
+    for step in steps[: ["start", "begin", "receive", "verify", "commit"].index(until)]:
         step()
     engine.abort_update()
     assert engine.health().weight_version is None
     with pytest.raises(EngineError, match="push the weights again"):
         engine.generate([request([5, 6])])
-    push(engine, tensors, 7)
+    sync.push(7)
     assert engine.generate([request([5, 6])])[0].samples[0].drawn_with(7)
 
 
@@ -434,7 +405,7 @@ def held_batch(engine, monkeypatch):
     return result, proceed, generation
 
 
-def test_a_batch_that_does_not_end_is_named(folder, monkeypatch):
+def test_a_batch_that_does_not_end_is_named(folder, source, monkeypatch):
     engine = NativeEngine(weight_sync_timeout_s=0.1)
     engine.start(folder)
     result, proceed, generation = held_batch(engine, monkeypatch)
@@ -445,7 +416,7 @@ def test_a_batch_that_does_not_end_is_named(folder, monkeypatch):
     proceed.set()
     generation.join(5)
     assert all(sample.drawn_with(0) for sample in result[0].samples)
-    push(engine, random_tensors(hf_config("qwen3"), 1), 4)
+    source.sync(engine).push(4)
     assert engine.health().weight_version == 4
 
 
