@@ -48,9 +48,9 @@ def advantage_method(name: str, source: str, rule: str, *more: str) -> Method:
     return Method(name, "advantage", source, rule, "code", (*GRPO, *switch, *more))
 
 
-def loss_method(name: str, source: str, rule: str, *more: str) -> Method:
+def loss_method(name: str, source: str, rule: str, *more: str, evidence: str = "code") -> Method:
     """A surrogate loss; ``more``: further overrides."""
-    return Method(name, "loss", source, rule, "code", (*OFF_POLICY, f"objective.loss={name}", *more))
+    return Method(name, "loss", source, rule, evidence, (*OFF_POLICY, f"objective.loss={name}", *more))
 
 
 def shaping_method(name: str, source: str, rule: str, *more: str, evidence: str = "code", shaping: str = "") -> Method:
@@ -127,7 +127,20 @@ def _not_offered() -> Iterator[Method]:
         "it", "code",
         "engines serve one model; this needs a second, frozen one beside it",
     )  # fmt: skip
-    for name in ("papo", "aem", "gcpo", "mcpo", "avspo", "oger", "gxpo", "sps", "imax", "longact", "aer"):
+    yield _absent(
+        "adapo", "controller", "-", "clip_high grows while H is low and shrinks while it is high", "summary",
+        "the sizes of its steps were not found",
+    )  # fmt: skip
+    yield _absent(
+        "heal", "sampler", "2604.17928", "general-domain prompts chosen by (1 - 2 |accuracy - .5|) times the mean of "
+        "the 20 % highest entropies; reward +1 for an entropy trace like theirs", "code",
+        "it trains on 384 general-domain prompts beside the task's, and a run has one source of prompts",
+    )  # fmt: skip
+    yield _absent(
+        "uec_rl", "sampler", "2604.14646", "a group without a correct sample is drawn again, hotter, for its positives",
+        "summary", "how much hotter, how many samples and how often positives are replayed was not found",
+    )  # fmt: skip
+    for name in ("papo", "aem", "gcpo", "oger", "gxpo", "sps", "imax", "longact", "aer"):
         yield _absent(name, "-", "-", "-", "abstract", "its formula is not public beyond the abstract")
 
 

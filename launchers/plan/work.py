@@ -153,7 +153,7 @@ def _passes(config: RunConfig) -> int:
     """
     objective, entropy, stale = config.objective, config.entropy, config.rollout.staleness > 0
     clip_cov = entropy.controller != "none" and entropy.actuator == "clip_cov"
-    statistics = clip_cov or bool(objective.token_shaping) or objective.loss in ("kl_cov", "htpo")
+    statistics = clip_cov or bool(objective.token_shaping) or objective.loss in ("kl_cov", "htpo", "mcpo")
     old = stale or (config.learner.updates_per_step > 1 and not statistics)
     return sum((objective.kl_coef > 0, old, statistics, "rlrt" in objective.token_shaping))
 

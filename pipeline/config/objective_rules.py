@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pipeline.config.errors import Problem
 from pipeline.config.schema import ADVANTAGES, LOSSES, SHAPINGS, CutsConfig, ObjectiveConfig, RunConfig
 
-_OFF_POLICY_LOSSES = ("gspo", "cispo", "ce_gppo", "kl_cov")  # at a ratio of exactly 1 they have PPO's gradient
+_OFF_POLICY_LOSSES = ("gspo", "cispo", "ce_gppo", "kl_cov", "mcpo")  # at a ratio of exactly 1 they have PPO's gradient
 _ROW_SHAPINGS = ("entrocraft",)  # the same weight and advantage for all tokens of a response
 
 
@@ -56,7 +56,7 @@ def _loss(config: RunConfig) -> Iterator[Problem]:
             "where this loss has the gradient of ppo",
             "set learner.updates_per_step to 2 or more, or objective.loss=ppo",
         )
-    if objective.dual_clip > 0 and objective.loss not in ("ppo", "htpo"):
+    if objective.dual_clip > 0 and objective.loss not in ("ppo", "htpo", "mcpo"):
         yield Problem(
             "objective.dual_clip",
             objective.dual_clip,

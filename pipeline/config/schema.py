@@ -426,6 +426,29 @@ class PassAtKConfig:
 
 
 @dataclass
+class AvspoConfig:
+    """advantage=avspo."""
+
+    variant: str = key(
+        "paper",
+        "where virtual rewards are added",
+        choices={
+            "paper": "beside every group of equal rewards",
+            "code": "the public code's: one beside each group, where a whole step's rewards are all 0 or all 1",
+        },
+    )
+    virtual: int = key(1, "K: virtual rewards beside a group; variant=paper", range=COUNT)
+
+
+@dataclass
+class McpoConfig:
+    """loss=mcpo."""
+
+    delta: float = key(0.01, "k3 below which a mastered prompt's token costs nothing", range=NOT_NEGATIVE, unit="nats")
+    beta: float = key(1.0, "weight of the hinge", range=NOT_NEGATIVE)
+
+
+@dataclass
 class CeGppoConfig:
     """loss=ce_gppo: gradient that a clipped token keeps, as a multiple of the one at the bound."""
 
@@ -530,6 +553,8 @@ class ObjectiveConfig:
     correction: CorrectionConfig = key(CorrectionConfig(), "correction of the train-inference mismatch")
     overlong: OverlongConfig = key(OverlongConfig(), "responses near or at the length limit")
     pass_at_k: PassAtKConfig = key(PassAtKConfig(), "advantage=pass_at_k")
+    avspo: AvspoConfig = key(AvspoConfig(), "advantage=avspo")
+    mcpo: McpoConfig = key(McpoConfig(), "loss=mcpo")
     ce_gppo: CeGppoConfig = key(CeGppoConfig(), "loss=ce_gppo")
     kl_cov: KlCovConfig = key(KlCovConfig(), "loss=kl_cov")
     htpo: HtpoConfig = key(HtpoConfig(), "loss=htpo")

@@ -20,8 +20,8 @@ def group_advantages(
 ) -> list[np.ndarray]:
     """The advantage of each sample, float32 ``[G]`` per group.
 
-    A step whose rewards are all equal teaches nothing, whatever the kind: exactly 0. Raises ``ValueError`` on an
-    unknown kind.
+    A step whose rewards are all equal teaches nothing, whatever the kind but ``avspo``: exactly 0. Raises
+    ``ValueError`` on an unknown kind.
     """
     advantages = load("pipeline.objectives.advantages", objective.advantage).advantages
     groups = [np.asarray(group, np.float64) for group in rewards]

@@ -16,7 +16,7 @@ MADE_FOR = temperatures()
 METHOD = controller_method(
     "aepo",
     "2510.08141 v1-v6",
-    "the same at T = 1.2 or .8; positives replace as many main rows",
+    "the same at T = 1.2 or .8; positives (correct ones; the code's: A > .05) replace as many main rows",
     "code",
     "entropy.actuator=resample",
     "entropy.positive_mean=main",
@@ -31,7 +31,10 @@ class BangBangLaw(Law):
 
     The published code's faults are not reproduced: it crashes when no positive is found, starts hot whatever the
     entropy, forgets its state in a checkpoint, reads the entropy from rows drawn at T too, and overwrites main rows
-    with positives (here they are added, all in the one batch).
+    with positives (here they are added, all in the one batch). It differs from this in three more things, which do not
+    matter to the law: it divides by the tokens it trains on (here rows left out still count in the denominator), it
+    halves the positives while cooling, and it takes for a positive what has an advantage above 0.05 (here what is
+    correct).
     """
 
     def __init__(self, lower: float, upper: float) -> None:

@@ -15,6 +15,7 @@ BROKEN = {
     "cispo on-policy": (["objective.loss=cispo"], "objective.loss", "every ratio is exactly 1"),
     "ce_gppo on-policy": (["objective.loss=ce_gppo"], "objective.loss", "every ratio is exactly 1"),
     "kl_cov on-policy": (["objective.loss=kl_cov"], "objective.loss", "every ratio is exactly 1"),
+    "mcpo on-policy": (["objective.loss=mcpo"], "objective.loss", "every ratio is exactly 1"),
     "kl_cov dual clip": (
         [TWO, "objective.loss=kl_cov", "objective.dual_clip=10"],
         "objective.dual_clip",

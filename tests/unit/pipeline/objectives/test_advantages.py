@@ -1,3 +1,4 @@
+import math
 from itertools import combinations
 
 import numpy as np
@@ -7,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config.schema import ADVANTAGES as NAMES
-from pipeline.config.schema import ObjectiveConfig, PassAtKConfig
+from pipeline.config.schema import AvspoConfig, ObjectiveConfig, PassAtKConfig
 from pipeline.objectives.advantage import group_advantages
 
 REWARDS = st.lists(st.sampled_from([0.0, 0.1, 0.5, 1.0]), min_size=2, max_size=20).map(np.array)
+PLAIN = [name for name in NAMES if name != "avspo"]  # its virtual samples give groups of equal rewards an advantage
 FIRST, SECOND = np.array([1.0, 0.0, 0.0, 0.0]), np.array([1.0, 1.0, 0.0, 0.0])
 
 
@@ -70,7 +72,7 @@ def test_grpo_equals_torch_unbiased_std(rewards):
     np.testing.assert_allclose(advantages("grpo", rewards)[0], expected, atol=1e-5)
 
 
-@given(REWARDS, REWARDS, st.sampled_from(NAMES))
+@given(REWARDS, REWARDS, st.sampled_from(PLAIN))
 def test_zero_mean_order_preserving(first, second, kind):
     found = advantages(kind, first, second)
     assert abs(np.concatenate(found).sum()) < 1e-4
@@ -80,7 +82,7 @@ def test_zero_mean_order_preserving(first, second, kind):
         assert (np.diff(own[order]) >= -1e-6).all()
 
 
-@given(REWARDS, REWARDS, st.sampled_from([name for name in NAMES if name != "pass_at_k"]))
+@given(REWARDS, REWARDS, st.sampled_from([name for name in PLAIN if name not in ("pass_at_k", "mcpo")]))
 def test_shift_invariant(first, second, kind):
     np.testing.assert_allclose(
         np.concatenate(advantages(kind, first + 3, second + 3)),
@@ -98,7 +100,7 @@ def test_order_of_groups_is_free(order, kind):
         np.testing.assert_allclose(own, found[i], atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("kind", PLAIN)
 @pytest.mark.parametrize("rewards", [[0.1] * 7, [1.0], []])
 def test_nothing_to_learn_is_exactly_zero(rewards, kind):
     assert advantages(kind, np.array(rewards))[0].tolist() == [0.0] * len(rewards)
@@ -117,3 +119,58 @@ def test_pass_at_k_knows_a_correct_sample_whose_length_was_penalised():
         for rewards in ([1.0, 1.0, 0.0, 0.0], [1.0, 0.4, 0.0, 0.0])
     )
     assert plain.tolist() == penalised.tolist()
+
+
+@given(st.lists(st.booleans(), min_size=2, max_size=20))
+def test_mcpo_weighs_prompts_beyond_one_half_by_their_variance(right):
+    """With rewards of 0 and 1: (r - p) / (std 2 sqrt(p (1 - p))) beyond p = 0.5, GRPO's up to there, 0 at 1."""
+    rewards = [float(mark) for mark in right]
+    count, p = len(rewards), sum(rewards) / len(rewards)
+    std = math.sqrt(sum((r - p) ** 2 for r in rewards) / (count - 1)) + 1e-4
+    scale = 1 if p <= 0.5 else 2 * math.sqrt(p * (1 - p))
+    expected = [0.0] * count if p in (0, 1) else [(r - p) / (std * scale) for r in rewards]
+    np.testing.assert_allclose(advantages("mcpo", np.array(rewards))[0], expected, rtol=1e-5)
+
+
+def test_mcpo_leaves_a_mastered_prompt_to_its_loss():
+    """Also where a penalised length makes the rewards differ."""
+    objective = ObjectiveConfig(advantage="mcpo")
+    assert group_advantages([np.array([1.0, 0.5])], [np.array([True, True])], objective)[0].tolist() == [0, 0]
+
+
+def reference(rewards, virtual):
+    """The advantages of ``rewards`` among themselves and ``virtual``, in plain Python."""
+    both = [*rewards, *virtual]
+    mean = sum(both) / len(both)
+    std = math.sqrt(sum((r - mean) ** 2 for r in both) / (len(both) - 1))
+    return [(r - mean) / (std + 1e-4) for r in rewards]
+
+
+@pytest.mark.parametrize(
+    ("rewards", "virtual"),
+    [([1.0] * 4, [2 / 3, 1 / 3]), ([0.5] * 3, [1 / 3, 1 / 6]), ([0.0] * 4, [0.1, 0.05]), ([1.0], [2 / 3, 1 / 3])],
+)
+def test_avspo_compares_equal_rewards_with_virtual_ones(rewards, virtual):
+    paper = AvspoConfig(virtual=2)
+    other = np.array([1.0, 0.0, 0.0])
+    found, plain = advantages("avspo", np.array(rewards), other, avspo=paper)
+    np.testing.assert_allclose(found, reference(rewards, virtual), rtol=1e-5)
+    np.testing.assert_allclose(plain, advantages("grpo", other)[0])
+    assert (found > 0).all() == (rewards[0] > 0)
+    # the public code adds nothing here: not all of the step's rewards are equal
+    assert advantages("avspo", np.array(rewards), other, avspo=AvspoConfig(variant="code"))[0].tolist() == [0] * len(
+        rewards
+    )
+
+
+@pytest.mark.parametrize(("reward", "touched"), [(0.0, True), (1.0, True), (0.5, False)])
+def test_avspos_code_adds_the_opposite_reward_to_a_step_that_is_all_right_or_all_wrong(reward, touched):
+    groups = [np.full(3, reward), np.full(5, reward)]
+    for group, found in zip(groups, advantages("avspo", *groups, avspo=AvspoConfig(variant="code")), strict=True):
+        expected = reference(group.tolist(), [1 - reward]) if touched else [0.0] * len(group)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["paper", "code"])
+def test_avspo_takes_a_group_without_samples(variant):
+    assert advantages("avspo", np.array([]), avspo=AvspoConfig(variant=variant))[0].tolist() == []

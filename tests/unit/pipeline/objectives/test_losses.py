@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config.schema import LOSSES as NAMES
-from pipeline.config.schema import CeGppoConfig, KlCovConfig, ObjectiveConfig
+from pipeline.config.schema import CeGppoConfig, KlCovConfig, McpoConfig, ObjectiveConfig
 from pipeline.objectives.loss import PolicyOutputs, TokenRows, policy_loss
 from pipeline.objectives.losses._inputs import Inputs
 from pipeline.registry import load
@@ -113,6 +113,18 @@ def test_kl_cov_penalises_marked_tokens_and_clips_none():
     assert losses == approx([-3.0, -3.0 + 0.5 * math.log(3), -0.25 + 0.5 * math.log(4)])
     assert slopes == approx([-3.0, -2.5, -0.75])  # the penalty pulls back to the old probability, from either side
     assert bounded == [False, True, True]
+
+
+@given(st.floats(0.2, 3.0), st.floats(-2, 2), st.booleans())
+def test_mcpo_holds_mastered_tokens_beyond_a_hinge(ratio, advantage, mastered):
+    objective = replace(RANGE, loss="mcpo", mcpo=McpoConfig(delta=0.05, beta=2.0))
+    (loss,), (slope,), (bounded,) = values(objective, [ratio], [advantage], marks=[int(mastered)])
+    (plain,), (without,), (clipped,) = values(replace(RANGE, loss="ppo"), [ratio], [advantage])
+    k3 = ratio - 1 - math.log(ratio)
+    held = mastered and k3 > 0.05
+    assert loss == pytest.approx(plain + (2 * (k3 - 0.05) if held else 0), rel=1e-4, abs=1e-5)
+    assert slope == pytest.approx(without + (2 * (ratio - 1) if held else 0), rel=1e-4, abs=1e-5)
+    assert bounded == clipped
 
 
 def test_htpo_bounds_high_entropy_tokens_by_their_group():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.config.schema import SHAPINGS as NAMES
 from pipeline.config.schema import ClipCovConfig, KlCovConfig, RunConfig
-from pipeline.objectives.losses import htpo, kl_cov
+from pipeline.objectives.losses import htpo, kl_cov, mcpo
 from pipeline.objectives.shape import shape_tokens, shapes_tokens
 from pipeline.objectives.shaping import clip_cov, rlrt
 from pipeline.objectives.tokens import Tokens
@@ -22,7 +22,7 @@ from tests.grids import ragged, rows_of
 
 VOCABULARY = 5
 SHAPINGS = {name: load("pipeline.objectives.shaping", name).shape for name in NAMES}
-MARKS = {"kl_cov": kl_cov.mark, "htpo": htpo.mark}
+MARKS = {"kl_cov": kl_cov.mark, "htpo": htpo.mark, "mcpo": mcpo.mark}
 
 
 def config(*shaping, loss="ppo", **parameters):
@@ -183,6 +183,13 @@ def test_covariance_tops():
     assert held.nonzero()[:, 0].tolist() == sorted(ranked[:3])
     assert MARKS["kl_cov"](t, config(), 0).marks.nonzero().tolist() == [[ranked[0]]]  # at least one
     assert (clip_cov.detach_top(t, 0.3).scale == 0).nonzero()[:, 0].tolist() == sorted(ranked[:3])
+
+
+def test_mcpo_marks_the_tokens_of_prompts_that_are_always_answered():
+    t = tokens()
+    accuracy = torch.where(t.row % 2 == 0, 1.0, 0.96).double()
+    marks = MARKS["mcpo"](replace(t, accuracy=accuracy), config(), 0).marks
+    assert marks.tolist() == [int(row % 2 == 0) for row in t.row.tolist()]
 
 
 def test_htpo_splits_responses_by_entropy():
