@@ -15,7 +15,7 @@ SINK_TESTS := tests/unit/pipeline/monitoring/test_sinks.py tests/unit/pipeline/m
 # SGLang's torchvision is a build for CUDA; with these two in the environment it can be imported.
 MEND := requirements/torchvision_without_cuda.py requirements/torchvision_without_cuda.pth
 
-.PHONY: quickstart test test-integration test-mcore19 lint bench bridge-env clean
+.PHONY: quickstart test test-integration test-mcore19 lint docs bench bridge-env clean
 
 quickstart: $(VENV)/.ready $(if $(filter sglang,$(ROLLOUT)),$(VENV)/.ready-sglang)
 	$(BIN)/python tools/quickstart.py --rollout $(ROLLOUT)
@@ -36,6 +36,10 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The documentation as a site, in build/site; a broken link fails it.
+docs: $(VENV)/.ready-docs
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 bench: $(VENV)/.ready
 	$(BIN)/python -m tools.bench.logprobs --json runs/bench/logprobs.json
@@ -76,6 +80,10 @@ $(BRIDGE)/.ready: $(VENV)/.ready-sglang requirements/bridge.txt
 	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" > $(BRIDGE)/full.pth
 	mv $(BRIDGE)/full.pth "$$($(BRIDGE)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")"
 	$(BRIDGE)/bin/python -m pip install -q --no-deps --ignore-requires-python -r requirements/bridge.txt
+	touch $@
+
+$(VENV)/.ready-docs: $(VENV)/.ready requirements/docs.txt
+	$(BIN)/python -m pip install -q --no-deps -r requirements/docs.txt
 	touch $@
 
 $(VENV)/.ready-launch: $(VENV)/.ready-sglang requirements/launch.txt requirements/monitor.txt requirements/browser.txt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 from pipeline.methods import EVIDENCE, all_methods
@@ -31,8 +32,12 @@ def table() -> str:
         if method.missing:
             absent.setdefault(method.missing, []).append(f"`{method.name}`")
     known = "; ".join(f"{name}: {meaning}" for name, meaning in EVIDENCE.items())
-    rows += ["", f"Known from: {known}.", "", "Not offered, and not imitated:", ""]
-    return "\n".join(rows + [f"- {', '.join(names)}: {why}." for why, names in absent.items()]) + "\n"
+    rows += ["", _wrapped(f"Known from: {known}."), "", "Not offered, and not imitated:", ""]
+    return "\n".join(rows + [_wrapped(f"- {', '.join(names)}: {why}.", "  ") for why, names in absent.items()]) + "\n"
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 if __name__ == "__main__":
