@@ -25,7 +25,7 @@ class SuiteConfig:
     """One comparison: its task, budget, seeds and methods."""
 
     title: str = key("", "heading of the report")
-    base: str = key(MISSING, "recipe that every run starts from", path=True)
+    base: str = key(MISSING, "recipe that every run starts from", path="read")
     overrides: list[str] = key([], "key=value of every run; a method's own come after them")
     methods: list[str] = key([], "names of methods, see `isentrope lab methods`, or of variants")
     variants: dict[str, Any] = key(

@@ -30,7 +30,7 @@ class SshConfig:
     host: str = key("", "login node to submit from over SSH; empty: this machine submits")
     user: str = key("", "user there")
     port: int = key(0, "port of its sshd; 0: what your ssh configuration says, or 22", range=Range(0, 2**16 - 1))
-    identity: str = key("", "private key file; empty: the SSH agent, then a password", path=True)
+    identity: str = key("", "private key file; empty: the SSH agent, then a password", path="read")
     job_dir: str = key(
         "",
         "folder there, on a file system that the nodes share, for code and job scripts",

@@ -10,10 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from pipeline.config.errors import ConfigError
 from pipeline.config.schema import RunConfig
 from pipeline.monitoring.deliver import behind
-from pipeline.monitoring.sinks.factory import build_sinks, problems
+from pipeline.monitoring.sinks.factory import build_sinks
 
 log = logging.getLogger(__name__)
 
@@ -27,13 +26,10 @@ class Sidecar:
     """
 
     def __init__(self, config: RunConfig, run_dir: Path) -> None:
-        """Raises ``ConfigError`` for sinks that cannot work here; nothing is started."""
+        """Of sinks that ``factory.problems`` has nothing to say about; nothing is started."""
         self._run_dir = run_dir
         self._sinks = list(build_sinks(config, run_dir))
         self._process: subprocess.Popen[bytes] | None = None
-        found = problems(config)
-        if found:
-            raise ConfigError.of(found)
 
     def start(self) -> None:
         """Start following the log, which must exist. A sidecar that cannot start is a warning: the run goes on."""

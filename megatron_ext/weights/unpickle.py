@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
+from pipeline.data import DataError
+
 _DCP = "torch.distributed.checkpoint"
 _METADATA: Mapping[str, Collection[str]] = {
     "builtins": {"set", "frozenset"},
@@ -43,7 +45,7 @@ _EXTRA_STATE: Mapping[str, Collection[str]] = {
 }
 
 
-class UnsafeCheckpointError(ValueError):
+class UnsafeCheckpointError(DataError):
     """A checkpoint that would execute code, or that holds what no checkpoint holds."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 MOST = 10**9  # of an integer whose range names no upper limit
 
@@ -57,7 +57,7 @@ def key(
     range: Range | None = None,
     unit: str = "",
     form: Form | None = None,
-    path: bool = False,
+    path: Literal["", "read", "written"] = "",
 ) -> Any:
     """A field of a configuration's dataclass, with all that one key says about its own values.
 
@@ -67,7 +67,8 @@ def key(
         choices: permitted words, with meanings where the words do not say them. Of a list: those of its entries.
         range: permitted numbers. Of a list: those of its entries.
         unit: what a number counts or measures, e.g. "seconds".
-        path: whether the text is a file or folder that is read; ``load`` finds it from the file that names it.
+        path: whether the text is a file or folder that is read, or one that is written; ``load`` finds it from the file
+            that names it. What is read may be packaged.
         form: what texts look like; a text may be one of ``choices`` instead. Of a list: its entries.
     """
     words = dict(choices) if isinstance(choices, Mapping) else dict.fromkeys(choices, "")

@@ -29,7 +29,7 @@ class Key:
     range: Range | None  # permitted numbers
     unit: str
     form: Form | None  # what texts look like that are none of ``choices``
-    path: bool  # a file or folder that is read
+    path: str  # "read" or "written": a file or folder; "": none
 
     @property
     def type_name(self) -> str:

@@ -98,13 +98,16 @@ def _found(given: Assignment, schema: type) -> Assignment:
     """A path that can be read from any folder: absolute, or below the packaged ``configs/`` where that has it.
 
     A relative path belongs to the folder of the file that names it; on the command line, and in a packaged file, to the
-    working directory. What that folder does not have may be packaged.
+    working directory. What is read, and that folder does not have, may be packaged.
     """
     known = schema_keys(schema).get(given.key)
     if known is None or not known.path or not isinstance(given.value, str) or not given.value or "${" in given.value:
         return given
     own = given.source != COMMAND_LINE and not Path(given.source).is_relative_to(PACKAGED)
-    path = resolve_path(given.value, Path(given.source).parent if own else Path.cwd())
+    folder = Path(given.source).parent if own else Path.cwd()
+    if known.path == "written":
+        return replace(given, value=str(folder / os.path.expanduser(given.value)))
+    path = resolve_path(given.value, folder)
     return replace(given, value=str(path.relative_to(PACKAGED) if path.is_relative_to(PACKAGED) else path))
 
 

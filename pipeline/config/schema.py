@@ -33,7 +33,7 @@ class ModelConfig:
     hf_path: str = key(
         MISSING,
         "Hugging Face folder (config.json, *.safetensors, tokenizer.json)",
-        path=True,
+        path="read",
     )
     dtype: str = key("fp32", "parameter type of the learner", choices=("fp32", "bf16"))
 
@@ -322,7 +322,9 @@ class SourceConfig:
     task: str = key(
         "pm4", "countdown: pm<n> (+,-) or cd<n> (+,-,*) with 2 to 5 digits; reasoning_gym: dataset name, e.g. chain_sum"
     )
-    path: str = key("", "jsonl: file with one object a line: id, prompt or messages, answer, verifier, meta", path=True)
+    path: str = key(
+        "", "jsonl: file with one object a line: id, prompt or messages, answer, verifier, meta", path="read"
+    )
     size: int = key(1000, "reasoning_gym: items to generate", range=COUNT, unit="prompts")
     seed: int = key(
         0, "reasoning_gym: seed of the items; not the run's, so that every run is asked the same", range=SEED
@@ -338,7 +340,7 @@ class DataConfig:
     held_out: float = key(0.1, "share of the source kept for evaluation, chosen by prompt id", range=SHARE)
     chat_template: bool = key(False, "render prompts with the tokenizer's chat template")
     chat_template_file: str = key(
-        "", "Jinja file used in place of the model's own chat template; needs chat_template", path=True
+        "", "Jinja file used in place of the model's own chat template; needs chat_template", path="read"
     )
     chat_template_kwargs: dict[str, Any] = key(
         {}, "variables for the chat template, e.g. {enable_thinking: false}; needs chat_template"
@@ -357,7 +359,7 @@ class DataConfig:
         "",
         "where modules of your own verifiers are looked for, before the working directory; empty: the folder of the "
         "configuration file that sets data.verifier, else of the configuration file",
-        path=True,
+        path="read",
     )
     verifier_timeout_s: float = key(
         5.0, "longest verification; then the sample is marked and gets reward 0", range=POSITIVE, unit="seconds"
@@ -751,7 +753,9 @@ class PrometheusConfig:
     host: str = key("127.0.0.1", "address to listen on; 0.0.0.0 for a Prometheus on another machine")
     port: int = key(9108, "port of /metrics", range=Range(1, 65535))
     targets: str = key(
-        "", "folder where a file names this endpoint while it runs, for Prometheus's file_sd_configs; empty: none"
+        "",
+        "folder where a file names this endpoint while it runs, for Prometheus's file_sd_configs; empty: none",
+        path="written",
     )
 
 
@@ -762,13 +766,13 @@ class AlertsConfig:
     rules: str = key(
         "",
         "folder with further rules, or the shipped ones changed (a file of the same name); empty: the shipped ones",
-        path=True,
+        path="read",
     )
     off: list[str] = key([], "names of rules that are not wanted, e.g. [reward_drop]")
     webhook_file: str = key(
         "",
         "file that holds the URL (a secret) to which alerts are posted, in the form that Slack takes; empty: none",
-        path=True,
+        path="read",
     )
     mail: str = key("", "address that alerts are mailed to with the node's sendmail; empty: none")
     slurm_comment: bool = key(False, "put the newest alert into the Slurm job's comment")
@@ -824,7 +828,7 @@ class RunConfig:
     """A whole training run."""
 
     name: str = key("run", "label in reports", form=FOLDER_NAME)
-    run_dir: str = key("", "folder the run writes; empty: runs/<name>-<date>-<time>")
+    run_dir: str = key("", "folder the run writes; empty: runs/<name>-<date>-<time>", path="written")
     seed: int = key(0, "seed of data order, sampling and dropout", range=SEED)
     steps: int = key(100, "training steps", range=COUNT, unit="steps")
     runtime: str = key(

@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.config.schema import RunConfig
 from pipeline.evaluation.metrics import distinct_correct, maj_at_k, pass_at_k, pass_interval
 from pipeline.rewards.answers import grouped_answers
-from pipeline.rewards.stage import VerifierStage
+from pipeline.rewards.stage import VerifierStage, stop_if_none_was_judged
 from pipeline.seeds import sample_seed, stream_seed
 from pipeline.types import GenerateRequest, Prompt, Role, SampleGroup
 
@@ -62,7 +62,8 @@ def evaluate(
     Uses at most ``evaluation.prompts`` of ``prompts``.
 
     The chosen prompts depend on their ids alone, so that runs with different seeds answer the same questions. Raises
-    ``ValueError`` when there are no prompts or a k exceeds ``evaluation.samples``.
+    ``ValueError`` when there are no prompts or a k exceeds ``evaluation.samples``, ``VerifierFailedError`` when not one
+    response could be judged.
     """
     if not prompts:
         raise ValueError("there are no held-out prompts to evaluate: raise data.held_out, or switch evaluation off")
@@ -75,6 +76,7 @@ def evaluate(
         return GenerateRequest(prompt, seeds, settings.temperature, config.rollout.max_new_tokens, Role.EVALUATION)
 
     groups = verifier.verify(generate([request(prompt) for prompt in choose_prompts(prompts, settings.prompts)]))
+    stop_if_none_was_judged(groups, config.data)
     seed = stream_seed(config.seed, "bootstrap")
     return measure(groups, settings.k, seconds=time.perf_counter() - started, seed=seed)
 

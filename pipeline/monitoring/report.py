@@ -212,13 +212,13 @@ def _samples(runs: Sequence[RunHistory]) -> str:
         files = sorted((run.run_dir / "samples").glob("step-*.jsonl"))
         rows = [_sample_row(sample) for sample in (read_samples(files[-1])[:SHOWN_SAMPLES] if files else [])]
         if rows:
-            header = ["prompt", "response", "reward", "role", "T", "entropy"]
+            header = ["prompt", "response", "extracted", "reward", "role", "T", "entropy"]
             blocks.append(f"<h3>{escape(run.title)}, step {int(files[-1].stem[5:])}</h3>" + html_table(header, rows))
     return f"<details><summary>Samples of the last step</summary>{''.join(blocks)}</details>" if blocks else ""
 
 
 def _sample_row(sample: Mapping[str, Any]) -> list[str]:
-    texts = [escape(str(sample[name])[-200:]) for name in ("prompt", "response")]
+    texts = [escape(str(sample.get(name) or "")[-200:]) for name in ("prompt", "response", "extracted")]
     entropies = [value for value in sample.get("entropies", []) if value is not None]  # nine steps of ten have none
     entropy = sum(entropies) / len(entropies) if entropies else None  # nats per token
     figures = [_number(sample["temperature"]), _number(entropy)]

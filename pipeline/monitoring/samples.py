@@ -13,6 +13,7 @@ import numpy as np
 
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.monitoring.events import to_json
+from pipeline.rewards.verifier import extracted
 from pipeline.types import KeptSample
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ def described(kept: KeptSample, step: int, tokenizer: Tokenizer | None) -> dict[
         "prompt": kept.prompt.text,
         "answer": kept.prompt.answer,
         "response": sample.text,
+        "extracted": None if sample.finish_reason == "abort" else extracted(kept.prompt.verifier, sample.text),
         "reward": sample.reward,
         "role": str(sample.role),
         "temperature": sample.temperature,
@@ -66,6 +68,7 @@ class _Kept(TypedDict, total=False):
     prompt: Required[str]
     answer: Any
     response: Required[str]
+    extracted: str | None
     reward: Required[float | None]
     role: Required[str]
     temperature: Required[float]

@@ -11,7 +11,7 @@ from pipeline.config.schema import DataConfig
 from pipeline.data import DataError
 from pipeline.rewards.judge import judge_of
 from pipeline.rewards.stage import verdict
-from pipeline.rewards.verifier import UnknownVerifierError, check_verifier, make_verifier
+from pipeline.rewards.verifier import UnknownVerifierError, check_verifier, extracted
 from pipeline.types import Prompt
 
 _KEYS = ("verifier", "answer", "response")
@@ -49,7 +49,7 @@ def grade_file(path: Path, config: DataConfig) -> list[Grade]:
         faults += [(number, reason) for number, reason in zip(calls, refusals, strict=True) if reason]
         if faults:
             raise DataError("\n".join(f"{path}:{number}: {reason}" for number, reason in sorted(faults)))
-        return _grades(calls, judge.outcomes(list(calls.values())), config.verifier_folder)
+        return _grades(calls, judge.outcomes(list(calls.values())))
     finally:
         judge.close()
 
@@ -74,9 +74,9 @@ def _call(line: bytes, number: int, folder: str) -> tuple[Prompt, str]:
     return prompt, item["response"]
 
 
-def _grades(calls: dict[int, tuple[Prompt, str]], outcomes: Sequence[float | str], folder: str) -> list[Grade]:
+def _grades(calls: dict[int, tuple[Prompt, str]], outcomes: Sequence[float | str]) -> list[Grade]:
     grades = []
     for (number, (prompt, text)), outcome in zip(calls.items(), outcomes, strict=True):
         reward, error = verdict(outcome)
-        grades.append(Grade(number, reward, make_verifier(prompt.verifier, folder).extract(text), error))
+        grades.append(Grade(number, reward, extracted(prompt.verifier, text), error))
     return grades

@@ -67,8 +67,8 @@ def stop_if_none_was_judged(groups: Sequence[SampleGroup], config: DataConfig) -
         return
     prompt, sample = finished[0]
     raise VerifierFailedError(
-        f"verifier {prompt.verifier!r} could judge none of the {len(finished)} responses of this "
-        f"step; the first, to prompt {prompt.id!r}: {sample.verifier_error}. Mend the verifier or the answers "
+        f"verifier {prompt.verifier!r} could judge none of {len(finished)} responses; the first, to "
+        f"prompt {prompt.id!r}: {sample.verifier_error}. Mend the verifier or the answers "
         "(`isentrope data grade` tries both), or set data.on_verifier_error=mark to go on with reward 0"
     )
 

@@ -35,8 +35,9 @@ class Verifier(Protocol):
     def score(self, prompt: Prompt, text: str) -> float:
         """Reward in [0, 1]; exactly 1 means correct."""
 
-    def extract(self, text: str) -> str | None:
-        """What the response answers, as it is written there; None where it answers nothing."""
+    @staticmethod
+    def extract(text: str) -> str | None:
+        """What the response answers, as it is written there; None where it answers nothing. Linear in the text."""
 
     def refusal(self, prompt: Prompt) -> str:
         """Why no response could match the prompt's reference answer, with the remedy; "" where one can."""
@@ -139,6 +140,12 @@ def make_verifier(name: str, folder: str = "") -> Verifier:
         return cast("Verifier", load(_PACKAGE, name).Verifier())
     module, _, attribute = name.partition(":")
     return _function.Verifier(_own_function(name, module, attribute, folder))
+
+
+def extracted(name: str, text: str) -> str | None:
+    """``Verifier.extract`` of the verifier called ``name``, without loading its libraries."""
+    verifier = load(_PACKAGE, name).Verifier if name in names(_PACKAGE) else _function.Verifier
+    return cast("str | None", verifier.extract(text))
 
 
 @cache

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -87,6 +88,39 @@ def assert_entropies_of_the_start(run_dir: Path) -> list[dict]:
         exact = torch.special.entr(logits.softmax(-1)).sum(-1)
         assert line["entropies"] == pytest.approx(exact.tolist(), abs=6e-4)  # three decimals are kept
     return kept
+
+
+@pytest.mark.parametrize("body", ["raise KeyError('own')", "return 'yes'", "return -3.5"])
+def test_a_verifier_that_judges_nothing_ends_the_run_with_2(tmp_path, body):
+    """In the first batch, with the first error and its line; its module lies beside the configuration."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "broken_own.py").write_text(f"def score(prompt, text):\n    {body}\n")
+    config = tmp_path / "own" / "mine.yaml"
+    config.write_text("defaults: [quickstart.yaml]\ndata: {verifier: 'broken_own:score'}\n")
+    words = ["train", "--config", str(config), f"run_dir={tmp_path}/run", *SMALL, *ALPHA_ZERO]
+    done = subprocess.run(command(*words), cwd=tmp_path, capture_output=True, text=True, check=False, timeout=240)
+    said = "verifier 'broken_own:score' could judge none of "
+    assert (done.returncode, said in done.stderr) == (2, True), done.stderr
+    assert "Traceback" not in done.stderr
+    assert ("(broken_own.py, line 2)" in done.stderr) == ("raise" in body)
+    assert events(tmp_path / "run")[-1]["status"] == "failed"
+
+
+def test_a_checkpoint_that_would_run_code_ends_a_resume_with_2(tmp_path):
+    run_dir = tmp_path / "run"
+    train(run_dir, *ALPHA_ZERO, "steps=2", "checkpoint.every=2", "entropy.controller=none")
+    folder = next((run_dir / "checkpoints").glob("step-*"))
+    poisoned = folder / "learner" / ".metadata"
+    poisoned.write_bytes(f"cposix\nsystem\n(S'touch {tmp_path}/ran'\ntR.".encode())
+    manifest = json.loads((folder / "manifest.json").read_text())
+    data = poisoned.read_bytes()
+    manifest["files"]["learner/.metadata"] |= {"bytes": len(data), "crc32": zlib.crc32(data)}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    for words in (["train", "--resume", str(run_dir), "steps=4"], ["evaluate", "--run", str(run_dir)]):
+        done = subprocess.run(command(*words), cwd=tmp_path, capture_output=True, text=True, check=False, timeout=240)
+        assert done.returncode == 2, done.stderr
+        assert f"{poisoned} was not loaded, since loading it could execute code" in done.stderr
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ class Verifier:
     def __init__(self, function: Callable[[Prompt, str], float]) -> None:
         self._function = function
 
-    def extract(self, text: str) -> str | None:
+    @staticmethod
+    def extract(text: str) -> str | None:
         """The whole response: what the function reads in it is its own affair."""
         return text or None
 

@@ -13,7 +13,8 @@ class Verifier:
     list of accepted ones.
     """
 
-    def extract(self, text: str) -> str | None:
+    @staticmethod
+    def extract(text: str) -> str | None:
         """The letter that the response ends on."""
         return chosen_letter(text) or None
 

@@ -13,7 +13,8 @@ class Verifier:
     ones), up to white space. Numbers are compared as numbers: ``12.0`` is ``12``.
     """
 
-    def extract(self, text: str) -> str | None:
+    @staticmethod
+    def extract(text: str) -> str | None:
         """What follows the thinking."""
         return " ".join((after_thinking(text) or "").split()) or None
 

@@ -27,7 +27,8 @@ class Verifier:
     def __init__(self) -> None:
         parse("1")  # imports the library now, not in the first timed call
 
-    def extract(self, text: str) -> str | None:
+    @staticmethod
+    def extract(text: str) -> str | None:
         """The response's answer as it is written there."""
         return final_answer(text)
 

@@ -25,7 +25,8 @@ class Verifier:
             lambda name, params: reasoning_gym.create_dataset(name, seed=0, size=1, **json.loads(params))
         )
 
-    def extract(self, text: str) -> str | None:
+    @staticmethod
+    def extract(text: str) -> str | None:
         """The ``<answer>`` part, else the whole text."""
         return tagged_answer(text) or None
 

@@ -228,6 +228,21 @@ def test_a_path_that_is_not_there_is_told_whole(tmp_path, monkeypatch):
     assert [(p.key, p.value) for p in caught.value.problems] == [("data.source.path", str(tmp_path / "no.jsonl"))]
 
 
+def test_what_is_written_belongs_to_the_folder_of_the_file_that_names_it(tmp_path, monkeypatch):
+    """And never to a packaged folder of the same name."""
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    mine = tmp_path / "a" / "mine.yaml"
+    mine.write_text("defaults: [quickstart.yaml]\nrun_dir: recipe\nmonitoring: {prometheus: {targets: ~/targets}}\n")
+    config = load_config(mine)
+    assert config.run_dir == str(tmp_path / "a" / "recipe")
+    assert config.monitoring.prometheus.targets == "/home/me/targets"
+    assert load_config(mine, ["run_dir=runs/x"]).run_dir == str(tmp_path / "runs" / "x")
+    assert load_config(mine, ["run_dir=~/x"]).run_dir == "/home/me/x"
+    assert load_config(mine, ["run_dir=''"]).run_dir == ""
+
+
 def test_own_verifiers_belong_to_the_folder_of_the_file_that_names_them(tmp_path):
     """And stay there, in the run's own config.yaml, however the run is resumed."""
     for name in ("a", "b"):

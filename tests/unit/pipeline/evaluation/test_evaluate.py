@@ -8,7 +8,7 @@ from pipeline.config.schema import DataConfig, EvaluationConfig, ModelConfig, Ro
 from pipeline.data.sources import load_prompts
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.evaluation.evaluate import choose_prompts, evaluate
-from pipeline.rewards.stage import VerifierStage
+from pipeline.rewards.stage import VerifierFailedError, VerifierStage
 from pipeline.seeds import sample_seed
 from pipeline.types import Prompt, Role, Sample, SampleGroup, WeightSpan
 
@@ -44,6 +44,12 @@ def run(texts, ids=("a", "b"), **config):
     )
     result = evaluate(engine.generate, VerifierStage(DataConfig(), tokenizer), prompts, settings, step=7)
     return engine, result
+
+
+def test_an_evaluation_without_a_verdict_ends_with_the_first_error(monkeypatch):
+    monkeypatch.setattr("pipeline.rewards.verifiers.countdown.Verifier.score", lambda self, prompt, text: 3.0)
+    with pytest.raises(VerifierFailedError, match=r"could judge none of 4 responses.*reward 3.0 is outside \[0, 1\]"):
+        run(["1+2$", "2+1$"], k=[1])
 
 
 def test_figures_by_hand():

@@ -171,6 +171,19 @@ def test_samples_hold_every_token_with_its_log_prob_and_entropy(tmp_path):
     assert line["pieces"] == ["1", "+", "2", "$"]
     assert line["log_probs"] == [-0.693, -1.386, -0.105, 0.0]
     assert line["entropies"] == [0.693, 1.386, 0.405, 0.0]
+    assert line["extracted"] == "1+2+3+4"
+
+
+def test_samples_say_what_the_verifier_took_for_the_answer(tmp_path):
+    """Without its libraries: math-verify takes a second to import."""
+    said = [r"so \boxed{12}", r"so \boxed{", "The answer is (B).", "<think>9</think> 12 "]
+    for verifier, text, found in zip(("math", "math", "choice", "exact"), said, ("12", None, "B", "12"), strict=True):
+        kept = KeptSample(replace(runs.PROMPT, verifier=verifier), replace(runs.sample(), text=text), None)
+        write_samples(tmp_path, 1, [kept], None)
+        assert json.loads((tmp_path / "step-000001.jsonl").read_text())["extracted"] == found
+    cut = replace(runs.sample(), text=said[0], finish_reason="abort")
+    write_samples(tmp_path, 1, [KeptSample(replace(runs.PROMPT, verifier="math"), cut, None)], None)
+    assert json.loads((tmp_path / "step-000001.jsonl").read_text())["extracted"] is None
 
 
 def test_the_clock_accounts_for_every_second():

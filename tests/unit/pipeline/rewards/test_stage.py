@@ -222,7 +222,7 @@ def test_unknown_names_stop_the_run(stage, own):
 def test_a_step_without_a_verdict_ends_the_run_with_the_first_error_and_its_line(stage, own):
     none = stage.verify([group("own_judge:judge", "", ["1", "4"]), group("own_judge:judge", "", ["5"], "abort")])
     with pytest.raises(
-        VerifierFailedError, match=r"'own_judge:judge' could judge none of the 2 .* \(own_judge.py, line 6\)"
+        VerifierFailedError, match=r"'own_judge:judge' could judge none of 2 .* \(own_judge.py, line 6\)"
     ):
         stop_if_none_was_judged(none, DataConfig())
     stop_if_none_was_judged(none, DataConfig(on_verifier_error="mark"))

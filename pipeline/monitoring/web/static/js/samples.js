@@ -191,6 +191,7 @@ function detail(sample, colour) {
   const facts = {
     reward: number(sample.reward),
     answer: typeof sample.answer === "string" ? sample.answer : JSON.stringify(sample.answer),
+    ...(typeof sample.extracted === "string" ? { extracted: sample.extracted } : {}),
     role: sample.role,
     temperature: number(sample.temperature),
     tokens: number(sample.tokens),
