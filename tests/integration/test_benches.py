@@ -1,5 +1,6 @@
 """Every benchmark of tools/bench runs, at a size that takes seconds; what it measures there means nothing."""
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -12,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "configs/model/pm4-100k"
-LIBRARIES = {"alert_traces", "layouts", "logprob_peers"}  # used by other benchmarks, not run
+LIBRARIES = {"alert_traces", "layouts", "live_sync", "logprob_peers"}  # used by other benchmarks, not run
 ELSEWHERE = {"bridge"}  # run by test_bridge_oracle, in the environment that has megatron-bridge
 # OUT is a folder of the test's own, RUNS holds a finished run.
 SMALL = {
@@ -74,6 +75,21 @@ def bench(name: str, words: list[str], out: Path) -> None:
     sys.argv = [name, *words]
     import_module(f"tools.bench.{name}").main()
     sys.stdout.flush()
+
+
+def test_the_plan_brings_a_live_server_its_slices_and_no_other_byte(processes, tmp_path):
+    pytest.importorskip("sglang")
+    words = ["--live", "--learner", "tp=2,pp=1,dp=1", "--engines", "tp=2,count=1", "--megabytes", "1", "--repeat", "1", "--json"]
+    process = processes.Process(target=bench, args=("weight_sync", [*words, f"{tmp_path}/figures"], tmp_path / "said"))
+    process.start()
+    process.join(280)
+    process.kill()
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "said").read_text()[-3000:]
+    found = json.loads((tmp_path / "figures").read_text())
+    assert found["received_bytes_per_rank"] == found["minimum_bytes_per_rank"]
+    assert min(found["minimum_bytes_per_rank"]) > 0
+    assert {"seconds", "gather_broadcast_seconds"} <= found.keys()
 
 
 @pytest.mark.parametrize("name", SMALL)

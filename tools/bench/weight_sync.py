@@ -4,6 +4,8 @@ Same processes, same weights, one run.
 
     python -m tools.bench.weight_sync           # every layout, a table
     python -m tools.bench.weight_sync --json     # the same as JSON
+    python -m tools.bench.weight_sync --live --learner tp=2,pp=1,dp=1 --engines tp=2,count=1 --json FILE
+                                                 # real SGLang servers (``live_sync``); --model DIR or --megabytes N
 
 Gather and broadcast, per parameter: colocated, PP (and EP) broadcast of the shard to every stage, TP all-gather on
 every rank, then each engine rank slices (slime's update_weight_from_tensor, verl with megatron-bridge's export).
@@ -15,9 +17,14 @@ the busiest engine rank receives. Both ways must end bitwise equal.
 
 from __future__ import annotations
 
+import argparse
+import json
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -260,8 +267,36 @@ def bench(name: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Every case, then print."""
-    layouts.main(__doc__, CASES, bench)
+    """Every case, then print; or one pair of layouts with live servers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--live", action="store_true", help="update real SGLang servers")
+    parser.add_argument("--learner", default="tp=2,pp=1,dp=1", help="tp, pp, dp, ep, etp")
+    parser.add_argument("--engines", default="tp=2,count=1", help="tp, ep, count")
+    parser.add_argument("--model", type=Path, help="a Hugging Face folder")
+    parser.add_argument("--megabytes", type=int, default=60, help="without --model: size of a random Llama")
+    parser.add_argument("--repeat", type=int, default=REPEATS)
+    parser.add_argument("--json", type=Path, help="file to write")
+    if "--live" not in sys.argv[1:]:
+        layouts.main(__doc__, CASES, bench)
+        return
+    given = parser.parse_args()
+    from tools.bench import live_sync
+    from tools.bench.conversion import synthetic
+
+    with tempfile.TemporaryDirectory() as root:
+        folder = given.model or synthetic(Path(root) / "model", given.megabytes)
+        if not given.model:
+            (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
+        result = live_sync.run(folder, Grid(**_sizes(given.learner)), EngineGrid(**_sizes(given.engines)), given.repeat)
+    text = json.dumps({"learner": given.learner, "engines": given.engines, **result}, indent=1)
+    print(text)
+    if given.json:
+        given.json.write_text(text)
+
+
+def _sizes(text: str) -> dict[str, int]:
+    """``tp=2,pp=1`` as a dictionary."""
+    return {name: int(number) for name, _, number in (word.partition("=") for word in text.split(","))}
 
 
 if __name__ == "__main__":
