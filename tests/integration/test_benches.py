@@ -79,8 +79,20 @@ def bench(name: str, words: list[str], out: Path) -> None:
 
 def test_the_plan_brings_a_live_server_its_slices_and_no_other_byte(processes, tmp_path):
     pytest.importorskip("sglang")
-    words = ["--live", "--learner", "tp=2,pp=1,dp=1", "--engines", "tp=2,count=1", "--megabytes", "1", "--repeat", "1", "--json"]
-    process = processes.Process(target=bench, args=("weight_sync", [*words, f"{tmp_path}/figures"], tmp_path / "said"))
+    words = [
+        "--live",
+        "--learner",
+        "tp=2,pp=1,dp=1",
+        "--engines",
+        "tp=2,count=1",
+        "--megabytes",
+        "1",
+        "--repeat",
+        "1",
+        "--json",
+    ]
+    words.append(f"{tmp_path}/figures")
+    process = processes.Process(target=bench, args=("weight_sync", words, tmp_path / "said"))
     process.start()
     process.join(280)
     process.kill()
