@@ -89,14 +89,15 @@ class TrainingLoop:
         with clock("batch"):
             batch = self.queue.batch(drawn, self.step)
             chosen = choose(samples, self.config.monitoring.samples_per_step, self.step)
-        with clock("train"):
-            self.rollouts.make_room()
+        with clock("train"), self.rollouts.training(self.step + 1):
             batch = prepare(batch, self.learner, self.config, self.step)
             kept = measure(chosen, self.learner, self.step)
             repeated = repeated_entropy(samples.repeated, self.learner)
             stats = self.learner.update(batch, self.step)
             if samples.repeated:
                 stats = with_repeated(stats, repeated)
+        with clock("sample"):
+            self.queue.settle()
         with clock("sync"):
             self.rollouts.push(self.step + 1)
         positives = positives_consumed(batch)
@@ -110,6 +111,7 @@ class TrainingLoop:
             following=self.decision,
             positives=positives,
             rollouts=self.rollouts.figures(),
+            drawing_s=self.queue.drawn_for(),
         )
         self.recorder.step(outcome)
         self.step += 1

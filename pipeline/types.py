@@ -6,6 +6,7 @@ token that the loss is about: one that the policy drew, which the logits at the 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -102,6 +103,10 @@ class Sample:
         """Whether every token came from weights ``version``."""
         return all(span.version == version for span in self.weight_versions)
 
+    def drawn_since(self, version: int) -> bool:
+        """Whether every token came from weights ``version`` or later ones."""
+        return all(span.version >= version for span in self.weight_versions)
+
 
 @dataclass(frozen=True)
 class SampleGroup:
@@ -128,6 +133,22 @@ class StepSamples:
     auxiliary: Sequence[SampleGroup]
     stale: int  # samples dropped for their weight version
     repeated: Sequence[SampleGroup] = ()  # not verified
+
+    def ages(self, step: int) -> dict[str, float]:
+        """``mean`` and ``max`` age of the main tokens when ``step`` trains on them, in updates since the weights that
+        drew them; ``share_<age>`` of the tokens. 0 where there are no tokens.
+        """
+        tokens = Counter[int]()
+        for group in self.main:
+            for sample in group.samples:
+                for span in sample.weight_versions:
+                    tokens[step - span.version] += span.end - span.start
+        total = tokens.total()
+        if not total:
+            return {"mean": 0.0, "max": 0.0}
+        mean = sum(age * count for age, count in tokens.items()) / total
+        shares = {f"share_{age}": count / total for age, count in sorted(tokens.items()) if count}
+        return {"mean": mean, "max": float(max(tokens)), **shares}
 
 
 @dataclass(frozen=True)
@@ -183,7 +204,7 @@ class TrainBatch:
     token_advantages: torch.Tensor | None = None  # float32 [targets], in place of ``advantages``
     token_weights: torch.Tensor | None = None  # float32 [targets], e.g. 0 on tokens that Clip-Cov detaches
     marks: torch.Tensor | None = None  # uint8 [targets], tokens that the loss treats in a way of their own
-    staleness: int = 0  # updates between the weights that drew the main rows and those that train on them
+    staleness: int = 0  # mean age of the main rows' tokens, rounded: updates since the weights that drew them
     positive_weights: torch.Tensor | None = (
         None  # float32 [rows], ``reweight``: as ``weights``, of a main row's positive term
     )
@@ -335,6 +356,7 @@ class StepOutcome:
     following: ControlDecision  # made from the step's entropy reading
     positives: int  # correct rows that the actuator consumed
     rollouts: Mapping[str, Mapping[str, float]]  # figures of ``sync`` (bytes, buckets) and ``engines`` (alive, total)
+    drawing_s: float  # seconds in which samples, of this step or later ones, were drawn and verified
 
 
 @dataclass(frozen=True)

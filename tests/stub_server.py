@@ -38,11 +38,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return self.send_error(503)
         self.reply({{"loads": [figures]}} if self.path == "/v1/loads" else {{}})
     def do_POST(self):
-        rows = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["input_ids"]
+        self.rfile.read(int(self.headers["Content-Length"]))
         time.sleep({reply_s})
         stop = {{"type": "stop"}}
         meta = {{"finish_reason": stop, "weight_version": "0", "output_token_logprobs": [[-0.5, 7, None]]}}
-        self.reply([{{"output_ids": [7], "meta_info": meta}}] * len(rows))
+        self.reply({{"output_ids": [7], "meta_info": meta}})
 http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()
 """
 

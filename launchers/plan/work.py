@@ -147,14 +147,15 @@ def from_config(model: Architecture, config: RunConfig, mean_response: int = 0, 
 
 
 def _passes(config: RunConfig) -> int:
-    """Forward passes over a step's rows beside training's; ``pipeline.step.prepare`` and ``rollout.queue`` make them.
+    """Forward passes over a step's rows beside training's; ``pipeline.step.prepare`` makes them.
 
     The teacher of ``rlrt`` is counted as if all rows had one.
     """
     objective, entropy, stale = config.objective, config.entropy, config.rollout.staleness > 0
     clip_cov = entropy.controller != "none" and entropy.actuator == "clip_cov"
     statistics = clip_cov or bool(objective.token_shaping) or objective.loss in ("kl_cov", "htpo", "mcpo")
-    old = stale or (config.learner.updates_per_step > 1 and not statistics)
+    told = stale and objective.old_log_probs == "engine"
+    old = config.learner.updates_per_step > 1 and not statistics and not told
     return sum((objective.kl_coef > 0, old, statistics, "rlrt" in objective.token_shaping))
 
 

@@ -6,11 +6,12 @@ Weights pass neither through the driver nor through Ray: the learner's ranks sen
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import ray
 import torch
@@ -23,11 +24,12 @@ from pipeline.fingerprints import Files
 from pipeline.learner import Learner
 from pipeline.monitoring.memory import resident_gib
 from pipeline.reshard.order import Order
-from pipeline.rollout.engine import EngineError, EngineTimeoutError, RolloutEngine, WeightUpdateError
-from pipeline.types import EngineHealth, GenerateRequest, Place, SampleGroup, Share, StepStats, TrainBatch, joined
+from pipeline.rollout.engine import EngineError, EngineTimeoutError, Finished, RolloutEngine, WeightUpdateError
+from pipeline.types import EngineHealth, GenerateRequest, Place, Share, StepStats, TrainBatch, joined
 from pipeline.units import GIB
 
 LOCALHOST = "127.0.0.1"
+DRAWS = 20  # at once on one engine: one for each step that rollout.staleness allows to be under way
 HEALTH_TIMEOUT_S = 30.0  # an engine's own health check takes at most 10
 CLOSE_TIMEOUT_S = 60.0
 SENT_BYTES = 64 << 10  # what is smaller goes with the call: through shared memory it takes 3 ms longer
@@ -234,12 +236,13 @@ class RayLearner:
         self.ranks = []
 
 
-@ray.remote(concurrency_groups={"control": 1})  # type: ignore[call-overload]  # missing in Ray's types
+@ray.remote(concurrency_groups={"control": 1, "draw": DRAWS})  # type: ignore[call-overload]  # missing in Ray's types
 class EngineProcess:
-    """One rollout engine in its own process; ``control`` answers while a generation runs."""
+    """One rollout engine in its own process; it draws while it answers other calls."""
 
     def __init__(self, build: Callable[[], RolloutEngine]) -> None:
         self.engine = build()
+        self.streams: dict[str, tuple[Iterator[Finished], int]] = {}  # and how many groups are still to come
 
     def whereabouts(self) -> Whereabouts:
         """See ``launchers.supervise.roll_call``."""
@@ -249,13 +252,26 @@ class EngineProcess:
         """Run one method of the engine, after every call queued before it."""
         return getattr(self.engine, method)(*args)
 
+    @ray.method(concurrency_group="draw")
+    def draw(self, name: str, requests: Sequence[GenerateRequest]) -> Finished:
+        """The next finished groups of the stream of this name; the first call begins it."""
+        if requests:
+            self.streams[name] = (self.engine.stream(requests), len(requests))
+        stream, left = self.streams.pop(name)
+        finished = next(stream)
+        if left > len(finished):
+            self.streams[name] = (stream, left - len(finished))
+        else:
+            list(stream)  # so that it ends
+        return finished
+
     @ray.method(concurrency_group="control")
     def control(self, method: str) -> Any:
         """Run ``abort`` or ``health`` beside whatever runs."""
         return getattr(self.engine, method)()
 
 
-class RayEngine:
+class RayEngine(RolloutEngine):
     """``RolloutEngine`` over one actor, made by ``spawn`` at every ``start``.
 
     Each phase of an update may take ``timeout_s`` (``rollout.weight_sync_timeout_s``) and a little grace; a process
@@ -283,9 +299,14 @@ class RayEngine:
         ROLL_CALL.add(self.name.replace(" ", "-"), self.process)
         self._call("start", hf_path)
 
-    def generate(self, requests: Sequence[GenerateRequest]) -> list[SampleGroup]:
-        """See ``pipeline.rollout.engine.RolloutEngine``."""
-        return self._call("generate", requests)
+    def stream(self, requests: Sequence[GenerateRequest]) -> Iterator[Finished]:
+        """See ``pipeline.rollout.engine.RolloutEngine``. One call for each of its items; the first has the requests."""
+        name, left = uuid4().hex, len(requests)
+        asked = requests
+        while left:
+            finished = answer(self.actor.draw.remote(name, asked), self.name)
+            left, asked = left - len(finished), []
+            yield finished
 
     def release(self) -> None:
         """See ``pipeline.rollout.engine.RolloutEngine``."""

@@ -137,13 +137,15 @@ def build_loop(config: RunConfig, recorder: Recorder, stack: ExitStack) -> Train
     rollouts = Rollouts(engines, learner, sync, hf_path(config), recorder.fault, colocated=colocated)
     cursor = DataCursor(prompts.train, config.seed)
     repeated = choose_prompts(prompts.held_out, config.entropy.repeated_prompts)
+    queue = RolloutQueue(config, cursor, rollouts, verifier, repeated)
+    stack.callback(queue.close)
     return TrainingLoop(
         config=config,
         rollouts=rollouts,
         learner=learner,
         verifier=verifier,
         cursor=cursor,
-        queue=RolloutQueue(config, cursor, rollouts, verifier, learner, repeated),
+        queue=queue,
         controller=controller,
         held_out=prompts.held_out,
         recorder=recorder,
@@ -249,7 +251,8 @@ def start_engines(config: RunConfig, log_dir: Path, stack: ExitStack, learner: L
             RayEngine(partial(home.remote, build), f"engine {i}", timeout_s)
             for i, (home, build) in enumerate(zip(homes, builders, strict=True))
         ]
-    pool = EnginePool(engines)
+    # SGLang takes minutes to start again; the native engine seconds, and then its samples are the same to the bit.
+    pool = EnginePool(engines, take_over=config.rollout.engine == "sglang")
     stack.callback(pool.close)
     pool.start(hf_path(config))
     return pool

@@ -20,6 +20,7 @@ def objective_problems(config: RunConfig) -> Iterator[Problem]:
     yield from _loss(config)
     yield from _dual_clip(config)
     yield from _correction(config)
+    yield from _old_log_probs(config)
     yield from _gspo(config.objective)
     yield from _shaping(config)
     yield from _rlrt(config)
@@ -91,6 +92,26 @@ def _correction(config: RunConfig) -> Iterator[Problem]:
             correction.low,
             "has no effect with objective.correction.kind=tis, which truncates large weights only",
             "set it to 0, or objective.correction.kind=mis",
+        )
+
+
+def _old_log_probs(config: RunConfig) -> Iterator[Problem]:
+    objective = config.objective
+    if objective.old_log_probs == "engine":
+        return
+    if not config.rollout.staleness:
+        yield Problem(
+            "objective.old_log_probs",
+            objective.old_log_probs,
+            "has no effect with rollout.staleness=0, where no older weights draw",
+            "remove it, or set rollout.staleness",
+        )
+    elif objective.correction.kind == "none":
+        yield Problem(
+            "objective.old_log_probs",
+            objective.old_log_probs,
+            "nothing would make up for the age of the rows: their ratio begins at 1 whatever drew them",
+            "set objective.correction.kind=tis or mis, or objective.old_log_probs=engine",
         )
 
 

@@ -273,7 +273,8 @@ class RolloutConfig:
     cuts: CutsConfig = key(CutsConfig(), "samples drawn uniformly among the likeliest tokens")
     staleness: int = key(
         0,
-        "updates between drawing a step's samples and training on them; 0: strictly on-policy; docs/control.md",
+        "updates between drawing a step's samples, beside the training, and training on them; 0: strictly on-policy; "
+        "docs/rollouts.md",
         range=Range(0, 16),
         unit="updates",
     )
@@ -551,6 +552,15 @@ class ObjectiveConfig:
         0.0,
         "weight of KL(policy || reference), k3 estimator, main rows only; reference = the starting weights",
         range=NOT_NEGATIVE,
+    )
+    old_log_probs: str = key(
+        "engine",
+        "of rows that older weights drew: what the ratio is taken to",
+        choices={
+            "engine": "the policy that drew each token, as the engines tell it",
+            "learner": "the policy that the update starts from; objective.correction makes up for the rest (decoupled "
+            "PPO)",
+        },
     )
     correction: CorrectionConfig = key(CorrectionConfig(), "correction of the train-inference mismatch")
     overlong: OverlongConfig = key(OverlongConfig(), "responses near or at the length limit")

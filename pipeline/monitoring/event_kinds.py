@@ -55,6 +55,8 @@ class StepRecord:
     sync: Mapping[str, float] = field(default_factory=dict)  # of the weight sync: bytes, buckets
     memory: Mapping[str, float] = field(default_factory=dict)  # GiB: driver, learner (largest rank), gpu (largest rank)
     engines: Mapping[str, float] = field(default_factory=dict)  # alive, total
+    ages: Mapping[str, float] = field(default_factory=dict)  # updates: mean, max; share_<age> of the main tokens
+    idle: Mapping[str, float] = field(default_factory=dict)  # share of the step's time: engines, learner
 
     @property
     def entropy(self) -> float:

@@ -36,6 +36,8 @@ STEP_MAPPINGS = {
     "sync": "sync/",
     "memory": "memory/",
     "engines": "engines/",
+    "ages": "ages/",
+    "idle": "idle/",
 }
 # Metrics of the learner that have a group of their own.
 GROUPS = ("mismatch", "correction", "entropy")

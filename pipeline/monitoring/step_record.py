@@ -46,8 +46,16 @@ def step_record(outcome: StepOutcome, band: Band, actuator: str, seconds: Mappin
         memory={"driver": resident_gib(), **stats.memory},
         sync=outcome.rollouts["sync"],
         engines=outcome.rollouts["engines"],
+        ages=outcome.samples.ages(outcome.step),
+        idle=_idle(outcome.drawing_s, seconds),
         **rollout_figures(outcome.samples),
     )
+
+
+def _idle(drawing_s: float, seconds: Mapping[str, float]) -> dict[str, float]:
+    """Shares of the step's time in which engines drew nothing, and in which the learner neither trained nor scored."""
+    total = seconds["total"]
+    return {"engines": max(0.0, 1 - drawing_s / total), "learner": 1 - seconds.get("train", 0.0) / total}
 
 
 def rollout_figures(drawn: StepSamples) -> dict[str, Any]:

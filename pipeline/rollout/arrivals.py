@@ -22,9 +22,7 @@ def checked(
     Raises ``EngineError`` where groups do not belong to the requests: nobody could tell what was answered.
     """
     if [group.prompt.id for group in groups] != [request.prompt.id for request in requests]:
-        raise EngineError(
-            f"engines answered {len(requests)} requests with {len(groups)} groups, or with others' answers"
-        )
+        raise EngineError(f"engines answered {len(requests)} requests with others' answers")
     faults: Counter[str] = Counter()
     kept = []
     for group, request in zip(groups, requests, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +22,16 @@ class WeightUpdateError(EngineError):
     """A weight update failed; the engine serves nothing until a whole update succeeds."""
 
 
+# Groups that are finished, each with the position of its request among those that were asked.
+Finished = list[tuple[int, SampleGroup]]
+
+
+def in_order(finished: Iterable[Finished], count: int) -> list[SampleGroup]:
+    """The groups of ``count`` requests in the order of the requests, once all are finished."""
+    groups = dict(pair for some in finished for pair in some)
+    return [groups[number] for number in range(count)]
+
+
 class RolloutEngine(Protocol):
     """Draws samples from the policy.
 
@@ -39,8 +49,13 @@ class RolloutEngine(Protocol):
     def start(self, hf_path: Path) -> None:
         """Bring the engine up with the weights of a Hugging Face folder, as version 0."""
 
+    def stream(self, requests: Sequence[GenerateRequest]) -> Iterator[Finished]:
+        """Every group, some at a time, as they finish. Several calls may run at once, each in a thread of its own."""
+        ...
+
     def generate(self, requests: Sequence[GenerateRequest]) -> list[SampleGroup]:
         """One group per request, in order; blocks until all are done."""
+        return in_order(self.stream(requests), len(requests))
 
     def release(self) -> None:
         """Free the GPU memory that it shares with the learner, weights and all, until the next update.

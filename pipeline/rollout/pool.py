@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,13 +10,14 @@ from typing import TypeVar
 
 from pipeline.reshard.link import refuse
 from pipeline.reshard.order import Order
-from pipeline.rollout.engine import EngineError, RolloutEngine, WeightUpdateError
-from pipeline.types import EngineHealth, GenerateRequest, SampleGroup
+from pipeline.rollout.deal import draw, raise_failed
+from pipeline.rollout.engine import EngineError, Finished, RolloutEngine, WeightUpdateError
+from pipeline.types import EngineHealth, GenerateRequest
 
 T = TypeVar("T")
 
 
-class EnginePool:
+class EnginePool(RolloutEngine):
     """``RolloutEngine`` over engines that run at the same time.
 
     Requests are divided by expected tokens, deterministically. An update is all or nothing: all engines verify before
@@ -24,10 +25,12 @@ class EnginePool:
     whole pool refuse until a later update commits.
     """
 
-    def __init__(self, engines: Sequence[RolloutEngine]) -> None:
+    def __init__(self, engines: Sequence[RolloutEngine], *, take_over: bool = False) -> None:
+        """``take_over``: engines draw what one that died had not finished; else it is to be revived first."""
         if not engines:
             raise EngineError("engine pool: no engines; set rollout.engines to at least 1")
         self._engines = tuple(engines)
+        self._take_over = take_over
         self._threads = ThreadPoolExecutor(len(engines), "engine") if len(engines) > 1 else None
         self._consistent = False
         self._updating: int | None = None  # version of the update in progress
@@ -63,22 +66,17 @@ class EnginePool:
             self._map(restart, dead)
         return dead
 
-    def generate(self, requests: Sequence[GenerateRequest]) -> list[SampleGroup]:
-        """One group per request, in order, whichever engine drew it."""
+    def stream(self, requests: Sequence[GenerateRequest], wanted: Collection[int] | None = None) -> Iterator[Finished]:
+        """Every group as it finishes, see ``pipeline.rollout.deal.draw``. ``wanted``: all positions unless given."""
         if not self._consistent:
             raise EngineError(
                 "engine pool: not every engine serves the same weights; start it or push the weights again"
             )
-        shares = split_requests(requests, len(self._engines))
-
-        def run(engine_index: int) -> list[SampleGroup]:
-            share = shares[engine_index]
-            return self._engines[engine_index].generate([requests[i] for i in share]) if share else []
-
-        groups: dict[int, SampleGroup] = {}
-        for share, results in zip(shares, self._map(run, range(len(self._engines))), strict=True):
-            groups.update(zip(share, results, strict=True))
-        return [groups[i] for i in range(len(requests))]
+        wanted = range(len(requests)) if wanted is None else wanted
+        if len(self._engines) == 1 and len(wanted) == len(requests):
+            yield from self._engines[0].stream(requests)
+        else:
+            yield from draw(self._engines, requests, wanted, take_over=self._take_over)
 
     def release(self) -> None:
         """Have every engine leave its GPUs; the pool generates again after the next update."""
@@ -159,23 +157,5 @@ class EnginePool:
         if self._threads is None:
             return [action(item) for item in items]
         futures = [self._threads.submit(action, item) for item in items]
-        failed = [error for future in futures if (error := future.exception()) is not None]
-        if len(failed) > 1 and all(isinstance(error, EngineError) for error in failed):
-            alike = len({type(error) for error in failed}) == 1
-            raise (type(failed[0]) if alike else EngineError)("; ".join(map(str, failed))) from failed[0]
+        raise_failed([error for future in futures if (error := future.exception()) is not None])
         return [future.result() for future in futures]
-
-
-def split_requests(requests: Sequence[GenerateRequest], engines: int) -> list[list[int]]:
-    """Indices of the requests that each engine takes: the longest first, each to the engine with the least work so far.
-
-    Work is prompt tokens once plus ``samples * max_new_tokens`` (greedy LPT, Graham 1969: at most 4/3 of the optimum).
-    """
-    work = [len(r.prompt.token_ids) + len(r.seeds) * r.max_new_tokens for r in requests]
-    loads = [0] * engines
-    shares: list[list[int]] = [[] for _ in range(engines)]
-    for i in sorted(range(len(requests)), key=lambda i: (-work[i], i)):
-        least = loads.index(min(loads))
-        loads[least] += work[i]
-        shares[least].append(i)
-    return [sorted(share) for share in shares]

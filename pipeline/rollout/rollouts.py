@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
 from pipeline.learner import Learner
 from pipeline.model import architecture
 from pipeline.rollout.arrivals import checked
-from pipeline.rollout.engine import EngineError
+from pipeline.rollout.engine import EngineError, Finished, in_order
 from pipeline.rollout.pool import EnginePool
 from pipeline.rollout.weight_sync import WeightSync
 from pipeline.types import GenerateRequest, SampleGroup
@@ -25,7 +27,7 @@ class Rollouts:
     An engine that died is started again once per call, with those weights.
 
     Args:
-        learner: where weights come from; it must still hold the version last pushed when ``generate`` is called.
+        learner: where weights come from; what changes them is done within ``training``.
         sync: moves them into the engines of ``pool``.
         hf_path: what an engine is started with before it receives weights.
         on_fault: told of every engine brought back and of samples left out, in words.
@@ -45,13 +47,14 @@ class Rollouts:
         self._pool, self._learner, self._sync = pool, learner, sync
         self._hf_path, self._on_fault = hf_path, on_fault
         self._colocated = colocated
-        self._version = 0
         self._size: tuple[int, int] | None = None  # of a weight sync
         self._revived: set[int] = set()  # engines, since figures were last asked for
+        self._held = 0  # version of the learner's weights
+        self._learner_free = threading.Lock()  # its weights do not change and nobody else reads them
 
     def push(self, version: int) -> None:
         """Hand the learner's weights over as ``version``. Raises ``WeightUpdateError`` when a second try fails too."""
-        self._version = version
+        self._held = version
         if self._colocated:
             self._learner.empty_cache()
         try:
@@ -61,33 +64,57 @@ class Rollouts:
             self._sync.push(version)
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[SampleGroup]:
-        """One group per request, in order.
+        """As ``stream``: one group per request, in order, once all are finished."""
+        return in_order(self.stream(requests), len(requests))
+
+    def stream(self, requests: Sequence[GenerateRequest]) -> Iterator[Finished]:
+        """Every group as it finishes.
 
         Samples that cannot be right come back empty and aborted, and ``on_fault`` is told. Where none is right, all are
         drawn once more. Raises ``EngineError`` when no engine had died, or when a second try fails too.
         """
-        groups, faults = self._drawn(requests)
-        if faults and faults.total() == sum(len(request.seeds) for request in requests):
-            self._on_fault(f"every sample is drawn again: {_told(faults)}")
-            groups, faults = self._drawn(requests)
-            if faults.total() == sum(len(request.seeds) for request in requests):
+        faults = Counter[str]()
+        unfit: Finished = []  # kept back until one sample is right
+        for last_try in (False, True):
+            right, faults, unfit = 0, Counter[str](), []
+            for some in self._drawn(requests):
+                groups, found = checked([group for _, group in some], [requests[i] for i, _ in some], self._vocabulary)
+                faults += found
+                right += sum(len(requests[i].seeds) for i, _ in some) - found.total()
+                unfit += [(i, group) for (i, _), group in zip(some, groups, strict=True)]
+                if right:
+                    yield unfit
+                    unfit = []
+            if right or not faults:
+                break
+            if last_try:
                 raise EngineError(
                     f"no sample of {faults.total()} is fit for use, twice in a row: {_told(faults)}; look at the "
                     "engines' logs, and whether they serve the learner's model"
                 )
+            self._on_fault(f"every sample is drawn again: {_told(faults)}")
+        if unfit:
+            yield unfit
         if faults:
             self._on_fault(f"{faults.total()} samples are left out: {_told(faults)}")
-        return groups
 
-    def _drawn(self, requests: Sequence[GenerateRequest]) -> tuple[list[SampleGroup], Counter[str]]:
-        """The groups, checked, and how many samples have which fault; an engine that died is started again, once."""
-        try:
-            groups = self._pool.generate(requests)
-        except EngineError as error:
-            self._revive(error)
-            self._sync.push(self._version)
-            groups = self._pool.generate(requests)
-        return checked(groups, requests, self._vocabulary)
+    def _drawn(self, requests: Sequence[GenerateRequest]) -> Iterator[Finished]:
+        """The groups as they come; when an engine has died and nobody took its place, it is started again, once."""
+        left = set(range(len(requests)))
+        for may_revive in (True, False):
+            try:
+                for some in self._pool.stream(requests, frozenset(left)):
+                    left -= {number for number, _ in some}
+                    yield some
+                break
+            except EngineError as error:
+                if not may_revive:
+                    raise
+                self._revive(error)
+                with self._learner_free:  # by then it may hold the next version
+                    self._sync.push(self._held)
+        if left:
+            raise EngineError(f"engines answered {len(requests)} requests with {len(requests) - len(left)} groups")
 
     def figures(self) -> dict[str, dict[str, float]]:
         """The figures of weight sync and engines for a step's record.
@@ -99,10 +126,20 @@ class Rollouts:
         self._revived = set()
         return {"sync": dict(zip(("bytes", "buckets"), self._size, strict=True)), "engines": engines}
 
-    def make_room(self) -> None:
-        """Before the learner trains: engines on its GPUs leave them, until the next ``push``."""
-        if not self._colocated:
-            return
+    @contextmanager
+    def training(self, version: int) -> Iterator[None]:
+        """Within, the learner trains to hold ``version``. Engines on its GPUs leave them, until the next ``push``."""
+        with self._learner_free:
+            if self._colocated:
+                self._make_room()
+            yield
+            self._held = version
+
+    def abort(self) -> None:
+        """End what is being drawn."""
+        self._pool.abort()
+
+    def _make_room(self) -> None:
         try:
             self._pool.release()
         except EngineError as error:

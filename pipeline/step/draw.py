@@ -27,7 +27,7 @@ class Sampler:
     def draw(self, decision: ControlDecision, step: int, version: int, clock: StepClock) -> StepSamples:
         """Draw ``rollout.prompts_per_step`` prompts, and further ones while too few of their groups teach anything.
 
-        ``step`` gives the seeds. The engines hold weights ``version``; samples of other weights are dropped.
+        ``step`` gives the seeds. The engines hold weights ``version``; samples of older weights are dropped.
 
         DAPO's dynamic sampling (arXiv 2503.14476, section 3.2; public code read): a group whose rewards are all equal
         has advantage 0. So prompts are drawn until ``prompts_per_step`` groups differ within, in at most
@@ -45,18 +45,35 @@ class Sampler:
                 seen |= {prompt.id for prompt in prompts}
                 asked = decision if number == 0 else replace(decision, auxiliary_prompts=0)
                 requests = step_requests(prompts, asked, self.config, step)
-                groups = self.rollouts.generate(requests + list(self.repeated) if number == 0 else requests)
-                groups, dropped = only_fresh(groups, version)
-                stale += dropped
-                again += [group for group in groups if group.role is Role.REPEATED]
-            with clock("verify"):
-                groups = self.verifier.verify([group for group in groups if group.role is not Role.REPEATED])
+            groups, dropped = self._drawn(requests + list(self.repeated) if number == 0 else requests, version, clock)
+            stale += dropped
+            again += [group for group in groups if group.role is Role.REPEATED]
+            groups = [group for group in groups if group.role is not Role.REPEATED]
             stop_if_none_was_judged(groups, self.config.data)
             main += [group for group in groups if group.role is Role.MAIN]
             auxiliary += [group for group in groups if group.role is Role.AUXILIARY]
             if sum(map(_differs, main)) >= wanted:
                 break
         return StepSamples(main, auxiliary, stale, again)
+
+    def _drawn(
+        self, requests: Sequence[GenerateRequest], version: int, clock: StepClock
+    ) -> tuple[list[SampleGroup], int]:
+        """The groups in the order of the requests, verified while others are drawn; how many samples were dropped."""
+        stream = self.rollouts.stream(requests)
+        found: dict[int, SampleGroup] = {}
+        stale = 0
+        while True:
+            with clock("sample"):
+                some = next(stream, None)
+            if some is None:
+                return [found[number] for number in range(len(requests))], stale
+            with clock("verify"):
+                groups, dropped = only_fresh([group for _, group in some], version)
+                judged = iter(self.verifier.verify([group for group in groups if group.role is not Role.REPEATED]))
+                for (number, _), group in zip(some, groups, strict=True):
+                    found[number] = group if group.role is Role.REPEATED else next(judged)
+            stale += dropped
 
 
 def to_train_on(main: Sequence[SampleGroup], config: RunConfig) -> Sequence[SampleGroup]:

@@ -1,4 +1,4 @@
-"""Builds the requests that one step sends to the engines, and drops answers drawn by other weights."""
+"""Builds the requests that one step sends to the engines, and drops answers drawn by older weights."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _cuts(config: RunConfig) -> Cuts | None:
 
 
 def only_fresh(groups: Sequence[SampleGroup], version: int) -> tuple[list[SampleGroup], int]:
-    """Drop samples with any token from other weights than ``version``; returns the groups and how many were dropped."""
-    fresh = [replace(group, samples=tuple(s for s in group.samples if s.drawn_with(version))) for group in groups]
+    """Drop samples with any token from older weights than ``version``; returns the groups and how many were dropped."""
+    fresh = [replace(group, samples=tuple(s for s in group.samples if s.drawn_since(version))) for group in groups]
     dropped = sum(len(old.samples) - len(new.samples) for old, new in zip(groups, fresh, strict=True))
     return (fresh, dropped) if dropped else (list(groups), 0)

@@ -2,8 +2,7 @@
 
 What grows with the tokens is kept in flat arrays over all samples, one sample behind the other, with the length of
 each: ``token_ids`` int32, ``log_probs`` float32, ``text`` (UTF-8) uint8, ``weight_versions`` int64 [spans, 3] (version,
-start, end), ``old_log_probs`` float32. Prompts and the small fields of samples
-are JSON.
+start, end). Prompts and the small fields of samples are JSON.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ from typing import Annotated, Any, TypedDict
 
 import msgspec
 import numpy as np
-import torch
 from msgspec import Meta
 
 from pipeline.types import ControlDecision, Prompt, Role, Sample, SampleGroup, StepSamples, WeightSpan
@@ -46,7 +44,6 @@ class _DrawnFields(TypedDict):
     auxiliary: list[_GroupFields]
     repeated: list[_GroupFields]
     stale: _Count
-    old_log_probs: bool  # whether the arrays hold some
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,6 @@ class Drawn:
     version: int  # of the weights
     decision: ControlDecision  # in force at the time
     samples: StepSamples
-    old_log_probs: torch.Tensor | None = None  # float32 [targets] at T=1, of their batch; None: on-policy
 
 
 def plain_of(waiting: Iterable[Drawn]) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
@@ -65,7 +61,6 @@ def plain_of(waiting: Iterable[Drawn]) -> tuple[list[dict[str, Any]], dict[str, 
     samples = [sample for drawn in waiting for group in _groups(drawn.samples) for sample in group.samples]
     texts = [sample.text.encode("utf-8", "surrogatepass") for sample in samples]
     spans = [[(span.version, span.start, span.end) for span in sample.weight_versions] for sample in samples]
-    old = [drawn.old_log_probs.numpy() for drawn in waiting if drawn.old_log_probs is not None]
     arrays = {
         "token_ids": _joined([sample.token_ids for sample in samples], np.int32),
         "log_probs": _joined([sample.log_probs for sample in samples], np.float32),
@@ -74,8 +69,6 @@ def plain_of(waiting: Iterable[Drawn]) -> tuple[list[dict[str, Any]], dict[str, 
         "text_bytes": np.array([len(text) for text in texts], np.int64),
         "weight_versions": np.array([span for of_sample in spans for span in of_sample], np.int64).reshape(-1, 3),
         "span_counts": np.array([len(of_sample) for of_sample in spans], np.int64),
-        "old_log_probs": _joined(old, np.float32),
-        "old_counts": np.array([len(values) for values in old], np.int64),
     }
     return [_fields(drawn) for drawn in waiting], arrays
 
@@ -87,11 +80,9 @@ def drawn_of(plain: Sequence[Mapping[str, Any]], arrays: Mapping[str, np.ndarray
     """
     fields = msgspec.convert(plain, list[_DrawnFields])
     counted = sum(len(group["samples"]) for drawn in fields for group in _groups_of(drawn))
-    waits_old = sum(drawn["old_log_probs"] for drawn in fields)
-    if (counted, waits_old) != (len(arrays["token_counts"]), len(arrays["old_counts"])):
-        held = f"{len(arrays['token_counts'])} samples and old log-probs of {len(arrays['old_counts'])} steps"
-        raise ValueError(f"queue: {counted} samples and {waits_old} such steps wait, state.safetensors holds {held}")
-    samples, old = _samples(arrays), iter(_split(arrays["old_log_probs"], arrays["old_counts"]))
+    if counted != len(arrays["token_counts"]):
+        raise ValueError(f"queue: {counted} samples wait, state.safetensors holds {len(arrays['token_counts'])}")
+    samples = _samples(arrays)
 
     def group(state: _GroupFields) -> SampleGroup:
         drawn = tuple(Sample(**next(samples), **small, role=state["role"]) for small in state["samples"])
@@ -105,7 +96,6 @@ def drawn_of(plain: Sequence[Mapping[str, Any]], arrays: Mapping[str, np.ndarray
             state["version"],
             state["decision"],
             StepSamples(main, auxiliary, state["stale"], repeated),
-            torch.from_numpy(next(old)) if state["old_log_probs"] else None,
         )
 
     return [step(state) for state in fields]
@@ -124,7 +114,6 @@ def _fields(drawn: Drawn) -> dict[str, Any]:
         "auxiliary": [_group_fields(group) for group in samples.auxiliary],
         "repeated": [_group_fields(group) for group in samples.repeated],
         "stale": samples.stale,
-        "old_log_probs": drawn.old_log_probs is not None,
     }
 
 

@@ -19,6 +19,7 @@ ELSEWHERE = {"bridge"}  # run by test_bridge_oracle, in the environment that has
 SMALL = {
     "alert_quality": "--seeds 1 --recorded RUNS/pi",
     "batching": "--rows 32 --ranks 2 --repeat 1",
+    "client": "--requests 64 --tokens 8 --json OUT/client.json",
     "controllers": "--seeds 1 --json OUT/controllers.json",
     "conversion": "--megabytes 1 --repeat 1 --workers 1 --work OUT",
     "driver": "--rows 48 --mean 100 --longest 700 --json OUT/driver.json",
@@ -32,7 +33,7 @@ SMALL = {
     "web_page": "--steps 200",
     "weight_sync": "--only apart",
 }
-NEEDS = {"event_log": ["tensorboard"], "monitoring_cost": ["tensorboard"]}
+NEEDS = {"client": ["aiohttp"], "event_log": ["tensorboard"], "monitoring_cost": ["tensorboard"]}
 STEPS = 45  # reading_noise looks at windows of 20
 
 pytestmark = pytest.mark.xdist_group("benches")

@@ -18,10 +18,12 @@ import torch
 if importlib.util.find_spec("sglang") is None:
     pytest.skip("needs the sglang extra", allow_module_level=True)
 
+from pipeline.config.schema import RolloutConfig
 from pipeline.rollout.engine import EngineError, WeightUpdateError
 from pipeline.rollout.native.decoder import token_log_probs
 from pipeline.rollout.native.engine import NativeEngine
 from pipeline.rollout.pool import EnginePool
+from pipeline.rollout.sglang.engine import in_flight
 from pipeline.rollout.sglang.liveness import Liveness
 from pipeline.types import Role
 from tests.integration.servers import (
@@ -75,30 +77,60 @@ def test_two_temperatures_in_one_call_agree_with_native(engines, family):
     assert engine.generate([]) == []
 
 
-def test_many_calls_answer_as_one(engines, monkeypatch):
-    engine = engines["llama"]
+@pytest.fixture
+def two_at_once(engines):
+    """Engines that have at most two samples in flight."""
+
+    def reconnect(at_once):
+        for engine in engines.values():
+            engine._at_once = at_once
+            if engine._client is not None:
+                engine._client.close()
+                engine._client = None
+
+    usual = engines["llama"]._at_once
+    reconnect(2)
+    yield engines
+    reconnect(usual)
+
+
+def test_samples_wait_for_their_turn(two_at_once):
+    engine = two_at_once["llama"]
     push(engine, "llama", 1, seed=0)
-    monkeypatch.setattr(engine, "_kv_tokens", 40)  # two samples a call
     groups = engine.generate(REQUESTS)
     assert [[sample.seed for sample in group.samples] for group in groups] == [list(r.seeds) for r in REQUESTS]
     assert_agrees(groups, decoder_of("llama", 0))
 
 
-def test_when_one_call_fails_the_others_are_aborted_on_the_server(engines, monkeypatch):
+def test_a_short_group_does_not_wait_for_a_long_one(engines):
     engine = engines["llama"]
     push(engine, "llama", 1, seed=0)
-    monkeypatch.setattr(engine, "_kv_tokens", 500)  # a call for every sample, some of them still unsent
-    call = engine._call
+    long, short = generate_request([4], 1, temperature=0.05, new=450), generate_request([5], 2, new=2)
+    assert [[number for number, _ in some] for some in engine.stream([long, short])] == [[1], [0]]
 
-    def fail_late(rows, version):
-        if rows[0][0].prompt.token_ids != (4,):
-            return call(rows, version)
-        time.sleep(0.5)
+
+def test_in_flight_goes_by_the_servers_figures(engines):
+    info = engines["llama"]._running.get("/server_info")
+    config = RolloutConfig(max_prompt_tokens=64, max_new_tokens=448)
+    assert in_flight(info | {"max_total_num_tokens": 5120, "internal_states": []}, config) == 80
+    state = {"effective_max_running_requests_per_dp": 16}
+    assert in_flight(info | {"internal_states": [state]}, config) == 32
+    assert info["internal_states"][0]["effective_max_running_requests_per_dp"] > 0
+
+
+def test_when_one_sample_fails_the_others_are_aborted_on_the_server(engines, monkeypatch):
+    engine = engines["llama"]
+    push(engine, "llama", 1, seed=0)
+    read = engine._sample
+
+    def fail_late(reply, request, seed, version):
+        if request.prompt.token_ids != (4,):
+            return read(reply, request, seed, version)
         raise EngineError("failed late")
 
-    monkeypatch.setattr(engine, "_call", fail_late)
+    monkeypatch.setattr(engine, "_sample", fail_late)
     with pytest.raises(EngineError, match="failed late"):
-        engine.generate([generate_request([i], 1, temperature=0.05, new=450) for i in range(4, 20)])
+        engine.generate([generate_request([i], 1, temperature=0.05, new=450 if i > 4 else 2) for i in range(4, 20)])
     monkeypatch.undo()
     engine.generate([generate_request([5], 1, new=2)])  # queued behind the abort
     assert running_on(engine) == 0
@@ -173,12 +205,10 @@ def test_a_sample_that_lives_through_an_update_carries_spans(engines):
         assert sample.drawn_with(21) == ([span.version for span in sample.weight_versions] == [21])
 
 
-# All in one call; a call for each, most of them unsent.
-@pytest.mark.parametrize(("kv_tokens", "count"), [(16384, 1), (500, 8)])
-def test_abort_returns_partial_samples(engines, monkeypatch, kv_tokens, count):
-    engine = engines["llama"]
+@pytest.mark.parametrize("waiting", [False, True])
+def test_abort_returns_partial_samples(request, engines, waiting):
+    engine, count = (request.getfixturevalue("two_at_once") if waiting else engines)["llama"], 8
     push(engine, "llama", 1, seed=0)
-    monkeypatch.setattr(engine, "_kv_tokens", kv_tokens)
     groups = []
     long = [generate_request([i], count, temperature=0.05, new=450) for i in range(4, 20)]
     running = threading.Thread(target=lambda: groups.extend(engine.generate(long)))
@@ -190,7 +220,7 @@ def test_abort_returns_partial_samples(engines, monkeypatch, kv_tokens, count):
     samples = [sample for group in groups for sample in group.samples]
     assert any(sample.finish_reason == "abort" for sample in samples)
     assert len(samples) == 16 * count
-    if kv_tokens == 500:
+    if waiting:
         unsent = [sample for sample in samples if len(sample.token_ids) == 0]
         assert unsent
         assert {sample.finish_reason for sample in unsent} == {"abort"}

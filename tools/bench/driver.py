@@ -76,7 +76,7 @@ def reply(length: int, draw: np.random.Generator) -> dict[str, Any]:
 def engine(counts: Sequence[int], first: int) -> tuple[float, bytes]:
     """One engine's call for these answers, ``SAMPLES`` to a prompt: seconds of parsing, and the pickled groups."""
     draw = np.random.default_rng(first)
-    body = json.dumps([reply(count, draw) for count in counts], separators=(",", ":")).encode()
+    bodies = [json.dumps(reply(count, draw), separators=(",", ":")).encode() for count in counts]
     prompt_tokens = tuple(draw.integers(0, VOCABULARY, PROMPT).tolist())
     seeds = range(first, first + len(counts))
     groups = [seeds[start : start + SAMPLES] for start in range(0, len(seeds), SAMPLES)]
@@ -85,7 +85,8 @@ def engine(counts: Sequence[int], first: int) -> tuple[float, bytes]:
         for own in groups
     ]
     start = time.process_time()
-    samples = iter(replies.samples(body, [(request, seed) for request in requests for seed in request.seeds]))
+    rows = [(request, seed) for request in requests for seed in request.seeds]
+    samples = iter([replies.sample(body, *row) for body, row in zip(bodies, rows, strict=True)])
     seconds = time.process_time() - start
     drawn = [SampleGroup(r.prompt, tuple(next(samples) for _ in r.seeds), r.role) for r in requests]
     return seconds, pickle.dumps(drawn, protocol=5)

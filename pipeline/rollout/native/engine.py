@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from pipeline.model.architecture import Architecture, ModelError
 from pipeline.reshard.order import Order
 from pipeline.reshard.participant import Participant
 from pipeline.reshard.places import HostPlaces
-from pipeline.rollout.engine import EngineError, WeightUpdateError
+from pipeline.rollout.engine import EngineError, Finished, RolloutEngine, WeightUpdateError
 from pipeline.rollout.native.decoder import Decoder, KeyValues, computes
 from pipeline.rollout.native.response_end import ResponseEnd
 from pipeline.rollout.native.sampling import draw, nucleus, uniform_top, uniforms
@@ -30,7 +30,7 @@ _CACHE_BYTES = 2 * GIB  # key-value cache of one batch, at most
 _PREFILL_TOKENS = 16384  # prompt tokens of one forward pass, at most
 
 
-class NativeEngine:
+class NativeEngine(RolloutEngine):
     """``RolloutEngine`` in process: one decoder, one batch at a time.
 
     A sample is a function of the weights, its prompt, temperature and seed. Which other rows share its batch only moves
@@ -84,8 +84,8 @@ class NativeEngine:
         tokenizer = load_tokenizer(hf_path) if self._stop else None
         self._end = ResponseEnd((*ids, *self._stop_token_ids), self._stop, tokenizer)
 
-    def generate(self, requests: Sequence[GenerateRequest]) -> list[SampleGroup]:
-        """One group per request, in order. Raises ``EngineError`` while no consistent weights are loaded."""
+    def stream(self, requests: Sequence[GenerateRequest]) -> Iterator[Finished]:
+        """All groups at once. Raises ``EngineError`` while no consistent weights are loaded."""
         _check_requests(requests)
         with self._lock:
             # Kept here: an update that begins meanwhile waits for this batch, but takes the weights away at once.
@@ -98,7 +98,7 @@ class NativeEngine:
             size = self._batch_rows(decoder.model, rows)
             for first in range(0, len(rows), size):
                 drawn += _decode(decoder, rows[first : first + size], self._end, self._abort)
-            return _as_groups(requests, drawn, version)
+        yield list(enumerate(_as_groups(requests, drawn, version)))
 
     def begin_update(self, version: int) -> None:
         """Wait for the running batch, then refuse to generate until version ``version`` is committed."""

@@ -1,20 +1,19 @@
 """The rollout engine that drives a real SGLang server over HTTP, releases 0.5.17 to 0.5.2x.
 
-Requests and responses are token ids; the server holds no tokenizer. Returned log-probs are at the temperature of the
-draw and not renormalised by top-p, which is off. Weights come as ``rollout.weight_transport`` says.
+Every sample is a request of its own. Requests and responses are token ids; the server holds no tokenizer. Returned
+log-probs are at the temperature of the draw and not renormalised by top-p, which is off. Weights come as
+``rollout.weight_transport`` says.
 """
 
 from __future__ import annotations
 
-import math
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
 from pipeline.config.schema import RolloutConfig
@@ -23,7 +22,7 @@ from pipeline.model import architecture, layout
 from pipeline.model import folder as model_folder
 from pipeline.model.architecture import ModelError
 from pipeline.reshard.order import Order
-from pipeline.rollout.engine import EngineError, EngineTimeoutError, WeightUpdateError
+from pipeline.rollout.engine import EngineError, EngineTimeoutError, Finished, RolloutEngine, WeightUpdateError
 from pipeline.rollout.sglang import fp8 as sglang_fp8
 from pipeline.rollout.sglang import replies, verify
 from pipeline.rollout.sglang.liveness import Liveness
@@ -34,14 +33,18 @@ from pipeline.rollout.transport_disk import DiskTransport
 from pipeline.rollout.update_session import UpdateSession
 from pipeline.types import EngineHealth, GenerateRequest, Sample, SampleGroup
 
-_CALLS_IN_FLIGHT = 8  # each fills the KV cache if every response is as long as allowed; most are not
+if TYPE_CHECKING:
+    from pipeline.rollout.sglang.client import Call, Client, Reply
+
+_FILLED = 8  # times that what is in flight fills the KV cache if every response is as long as allowed; most are not
+_QUEUED = 2  # samples in flight for each that the server runs at once: the next begins when one ends
 _ABORT_TIMEOUT_S = 10.0  # the server only passes it on
 _MEMORY = ("weights", "kv_cache")  # as SGLang names what it can leave (sglang/srt/constants.py)
 
 _Row = tuple[GenerateRequest, int]  # one sample to draw, and its seed
 
 
-class SglangEngine:
+class SglangEngine(RolloutEngine):
     """``RolloutEngine`` over one SGLang server that it launches.
 
     The server seeds its own sampler: per-sample seeds decide the draw only where SGLang honours ``sampling_seed`` (on a
@@ -65,8 +68,9 @@ class SglangEngine:
         self._transport: WeightTransport | None = None
         self._stuck = ""  # why the server is to be started again although it runs
         self._eos: tuple[int, ...] = ()
-        self._kv_tokens = 0  # what the server's KV cache holds
-        self._aborted = threading.Event()
+        self._at_once = 1  # samples in flight
+        self._client: Client | None = None
+        self._calls: set[Call] = set()
         self._released: list[str] = []  # kinds of GPU memory that the server has left
         self._version: int | None = None  # None: the server's weights are not consistent, or it is not up
         self._committed: set[int] = set()
@@ -101,18 +105,19 @@ class SglangEngine:
             )
             self._server, self._stuck, self._released = server, "", []
             server.start()
-            self._kv_tokens = int(server.get("/server_info")["max_total_num_tokens"])
+            self._at_once = in_flight(server.get("/server_info"), self._config)
             self._transport = build_transport(self._config, server, served, self._scratch)
             on_failure.pop_all()
         self._version, self._committed = (None, set()) if self._fp8 else (0, {0})
         self._settled.set()
 
-    def generate(self, requests: Sequence[GenerateRequest]) -> list[SampleGroup]:
-        """One group per request, in order. Raises ``EngineError`` when the server fails or refuses, or is dead.
+    def stream(self, requests: Sequence[GenerateRequest]) -> Iterator[Finished]:
+        """Every group as it finishes. Raises ``EngineError`` when the server fails or refuses, or is dead.
 
-        What is sent is many HTTP calls, a bounded number of them at a time. When one fails, the rest is aborted on the
-        server. No call has a deadline. The server is dead when its process ended, or when it was silent for
-        ``rollout.sglang.liveness_timeout_s`` (``pipeline.rollout.sglang.liveness``); then it is ended too.
+        As many samples are in flight as keep the server busy (``in_flight``); the others wait here, in order. When one
+        fails, all are aborted on the server. No request has a deadline. The server is dead when its
+        process ended, or when it was silent for ``rollout.sglang.liveness_timeout_s``
+        (``pipeline.rollout.sglang.liveness``); then it is ended too.
         """
         if self._version is None:
             raise EngineError(f"{self._name}: {self._refusal()}")
@@ -121,14 +126,24 @@ class SglangEngine:
                 f"{self._name}: SGLang has no sampling rule like CUTS: set rollout.cuts.share=0, "
                 "or rollout.engine=native"
             )
-        rows = [(request, seed) for request in requests for seed in request.seeds]
-        if not rows:
-            return [SampleGroup(request.prompt, (), request.role) for request in requests]
+        empty = [(i, SampleGroup(r.prompt, (), r.role)) for i, r in enumerate(requests) if not r.seeds]
+        if empty:
+            yield empty
+        drawn: list[dict[int, Sample]] = [{} for _ in requests]  # by place in the group
+        rows = [(number, place) for number, request in enumerate(requests) for place in range(len(request.seeds))]
         with self._watched():
-            samples = self._samples(rows, self._version)
-        self._check_versions(samples)
-        drawn = iter(samples)
-        return [SampleGroup(r.prompt, tuple(islice(drawn, len(r.seeds))), r.role) for r in requests]
+            for samples in self._samples([(requests[i], requests[i].seeds[place]) for i, place in rows], self._version):
+                self._check_versions([sample for _, sample in samples])
+                finished: Finished = []
+                for row, sample in samples:
+                    number, place = rows[row]
+                    group, request = drawn[number], requests[number]
+                    group[place] = sample
+                    if len(group) == len(request.seeds):
+                        ordered = tuple(group[each] for each in range(len(group)))
+                        finished.append((number, SampleGroup(request.prompt, ordered, request.role)))
+                if finished:
+                    yield finished
 
     def release(self) -> None:
         """Have the server leave its GPU memory (SGLang's memory saver). What its weights were is lost."""
@@ -204,7 +219,8 @@ class SglangEngine:
 
     def abort(self) -> None:
         """End running requests; what they have so far comes back with finish_reason "abort"."""
-        self._aborted.set()  # first, so that no more calls follow
+        for call in tuple(self._calls):
+            call.withdrawn = True  # first, so that no more requests follow
         self._running.post("/abort_request", abort_all=True, timeout_s=_ABORT_TIMEOUT_S)
 
     def health(self) -> EngineHealth:
@@ -228,29 +244,48 @@ class SglangEngine:
             if not self._stuck:
                 self._transport.close()
             self._transport = None
+        if self._client is not None:
+            self._client.close()
+            self._client = None
         if self._server is not None:
             self._server.close()
             self._server = None
 
     # Generation
 
-    def _samples(self, rows: Sequence[_Row], version: int) -> list[Sample]:
-        """What the server draws for every row, in order."""
-        longest = max(len(request.prompt.token_ids) + request.max_new_tokens for request, _ in rows)
-        size = max(1, self._kv_tokens // longest)
-        self._aborted.clear()
-        with ThreadPoolExecutor(_CALLS_IN_FLIGHT, f"{self._name} call") as threads:
-            calls = [
-                threads.submit(self._call, rows[first : first + size], version) for first in range(0, len(rows), size)
-            ]
-            try:
-                for call in as_completed(calls):
-                    call.result()
-            except (EngineError, KeyboardInterrupt):
+    def _samples(self, rows: Sequence[_Row], version: int) -> Iterator[list[tuple[int, Sample]]]:
+        """What the server draws for every row, as it comes, with the row's place."""
+        call = self._connected.post("/generate", [self._body(*row) for row in rows])
+        self._calls.add(call)
+        try:
+            while call.waiting:
+                yield [(i, self._sample(reply, *rows[i], version)) for i, reply in call.take()]
+        finally:
+            self._calls.discard(call)
+            if call.waiting:  # something went wrong, or nobody wants the rest
+                call.withdrawn = True
                 with suppress(EngineError):  # a server that has ended; the first error says so
                     self.abort()
-                raise
-        return [sample for call in calls for sample in call.result()]
+
+    def _sample(self, reply: Reply, request: GenerateRequest, seed: int, version: int) -> Sample:
+        """The sample that a reply is; after ``abort``, of what was never sent, what the server says of such."""
+        if reply.status is None:
+            return replies.aborted(request, seed, version)
+        if reply.said:
+            server, url = self._running, f"{self._running.url}/generate"
+            raise server.refused(url, reply.status, reply.said) if reply.status else server.lost(url, reply.said)
+        try:
+            return replies.sample(reply.body, request, seed)
+        except EngineError as error:
+            raise EngineError(f"{self._name}: {error}; log: {self._log_path}") from error
+
+    @property
+    def _connected(self) -> Client:
+        if self._client is None:
+            from pipeline.rollout.sglang.client import Client  # aiohttp comes with SGLang
+
+            self._client = Client(self._running.url, self._at_once)
+        return self._client
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
@@ -278,24 +313,8 @@ class SglangEngine:
         finally:
             over.set()
 
-    def _call(self, rows: Sequence[_Row], version: int) -> list[Sample]:
-        """One HTTP call; after ``abort`` none, but what the server says of a request that it aborts in its queue."""
-        if self._aborted.is_set():
-            return [replies.aborted(request, seed, version) for request, seed in rows]
-        body = self._running.content(
-            "/generate",
-            input_ids=[request.prompt.token_ids for request, _ in rows],
-            sampling_params=[self._sampling_params(request, seed) for request, seed in rows],
-            return_logprob=True,
-            timeout_s=math.inf,  # the watch ends a server that is silent
-        )
-        try:
-            return replies.samples(body, rows)
-        except EngineError as error:
-            raise EngineError(f"{self._name}: {error}; log: {self._log_path}") from error
-
-    def _sampling_params(self, request: GenerateRequest, seed: int) -> dict[str, Any]:
-        return {
+    def _body(self, request: GenerateRequest, seed: int) -> bytes:
+        parameters = {
             "temperature": request.temperature,
             "top_p": request.top_p,
             "max_new_tokens": request.max_new_tokens,
@@ -304,6 +323,8 @@ class SglangEngine:
             "no_stop_trim": True,  # what ended a response was drawn by the policy, and is trained on
             "sampling_seed": seed,
         }
+        asked = {"input_ids": request.prompt.token_ids, "sampling_params": parameters}
+        return msgspec.json.encode(asked | {"return_logprob": True})
 
     def _check_versions(self, samples: Sequence[Sample]) -> None:
         """Refuse samples of weights that were never committed, such as those of an update that was aborted."""
@@ -366,6 +387,14 @@ class SglangEngine:
         if not self._committed:
             return "it has no weights yet; push them first"
         return "a weight update began and has not been committed; push the weights again"
+
+
+def in_flight(info: Mapping[str, Any], config: RolloutConfig) -> int:
+    """Samples in flight that keep a server busy and do not drown it; ``info``: its /server_info."""
+    longest = config.max_prompt_tokens + config.max_new_tokens
+    fits = _FILLED * (int(info["max_total_num_tokens"]) // longest)
+    running = [state.get("effective_max_running_requests_per_dp") for state in info.get("internal_states", ())]
+    return max(1, min([fits, *(_QUEUED * int(most) for most in running if most)]))
 
 
 def build_transport(config: RolloutConfig, server: SglangServer, hf_path: Path, scratch: Path) -> WeightTransport:

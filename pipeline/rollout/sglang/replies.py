@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from operator import attrgetter
 
 import msgspec
@@ -42,21 +41,20 @@ class _Reply(msgspec.Struct):
     meta_info: _Meta
 
 
-_REPLIES = msgspec.json.Decoder(list[_Reply], strict=False)  # versions come as text
+_REPLY = msgspec.json.Decoder(_Reply, strict=False)  # versions come as text
 _TOKENS = msgspec.json.Decoder(list[_Token] | None)
 
 
-def samples(body: bytes, rows: Sequence[tuple[GenerateRequest, int]]) -> list[Sample]:
-    """The sample of each of ``rows``, requests and seeds, from the reply's ``body``.
+def sample(body: bytes, request: GenerateRequest, seed: int) -> Sample:
+    """What the reply's ``body`` says was drawn for ``request`` under ``seed``.
 
-    Raises ``EngineError`` where the server reports an error for one, or does not answer in SGLang's form.
+    Raises ``EngineError`` where the server reports an error, or does not answer in SGLang's form.
     """
     try:
-        replies = _REPLIES.decode(body)
-        return [_sample(request, seed, reply.meta_info) for (request, seed), reply in zip(rows, replies, strict=True)]
+        return _sample(request, seed, _REPLY.decode(body).meta_info)
     except (msgspec.DecodeError, ValueError) as error:
         raise EngineError(
-            f"/generate answered in another form than SGLang's for {len(rows)} prompts: {error}"
+            f"/generate answered in another form than SGLang's for prompt {request.prompt.id!r}: {error}"
         ) from error
 
 

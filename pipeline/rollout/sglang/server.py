@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import subprocess
 import sys
@@ -80,16 +79,9 @@ class SglangServer:
     def post(self, path: str, *, timeout_s: float | None = None, **body: object) -> Any:
         """POST ``body`` as JSON; the decoded reply. Raises ``EngineError`` when there is none or it is not 200.
 
-        After ``timeout_s``, ``EngineTimeoutError``: ``rollout.sglang.liveness_timeout_s`` unless given. ``math.inf``:
-        never; the caller watches the server instead.
+        After ``timeout_s``, ``EngineTimeoutError``: ``rollout.sglang.liveness_timeout_s`` unless given.
         """
         return self.check(self._request("POST", path, body, timeout_s))
-
-    def content(self, path: str, *, timeout_s: float | None = None, **body: object) -> bytes:
-        """As ``post``, the body of the reply as it came."""
-        response = self._request("POST", path, body, timeout_s)
-        self._require_ok(response)
-        return response.content
 
     def get(self, path: str, *, timeout_s: float | None = None) -> Any:
         """GET; the decoded reply. Raises like ``post``."""
@@ -106,9 +98,17 @@ class SglangServer:
 
     def _require_ok(self, response: httpx.Response) -> None:
         if response.status_code != HTTPStatus.OK:
-            raise EngineError(
-                f"{response.url} answered {response.status_code}: {response.text[:500]}; log: {self.log_path}"
-            )
+            raise self.refused(str(response.url), response.status_code, response.text[:500])
+
+    def refused(self, url: str, status: int, said: str) -> EngineError:
+        """The error that a reply of another status than 200 is."""
+        return EngineError(f"{url} answered {status}: {said}; log: {self.log_path}")
+
+    def lost(self, url: str, reason: object) -> EngineError:
+        """The error that a lost connection is."""
+        if self.alive:
+            return EngineError(f"{url}: the server runs but does not answer: {reason}; log: {self.log_path}")
+        return EngineError(f"{url}: the server has ended; end of {self.log_path}:\n{self.log_tail()}")
 
     def answers(self, path: str, timeout_s: float) -> bool:
         """Whether a GET of ``path`` is answered with 200."""
@@ -216,13 +216,7 @@ class SglangServer:
                 f"{self.url}{path}: no answer within {timeout_s:.3g} s{remedy}; log: {self.log_path}"
             ) from error
         except httpx.HTTPError as error:
-            if self.alive:
-                raise EngineError(
-                    f"{self.url}{path}: the server runs but does not answer: {error}; log: {self.log_path}"
-                ) from error
-            raise EngineError(
-                f"{self.url}{path}: the server has ended; end of {self.log_path}:\n{self.log_tail()}"
-            ) from error
+            raise self.lost(self.url + path, error) from error
 
 
 def _python_path(inherited: str | None) -> str:
@@ -231,5 +225,4 @@ def _python_path(inherited: str | None) -> str:
 
 
 def _http(method: str, url: str, body: Mapping[str, object] | None, timeout_s: float) -> httpx.Response:
-    limit = None if math.isinf(timeout_s) else timeout_s
-    return http_client.client(proxies=False).request(method, url, json=body, timeout=limit)
+    return http_client.client(proxies=False).request(method, url, json=body, timeout=timeout_s)

@@ -104,6 +104,9 @@ def test_mini_batches_are_scored_first(plan):
     assert two.model_flops == alone.model_flops
 
 
+DECOUPLED = ("objective.old_log_probs=learner", "objective.correction.kind=tis")
+
+
 @pytest.mark.parametrize(
     ("keys", "passes"),
     [
@@ -113,12 +116,13 @@ def test_mini_batches_are_scored_first(plan):
         (("objective.token_shaping=[stare]",), 1),
         (("objective.token_shaping=[rlrt]",), 2),  # and what the teacher says
         (("entropy.controller=pi", "entropy.actuator=clip_cov"), 1),
-        (("rollout.staleness=2", "learner.updates_per_step=2"), 1),  # when the rows are drawn, and not again
-        (("rollout.staleness=2", "objective.loss=htpo"), 2),  # which tokens it marks is of the weights that train
+        (("rollout.staleness=2", "learner.updates_per_step=2"), 0),  # the engines tell the old ones
+        (("rollout.staleness=2", "learner.updates_per_step=2", *DECOUPLED), 1),
+        (("rollout.staleness=2", "objective.loss=htpo"), 1),  # which tokens it marks is of the weights that train
     ],
 )
 def test_forward_passes_beside_training(plan, keys, passes):
-    """Those of ``objectives.prepare`` and ``rollout.queue``."""
+    """Those of ``pipeline.step.prepare``."""
     assert plan("qwen3-32b", "entropy.controller=none", *keys).passes == passes
 
 

@@ -28,6 +28,17 @@ BROKEN = {
         "clips whole sequences",
     ),
     "opefo off-policy": ([TWO, "objective.token_shaping=[opefo]"], "learner.updates_per_step", "strictly on-policy"),
+    "old log-probs of fresh rows": (["objective.old_log_probs=learner"], "objective.old_log_probs", "no effect"),
+    "stale rows as if fresh": (
+        ["objective.old_log_probs=learner", "rollout.staleness=1"],
+        "objective.old_log_probs",
+        "nothing would make up for the age",
+    ),
+    "opefo on stale rows": (
+        ["rollout.staleness=1", "objective.token_shaping=[opefo]"],
+        "rollout.staleness",
+        "strictly on-policy",
+    ),
     "opefo first": (["objective.token_shaping=[opefo,stare]"], "objective.token_shaping", "upsets the balance"),
     "twice": (["objective.token_shaping=[stare,stare]"], "objective.token_shaping", "stare is named twice"),
     "two Clip-Covs": (

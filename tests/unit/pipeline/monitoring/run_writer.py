@@ -83,6 +83,7 @@ def outcome(step, drawn, stats, used, following, kept=()):
         following=following,
         positives=1,
         rollouts=ROLLOUTS,
+        drawing_s=0.0,
     )
 
 

@@ -1,14 +1,16 @@
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.reshard.engine_grid import EngineGrid
+from pipeline.rollout.deal import split_requests
 from pipeline.rollout.engine import EngineError, WeightUpdateError
 from pipeline.rollout.native.engine import NativeEngine
-from pipeline.rollout.pool import EnginePool, split_requests
+from pipeline.rollout.pool import EnginePool
 from pipeline.types import GenerateRequest, Prompt
 from tests.plan_source import Source
 from tests.tiny_folder import hf_config, random_tensors, write_folder
@@ -76,8 +78,8 @@ def tokens_of(groups):
 REQUESTS = [request(i, samples=1 + i % 4, new=4 + i, temperature=1 + 0.1 * (i % 2)) for i in range(9)]
 
 
-def started(engines, folder):
-    pool = EnginePool(engines)
+def started(engines, folder, **options):
+    pool = EnginePool(engines, **options)
     pool.start(folder)
     return pool
 
@@ -97,12 +99,81 @@ def test_engines_run_at_the_same_time(folder):
     barrier = threading.Barrier(2, timeout=10)
 
     class Meeting(NativeEngine):
-        def generate(self, requests):
+        def stream(self, requests):
             barrier.wait()  # breaks unless both engines are inside
-            return super().generate(requests)
+            yield from super().stream(requests)
 
     pool = started([Meeting(), Meeting()], folder)
     assert len(pool.generate(REQUESTS)) == len(REQUESTS)
+    pool.close()
+
+
+class Dying(NativeEngine):
+    """Dies after its first group."""
+
+    def stream(self, requests):
+        for some in super().stream(requests):
+            yield some[:1]
+            super().close()
+            raise EngineError("its process died")
+
+
+def test_what_a_dead_engine_had_not_finished_is_asked_of_the_others_once(folder):
+    asked = []
+
+    class Noting(NativeEngine):
+        def stream(self, requests):
+            asked.extend(request.seeds for request in requests)
+            yield from super().stream(requests)
+
+    alone = NativeEngine()
+    alone.start(folder)
+    pool = started([Dying(), Noting(), Noting()], folder, take_over=True)
+    finished = [number for some in pool.stream(REQUESTS) for number, _ in some]
+    assert sorted(finished) == list(range(len(REQUESTS))), "each exactly once"
+    assert len(asked) == len(set(asked)) == len(REQUESTS) - 1
+    pool.close()
+    pool = started([Dying(), NativeEngine()], folder, take_over=True)
+    assert tokens_of(pool.generate(REQUESTS)) == tokens_of(alone.generate(REQUESTS))
+    pool.close()
+
+
+def finished_by(pool, left):
+    """Positions, until an engine dies."""
+    found = set()
+    with suppress(EngineError):
+        for some in pool.stream(REQUESTS, left):
+            found |= {number for number, _ in some}
+    return found
+
+
+def test_a_revived_engine_draws_what_was_its_share(folder):
+    everything = set(range(len(REQUESTS)))
+    pool, share = started([NativeEngine(), Dying()], folder), set(split_requests(REQUESTS, 2)[1])
+    left = everything - finished_by(pool, everything)
+    assert left < share
+    assert len(left) == len(share) - 1
+    pool._engines[1].start(folder)
+    assert finished_by(pool, left) < left
+    pool.close()
+
+
+def test_nobody_takes_over_twice(folder):
+    pool = started([Dying(), Dying()], folder, take_over=True)
+    with pytest.raises(EngineError, match="its process died"):
+        pool.generate(REQUESTS)
+    pool.close()
+
+
+def test_an_error_of_an_engine_that_lives_is_raised(folder):
+    class Refusing(NativeEngine):
+        def stream(self, requests):
+            raise EngineError("prompt too long")
+            yield
+
+    pool = started([Refusing(), NativeEngine()], folder)
+    with pytest.raises(EngineError, match="prompt too long"):
+        pool.generate(REQUESTS)
     pool.close()
 
 

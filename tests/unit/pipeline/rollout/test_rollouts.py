@@ -48,7 +48,8 @@ def test_engines_leave_before_training_and_come_back_with_the_weights(tmp_path):
     found, told, _ = rollouts(tmp_path, colocated=True)
     found.push(1)
     assert found.generate([REQUEST])
-    found.make_room()
+    with found.training(2):
+        pass
     with pytest.raises(EngineError, match="push the weights again"):
         found._pool.generate([REQUEST])
     found.push(2)
@@ -60,7 +61,8 @@ def test_engines_leave_before_training_and_come_back_with_the_weights(tmp_path):
 def test_engines_apart_stay_where_they_are(tmp_path):
     found, told, _ = rollouts(tmp_path, colocated=False)
     found.push(1)
-    found.make_room()
+    with found.training(2):
+        pass
     assert found.generate([REQUEST])
     assert told == ["start"]
 
@@ -68,7 +70,8 @@ def test_engines_apart_stay_where_they_are(tmp_path):
 def test_an_engine_that_dies_instead_is_started_again_and_leaves(tmp_path):
     found, told, faults = rollouts(tmp_path, colocated=True, dies=True)
     found.push(1)
-    found.make_room()
+    with found.training(2):
+        pass
     assert faults == ["engine 0 was started again: it is gone"]
     assert told == ["start", "empty cache", "start", "release"]
     found.push(2)
@@ -82,20 +85,14 @@ class Wrong(NativeEngine):
         super().__init__()
         self.spoil, self.times, self.all = spoil, times, all_of_them
 
-    def generate(self, requests):
-        groups = super().generate(requests)
+    def stream(self, requests):
         self.times -= 1
-        if self.times < 0:
-            return groups
-        return [
-            replace(
-                g,
-                samples=tuple(self.spoil(s) if self.all or not i else s for i, s in enumerate(g.samples))
-                if g.samples
-                else (),
-            )
-            for g in groups
-        ]
+        for some in super().stream(requests):
+            yield [(i, self.spoilt(group) if self.times >= 0 else group) for i, group in some]
+
+    def spoilt(self, group):
+        samples = tuple(self.spoil(s) if self.all or not i else s for i, s in enumerate(group.samples))
+        return replace(group, samples=samples)
 
 
 def log_prob(value):
@@ -152,10 +149,12 @@ def test_where_nothing_is_right_all_is_drawn_once_more(tmp_path):
 
 def test_missing_samples_and_groups_are_noticed(tmp_path):
     found, faults = wrong(tmp_path, lambda s: s)
-    whole = found._pool.generate
-    found._pool.generate = lambda requests: [replace(g, samples=g.samples[1:]) for g in whole(requests)]
+    whole = found._pool.stream
+    found._pool.stream = lambda requests, wanted: (
+        [(i, replace(g, samples=g.samples[1:])) for i, g in some] for some in whole(requests)
+    )
     assert len(found.generate([replace(REQUEST, seeds=(1, 2))])[0].samples) == 1
     assert faults == ["1 samples are left out: 1 with no answer"]
-    found._pool.generate = lambda requests: whole(requests)[1:]
+    found._pool.stream = lambda requests, wanted: (some[1:] for some in whole(requests))
     with pytest.raises(EngineError, match="engines answered 2 requests with 1 groups"):
         found.generate([REQUEST, REQUEST])

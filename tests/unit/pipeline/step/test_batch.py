@@ -296,6 +296,22 @@ def test_what_a_batch_needs_of_the_policy_before_its_update():
     assert asked(config(controller="none", loss="gspo", updates_per_step=2)) == ["log_probs"]
 
 
+def test_stale_rows_meet_the_policy_that_drew_them_or_that_the_update_starts_from():
+    settings = config("resample")
+    hot_sample = sample([3, 4], 1.0, Role.AUXILIARY, temperature=1.3)
+    batch = build_batch(MAIN, [group([1, 2], [hot_sample], "a", Role.AUXILIARY)], DECISION, settings)
+    policy = Policy(torch.full((2,), -7.0))  # of the one hot row
+    assert prepare(batch, policy, settings, 0).old_log_probs is None
+    old = prepare(replace(batch, staleness=1), policy, settings, 0).old_log_probs
+    hot = (batch.temperatures != 1)[batch.row_of_target]
+    assert int(hot.sum()) == 2
+    assert old[~hot].equal(batch.behavior_log_probs[~hot])
+    assert (old[hot] == -7.0).all(), "their own are not at T=1"
+    assert policy.calls == ["log_probs"]
+    settings.objective.old_log_probs = "learner"
+    assert prepare(replace(batch, staleness=1), policy, settings, 0).old_log_probs is None
+
+
 def test_clip_cov_detaches_the_top_covariance_of_the_whole_batch():
     # Main tokens: log-probs -1 -3 | -5 -7 with advantages 1 1 | -1 -1; means -4 and 0; covariances 3 1 | 1 3.
     main = [group([1], [sample([2, 3], 1.0), sample([4, 5], 0.0)])]

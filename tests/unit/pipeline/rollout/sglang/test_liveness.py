@@ -24,13 +24,15 @@ def engine_on(tmp_path):
     """An engine on a stub that acts as told."""
     engines = []
 
+    pytest.importorskip("aiohttp")
+
     def make(limit_s, *, reply_s=60.0, healthy_s=math.inf, moves=True):
         program = GENERATE.format(reply_s=reply_s, healthy_s=healthy_s, moves=moves).replace(" inf:", " 1e9:")
         settings = SglangConfig(liveness_timeout_s=limit_s)
         engine = SglangEngine(RolloutConfig(engine="sglang", sglang=settings), index=0, log_dir=tmp_path, seed=0)
         engine._server = Stub(program, tmp_path, liveness_timeout_s=limit_s)
         engine._server.start()
-        engine._version, engine._committed, engine._kv_tokens = 0, {0}, 100
+        engine._version, engine._committed, engine._at_once = 0, {0}, 8
         engines.append(engine)
         return engine
 

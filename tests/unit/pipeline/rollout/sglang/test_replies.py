@@ -17,10 +17,8 @@ FLOATS = st.floats(-1e30, 0)
 TOKENS = st.lists(st.tuples(FLOATS, st.integers(0, 2**31 - 1)), max_size=6)
 
 
-def body(*metas):
-    return json.dumps(
-        [{"text": "", "meta_info": {"id": "x", "finish_reason": {"type": "stop"}} | m} for m in metas]
-    ).encode()
+def body(meta):
+    return json.dumps({"text": "", "meta_info": {"id": "x", "finish_reason": {"type": "stop"}} | meta}).encode()
 
 
 def entries(tokens):
@@ -31,8 +29,8 @@ def entries(tokens):
 def test_every_token_and_log_prob_arrives(first, second):
     plain = {"weight_version": "3", "output_token_logprobs": entries(first)}
     spans = {"weight_versions": [{"version": "3", "start": 0, "end": 1}, {"version": "4", "start": 1, "end": 2}]}
-    reply = body(plain, plain | spans | {"output_token_logprobs": entries(second), "finish_reason": {"type": "length"}})
-    one, other = replies.samples(reply, [(REQUEST, seed) for seed in REQUEST.seeds])
+    longer = plain | spans | {"output_token_logprobs": entries(second), "finish_reason": {"type": "length"}}
+    one, other = replies.sample(body(plain), REQUEST, 7), replies.sample(body(longer), REQUEST, 8)
     for sample, tokens in ((one, first), (other, second)):
         assert (sample.token_ids.dtype, sample.log_probs.dtype) == (np.int64, np.float32)
         assert sample.token_ids.tolist() == [token for _, token in tokens]
@@ -46,7 +44,7 @@ def test_every_token_and_log_prob_arrives(first, second):
 @pytest.mark.parametrize("nothing", [{}, {"output_token_logprobs": None}, {"output_token_logprobs": []}])
 def test_an_aborted_request_has_no_tokens(nothing):
     reply = body({"weight_version": "2", "finish_reason": {"type": "abort", "message": "aborted"}} | nothing)
-    (sample,) = replies.samples(reply, [(REQUEST, 7)])
+    sample = replies.sample(reply, REQUEST, 7)
     assert (len(sample.token_ids), sample.finish_reason) == (0, "abort")
     assert vars(sample).keys() == vars(replies.aborted(REQUEST, 7, 2)).keys()
     assert replies.aborted(REQUEST, 7, 2).weight_versions == sample.weight_versions == (WeightSpan(2, 0, 0),)
@@ -54,7 +52,7 @@ def test_an_aborted_request_has_no_tokens(nothing):
 
 def test_a_log_prob_that_is_no_number_is_nan():
     """JSON has none: the server writes null."""
-    (sample,) = replies.samples(body({"weight_version": 1, "output_token_logprobs": [[None, 5, None]]}), [(REQUEST, 7)])
+    sample = replies.sample(body({"weight_version": 1, "output_token_logprobs": [[None, 5, None]]}), REQUEST, 7)
     assert np.isnan(sample.log_probs).tolist() == [True]
 
 
@@ -62,22 +60,22 @@ def test_a_log_prob_that_is_no_number_is_nan():
     ("answer", "said"),
     [
         (body({"finish_reason": {"type": "abort", "status_code": 400, "message": "too long"}}), "prompt 'q': too long"),
-        (b"[]", "another form than SGLang's for 1 prompts: "),
-        (b'{"error": "x"}', "another form than SGLang's for 1 prompts: "),
-        (body({"output_token_logprobs": [["x", 1, None]]}), "another form than SGLang's for 1 prompts: .*float"),
+        (b"[]", "another form than SGLang's for prompt 'q': "),
+        (b'{"error": "x"}', "another form than SGLang's for prompt 'q': "),
+        (body({"output_token_logprobs": [["x", 1, None]]}), "another form than SGLang's for prompt 'q': .*float"),
     ],
 )
 def test_what_is_no_answer_is_said(answer, said):
     with pytest.raises(EngineError, match=said):
-        replies.samples(answer, [(REQUEST, 7)])
+        replies.sample(answer, REQUEST, 7)
 
 
-def test_a_reply_of_many_samples_takes_little_more_memory_than_itself():
-    """As JSON lists its 200,000 tokens would take 27 MB beside it."""
+def test_the_samples_of_many_replies_take_little_memory():
+    """As JSON lists their 200,000 tokens would take 27 MB."""
     one = {"weight_version": "1", "output_token_logprobs": entries([(-0.25 - i / 7, 1000 + i) for i in range(5000)])}
-    reply = body(*[one] * 40)
+    reply = body(one)
     tracemalloc.start()
-    drawn = replies.samples(reply, [(REQUEST, 7)] * 40)
+    drawn = [replies.sample(reply, REQUEST, 7) for _ in range(40)]
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 16 * 200_000 + 2e6

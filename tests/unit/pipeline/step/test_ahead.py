@@ -1,0 +1,161 @@
+"""Steps that are drawn ahead, on simulated engines whose answers have heavy tails."""
+
+import threading
+import time
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.clock import StepClock
+from pipeline.config.load import load_config
+from pipeline.data.cursor import DataCursor
+from pipeline.rollout.engine import EngineError
+from pipeline.step.queue import RolloutQueue
+from pipeline.types import ControlDecision, Prompt, Role, Sample, SampleGroup, WeightSpan
+from tests.unit.pipeline.step.test_draw import ROOT
+
+DECISION = ControlDecision(1.0, 1.0, 0, "off", "")
+PROMPTS = [Prompt(str(i), (1, 2), "", None, "exact") for i in range(64)]
+
+
+def length_of(seed):
+    """Pareto of shape 1.2: the longest of thousands is hundreds of times the median."""
+    return min(4000, int(4 * np.random.default_rng(seed).random() ** (-1 / 1.2)))
+
+
+@dataclass
+class Simulated:
+    """Answers with the weights in force; short groups come first. A token takes ``token_s``."""
+
+    token_s: float = 0.0
+    version: int = 0
+    fails: bool = False
+    asked: list = field(default_factory=list)  # version and number of groups of every call
+    aborted: threading.Event = field(default_factory=threading.Event)
+
+    def stream(self, requests):
+        self.asked.append((self.version, len(requests)))
+        if self.fails:
+            raise EngineError("its process died")
+        groups = [(i, self.group(request)) for i, request in enumerate(requests)]
+        waited = 0
+        for i, group in sorted(groups, key=lambda pair: max(len(s.token_ids) for s in pair[1].samples)):
+            longest = max(len(sample.token_ids) for sample in group.samples)
+            self.aborted.wait((longest - waited) * self.token_s)
+            waited = longest
+            yield [(i, group)]
+
+    def group(self, request):
+        samples = [
+            Sample(np.zeros(n, np.int64), np.zeros(n, np.float32), 1.0, seed, Role.MAIN, "stop", (self.span(n),))
+            for seed, n in ((seed, length_of(seed)) for seed in request.seeds)
+        ]
+        return SampleGroup(request.prompt, tuple(samples), request.role)
+
+    def span(self, count):
+        return WeightSpan(self.version, 0, count)
+
+    def abort(self):
+        self.aborted.set()
+
+
+class Judge:
+    def verify(self, groups):
+        return [replace(g, samples=tuple(replace(s, reward=float(s.seed % 2)) for s in g.samples)) for g in groups]
+
+
+def queue(engine, staleness, *words):
+    small = ["rollout.prompts_per_step=8", "rollout.samples_per_prompt=4", "entropy.controller=none", *words]
+    config = load_config(ROOT / "configs/recipe/pm4.yaml", [*small, f"rollout.staleness={staleness}"])
+    return RolloutQueue(config, DataCursor(PROMPTS, seed=0), engine, Judge())
+
+
+def trained(engine, staleness, steps, train_s=0.0, *words):
+    """What every step trains on: (samples, their ages)."""
+    drawing, found = queue(engine, staleness, f"steps={steps}", *words), []
+    for step in range(steps):
+        drawn = drawing.next(step, DECISION, StepClock())
+        found.append((drawn.samples, drawn.samples.ages(step)))
+        time.sleep(train_s)
+        drawing.settle()
+        engine.version = step + 1
+    drawing.close()
+    return found
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2, 4])
+def test_the_lengths_trained_on_are_those_drawn(staleness):
+    """Kolmogorov-Smirnov over 9,600 answers: what is dropped or put off for its length would show. What is drawn but
+    not trained on are the answers of no step; and prompt and seed go to the step that they go to without staleness.
+    """
+    steps = 300
+    found = trained(Simulated(), staleness, steps)
+    lengths = np.array([len(s.token_ids) for samples, _ in found for g in samples.main for s in g.samples])
+    drawn = np.array([length_of(10**9 + i) for i in range(len(lengths))])
+    assert len(lengths) == steps * 8 * 4
+    assert lengths.max() > 100 * np.median(lengths)
+    grid = np.unique(np.concatenate([lengths, drawn]))
+    shares = [np.searchsorted(np.sort(each), grid, "right") / len(each) for each in (lengths, drawn)]
+    assert abs(shares[0] - shares[1]).max() < 1.95 * np.sqrt(2 / len(lengths))  # p = 0.001
+    seeds = [[s.seed for g in samples.main for s in g.samples] for samples, _ in found]
+    fresh = trained(Simulated(), 0, 20)
+    assert seeds[:20] == [[s.seed for g in samples.main for s in g.samples] for samples, _ in fresh]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 5), st.integers(1, 12))
+def test_no_group_starts_before_it_may_and_every_one_is_trained_on_once(staleness, steps):
+    engine = Simulated()
+    found = trained(engine, staleness, steps)
+    begun = 0
+    for version, groups in engine.asked:
+        begun += groups
+        assert begun <= (staleness + version + 1) * 8
+    assert begun == steps * 8, "nothing is drawn that no step trains on"
+    assert [ages["max"] for _, ages in found] == [min(step, staleness) for step in range(steps)]
+    seeds = [s.seed for samples, _ in found for g in samples.main for s in g.samples]
+    assert len(seeds) == len(set(seeds)) == steps * 8 * 4
+
+
+def test_drawing_and_training_take_place_at_once():
+    """A step takes about as long as the longer of the two; in turns it takes the sum."""
+
+    def step_s(staleness):
+        engine = Simulated(token_s=0.0)
+        engine.group = Simulated().group
+        slow = engine.stream
+
+        def stream(requests):
+            time.sleep(0.15)
+            yield from slow(requests)
+
+        engine.stream = stream
+        began = time.monotonic()
+        trained(engine, staleness, 8, 0.15)
+        return (time.monotonic() - began) / 8
+
+    turns, overlapped = step_s(0), step_s(1)
+    assert turns > 0.29
+    assert overlapped < 0.75 * turns
+
+
+def test_what_fails_while_the_learner_trains_is_raised():
+    engine = Simulated(fails=True)
+    drawing = queue(engine, 1)
+    with pytest.raises(EngineError, match="its process died"):
+        drawing.next(0, DECISION, StepClock())
+    drawing.close()
+
+
+def test_closing_ends_what_is_being_drawn():
+    engine = Simulated(token_s=1.0)
+    drawing = queue(engine, 2)
+    drawing._waiting.append(drawing._begin(0, 0, DECISION, StepClock()))
+    began = time.monotonic()
+    drawing.close()
+    drawing.close()
+    assert engine.aborted.is_set()
+    assert time.monotonic() - began < 10
