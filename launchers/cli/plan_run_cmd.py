@@ -27,6 +27,7 @@ def run(
 
       isentrope plan run --config configs/quickstart.yaml rollout.prompts_per_step=64
     """
+    from launchers.plan.check_costs import overlap
     from launchers.plan.preflight import check
     from launchers.plan.setting import prepared
     from launchers.slurm.cluster import load_cluster, split_overrides
@@ -35,5 +36,6 @@ def run(
     described = load_cluster(cluster, of_cluster) if cluster else None
     with prepared(config, of_run, described, nodes=nodes, mean_response=mean_response) as setting:
         report = check(setting)
-    say("\n".join(report.lines))
+        lines = report.lines if report.problems else [*report.lines, *overlap(setting)]
+    say("\n".join(lines))
     report.raise_problems()

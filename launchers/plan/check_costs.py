@@ -120,6 +120,35 @@ def _response(setting: Setting) -> str:
     return f"{setting.response:,} tokens on average ({stated})"
 
 
+def overlap(setting: Setting) -> Iterator[str]:
+    """What a step would take were engines to draw the next steps while the learner trains, by simulation.
+
+    Nothing where engines compute on the CPU, share the learner's GPUs, or have no room; ``memory`` reports that.
+    """
+    forecast, rollout = setting.forecast, setting.config.rollout
+    if forecast is None or forecast.rollouts is None or rollout.placement == "colocated":
+        return
+    drawn = forecast.rollouts
+    if drawn.kv_tokens < rollout.max_prompt_tokens + rollout.max_new_tokens:
+        return
+    from launchers.plan.overlap import SIGMA, heavy_tailed, plant, predict
+
+    what = plant(setting.config, drawn, forecast.train_seconds, forecast.sync.seconds)
+    yield (
+        "overlap: a step if engines draw while the learner trains (simulated: log-normal responses, sigma "
+        f"{SIGMA:g}, at most {rollout.max_new_tokens:,} tokens)"
+    )
+    for staleness, partial in ((0, False), (1, False), (1, True), (4, False), (4, True)):
+        lengths = heavy_tailed(setting.response, rollout.max_new_tokens)
+        found = predict(what, lengths, staleness, partial=partial)
+        before = "held by a sync and continued" if partial else "end before a sync"
+        answers = f", running answers {before}" if staleness else ", in turns"
+        yield (
+            f"overlap: staleness {staleness}{answers}: {duration(found.step_seconds)}; the learner waits "
+            f"{found.learner_waits:.0%} of the time, the engines {found.engines_wait:.0%}"
+        )
+
+
 def time(setting: Setting) -> Iterator[str | Problem]:
     """When the run saves, and whether what is in progress can end before the job does."""
     cluster, every = setting.cluster, setting.config.checkpoint.every

@@ -51,6 +51,37 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class Speeds:
+    """How fast one engine computes."""
+
+    dense: float  # bytes of weights that a pass reads from each GPU
+    experts: float  # bytes of experts on each GPU, were all chosen
+    unchosen: float  # share of the experts that a token does not choose, were all equally likely
+    kv_token_bytes: float  # of one GPU
+    operations: float  # of one token, without attention
+    attention: float  # and for each token before it
+    bandwidth: float  # bytes a second that a GPU reaches
+    arithmetic: float  # operations a second that the engine reaches
+
+    def by_memory(self, running: float, context: float) -> float:
+        """Seconds in which a pass over ``running`` samples, each with ``context`` tokens, reads what it needs."""
+        experts = self.experts * (1 - self.unchosen**running)
+        return (self.dense + experts + running * context * self.kv_token_bytes) / self.bandwidth
+
+    def by_arithmetic(self, running: float, context: float) -> float:
+        """Seconds in which it computes."""
+        return running * (self.operations + self.attention * context) / self.arithmetic
+
+    def decode(self, running: float, context: float) -> float:
+        """Seconds of the pass: a token for each sample."""
+        return max(self.by_memory(running, context), self.by_arithmetic(running, context))
+
+    def prefill(self, tokens: float) -> float:
+        """Seconds to read a text of so many tokens."""
+        return self.by_arithmetic(tokens, tokens / 2)
+
+
+@dataclass(frozen=True)
 class Rollout:
     """One step's samples on the busiest engine. Every response as long as it may be, unless a mean was given."""
 
@@ -62,6 +93,7 @@ class Rollout:
     prefill_seconds: float
     decode_seconds: float
     memory_bound: bool  # whether decoding waits for memory
+    speeds: Speeds
 
     @property
     def seconds(self) -> float:
@@ -82,29 +114,40 @@ def rollout(model: Architecture, config: RunConfig, gpu: Gpu, free_gib: float, m
     """
     settings, tp = config.rollout, config.rollout.tensor_parallel_size
     held = weights(model, config)
-    kv = kv_token_bytes(model, tp, _item_size(config))
+    of = speeds(model, config, gpu, held)
     room = settings.sglang.mem_fraction_static * free_gib * GIB - held.total / tp
-    kv_tokens = settings.sglang.max_total_tokens or math.floor(room / kv)
-    kv_tokens = min(kv_tokens, math.floor(room / kv))
+    kv_tokens = settings.sglang.max_total_tokens or math.floor(room / of.kv_token_bytes)
+    kv_tokens = min(kv_tokens, math.floor(room / of.kv_token_bytes))
     samples, prompts = _busiest(config)
     response = mean_response or settings.max_new_tokens
     concurrent = min(samples, max(1, kv_tokens // (settings.max_prompt_tokens + response)))
     context = settings.max_prompt_tokens + response / 2  # of a running sample, on average over its life
-    read = held.dense + held.experts * _touched(model, concurrent)
-    by_memory = (read / tp + concurrent * context * kv) / (gpu.memory_gb_s * 1e9 * BANDWIDTH_SHARE)
-    speed = tp * gpu.tflops * 1e12 * UTILIZATION
-    by_arithmetic = concurrent * (held.operations + _attention(model, context)) / speed
     passes = samples / concurrent * response  # samples that end make room for waiting ones
-    prompt_tokens = prompts * settings.max_prompt_tokens
     return Rollout(
         weights_bytes=held.total / tp,
-        kv_token_bytes=kv,
+        kv_token_bytes=of.kv_token_bytes,
         kv_tokens=kv_tokens,
         samples=samples,
         concurrent=concurrent,
-        prefill_seconds=prompt_tokens * (held.operations + _attention(model, settings.max_prompt_tokens / 2)) / speed,
-        decode_seconds=passes * max(by_memory, by_arithmetic),
-        memory_bound=by_memory >= by_arithmetic,
+        prefill_seconds=prompts * of.prefill(settings.max_prompt_tokens),
+        decode_seconds=passes * of.decode(concurrent, context),
+        memory_bound=of.by_memory(concurrent, context) >= of.by_arithmetic(concurrent, context),
+        speeds=of,
+    )
+
+
+def speeds(model: Architecture, config: RunConfig, gpu: Gpu, held: Weights) -> Speeds:
+    """Of an engine with the weights ``held`` over its GPUs."""
+    tp = config.rollout.tensor_parallel_size
+    return Speeds(
+        dense=held.dense / tp,
+        experts=held.experts / tp,
+        unchosen=1 - model.moe.top_k / model.moe.experts if model.moe else 1.0,
+        kv_token_bytes=kv_token_bytes(model, tp, _item_size(config)),
+        operations=held.operations,
+        attention=_attention(model, 1.0),
+        bandwidth=gpu.memory_gb_s * 1e9 * BANDWIDTH_SHARE,
+        arithmetic=tp * gpu.tflops * 1e12 * UTILIZATION,
     )
 
 
@@ -148,13 +191,6 @@ def _busiest(config: RunConfig) -> tuple[int, int]:
         again = math.ceil(entropy.auxiliary_prompts / settings.engines)
         return samples + again * entropy.auxiliary_samples, prompts + again
     return samples, prompts
-
-
-def _touched(model: Architecture, tokens: int) -> float:
-    """Expected share of the experts that at least one of ``tokens`` chooses, were all equally likely."""
-    if model.moe is None:
-        return 0.0
-    return 1 - (1 - model.moe.top_k / model.moe.experts) ** tokens
 
 
 def _attention(model: Architecture, context: float) -> float:
