@@ -199,6 +199,20 @@ def test_a_signal_ends_in_a_checkpoint_and_resume_finishes(tmp_path, runtime, nu
     assert kinds >= {"run_start", "step", "evaluation", "checkpoint", "resume", "run_end"}
 
 
+def test_a_flipped_bit_that_a_rank_finds_ends_the_resume(tmp_path):
+    """Ray, TP 2: the file of rank 1, which the driver does not read."""
+    train(tmp_path / "run", "steps=2", "evaluation.at_start=false", "evaluation.every=0")
+    (file,) = (tmp_path / "run/checkpoints/step-00000002/learner").glob("__1_*.distcp")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    words = command("train", "--resume", str(tmp_path / "run"), "steps=4")
+    ended = subprocess.run(words, cwd=tmp_path, check=False, capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 2, ended.stderr[-2000:]
+    said = f"{file} differs from the manifest: its checksum is another; delete {file.parents[1]} to resume from an older"
+    assert said in " ".join(ended.stderr.split())
+
+
 def test_ctrl_c_while_the_run_starts_ends_in_its_first_checkpoint(tmp_path):
     run_dir = tmp_path / "run"
     process = launch(

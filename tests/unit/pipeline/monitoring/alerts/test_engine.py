@@ -156,6 +156,21 @@ def state(made):
     ).replace("nan", "-")
 
 
+@pytest.mark.parametrize("later", [1, 5])
+def test_a_checkpoint_that_is_complete_some_steps_later_is_of_the_step_where_it_was_begun(later):
+    """The state that a resume takes alerts back to does not know of the steps between."""
+    begun = {"kind": "snapshot", "step": 12, "time": a.START + 120}
+    before, after = [*steps(0, 8), *exploding(8, 4), begun], exploding(12, 8)
+    at_once, late = full(), full()
+    a.run(at_once, [*before, checkpoint(12), *after])
+    a.run(late, [*before, *after[:later], checkpoint(12), *after[later:]])
+    for made in (at_once, late):
+        made.observe(resume(12, a.START + 5000))
+    again = exploding(12, 30)
+    assert a.run(late, again) == a.run(at_once, again)
+    assert state(late) == state(at_once)
+
+
 @st.composite
 def histories(draw, ticks=False):
     """A run that checkpoints every few steps, crashes and resumes, with steps of many kinds; with ``ticks`` also (time,
@@ -171,6 +186,7 @@ def histories(draw, ticks=False):
         "poor": {"reward": 0.0, "positives": 0, "state": "holding", "reason": "no positives for 2 steps"},
     }
     events, done, saved, time = [], 0, [0], a.START
+    writing = None  # updates in the checkpoint in the making
     for _ in range(draw(st.integers(1, 8))):
         kind, count = draw(st.sampled_from(sorted(kinds))), draw(st.integers(1, 25))
         for _ in range(count):
@@ -180,15 +196,22 @@ def histories(draw, ticks=False):
         for free in draw(st.lists(st.sampled_from([9, 99, 999]), max_size=15 * ticks)):
             time += 61
             events.append((time, free * a.GIB))
-        after = draw(st.sampled_from(["nothing", "checkpoint", "fault", "resume"]))
+        after = draw(st.sampled_from(["nothing", "snapshot", "checkpoint", "fault", "resume"]))
         time += 1
-        if after == "checkpoint":
+        if after in ("snapshot", "checkpoint") and writing is not None:
+            events.append({"kind": "checkpoint", "step": writing, "time": time, "path": "x"})
+            saved.append(writing)
+            writing = None
+        if after == "snapshot":
+            events.append({"kind": "snapshot", "step": done, "time": time})
+            writing = done
+        elif after == "checkpoint":
             events.append({"kind": "checkpoint", "step": done, "time": time, "path": "x"})
             saved.append(done)
         elif after == "fault":
             events.append({"kind": "fault", "time": time, "description": "engine 0 was started again"})
         elif after == "resume":
-            done = saved[-1]
+            done, writing = saved[-1], None
             events.append({"kind": "resume", "step": done, "time": time})
     return events
 
