@@ -209,7 +209,7 @@ def test_a_flipped_bit_that_a_rank_finds_ends_the_resume(tmp_path):
     words = command("train", "--resume", str(tmp_path / "run"), "steps=4")
     ended = subprocess.run(words, cwd=tmp_path, check=False, capture_output=True, text=True, timeout=240)
     assert ended.returncode == 2, ended.stderr[-2000:]
-    said = f"{file} differs from the manifest: its checksum is another; delete {file.parents[1]} to resume from an older"
+    said = f"{file} differs from the manifest: its checksum is another; delete {file.parents[1]} to resume from an"
     assert said in " ".join(ended.stderr.split())
 
 
