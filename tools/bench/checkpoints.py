@@ -4,7 +4,8 @@
 
 A Qwen3 of 61 million parameters in float32 under the distributed optimizer: 16 bytes a parameter on the disk, where a
 parameter and its original are kept apart. "stall": until training may go on; "written": until all is on the disk;
-"check": the ranks compare checksums, the files in the page cache; "load": that and all else of a resume.
+"check": the ranks compare checksums, the files in the page cache; "load": that and all else of a resume. In
+brackets what the busiest rank computed, which depends less on what else the machine does.
 """
 
 from __future__ import annotations
@@ -76,26 +77,28 @@ def measure(rank: int, folder: str, world: int, port: int, out: Any) -> None:
         size = sum(found.bytes for found in files.values())
         most = max(sum(found.bytes for found in one.values()) for one in everyones)
         sizes = {"GiB": f"{size / 2**30:.2f}", "GiB of one rank": f"{most / 2**30:.2f}"}
-        out.put(sizes | {name: f"{seconds:.1f}" for name, seconds in clock.found.items()})
+        out.put(sizes | {name: f"{wall:.1f} ({cpu:.2f})" for name, (wall, cpu) in clock.found.items()})
     made.close()
 
 
 class _Clock:
-    """Seconds of phases, each until the slowest rank is through."""
+    """Seconds of phases by the clock, each until the slowest rank is through, and those that the busiest computed."""
 
     def __init__(self) -> None:
-        self.found: dict[str, float] = {}
+        self.found: dict[str, tuple[float, float]] = {}
         self.restart()
 
     def restart(self) -> None:
         """A phase begins."""
         dist.barrier()
-        self._since = time.perf_counter()
+        self._since = time.perf_counter(), time.process_time()
 
     def __call__(self, name: str, since: str = "") -> None:
         """A phase ends, and the next begins; with ``since`` it is counted from where that phase began."""
-        dist.barrier()
-        self.found[name] = time.perf_counter() - self._since + self.found.get(since, 0.0)
+        computed = torch.tensor(time.process_time() - self._since[1])
+        dist.all_reduce(computed, op=dist.ReduceOp.MAX)
+        before = self.found.get(since, (0.0, 0.0))
+        self.found[name] = time.perf_counter() - self._since[0] + before[0], float(computed) + before[1]
         self.restart()
 
 
