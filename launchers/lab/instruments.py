@@ -42,6 +42,7 @@ def probe(
         verifier = VerifierStage(config.data, tokenizer)
         stack.callback(verifier.close)
         folder = Path(stack.enter_context(TemporaryDirectory()))
+        inputs = assemble.plan_inputs(config)
         engine = assemble.start_engines(config, folder / "logs", stack)
         learner = assemble.start_learner(config, stack)
         if checkpoint:
@@ -50,7 +51,7 @@ def probe(
             learner.load(assemble.hf_path(config))
         state = folder / "state"
         state.mkdir()
-        sync = assemble.weight_sync(config, learner, engine)
+        sync = assemble.weight_sync(config, inputs, learner, engine)
         parts = Probe(learner, engine, sync, verifier, prompts.train, config, state)
         return parts.run(temperatures, repeats, prompts_per_update, said)
 

@@ -113,11 +113,12 @@ def serve(config: RunConfig, run: Path | None, stack: ExitStack) -> tuple[Engine
     """
     config = replace(config, rollout=replace(config.rollout, weight_dtype="auto"))
     checkpoint = newest_checkpoint(run, "evaluate")
+    inputs = plan_inputs(config) if checkpoint else None
     learner = start_learner(config, stack) if checkpoint else None
     engine = start_engines(config, Path(stack.enter_context(TemporaryDirectory())), stack, learner)
-    if checkpoint and learner:
+    if checkpoint and learner and inputs:
         checkpoint.restore(learner.restore)
-        weight_sync(config, learner, engine).push(checkpoint.step)
+        weight_sync(config, inputs, learner, engine).push(checkpoint.step)
     return engine, checkpoint.step if checkpoint else 0
 
 
@@ -130,10 +131,11 @@ def build_loop(config: RunConfig, recorder: Recorder, stack: ExitStack) -> Train
     controller = build_controller(config.entropy, config.steps, config.rollout.prompts_per_step)
     verifier = VerifierStage(config.data, tokenizer)
     stack.callback(verifier.close)
+    inputs = plan_inputs(config)
     learner = start_learner(config, stack)
     engines = start_engines(config, recorder.run_dir / "logs", stack, learner)
     colocated = config.rollout.placement == "colocated"
-    sync = weight_sync(config, learner, engines)
+    sync = weight_sync(config, inputs, learner, engines)
     rollouts = Rollouts(engines, learner, sync, hf_path(config), recorder.fault, colocated=colocated)
     cursor = DataCursor(prompts.train, config.seed)
     repeated = choose_prompts(prompts.held_out, config.entropy.repeated_prompts)
@@ -290,14 +292,14 @@ def plan_inputs(config: RunConfig) -> PlanInputs:
     return inputs
 
 
-def weight_sync(config: RunConfig, learner: Learner, engines: RolloutEngine) -> WeightSync:
-    """Moves the weights of ``learner`` into ``engines``."""
+def weight_sync(config: RunConfig, inputs: PlanInputs, learner: Learner, engines: RolloutEngine) -> WeightSync:
+    """Moves the weights of ``learner`` into ``engines``, by the plan of ``inputs``."""
     rollout = config.rollout
     on_gpus = engine_gpus(config) and rollout.placement != "colocated" and rollout.weight_transport == "plan"
     return WeightSync(
         learner,
         engines,
-        plan_inputs(config),
+        inputs,
         rollout.weight_sync_timeout_s,
         backend="nccl" if on_gpus else "gloo",
         probe=rollout.engine == "sglang",
