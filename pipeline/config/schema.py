@@ -685,7 +685,8 @@ class EntropyConfig:
     command: float = key(0.0, "controller=constant: the actuator's command, in its own unit", range=NOT_NEGATIVE)
     command_min: float = key(
         0.0,
-        "lower limit of the command, below 0 for high_prob only; 0 with command_max 0: default of the actuator",
+        "lower limit of the command, below 0 for high_prob and surprisal only; 0 with command_max 0: "
+        "default of the actuator",
         range=Range(-1),
     )
     command_max: float = key(0.0, "upper limit of the command", range=NOT_NEGATIVE)

@@ -28,6 +28,7 @@ Actuators, with ``u`` the command, ``c`` in {0, 1} the row's correctness, ``pi_T
 - ``high_prob``: A -= u |A| on tokens of probability above 0.95: loss += -u mean(-r |A|) over them (EntroPIC,
   2511.15248), here inside the clipped surrogate, the same where r = 1, and divided by all tokens' number, not by
   theirs alone.
+- ``surprisal``: A <- A max(0, 1 - u sign(A) log pi) (REPO-R, 2603.11682).
 - ``clip_cov``: ``token_weights`` takes the tokens of highest covariance out of the surrogate (2505.22617).
 """
 
@@ -210,6 +211,9 @@ def _advantages(outputs: PolicyOutputs, rows: TokenRows) -> torch.Tensor:
     if act.kind == "high_prob" and act.command != 0:
         sure = (outputs.log_probs.detach() > math.log(HIGH_PROBABILITY)) & ~rows.auxiliary
         return rows.advantages - act.command * rows.advantages.abs() * sure
+    if act.kind == "surprisal" and act.command != 0:
+        surprise = -outputs.log_probs.detach()
+        return rows.advantages * (1 + act.command * rows.advantages.sign() * surprise).clamp(min=0)
     return rows.advantages
 
 

@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.load import load_config
@@ -120,6 +120,20 @@ def test_published_coefficient_laws_through_the_loop():
     pic = feed(controller(controller="entropic", actuator="high_prob"), [TARGET - 0.1, TARGET - 0.1, TARGET + 2])
     assert [d.command for d in pic] == pytest.approx([0.1, 0.101, -1.0])
     assert {d.temperature for d in sky + aent + pic} == {1.0}
+
+
+@given(st.lists(st.booleans(), max_size=60))
+@example([True] * 12 + [False] * 30 + [True] * 12)
+def test_repo_r_doubles_toward_the_target_and_else_halves_and_turns(lows):
+    readings = [TARGET - 0.05 if low else TARGET + 0.05 for low in lows]
+    decisions = feed(controller(controller="repo_r", actuator="surprisal"), readings)
+    size, sign = 1e-4, 1
+    for low, decision in zip(lows, decisions, strict=True):
+        size *= 2.0 if low == (sign > 0) else 0.5
+        if size < 1e-4:
+            size, sign = 1e-4, -sign
+        size = min(size, 0.05)
+        assert decision.command == pytest.approx(sign * size, rel=1e-9)
 
 
 def run_plant(control, steps, actuator, seed=0, start=0.55, gain=0.0114, drift=-0.003):
@@ -356,8 +370,15 @@ def test_wrong_sign_plant_raises_the_alarm():
 
 READING = st.one_of(st.floats(0, 3), st.floats(), st.just(NAN))
 LAWS = [("pi", a) for a in ACTUATORS] + [(c, a) for c in ("scope", "bang_bang") for a in ("resample", "reweight", "fc")]
-LAWS += [("skywork", "entropy_bonus"), ("aent", "entropy_bonus"), ("entropic", "high_prob")]
-LIMITS = {"scope": (0.8, 1.2), "bang_bang": (0.8, 1.2), "skywork": (0, 0.005), "aent": (0, 0.01), "entropic": (-1, 1)}
+LAWS += [("skywork", "entropy_bonus"), ("aent", "entropy_bonus"), ("entropic", "high_prob"), ("repo_r", "surprisal")]
+LIMITS = {
+    "scope": (0.8, 1.2),
+    "bang_bang": (0.8, 1.2),
+    "skywork": (0, 0.005),
+    "aent": (0, 0.01),
+    "entropic": (-1, 1),
+    "repo_r": (-0.05, 0.05),
+}
 
 
 @settings(max_examples=60, deadline=None)

@@ -201,6 +201,16 @@ def test_high_prob_weakens_likely_positives_and_strengthens_likely_negatives(com
     assert grad == pytest.approx([-2 * kept[0], 2 * kept[1], -2.0, 2.0], rel=1e-6)
 
 
+@pytest.mark.parametrize("command", [0.05, -0.05, 0.5, -0.5])
+def test_surprisal_scales_advantages_and_keeps_their_sign(command):
+    act, log_probs = Actuation("surprisal", command), [-0.1, -4.0, -0.1, -4.0]
+    token_rows = rows(4, advantages=[2.0, 2.0, -2.0, -2.0], actuation=act)
+    _, grad, _ = loss_and_grad(outputs(log_probs), token_rows)
+    up = [2 * max(0, 1 - command * log_prob) for log_prob in log_probs[:2]]
+    down = [-2 * max(0, 1 + command * log_prob) for log_prob in log_probs[2:]]
+    assert grad == pytest.approx([-a for a in up + down], rel=1e-6)
+
+
 def test_fc_adds_the_centred_ratio_to_the_advantage():
     act = Actuation("fc", 2.0, 0.5)
     token_rows = rows(3, advantages=[1.0, 1.0, -1.0], correct=[True, True, False], actuation=act)
