@@ -178,7 +178,7 @@ class MegatronLearner:
         topology = self._topology
         parameters = transformer_engine.Dequantised(self._parameters)
         shards = LearnerShards(self._rows, topology.grid, topology.rank, parameters)
-        reader = QuantisedShards(shards) if order.inputs.dtype == "fp8" else shards
+        reader = QuantisedShards(shards) if order.inputs.dtype.startswith("fp8") else shards
         self._participant.send(order, topology.rank, reader, topology.device)
 
     def save(self, directory: Path) -> Callable[[], Files]:

@@ -72,7 +72,7 @@ class Source:
                 rank,
                 local_parameters(self.model, self.learner, rank, full),
             )
-            reader = QuantisedShards(shards) if order.inputs.dtype == "fp8" else shards
+            reader = QuantisedShards(shards) if order.inputs.dtype.startswith("fp8") else shards
             return self.ranks[rank].send(order, rank, reader)
 
         with ThreadPoolExecutor(len(self.ranks)) as threads:

@@ -316,7 +316,7 @@ def expert_groups(arguments: Sequence[str]) -> int:
 def _sent_type(config: RunConfig) -> str:
     """The type in which weights travel: the learner's, or the server's where that is smaller."""
     if config.rollout.weight_dtype == "fp8":
-        return "fp8"
+        return "fp8 fp32" if config.rollout.engine == "native" and config.model.dtype == "fp32" else "fp8"
     if config.rollout.engine == "native" or config.model.dtype == "bf16":
         return config.model.dtype
     stored = architecture.read_config(hf_path(config))

@@ -38,7 +38,9 @@ from pipeline.reshard.engine_grid import EngineGrid, Placement
 from pipeline.reshard.pieces import FANOUT, LOCAL, Interval, Pieces, Segment, pieces, segments
 
 SMALLEST_SHARE = 1 << 16  # bytes
-ITEM_SIZES = {"bf16": 2, "fp32": 4, "fp8": 2}  # fp8: of the tensors that are not quantised before sending
+# Bytes of an entry as it is sent; in FP8, of the tensors that are not quantised before, which stay as the learner has
+# them: "fp8" in bf16, "fp8 fp32" in float32.
+ITEM_SIZES = {"bf16": 2, "fp32": 4, "fp8": 2, "fp8 fp32": 4}
 
 
 class BucketError(ValueError):
@@ -238,7 +240,7 @@ def _tensors(
         groups = None
         if row.expert is not None:
             groups = row.ep, engines.expert_group(row.expert, experts)
-        fp8 = dtype == "fp8" and quantised(row)
+        fp8 = dtype.startswith("fp8") and quantised(row)
         whose = index if row.groups else 0  # elsewhere all sources of a row are divided alike
         item_size = 4 if row.float32 else ITEM_SIZES[dtype]
         key = source.shape, row.split, row.groups, whose, row.layer is None, stages, groups, fp8, item_size
