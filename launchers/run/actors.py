@@ -274,13 +274,15 @@ class EngineProcess:
 class RayEngine(RolloutEngine):
     """``RolloutEngine`` over one actor, made by ``spawn`` at every ``start``.
 
-    Each phase of an update may take ``timeout_s`` (``rollout.weight_sync_timeout_s``) and a little grace; a process
-    that does not answer by then is not alive.
+    The beginning of an update, what it receives and their verification are sent in one breath; so an update takes two
+    round trips, all of it and then ``commit_update``. Each phase may take ``timeout_s``
+    (``rollout.weight_sync_timeout_s``) and a little grace; a process that does not answer by then is not alive.
     """
 
     def __init__(self, spawn: Callable[[], Any], name: str, timeout_s: float) -> None:
         self.spawn, self.name, self.timeout_s = spawn, name, timeout_s
         self.process: Any = None
+        self.queued: list[tuple[str, Any]] = []  # phases under way, and their replies
         self.stuck = ""
 
     @property
@@ -295,7 +297,7 @@ class RayEngine(RolloutEngine):
 
     def start(self, hf_path: Path) -> None:
         """See ``pipeline.rollout.engine.RolloutEngine``."""
-        self.process, self.stuck = self.spawn(), ""
+        self.process, self.queued, self.stuck = self.spawn(), [], ""
         ROLL_CALL.add(self.name.replace(" ", "-"), self.process)
         self._call("start", hf_path)
 
@@ -313,30 +315,44 @@ class RayEngine(RolloutEngine):
         self._call("release")
 
     def begin_update(self, version: int) -> None:
-        """See ``pipeline.rollout.engine.RolloutEngine``."""
-        self._phase("begin_update", version)
+        """Queue the beginning; what goes wrong in it is raised by ``receive``."""
+        self.queued = []
+        self._queue("begin_update", version)
 
     def receive(self, order: Order, engine: int = 0) -> None:
-        """See ``pipeline.rollout.engine.RolloutEngine``."""
-        self._phase("receive", order, engine)
+        """See ``pipeline.rollout.engine.RolloutEngine``. The verification is queued behind it."""
+        self._queue("receive", order, engine)
+        self._queue("verify_update", order.version)
+        self._wait(leave=1)
 
     def verify_update(self, version: int) -> None:
         """See ``pipeline.rollout.engine.RolloutEngine``."""
-        self._phase("verify_update", version)
+        if not self.queued:
+            self._queue("verify_update", version)
+        self._wait()
 
     def commit_update(self, version: int) -> None:
         """See ``pipeline.rollout.engine.RolloutEngine``."""
-        self._phase("commit_update", version)
+        self._queue("commit_update", version)
+        self._wait()
 
     def abort_update(self) -> None:
         """Queue the end of the update, behind whatever of it still runs."""
+        self.queued = []
         if self.process is not None:
             self.process.call.remote("abort_update")
 
-    def _phase(self, phase: str, *arguments: Any) -> None:
-        limit = self.timeout_s + min(self.timeout_s, GRACE_S)
+    def _queue(self, phase: str, *arguments: Any) -> None:
+        self.queued.append((phase, self.actor.call.remote(phase, *arguments)))
+
+    def _wait(self, leave: int = 0) -> None:
+        """Wait for the phases that were queued, but for the last ``leave``; the first failure is raised."""
+        count = len(self.queued) - leave
+        begun, self.queued = self.queued[:count], self.queued[count:]
+        limit = len(begun) * (self.timeout_s + min(self.timeout_s, GRACE_S))
+        names = ", ".join(phase for phase, _ in begun)
         try:
-            answer(self.actor.call.remote(phase, *arguments), f"{self.name}: {phase}", limit)
+            answer([reply for _, reply in begun], f"{self.name}: {names}", limit)
         except EngineTimeoutError as error:
             self.stuck = f"{error}; if it is merely slow, raise rollout.weight_sync_timeout_s ({self.timeout_s:g})"
             raise WeightUpdateError(self.stuck) from error
