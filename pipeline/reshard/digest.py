@@ -21,21 +21,22 @@ def content(tensor: torch.Tensor) -> torch.Tensor:
     """A 64-bit sum over the bytes of ``tensor``, int64 of shape ``[]`` on its device, computed there.
 
     The bytes are taken in row-major order, whatever the strides, as 64-bit words in lines of ``_WIDTH``, filled up with
-    zeros. The sum is over ``(column weight + line weight) * word``, and the number of bytes times a weight of its own,
-    modulo 2**64. Weights are odd in sum, so another value of one word always shows; two words that changed places show
-    but for a chance of 2**-63. CPU and CUDA give the same number: addition of integers has no order.
+    zeros. The sum is over ``(column weight + line weight) * word`` (of less than a line: another weight of each column)
+    and the number of bytes times a weight of its own, modulo 2**64. What a word is multiplied with is odd, so another
+    value of one word always shows; two words that changed places show but for a chance of 2**-63. CPU and CUDA give the
+    same number: addition of integers has no order.
     """
-    data = tensor.detach().contiguous().view(-1).view(torch.uint8)
-    size, whole = len(data), len(data) // (8 * _WIDTH)
+    data = tensor.detach().reshape(-1).view(torch.uint8)
+    size = data.numel()
     if size % 8:
         data = torch.nn.functional.pad(data, (0, -size % 8))
     elif data.storage_offset() % 8:
         data = data.clone()  # words begin where words may
-    words = data.view(torch.int64)
-    columns, lines = _weights(_WIDTH, data.device, 0), _weights(whole + 1, data.device, 1)
-    rest = words[whole * _WIDTH :]
-    found = ((columns[: len(rest)] + lines[whole]) * rest).sum() + _signed(size * _LENGTH)
-    return found + _sum(words[: whole * _WIDTH].view(whole, _WIDTH), columns, lines) if whole else found
+    words, length = data.view(torch.int64), _signed(size * _LENGTH)
+    whole = size // (8 * _WIDTH)
+    if not whole:
+        return (_weights(_WIDTH, data.device, 1)[: words.numel()] * words).sum() + length
+    return _lines(words, whole) + length
 
 
 def plan_digest(plan: Plan) -> str:
@@ -52,15 +53,22 @@ def plan_digest(plan: Plan) -> str:
     return found.hexdigest()
 
 
-def _sum(words: torch.Tensor, columns: torch.Tensor, lines: torch.Tensor) -> torch.Tensor:
-    """``(columns + lines) * words``, added up without the products: weights times sums of columns and of lines."""
-    step = _LINES if words.device.type == "cpu" else len(words)
-    by_column, by_line = torch.zeros_like(columns), torch.empty_like(lines[: len(words)])
-    for first in range(0, len(words), step):
+def _lines(words: torch.Tensor, whole: int) -> torch.Tensor:
+    """Of at least one ``whole`` line.
+
+    Added up without the products: ``(column + line) * word`` is weights times sums of columns, and of lines.
+    """
+    columns, lines = _weights(_WIDTH, words.device, 0), _weights(whole + 1, words.device, 1)
+    rest = words[whole * _WIDTH :]
+    found = ((columns[: rest.numel()] + lines[whole]) * rest).sum()
+    words = words[: whole * _WIDTH].view(whole, _WIDTH)
+    step = _LINES if words.device.type == "cpu" else whole
+    by_column, by_line = torch.zeros_like(columns), torch.empty_like(lines[:whole])
+    for first in range(0, whole, step):
         block = words[first : first + step]
         by_column += block.sum(0)
         torch.sum(block, 1, out=by_line[first : first + step])
-    return (columns * by_column).sum() + (lines[: len(words)] * by_line).sum()
+    return found + (columns * by_column).sum() + (lines[:whole] * by_line).sum()
 
 
 def _signed(number: int) -> int:

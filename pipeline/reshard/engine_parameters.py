@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from pipeline.model.fp8_layout import BLOCK, scale_name
 from pipeline.reshard.plan import Plan
@@ -41,7 +42,8 @@ class Target:
         return int(self.start > 0) if joined else None
 
 
-def targets(plan: Plan, process: int) -> dict[str, Target]:
+@lru_cache(maxsize=2)  # asked for in every update
+def targets(plan: Plan, process: int) -> Mapping[str, Target]:
     """The place of every tensor of which ``process``, an engine rank, needs something; by the plan's names.
 
     A tensor that is quantised after it arrived has a place for its codes and one, under ``scale_name``, for its scales.

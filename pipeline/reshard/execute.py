@@ -150,17 +150,19 @@ class Moved:
 
 @dataclass(frozen=True)
 class Mover:
-    """One process's share of a plan, ready to be carried out any number of times."""
+    """One process's share of a plan, ready to be carried out any number of times: its messages are laid out once."""
 
     plan: Plan
-    process: int
-    tasks: Tasks  # ``plan.tasks(process)``
+    stages: tuple[_Stage, ...]
     device: torch.device
 
     @classmethod
     def of(cls, plan: Plan, process: int, device: torch.device | str = "cpu") -> Mover:
         """For a process, with buffers on its ``device``."""
-        return cls(plan, process, plan.tasks(process), torch.device(device))
+        tasks = plan.tasks(process)
+        runs = _runs(2 * tasks.bucket + (tasks.kind == FANOUT))
+        stages = (_stage(plan, tasks, process, np.arange(first, last)) for first, last in runs)
+        return cls(plan, tuple(stages), torch.device(device))
 
     def move(self, learner: Reader, engine: EngineShards, link: Exchange) -> Moved:
         """Move the weights of this process's share. Every process of the plan does the same.
@@ -170,83 +172,128 @@ class Mover:
         written. Returns once this process has sent and received all of its own. Raises :class:`DigestError`, and what
         ``link`` raises.
         """
-        moved, tasks = Moved(), self.tasks
-        for first, last in _runs(2 * tasks.bucket + (tasks.kind == FANOUT)):
-            run = np.arange(first, last)
-            local = run[tasks.kind[run] == LOCAL]
-            for task in local:
-                tensor, start, length = self._interval(task)
-                _copy(learner.read(tensor, start, length), engine.read(tensor, start, length)[0], tensor.dim)
-            moved.copied += int(tasks.bytes[local].sum())
-            reader = engine if tasks.kind[first] == FANOUT else learner
-            self._stage(run[tasks.kind[run] != LOCAL], reader, engine, link, moved)
+        moved = Moved()
+        for stage in self.stages:
+            for piece in stage.local:
+                target = engine.read(piece.tensor, piece.start, piece.length)[0]
+                _copy(learner.read(piece.tensor, piece.start, piece.length), target, piece.tensor.dim)
+            moved.copied += sum(piece.nbytes for piece in stage.local)
+            self._exchange(stage, engine if stage.fanout else learner, engine, link, moved)
         return moved
 
-    def _stage(self, run: np.ndarray, reader: Reader, engine: EngineShards, link: Exchange, moved: Moved) -> None:
-        """One stage of one bucket."""
-        tasks, process = self.tasks, self.process
-        sends = list(self._messages(run[tasks.source[run] == process], tasks.destination))
-        receives = list(self._messages(run[tasks.destination[run] == process], tasks.source))
+    def _exchange(self, stage: _Stage, reader: Reader, engine: EngineShards, link: Exchange, moved: Moved) -> None:
+        """What crosses processes in one stage of one bucket."""
+        sends, receives = ([_Message(each, self.device) for each in side] for side in (stage.sends, stage.receives))
         for message in sends:
-            for tensor, start, length, view in message.pieces:
-                _copy(reader.read(tensor, start, length), view, tensor.dim)
-            message.digests.copy_(torch.stack([digest.content(view) for _, _, _, view in message.pieces]))
-        link.exchange(*([(message.peer, message.buffer) for message in side] for side in (sends, receives)))
+            for piece, view in message.pieces():
+                _copy(reader.read(piece.tensor, piece.start, piece.length), view, piece.tensor.dim)
+            message.digests.copy_(torch.stack([digest.content(view) for _, view in message.pieces()]))
+        link.exchange(*([(message.layout.peer, message.buffer) for message in side] for side in (sends, receives)))
         for message in receives:
             _write(message, engine)
-        sent, received = (sum(message.nbytes for message in side) for side in (sends, receives))
+        sent, received = (sum(each.nbytes for each in side) for side in (stage.sends, stage.receives))
         moved.sent += sent
         moved.received += received
         moved.peak_buffer = max(moved.peak_buffer, sent + received)
 
-    def _messages(self, run: np.ndarray, peers: np.ndarray) -> Iterator[_Message]:
-        """``run`` by peer.
 
-        Wider numbers come first, so that every view is aligned; both sides put them in the same order.
-        """
-        tasks = self.tasks
-        widths = np.array([self.plan.tensors[index].item_size for index in tasks.tensor[run]], dtype=np.int64)
-        run = run[np.lexsort((tasks.start[run], tasks.tensor[run], -widths, peers[run]))]
-        for first, last in _runs(peers[run]):
-            members = run[first:last]
-            sizes = tasks.bytes[members].tolist()
-            padded = -(-sum(sizes) // 8) * 8
-            buffer = torch.empty(padded + 8 * len(sizes), dtype=torch.uint8, device=self.device)
-            pieces = []
-            for task, data in zip(members, buffer[: sum(sizes)].split(sizes), strict=True):
-                tensor, start, length = self._interval(task)
-                shape = [length if dim == tensor.dim else size for dim, size in enumerate(tensor.shape)]
-                pieces.append((tensor, start, length, data.view(DTYPES[tensor.item_size]).view(shape)))
-            yield _Message(int(peers[members[0]]), buffer, sum(sizes), pieces, buffer[padded:].view(torch.int64))
+@dataclass(frozen=True)
+class _Piece:
+    """Entries of one tensor."""
 
-    def _interval(self, task: int) -> tuple[Tensor, int, int]:
-        return self.plan.tensors[self.tasks.tensor[task]], int(self.tasks.start[task]), int(self.tasks.length[task])
+    tensor: Tensor
+    start: int
+    length: int
+    nbytes: int
+
+    @property
+    def shape(self) -> list[int]:
+        return [self.length if dim == self.tensor.dim else size for dim, size in enumerate(self.tensor.shape)]
 
 
 @dataclass(frozen=True)
-class _Message:
+class _Layout:
     """All that one process sends to another in one stage of one bucket."""
 
     peer: int
-    buffer: torch.Tensor  # bytes: the pieces, then their digests
+    pieces: tuple[_Piece, ...]
     nbytes: int  # of the pieces
-    pieces: list[tuple[Tensor, int, int, torch.Tensor]]  # tensor, start, length, view of the buffer
-    digests: torch.Tensor  # int64 [pieces], a view of the buffer
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One process's part in one stage of one bucket."""
+
+    fanout: bool  # the second stage: what is sent was received in the first
+    local: tuple[_Piece, ...]  # copied within the process
+    sends: tuple[_Layout, ...]
+    receives: tuple[_Layout, ...]
+
+
+class _Message:
+    """A message under way: a flat buffer of its pieces, then their digests."""
+
+    def __init__(self, layout: _Layout, device: torch.device) -> None:
+        self.layout = layout
+        padded = -(-layout.nbytes // 8) * 8
+        self.buffer = torch.empty(padded + 8 * len(layout.pieces), dtype=torch.uint8, device=device)
+        self.digests = self.buffer[padded:].view(torch.int64)
+        parts = self.buffer[: layout.nbytes].split([piece.nbytes for piece in layout.pieces])
+        self._views = [
+            part.view(DTYPES[piece.tensor.item_size]).view(piece.shape)
+            for piece, part in zip(layout.pieces, parts, strict=True)
+        ]
+
+    def pieces(self) -> Iterator[tuple[_Piece, torch.Tensor]]:
+        """Each with its view of the buffer."""
+        return zip(self.layout.pieces, self._views, strict=True)
+
+
+def _stage(plan: Plan, tasks: Tasks, process: int, run: np.ndarray) -> _Stage:
+    local = tasks.kind[run] == LOCAL
+    fanout = bool((tasks.kind[run] == FANOUT).any())
+    near, far = run[local], run[~local]
+    return _Stage(
+        fanout,
+        tuple(_pieces(plan, tasks, near)),
+        tuple(_layouts(plan, tasks, far[tasks.source[far] == process], tasks.destination)),
+        tuple(_layouts(plan, tasks, far[tasks.destination[far] == process], tasks.source)),
+    )
+
+
+def _pieces(plan: Plan, tasks: Tasks, members: np.ndarray) -> Iterator[_Piece]:
+    columns = (column[members].tolist() for column in (tasks.tensor, tasks.start, tasks.length, tasks.bytes))
+    return (
+        _Piece(plan.tensors[index], start, length, size) for index, start, length, size in zip(*columns, strict=True)
+    )
+
+
+def _layouts(plan: Plan, tasks: Tasks, run: np.ndarray, peers: np.ndarray) -> Iterator[_Layout]:
+    """``run`` by peer.
+
+    Wider numbers come first, so that every view is aligned; both sides put them in the same order.
+    """
+    widths = np.array([plan.tensors[index].item_size for index in tasks.tensor[run]], dtype=np.int64)
+    run = run[np.lexsort((tasks.start[run], tasks.tensor[run], -widths, peers[run]))]
+    for first, last in _runs(peers[run]):
+        members = run[first:last]
+        yield _Layout(int(peers[members[0]]), tuple(_pieces(plan, tasks, members)), int(tasks.bytes[members].sum()))
 
 
 def _write(message: _Message, engine: EngineShards) -> None:
     """Write what came to where it belongs, and compare its digests."""
     found = []
-    for tensor, start, length, view in message.pieces:
-        target = engine.read(tensor, start, length)[0]
+    for piece, view in message.pieces():
+        target = engine.read(piece.tensor, piece.start, piece.length)[0]
         target.copy_(view)
         found.append(digest.content(target.to(view.dtype)).to(view.device))
     differs = torch.stack(found) != message.digests
     if differs.any():
-        names = [piece[0].name for piece, wrong in zip(message.pieces, differs.tolist(), strict=True) if wrong]
+        pieces = message.layout.pieces
+        names = [piece.tensor.name for piece, wrong in zip(pieces, differs.tolist(), strict=True) if wrong]
         raise DigestError(
-            f"{len(names)} tensors differ from what process {message.peer} sent, first {names[0]!r}: either a byte was "
-            "lost on the way or the engine's parameters cannot hold the type that was sent"
+            f"{len(names)} tensors differ from what process {message.layout.peer} sent, first {names[0]!r}: either a "
+            "byte was lost on the way or the engine's parameters cannot hold the type that was sent"
         )
 
 

@@ -44,7 +44,9 @@ class Link:
             raise LinkError(f"the store at {host}:{port}, where all processes meet, does not answer") from error
         self._group: Any = None
         self._end = 0.0
-        self._last = ""  # this process's key of the update before
+        self._learners = order.inputs.placement.learners
+        self._keys: list[str] = []  # of the last meeting
+        self._old: list[str] = []  # of the one before, at which nobody looks any more
 
     def meet(self, order: Order, word: str) -> None:
         """Wait until every process has come to the update; all must say the same ``word``.
@@ -54,21 +56,25 @@ class Link:
         limit = timedelta(seconds=order.timeout_s)
         self._end = time.monotonic() + order.timeout_s
         keys = [_key(order, process) for process in range(self._world)]
+        self._store.set_timeout(limit)
         try:
             self._store.set(keys[self._process], word)
-            self._store.wait(keys, limit)
+            said = [word.decode() for word in self._store.multi_get(keys)]  # waits for all
         except RuntimeError as error:
             missing = [process for process, key in enumerate(keys) if not self._store.check([key])]
             raise LinkError(f"{_named(missing, order)} did not come within {order.timeout_s:g} s") from error
-        said = [word.decode() for word in self._store.multi_get(keys)]
         for process, other in enumerate(said):
             if other != word:
                 raise LinkError(f"{_named([process], order)}: {other}; {_named([self._process], order)}: {word}")
-        if self._last:  # nobody looks at it any more: all have come to a later update
-            self._store.delete_key(self._last)
-        self._last = keys[self._process]
+        self._old, self._keys = self._keys, keys
         if self._group is None:
             self._group = self._formed(order, limit)
+
+    def tidy(self) -> None:
+        """Take this learner rank's share of the words said before the last meeting from the store."""
+        for key in self._old[self._process :: self._learners]:
+            self._store.delete_key(key)
+        self._old = []
 
     def exchange(self, sends: Sequence[tuple[int, torch.Tensor]], receives: Sequence[tuple[int, torch.Tensor]]) -> None:
         """Send and receive flat buffers, all at the same time. Raises ``LinkError`` when a process is lost or late."""

@@ -27,7 +27,10 @@ class Participant:
 
         Raises ``LinkError``, ``ValueError`` and ``KeyError``; the group is then left, so that nobody waits for it.
         """
-        return self._move(order, process, learner, None, torch.device(device))
+        moved = self._move(order, process, learner, None, torch.device(device))
+        if self._link is not None:
+            self._link.tidy()
+        return moved
 
     def receive(self, order: Order, process: int, places: Places, device: torch.device | str = "cpu") -> Report:
         """Receive what ``process`` needs to its ``places``.

@@ -24,8 +24,9 @@ node, in stage 2 the ranks of a node pass on what they took in.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import prod
 
 import numpy as np
@@ -97,9 +98,9 @@ class Block:
     buckets: np.ndarray  # [tensors, chunks]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """See the module's text. Ranks are processes of ``placement``."""
+    """See the module's text. Ranks are processes of ``placement``. A plan is equal to itself only."""
 
     model: Architecture
     learner: Grid
@@ -136,15 +137,9 @@ class Plan:
         columns = (tensor, start, length, source, destination, size, kind, bucket)
         return Tasks(*(column[order] for column in columns))
 
-    def needs(self, process: int) -> dict[int, range]:
+    def needs(self, process: int) -> Mapping[int, range]:
         """What a process must end up with: entries by index in ``tensors``."""
-        tasks = self.tasks(process)
-        mine = tasks.destination == process
-        first = np.full(len(self.tensors), np.iinfo(np.int64).max)
-        last = np.zeros(len(self.tensors), dtype=np.int64)
-        np.minimum.at(first, tasks.tensor[mine], tasks.start[mine])
-        np.maximum.at(last, tasks.tensor[mine], (tasks.start + tasks.length)[mine])
-        return {index: range(int(first[index]), int(last[index])) for index in np.flatnonzero(last).tolist()}
+        return _needs(self, process)
 
     def traffic(self) -> np.ndarray:
         """Bytes by kind, direction (0 sent, 1 received), bucket and process."""
@@ -157,6 +152,17 @@ class Plan:
                 size = np.broadcast_to(columns.length * block.entry_bytes, index.shape)
                 np.add.at(counts.reshape(-1), index.ravel(), size.ravel())
         return counts
+
+
+@lru_cache(maxsize=8)  # asked for in every update
+def _needs(plan: Plan, process: int) -> Mapping[int, range]:
+    tasks = plan.tasks(process)
+    mine = tasks.destination == process
+    first = np.full(len(plan.tensors), np.iinfo(np.int64).max)
+    last = np.zeros(len(plan.tensors), dtype=np.int64)
+    np.minimum.at(first, tasks.tensor[mine], tasks.start[mine])
+    np.maximum.at(last, tasks.tensor[mine], (tasks.start + tasks.length)[mine])
+    return {index: range(int(first[index]), int(last[index])) for index in np.flatnonzero(last).tolist()}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """What every process of ``test_execute.py`` runs; results are compared there."""
 
 from contextlib import closing
-from dataclasses import replace
 
 import torch
 from torch.distributed import TCPStore
@@ -22,6 +21,9 @@ def full_tensors(model, dtype):
     return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in sources.items()}
 
 
+_STORES = []  # they stay until all processes are through
+
+
 def move(rank, world, address, case, bucket_bytes, dtype):
     """Execute the plan of ``case``; names of engine tensors that are not bitwise as gathered and sliced, what moved,
     the plan's figures.
@@ -35,13 +37,12 @@ def move(rank, world, address, case, bucket_bytes, dtype):
         reader = QuantisedShards(held, keep_bytes=1 << 15) if dtype == "fp8" else held
     if rank in {placement.engine_process(number) for number in range(engines.world_size)}:
         engine = EngineShards.empty(plan, rank)
-    store = TCPStore(*address, is_master=True, wait_for_workers=False) if rank == 0 else None
+    if rank == 0:
+        _STORES.append(TCPStore(*address, is_master=True, wait_for_workers=False))
     order = Order(0, 0, PlanInputs("", learner, engines, placement, bucket_bytes, dtype), "", address, 0, 60.0)
     with closing(Link(order, rank, torch.device("cpu"))) as link:
         link.meet(order, "ready")
         moved = Mover.of(plan, rank).move(reader, engine, link)
-        link.meet(replace(order, number=1), "done")  # the store stays until all are through
-    del store
     for tensor in plan.tensors:
         if tensor.quantise == "before" and tensor.item_size == 1:
             full[tensor.name], full[fp8_layout.scale_name(tensor.name)] = fp8.quantise(full[tensor.name])

@@ -62,7 +62,7 @@ def test_exchanged_lines_and_columns_show():
 
 def test_known_values():
     """The digest of one machine is compared with that of another."""
-    assert content(torch.arange(100, dtype=torch.float32)).item() == 7263005150656979152
+    assert content(torch.arange(100, dtype=torch.float32)).item() == -4952880120661155632
     assert content(torch.arange(20000, dtype=torch.float32)).item() == 339463135287782016
 
 
