@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -16,9 +16,10 @@ from launchers.cli.terminal import say
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
-from pipeline.monitoring.alerts.replay import Replay, replay_run
-from pipeline.monitoring.alerts.rules import Rule, load_rules
-from pipeline.monitoring.sinks.alert_delivery import DeliveryError, channels, delivery_problems, describe
+
+if TYPE_CHECKING:
+    from pipeline.monitoring.alerts.replay import Replay
+    from pipeline.monitoring.alerts.rules import Rule
 
 app = typer.Typer(help="Show, test and deliver alerts.", no_args_is_help=True)
 RULES = typer.Option(
@@ -29,6 +30,8 @@ RULES = typer.Option(
 @app.command("list", epilog="Example: isentrope alerts list --rules my_rules")
 def list_rules(config: Path | None = CONFIG, rules: Path | None = RULES, as_json: bool = JSON) -> None:
     """Print every rule: severity, condition, message and remedy. A rule is a file; copy one and change it."""
+    from pipeline.monitoring.alerts.rules import load_rules
+
     alerts = load_config(config, check=False).monitoring.alerts if config else RunConfig().monitoring.alerts
     found = load_rules(replace(alerts, rules=str(rules)) if rules else alerts)
     rows = [_row(rule) for rule in sorted(found, key=lambda rule: rule.name)]
@@ -61,6 +64,8 @@ def try_rules(
     if config is not None:
         _deliver(load_config(config, check=False))
         return
+    from pipeline.monitoring.alerts.replay import replay_run
+
     found = {str(run): replay_run(run, str(rules) if rules else "") for run in runs}
     if as_json:
         say(json.dumps([_result(run, replay) for run, replay in found.items()]))
@@ -96,6 +101,8 @@ def _print(run: str, replay: Replay) -> None:
 
 def _deliver(config: RunConfig) -> None:
     """Each channel tries once. Exits with 1 if one fails."""
+    from pipeline.monitoring.sinks.alert_delivery import DeliveryError, channels, delivery_problems, describe  # HTTP
+
     problems, found = delivery_problems(config), channels(config)
     if problems:
         raise ConfigError.of(problems)

@@ -66,6 +66,7 @@ def init(
     settings.data.source.kind, settings.data.source.path = "jsonl", str(data.absolute())
     settings.data.chat_template = tokenizer.has_template
     settings.data.verifier = verifier or ("auto" if _names_verifiers(data) else "math")
+    settings.data.verifier_folder = str(out.absolute().parent)  # where a run from that file looks for modules
     report = check_data(settings, tokenizer)
     prompts = load_prompts(settings.data, tokenizer, max_prompt_tokens=10**9)
     facts = propose.Facts(

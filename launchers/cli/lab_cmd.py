@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from launchers.cli.arguments import JSON
 from launchers.cli.terminal import say
@@ -113,6 +112,15 @@ class _Bar:
     """Runs done, on stderr; a line for each that failed."""
 
     def __init__(self, count: int) -> None:
+        from rich.progress import (  # takes as long to load as all else of the command line
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
         columns = TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
         self._bar = Progress(*columns, console=CleanConsole(stderr=True))
         self._task = self._bar.add_task("runs", total=count)

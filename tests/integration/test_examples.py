@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -79,6 +80,18 @@ def test_from_python(tmp_path):
     columns = api.table(tmp_path / "py")
     assert {len(column) for column in columns.values()} == {2}
     assert api.summary(tmp_path / "py")["steps"] == 2
+
+
+def test_the_five_commands_of_the_readme(tmp_path):
+    """As they stand there, in a copy of what they touch; fewer steps, and the page is not opened."""
+    (block,) = re.findall(r"## Your first own run\n\n```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    shutil.copytree(EXAMPLES, tmp_path / "examples")
+    shutil.copytree(ROOT / "configs/model/pm4-100k", tmp_path / "configs/model/pm4-100k")
+    commands = [line for line in block.splitlines() if not line.startswith("source ")]
+    assert len(commands) == 5
+    script = "\n".join(commands).replace("steps=60", " ".join(SMOKE)).replace("--web", "--once")
+    run(tmp_path, "bash", "-euc", script)
+    assert (tmp_path / "runs/my/report.html").is_file()
 
 
 @pytest.mark.xdist_group("sglang")

@@ -77,3 +77,20 @@ def test_planning_the_weights_way_needs_no_torch():
     act = f"import sys, {', '.join(modules)}; assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", act], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_command_line_loads_little_before_it_knows_what_to_do():
+    """`isentrope --help` takes 0.4 s of computing without these."""
+    heavy = (
+        "torch",
+        "numpy",
+        "matplotlib",
+        "transformers",
+        "httpx",
+        "ray",
+        "math_verify",
+        "rich.progress",
+    )
+    look = f"import sys, launchers.cli.main; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", look], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

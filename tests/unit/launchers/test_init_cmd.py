@@ -39,6 +39,15 @@ def test_it_writes_a_configuration_that_validates_as_it_is(capsys, tmp_path, dat
     assert "this file exists" in said
 
 
+def test_a_verifier_of_ones_own_is_looked_for_beside_what_is_written(capsys, tmp_path, data):
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/init_reward.py").write_text("def score(prompt, text):\n    return 1.0\n")
+    out = tmp_path / "own/my.yaml"
+    words = ["--verifier", "init_reward:score", "--no-measure", "--out", str(out)]
+    assert call(capsys, "init", str(PM4), str(data), *words)[0] == 0
+    assert load_config(out).data.verifier_folder == str(tmp_path / "own")
+
+
 def test_without_a_measurement_it_says_so(capsys, tmp_path, data):
     out = tmp_path / "my.yaml"
     assert call(capsys, "init", str(PM4), str(data), "--out", str(out), "--no-measure")[0] == 0
