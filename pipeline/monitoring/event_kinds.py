@@ -49,14 +49,13 @@ class StepRecord:
     unjudged: float = 0.0  # share of all samples, auxiliary ones included, that no verifier could judge
     gain: float = math.nan  # of ln H per unit of the controller's u and step, as the law learnt it; NaN: none
     metrics: Mapping[str, float] = field(default_factory=dict)  # what the learner reported beyond
-    # sample, verify, batch, train (of it inside: learner), sync, other, total
+    # sample, verify, batch, train (of it inside: learner), sync, other, total; beside them: drawing
     seconds: Mapping[str, float] = field(default_factory=dict)
     tokens: Mapping[str, int] = field(default_factory=dict)  # response tokens drawn: main, auxiliary, repeated
     sync: Mapping[str, float] = field(default_factory=dict)  # of the weight sync: bytes, buckets
     memory: Mapping[str, float] = field(default_factory=dict)  # GiB: driver, learner (largest rank), gpu (largest rank)
     engines: Mapping[str, float] = field(default_factory=dict)  # alive, total
     ages: Mapping[str, float] = field(default_factory=dict)  # updates: mean, max; share_<age> of the main tokens
-    idle: Mapping[str, float] = field(default_factory=dict)  # share of the step's time: engines, learner
 
     @property
     def entropy(self) -> float:

@@ -37,7 +37,6 @@ STEP_MAPPINGS = {
     "memory": "memory/",
     "engines": "engines/",
     "ages": "ages/",
-    "idle": "idle/",
 }
 # Metrics of the learner that have a group of their own.
 GROUPS = ("mismatch", "correction", "entropy")

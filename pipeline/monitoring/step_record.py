@@ -42,20 +42,13 @@ def step_record(outcome: StepOutcome, band: Band, actuator: str, seconds: Mappin
         weight_version=outcome.step - stats.entropy.staleness,
         gain=following.gain,
         metrics=stats.metrics,
-        seconds={**seconds, "learner": stats.seconds},
+        seconds={**seconds, "learner": stats.seconds, "drawing": outcome.drawing_s},
         memory={"driver": resident_gib(), **stats.memory},
         sync=outcome.rollouts["sync"],
         engines=outcome.rollouts["engines"],
         ages=outcome.samples.ages(outcome.step),
-        idle=_idle(outcome.drawing_s, seconds),
         **rollout_figures(outcome.samples),
     )
-
-
-def _idle(drawing_s: float, seconds: Mapping[str, float]) -> dict[str, float]:
-    """Shares of the step's time in which engines drew nothing, and in which the learner neither trained nor scored."""
-    total = seconds["total"]
-    return {"engines": max(0.0, 1 - drawing_s / total), "learner": 1 - seconds.get("train", 0.0) / total}
 
 
 def rollout_figures(drawn: StepSamples) -> dict[str, Any]:
