@@ -182,6 +182,8 @@ def trace(seed: int, overrides: Sequence[str] = (), fault: Fault | None = None) 
     controller, band = build_controller(config.entropy, STEPS, 16), Band(config.entropy.band, STEPS)
     decision, y, clock, free = controller.initial(), math.log(0.55), 1.7e9, 3000.0
     yield {"kind": "run_start", "time": clock, "step": 0}
+    clock += EVALUATION_SECONDS  # a run begins with one
+    yield {"kind": "evaluation", "time": clock, "step": 0, "pass_at_k": {}, "maj_at_k": {}}
     ended = clock
     for step in range(STEPS):
         since = step - ONSET

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from pipeline.data.special_tokens import eos_token_ids
 from tools import gpu_check
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
@@ -46,6 +47,11 @@ def test_rows_end_where_their_lengths_say(uneven):
     assert len(rows.tokens) == rows.lengths.sum()
     assert (rows.lengths.unique().numel() > 1) == uneven
     assert rows.lengths.max() == gpu_check.TOKENS
+
+
+def test_an_engine_finds_the_end_of_a_response_in_the_model(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_check, "MODEL", gpu_check.MODEL | SMALL | {"num_key_value_heads": 2, "vocab_size": 64})
+    assert eos_token_ids(gpu_check._model(tmp_path)) == (63,)
 
 
 RESUME = """

@@ -171,6 +171,17 @@ def test_slow_step_is_four_steps_and_two_minutes():
     assert [(x.step, x.rule, x.state) for x in made.observe(a.step(5))] == [(5, "slow_step", "end")]
 
 
+def test_slow_step_allows_for_an_evaluation_as_long_as_the_last_ones():
+    """Which took 300 s: another may be under way, and one that is 4 steps late by then is told."""
+    made = engine()
+    a.run(made, steps(5))
+    after = a.START + 50 + 300
+    evaluation = {"kind": "evaluation", "step": 5, "time": after, "pass_at_k": {}, "maj_at_k": {}}
+    assert a.run(made, [evaluation, *(a.step(5 + i, after + 10 * (i + 1)) for i in range(3))]) == []
+    last = after + 30
+    assert [(t, x.rule) for t in range(0, 600, 10) for x in made.tick(last + t)] == [(350, "slow_step")]
+
+
 def test_unsaved_work_is_of_four_hours():
     found = ticks(engine(), 15000)
     assert [(rule, state) for _, rule, state in found] == [("slow_step", "begin"), ("unsaved_work", "begin")]
