@@ -3,4 +3,4 @@
 
 def essence(step: dict) -> dict:
     """What must repeat bit for bit: all but clocks, memory, and how many engines answered at that moment."""
-    return {key: value for key, value in step.items() if key not in ("time", "seconds", "memory", "engines")}
+    return {key: value for key, value in step.items() if key not in ("time", "seconds", "idle", "memory", "engines")}
