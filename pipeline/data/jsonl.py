@@ -7,7 +7,6 @@ Every malformed line is found before anything else happens, and reported with fi
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from pipeline.config.schema import DataConfig
 from pipeline.data import DataError
+from pipeline.data.lines import json_object
 from pipeline.data.questions import Question
 from pipeline.rewards.judge import judge_of
 from pipeline.rewards.verifier import UnknownVerifierError, check_verifier
@@ -102,12 +102,7 @@ def _refused(questions: Sequence[Question], config: DataConfig) -> Iterator[tupl
 
 def _question(line: bytes, config: DataConfig) -> Question:
     """One line. Raises ``DataError`` or ``UnknownVerifierError`` with the reason."""
-    try:
-        item = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"not JSON: {error}") from error
-    if not isinstance(item, dict):
-        raise DataError(f"must be a JSON object, not {type(item).__name__}")
+    item = json_object(line)
     for key in item:
         if key not in _KEYS:
             nearest = _MEANT.get(key) or difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.0)[0]
@@ -150,8 +145,10 @@ def _conversation(item: dict[str, Any]) -> tuple[str, tuple[dict[str, str], ...]
 def _verifier(item: dict[str, Any], config: DataConfig) -> str:
     if config.verifier != "auto":
         return config.verifier
-    name = item.get("verifier")
+    name = item.get("verifier", "")
     if not isinstance(name, str):
+        raise DataError(f"'verifier' must be a name, not {name!r}")
+    if not name:
         raise DataError("'verifier' is missing: name one here, or one for all lines with data.verifier")
     check_verifier(name, config.verifier_folder)
     return name

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config.schema import DataConfig
 from pipeline.data import DataError
+from pipeline.data.lines import json_object
 from pipeline.rewards.judge import judge_of
 from pipeline.rewards.stage import verdict
 from pipeline.rewards.verifier import UnknownVerifierError, check_verifier, extracted
@@ -55,12 +55,7 @@ def grade_file(path: Path, config: DataConfig) -> list[Grade]:
 
 
 def _call(line: bytes, number: int, folder: str) -> tuple[Prompt, str]:
-    try:
-        item = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"not JSON: {error}") from error
-    if not isinstance(item, dict):
-        raise DataError(f"must be a JSON object, not {type(item).__name__}")
+    item = json_object(line)
     for key in _KEYS:
         if key not in item:
             raise DataError(f"{key!r} is missing: a line needs {', '.join(_KEYS)}")

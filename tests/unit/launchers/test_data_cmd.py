@@ -141,3 +141,27 @@ def test_grade_refuses_by_file_and_line(tmp_path, capsys):
     assert f"{path}:3: answer None" in err
     assert f"{path}:4: unknown verifier 'exat'" in err
     assert call(capsys, "data", "grade", str(tmp_path / "none.jsonl"))[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"id": 1, "prompt": "?", "verifier": "exact", "response": "", "answer": ' + "[" * 100_000, "too many levels"),
+        ('{"id": 1, "prompt": "?", "verifier": "exact", "response": "", "answer": ' + "9" * 5000 + "}", "4300 digits"),
+        (
+            '{"id": 1, "prompt": "?", "verifier": "exact", "response": "", "answer": "1", "answer": "2"}',
+            "'answer' occurs",
+        ),
+        ('{"id": 1, "prompt": "?", "verifier": "exact", "response": "", "answer": "\\ud800"}', "half a character"),
+        ("{\x00}", "not JSON"),
+        ("[1]", "must be a JSON object, not list"),
+        ('{"id": 1, "prompt": "?", "verifier": ["exact"], "response": "", "answer": "1"}', "'verifier' must be a"),
+    ],
+    ids=range(7),
+)
+def test_a_line_that_is_no_object_is_named(line, said, tmp_path, capsys):
+    path = tmp_path / "lines.jsonl"
+    for command in ("check", "grade"):
+        path.write_text(line.replace(', "response": ""', "") if command == "check" else line)
+        code, out, err = call(capsys, "data", command, str(path))
+        assert (code, f"{path}:1: " in out + err, said in out + err) == (2, True, True), out + err
