@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 
 from pipeline.config.schema import DataConfig
@@ -18,7 +19,7 @@ class Judge:
     """The verifiers at work. Built-in ones that are linear in the text run here; the others in processes of their own.
 
     ``workers``: processes of a verifier, 0 for as many as CPUs. ``timeout``: seconds per call. ``budget``: seconds for
-    all the responses of one ``outcomes``, 0 for what ``VerifierPool.budget`` gives them. ``folder``: where modules of
+    all the responses of a step, 0 for what ``VerifierPool.budget`` gives them. ``folder``: where modules of
     the user's own are looked for first.
     """
 
@@ -28,9 +29,15 @@ class Judge:
         self._budget = budget
         self._folder = folder
         self._pools: dict[str, VerifierPool] = {}
+        self._step: dict[str, tuple[int, float]] = {}  # by verifier: calls of this step so far, and their seconds
 
-    def outcomes(self, calls: Sequence[tuple[Prompt, str]]) -> list[Outcome]:
-        """A reward, or why there is none, for every (prompt, response). Raises ``UnknownVerifierError``."""
+    def outcomes(self, calls: Sequence[tuple[Prompt, str]], *, more: bool = False) -> list[Outcome]:
+        """A reward, or why there is none, for every (prompt, response). Raises ``UnknownVerifierError``.
+
+        ``more``: they belong to the step of the last call, and share its budget.
+        """
+        if not more:
+            self._step.clear()
         outcomes: list[Outcome] = ["" for _ in calls]
         apart: dict[str, list[int]] = {}
         for index, (prompt, text) in enumerate(calls):
@@ -78,7 +85,12 @@ class Judge:
     def _judge_apart(self, verifier: str, calls: list[tuple[Prompt, str]]) -> Iterator[Outcome]:
         """Outcomes from the verifier's pool; a response that was drawn twice is judged once."""
         distinct = {(prompt.id, text): (prompt, text) for prompt, text in calls}
-        outcomes = dict(zip(distinct, self._pool(verifier).scores(list(distinct.values()), self._budget), strict=True))
+        pool, (number, seconds) = self._pool(verifier), self._step.get(verifier, (0, 0.0))
+        number += len(distinct)
+        budget, started = self._budget or pool.budget(number), time.monotonic()
+        judged = pool.scores(list(distinct.values()), budget, seconds)
+        self._step[verifier] = number, seconds + time.monotonic() - started
+        outcomes = dict(zip(distinct, judged, strict=True))
         return (outcomes[prompt.id, text] for prompt, text in calls)
 
 

@@ -45,14 +45,13 @@ class VerifierPool:
         # Import before the first timed call. No time limit: a slow disk is no fault of a sample.
         self._pool.schedule(_load, self._named).result()
 
-    def scores(self, calls: Sequence[tuple[Prompt, str]], budget: float = 0.0) -> list[Outcome]:
+    def scores(self, calls: Sequence[tuple[Prompt, str]], budget: float, spent: float) -> list[Outcome]:
         """One outcome per (prompt, response text), in order. Never raises on account of a verifier.
 
-        What is not judged within ``budget`` seconds (0: ``self.budget``) has no verdict.
+        What is not judged within ``budget`` seconds, of which ``spent`` are gone, has no verdict.
         """
-        seconds = budget or self.budget(len(calls))
-        late = f"no verdict: the {seconds:.3g} s for {len(calls)} responses were used up (data.verifier_budget_s)"
-        outcomes = self._run(_score, calls, seconds)
+        late = f"no verdict: the {budget:.3g} s for the step's responses were used up (data.verifier_budget_s)"
+        outcomes = self._run(_score, calls, budget - spent)
         return [late if outcome is None else outcome for outcome in outcomes]
 
     def budget(self, calls: int) -> float:

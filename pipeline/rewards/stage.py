@@ -39,13 +39,16 @@ class VerifierStage:
         self._tokenizer = tokenizer
         self._judge = judge_of(config)
 
-    def verify(self, groups: Sequence[SampleGroup]) -> list[SampleGroup]:
-        """The groups with every sample judged. Raises ``UnknownVerifierError`` for a name that nobody registered."""
+    def verify(self, groups: Sequence[SampleGroup], *, more: bool = False) -> list[SampleGroup]:
+        """The groups with every sample judged. Raises ``UnknownVerifierError`` for a name that nobody registered.
+
+        ``more``: they belong to the step of the last call, and share its budget.
+        """
         texts = self._tokenizer.decode_batch([sample.token_ids for group in groups for sample in group.samples])
         calls = [(group.prompt, sample) for group in groups for sample in group.samples]
         finished = [index for index, (_, sample) in enumerate(calls) if sample.finish_reason != "abort"]
         outcomes: list[Outcome] = ["aborted before it was finished" for _ in calls]
-        judged = self._judge.outcomes([(calls[index][0], texts[index]) for index in finished])
+        judged = self._judge.outcomes([(calls[index][0], texts[index]) for index in finished], more=more)
         for index, outcome in zip(finished, judged, strict=True):
             outcomes[index] = outcome
         verdicts = map(_with_verdict, (sample for _, sample in calls), texts, outcomes)

@@ -70,7 +70,8 @@ class Sampler:
                 return [found[number] for number in range(len(requests))], stale
             with clock("verify"):
                 groups, dropped = only_fresh([group for _, group in some], version)
-                judged = iter(self.verifier.verify([group for group in groups if group.role is not Role.REPEATED]))
+                asked = [group for group in groups if group.role is not Role.REPEATED]
+                judged = iter(self.verifier.verify(asked, more=bool(found)))
                 for (number, _), group in zip(some, groups, strict=True):
                     found[number] = group if group.role is Role.REPEATED else next(judged)
             stale += dropped

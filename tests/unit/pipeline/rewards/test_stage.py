@@ -169,7 +169,11 @@ def test_what_exceeds_the_steps_budget_is_marked(own):
         assert time.monotonic() - started < 12  # the import of the verifier's process included
         errors = [sample.verifier_error for sample in judged.samples]
         assert errors[0] == ""
-        assert errors[-1].startswith("no verdict: the 1.3 s for 7 responses were used up (data.verifier_budget_s)")
+        assert errors[-1].startswith(
+            "no verdict: the 1.3 s for the step's responses were used up (data.verifier_budget_s)"
+        )
+        (late,) = slow.verify([group("own_judge:slow", "", ["0"])], more=True)  # a further group of the step
+        assert late.samples[0].verifier_error.startswith("no verdict: ")
         (again,) = slow.verify([group("own_judge:slow", "", ["0"])])
         assert verdicts(again) == [("0", 1.0, True, "")]
     finally:

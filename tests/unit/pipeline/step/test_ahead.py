@@ -63,7 +63,7 @@ class Simulated:
 
 
 class Judge:
-    def verify(self, groups):
+    def verify(self, groups, *, more=False):
         return [replace(g, samples=tuple(replace(s, reward=float(s.seed % 2)) for s in g.samples)) for g in groups]
 
 
