@@ -72,3 +72,25 @@ def test_a_run_that_is_killed_goes_on():
     # A process of its own: forked from this one, the children would wait for threads that they do not have.
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+PACKED = """
+import torch
+import pipeline.config.schema as schema
+from tools import gpu_check
+gpu_check.MODEL.update({small!r})
+gpu_check.ROWS, gpu_check.TOKENS, gpu_check.PROMPT = 4, 32, 4
+torch.cuda.get_device_capability, torch.version.cuda = lambda *device: (9, 0), "13.0"
+real = schema.PrecisionConfig
+schema.PrecisionConfig = lambda **keys: real(**keys, emulate=bool(keys))
+bf16, fp8 = gpu_check.packed()
+assert (bf16.what, fp8.what, bf16.ok, fp8.ok) == ("bf16", "blockwise", True, True), (bf16, fp8)
+assert bf16.figures["gradient norm"] != fp8.figures["gradient norm"]
+"""
+
+
+def test_packed_rows_in_both_formats():
+    """The same on a CPU that says it is a Hopper, FP8 emulated."""
+    code = PACKED.format(small=SMALL | {"num_key_value_heads": 2, "vocab_size": 64})
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
