@@ -20,7 +20,7 @@ that is cut off leaves what it found:
 - learner: updates of a 1B-parameter Qwen3-shaped model in bf16 and under each FP8 recipe: tokens/s, memory, loss
 
 Needs one CUDA GPU; what is not installed fails by name. Exit code 1 if anything failed. Not yet run on a GPU; resume,
-weights by plan, packed (FP8 emulated) and colocated were run on a CPU with a small model (28 November 2026).
+weights, packed (FP8 emulated) and colocated were run on a CPU with a small model (28 November 2026).
 """
 
 from __future__ import annotations
