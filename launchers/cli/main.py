@@ -37,6 +37,9 @@ from pipeline.data import DataError
 from pipeline.monitoring.console import log_to_terminal
 from pipeline.monitoring.events import EventLogError
 
+# Modules that an extra brings, by the extra's name.
+EXTRAS = {"nemo_run": "launch", "leptonai": "launch", "sglang": "sglang", "transformer_engine": "gpu"}
+
 app = typer.Typer(
     name="isentrope",
     help="RL post-training of large language models at a policy entropy you choose.",

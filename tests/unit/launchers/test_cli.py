@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from launchers.cli import main
 from launchers.cli.main import run
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -154,3 +155,11 @@ def test_light_commands_import_nothing_heavy(tmp_path, words):
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_missing_package_names_the_extra_that_has_it(capsys):
+    error = ModuleNotFoundError("No module named 'nemo_run.core'", name="nemo_run.core")
+    main._one_line(ModuleNotFoundError, error, None)
+    assert "pip install 'isentrope[launch]'" in capsys.readouterr().err
+    main._one_line(ModuleNotFoundError, ModuleNotFoundError("No module named 'x'", name="x"), None)
+    assert "--debug" in capsys.readouterr().err
