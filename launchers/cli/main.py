@@ -98,7 +98,9 @@ def run(arguments: Sequence[str] | None = None) -> None:
 
 def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """What an unexpected exception prints; Python then exits with 1."""
-    say(f"error: {kind.__name__}: {error}\n(run again with --debug to see where)", err=True)
+    extra = EXTRAS.get((error.name or "").partition(".")[0]) if isinstance(error, ModuleNotFoundError) else None
+    remedy = f"pip install 'isentrope[{extra}]'" if extra else "run again with --debug to see where"
+    say(f"error: {kind.__name__}: {error}\n({remedy})", err=True)
 
 
 def _traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
