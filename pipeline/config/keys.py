@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import lru_cache
 from typing import Any, get_args, get_origin, get_type_hints
@@ -111,6 +111,11 @@ def nearest_keys(name: str, schema: type = RunConfig) -> list[str]:
             nearest = [*nearest, candidate] if distance == best else [candidate]
             best = distance
     return nearest[:3]
+
+
+def one_slip(name: str, nearest: Sequence[str]) -> bool:
+    """Whether ``name`` is one typing slip from one of ``nearest``, in a section of its own: ``rollout.cuts.tp``."""
+    return "." in name and any(_distance(name, key, 1.0) <= 1.0 for key in nearest)
 
 
 def _distance(name: str, candidate: str, limit: float) -> float:

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml.nodes import MappingNode, Node
 
 from pipeline.config.errors import ConfigError, Problem
-from pipeline.config.keys import Key, free_form_key, nearest_keys, schema_keys
+from pipeline.config.keys import Key, free_form_key, nearest_keys, one_slip, schema_keys
 from pipeline.config.schema import RunConfig
 from pipeline.config.synonyms import what_to_write
 from pipeline.config.validate import problems_of
@@ -335,11 +335,10 @@ def _number(expected: Any, value: Any) -> Any:
 
 
 def _unknown(assignment: Assignment, schema: type) -> Problem:
-    meant = what_to_write(assignment.key) if schema is RunConfig else ""
-    if meant:
-        return Problem(assignment.key, assignment.value, "unknown key", meant, assignment.source)
     nearest = nearest_keys(assignment.key, schema)
     remedy = f"did you mean {' or '.join(nearest)}?" if nearest else "see `isentrope config show` for every key"
+    if schema is RunConfig and (meant := what_to_write(assignment.key)):
+        remedy = f"{remedy} Else {meant}" if one_slip(assignment.key, nearest) else meant
     return Problem(assignment.key, assignment.value, "unknown key", remedy, assignment.source)
 
 

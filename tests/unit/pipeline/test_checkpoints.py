@@ -317,7 +317,7 @@ def parts(config):
     loop = SimpleNamespace(
         cursor=cursor,
         controller=controller,
-        queue=RolloutQueue(config, cursor, None, None, None),
+        queue=RolloutQueue(config, cursor, None, None),
         learner=SimpleNamespace(restore=lambda folder, files: None),
         decision=controller.initial(),
         step=0,
