@@ -81,7 +81,8 @@ def answer_benchmarks(
         for name, asked in prompts.items():
             file = out / name / f"responses-{shard.index}-of-{shard.count}.jsonl"
             count = len(asked)
-            answer(asked, settings, file, engine.generate, verifier, partial(_told, progress, name, count))
+            told = partial(_told, progress, name, count)
+            answer(asked, settings, file, engine.generate, verifier, plain, told)
 
 
 def _told(progress: Callable[[str, int, int], None], name: str, of: int, done: int) -> None:

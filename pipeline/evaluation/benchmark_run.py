@@ -15,11 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.config.schema import DataConfig
 from pipeline.data import DataError
 from pipeline.evaluation.metrics import distinct_correct, maj_at_k, pass_at_k, pass_interval
 from pipeline.monitoring.events import cut_torn_line
 from pipeline.rewards.answers import grouped_answers
-from pipeline.rewards.stage import VerifierStage
+from pipeline.rewards.stage import VerifierStage, stop_if_none_was_judged
 from pipeline.seeds import sample_seed
 from pipeline.types import GenerateRequest, Prompt, Role, SampleGroup
 
@@ -52,11 +53,13 @@ def answer(
     file: Path,
     generate: Generate,
     verifier: VerifierStage,
+    data: DataConfig,
     done: Callable[[int], None],
 ) -> None:
     """Answer those of ``prompts`` that ``file`` does not hold yet; ``done`` is told how many questions it holds.
 
-    Raises ``DataError`` when the file was written with other settings.
+    Raises ``DataError`` when the file was written with other settings, ``VerifierFailedError`` when not one response of
+    a batch could be judged and ``data.on_verifier_error`` is not ``mark``: that batch is not kept.
     """
     held = {line["id"] for line in _open(file, settings)}
     left = [prompt for prompt in prompts if prompt.id not in held]
@@ -65,6 +68,7 @@ def answer(
     for start in range(0, len(left), size):
         part = left[start : start + size]
         groups = verifier.verify(generate([_request(prompt, settings) for prompt in part]))
+        stop_if_none_was_judged(groups, data)
         with file.open("a", encoding="utf-8") as out:
             out.writelines(json.dumps(_line(group), ensure_ascii=False) + "\n" for group in groups)
             out.flush()

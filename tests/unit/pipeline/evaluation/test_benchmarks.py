@@ -12,7 +12,7 @@ from pipeline.evaluation import benchmarks
 from pipeline.evaluation.benchmark_run import Settings, answer, figures, read_answers
 from pipeline.evaluation.benchmarks import BENCHMARKS, load_questions
 from pipeline.rewards.answers import canonical_answer
-from pipeline.rewards.stage import VerifierStage
+from pipeline.rewards.stage import VerifierFailedError, VerifierStage
 from pipeline.types import Prompt, Role, Sample, SampleGroup, WeightSpan
 
 SETTINGS = Settings("model", 0, 0.6, 0.95, 4, 8, 7)
@@ -154,9 +154,9 @@ def prompts_of(count):
     return [Prompt(f"x/{i}", (1,), "", "A" if i % 2 == 0 else "B", "choice") for i in range(count)]
 
 
-def ask(prompts, file, engine, settings=SETTINGS):
-    told = []
-    answer(prompts, settings, file, engine.generate, VerifierStage(DataConfig(), Words()), told.append)
+def ask(prompts, file, engine, settings=SETTINGS, **data):
+    told, config = [], DataConfig(**data)
+    answer(prompts, settings, file, engine.generate, VerifierStage(config, Words()), config, told.append)
     return told
 
 
@@ -193,6 +193,18 @@ def test_other_settings_are_another_result(tmp_path):
     ask(prompts_of(1), file, engine)
     with pytest.raises(DataError, match=r"temperature 0.6, now 1.0"):
         ask(prompts_of(1), file, engine, Settings("model", 0, 1.0, 0.95, 4, 8, 7))
+
+
+def test_a_batch_without_a_verdict_ends_and_is_asked_again(tmp_path, monkeypatch):
+    file = tmp_path / "responses-0-of-1.jsonl"
+    engine = Scripted(["\\boxed{A}"] * 4)
+    with monkeypatch.context() as broken:
+        broken.setattr("pipeline.rewards.verifiers.choice.Verifier.score", lambda self, prompt, text: 3.0)
+        with pytest.raises(VerifierFailedError, match=r"could judge none of 4 responses.*reward 3.0 is outside"):
+            ask(prompts_of(1), file, engine)
+        assert ask(prompts_of(1), tmp_path / "marked.jsonl", engine, on_verifier_error="mark") == [0, 1]
+    assert ask(prompts_of(1), file, engine) == [0, 1]
+    assert engine.asked == ["x/0"] * 3
 
 
 def test_nothing_answered_says_so(tmp_path):
