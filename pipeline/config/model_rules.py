@@ -77,6 +77,21 @@ def _layout(config: RunConfig, model: Architecture) -> Iterator[Problem]:
         yield Problem(
             "rollout.engine", "native", "the native engine computes dense models only", "set rollout.engine=sglang"
         )
+    yield from _sglang_experts(config, model)
+
+
+def _sglang_experts(config: RunConfig, model: Architecture) -> Iterator[Problem]:
+    """SGLang 0.5.21's ``Qwen3MoeDecoderLayer`` sets ``is_layer_sparse = True``, whatever config.json says."""
+    if config.rollout.engine != "sglang" or model.family.name != "qwen3_moe" or model.moe is None:
+        return
+    dense = [layer for layer, experts in enumerate(model.moe.layers) if not experts]
+    if dense:
+        problem = (
+            "SGLang builds experts in every layer of a qwen3_moe model; config.json (mlp_only_layers, "
+            f"decoder_sparse_step) says that {len(dense)} of {model.layers} have none, the first is layer {dense[0]}"
+        )
+        remedy = "use a model that has experts in every layer: mlp_only_layers [] and decoder_sparse_step 1"
+        yield Problem("rollout.engine", "sglang", problem, remedy)
 
 
 def _fp8_blocks(config: RunConfig, model: Architecture) -> Iterator[Problem]:

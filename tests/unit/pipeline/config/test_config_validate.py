@@ -496,6 +496,22 @@ def test_experts(model, family):
         assert problem.key == key
 
 
+@pytest.mark.parametrize(
+    ("family", "keys", "said"),
+    [
+        ("qwen3_moe", {"mlp_only_layers": [1]}, "1 of 2 have none, the first is layer 1"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "1 of 2 have none, the first is layer 0"),
+        ("qwen3_moe", {}, ""),
+        ("deepseek_v3", {"first_k_dense_replace": 1}, ""),  # of which SGLang builds what config.json says
+    ],
+)
+def test_sglang_builds_experts_in_every_layer_of_qwen3_moe(model, family, keys, said):
+    (model / "config.json").write_text(json.dumps(hf_config(family, num_hidden_layers=2, **keys)))
+    found = problems(model, *EXPERTS)
+    assert [(problem.key, problem.value) for problem in found] == ([("rollout.engine", "sglang")] if said else [])
+    assert all(said in problem.problem and "experts in every layer" in problem.remedy for problem in found)
+
+
 QWEN3 = LLAMA | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 64, "intermediate_size": 512}
 FP8_ROLLOUTS = {
     "Llama": (LLAMA, [], "rollout.weight_dtype", "cannot update FP8 weights of model_type 'llama'"),
