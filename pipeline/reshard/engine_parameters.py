@@ -23,6 +23,7 @@ _FUSED: Mapping[str, tuple[str, ...]] = {  # SGLang's layer -> the Hugging Face 
     "gate_up_proj": ("gate_proj", "up_proj"),
     "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
 }
+_PADDED = (".gate_up_proj.", ".w13_", ".down_proj.", ".w2_", "model.embed_tokens.", "lm_head.")
 _FUSED_EXPERT: Mapping[str, tuple[str, ...]] = {"w13": ("gate_proj", "up_proj"), "w2": ("down_proj",)}
 
 
@@ -40,6 +41,11 @@ class Target:
         """Which half of ``parameter[index]``, along ``dim``: 0 gate, 1 up, also where SGLang pads both; else None."""
         joined = ".gate_up_proj." in self.parameter or ".w13_" in self.parameter
         return int(self.start > 0) if joined else None
+
+    @property
+    def padded(self) -> bool:
+        """Whether SGLang may pad it along ``dim`` without harm: the vocabulary, and the feed-forward on a CPU."""
+        return any(part in self.parameter for part in _PADDED)
 
 
 @lru_cache(maxsize=2)  # asked for in every update

@@ -68,11 +68,21 @@ class _Parameters(Places):
         super().__init__(self._place, device)
         self._parameters = parameters
         self._planned: Mapping[str, Target] = {}
+        self._filled: dict[str, tuple[int, int]] = {}  # of what must not be padded: the dimension, and how far it goes
 
     def shards(self, plan: Plan, process: int) -> EngineShards:
-        """See :class:`Places`. Raises ``ValueError`` where the server has no such place."""
-        self._planned = targets(plan, process)
-        return super().shards(plan, process)
+        """See :class:`Places`. Raises ``ValueError`` where the server has no such place, or a larger one."""
+        self._planned, self._filled = targets(plan, process), {}
+        found = super().shards(plan, process)
+        for name, (dim, filled) in self._filled.items():
+            shape = list(self._parameters[name].shape)
+            if shape[dim] > filled:
+                raise ValueError(
+                    f"the server's {name!r} is {shape}, the plan brings {filled} of the {shape[dim]} entries along "
+                    f"dimension {dim}: on a CPU, SGLang pads the heads where rollout.tensor_parallel_size does not "
+                    "divide the model's num_key_value_heads; set it to a divisor, or set rollout.weight_transport=disk"
+                )
+        return found
 
     def _place(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         place = self._planned[name]
@@ -96,4 +106,6 @@ class _Parameters(Places):
             # On a CPU SGLang pads the feed-forward to 32 entries a rank and divides that; the plan divides evenly, and
             # what is left of each rank's part must add nothing.
             parameter.narrow(dim, length, room - length).zero_()
+        if not place.padded:
+            self._filled[place.parameter] = dim, max(start + length, self._filled.get(place.parameter, (dim, 0))[1])
         return parameter.narrow(dim, start, length)
