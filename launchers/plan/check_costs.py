@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from launchers.plan.setting import Setting
 from launchers.plan.words import count, duration, size
 from launchers.plan.work import EXPECTED_SHARE
-from launchers.slurm.cluster import ClusterConfig, seconds
+from launchers.slurm.cluster import ClusterConfig, memory_bytes, seconds
 from pipeline.config.errors import Problem
 from pipeline.config.schema import RunConfig
 from pipeline.units import GIB
@@ -44,6 +44,7 @@ def memory(setting: Setting) -> Iterator[str | Problem]:
         what = f"a learner GPU would need {memory.learner:,.1f} GiB"
         yield Problem("cluster.gpu_gib", gib, what, f"try {' or '.join(keys) or 'a larger layout'}")
     yield from _engine_memory(setting.config, gib, forecast)
+    yield from _node_memory(setting.cluster, forecast.saving.node_bytes)
 
 
 def _engine_memory(config: RunConfig, gib: float, forecast: Forecast) -> Iterator[str | Problem]:
@@ -75,6 +76,19 @@ def _engine_memory(config: RunConfig, gib: float, forecast: Forecast) -> Iterato
         )
         remedy = f"lower {key}, shard the learner further, or set rollout.placement=disaggregated"
         yield Problem("rollout.placement", config.rollout.placement, what, remedy)
+
+
+def _node_memory(cluster: ClusterConfig, copied: int) -> Iterator[Problem]:
+    """Whether a node's memory holds its copy of a checkpoint, beside which everything else of the run lives."""
+    stated = memory_bytes(cluster.memory_per_node)
+    if stated and copied >= stated:
+        what = (
+            f"a checkpoint is copied into the nodes' memory before it is written: {size(copied)} of {size(stated)} on "
+            "the node with most learner processes (predicted), beside the run itself"
+        )
+        enough = math.ceil(copied / GIB)
+        remedy = f"raise it well above {enough}G, set it to 0 (all of a node), or give the learner more nodes"
+        yield Problem("cluster.memory_per_node", cluster.memory_per_node, what, remedy)
 
 
 def speed(setting: Setting) -> Iterator[str | Problem]:

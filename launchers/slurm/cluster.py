@@ -114,7 +114,11 @@ class ClusterConfig:
     cpus_per_node: int = key(
         0, "CPUs of a node that a job takes; 0: all of an exclusive node", range=NOT_NEGATIVE, unit="CPUs"
     )
-    memory_per_node: str = key("0", "memory of a node that a job takes, e.g. 200G; 0: all of it")
+    memory_per_node: str = key(
+        "0",
+        "memory of a node that a job takes, e.g. 200G; 0: all of it; the plan compares a checkpoint's copy with it",
+        form=Form(r"\d+([KMGTkmgt][Bb]?)?", "not a size as sbatch --mem takes it", "write e.g. 200G, or 0"),
+    )
     exclusive: bool = key(True, "no other jobs on the nodes")
     walltime: str = key("04:00:00", "time limit of one attempt, [days-]hours:minutes:seconds")
     qos: str = key("", "quality of service (sbatch --qos)")
@@ -180,6 +184,13 @@ def seconds(walltime: str) -> int:
         raise ValueError(walltime)
     days, hours, minutes, rest = (int(part or 0) for part in match.groups())
     return ((days * 24 + hours) * 60 + minutes) * 60 + rest
+
+
+def memory_bytes(memory: str) -> int:
+    """``memory_per_node`` in bytes, as sbatch reads it: in MiB without a unit."""
+    text = memory.upper().removesuffix("B")
+    number = text.rstrip("KMGT")
+    return int(number) << {"K": 10, "": 20, "M": 20, "G": 30, "T": 40}[text.removeprefix(number)]
 
 
 def problems_of(cluster: ClusterConfig) -> Iterator[Problem]:

@@ -223,6 +223,19 @@ def test_the_last_checkpoint_must_be_written_before_the_time_limit(tmp_path):
     assert "the run will wait for it" in line(planned(0.1, "checkpoint.every=2"), "note: writing a checkpoint")
 
 
+@pytest.mark.parametrize(("memory", "refused"), [("0", False), ("106G", True), ("107G", False)])
+def test_a_node_s_memory_holds_its_copy_of_a_checkpoint(tmp_path, memory, refused):
+    """106.8 GiB on each of four learner nodes."""
+    more = {"recipe": "recipe/qwen3-32b.yaml", "nodes": 8, "stated_response": 2500}
+    report = check(setting(tmp_path, cluster=["save_before_s=1200", f"memory_per_node={memory}"], **more))
+    found = [problem for problem in report.problems if problem.key == "cluster.memory_per_node"]
+    assert len(found) == refused
+    for problem in found:
+        assert problem.value == memory
+        assert "106.8 GiB of 106.0 GiB" in problem.problem
+        assert "above 107G" in problem.remedy
+
+
 def test_an_engine_s_memory(tmp_path):
     more = {"recipe": "recipe/qwen3-32b.yaml", "nodes": 8, "cluster": ["save_before_s=1200"]}
     report = check(setting(tmp_path, **more))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.slurm.cluster import ClusterConfig, load_cluster, seconds, split_overrides
+from launchers.slurm.cluster import ClusterConfig, load_cluster, memory_bytes, seconds, split_overrides
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import PACKAGED
 
@@ -42,6 +42,7 @@ def test_there_is_an_example_of_every_runtime():
         ('qos="a\\ntouch /tmp/x"', "qos", "on one line"),
         ('constraint="a\\nb"', "constraint", "on one line"),
         ('memory_per_node="1G\\nb"', "memory_per_node", "on one line"),
+        ("memory_per_node=lots", "memory_per_node", "write e.g. 200G, or 0"),
         ('sbatch={reservation: "a\\nb"}', "sbatch.reservation", "on one line"),
         ('sbatch={"a\\nb": c}', "sbatch.a\nb", "on one line"),
         ('container.mounts=["/a:/b\\nc"]', "container.mounts", "on one line"),
@@ -73,6 +74,14 @@ def test_required_keys_are_asked_for(tmp_path):
 @pytest.mark.parametrize(("text", "value"), [("00:01:00", 60), ("100:00:01", 360001), ("2-03:04:05", 183845)])
 def test_seconds(text, value):
     assert seconds(text) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("0", 0), ("2048", 2 << 30), ("3M", 3 << 20), ("200G", 200 << 30), ("1tb", 1 << 40)]
+)
+def test_memory(text, value):
+    assert memory_bytes(text) == value
+    assert load_cluster(Path("cluster/plain.yaml"), [f"memory_per_node='{text}'"]).memory_per_node == text
 
 
 def test_overrides_are_told_apart():
