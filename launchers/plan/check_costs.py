@@ -111,7 +111,8 @@ def speed(setting: Setting) -> Iterator[str | Problem]:
         return
     yield (
         f"step: about {duration(step)} = rollouts {duration(drawn.seconds)} + training {duration(train)} + weight sync "
-        f"{duration(sync.seconds)} (a roofline at the cluster file's speeds, not a measurement)"
+        f"{duration(sync.seconds)}, were all responses equally long: the longest add to it (a roofline at the cluster "
+        "file's speeds, not a measurement)"
     )
     yield f"responses: {_response(setting)}; times are for these, memory is for the longest"
     steps, gpus = setting.config.steps, setting.nodes * setting.cluster.gpus_per_node
@@ -119,8 +120,8 @@ def speed(setting: Setting) -> Iterator[str | Problem]:
     jobs = math.ceil(steps * step / usable)
     yield (
         f"cost: {steps:,} steps in {duration(steps * step)} on {gpus:,} GPUs = {steps * step / 3600 * gpus:,.1f} "
-        f"GPU-hours, about {count(jobs, 'time limit')} of {setting.cluster.walltime} (predicted; without start-up, "
-        "evaluation and saving)"
+        f"GPU-hours, about {count(jobs, 'time limit')} of {setting.cluster.walltime} (predicted, at that step; without "
+        "start-up, evaluation and saving)"
     )
 
 
@@ -156,7 +157,7 @@ def overlap(setting: Setting) -> Iterator[str]:
         lengths = heavy_tailed(setting.response, rollout.max_new_tokens)
         found = predict(what, lengths, staleness, partial=partial)
         before = "held by a sync and continued" if partial else "end before a sync"
-        answers = f", running answers {before}" if staleness else ", in turns"
+        answers = f", running answers {before}" if staleness else ", in turns (`step:` with such lengths)"
         yield (
             f"overlap: staleness {staleness}{answers}: {duration(found.step_seconds)}; the learner waits "
             f"{found.learner_waits:.0%} of the time, the engines {found.engines_wait:.0%}"

@@ -127,7 +127,7 @@ def test_a_plan_says_what_each_way_would_take_and_who_waits():
     """An eighth of the recipe's rows on an eighth of its engines: some 50 ms a way."""
     first, turns, *others = told("rollout.prompts_per_step=16", "rollout.engines=1")
     assert "log-normal responses, sigma 0.8, at most 8,192 tokens" in first
-    assert turns.startswith("overlap: staleness 0, in turns: ")
+    assert turns.startswith("overlap: staleness 0, in turns (`step:` with such lengths): ")
     assert [line.partition(":")[2].rpartition(":")[0] for line in others] == [
         f" staleness {s}, running answers {how}"
         for s in (1, 4)

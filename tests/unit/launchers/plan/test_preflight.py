@@ -178,11 +178,12 @@ def test_seconds_and_gpu_hours_of_a_32b_run(tmp_path):
     parts = forecast.rollouts.seconds, forecast.train_seconds, forecast.sync.seconds
     assert forecast.step_seconds == pytest.approx(sum(parts))
     said = line(report, "step: about")
-    assert "rollouts 70.6 s + training 110.4 s + weight sync 0.3 s" in said
+    assert "rollouts 70.6 s + training 110.4 s + weight sync 0.3 s, were all responses equally long:" in said
     assert line(report, "responses:").startswith("responses: 2,500 tokens on average (stated)")
     hours = 500 * forecast.step_seconds / 3600
     assert f"500 steps in {hours:.1f} h on 64 GPUs = {hours * 64:,.1f} GPU-hours" in line(report, "cost:")
-    assert "about 7 time limits of 04:00:00" in line(report, "cost:")  # 25.2 h in pieces of 4 h - 20 min
+    # 25.2 h in pieces of 4 h - 20 min
+    assert "about 7 time limits of 04:00:00 (predicted, at that step;" in line(report, "cost:")
     assert "50 steps = about 2.5 h of the 3.7 h before saving begins" in line(report, "save interval:")
     assert "3 checkpoints of about 427.2 GiB" in line(report, "disk:")  # 32.8e9 x (2 + 3 x 4) bytes
 
