@@ -10,6 +10,7 @@ from pipeline.config.precision_rules import precision_model_problems
 from pipeline.config.schema import LearnerConfig, RunConfig
 from pipeline.model import architecture
 from pipeline.model.architecture import Architecture, ModelError
+from pipeline.model.grid import KEYS, Grid, StagesError
 from pipeline.units import FP8_BLOCK
 
 
@@ -148,30 +149,13 @@ def _divisions(config: RunConfig, model: Architecture) -> Iterator[Problem]:
 
 
 def _stages(learner: LearnerConfig, layers: int) -> Iterator[Problem]:
-    """Rules for dividing the layers over pipeline stages and over the chunks of each stage.
-
-    The first and the last stage may have their own number of layers.
-    """
-    stages, chunks = learner.pipeline_model_parallel_size, learner.virtual_pipeline_model_parallel_size
-    ends = {
-        f"learner.num_layers_in_{which}_pipeline_stage": number
-        for which in ("first", "last")
-        if (number := getattr(learner, f"num_layers_in_{which}_pipeline_stage"))
-    }
-    if min(stages, chunks) < 1 or stages < 1 + bool(ends):
+    """Whether the layers can be divided over pipeline stages and over the chunks of each stage."""
+    names = ("pp", "vpp", "first_stage_layers", "last_stage_layers")
+    pp, vpp, first, last = (getattr(learner, KEYS[name]) for name in names)
+    if min(pp, vpp) < 1 or pp < 1 + bool(first or last):
         return  # refused as values
-    middle, left = stages - len(ends), layers - sum(ends.values())
-    each = left // middle if middle > 0 else 0
-    if each * middle != left or left < middle:
-        named = ends or {"learner.pipeline_model_parallel_size": stages}
-        rest = f"{left} of {layers} layers over {middle} stages" if ends else f"{layers} layers over {stages} stages"
-        for key, value in list(named.items())[:1]:
-            yield Problem(key, value, f"leaves {rest}, which cannot be even", "change it, or the number of stages")
-    elif any(size % chunks for size in (each, *ends.values())):
-        yield Problem(
-            "learner.virtual_pipeline_model_parallel_size",
-            chunks,
-            "does not divide the layers of every stage "
-            f"({', '.join(str(n) for n in sorted({each, *ends.values()} - {0}))})",
-            "use a divisor of them, or 1",
-        )
+    try:
+        Grid(pp=pp, vpp=vpp, first_stage_layers=first or None, last_stage_layers=last or None).chunks(layers)
+    except StagesError as error:
+        key = KEYS[error.size]
+        yield Problem(f"learner.{key}", getattr(learner, key), error.problem, error.remedy)

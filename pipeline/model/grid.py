@@ -20,6 +20,18 @@ class Place:
     edp: int
 
 
+class StagesError(ValueError):
+    """Layers that cannot be divided over a grid's stages and chunks."""
+
+    def __init__(self, size: str, problem: str, remedy: str) -> None:
+        """``size``: the field of :class:`Grid` that does not fit."""
+        super().__init__(size, problem, remedy)
+        self.size, self.problem, self.remedy = size, problem, remedy
+
+    def __str__(self) -> str:
+        return f"{self.problem}: {self.remedy}"
+
+
 @dataclass(frozen=True)
 class Grid:
     """Sizes of Megatron's parallel groups, ranks in megatron's default order (tp-cp-ep-dp-pp, innermost first).
@@ -93,25 +105,27 @@ class Grid:
 
         As megatron's ``get_transformer_layer_offset``.
 
-        Raises ``ValueError`` where ``layers`` cannot be divided so.
+        Raises :class:`StagesError` where ``layers`` cannot be divided so.
         """
         ends = (self.first_stage_layers, self.last_stage_layers)
         named = sum(count or 0 for count in ends)
         middle = self.pp - sum(count is not None for count in ends)
         left = layers - named  # for the stages between
         if middle < 0 or (left < middle if middle else left) or left % max(1, middle):
-            raise ValueError(
-                f"{layers} layers cannot be divided over {self.pp} stages"
-                + (f", of which first {ends[0]} and last {ends[1]}" if named else "")
-                + ": choose a divisor, or set the layers of the first or last stage"
-            )
+            which = "pp" if not named else "first_stage_layers" if ends[0] else "last_stage_layers"
+            given = f", of which first {ends[0]} and last {ends[1]}" if named else ""
+            remedy = "choose a divisor, or set the layers of the first or last stage"
+            if named:
+                remedy = f"{left} are left for the {middle} other stages, alike: change it, or the number of stages"
+            raise StagesError(which, f"{layers} layers cannot be divided over {self.pp} stages{given}", remedy)
         sizes = [left // max(1, middle)] * self.pp
         if ends[0] is not None:
             sizes[0] = ends[0]
         if ends[1] is not None:
             sizes[-1] = ends[1]
         if any(size % self.vpp for size in sizes):
-            raise ValueError(f"stages of {sorted(set(sizes))} layers cannot be divided into vpp={self.vpp} chunks each")
+            problem = f"stages of {sorted(set(sizes))} layers cannot be divided into vpp={self.vpp} chunks each"
+            raise StagesError("vpp", problem, "use a divisor of them, or 1")
         spans: list[list[range]] = [[] for _ in sizes]
         start = 0
         for _ in range(self.vpp):  # chunk 0 of every stage, then chunk 1 of every stage, ...

@@ -74,12 +74,17 @@ BROKEN = {
     "uneven layers": (
         ["learner.pipeline_model_parallel_size=3", "learner.num_layers_in_first_pipeline_stage=1"],
         "learner.num_layers_in_first_pipeline_stage",
-        "leaves 5 of 6 layers over 2 stages",
+        "6 layers cannot be divided over 3 stages, of which first 1 and last None",
+    ),
+    "uneven layers of the last stage": (
+        ["learner.pipeline_model_parallel_size=3", "learner.num_layers_in_last_pipeline_stage=3"],
+        "learner.num_layers_in_last_pipeline_stage",
+        "6 layers cannot be divided over 3 stages, of which first None and last 3",
     ),
     "VPP layers": (
         ["learner.pipeline_model_parallel_size=2", "learner.virtual_pipeline_model_parallel_size=2"],
         "learner.virtual_pipeline_model_parallel_size",
-        "layers of every stage (3)",
+        "stages of [3] layers cannot be divided into vpp=2 chunks",
     ),
     "EP ranks": (
         ["learner.expert_tensor_parallel_size=2"],
@@ -236,7 +241,7 @@ BROKEN = {
     "PP layers": (
         ["learner.pipeline_model_parallel_size=4"],
         "learner.pipeline_model_parallel_size",
-        "6 layers over 4 stages",
+        "6 layers cannot be divided over 4 stages",
     ),
     "engine TP": (
         ["rollout.engine=sglang", "rollout.tensor_parallel_size=3"],
