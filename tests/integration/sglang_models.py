@@ -14,6 +14,7 @@ from pipeline.reshard.engine_grid import EngineGrid, Placement
 from pipeline.reshard.engine_parameters import targets
 from pipeline.reshard.plan import make_plan
 from pipeline.rollout.sglang import cpu
+from pipeline.rollout.sglang.receiver import _Parameters
 
 UNTOUCHED = 7.0  # of what no tensor is written to
 
@@ -22,7 +23,8 @@ def different(folder: Path, tensors, tp: int, ep: int = 1, dtype: str = "fp32", 
     """Parameters of any rank that differ between SGLang's loading of ``folder`` and slices written by ``targets``.
 
     And what no slice was written to, the padding of the vocabulary excepted. ``padded``: the feed-forward too, as
-    SGLang does on CPUs; that may hold anything, if it holds zeros.
+    SGLang does on CPUs; that may hold anything, if it holds zeros. Raises ``ValueError`` where the receiver would
+    report a parameter of another shape.
     """
     config = _start(folder, dtype)
     if padded:
@@ -38,6 +40,8 @@ def different(folder: Path, tensors, tp: int, ep: int = 1, dtype: str = "fp32", 
         with _as_rank(rank, tp, ep):
             loaded = _model(config)
         wanted = {name: tensor.clone() for name, tensor in _tensors(loaded)}
+        parameters = {name: parameter.data for name, parameter in loaded.named_parameters()}
+        _Parameters(parameters, torch.device("cpu")).shards(plan, 1 + rank)
         for tensor in loaded.parameters():
             tensor.data.copy_(torch.full(tensor.shape, 0.0 if padded else UNTOUCHED))
         counts = _write(dict(loaded.named_parameters()), plan, 1 + rank, tensors)

@@ -51,6 +51,13 @@ def test_a_padded_feed_forward_has_gate_and_up_in_its_halves(fresh, tmp_path):
     assert fresh.submit(different, folder, tensors, 1, padded=True).result() == []
 
 
+def test_padded_heads_are_refused(fresh, tmp_path):
+    """Two key-value heads on four ranks: four on a CPU, with eight query heads rather than four."""
+    folder, tensors = write_folder(tmp_path / "heads", "qwen3")
+    with pytest.raises(ValueError, match=r"qkv_proj\.weight' is .* pads the heads"):
+        fresh.submit(different, folder, tensors, 4, padded=True).result()
+
+
 FP8 = {"hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 256, "vocab_size": 128}
 FP8 |= {
     "num_attention_heads": 4,
