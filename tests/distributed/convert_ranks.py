@@ -6,7 +6,7 @@ from pathlib import Path
 import megatron_ranks as ranks
 import torch
 
-from megatron_ext import checkpoint, models, topology
+from megatron_ext import models, snapshot, topology
 from megatron_ext.weights import convert, hf
 from pipeline.model import architecture, layout
 from pipeline.model.grid import Grid
@@ -22,11 +22,13 @@ def stored_as_megatron_does(rank, world, address, folder, directory):
     """Names, sizes and boxes in a real model's checkpoint that a converted one lacks or has otherwise."""
     from megatron.core import dist_checkpointing
 
-    _, _, gpt = _model(rank, world, address, folder)
+    _, place, gpt = _model(rank, world, address, folder)
     real, converted = Path(directory) / "real", Path(directory) / "converted"
     real.mkdir()
-    strategy = checkpoint._SaveInProcess("torch_dist", 1)
-    dist_checkpointing.save(gpt.sharded_state_dict(), str(real), strategy)
+    saved = dist_checkpointing.save(
+        gpt.sharded_state_dict(), str(real), snapshot.saving(place), async_sharded_save=True
+    )
+    saved.async_fn()
     topology.shutdown()
     convert.hf_to_megatron(Path(folder), converted)
     theirs, ours = (_described(path) for path in (real, converted))

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
-from megatron_ext.weights.unpickle import UnsafeCheckpointError, check, read_metadata
+from megatron_ext.weights.unpickle import _METADATA, UnsafeCheckpointError, _unpickled, check, read_metadata
 from pipeline.data import DataError
 
 
@@ -44,11 +45,36 @@ def test_metadata_that_would_run_a_command_is_refused(checkpoint, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("name", ["eval", "exec", "getattr", "__import__", "open"])
+@pytest.mark.parametrize("name", ["eval", "exec", "vars", "__import__", "open"])
 def test_no_builtin_is_reachable(checkpoint, name):
     (checkpoint / ".metadata").write_bytes(f"cbuiltins\n{name}\n.".encode())
     with pytest.raises(UnsafeCheckpointError, match=f"names builtins.{name}"):
         read_metadata(checkpoint)
+
+
+def pickled_getattr(of: str, name: str) -> bytes:
+    """What ``getattr(of, name)`` is pickled as, ``of`` a line ``module`` and one ``class``."""
+    return f"cbuiltins\ngetattr\n(c{of}\nV{name}\ntR.".encode()
+
+
+def test_a_member_of_an_enumeration_is_one_however_python_pickles_it():
+    """Python 3.11.2 pickles it by ``getattr``, 3.11.7 by its value."""
+    data = pickled_getattr("torch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING", "TORCH_CHANNELS_LAST")
+    assert _unpickled(data, _METADATA) is _MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST
+
+
+@pytest.mark.parametrize(
+    ("of", "name"),
+    [
+        ("torch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING", "__class__"),
+        ("torch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING", "mro"),
+        ("torch.distributed.checkpoint.metadata\nMetadata", "__init__"),
+        ("builtins\nset", "__subclasses__"),
+    ],
+)
+def test_nothing_else_is_reached_by_getattr(of, name):
+    with pytest.raises(UnsafeCheckpointError, match=r"builtins\.getattr"):
+        _unpickled(pickled_getattr(of, name), _METADATA)
 
 
 def test_an_object_that_would_run_a_command_is_refused(tmp_path):
