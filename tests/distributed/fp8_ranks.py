@@ -87,7 +87,7 @@ def padded(rank, world, address, folder, multiples, rows):
     made = ranks.learner(rank, world, address, folder, 1, world, optimizer={"lr": 0.0})
     found = []
     for align in multiples:
-        made._cut = replace(made._cut, align=align)
+        made.dealer = replace(made.dealer, cut=replace(made.dealer.cut, align=align))
         found.append((made.log_probs(rows), made.update(rows, 0)))
     made.close()
     return found
