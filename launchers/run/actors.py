@@ -50,11 +50,27 @@ def answer(replies: Any, who: str, timeout_s: float | None = None) -> Any:
     except ray.exceptions.GetTimeoutError as error:
         raise EngineTimeoutError(f"{who}: its process did not answer within {timeout_s:g} s") from error
     except ray.exceptions.RayTaskError as error:
-        raise error.cause from error
+        death = _death(replies)
+        raise _died(who, death) if death else error.cause from error
     except ray.exceptions.RayActorError as error:
-        raise EngineError(
-            f"{who}: its process died; its last words are in Ray's log ({str(error).splitlines()[0]})"
-        ) from error
+        raise _died(who, error) from error
+
+
+def _died(who: str, error: ray.exceptions.RayActorError) -> EngineError:
+    return EngineError(f"{who}: its process died; its last words are in Ray's log ({str(error).splitlines()[0]})")
+
+
+def _death(replies: Any) -> ray.exceptions.RayActorError | None:
+    """The death of one of several processes: all that the others can say of it is that their connection broke."""
+    ready, _ = ray.wait(replies, num_returns=len(replies), timeout=GRACE_S) if isinstance(replies, list) else ([], [])
+    for reply in ready:
+        try:
+            ray.get(reply)
+        except ray.exceptions.RayActorError as error:
+            return error
+        except ray.exceptions.RayTaskError:
+            continue
+    return None
 
 
 @ray.remote(concurrency_groups={"checkpoint": 1})  # type: ignore[call-overload]  # missing in Ray's types

@@ -26,7 +26,7 @@ def content(tensor: torch.Tensor) -> torch.Tensor:
     value of one word always shows; two words that changed places show but for a chance of 2**-63. CPU and CUDA give the
     same number: addition of integers has no order.
     """
-    data = tensor.detach().reshape(-1).view(torch.uint8)
+    data = tensor.detach().reshape(-1).contiguous().view(torch.uint8)  # a column is flat and strided
     size = data.numel()
     if size % 8:
         data = torch.nn.functional.pad(data, (0, -size % 8))

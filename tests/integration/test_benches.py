@@ -19,6 +19,7 @@ ELSEWHERE = {"bridge"}  # run by test_bridge_oracle, in the environment that has
 SMALL = {
     "alert_quality": "--seeds 1 --recorded RUNS/pi",
     "batching": "--rows 32 --ranks 2 --repeat 1",
+    "checkpoints": "--only 1",
     "client": "--requests 64 --tokens 8 --json OUT/client.json",
     "controllers": "--seeds 1 --json OUT/controllers.json",
     "conversion": "--megabytes 1 --repeat 1 --workers 1 --work OUT",

@@ -104,7 +104,7 @@ def test_convert_and_serve(trained, tmp_path):
     script = [str(EXAMPLES / "serve/convert_and_serve.sh"), str(trained), str(tmp_path / "folder"), "--port", port]
     on_cpu = [*cpu.ARGUMENTS, "--attention-backend", cpu.ATTENTION_BACKEND, "--dtype", "float32"]
     on_cpu += ["--skip-tokenizer-init"]  # pm4's tokenizer knows digits only, and the warm-up sends words
-    more = BY_HAND | cpu.environment(1) | {"PYTHONPATH": f"{cpu.SHIM_FOLDER}:{ROOT}"}
+    more = BY_HAND | cpu.environment(1, str(ROOT))
     server = subprocess.Popen([*script, *on_cpu, "--max-total-tokens", "4096"], env=more, start_new_session=True)
     try:
         deadline, ids = time.monotonic() + 240, []

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from launchers.run.assemble import start_engines, start_learner, weight_sync
+from launchers.run.assemble import plan_inputs, start_engines, start_learner, weight_sync
 from pipeline.config.schema import LearnerConfig, ModelConfig, RolloutConfig, RunConfig
 from pipeline.rollout.native.engine import NativeEngine
 from pipeline.types import GenerateRequest, Prompt
@@ -29,7 +29,7 @@ def parts(tmp_path):
         learner = start_learner(config, stack)
         engines = start_engines(config, tmp_path / "logs", stack)
         learner.load(trained)
-        yield learner, engines, trained, weight_sync(config, learner, engines)
+        yield learner, engines, trained, weight_sync(config, plan_inputs(config), learner, engines)
 
 
 def drawn(groups):

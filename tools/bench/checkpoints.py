@@ -102,5 +102,10 @@ class _Clock:
         self.restart()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Every case, then print."""
     layouts.main(__doc__, CASES, bench)
+
+
+if __name__ == "__main__":
+    main()

@@ -146,4 +146,4 @@ def test_a_layout_that_cannot_be_built_is_refused_with_key_and_remedy(capsys):
     code, out, err = command_line.call(capsys, "plan", "learner", *words)
     assert (code, out) == (2, "")
     assert "learner.pipeline_model_parallel_size" in err
-    assert "or the number of stages" in err
+    assert "choose a divisor" in err

@@ -92,3 +92,9 @@ def test_plans_differ_in_their_digest_if_in_anything(model):
         digest(smallest_share=1),
     ]
     assert len({same, *others}) == 11
+
+
+def test_a_column_is_summed_as_the_tensor_of_its_entries():
+    """A column of scales lies strided, and stays so when it is flattened."""
+    column = torch.arange(24, dtype=torch.float32).view(6, 4)[:, 1:2]
+    assert content(column) == content(column.clone(memory_format=torch.contiguous_format))
