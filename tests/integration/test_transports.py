@@ -84,7 +84,7 @@ def test_a_folder_on_the_disk_updates_a_server_of_two_ranks(by_disk):
 def test_a_request_that_the_server_refuses_fails_at_once_and_the_next_push_mends(engines):
     engine = engines["llama"]
     given = source(engine, "llama")
-    sync, begun = given.sync(engine), time.monotonic()
+    sync, begun = given.sync(EnginePool([engine])), time.monotonic()
     # Behind our back: the server will not take what is sent.
     engine_begin = engine.begin_update
     engine.begin_update = lambda version: (engine_begin(version), engine._server.post("/end_weight_update"))
