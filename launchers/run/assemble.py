@@ -113,13 +113,15 @@ def serve(config: RunConfig, run: Path | None, stack: ExitStack) -> tuple[Engine
     """
     config = replace(config, rollout=replace(config.rollout, weight_dtype="auto"))
     checkpoint = newest_checkpoint(run, "evaluate")
-    inputs = plan_inputs(config) if checkpoint else None
-    learner = start_learner(config, stack) if checkpoint else None
-    engine = start_engines(config, Path(stack.enter_context(TemporaryDirectory())), stack, learner)
-    if checkpoint and learner and inputs:
-        checkpoint.restore(learner.restore)
-        weight_sync(config, inputs, learner, engine).push(checkpoint.step)
-    return engine, checkpoint.step if checkpoint else 0
+    logs = Path(stack.enter_context(TemporaryDirectory()))
+    if checkpoint is None:
+        return start_engines(config, logs, stack), 0
+    inputs = plan_inputs(config)
+    learner = start_learner(config, stack)
+    engines = start_engines(config, logs, stack, learner)
+    checkpoint.restore(learner.restore)
+    weight_sync(config, inputs, learner, engines).push(checkpoint.step)
+    return engines, checkpoint.step
 
 
 def build_loop(config: RunConfig, recorder: Recorder, stack: ExitStack) -> TrainingLoop:

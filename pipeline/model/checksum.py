@@ -1,4 +1,4 @@
-"""The checksum by which the sender and the receiver of weights compare the bytes."""
+"""The checksum of named tensors in the manifest of a conversion."""
 
 from __future__ import annotations
 

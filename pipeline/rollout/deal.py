@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Container, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from queue import SimpleQueue
 
 from pipeline.rollout.engine import EngineError, Finished, RolloutEngine
@@ -32,13 +33,15 @@ def draw(
     alive, running, failed = list(engines), 0, list[BaseException]()
     with ThreadPoolExecutor(len(engines) ** 2, "draw") as threads:
 
+        def ended(share: _Share, future: Future[None]) -> None:
+            arrived.put((share, future.exception()))
+
         def ask(left: dict[int, GenerateRequest], *, again: bool) -> int:
             numbers, parts = list(left), split_requests(list(left.values()), len(alive))
             dealt = [{numbers[i]: left[numbers[i]] for i in part if numbers[i] in wanted} for part in parts]
             shares = [_Share(engine, own, again) for engine, own in zip(alive, dealt, strict=True) if own]
             for share in shares:
-                future = threads.submit(share.run, arrived.put)
-                future.add_done_callback(lambda future, share=share: arrived.put((share, future.exception())))  # type: ignore[misc]
+                threads.submit(share.run, arrived.put).add_done_callback(partial(ended, share))
             return len(shares)
 
         running = ask(dict(enumerate(requests)), again=False)
