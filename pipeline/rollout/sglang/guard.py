@@ -20,7 +20,7 @@ from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
-_POLL_S = 0.2
+_POLL_S = 0.1
 
 # SGLang's load slots (sglang/srt/managers/load_snapshot.py, named by a random id, never unlinked), the queues between
 # its tensor-parallel ranks (distributed/device_communicators/shm_broadcast.py, 24 MiB each) and multiprocessing's
@@ -32,7 +32,8 @@ _SHARED_MEMORY = (_LOAD_SLOTS, "/dev/shm/sgl_shm_mq_", "/dev/shm/sem.mp-")
 def main() -> int:
     """Guard until the end; returns the command's exit status."""
     owner, scratch, command = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # runs the finally clause
+    told_to_end: list[int] = []  # a handler that raised could cut the finally clause short
+    signal.signal(signal.SIGTERM, lambda number, _: told_to_end.append(number))
     libc = ctypes.CDLL(None)
     libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)  # the server's orphans become ours, so that we can wait for their end
     server = subprocess.Popen(
@@ -46,13 +47,13 @@ def main() -> int:
     leftovers: set[str] = set()
     try:
         next_scan = 0.0
-        while server.poll() is None and os.getppid() == owner:
+        while server.poll() is None and os.getppid() == owner and not told_to_end:
             if time.monotonic() >= next_scan:
                 leftovers |= shared_memory(server.pid)
                 up = any(path.startswith(_LOAD_SLOTS) for path in leftovers)
                 next_scan = time.monotonic() + (10 if up else 1)  # seconds; nearly all is made at start-up
             time.sleep(_POLL_S)
-        return server.poll() or 0
+        return 0 if told_to_end else server.poll() or 0
     finally:
         leftovers |= shared_memory(server.pid)
         with contextlib.suppress(ProcessLookupError):  # all of them may have ended already

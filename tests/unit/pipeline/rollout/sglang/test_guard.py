@@ -81,6 +81,17 @@ def test_the_end_of_the_server_ends_the_guard_with_its_children(scratch):
     assert eventually(lambda: all_gone(line))
 
 
+def test_being_told_to_end_while_it_cleans_up_does_not_stop_the_cleaning(scratch):
+    with subprocess.Popen(guard_command(os.getpid(), scratch, 60), stdout=subprocess.PIPE, text=True) as guard:
+        line = guard.stdout.readline()
+        time.sleep(1.3)  # it looks for files of the group once a second
+        os.kill(int(line.split()[0]), signal.SIGKILL)  # the guard begins to clean up, and its owner closes the server
+        while guard.poll() is None:
+            guard.terminate()
+            time.sleep(0.001)
+    assert all_gone(line)
+
+
 def test_the_death_of_the_guard_ends_the_server(scratch):
     with subprocess.Popen(guard_command(os.getpid(), scratch, 60), stdout=subprocess.PIPE, text=True) as guard:
         server, child, slot, _ = guard.stdout.readline().split()
