@@ -133,6 +133,57 @@ def calibrate(
     say("use: " + " ".join(found.overrides))
 
 
+@app.command("target")
+def target(
+    run: Path = typer.Argument(..., metavar="RUN", help="Run folder of a run with entropy.controller=none."),
+    k: int = typer.Option(16, "--k", min=1, help="Answers that you will draw for a question: the k of pass@k."),
+    as_json: bool = JSON,
+) -> None:
+    """Recommend a band: the entropy at which a run without control stopped gaining pass@k on held-out prompts.
+
+    It needs evaluations on the way, e.g. evaluation.every=20.
+
+    Examples:
+
+      isentrope train --config quickstart.yaml entropy.controller=none evaluation.every=20 name=grpo
+
+      isentrope entropy target runs/grpo-20260101-120000 --k 16
+    """
+    from pipeline.entropy.target import annealed, recommend
+    from pipeline.monitoring.summary import read_run
+    from pipeline.monitoring.target_data import measured
+
+    history = read_run(run)
+    if not history.is_baseline:
+        controller = history.config.entropy.controller
+        raise typer.BadParameter(
+            f"RUN {run}: entropy.controller={controller} held its entropy; a band is read from the fall of a run "
+            "with entropy.controller=none"
+        )
+    points, singles = measured(history, k), measured(history, 1)
+    try:
+        found = recommend(points, k)
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"RUN {run}: {error}; train it with evaluation.every={max(1, history.config.steps // 12)} "
+            f"and {k} in evaluation.k={history.config.evaluation.k}"
+        ) from error
+    schedule = annealed(found, singles, history.config.steps)
+    if as_json:
+        _print_json({"run": str(run), **asdict(found), "points": points, "schedule": schedule})
+        return
+    for line in found.evidence(points):
+        say(line)
+    say(found.verdict())
+    say(f"use: entropy.band.low={found.low:.3g} entropy.band.high={found.high:.3g}")
+    if schedule is not None:
+        say(
+            f"pass@1 gained {schedule.gain:.3f} more on the way to H={schedule.entropy:.3g}: hold this band for the "
+            "first half, then lower it, and most of both is kept (docs/lab.md, Hold, then anneal)"
+        )
+        say("or:  " + " ".join(schedule.overrides))
+
+
 @app.command("law")
 def law(
     runs: list[Path] = typer.Argument(..., metavar="RUN...", help="Run folders, finished or still running."),

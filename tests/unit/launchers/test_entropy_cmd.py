@@ -83,3 +83,35 @@ def test_a_folder_that_is_no_run_is_one_clear_line(capsys, tmp_path):
     code, _, err = call(capsys, "entropy", "calibrate", str(tmp_path / "none"))
     assert code in (1, 2)
     assert str(tmp_path / "none") in err
+
+
+def write_evaluated(run_dir, *overrides):
+    recorder = runs.open_run(run_dir, *overrides)
+    for step in range(60):
+        if step % 10 == 0:
+            recorder.evaluation(step, runs.evaluation(0.3 + step / 150, 0.95 - (step / 10 - 2) ** 2 / 40))
+        runs.record_step(recorder, step, 1.0 - step / 80)
+    recorder.finish(completed=True)
+    return run_dir
+
+
+def test_target_reads_a_band_from_the_fall_of_a_run_without_control(capsys, tmp_path):
+    run_dir = write_evaluated(tmp_path / "grpo", "entropy.controller=none", "steps=60")
+    code, out, _ = call(capsys, "entropy", "target", str(run_dir), "--k", "16")
+    assert code == 0
+    assert "<- stops gaining" in out
+    code, out, _ = call(capsys, "entropy", "target", str(run_dir), "--json")
+    found = json.loads(out)
+    assert (found["k"], found["step"]) == (16, 10)
+    assert found["entropy"] == pytest.approx(1.0 - 9.5 / 80)
+    assert len(found["points"]) == 6
+
+
+def test_target_refuses_what_says_nothing(capsys, folder, tmp_path):
+    code, _, err = call(capsys, "entropy", "target", str(folder))
+    assert code == 2
+    assert "entropy.controller=pi held its entropy" in " ".join(err.replace("│", " ").split())
+    runs.write_run(tmp_path / "grpo", "entropy.controller=none", entropy=runs.collapsing)
+    code, _, err = call(capsys, "entropy", "target", str(tmp_path / "grpo"))
+    assert code == 2
+    assert "evaluation.every=" in err

@@ -1,0 +1,144 @@
+"""Recommends a band of entropy from one run without control: where its pass@k stopped gaining as its entropy fell.
+
+The rule is that of one standard error (Breiman et al. 1984, *CART*; Hastie et al., *The Elements of Statistical
+Learning*, 7.10): of the evaluations whose pass@k is within one standard error of the best, the one with the highest
+entropy, that is, the earliest. What is better by less than that is noise, and entropy given up is not won back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+LEAST_POINTS = 5
+BAR = 30  # characters of the longest bar
+WIDTH = 0.1  # of the target, to either side: readings vary by 5 to 9 %, docs/band.md
+_Z95 = 1.96
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One evaluation: pass@k with its 95 % interval, and the policy's entropy at that time in nats per token."""
+
+    step: int
+    entropy: float
+    value: float
+    low: float
+    high: float
+
+    @property
+    def error(self) -> float:
+        """Standard error."""
+        return (self.high - self.low) / (2 * _Z95)
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """A band for a budget of ``k`` answers, and what speaks for it. ``smooth`` has an entry per evaluation."""
+
+    k: int
+    entropy: float  # of the target, nats per token
+    low: float
+    high: float
+    step: int  # of the run, where pass@k stopped gaining
+    value: float  # pass@k there, smoothed
+    best: float
+    error: float  # standard error of pass@k there
+    lost: float  # pass@k that the run lost from its best to its end, smoothed
+    still_gaining: bool  # the best is the run's end: a longer run might name a lower entropy
+    smooth: tuple[float, ...]
+
+    def evidence(self, points: Sequence[Measured]) -> list[str]:
+        """A table with a bar for each evaluation, and a mark at the one chosen. ``points``: those recommended from."""
+        floor = min(point.low for point in points)
+        span = max(point.high for point in points) - floor or 1.0
+        lines = [f"  step  H (nats)  pass@{self.k:<4} 95 % interval"]
+        for point in points:
+            bar = "#" * round(BAR * (point.value - floor) / span)
+            mark = "  <- stops gaining" if point.step == self.step else ""
+            interval = f"[{point.low:.3f}, {point.high:.3f}]"
+            lines.append(f"{point.step:6d}  {point.entropy:8.3g}  {point.value:.3f}     {interval}  {bar}{mark}")
+        return lines
+
+    def verdict(self) -> str:
+        """What the evidence says, in a sentence or two."""
+        text = (
+            f"pass@{self.k} stopped gaining at step {self.step}, H={self.entropy:.3g}: {self.value:.3f} there, "
+            f"{self.best:.3f} at best; a standard error is {self.error:.3f}."
+        )
+        if self.still_gaining:
+            return text + " That is the end of this run: a longer one may name a lower entropy."
+        if self.loss_is_seen:
+            return text + f" Without control the run then lost {self.lost:.3f} of it."
+        return (
+            text + f" What it lost after that ({self.lost:.3f}) is within noise: control is not shown to pay "
+            f"for pass@{self.k} over a run of this length."
+        )
+
+    @property
+    def loss_is_seen(self) -> bool:
+        """Whether what was lost is more than noise: two standard errors of a difference of two."""
+        return self.lost > 2 * math.sqrt(2) * self.error
+
+
+def recommend(points: Sequence[Measured], k: int) -> Recommendation:
+    """The band for pass@``k``. ``points`` of one run without entropy control, in order of steps.
+
+    Raises:
+        ValueError: fewer than five evaluations.
+    """
+    points = [point for point in points if math.isfinite(point.value) and math.isfinite(point.entropy)]
+    if len(points) < LEAST_POINTS:
+        raise ValueError(f"{len(points)} evaluations with pass@{k} and an entropy: at least {LEAST_POINTS} are needed")
+    smooth = smoothed([point.value for point in points])
+    best = int(np.argmax(smooth))
+    error = float(np.median([point.error for point in points]))
+    chosen = next(i for i, value in enumerate(smooth) if value >= smooth[best] - error)
+    entropy = points[chosen].entropy
+    return Recommendation(
+        k=k,
+        entropy=entropy,
+        low=(1 - WIDTH) * entropy,
+        high=(1 + WIDTH) * entropy,
+        step=points[chosen].step,
+        value=smooth[chosen],
+        best=smooth[best],
+        error=error,
+        lost=smooth[best] - smooth[-1],
+        still_gaining=chosen >= len(points) - 2,
+        smooth=tuple(smooth),
+    )
+
+
+@dataclass(frozen=True)
+class Annealed:
+    """The schedule that holds the band for half of a run and then lowers it to where the run without control ended."""
+
+    entropy: float  # of the end, nats per token
+    gain: float  # of pass@1 from the chosen step to the end, smoothed
+    overrides: tuple[str, ...]
+
+
+def annealed(chosen: Recommendation, singles: Sequence[Measured], steps: int) -> Annealed | None:
+    """That schedule where pass@1 (``singles``) went on growing after the chosen step by more than noise, else None.
+
+    ``steps``: of the run to come.
+    """
+    smooth = smoothed([point.value for point in singles])
+    at = next((i for i, point in enumerate(singles) if point.step == chosen.step), None)
+    if at is None or chosen.k == 1 or chosen.still_gaining:
+        return None
+    gain, last = smooth[-1] - smooth[at], singles[-1].entropy
+    if gain <= 2 * math.sqrt(2) * float(np.median([point.error for point in singles])) or last >= chosen.low:
+        return None
+    band = {"low": chosen.low, "high": chosen.high, "end_low": (1 - WIDTH) * last, "end_high": (1 + WIDTH) * last}
+    edges = [f"entropy.band.{edge}={value:.3g}" for edge, value in band.items()]
+    return Annealed(last, gain, (*edges, "entropy.band.schedule=cosine", f"entropy.band.hold_steps={steps // 2}"))
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Each value's mean with its neighbours; the first and the last have one neighbour."""
+    return [float(np.mean(values[max(0, i - 1) : i + 2])) for i in range(len(values))]

@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+
+from pipeline.entropy.target import Measured, annealed, recommend, smoothed
+
+
+def curve(values, entropies=None, error=0.01):
+    entropies = np.linspace(1.0, 0.2, len(values)) if entropies is None else entropies
+    half = 1.96 * error
+    return [Measured(20 * i, h, v, v - half, v + half) for i, (v, h) in enumerate(zip(values, entropies, strict=True))]
+
+
+def test_the_earliest_within_one_standard_error_of_the_best_is_chosen():
+    points = curve([0.5, 0.7, 0.9, 0.935, 0.945, 0.95, 0.945, 0.90, 0.86, 0.82])
+    found = recommend(points, 16)
+    assert found.smooth == pytest.approx(smoothed([point.value for point in points]))
+    assert (found.step, found.entropy) == (80, points[4].entropy)  # smoothed .943, best .947; at step 60 .927
+    assert (found.low, found.high) == pytest.approx((0.9 * found.entropy, 1.1 * found.entropy))
+    assert found.loss_is_seen
+    assert not found.still_gaining
+    assert "lost 0.107" in found.verdict()
+
+
+def test_a_run_that_still_gains_says_so():
+    found = recommend(curve(np.linspace(0.1, 0.6, 10)), 1)
+    assert found.still_gaining
+    assert "a longer one may name a lower entropy" in found.verdict()
+
+
+def test_a_model_that_only_loses_is_held_where_it_starts():
+    found = recommend(curve(np.linspace(0.95, 0.6, 10)), 256)
+    assert found.step == 0
+
+
+def test_a_loss_within_noise_is_no_reason_for_control():
+    found = recommend(curve([0.5, 0.7, 0.9, 0.95, 0.95, 0.94, 0.945, 0.94, 0.94], error=0.03), 16)
+    assert "is not shown to pay" in found.verdict()
+
+
+def test_the_schedule_goes_where_pass_at_1_went_on_growing():
+    points = curve([0.5, 0.7, 0.9, 0.95, 0.95, 0.95, 0.94, 0.90, 0.86])
+    found = recommend(points, 16)
+    growing = curve(np.linspace(0.1, 0.6, 9))
+    schedule = annealed(found, growing, 240)
+    assert schedule.entropy == growing[-1].entropy
+    assert "entropy.band.hold_steps=120" in schedule.overrides
+    assert "entropy.band.end_low=0.18" in schedule.overrides
+    assert annealed(found, curve([0.3] * 9), 240) is None
+    assert annealed(recommend(growing, 1), growing, 240) is None
+
+
+def test_noise_does_not_choose_a_target_far_from_the_truth():
+    """pass@k rises to H = 0.4 and falls again, in noise of one standard error."""
+    entropies = np.geomspace(1.0, 0.15, 14)
+    truth = 0.95 - 0.25 * np.log(entropies / 0.4) ** 2
+    rng = np.random.default_rng(0)
+    chosen = [recommend(curve(truth + 0.01 * rng.standard_normal(14), entropies), 16).entropy for _ in range(200)]
+    regret = [0.25 * np.log(h / 0.4) ** 2 for h in chosen]
+    assert np.mean(regret) < 0.015
+    assert np.quantile(chosen, 0.05) > 0.3
+    assert np.quantile(chosen, 0.95) < 0.8
+
+
+def test_too_few_evaluations_are_refused():
+    with pytest.raises(ValueError, match="4 evaluations with pass@16"):
+        recommend(curve([0.1, 0.2, 0.3, 0.4]), 16)
+    with pytest.raises(ValueError, match="at least 5"):
+        recommend(curve([0.1, 0.2, 0.3, 0.4, float("nan")]), 16)
