@@ -139,9 +139,9 @@ def target(
     k: int = typer.Option(16, "--k", min=1, help="Answers that you will draw for a question: the k of pass@k."),
     as_json: bool = JSON,
 ) -> None:
-    """Recommend a band: the entropy at which a run without control stopped gaining pass@k on held-out prompts.
+    """Recommend a band: the lowest entropy at which a run without control still kept its pass@k.
 
-    It needs evaluations on the way, e.g. evaluation.every=20.
+    It reads pass@k on held-out prompts, so it needs evaluations on the way, e.g. evaluation.every=20.
 
     Examples:
 

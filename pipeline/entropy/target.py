@@ -1,8 +1,8 @@
-"""Recommends a band of entropy from one run without control: where its pass@k stopped gaining as its entropy fell.
+"""Recommends a band of entropy from one run without control: the lowest entropy that still kept its pass@k.
 
 The rule is that of one standard error (Breiman et al. 1984, *CART*; Hastie et al., *The Elements of Statistical
-Learning*, 7.10): of the evaluations whose pass@k is within one standard error of the best, the one with the highest
-entropy, that is, the earliest. What is better by less than that is noise, and entropy given up is not won back.
+Learning*, 7.10): from the best evaluation on, the last one before pass@k falls more than a standard error below the
+best. What is better by less than that is noise, and a lower entropy costs less pass@1.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class Recommendation:
     entropy: float  # of the target, nats per token
     low: float
     high: float
-    step: int  # of the run, where pass@k stopped gaining
+    step: int  # of the run, the last one that kept pass@k
     value: float  # pass@k there, smoothed
     best: float
     error: float  # standard error of pass@k there
     lost: float  # pass@k that the run lost from its best to its end, smoothed
-    still_gaining: bool  # the best is the run's end: a longer run might name a lower entropy
+    kept_to_the_end: bool  # a longer run might name a lower entropy
     smooth: tuple[float, ...]
 
     def evidence(self, points: Sequence[Measured]) -> list[str]:
@@ -58,7 +58,7 @@ class Recommendation:
         lines = [f"  step  H (nats)  pass@{self.k:<4} 95 % interval"]
         for point in points:
             bar = "#" * round(BAR * (point.value - floor) / span)
-            mark = "  <- stops gaining" if point.step == self.step else ""
+            mark = f"  <- keeps pass@{self.k}" if point.step == self.step else ""
             interval = f"[{point.low:.3f}, {point.high:.3f}]"
             lines.append(f"{point.step:6d}  {point.entropy:8.3g}  {point.value:.3f}     {interval}  {bar}{mark}")
         return lines
@@ -66,13 +66,13 @@ class Recommendation:
     def verdict(self) -> str:
         """What the evidence says, in a sentence or two."""
         text = (
-            f"pass@{self.k} stopped gaining at step {self.step}, H={self.entropy:.3g}: {self.value:.3f} there, "
-            f"{self.best:.3f} at best; a standard error is {self.error:.3f}."
+            f"pass@{self.k} is kept down to H={self.entropy:.3g}, at step {self.step}: {self.value:.3f} there, "
+            f"{self.best:.3f} at best; a standard error is {self.error:.3f} (means of three evaluations)."
         )
-        if self.still_gaining:
-            return text + " That is the end of this run: a longer one may name a lower entropy."
+        if self.kept_to_the_end:
+            return text + " That is the end of this run: control is not needed for it, unless the run is longer."
         if self.loss_is_seen:
-            return text + f" Without control the run then lost {self.lost:.3f} of it."
+            return text + f" Without control the run then lost {self.lost:.3f}."
         return (
             text + f" What it lost after that ({self.lost:.3f}) is within noise: control is not shown to pay "
             f"for pass@{self.k} over a run of this length."
@@ -96,7 +96,8 @@ def recommend(points: Sequence[Measured], k: int) -> Recommendation:
     smooth = smoothed([point.value for point in points])
     best = int(np.argmax(smooth))
     error = float(np.median([point.error for point in points]))
-    chosen = next(i for i, value in enumerate(smooth) if value >= smooth[best] - error)
+    lower = (i for i in range(best, len(points)) if smooth[i] < smooth[best] - error)
+    chosen = next(lower, len(points)) - 1
     entropy = points[chosen].entropy
     return Recommendation(
         k=k,
@@ -108,7 +109,7 @@ def recommend(points: Sequence[Measured], k: int) -> Recommendation:
         best=smooth[best],
         error=error,
         lost=smooth[best] - smooth[-1],
-        still_gaining=chosen >= len(points) - 2,
+        kept_to_the_end=chosen == len(points) - 1,
         smooth=tuple(smooth),
     )
 
@@ -129,7 +130,7 @@ def annealed(chosen: Recommendation, singles: Sequence[Measured], steps: int) ->
     """
     smooth = smoothed([point.value for point in singles])
     at = next((i for i, point in enumerate(singles) if point.step == chosen.step), None)
-    if at is None or chosen.k == 1 or chosen.still_gaining:
+    if at is None or chosen.k == 1 or chosen.kept_to_the_end:
         return None
     gain, last = smooth[-1] - smooth[at], singles[-1].entropy
     if gain <= 2 * math.sqrt(2) * float(np.median([point.error for point in singles])) or last >= chosen.low:

@@ -99,11 +99,11 @@ def test_target_reads_a_band_from_the_fall_of_a_run_without_control(capsys, tmp_
     run_dir = write_evaluated(tmp_path / "grpo", "entropy.controller=none", "steps=60")
     code, out, _ = call(capsys, "entropy", "target", str(run_dir), "--k", "16")
     assert code == 0
-    assert "<- stops gaining" in out
+    assert "<- keeps pass@16" in out
     code, out, _ = call(capsys, "entropy", "target", str(run_dir), "--json")
     found = json.loads(out)
-    assert (found["k"], found["step"]) == (16, 10)
-    assert found["entropy"] == pytest.approx(1.0 - 9.5 / 80)
+    assert (found["k"], found["step"]) == (16, 30)
+    assert found["entropy"] == pytest.approx(1.0 - 29.5 / 80)
     assert len(found["points"]) == 6
 
 
