@@ -79,25 +79,49 @@ class WeightSpan:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """Tokens ``[start, end)`` of a conversation are one answer of the model."""
+
+    start: int
+    end: int
+    finish_reason: str  # "stop" | "length" | "abort"
+
+
+@dataclass(frozen=True)
 class Sample:
-    """One response.
+    """One response, or the whole conversation of an episode after its first prompt.
 
     ``log_probs`` are those of the behaviour policy at ``temperature`` (the temperature the tokens were drawn with),
     never at another one; of a response drawn by CUTS they are the policy's own. The end-of-sequence token, when drawn,
-    is the last entry of ``token_ids``.
+    is the last entry of ``token_ids``, or of its turn's.
+
+    The tokens of tools, of the environment and of the chat template between turns are context: the policy reads them,
+    and no loss, entropy or figure counts them. A single answer has none.
     """
 
     token_ids: np.ndarray  # int64 [n]
-    log_probs: np.ndarray  # float32 [n]
+    log_probs: np.ndarray  # float32 [n]; 0 where the model did not draw the token
     temperature: float
     seed: int
     role: Role
-    finish_reason: str  # "stop" | "length" | "abort"
+    finish_reason: str  # "stop" | "length" | "abort"; an episode's: its last turn's
     weight_versions: tuple[WeightSpan, ...]
-    text: str = ""  # decoded response without end and padding tokens; filled by the verifier stage
+    text: str = ""  # what the model drew, decoded without end and padding tokens; filled by the verifier stage
     reward: float = 0.0  # in [0, 1]; 0 until verified
     correct: bool = False  # reward == 1, the indicator of SCOPE-RL's positive term
-    verifier_error: str = ""  # "" or why the verifier could not judge this sample (then reward is 0)
+    verifier_error: str = ""  # "" or why nobody could judge this sample (then reward is 0)
+    drawn: np.ndarray | None = None  # bool [n], True where the model drew the token; None: it drew all of them
+    turns: tuple[Turn, ...] = ()  # of an episode, in order; (): one turn that is all of it
+    stop_reason: str = ""  # "" (a single answer), or why an episode ended, see ``pipeline.rollout.environments``
+
+    @property
+    def drawn_tokens(self) -> int:
+        """Tokens that the model drew: the length of a sample, wherever one counts."""
+        return len(self.token_ids) if self.drawn is None else int(self.drawn.sum())
+
+    def of_drawn(self, values: np.ndarray) -> np.ndarray:
+        """The entries of ``values`` ``[n]`` that belong to drawn tokens."""
+        return values if self.drawn is None else values[self.drawn]
 
     def drawn_with(self, version: int) -> bool:
         """Whether every token came from weights ``version``."""
@@ -142,7 +166,7 @@ class StepSamples:
         for group in self.main:
             for sample in group.samples:
                 for span in sample.weight_versions:
-                    tokens[step - span.version] += span.end - span.start
+                    tokens[step - span.version] += _drawn_within(sample, span)
         total = tokens.total()
         if not total:
             return {"mean": 0.0, "max": 0.0}
@@ -154,12 +178,12 @@ class StepSamples:
 @dataclass(frozen=True)
 class KeptSample:
     """One rollout that the run writes down and, in the steps that measure it, the policy's exact entropy at each of its
-    tokens.
+    drawn tokens.
     """
 
     prompt: Prompt
     sample: Sample
-    entropies: np.ndarray | None  # float32 [n], nats at T=1, of the policy that the step's update starts from
+    entropies: np.ndarray | None  # float32 [drawn tokens], nats at T=1, of the policy the step's update starts from
 
 
 @dataclass(frozen=True)
@@ -181,14 +205,15 @@ class Actuation:
 class TrainBatch:
     """The rows of one update, ragged: every main row, then the correct auxiliary rows. CPU tensors.
 
-    A row is prompt + response. The rows lie one behind the other in flat arrays, without padding: ``[tokens]`` over all
-    tokens, ``[targets]`` over the tokens that the loss is about, ``[rows]``. ``weights`` holds the whole normalisation
-    (token mean, sequence mean, the positive term's denominator and alpha), so the loss is the plain sum over targets of
-    ``weights[row] * term`` whatever the micro-batch size or the number of ranks.
+    A row is prompt + response, in which an episode's tool and template tokens are no targets. The rows lie one behind
+    the other in flat arrays, without padding: ``[tokens]`` over all tokens, ``[targets]`` over the tokens that the loss
+    is about, ``[rows]``. ``weights`` holds the whole normalisation (token mean, sequence mean, the positive term's
+    denominator and alpha), so the loss is the plain sum over targets of ``weights[row] * term`` whatever the
+    micro-batch size or the number of ranks.
     """
 
     tokens: torch.Tensor  # int32 [tokens]
-    loss_mask: torch.Tensor  # bool [tokens], True where the token is a target: of the response; never a row's first
+    loss_mask: torch.Tensor  # bool [tokens], True where the token is a target: drawn; never a row's first
     lengths: torch.Tensor  # int64 [rows], tokens of each row
     targets: torch.Tensor  # int64 [rows], targets of each row
     weights: torch.Tensor  # float32 [rows]
@@ -366,6 +391,12 @@ class EngineHealth:
     alive: bool
     weight_version: int | None  # None: no consistent set of weights is loaded
     detail: str = ""
+
+
+def _drawn_within(sample: Sample, span: WeightSpan) -> int:
+    if sample.drawn is None:
+        return span.end - span.start
+    return int(sample.drawn[span.start : span.end].sum())
 
 
 def _unpickle_group(

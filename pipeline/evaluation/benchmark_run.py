@@ -142,7 +142,7 @@ def _line(group: SampleGroup) -> dict[str, Any]:
             {
                 "text": sample.text,
                 "correct": sample.correct,
-                "tokens": len(sample.token_ids),
+                "tokens": sample.drawn_tokens,
                 "finish_reason": sample.finish_reason,
                 "verifier_error": sample.verifier_error,
             }

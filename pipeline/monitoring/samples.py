@@ -14,7 +14,7 @@ import numpy as np
 from pipeline.data.tokenizer import Tokenizer
 from pipeline.monitoring.events import to_json
 from pipeline.rewards.verifier import extracted
-from pipeline.types import KeptSample
+from pipeline.types import KeptSample, Sample
 
 log = logging.getLogger(__name__)
 
@@ -49,15 +49,24 @@ def described(kept: KeptSample, step: int, tokenizer: Tokenizer | None) -> dict[
         "reward": sample.reward,
         "role": str(sample.role),
         "temperature": sample.temperature,
-        "tokens": len(sample.token_ids),
+        "tokens": sample.drawn_tokens,
         "finish_reason": sample.finish_reason,
         "weight_versions": [[span.version, span.start, span.end] for span in sample.weight_versions],
         "verifier_error": sample.verifier_error,
         "seed": sample.seed,
         "pieces": tokenizer.pieces(sample.token_ids) if tokenizer else [],
-        "log_probs": _rounded(sample.log_probs),
-        **({} if kept.entropies is None else {"entropies": _rounded(kept.entropies)}),
+        "log_probs": _at_drawn(sample, sample.of_drawn(sample.log_probs)),
+        **({} if kept.entropies is None else {"entropies": _at_drawn(sample, kept.entropies)}),
+        **_episode(sample),
     }
+
+
+def _episode(sample: Sample) -> dict[str, object]:
+    """What an episode has beside a single answer's fields."""
+    if not sample.stop_reason:
+        return {}
+    turns = [[turn.start, turn.end, turn.finish_reason] for turn in sample.turns]
+    return {"turns": turns, "stop_reason": sample.stop_reason}
 
 
 class _Kept(TypedDict, total=False):
@@ -80,6 +89,8 @@ class _Kept(TypedDict, total=False):
     pieces: list[str]
     log_probs: list[float | None]
     entropies: list[float | None]
+    turns: list[tuple[int, int, str]]
+    stop_reason: str
 
 
 _DECODER = msgspec.json.Decoder(_Kept)
@@ -97,5 +108,9 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _rounded(values: np.ndarray) -> list[float]:
-    return [round(value, 3) for value in values.tolist()]
+def _at_drawn(sample: Sample, values: np.ndarray) -> list[float | None]:
+    """One of ``values`` for each token that the model drew, None for the others."""
+    rounded = (round(value, 3) for value in values.tolist())
+    if sample.drawn is None:
+        return list(rounded)
+    return [next(rounded) if drawn else None for drawn in sample.drawn.tolist()]

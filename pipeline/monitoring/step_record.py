@@ -64,11 +64,11 @@ def rollout_figures(drawn: StepSamples) -> dict[str, Any]:
     return {
         "reward": _mean([sample.reward for sample in samples]),
         "all_equal_groups": _mean([min(group) == max(group) for group in rewards]),
-        "response_length": _mean([len(sample.token_ids) for sample in samples]),
+        "response_length": _mean([sample.drawn_tokens for sample in samples]),
         "truncated": _mean([sample.finish_reason == "length" for sample in samples]),
         "verifier_errors": sum(unjudged),
         "unjudged": _mean(unjudged) if unjudged else 0.0,
-        "tokens": {role: sum(len(s.token_ids) for g in of_role for s in g.samples) for role, of_role in tokens.items()},
+        "tokens": {role: sum(s.drawn_tokens for g in of_role for s in g.samples) for role, of_role in tokens.items()},
     }
 
 

@@ -44,8 +44,8 @@ class VerifierStage:
 
         ``more``: they belong to the step of the last call, and share its budget.
         """
-        texts = self._tokenizer.decode_batch([sample.token_ids for group in groups for sample in group.samples])
         calls = [(group.prompt, sample) for group in groups for sample in group.samples]
+        texts = self._tokenizer.decode_batch([sample.of_drawn(sample.token_ids) for _, sample in calls])
         finished = [index for index, (_, sample) in enumerate(calls) if sample.finish_reason != "abort"]
         outcomes: list[Outcome] = ["aborted before it was finished" for _ in calls]
         judged = self._judge.outcomes([(calls[index][0], texts[index]) for index in finished], more=more)

@@ -41,7 +41,7 @@ def _fault(sample: Sample, request: GenerateRequest, vocabulary: int) -> str:
     tokens, count = sample.token_ids, len(sample.token_ids)
     if count != len(sample.log_probs):
         return "tokens and log-probs of different number"
-    if count > request.max_new_tokens:
+    if sample.drawn_tokens > request.max_new_tokens:
         return "more tokens than allowed"
     if count and not 0 <= tokens.min() <= tokens.max() < vocabulary:
         return "token ids beyond the vocabulary"
@@ -53,6 +53,8 @@ def _emptied(sample: Sample) -> Sample:
         sample,
         token_ids=sample.token_ids[:0],
         log_probs=sample.log_probs[:0],
+        drawn=None,
+        turns=(),
         finish_reason="abort",
         weight_versions=(),
     )

@@ -47,7 +47,7 @@ def build_batch(
     rows = _main_rows(main, config)
     if not rows:
         raise ValueError("no main sample has a finished, non-empty response: nothing to train on (engine aborted?)")
-    main_lengths = np.array([len(row.sample.token_ids) for row in rows])
+    main_lengths = np.array([row.sample.drawn_tokens for row in rows])
     main_correct = np.array([row.sample.correct for row in rows])
     kept = np.array([not (config.objective.overlong.filter and r.sample.finish_reason == "length") for r in rows])
     weights = np.where(kept, _mean_weights(main_lengths, main_lengths[kept], config), 0.0)
@@ -60,7 +60,7 @@ def build_batch(
         positive_weights[torch.from_numpy(kept)] = torch.from_numpy(each)
     if actuation.kind == "resample":
         drawn = [(g, group.prompt, s) for g, group in enumerate(auxiliary) for s in group.samples if usable(s)]
-        lengths = np.array([len(sample.token_ids) for *_, sample in drawn], np.int64)
+        lengths = np.array([sample.drawn_tokens for *_, sample in drawn], np.int64)
         correct = np.array([sample.correct for *_, sample in drawn], bool)
         if config.entropy.auxiliary_replaces:
             weights = _replaced(weights, int(correct.sum()))
@@ -71,7 +71,7 @@ def build_batch(
 
 
 def rows_to_measure(samples: Sequence[tuple[Prompt, Sample]]) -> TrainBatch:
-    """Rows that a learner is only asked about, in this order: they weigh nothing. Every response must have a token."""
+    """Rows that a learner is only asked about, in this order: they weigh nothing. Each must have a drawn token."""
     rows = [_Row(prompt, sample, 0.0, False, number) for number, (prompt, sample) in enumerate(samples)]
     return _assemble(rows, np.zeros(len(rows)), Actuation(), None)
 
@@ -99,8 +99,8 @@ class _Row:
 
 
 def usable(sample: Sample) -> bool:
-    """Whether a sample can be a row: finished, and of at least one token."""
-    return sample.finish_reason != "abort" and len(sample.token_ids) > 0
+    """Whether a sample can be a row: finished, and with at least one token that the model drew."""
+    return sample.finish_reason != "abort" and sample.drawn_tokens > 0
 
 
 def _actuation(decision: ControlDecision, config: RunConfig, accuracy: float) -> Actuation:
@@ -141,7 +141,7 @@ def _overlong_penalty(sample: Sample, config: RunConfig) -> float:
     overlong = config.objective.overlong
     if not overlong.buffer:
         return 0.0
-    beyond = len(sample.token_ids) - (config.rollout.max_new_tokens - overlong.buffer)
+    beyond = sample.drawn_tokens - (config.rollout.max_new_tokens - overlong.buffer)
     return overlong.penalty * max(0, beyond) / overlong.buffer
 
 
@@ -196,20 +196,25 @@ def _assemble(
     if not starts.all():
         empty = next(row.prompt.id for row in rows if not row.prompt.token_ids)
         raise ValueError(f"prompt {empty!r} has no tokens: its response would have no first prediction")
-    targets = np.array([len(row.sample.token_ids) for row in rows], np.int64)
+    responses = np.array([len(row.sample.token_ids) for row in rows], np.int64)
     parts = [part for row in rows for part in (prompts[row.prompt.id], row.sample.token_ids)]
     kinds = np.tile([False, True], len(rows))
+    mask = np.repeat(kinds, np.stack([starts, responses], axis=1).ravel())
+    for row, count, end in zip(rows, responses, (starts + responses).cumsum(), strict=True):
+        if row.sample.drawn is not None:
+            mask[end - count : end] = row.sample.drawn
+    log_probs = [row.sample.of_drawn(row.sample.log_probs) for row in rows]
     return TrainBatch(
         tokens=torch.from_numpy(np.concatenate(parts, dtype=np.int32, casting="same_kind")),
-        loss_mask=torch.from_numpy(np.repeat(kinds, np.stack([starts, targets], axis=1).ravel())),
-        lengths=torch.from_numpy(starts + targets),
-        targets=torch.from_numpy(targets),
+        loss_mask=torch.from_numpy(mask),
+        lengths=torch.from_numpy(starts + responses),
+        targets=torch.tensor([row.sample.drawn_tokens for row in rows]),
         weights=torch.from_numpy(weights.astype(np.float32)),
         advantages=torch.tensor([row.advantage for row in rows], dtype=torch.float32),
         auxiliary=torch.tensor([row.auxiliary for row in rows]),
         correct=torch.tensor([row.sample.correct for row in rows]),
         temperatures=torch.tensor([row.sample.temperature for row in rows], dtype=torch.float32),
-        behavior_log_probs=torch.from_numpy(np.concatenate([row.sample.log_probs for row in rows], dtype=np.float32)),
+        behavior_log_probs=torch.from_numpy(np.concatenate(log_probs, dtype=np.float32)),
         actuation=actuation,
         groups=torch.tensor([row.group for row in rows]),
         positive_weights=positive_weights,

@@ -1,4 +1,4 @@
-"""Chooses the rollouts that a run writes down, and asks the learner for the entropy at each of their tokens."""
+"""Chooses the rollouts that a run writes down, and asks the learner for the entropy at each token that was drawn."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ MEASURED_EVERY = 10  # steps: a pass through a tiny model costs 5 % of its step,
 def choose(samples: StepSamples, count: int, step: int) -> list[tuple[Prompt, Sample]]:
     """At most ``count`` rollouts, of groups spread evenly over main and auxiliary ones.
 
-    Which sample of a group is chosen changes from step to step. Samples without tokens (aborted ones) are left out.
+    Which sample of a group is chosen changes from step to step. Samples without a drawn token (aborted ones) are left
+    out.
     """
     groups = [group for group in (*samples.main, *samples.auxiliary) if group.samples]
     drawn = [(group.prompt, group.samples[step % len(group.samples)]) for group in groups]
-    drawn = [(prompt, sample) for prompt, sample in drawn if len(sample.token_ids)]
+    drawn = [(prompt, sample) for prompt, sample in drawn if sample.drawn_tokens]
     count = min(count, len(drawn))
     return [drawn[i * (len(drawn) - 1) // max(1, count - 1)] for i in range(count)]
 

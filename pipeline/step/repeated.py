@@ -23,7 +23,7 @@ def repeated_entropy(groups: Sequence[SampleGroup], learner: Learner) -> float |
 
     One forward pass. None where there are no groups, or one lost its sample: the others alone are another measure.
     """
-    rows = [(group.prompt, sample) for group in groups for sample in group.samples if len(sample.token_ids)]
+    rows = [(group.prompt, sample) for group in groups for sample in group.samples if sample.drawn_tokens]
     if not rows or len(rows) < len(groups):
         return None
     return float(learner.statistics(rows_to_measure(rows))["entropy"].double().mean())

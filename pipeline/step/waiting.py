@@ -2,7 +2,8 @@
 
 What grows with the tokens is kept in flat arrays over all samples, one sample behind the other, with the length of
 each: ``token_ids`` int32, ``log_probs`` float32, ``text`` (UTF-8) uint8, ``weight_versions`` int64 [spans, 3] (version,
-start, end). Prompts and the small fields of samples are JSON.
+start, end); of samples that hold tokens nobody drew also ``drawn`` uint8. Prompts and the small fields of samples are
+JSON.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from pipeline.types import ControlDecision, Prompt, Role, Sample, SampleGroup, StepSamples, WeightSpan
+from pipeline.types import ControlDecision, Prompt, Role, Sample, SampleGroup, StepSamples, Turn, WeightSpan
 
 _Count = Annotated[int, Meta(ge=0)]
 
@@ -27,6 +28,8 @@ class _SampleFields(TypedDict):
     reward: float
     correct: bool
     verifier_error: str
+    turns: tuple[Turn, ...]
+    stop_reason: str
 
 
 class _GroupFields(TypedDict):
@@ -61,6 +64,7 @@ def plain_of(waiting: Iterable[Drawn]) -> tuple[list[dict[str, Any]], dict[str, 
     samples = [sample for drawn in waiting for group in _groups(drawn.samples) for sample in group.samples]
     texts = [sample.text.encode("utf-8", "surrogatepass") for sample in samples]
     spans = [[(span.version, span.start, span.end) for span in sample.weight_versions] for sample in samples]
+    masks = [np.empty(0, bool) if sample.drawn is None else sample.drawn for sample in samples]
     arrays = {
         "token_ids": _joined([sample.token_ids for sample in samples], np.int32),
         "log_probs": _joined([sample.log_probs for sample in samples], np.float32),
@@ -69,6 +73,8 @@ def plain_of(waiting: Iterable[Drawn]) -> tuple[list[dict[str, Any]], dict[str, 
         "text_bytes": np.array([len(text) for text in texts], np.int64),
         "weight_versions": np.array([span for of_sample in spans for span in of_sample], np.int64).reshape(-1, 3),
         "span_counts": np.array([len(of_sample) for of_sample in spans], np.int64),
+        "drawn": _joined(masks, np.bool_).view(np.uint8),
+        "drawn_counts": np.array([len(mask) for mask in masks], np.int64),
     }
     return [_fields(drawn) for drawn in waiting], arrays
 
@@ -118,7 +124,10 @@ def _fields(drawn: Drawn) -> dict[str, Any]:
 
 
 def _group_fields(group: SampleGroup) -> dict[str, Any]:
-    small = [{name: getattr(sample, name) for name in _SampleFields.__annotations__} for sample in group.samples]
+    names = _SampleFields.__annotations__
+    small = [{name: getattr(sample, name) for name in names} for sample in group.samples]
+    for fields in small:
+        fields["turns"] = [asdict(turn) for turn in fields["turns"]]
     return {"prompt": vars(group.prompt), "role": str(group.role), "samples": small}
 
 
@@ -136,13 +145,15 @@ def _samples(arrays: Mapping[str, np.ndarray]) -> Iterator[dict[str, Any]]:
         _split(arrays["log_probs"], arrays["token_counts"]),
         _split(arrays["text"], arrays["text_bytes"]),
         _split(arrays["weight_versions"], arrays["span_counts"]),
+        _split(arrays["drawn"], arrays["drawn_counts"]),
     )
-    for token_ids, log_probs, text, spans in zip(*columns, strict=True):
+    for token_ids, log_probs, text, spans, mask in zip(*columns, strict=True):
         yield {
             "token_ids": token_ids,
             "log_probs": log_probs,
             "text": text.tobytes().decode("utf-8", "surrogatepass"),
             "weight_versions": tuple(WeightSpan(version, start, end) for version, start, end in spans.tolist()),
+            "drawn": mask.view(bool) if len(mask) else None,
         }
 
 

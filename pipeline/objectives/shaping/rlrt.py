@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 
 from pipeline.config.schema import RunConfig
 from pipeline.methods import shaping_method
@@ -48,27 +49,26 @@ def teacher_batch(batch: TrainBatch) -> tuple[TrainBatch, torch.Tensor] | None:
     pairs = sorted(pair for group in _correct_rows(batch) for pair in _peers(tokens, group))
     if not pairs:
         return None
-    prompts = (batch.lengths - batch.targets).tolist()
+    masks = batch.loss_mask.split(batch.lengths.tolist())
+    prompts = [int(mask.int().argmax()) for mask in masks]  # the first target begins the response
     parts = [(row[:start], row[start:]) for row, start in zip(tokens, prompts, strict=True)]
-    sequences, responses = [], []
+    sequences, kinds = [], []
     for row, peer in pairs:
         (prompt, response), (_, example) = parts[row], parts[peer]
         sequences.append(torch.cat([prompt, example, prompt, response]))
-        responses.append(len(response))
+        kinds.append(F.pad(masks[row][prompts[row] :], (len(sequences[-1]) - len(response), 0)))
     rows = torch.tensor([row for row, _ in pairs])
-    lengths, targets = torch.tensor([len(sequence) for sequence in sequences]), torch.tensor(responses)
-    kinds = torch.tensor([False, True]).repeat(len(pairs))
     shown = TrainBatch(
         tokens=torch.cat(sequences),
-        loss_mask=kinds.repeat_interleave(torch.stack([lengths - targets, targets], dim=1).flatten()),
-        lengths=lengths,
-        targets=targets,
+        loss_mask=torch.cat(kinds),
+        lengths=torch.tensor([len(sequence) for sequence in sequences]),
+        targets=batch.targets[rows],
         weights=batch.weights[rows],
         advantages=batch.advantages[rows],
         auxiliary=batch.auxiliary[rows],
         correct=batch.correct[rows],
         temperatures=batch.temperatures[rows],
-        behavior_log_probs=torch.zeros(sum(responses)),
+        behavior_log_probs=torch.zeros(int(batch.targets[rows].sum())),
     )
     return shown, rows
 
