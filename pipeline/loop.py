@@ -112,6 +112,7 @@ class TrainingLoop:
             positives=positives,
             rollouts=self.rollouts.figures(),
             drawing_s=self.queue.drawn_for(),
+            busy=self.rollouts.busy(),
         )
         self.recorder.step(outcome)
         self.step += 1

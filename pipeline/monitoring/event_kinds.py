@@ -7,7 +7,7 @@ docs/events.md says what the fields mean.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal, Required, TypedDict, TypeVar, get_type_hints
 
@@ -56,6 +56,10 @@ class StepRecord:
     memory: Mapping[str, float] = field(default_factory=dict)  # GiB: driver, learner (largest rank), gpu (largest rank)
     engines: Mapping[str, float] = field(default_factory=dict)  # alive, total
     ages: Mapping[str, float] = field(default_factory=dict)  # updates: mean, max; share_<age> of the main tokens
+    idle: Mapping[str, float] = field(default_factory=dict)  # share of the step's time: engines, learner
+    began: float = math.nan  # Unix seconds
+    # learner, sync, engine <number>: when each was at work, begin and end in seconds since the step began
+    timeline: Mapping[str, Sequence[tuple[float, float]]] = field(default_factory=dict)
 
     @property
     def entropy(self) -> float:
@@ -82,6 +86,7 @@ _JSON: dict[Any, Any] = {
     float: Number,
     Mapping[str, float]: Figures,
     Mapping[str, int]: Figures,
+    Mapping[str, Sequence[tuple[float, float]]]: dict[str, list[tuple[float, float]]],
 }
 _STEP: dict[str, Any] = {name: _JSON.get(kind, kind) for name, kind in get_type_hints(StepRecord).items()}
 _STEP |= {"entropy": Required[Number], "band_low": Required[float], "band_high": Required[float]}

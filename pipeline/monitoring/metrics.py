@@ -37,6 +37,7 @@ STEP_MAPPINGS = {
     "memory": "memory/",
     "engines": "engines/",
     "ages": "ages/",
+    "idle": "idle/",
 }
 # Metrics of the learner that have a group of their own.
 GROUPS = ("mismatch", "correction", "entropy")

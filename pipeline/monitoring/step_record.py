@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from pipeline.clock import StepClock
 from pipeline.entropy.band import Band
 from pipeline.monitoring.event_kinds import StepRecord
 from pipeline.monitoring.memory import resident_gib
+from pipeline.monitoring.timeline import timeline
 from pipeline.types import StepOutcome, StepSamples
 
 
-def step_record(outcome: StepOutcome, band: Band, actuator: str, seconds: Mapping[str, float]) -> StepRecord:
+def step_record(outcome: StepOutcome, band: Band, actuator: str, clock: StepClock, outside: float) -> StepRecord:
     """The record of a step that has just ended.
 
-    ``actuator``: the configured one. ``seconds``: by phase, as ``StepClock`` counted them.
+    ``actuator``: the configured one. ``outside``: seconds that ``clock``, the step's, has not seen.
     """
     stats, decision, following = outcome.stats, outcome.decision, outcome.following
     low, high = band.at(outcome.step)
+    lanes, idle = timeline(clock, outcome.busy, time.perf_counter())
     return StepRecord(
         step=outcome.step,
         time=time.time(),
@@ -42,11 +45,14 @@ def step_record(outcome: StepOutcome, band: Band, actuator: str, seconds: Mappin
         weight_version=outcome.step - stats.entropy.staleness,
         gain=following.gain,
         metrics=stats.metrics,
-        seconds={**seconds, "learner": stats.seconds, "drawing": outcome.drawing_s},
+        seconds={**clock.seconds(outside), "learner": stats.seconds, "drawing": outcome.drawing_s},
         memory={"driver": resident_gib(), **stats.memory},
         sync=outcome.rollouts["sync"],
         engines=outcome.rollouts["engines"],
         ages=outcome.samples.ages(outcome.step),
+        idle=idle,
+        began=clock.began,
+        timeline=lanes,
         **rollout_figures(outcome.samples),
     )
 

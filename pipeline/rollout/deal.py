@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from queue import SimpleQueue
 
+from pipeline.clock import Busy
 from pipeline.rollout.engine import EngineError, Finished, RolloutEngine
 from pipeline.types import GenerateRequest
 
@@ -16,6 +17,7 @@ log = logging.getLogger(__name__)
 
 def draw(
     engines: Sequence[RolloutEngine],
+    busy: Sequence[Busy],
     requests: Sequence[GenerateRequest],
     wanted: Container[int],
     *,
@@ -26,11 +28,12 @@ def draw(
     Raises what failed, once all have ended.
 
     Args:
+        busy: told when each engine has requests.
         wanted: positions of the requests that are to be drawn; who draws them is as if all were.
         take_over: ask what an engine that died had not finished of the others, once, under the same seeds.
     """
     arrived: SimpleQueue[Finished | tuple[_Share, BaseException | None]] = SimpleQueue()
-    alive, running, failed = list(engines), 0, list[BaseException]()
+    alive, running, failed = list(zip(engines, busy, strict=True)), 0, list[BaseException]()
     with ThreadPoolExecutor(len(engines) ** 2, "draw") as threads:
 
         def ended(share: _Share, future: Future[None]) -> None:
@@ -39,7 +42,7 @@ def draw(
         def ask(left: dict[int, GenerateRequest], *, again: bool) -> int:
             numbers, parts = list(left), split_requests(list(left.values()), len(alive))
             dealt = [{numbers[i]: left[numbers[i]] for i in part if numbers[i] in wanted} for part in parts]
-            shares = [_Share(engine, own, again) for engine, own in zip(alive, dealt, strict=True) if own]
+            shares = [_Share(*asked, own, again) for asked, own in zip(alive, dealt, strict=True) if own]
             for share in shares:
                 threads.submit(share.run, arrived.put).add_done_callback(partial(ended, share))
             return len(shares)
@@ -55,7 +58,7 @@ def draw(
             if error is None:
                 continue
             dead = isinstance(error, EngineError) and not share.engine.health().alive
-            alive = [engine for engine in alive if engine is not share.engine] if dead else alive
+            alive = [asked for asked in alive if asked[0] is not share.engine] if dead else alive
             if take_over and dead and alive and not share.again:
                 log.warning("%d requests are asked of other engines: %s", len(share.left), error)
                 running += ask(share.left, again=True)
@@ -91,15 +94,17 @@ def split_requests(requests: Sequence[GenerateRequest], engines: int) -> list[li
 class _Share:
     """What one engine was asked, and has not finished."""
 
-    def __init__(self, engine: RolloutEngine, left: dict[int, GenerateRequest], again: bool) -> None:
+    def __init__(self, engine: RolloutEngine, busy: Busy, left: dict[int, GenerateRequest], again: bool) -> None:
         """``left``: requests by position. ``again``: an engine that died was asked before."""
         self.engine, self.left, self.again = engine, left, again
+        self._busy = busy
 
     def run(self, hand_out: Callable[[Finished], None]) -> None:
         """Hand out every group as it finishes."""
         numbers = list(self.left)
-        for some in self.engine.stream(list(self.left.values())):
-            finished = [(numbers[i], group) for i, group in some]
-            for number, _ in finished:
-                del self.left[number]
-            hand_out(finished)
+        with self._busy:
+            for some in self.engine.stream(list(self.left.values())):
+                finished = [(numbers[i], group) for i, group in some]
+                for number, _ in finished:
+                    del self.left[number]
+                hand_out(finished)

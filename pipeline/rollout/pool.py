@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
 
+from pipeline.clock import Busy, Span
 from pipeline.reshard.link import refuse
 from pipeline.reshard.order import Order
 from pipeline.rollout.deal import draw, raise_failed
@@ -30,6 +31,7 @@ class EnginePool(RolloutEngine):
         if not engines:
             raise EngineError("engine pool: no engines; set rollout.engines to at least 1")
         self._engines = tuple(engines)
+        self._busy = tuple(Busy() for _ in engines)
         self._take_over = take_over
         self._threads = ThreadPoolExecutor(len(engines), "engine") if len(engines) > 1 else None
         self._consistent = False
@@ -74,9 +76,14 @@ class EnginePool(RolloutEngine):
             )
         wanted = range(len(requests)) if wanted is None else wanted
         if len(self._engines) == 1 and len(wanted) == len(requests):
-            yield from self._engines[0].stream(requests)
+            with self._busy[0]:
+                yield from self._engines[0].stream(requests)
         else:
-            yield from draw(self._engines, requests, wanted, take_over=self._take_over)
+            yield from draw(self._engines, self._busy, requests, wanted, take_over=self._take_over)
+
+    def busy(self) -> list[list[Span]]:
+        """When each engine had requests, since this was last asked."""
+        return [busy.take() for busy in self._busy]
 
     def release(self) -> None:
         """Have every engine leave its GPUs; the pool generates again after the next update."""

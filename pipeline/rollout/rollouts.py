@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
+from pipeline.clock import Span
 from pipeline.learner import Learner
 from pipeline.model import architecture
 from pipeline.rollout.arrivals import checked
@@ -125,6 +126,10 @@ class Rollouts:
         engines: dict[str, float] = {"alive": len(self._pool) - len(self._revived), "total": len(self._pool)}
         self._revived = set()
         return {"sync": dict(zip(("bytes", "buckets"), self._size, strict=True)), "engines": engines}
+
+    def busy(self) -> list[list[Span]]:
+        """When each engine had requests, since this was last asked."""
+        return self._pool.busy()
 
     @contextmanager
     def training(self, version: int) -> Iterator[None]:

@@ -129,6 +129,19 @@ def test_a_run_is_drawn(browser, run_dir):
         assert page.locator("#events li").first.inner_text().startswith("step 60restart")
 
 
+def test_the_timeline_shows_who_was_at_work(browser, run_dir):
+    with opened(browser, run_dir) as page:
+        told = page.locator("#timeline svg").get_attribute("aria-label")
+        assert re.fullmatch(r"Timeline: engine 0 at work \d+ %, learner at work \d+ %, sync at work 0 %", told)
+        assert page.locator("#timeline rect.engine").count() == 12, "of the last twelve steps"
+        assert page.locator("#timeline line").count() == 12
+        page.keyboard.press("+")
+        page.keyboard.press("ArrowLeft")
+        page.wait_for_selector("#range:has-text('steps 23 to 53')")
+        page.wait_for_selector("#timeline text:text-is('53')")
+        assert page.locator("#chart-idle canvas").is_visible()
+
+
 def test_marks_tell_themselves_to_the_pointer(browser, run_dir):
     with opened(browser, run_dir) as page:
         plot = page.locator("#band figure:first-child .u-over").bounding_box()

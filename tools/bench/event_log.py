@@ -72,6 +72,10 @@ def records(steps: int) -> Iterator[StepRecord]:
             sync={"bytes": 4e5, "buckets": 1.0},
             memory={"driver": 0.5, "learner": 0.6},
             engines={"alive": 1.0, "total": 1.0},
+            ages={"mean": 0.0, "max": 0.0, "share_0": 1.0},
+            idle={"engines": noise.random(), "learner": noise.random()},
+            began=1.7e9 + (step - 1) * STEP_MS / 1e3,
+            timeline={"learner": [(0.0341, 0.1024)], "sync": [(0.1031, 0.1099)], "engine 0": [(0.0004, 0.0339)]},
         )
 
 

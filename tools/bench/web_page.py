@@ -28,6 +28,7 @@ from pipeline.monitoring.events import FILE_NAME, EventLog
 from pipeline.monitoring.recorder import Recorder
 
 ROOT = Path(__file__).resolve().parents[2]
+LANES = {"learner": [(2.3, 5.5)], "sync": [(5.5, 5.9)], "engine 0": [(0.0, 2.2)], "engine 1": [(0.0, 1.9)]}
 PHASES = {"sample": 2.1, "verify": 0.1, "batch": 0.1, "train": 3.2, "sync": 0.4, "other": 0.1}
 EVALUATE_EVERY = 500
 
@@ -54,7 +55,10 @@ def _step(step: int, entropy: float, smooth: float) -> dict[str, Any]:
     saturated = step % 20_000 > 19_000
     temperature = 1.2 if saturated else 1 + 0.5 * (0.3 - smooth)
     return {
-        "time": 1.7e9 + 6.0 * step,
+        "time": 1.7e9 + 6.0 * (step + 1),
+        "began": 1.7e9 + 6.0 * step,
+        "timeline": LANES,
+        "idle": {"engines": 0.65, "learner": 0.4},
         "step": step,
         "entropy": entropy,
         "entropy_sum": 2000 * entropy,

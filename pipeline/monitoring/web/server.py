@@ -310,6 +310,10 @@ def _law(server: PageServer, query: Mapping[str, str]) -> Any:
     return _run(server, query).law(*_range(query))
 
 
+def _timeline(server: PageServer, query: Mapping[str, str]) -> Any:
+    return {"steps": _run(server, query).timeline(*_range(query))}
+
+
 def _samples(server: PageServer, query: Mapping[str, str]) -> Any:
     before = _number(query, "before", sys.maxsize)
     asked = Query(before, query.get("text", ""), query.get("role", ""))
@@ -329,6 +333,7 @@ _DOCUMENTS: dict[str, Callable[[PageServer, Mapping[str, str]], Any]] = {
     "/api/series": _series,
     "/api/marks": _marks,
     "/api/law": _law,
+    "/api/timeline": _timeline,
     "/api/samples": _samples,
     "/api/sample": _sample,
 }

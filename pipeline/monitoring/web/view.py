@@ -15,9 +15,11 @@ import numpy as np
 from pipeline.entropy.reward_law import BLOCKS, fit_reward_law
 from pipeline.monitoring.series import Series
 from pipeline.monitoring.status import status_of
+from pipeline.monitoring.timeline import timed
 
 JUDGE_S = 10.0  # until a run that appends nothing is looked at again: it may have to be called silent
 DIGITS = 6  # of a number in a series; a screen shows three
+TIMED = 12  # steps of a timeline
 
 
 class RunView:
@@ -67,6 +69,16 @@ class RunView:
         """Alerts, restarts, faults, checkpoints and evaluations: step, kind, text, severity."""
         with self._lock:
             return self._series.marks()
+
+    def timeline(self, first: int, last: int | None) -> list[dict[str, Any]]:
+        """Who was at work when, in the last few of these steps.
+
+        Dicts with ``step``, ``began`` (Unix seconds), ``seconds``, ``idle`` (shares) and ``lanes``, {name: [[begin,
+        end], ...]} in seconds since the step began.
+        """
+        with self._lock:
+            last = self._series.steps - 1 if last is None else min(last, self._series.steps - 1)
+            return timed(self._series.event(step) for step in range(max(first, last - TIMED + 1), last + 1))
 
     def law(self, first: int, last: int | None) -> dict[str, Any]:
         """Mean entropy and training reward of stretches of the run, and the law fitted to it (null: too few steps)."""

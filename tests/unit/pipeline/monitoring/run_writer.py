@@ -1,6 +1,7 @@
 """A small run folder, written by the recorder itself."""
 
 import math
+import time
 from itertools import starmap
 from pathlib import Path
 
@@ -63,17 +64,21 @@ def decision(state="tracking", temperature=1.2, reason="H in band"):
 
 
 def record_step(recorder, step, entropy=0.3, state="tracking", reason="H in band", main=None, metrics=None):
-    with recorder.clock()("sample"):
+    clock = recorder.clock()
+    with clock("sample"):
+        begun = time.perf_counter()
+    with clock("train"):
         pass
     drawn = StepSamples([group(sample(), sample(0.0))] if main is None else main, [], 0)
     stats = StepStats(
         -0.1, EntropyReading(entropy * 100, 100.0, step), 1.0, 1e-3, metrics or {"policy_loss": -0.1}, 0.05
     )
     chosen = choose(drawn, recorder._config.monitoring.samples_per_step, step)
-    recorder.step(outcome(step, drawn, stats, decision(), decision(state, reason=reason), list(starmap(kept, chosen))))
+    written = list(starmap(kept, chosen))
+    recorder.step(outcome(step, drawn, stats, decision(), decision(state, reason=reason), written, begun))
 
 
-def outcome(step, drawn, stats, used, following, kept=()):
+def outcome(step, drawn, stats, used, following, kept=(), begun=0.0):
     return StepOutcome(
         step=step,
         samples=drawn,
@@ -84,6 +89,7 @@ def outcome(step, drawn, stats, used, following, kept=()):
         positives=1,
         rollouts=ROLLOUTS,
         drawing_s=0.0,
+        busy=[[(begun, time.perf_counter())]],
     )
 
 

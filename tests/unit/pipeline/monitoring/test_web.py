@@ -77,6 +77,16 @@ def test_series_of_a_range_with_and_without_spread(server):
     assert answer["band_low"] == {"mean": [None] * 3}, "a name that no step has"
 
 
+def test_the_timeline_is_of_the_last_steps_of_a_range(server):
+    status, answer = document(server, "/api/timeline?run=0&last=20")
+    steps = answer["steps"]
+    assert (status, [step["step"] for step in steps]) == (200, list(range(9, 21)))
+    assert all(step["lanes"].keys() == {"learner", "sync", "engine 0"} for step in steps)
+    assert all(0 <= step["idle"]["engines"] < 1 for step in steps)
+    assert [step["began"] for step in steps] == sorted(step["began"] for step in steps)
+    assert [step["step"] for step in document(server, "/api/timeline?run=0&first=28")[1]["steps"]] == [28, 29]
+
+
 def test_a_series_is_cut_to_the_points_asked_for(server):
     _, answer = document(server, "/api/series?run=0&spread=entropy/mean&points=5")
     spread = answer["entropy/mean"]

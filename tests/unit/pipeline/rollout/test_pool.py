@@ -335,3 +335,27 @@ def test_close_closes_all_even_when_one_raises(folder):
 def test_a_pool_needs_an_engine():
     with pytest.raises(EngineError, match=r"rollout\.engines"):
         EnginePool([])
+
+
+def test_engines_are_busy_while_they_have_requests(folder):
+    class Held(NativeEngine):
+        def stream(self, requests):
+            started.wait(10)
+            yield from super().stream(requests)
+
+    for count in (1, 2):
+        started, pool = threading.Event(), EnginePool([Held() for _ in range(count)])
+        pool.start(folder)
+        assert pool.busy() == [[]] * count
+        thread = threading.Thread(target=pool.generate, args=(REQUESTS,))
+        begun = time.perf_counter()
+        thread.start()
+        while not any(pool.busy()):
+            pass
+        started.set()
+        thread.join()
+        spans = pool.busy()
+        assert all(begun < begin < end < time.perf_counter() for ((begin, end),) in spans)
+        pool.generate(REQUESTS[:1])
+        assert sum(map(len, pool.busy())) == 1, "one request, one engine"
+        pool.close()

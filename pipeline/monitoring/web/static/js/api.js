@@ -12,6 +12,8 @@ export const series = (run, { names, spread }, range, points) =>
   get("series", { run, names: names.join(","), spread: spread.join(","), first: range?.[0], last: range?.[1], points });
 export const marks = (run) => get("marks", { run }).then((answer) => answer.marks);
 export const law = (run, range) => get("law", { run, first: range?.[0], last: range?.[1] });
+export const timeline = (run, range) =>
+  get("timeline", { run, first: range?.[0], last: range?.[1] }).then((answer) => answer.steps);
 export const samples = (run, { before, text, role }) => get("samples", { run, before, text, role });
 export const sample = (run, step, index) => get("sample", { run, step, index });
 

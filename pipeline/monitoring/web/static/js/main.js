@@ -7,6 +7,7 @@ import { element, number, setText } from "./format.js";
 import { BAND, CHARTS, wanted } from "./panels.js";
 import { Run } from "./run.js";
 import { Samples } from "./samples.js";
+import { drawTimeline } from "./timeline.js";
 
 const REST = 1000; // ms between two readings of the series
 const DRAWN = ["alert", "restart", "fault", "stall"]; // marks that are drawn; all are listed
@@ -53,6 +54,7 @@ async function read() {
             api.series(run.id, wanted(run), page.range, points),
             api.marks(run.id),
             api.law(run.id, page.range),
+            run === page.focus ? api.timeline(run.id, page.range) : [],
           ])),
         ),
       ),
@@ -98,6 +100,7 @@ function draw() {
     if (CHARTS.includes(panel)) chart.root.parentElement.hidden = !seen && !drawn.nothing;
   }
   setText(by("missing"), missing.length ? `Not reported: ${missing.join(", ")}.` : "");
+  drawTimeline(by("timeline"), focus.timeline, runs.length > 1 ? focus.label : "");
   drawEvents(focus.marks);
   by("range").hidden = page.range === null;
   if (page.range) setText(by("range").firstElementChild, `steps ${number(page.range[0])} to ${number(page.range[1])}`);

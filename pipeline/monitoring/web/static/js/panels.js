@@ -91,6 +91,16 @@ export const CHARTS = [
     build: stepTime,
   },
   lines({
+    key: "idle",
+    title: "Who waited",
+    unit: "share of the step",
+    format: percent,
+    names: ["idle/engines", "idle/learner"],
+    labels: ["engines", "learner"],
+    smooth: true,
+    compared: 2,
+  }),
+  lines({
     key: "memory",
     title: "Memory",
     unit: "GiB, largest rank",

@@ -8,7 +8,7 @@ export class Run {
     this.status = status; // see pipeline/monitoring/status.py
     this.label = status.title; // no other run of this page has it
     this.visible = true;
-    this.set({ step: [] }, [], { entropy: [], reward: [], fit: null });
+    this.set({ step: [] }, [], { entropy: [], reward: [], fit: null }, []);
   }
 
   /** Whether a controller acts; until the first step nobody knows. */
@@ -34,12 +34,13 @@ export class Run {
     return [...new Set([ks[0], ks.at(-1)])].filter(Boolean);
   }
 
-  /** What the server answered: series, marks, law. */
-  set(series, marks, law) {
+  /** What the server answered: series, marks, law, timeline. */
+  set(series, marks, law, timeline) {
     this.steps = series.step;
     this.series = series;
     this.marks = marks;
     this.law = law;
+    this.timeline = timeline;
     this.none = this.steps.map(() => null);
   }
 
