@@ -113,6 +113,9 @@ class Sample:
     drawn: np.ndarray | None = None  # bool [n], True where the model drew the token; None: it drew all of them
     turns: tuple[Turn, ...] = ()  # of an episode, in order; (): one turn that is all of it
     stop_reason: str = ""  # "" (a single answer), or why an episode ended, see ``pipeline.rollout.environments``
+    # uint8 or uint16 [prompt + n - 1, expert layers, top_k]: the experts that read each token (pipeline.model.routing);
+    # None: not recorded
+    routes: np.ndarray | None = None
 
     @property
     def drawn_tokens(self) -> int:
@@ -230,6 +233,8 @@ class TrainBatch:
     token_weights: torch.Tensor | None = None  # float32 [targets], e.g. 0 on tokens that Clip-Cov detaches
     marks: torch.Tensor | None = None  # uint8 [targets], tokens that the loss treats in a way of their own
     staleness: int = 0  # mean age of the main rows' tokens, rounded: updates since the weights that drew them
+    # uint8 or uint16 [tokens, expert layers, top_k], 0 at a row's last token: experts to replay; None: routers choose
+    routes: torch.Tensor | None = None
     positive_weights: torch.Tensor | None = (
         None  # float32 [rows], ``reweight``: as ``weights``, of a main row's positive term
     )
@@ -268,7 +273,7 @@ class TrainBatch:
         return _unpickle_batch, (*pack(self.tensors()), self.actuation, self.staleness)
 
 
-PER_TOKEN = frozenset({"tokens", "loss_mask"})
+PER_TOKEN = frozenset({"tokens", "loss_mask", "routes"})
 PER_TARGET = frozenset(
     {"behavior_log_probs", "old_log_probs", "reference_log_probs", "token_advantages", "token_weights", "marks"}
 )

@@ -45,6 +45,7 @@ def distinct(sizes: list[tuple[int, int]]) -> TrainBatch:
         behavior_log_probs=-per_target,
         old_log_probs=-per_target - 0.5,
         positive_weights=rows + 0.3,
+        routes=torch.arange(4 * int((prompts + targets).sum()), dtype=torch.int32).to(torch.uint16).view(-1, 2, 2),
     )
 
 

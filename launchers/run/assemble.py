@@ -358,6 +358,7 @@ def build_engine(config: RunConfig, index: int, log_dir: Path) -> RolloutEngine:
         weight_sync_timeout_s=rollout.weight_sync_timeout_s,
         stop=tuple(rollout.stop),
         stop_token_ids=tuple(rollout.stop_token_ids),
+        record_routes=config.learner.routing_replay == "routes",
     )
 
 

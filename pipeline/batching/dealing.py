@@ -186,7 +186,7 @@ def dummy(batch: TrainBatch) -> TrainBatch:
     It fills an empty micro-batch: one without targets would need care everywhere.
     """
     sizes = dict.fromkeys(PER_TOKEN, 2)
-    empty = {name: value.new_zeros(sizes.get(name, 1)) for name, value in batch.tensors().items()}
+    empty = {name: value.new_zeros(sizes.get(name, 1), *value.shape[1:]) for name, value in batch.tensors().items()}
     told = {"loss_mask": [False, True], "lengths": [2], "targets": [1], "auxiliary": [True], "temperatures": [1.0]}
     given = {name: torch.tensor(value, dtype=empty[name].dtype) for name, value in told.items()}
     return replace(batch, **{**empty, **given})

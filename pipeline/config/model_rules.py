@@ -74,11 +74,21 @@ def _layout(config: RunConfig, model: Architecture) -> Iterator[Problem]:
             f"the model has experts, which are trained under TP {learner.tensor_model_parallel_size} with it only",
             "set it to true",
         )
-    if model.moe and config.rollout.engine == "native":
-        yield Problem(
-            "rollout.engine", "native", "the native engine computes dense models only", "set rollout.engine=sglang"
-        )
+    if config.rollout.engine == "native" and not model.native:
+        problem = f"the native engine does not compute {model.family.name} models"
+        yield Problem("rollout.engine", "native", problem, "set rollout.engine=sglang")
     yield from _sglang_experts(config, model)
+    yield from _routing(config, model)
+
+
+def _routing(config: RunConfig, model: Architecture) -> Iterator[Problem]:
+    """Whether there are experts to replay, and a choice of them that zeros cannot be (``pipeline.model.routing``)."""
+    replay, remedy = config.learner.routing_replay, "set it to off"
+    if replay != "off" and model.moe is None:
+        yield Problem("learner.routing_replay", replay, f"a {model.family.name} model has no experts", remedy)
+    elif replay != "off" and model.moe and model.moe.top_k < 2:
+        problem = "a token has one expert (config.json: num_experts_per_tok); replay needs two or more"
+        yield Problem("learner.routing_replay", replay, problem, remedy)
 
 
 def _sglang_experts(config: RunConfig, model: Architecture) -> Iterator[Problem]:

@@ -152,6 +152,15 @@ class LearnerConfig:
         },
     )
     precision: PrecisionConfig = key(PrecisionConfig(), "FP8")
+    routing_replay: str = key(
+        "off",
+        "experts of the tokens of samples, in models that have experts",
+        choices={
+            "off": "the learner's router chooses",
+            "routes": "those that the engine chose when it drew the sample (R3, arXiv 2510.11370); the router is "
+            "trained all the same",
+        },
+    )
     log_prob_kernel: str = key(
         "auto",
         "how log-probs and entropies come from hidden states",

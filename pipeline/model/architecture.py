@@ -292,6 +292,12 @@ class Architecture:
         fields = asdict(self) | {"family": self.family.name}
         return dict(json.loads(json.dumps(fields)))
 
+    @property
+    def native(self) -> bool:
+        """Whether the native engine computes it: plain attention, and experts chosen by their softmax alone."""
+        moe = self.moe
+        return self.mla is None and (moe is None or not (moe.sigmoid or moe.shared_ffn or moe.groups > 1))
+
     def is_moe(self, layer: int | None) -> bool:
         """Whether a layer has experts."""
         return self.moe is not None and layer is not None and self.moe.layers[layer]

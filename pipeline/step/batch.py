@@ -218,4 +218,19 @@ def _assemble(
         actuation=actuation,
         groups=torch.tensor([row.group for row in rows]),
         positive_weights=positive_weights,
+        routes=_routes(rows),
     )
+
+
+def _routes(rows: list[_Row]) -> torch.Tensor | None:
+    """The experts of every token, ``[tokens, expert layers, top_k]``; None where none of the samples has any."""
+    if all(row.sample.routes is None for row in rows):
+        return None
+    parts = []
+    for row in rows:
+        inputs, routes = len(row.prompt.token_ids) + len(row.sample.token_ids) - 1, row.sample.routes
+        if routes is None or len(routes) != inputs:
+            found = "no routes" if routes is None else f"routes of {len(routes)}"
+            raise ValueError(f"prompt {row.prompt.id!r}: a sample has {found} for the {inputs} tokens that were read")
+        parts += [routes, np.zeros((1, *routes.shape[1:]), routes.dtype)]
+    return torch.from_numpy(np.concatenate(parts))

@@ -2,8 +2,8 @@
 
 What grows with the tokens is kept in flat arrays over all samples, one sample behind the other, with the length of
 each: ``token_ids`` int32, ``log_probs`` float32, ``text`` (UTF-8) uint8, ``weight_versions`` int64 [spans, 3] (version,
-start, end); of samples that hold tokens nobody drew also ``drawn`` uint8. Prompts and the small fields of samples are
-JSON.
+start, end), ``routes`` as samples have them; of samples that hold tokens nobody drew also ``drawn`` uint8. Prompts and
+the small fields of samples are JSON.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ def plain_of(waiting: Iterable[Drawn]) -> tuple[list[dict[str, Any]], dict[str, 
     waiting = list(waiting)
     samples = [sample for drawn in waiting for group in _groups(drawn.samples) for sample in group.samples]
     texts = [sample.text.encode("utf-8", "surrogatepass") for sample in samples]
+    routes = [sample.routes for sample in samples if sample.routes is not None]
     spans = [[(span.version, span.start, span.end) for span in sample.weight_versions] for sample in samples]
     masks = [np.empty(0, bool) if sample.drawn is None else sample.drawn for sample in samples]
     arrays = {
@@ -75,6 +76,8 @@ def plain_of(waiting: Iterable[Drawn]) -> tuple[list[dict[str, Any]], dict[str, 
         "span_counts": np.array([len(of_sample) for of_sample in spans], np.int64),
         "drawn": _joined(masks, np.bool_).view(np.uint8),
         "drawn_counts": np.array([len(mask) for mask in masks], np.int64),
+        "routes": np.concatenate(routes) if routes else np.empty(0, np.uint8),
+        "route_counts": np.array([0 if s.routes is None else len(s.routes) for s in samples], np.int64),
     }
     return [_fields(drawn) for drawn in waiting], arrays
 
@@ -146,14 +149,16 @@ def _samples(arrays: Mapping[str, np.ndarray]) -> Iterator[dict[str, Any]]:
         _split(arrays["text"], arrays["text_bytes"]),
         _split(arrays["weight_versions"], arrays["span_counts"]),
         _split(arrays["drawn"], arrays["drawn_counts"]),
+        _split(arrays["routes"], arrays["route_counts"]),
     )
-    for token_ids, log_probs, text, spans, mask in zip(*columns, strict=True):
+    for token_ids, log_probs, text, spans, mask, routes in zip(*columns, strict=True):
         yield {
             "token_ids": token_ids,
             "log_probs": log_probs,
             "text": text.tobytes().decode("utf-8", "surrogatepass"),
             "weight_versions": tuple(WeightSpan(version, start, end) for version, start, end in spans.tolist()),
             "drawn": mask.view(bool) if len(mask) else None,
+            "routes": routes if len(routes) else None,
         }
 
 

@@ -1,30 +1,62 @@
-"""A compact key-value-cache decoder over Hugging Face tensors: every dense family, in float32.
+"""A compact key-value-cache decoder over Hugging Face tensors, in float32: dense families and mixtures of experts.
 
 Reference behaviour is transformers' ``modeling_llama``, ``modeling_mistral``, ``modeling_qwen2`` and
 ``modeling_qwen3``; they differ only in the biases of the attention projections and in Qwen3's RMSNorm of each query and
-key head.
+key head. Experts are those of ``modeling_qwen3_moe``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
 from pipeline.model import layout
-from pipeline.model.architecture import Architecture
+from pipeline.model.architecture import Architecture, Moe
 from pipeline.model.rotary import frequencies
 
+Routes = list[torch.Tensor]  # of every layer with experts, as they come
 # Per layer: keys and values, each [rows, kv_heads, columns, head_dim].
 KeyValues = list[tuple[torch.Tensor, torch.Tensor]]
 
 
-def computes(model: Architecture) -> bool:
-    """Whether the decoder can run a model: dense ones with plain attention."""
-    return model.moe is None and model.mla is None
+class _FeedForward(Protocol):
+    def __call__(self, x: torch.Tensor, routes: Routes | None) -> torch.Tensor:
+        """``[..., hidden]`` in and out; a router adds its choice, int64 ``[..., top_k]``, to ``routes``."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Dense:
+    gate_up: torch.Tensor  # [2 * ffn, hidden]
+    down: torch.Tensor
+
+    def __call__(self, x: torch.Tensor, routes: Routes | None = None) -> torch.Tensor:
+        gate, up = F.linear(x, self.gate_up).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, self.down)
+
+
+@dataclass(frozen=True)
+class _Experts:
+    moe: Moe
+    router: torch.Tensor  # [experts, hidden]
+    experts: Sequence[_Dense]
+
+    def __call__(self, x: torch.Tensor, routes: Routes | None) -> torch.Tensor:
+        shares, chosen = F.linear(x, self.router).softmax(-1).topk(self.moe.top_k, dim=-1)
+        if self.moe.normalize:
+            shares = shares / shares.sum(-1, keepdim=True)
+        if routes is not None:
+            routes.append(chosen)
+        out = torch.zeros_like(x)
+        for number in chosen.unique().tolist():
+            *tokens, place = (chosen == number).nonzero(as_tuple=True)
+            out[tuple(tokens)] += self.experts[number](x[tuple(tokens)]) * shares[(*tokens, place)][:, None]
+        return out
 
 
 @dataclass(frozen=True)
@@ -35,8 +67,7 @@ class _Layer:
     qk_norm: torch.Tensor | None  # [heads + kv_heads, head_dim]
     output: torch.Tensor
     mlp_norm: torch.Tensor
-    gate_up: torch.Tensor  # [2 * ffn, hidden]
-    down: torch.Tensor
+    feed_forward: _FeedForward
 
 
 class Decoder:
@@ -45,7 +76,7 @@ class Decoder:
     def __init__(self, model: Architecture, tensors: Mapping[str, torch.Tensor]) -> None:
         """``tensors`` by Hugging Face name: all of ``layout.tensor_shapes(model)``.
 
-        Takes models that it :func:`computes`.
+        Takes models that are ``native``.
         """
         self.model = model
         # The layout's rows are the fused matrices themselves. A copy even where the type is float32 already: the sender
@@ -57,12 +88,13 @@ class Decoder:
         self._embedding = fused["embedding.word_embeddings.weight"]
         self._final_norm = fused["decoder.final_layernorm.weight"]
         self._head = fused.get("output_layer.weight", self._embedding)
-        self._layers = [self._layer(fused, f"decoder.layers.{number}.") for number in range(model.layers)]
+        self._layers = [self._layer(fused, number) for number in range(model.layers)]
         self._frequencies = frequencies(model)
         self._rotary = self._rotary_table(256)
 
-    def _layer(self, fused: Mapping[str, torch.Tensor], prefix: str) -> _Layer:
-        model, attention, qk_norm = self.model, prefix + "self_attention.", None
+    def _layer(self, fused: Mapping[str, torch.Tensor], number: int) -> _Layer:
+        model, prefix, qk_norm = self.model, f"decoder.layers.{number}.", None
+        attention = prefix + "self_attention."
         if model.family.qk_norm:
             query, key = (fused[f"{attention}{name}_layernorm.weight"] for name in "qk")
             qk_norm = torch.cat([query.expand(model.heads, -1), key.expand(model.kv_heads, -1)])
@@ -73,9 +105,18 @@ class Decoder:
             qk_norm=qk_norm,
             output=fused[attention + "linear_proj.weight"],
             mlp_norm=fused[prefix + "pre_mlp_layernorm.weight"],
-            gate_up=fused[prefix + "mlp.linear_fc1.weight"],
-            down=fused[prefix + "mlp.linear_fc2.weight"],
+            feed_forward=self._feed_forward(fused, prefix + "mlp.", number),
         )
+
+    def _feed_forward(self, fused: Mapping[str, torch.Tensor], prefix: str, layer: int) -> _FeedForward:
+        def dense(name: str) -> _Dense:
+            return _Dense(fused[f"{name}linear_fc1.weight"], fused[f"{name}linear_fc2.weight"])
+
+        moe = self.model.moe
+        if moe is None or not self.model.is_moe(layer):
+            return dense(prefix)
+        experts = [dense(f"{prefix}experts.local_experts.{number}.") for number in range(moe.experts)]
+        return _Experts(moe, fused[prefix + "router.weight"], experts)
 
     def _rotary_table(self, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
         angles = torch.arange(positions, dtype=torch.float32)[:, None] * self._frequencies
@@ -87,11 +128,12 @@ class Decoder:
         if positions > self._rotary[0].shape[0]:
             self._rotary = self._rotary_table(2 ** math.ceil(math.log2(positions)))
 
-    def prefill(self, tokens: torch.Tensor) -> tuple[torch.Tensor, KeyValues]:
+    def prefill(self, tokens: torch.Tensor, routes: Routes | None = None) -> tuple[torch.Tensor, KeyValues]:
         """Run whole sequences of equal length.
 
         ``tokens`` is int64 ``[rows, length]``. Returns the hidden states before the head, float32
-        ``[rows, length, hidden]``, and each layer's keys and values.
+        ``[rows, length, hidden]``, and each layer's keys and values. ``routes`` gets the experts of every token, int64
+        ``[rows, length, top_k]`` of each layer with experts.
         """
         model, (rows, length) = self.model, tokens.shape
         self.reserve(length)
@@ -101,18 +143,26 @@ class Decoder:
             query, key, value = (part.transpose(1, 2) for part in self._project(layer, x, rotary))
             cache.append((key, value))
             mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-            x = self._finish_layer(layer, x, mixed.transpose(1, 2).reshape(rows, length, model.heads * model.head_dim))
+            mixed = mixed.transpose(1, 2).reshape(rows, length, model.heads * model.head_dim)
+            x = self._finish_layer(layer, x, mixed, routes)
         return self._norm(x, self._final_norm), cache
 
     def step(
-        self, tokens: torch.Tensor, positions: torch.Tensor, cache: KeyValues, column: int, padding: torch.Tensor | None
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        cache: KeyValues,
+        column: int,
+        padding: torch.Tensor | None,
+        routes: Routes | None = None,
     ) -> torch.Tensor:
         """Run one token per row; its keys and values go to ``column`` of the cache.
 
         Columns before it are attended to.
 
         ``tokens`` and ``positions`` are int64 ``[rows]``; ``padding`` is float32 ``[rows, columns]``, ``-inf`` on
-        cache columns that hold nothing (None: all hold something). Returns logits, float32 ``[rows, vocab]``.
+        cache columns that hold nothing (None: all hold something). ``routes`` gets the experts of every row, int64
+        ``[rows, top_k]`` of each layer with experts. Returns logits, float32 ``[rows, vocab]``.
         """
         model, rows = self.model, tokens.shape[0]
         rotary = self._rotary[0][positions][:, None], self._rotary[1][positions][:, None]
@@ -124,7 +174,7 @@ class Decoder:
             mixed = F.scaled_dot_product_attention(
                 query[:, :, None], keys[:, :, : column + 1], values[:, :, : column + 1], attn_mask=bias, enable_gqa=True
             )
-            x = self._finish_layer(layer, x, mixed.reshape(rows, model.heads * model.head_dim))
+            x = self._finish_layer(layer, x, mixed.reshape(rows, model.heads * model.head_dim), routes)
         return self.logits(self._norm(x, self._final_norm))
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -146,10 +196,9 @@ class Decoder:
         query, key = turned.split((model.heads, model.kv_heads), dim=-2)
         return query, key, value
 
-    def _finish_layer(self, layer: _Layer, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+    def _finish_layer(self, layer: _Layer, x: torch.Tensor, mixed: torch.Tensor, routes: Routes | None) -> torch.Tensor:
         x = x + F.linear(mixed, layer.output)
-        gate, up = F.linear(self._norm(x, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
-        return x + F.linear(F.silu(gate) * up, layer.down)
+        return x + layer.feed_forward(self._norm(x, layer.mlp_norm), routes)
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(x, (self.model.hidden,), weight, self.model.norm_eps)

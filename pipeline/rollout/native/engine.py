@@ -14,12 +14,13 @@ from pipeline.data.special_tokens import eos_token_ids
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.model import architecture, fp8, layout
 from pipeline.model import folder as model_folder
-from pipeline.model.architecture import Architecture, ModelError
+from pipeline.model.architecture import Architecture, ModelError, Moe
+from pipeline.model.routing import number_type
 from pipeline.reshard.order import Order
 from pipeline.reshard.participant import Participant
 from pipeline.reshard.places import HostPlaces
 from pipeline.rollout.engine import EngineError, Finished, RolloutEngine, WeightUpdateError
-from pipeline.rollout.native.decoder import Decoder, KeyValues, computes
+from pipeline.rollout.native.decoder import Decoder, KeyValues, Routes
 from pipeline.rollout.native.response_end import ResponseEnd
 from pipeline.rollout.native.sampling import draw, nucleus, uniform_top, uniforms
 from pipeline.rollout.update_session import UpdateSession
@@ -46,15 +47,18 @@ class NativeEngine(RolloutEngine):
         weight_sync_timeout_s: float = 600.0,
         stop: tuple[str, ...] = (),
         stop_token_ids: tuple[int, ...] = (),
+        record_routes: bool = False,
     ) -> None:
         """``eos_token_ids`` end a response; None: read them from the model folder. ``max_batch_rows`` bounds memory.
 
         ``stop`` and ``stop_token_ids``: texts and token ids that end a response too (``rollout.stop``).
-        ``weight_sync_timeout_s``: how long an update waits for the running batch.
+        ``weight_sync_timeout_s``: how long an update waits for the running batch. ``record_routes``: samples of a model
+        with experts carry their ``routes``.
         """
         self._timeout_s = weight_sync_timeout_s
         self._eos_override = eos_token_ids
         self._max_batch_rows = max_batch_rows
+        self._record_routes = record_routes
         self._lock = threading.Lock()  # an update waits for the running batch, and the other way round
         self._abort = threading.Event()
         self._model: Architecture | None = None
@@ -71,8 +75,8 @@ class NativeEngine(RolloutEngine):
         """Load a Hugging Face folder as version 0. Raises ``EngineError`` naming what the folder lacks."""
         try:
             model = architecture.read(hf_path)
-            if not computes(model):
-                problem = f"it computes dense models only, not {model.family.name}"
+            if not model.native:
+                problem = f"it does not compute {model.family.name} models"
                 raise EngineError(f"native engine: {problem}; use rollout.engine=sglang")
             folder = model_folder.Folder(hf_path)
             model_folder.check(folder, layout.rows(model), model)
@@ -97,7 +101,7 @@ class NativeEngine(RolloutEngine):
             drawn: list[_Drawn] = []
             size = self._batch_rows(decoder.model, rows)
             for first in range(0, len(rows), size):
-                drawn += _decode(decoder, rows[first : first + size], self._end, self._abort)
+                drawn += _decode(decoder, rows[first : first + size], self._end, self._abort, self._record_routes)
         yield list(enumerate(_as_groups(requests, drawn, version)))
 
     def begin_update(self, version: int) -> None:
@@ -193,6 +197,7 @@ class _Drawn:
     token_ids: np.ndarray
     log_probs: np.ndarray
     finish_reason: str
+    routes: np.ndarray | None
 
 
 def _rows(request: GenerateRequest) -> list[_Row]:
@@ -221,13 +226,15 @@ def _as_groups(requests: Sequence[GenerateRequest], drawn: list[_Drawn], version
         samples = []
         for seed, row in zip(request.seeds, results, strict=False):
             values = (row.token_ids, row.log_probs, request.temperature, seed, request.role, row.finish_reason)
-            samples.append(Sample(*values, weight_versions=spans[len(row.token_ids)]))
+            samples.append(Sample(*values, weight_versions=spans[len(row.token_ids)], routes=row.routes))
         groups.append(SampleGroup(request.prompt, tuple(samples), request.role))
     return groups
 
 
 @torch.inference_mode()
-def _decode(decoder: Decoder, rows: Sequence[_Row], end: ResponseEnd, abort: threading.Event) -> list[_Drawn]:
+def _decode(
+    decoder: Decoder, rows: Sequence[_Row], end: ResponseEnd, abort: threading.Event, record_routes: bool
+) -> list[_Drawn]:
     """Draw all rows of one batch, token by token, dropping finished rows once they are half of the batch."""
     limits = torch.tensor([row.limit for row in rows])
     longest = int(limits.max())
@@ -235,7 +242,9 @@ def _decode(decoder: Decoder, rows: Sequence[_Row], end: ResponseEnd, abort: thr
     shares = torch.tensor([row.top_p for row in rows], dtype=torch.float32)[:, None]
     cuts = [row.cuts for row in rows]
     numbers = uniforms(torch.tensor([row.seed for row in rows], dtype=torch.int64), longest)
-    batch = _prefill(decoder, [row.prompt for row in rows], longest)
+    prompts = [row.prompt for row in rows]
+    record = _Record(decoder.model.moe, prompts, longest) if record_routes and decoder.model.moe else None
+    batch = _prefill(decoder, prompts, longest, record)
     tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
     log_probs = torch.zeros(len(rows), longest)
     lengths, stopped = torch.zeros(len(rows), dtype=torch.int64), torch.zeros(len(rows), dtype=torch.bool)
@@ -258,8 +267,10 @@ def _decode(decoder: Decoder, rows: Sequence[_Row], end: ResponseEnd, abort: thr
             temperatures, numbers, shares = temperatures[keep], numbers[keep], shares[keep]
             cuts = [cuts[i] for i in keep.tolist()]
             batch.keep(keep)
-        batch.advance(decoder, token, t)
-    return _cut(rows, tokens, log_probs, lengths, stopped)
+        batch.advance(decoder, token, t, record.heard if record else None)
+        if record:
+            record.keep_token(live, t)
+    return _cut(rows, tokens, log_probs, lengths, stopped, record)
 
 
 def _by_rule(log_probs: torch.Tensor, cuts: Sequence[Cuts | None], t: int) -> torch.Tensor:
@@ -271,14 +282,45 @@ def _by_rule(log_probs: torch.Tensor, cuts: Sequence[Cuts | None], t: int) -> to
 
 
 def _cut(
-    rows: Sequence[_Row], tokens: torch.Tensor, log_probs: torch.Tensor, lengths: torch.Tensor, stopped: torch.Tensor
+    rows: Sequence[_Row],
+    tokens: torch.Tensor,
+    log_probs: torch.Tensor,
+    lengths: torch.Tensor,
+    stopped: torch.Tensor,
+    record: _Record | None,
 ) -> list[_Drawn]:
     drawn = []
     token_array, log_prob_array = tokens.numpy(), log_probs.numpy()
     for i, (row, n, stop) in enumerate(zip(rows, lengths.tolist(), stopped.tolist(), strict=True)):
         reason = "stop" if stop else "length" if n == row.limit else "abort"
-        drawn.append(_Drawn(token_array[i, :n], log_prob_array[i, :n], reason))
+        routes = None if record is None else record.of(i, n)
+        drawn.append(_Drawn(token_array[i, :n], log_prob_array[i, :n], reason, routes))
     return drawn
+
+
+class _Record:
+    """The routes of the rows of one batch."""
+
+    def __init__(self, moe: Moe, prompts: Sequence[tuple[int, ...]], new_tokens: int) -> None:
+        self._lengths = torch.tensor([len(prompt) for prompt in prompts])
+        shape = (len(prompts), int(self._lengths.max()) + new_tokens, sum(moe.layers), moe.top_k)
+        self._routes = np.zeros(shape, number_type(moe))
+        self.heard: Routes = []  # what the decoder said, to be kept
+
+    def keep_prompts(self, rows: torch.Tensor, source: torch.Tensor) -> None:
+        """Keep what was heard, ``[prompts, length, top_k]`` by layer: ``source`` is the prompt of each of ``rows``."""
+        layers = torch.stack(self.heard, dim=2)[source].numpy()
+        self._routes[rows.numpy(), : layers.shape[1]] = layers
+        self.heard.clear()
+
+    def keep_token(self, rows: torch.Tensor, t: int) -> None:
+        """Keep what was heard, ``[rows, top_k]`` by layer, for response token ``t`` of ``rows``."""
+        self._routes[rows.numpy(), (self._lengths[rows] + t).numpy()] = torch.stack(self.heard, dim=1).numpy()
+        self.heard.clear()
+
+    def of(self, row: int, tokens: int) -> np.ndarray:
+        """Those of a row of so many response tokens, the last of which nothing read."""
+        return self._routes[row, : int(self._lengths[row]) + tokens - 1].copy()
 
 
 @dataclass
@@ -294,9 +336,9 @@ class _Batch:
     prompt_lengths: torch.Tensor  # int64 [rows]
     width: int
 
-    def advance(self, decoder: Decoder, token: torch.Tensor, t: int) -> None:
+    def advance(self, decoder: Decoder, token: torch.Tensor, t: int, routes: Routes | None) -> None:
         """Feed response token ``t`` of every row."""
-        self.logits = decoder.step(token, self.prompt_lengths + t, self.cache, self.width + t, self.padding)
+        self.logits = decoder.step(token, self.prompt_lengths + t, self.cache, self.width + t, self.padding, routes)
 
     def keep(self, lines: torch.Tensor) -> None:
         """Drop all other lines."""
@@ -305,7 +347,7 @@ class _Batch:
         self.prompt_lengths = self.prompt_lengths[lines]
 
 
-def _prefill(decoder: Decoder, prompts: Sequence[tuple[int, ...]], new_tokens: int) -> _Batch:
+def _prefill(decoder: Decoder, prompts: Sequence[tuple[int, ...]], new_tokens: int, record: _Record | None) -> _Batch:
     """Run every distinct prompt once and copy its cache to its rows.
 
     Prompts of one length run together, so that nothing is padded.
@@ -330,7 +372,9 @@ def _prefill(decoder: Decoder, prompts: Sequence[tuple[int, ...]], new_tokens: i
             chosen = distinct[first : first + part]
             rows = torch.tensor([row for prompt in chosen for row in group[prompt]])
             source = torch.tensor([i for i, prompt in enumerate(chosen) for _ in group[prompt]])
-            hidden, computed = decoder.prefill(torch.tensor(chosen))
+            hidden, computed = decoder.prefill(torch.tensor(chosen), record.heard if record else None)
+            if record:
+                record.keep_prompts(rows, source)
             logits[rows] = decoder.logits(hidden[:, -1])[source]
             for (keys, values), (new_keys, new_values) in zip(cache, computed, strict=True):
                 keys[rows, :, width - length : width] = new_keys[source]

@@ -486,7 +486,6 @@ def test_experts(model, family):
     assert problems(model, *EXPERTS, *layout, "learner.sequence_parallel=true") == ()
     asked = {
         "learner.sequence_parallel": layout,
-        "rollout.engine": ["rollout.engine=native"],
         "learner.expert_model_parallel_size": [
             "learner.expert_model_parallel_size=3",
             "learner.data_parallel_size=3",
@@ -499,6 +498,27 @@ def test_experts(model, family):
     for key, overrides in asked.items():
         (problem,) = problems(model, *EXPERTS, *overrides)
         assert problem.key == key
+    found = problems(model, *EXPERTS, "rollout.engine=native")
+    assert [problem.key for problem in found] == (["rollout.engine"] if family == "deepseek_v3" else [])
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (hf_config("qwen3_moe"), ""),
+        (hf_config("deepseek_v3"), ""),
+        (LLAMA, "a llama model has no experts"),
+        (hf_config("qwen3_moe", num_experts_per_tok=1), "a token has one expert"),
+    ],
+)
+def test_routes_are_replayed_where_there_are_experts(model, config, said):
+    (model / "config.json").write_text(json.dumps(config))
+    assert problems(model, *EXPERTS) == ()
+    found = problems(model, *EXPERTS, "learner.routing_replay=routes")
+    assert [(problem.key, problem.remedy) for problem in found] == [("learner.routing_replay", "set it to off")] * bool(
+        said
+    )
+    assert all(said in problem.problem for problem in found)
 
 
 @pytest.mark.parametrize(

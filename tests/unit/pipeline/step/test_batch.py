@@ -138,6 +138,26 @@ def test_weights_sum_to_what_the_mean_says(main, extra, alpha, aggregation, mean
     assert mass[batch.auxiliary].sum().item() == pytest.approx(alpha * share, rel=1e-5)
 
 
+def test_routes_lie_over_the_tokens_that_are_read():
+    """By hand: a row's last token is read by nobody, and has zeros."""
+    first, second = (np.arange(1, 1 + 4 * n, dtype=np.uint8).reshape(n, 2, 2) for n in (3, 4))
+    main = [group([1, 2], [replace(sample([3, 4], 1.0), routes=first), replace(sample([5, 6, 7]), routes=second)])]
+    batch = build_batch(main, [], ControlDecision(1.0, 1.0, 0, "off", ""), config())
+    nothing = np.zeros((1, 2, 2), np.uint8)
+    assert np.array_equal(batch.routes.numpy(), np.concatenate([first, nothing, second, nothing]))
+    assert (
+        build_batch([group([1], [sample([3])])], [], ControlDecision(1.0, 1.0, 0, "off", ""), config()).routes is None
+    )
+
+
+@pytest.mark.parametrize(("routes", "said"), [(None, "no routes"), (np.zeros((2, 2, 2), np.uint8), "routes of 2")])
+def test_a_sample_without_the_routes_that_others_have_is_refused(routes, said):
+    whole = replace(sample([3, 4]), routes=np.zeros((3, 2, 2), np.uint8))
+    main = [group([1, 2], [whole, replace(sample([5, 6]), routes=routes)], name="q7")]
+    with pytest.raises(ValueError, match=f"'q7': a sample has {said} for the 3 tokens"):
+        build_batch(main, [], ControlDecision(1.0, 1.0, 0, "off", ""), config())
+
+
 def bits(tensor):
     return tensor.detach().view(torch.int32)
 

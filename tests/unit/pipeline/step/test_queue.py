@@ -49,6 +49,9 @@ def samples(draw, role):
         draw(st.floats(0, 1)),
         draw(st.booleans()),
         draw(TEXTS),
+        routes=draw(
+            st.none() | st.integers(1, 9).map(lambda read: np.arange(6 * read, dtype=np.uint16).reshape(-1, 3, 2))
+        ),
     )
 
 
@@ -66,7 +69,8 @@ DRAWN = st.builds(
 
 
 def bits(sample):
-    arrays = {name: getattr(sample, name) for name in ("token_ids", "log_probs")}
+    arrays = {name: getattr(sample, name) for name in ("token_ids", "log_probs", "routes")}
+    arrays = {name: array for name, array in arrays.items() if array is not None}
     return vars(sample) | {name: (array.dtype, array.shape, array.tobytes()) for name, array in arrays.items()}
 
 

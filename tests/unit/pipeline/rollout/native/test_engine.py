@@ -473,14 +473,49 @@ def test_life_cycle_errors(engine, tmp_path):
         engine.generate([request([5])])
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_experts_are_those_of_transformers(tmp_path, normalize):
+    transformers = pytest.importorskip("transformers")
+    folder, tensors = write_folder(tmp_path, "qwen3_moe", norm_topk_prob=normalize)
+    tokens = torch.randint(0, 48, (3, 20), generator=torch.Generator().manual_seed(0))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs(tokens).logits.log_softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
+    ours = token_log_probs(Decoder(parse(hf_config("qwen3_moe", norm_topk_prob=normalize)), tensors), tokens)
+    assert torch.allclose(ours, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"norm_topk_prob": False, "decoder_sparse_step": 2, "num_hidden_layers": 3}])
+def test_samples_carry_the_experts_that_read_each_of_their_tokens(tmp_path, changes):
+    """Against one pass over the whole sequence; rows of several lengths, which end at different times."""
+    changes = {"num_experts": 8, **changes}
+    folder, tensors = write_folder(tmp_path, "qwen3_moe", **changes)
+    model = parse(hf_config("qwen3_moe", **changes))
+    engine, silent = NativeEngine(record_routes=True, max_batch_rows=9), NativeEngine()
+    decoder, used = Decoder(model, tensors), set()
+    for each in (engine, silent):
+        each.start(folder)
+    for group, plain in zip(engine.generate(mixed_requests()), silent.generate(mixed_requests()), strict=True):
+        for sample, other in zip(group.samples, plain.samples, strict=True):
+            assert np.array_equal(sample.token_ids, other.token_ids)
+            assert other.routes is None
+            read, routes = [*group.prompt.token_ids, *sample.token_ids][:-1], []
+            decoder.prefill(torch.tensor([read]), routes)
+            expected = torch.stack([layer[0] for layer in routes], dim=1).sort(-1).values
+            assert sample.routes.dtype == np.uint8
+            assert np.array_equal(np.sort(sample.routes), expected)
+            used |= set(sample.routes.ravel().tolist())
+    assert expected.shape[1:] == (sum(model.moe.layers), 2)
+    assert len(used) == 8
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "named"),
     [
         ("llama", {"mlp_bias": True}, "mlp_bias=True is not supported"),
         ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ("mistral", {"sliding_window": 4096}, "sliding_window=4096"),
-        ("qwen3_moe", {}, "dense models only, not qwen3_moe; use rollout.engine=sglang"),
-        ("deepseek_v3", {}, "dense models only, not deepseek_v3"),
+        ("deepseek_v3", {}, "does not compute deepseek_v3 models; use rollout.engine=sglang"),
     ],
 )
 def test_start_refuses_what_it_does_not_compute(tmp_path, family, changes, named):
