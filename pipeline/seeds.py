@@ -17,6 +17,13 @@ def sample_seed(run_seed: int, step: int, prompt_id: str, index: int, role: Role
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
 
 
+def turn_seed(seed: int, turn: int) -> int:
+    """63-bit seed of turn ``turn`` of the sample with seed ``seed``; turn 0 is drawn under the sample's own."""
+    if turn == 0:
+        return seed
+    return int.from_bytes(hashlib.blake2b(f"{seed}/turn/{turn}".encode(), digest_size=8).digest(), "little") >> 1
+
+
 def stream_seed(run_seed: int, stream: str) -> int:
     """32-bit seed of a named stream ("data", "dropout", "bootstrap", ...)."""
     return int.from_bytes(hashlib.blake2b(f"{run_seed}/{stream}".encode(), digest_size=4).digest(), "little")

@@ -25,7 +25,8 @@ _PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
 BYTE_OF = {chr(byte): byte for byte in _PRINTABLE}
 BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(sorted(set(range(256)) - set(_PRINTABLE)))}
 
-Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
+# {"role": "system" | "user" | "assistant" | "tool", "content": ...}, and what a chat template reads beside (tool_calls)
+Message = Mapping[str, Any]
 
 
 class Tokenizer:
@@ -74,12 +75,16 @@ class Tokenizer:
         system: str = "",
         template: str = "",
         variables: Mapping[str, Any] = MappingProxyType({}),
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        answer_next: bool = True,
     ) -> str:
         """The conversation as the model's chat template writes it, ready for the assistant's turn.
 
         ``system``, if any, goes before ``messages`` as a system message. ``template`` (Jinja): used in place of the
-        model's. ``variables``: what the template reads beside the messages. Raises ``DataError`` when there is no chat
-        template or the template refuses these messages.
+        model's. ``variables``: what the template reads beside the messages. ``tools``: functions that the model may
+        call, in OpenAI's form. ``answer_next``: whether the assistant's next turn is begun. Raises ``DataError`` when
+        there is no chat template or the template refuses these messages.
         """
         import jinja2
 
@@ -92,13 +97,31 @@ class Tokenizer:
             )
         try:
             rendered = self._chat.apply_chat_template(
-                conversation, chat_template=template or None, tokenize=False, add_generation_prompt=True, **variables
+                conversation,
+                tools=list(tools) or None,
+                chat_template=template or None,
+                tokenize=False,
+                add_generation_prompt=answer_next,
+                **variables,
             )
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             roles = [message["role"] for message in conversation]
             owner = "data.chat_template_file" if template else f"the chat template of {self.folder}"
             raise DataError(f"{owner} refuses messages with roles {roles}: {error}") from error
         return str(rendered)
+
+    def parse_answer(self, text: str, schema: Mapping[str, Any] | None) -> dict[str, Any]:
+        """What ``text``, an answer of the model, says as a message, read by transformers' response parsing.
+
+        ``schema``: how to read it; None: as the folder's ``response_schema`` says. Raises ``ValueError`` or
+        ``TypeError`` where the text does not follow the schema.
+        """
+        return self._chat.parse_response(text, schema) or {}
+
+    @property
+    def has_response_schema(self) -> bool:
+        """Whether the folder says how its answers are parsed."""
+        return getattr(self._chat, "response_schema", None) is not None
 
     def encode_chat(self, messages: Sequence[Message], system: str = "") -> tuple[int, ...]:
         """Token ids of ``render_chat``; the template writes its own special tokens, so none is added."""
