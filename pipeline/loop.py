@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import msgspec
 from pipeline.checkpoints import CheckpointStore
 from pipeline.config.schema import RunConfig
 from pipeline.data.cursor import DataCursor
+from pipeline.entropy.band import Band
 from pipeline.entropy.controller import EntropyController
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.learner import Learner
@@ -23,6 +25,8 @@ from pipeline.step.prepare import prepare
 from pipeline.step.queue import RolloutQueue
 from pipeline.step.repeated import repeated_entropy, with_repeated
 from pipeline.types import ControlDecision, Prompt, StepOutcome
+
+logger = logging.getLogger(__name__)
 
 
 class LoopState(msgspec.Struct):
@@ -45,6 +49,7 @@ class TrainingLoop:
     verifier: VerifierStage
     cursor: DataCursor
     queue: RolloutQueue
+    band: Band
     controller: EntropyController
     held_out: Sequence[Prompt]
     recorder: Recorder
@@ -109,6 +114,7 @@ class TrainingLoop:
             stats=stats,
             decision=drawn.decision,
             following=self.decision,
+            band=self.band.at(self.step),
             positives=positives,
             rollouts=self.rollouts.figures(),
             drawing_s=self.queue.drawn_for(),
@@ -122,6 +128,11 @@ class TrainingLoop:
         self.recorder.begin("evaluation")
         result = evaluate(self.rollouts.generate, self.verifier, self.held_out, self.config, self.step)
         self.recorder.evaluation(self.step, result.to_dict())
+        watching = self.band.watching
+        self.band.evaluated(self.step, result.pass_at_k)
+        if watching and not self.band.watching:
+            low, high = self.band.at(self.step)
+            logger.info("the band is %.3g-%.3g nats from here on: %s", low, high, self.band.why)
 
     def save(self) -> None:
         """Begin a checkpoint of learner, controller, data cursor, what waits and the pending decision.

@@ -385,6 +385,7 @@ class StepOutcome:
     stats: StepStats
     decision: ControlDecision  # in force during the step
     following: ControlDecision  # made from the step's entropy reading
+    band: tuple[float, float]  # its edges at this step, nats per token
     positives: int  # correct rows that the actuator consumed
     rollouts: Mapping[str, Mapping[str, float]]  # figures of ``sync`` (bytes, buckets) and ``engines`` (alive, total)
     drawing_s: float  # seconds in which samples, of this step or later ones, were drawn and verified

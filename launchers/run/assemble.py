@@ -27,6 +27,7 @@ from pipeline.data.cursor import DataCursor
 from pipeline.data.sources import check_prompts, load_prompts
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.disk import reserved
+from pipeline.entropy.band import build_band
 from pipeline.entropy.factory import build_controller
 from pipeline.evaluation.evaluate import choose_prompts
 from pipeline.evaluation.evaluate import evaluate as evaluate_engine
@@ -130,7 +131,8 @@ def build_loop(config: RunConfig, recorder: Recorder, stack: ExitStack) -> Train
     prompts = load_prompts(config.data, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens)
     check_prompts(prompts, config)
     recorder.data(prompts, tokenizer)
-    controller = build_controller(config.entropy, config.steps, config.rollout.prompts_per_step)
+    band = build_band(config.entropy.band, config.steps)
+    controller = build_controller(config.entropy, band, config.rollout.prompts_per_step)
     verifier = VerifierStage(config.data, tokenizer)
     stack.callback(verifier.close)
     inputs = plan_inputs(config)
@@ -150,6 +152,7 @@ def build_loop(config: RunConfig, recorder: Recorder, stack: ExitStack) -> Train
         verifier=verifier,
         cursor=cursor,
         queue=queue,
+        band=band,
         controller=controller,
         held_out=prompts.held_out,
         recorder=recorder,

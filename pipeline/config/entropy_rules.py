@@ -65,9 +65,28 @@ def _band(config: RunConfig) -> Iterator[Problem]:
         if len(point) != 3 or point[0] < 0 or point[0] != int(point[0]) or not 0 < point[1] < point[2]:
             remedy = "write [step, low, high] with a whole step and 0 < low < high"
             yield Problem("entropy.band.points", point, "not [step, low, high], " + edges, remedy)
+    if band.schedule == "auto":
+        yield from _auto(config)
     steps = [point[0] for point in band.points if point]
     if steps != sorted(set(steps)):
         yield Problem("entropy.band.points", band.points, "steps do not increase", "sort the points by step, each once")
+
+
+def _auto(config: RunConfig) -> Iterator[Problem]:
+    """What a band that is read from evaluations needs."""
+    place, evaluation = "entropy.band.schedule", config.evaluation
+    if not evaluation.every:
+        remedy = f"set evaluation.every={max(1, config.steps // 12)}"
+        yield Problem(place, "auto", "the band is found by evaluations, and evaluation.every is 0", remedy)
+    if config.entropy.band.auto_k not in evaluation.k:
+        remedy = f"set it to one of evaluation.k={evaluation.k}, or add it there"
+        yield Problem("entropy.band.auto_k", config.entropy.band.auto_k, "no evaluation measures that pass@k", remedy)
+    if config.entropy.controller in ("none", "constant"):
+        remedy = "use controller=pi, or another schedule"
+        yield Problem(place, "auto", f"entropy.controller={config.entropy.controller} steers to no band", remedy)
+    if "entrocraft" in config.objective.token_shaping:
+        remedy = "give edges and another schedule, or remove it from objective.token_shaping"
+        yield Problem(place, "auto", "entrocraft needs a band from the start", remedy)
 
 
 def _limits(entropy: EntropyConfig) -> Iterator[Problem]:

@@ -592,7 +592,18 @@ class BandConfig:
 
     low: float = key(0.27, "lower edge at step 0", range=POSITIVE, unit="nats per token")
     high: float = key(0.33, "upper edge at step 0", range=POSITIVE, unit="nats per token")
-    schedule: str = key("constant", "how the band moves", choices=("constant", "linear", "cosine", "piecewise"))
+    schedule: str = key(
+        "constant",
+        "how the band moves",
+        choices={
+            "constant": "",
+            "linear": "",
+            "cosine": "",
+            "piecewise": "",
+            "auto": "at the lowest entropy that still kept pass@auto_k on held-out prompts, once that is known; "
+            "until then low and high are the lowest band there can be, and above it nothing acts",
+        },
+    )
     end_low: float = key(
         0.0, "linear and cosine: lower edge at schedule_steps", range=NOT_NEGATIVE, unit="nats per token"
     )
@@ -609,6 +620,7 @@ class BandConfig:
         unit="steps",
     )
     points: list[list[float]] = key([], "piecewise: [[step, low, high], ...], each in force from its step on")
+    auto_k: int = key(16, "auto: the k of pass@k, one of evaluation.k", range=COUNT, unit="samples")
 
 
 @dataclass

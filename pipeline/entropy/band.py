@@ -1,15 +1,23 @@
-"""The target band of policy entropy over a run, and the set-point that walks toward it."""
+"""The target band of policy entropy over a run, the band that a run finds by itself, and the set-point that walks
+toward it.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
 
 from pipeline.config.schema import BandConfig
 from pipeline.entropy.state import Stateful
+from pipeline.entropy.target import LEAST_POINTS, Measured, Recommendation, recommend
+
+RECENT = 10  # steps whose mean entropy stands beside an evaluation
 
 
-class Band:
+class Band(Stateful):
     """Edges and target at every step, in nats per token.
 
     The target is the geometric middle: the controllers act on ln H, so both edges are then equally far from it
@@ -44,6 +52,22 @@ class Band:
         (low, high), (end_low, end_high) = self._first, self._last
         return low + share * (end_low - low), high + share * (end_high - high)
 
+    @property
+    def watching(self) -> bool:
+        """Whether nothing shall act above the band; of configured edges never."""
+        return False
+
+    @property
+    def why(self) -> str:
+        """Where the band comes from, for people; empty: from the configuration."""
+        return ""
+
+    def observe(self, entropy: float) -> None:
+        """Take note of a step's entropy."""
+
+    def evaluated(self, step: int, pass_at_k: Mapping[int, Any]) -> None:
+        """Take note of an evaluation after ``step`` updates: its estimates of pass@k, by k."""
+
     def target(self, step: int) -> float:
         """The entropy a controller steers to at ``step``."""
         low, high = self.at(step)
@@ -55,6 +79,65 @@ class Band:
         stretches.
         """
         return [self._schedule, self._first, self._last, self._hold, self._steps, self._points]
+
+
+class AutoBand(Band):
+    """A band that the run finds: at the lowest entropy that still kept pass@k, as ``target.recommend`` reads it.
+
+    Until then the configured edges are in force as a floor: ``watching`` says that above them nothing shall act. The
+    band is found two evaluations after the one that it is set by, which is when its smoothed pass@k is known to fall.
+    """
+
+    STATE: ClassVar = {"recent": list[float], "measured": list[Measured], "found": Recommendation | None}
+
+    def __init__(self, config: BandConfig) -> None:
+        super().__init__(BandConfig(low=config.low, high=config.high), 0)
+        self._k = config.auto_k
+        self.recent: list[float] = []
+        self.measured: list[Measured] = []
+        self.found: Recommendation | None = None
+
+    def at(self, step: int) -> tuple[float, float]:
+        """See ``Band``."""
+        low, high = self._first
+        return (max(low, self.found.low), max(high, self.found.high)) if self.found else (low, high)
+
+    @property
+    def watching(self) -> bool:
+        """Whether the band is still to be found."""
+        return self.found is None
+
+    @property
+    def why(self) -> str:
+        """Where the band comes from, for people; empty while it is watched for."""
+        return self.found.verdict() if self.found else ""
+
+    @property
+    def fingerprint(self) -> list[object]:
+        """See ``Band``."""
+        return ["auto", self._first, self._k]
+
+    def observe(self, entropy: float) -> None:
+        """See ``Band``."""
+        self.recent = [*self.recent, entropy][-RECENT:]
+
+    def evaluated(self, step: int, pass_at_k: Mapping[int, Any]) -> None:
+        """See ``Band``. Evaluations before the first reading are left out: no entropy is known to them."""
+        estimate = pass_at_k[self._k]
+        if self.found or not self.recent:
+            return
+        entropy = float(np.mean(self.recent))
+        self.measured.append(Measured(step, entropy, estimate.value, estimate.low, estimate.high))
+        if len(self.measured) < LEAST_POINTS:
+            return
+        proposed = recommend(self.measured, self._k)
+        if proposed.step < self.measured[-2].step:
+            self.found = proposed
+
+
+def build_band(config: BandConfig, total_steps: int) -> Band:
+    """The configured band. Raises ``ValueError`` as ``Band`` does."""
+    return AutoBand(config) if config.schedule == "auto" else Band(config, total_steps)
 
 
 class SetPoint(Stateful):

@@ -95,6 +95,7 @@ class ClosedLoop(Stateful):
         if not usable(reading):
             return self._without_reading(reading, step)
         self.bad_readings = 0
+        self._band.observe(reading.mean)
         entropy = self._sensor.filter(reading.mean, reading.repeated)
         goal = self._set_point.toward(self._band.target(step), entropy)
         above = reading.mean > EXPLOSION * goal
@@ -113,6 +114,10 @@ class ClosedLoop(Stateful):
         # Only a second rollout is drawn with the command; the others' commands act at once, however old the rows are.
         delay = reading.staleness if self._actuator.second_rollout else 0
         self.u = self._law.propose(entropy, goal, self.u, delay, self._band.at(step))
+        if self._band.watching and entropy > self._band.at(step)[1]:
+            self.u = 0.0
+            reason = f"H={entropy:.3g}; no band yet: pass@k is watched as the entropy falls"
+            return self._decision("holding", reason, goal, entropy)
         self._watch.observe(math.log(goal / entropy), self.u, entropy)
         self._split_range()
         state = "saturated" if self._watch.saturated else "tracking"
@@ -120,7 +125,13 @@ class ClosedLoop(Stateful):
 
     def parts(self) -> dict[str, Stateful]:
         """See ``Stateful``."""
-        return {"law": self._law, "sensor": self._sensor, "set_point": self._set_point, "watch": self._watch}
+        return {
+            "law": self._law,
+            "sensor": self._sensor,
+            "set_point": self._set_point,
+            "watch": self._watch,
+            "band": self._band,
+        }
 
     def _without_reading(self, reading: EntropyReading, step: int) -> ControlDecision:
         self.bad_readings += 1

@@ -23,17 +23,16 @@ from pipeline.types import ControlDecision, EntropyReading
 CONTROLLERS = "pipeline.entropy.controllers"
 
 
-def build_controller(config: EntropyConfig, total_steps: int, prompts_per_step: int) -> EntropyController:
+def build_controller(config: EntropyConfig, band: Band, prompts_per_step: int) -> EntropyController:
     """The configured controller, whose saved state only fits the same configuration.
 
     Args:
         config: the ``entropy`` section.
-        total_steps: length of the run, for schedules that stretch over it.
+        band: where it steers.
         prompts_per_step: most auxiliary prompts there can be.
 
     Raises:
         ConfigError: a controller, actuator or limit that is unknown or does not go with the rest.
-        ValueError: a band that does not fit the run.
     """
     problems = [*key_problems(config, "entropy.")] or [*controller_problems(config, prompts_per_step)]
     if problems:
@@ -45,7 +44,6 @@ def build_controller(config: EntropyConfig, total_steps: int, prompts_per_step: 
         temperature = built.command if actuator.temperature else 1.0
         decision = ControlDecision(built.command, temperature, prompts[0], built.state, built.reason)
         return Fingerprinted(HeldCommand(decision), _fingerprint(asdict(config)))
-    band = Band(config.band, total_steps)
     loop = ClosedLoop(
         built.law,
         actuator,

@@ -26,6 +26,7 @@ import numpy as np
 
 from pipeline.config.schema import BandConfig, EntropyConfig
 from pipeline.entropy.actuator import Actuator, acting
+from pipeline.entropy.band import build_band
 from pipeline.entropy.controller import EntropyController
 from pipeline.entropy.factory import build_controller
 from pipeline.types import ControlDecision, EntropyReading
@@ -141,7 +142,7 @@ def simulate(entropy: EntropyConfig, scenario: Scenario, seed: int, staleness: i
     if actuator is None:
         raise ValueError("nothing to simulate: entropy.controller=none, or entropy.alpha=0")
     config = replace(entropy, band=scenario.band())
-    control = build_controller(config, scenario.steps, _PROMPTS)
+    control = build_controller(config, build_band(config.band, scenario.steps), _PROMPTS)
     return _run(control, actuator, scenario, seed, staleness, config.repeated_prompts > 0)
 
 

@@ -21,7 +21,6 @@ from pipeline.config.load import config_hash, to_yaml
 from pipeline.config.schema import RunConfig
 from pipeline.data.sources import PromptSet
 from pipeline.data.tokenizer import Tokenizer
-from pipeline.entropy.band import Band
 from pipeline.monitoring.activity import Activity
 from pipeline.monitoring.alerts.alert import Alert
 from pipeline.monitoring.alerts.engine import AlertEngine, replayed
@@ -56,7 +55,6 @@ class Recorder:
         self._writing = threading.RLock()  # held over every change of the log
         self._config = config
         self._resumed = resumed
-        self._band = Band(config.entropy.band, config.steps)
         self._log: EventLog | None = None
         self._progress: Progress | None = None
         self._prompts: dict[str, int] = {}
@@ -147,7 +145,7 @@ class Recorder:
     def step(self, outcome: StepOutcome) -> None:
         """Record one step: its event, the samples to keep, the progress line. ``clock`` has counted its seconds."""
         started = time.perf_counter()
-        record = step_record(outcome, self._band, self._config.entropy.actuator, self._clock, self._own_seconds)
+        record = step_record(outcome, self._config.entropy.actuator, self._clock, self._own_seconds)
         self.event("step", **record.to_dict())
         self._done = outcome.step + 1
         write_samples(self.run_dir / "samples", outcome.step, outcome.kept, self._tokenizer)

@@ -8,20 +8,19 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.clock import StepClock
-from pipeline.entropy.band import Band
 from pipeline.monitoring.event_kinds import StepRecord
 from pipeline.monitoring.memory import resident_gib
 from pipeline.monitoring.timeline import timeline
 from pipeline.types import StepOutcome, StepSamples
 
 
-def step_record(outcome: StepOutcome, band: Band, actuator: str, clock: StepClock, outside: float) -> StepRecord:
+def step_record(outcome: StepOutcome, actuator: str, clock: StepClock, outside: float) -> StepRecord:
     """The record of a step that has just ended.
 
     ``actuator``: the configured one. ``outside``: seconds that ``clock``, the step's, has not seen.
     """
     stats, decision, following = outcome.stats, outcome.decision, outcome.following
-    low, high = band.at(outcome.step)
+    low, high = outcome.band
     lanes, idle = timeline(clock, outcome.busy, time.perf_counter())
     return StepRecord(
         step=outcome.step,

@@ -18,7 +18,7 @@ import numpy as np
 
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
-from pipeline.entropy.band import Band
+from pipeline.entropy.band import build_band
 from pipeline.entropy.factory import build_controller
 from pipeline.monitoring.events import read_events
 from pipeline.types import EntropyReading
@@ -179,7 +179,8 @@ def trace(seed: int, overrides: Sequence[str] = (), fault: Fault | None = None) 
     """Events of one run in order, and between them (Unix seconds, bytes free on the disk) twice a minute."""
     config = config_of(*overrides, *(fault.overrides if fault else ()))
     rng = np.random.default_rng(seed)
-    controller, band = build_controller(config.entropy, STEPS, 16), Band(config.entropy.band, STEPS)
+    band = build_band(config.entropy.band, STEPS)
+    controller = build_controller(config.entropy, band, 16)
     decision, y, clock, free = controller.initial(), math.log(0.55), 1.7e9, 3000.0
     yield {"kind": "run_start", "time": clock, "step": 0}
     clock += EVALUATION_SECONDS  # a run begins with one

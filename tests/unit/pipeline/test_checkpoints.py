@@ -21,6 +21,7 @@ from pipeline.checkpoints import CheckpointError, CheckpointStore
 from pipeline.config.load import load_config
 from pipeline.data import DataError
 from pipeline.data.cursor import DataCursor
+from pipeline.entropy.band import build_band
 from pipeline.entropy.factory import build_controller
 from pipeline.loop import LoopState
 from pipeline.step.queue import RolloutQueue
@@ -313,7 +314,7 @@ def parts(config):
     """Of a training loop all that a checkpoint restores, without a learner."""
     prompts = [Prompt(str(i), (1, i), "", "", "exact") for i in range(9)]
     cursor = DataCursor(prompts, 0)
-    controller = build_controller(config.entropy, 100, 4)
+    controller = build_controller(config.entropy, build_band(config.entropy.band, 100), 4)
     loop = SimpleNamespace(
         cursor=cursor,
         controller=controller,

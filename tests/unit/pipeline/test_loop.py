@@ -84,6 +84,7 @@ def run_of(root, steps, every, at_step):
         verifier=None,
         cursor=nothing,
         queue=SimpleNamespace(state_dict=lambda: ([], {})),
+        band=None,
         controller=nothing,
         held_out=(),
         recorder=Log(),

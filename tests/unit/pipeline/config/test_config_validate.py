@@ -193,6 +193,26 @@ BROKEN = {
         "entropy.band.hold_steps",
         "never move within steps=100",
     ),
+    "auto without evaluations": (
+        ["entropy.band.schedule=auto", "evaluation.every=0", "steps=240"],
+        "entropy.band.schedule",
+        "and evaluation.every is 0",
+    ),
+    "auto of a k that none measures": (
+        ["entropy.band.schedule=auto", "evaluation.every=20", "entropy.band.auto_k=8"],
+        "entropy.band.auto_k",
+        "no evaluation measures that pass@k",
+    ),
+    "auto without control": (
+        ["entropy.band.schedule=auto", "evaluation.every=20", "entropy.controller=none"],
+        "entropy.band.schedule",
+        "steers to no band",
+    ),
+    "auto with entrocraft": (
+        ["entropy.band.schedule=auto", "evaluation.every=20", "objective.token_shaping=[entrocraft]"],
+        "entropy.band.schedule",
+        "entrocraft needs a band from the start",
+    ),
     "no points": (["entropy.band.schedule=piecewise"], "entropy.band.points", "needs points"),
     "idle points": (["entropy.band.points=[[0, 0.1, 0.2]]"], "entropy.band.points", "no effect"),
     "bad point": (

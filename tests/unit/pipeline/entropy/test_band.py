@@ -1,3 +1,4 @@
+import json
 import math
 
 import pytest
@@ -5,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config.schema import BandConfig
-from pipeline.entropy.band import Band, SetPoint
+from pipeline.entropy.band import AutoBand, Band, SetPoint, build_band
+from pipeline.evaluation.evaluate import Estimate
 
 EDGE = st.floats(0.01, 5.0)
 
@@ -79,3 +81,47 @@ def test_set_point_walks_from_the_first_reading():
     assert walk[:3] == pytest.approx([0.5 * math.exp(-0.1 * k) for k in (1, 2, 3)])
     assert walk[-1] == pytest.approx(0.3)
     assert SetPoint(0.0).toward(0.3, 0.5) == 0.3
+
+
+def falling(values, floor=(0.1, 0.12)):
+    """A run whose entropy falls from 1.0 by .04 an evaluation, and whose pass@16 takes these values."""
+    band = build_band(BandConfig(*floor, schedule="auto"), 240)
+    for i, value in enumerate(values):
+        for _ in range(20):
+            band.observe(1.0 - 0.04 * i)
+        band.evaluated(20 * i, {16: Estimate(value, value - 0.02, value + 0.02)})
+    return band
+
+
+def test_a_run_finds_its_band_two_evaluations_after_pass_at_k_was_kept_last():
+    values = [0.5, 0.8, 0.95, 0.95, 0.95, 0.90, 0.86]
+    watched = falling(values[:5])
+    assert watched.watching
+    assert watched.at(100) == (0.1, 0.12)
+    band = falling(values[:6])
+    assert not band.watching
+    assert band.at(120) == pytest.approx((0.9 * 0.88, 1.1 * 0.88))  # the entropy of the fourth evaluation
+    assert "pass@16 is kept down to H=0.88" in band.why
+    band.evaluated(140, {16: Estimate(1.0, 0.99, 1.0)})
+    assert band.at(140) == pytest.approx((0.9 * 0.88, 1.1 * 0.88)), "a band that was found stays"
+
+
+def test_a_band_is_not_found_while_pass_at_k_grows_nor_below_the_floor():
+    assert falling([0.1 * i for i in range(9)]).watching
+    assert falling([0.5, 0.8, 0.95, 0.95, 0.95, 0.90, 0.86], floor=(2.0, 2.2)).at(120) == (2.0, 2.2)
+
+
+def test_a_band_that_watches_goes_on_from_its_state():
+    values = [0.5, 0.8, 0.95, 0.95, 0.95]
+    first, second = falling(values), AutoBand(BandConfig(0.1, 0.12, schedule="auto"))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict(), default=vars)))
+    for band in (first, second):
+        band.evaluated(100, {16: Estimate(0.9, 0.88, 0.92)})
+    assert first.state_dict() == second.state_dict()
+    assert not second.watching
+
+
+def test_an_evaluation_before_the_first_reading_counts_for_nothing():
+    band = build_band(BandConfig(0.1, 0.12, schedule="auto"), 240)
+    band.evaluated(0, {16: Estimate(0.9, 0.8, 1.0)})
+    assert band.measured == []

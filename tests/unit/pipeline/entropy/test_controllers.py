@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pipeline.config.load import load_config
 from pipeline.config.schema import ACTUATORS, BandConfig, EntropyConfig, PiConfig
 from pipeline.entropy.actuator import actuator_called
+from pipeline.entropy.band import build_band
 from pipeline.entropy.factory import build_controller
 from pipeline.types import EntropyReading
 
@@ -22,7 +23,8 @@ WRONG = (
 
 
 def controller(total_steps=300, prompts_per_step=16, **keys):
-    return build_controller(EntropyConfig(**keys), total_steps, prompts_per_step)
+    config = EntropyConfig(**keys)
+    return build_controller(config, build_band(config.band, total_steps), prompts_per_step)
 
 
 def feed(control, readings, positives=5, start=0):
@@ -56,6 +58,15 @@ def test_low_entropy_raises_the_command_high_entropy_lowers_it(actuator):
     assert low.state == "tracking"
     assert low.filtered_entropy == 0.28
     assert low.target == pytest.approx(TARGET)
+
+
+def test_nothing_acts_above_a_band_that_is_still_to_be_found_and_its_floor_is_held():
+    watching = {"band": BandConfig(0.27, 0.33, schedule="auto"), "actuator": "resample"}
+    free, held = controller(**watching), controller(actuator="resample")
+    assert [d.command for d in feed(free, [0.6] * 8)] == [1.0] * 8
+    assert feed(held, [0.6] * 8)[-1].command < 1
+    assert "no band yet" in feed(free, [0.6], start=8)[0].reason
+    assert feed(free, [0.2] * 40, start=9)[-1].command > 1
 
 
 def test_measured_gains_are_the_default_and_can_be_replaced():

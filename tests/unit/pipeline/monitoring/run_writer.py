@@ -86,6 +86,7 @@ def outcome(step, drawn, stats, used, following, kept=(), begun=0.0):
         stats=stats,
         decision=used,
         following=following,
+        band=(0.27, 0.33),
         positives=1,
         rollouts=ROLLOUTS,
         drawing_s=0.0,
