@@ -84,9 +84,9 @@ def _layout(config: RunConfig, model: Architecture) -> Iterator[Problem]:
 def _routing(config: RunConfig, model: Architecture) -> Iterator[Problem]:
     """Whether there are experts to replay, and a choice of them that zeros cannot be (``pipeline.model.routing``)."""
     replay, remedy = config.learner.routing_replay, "set it to off"
-    if replay != "off" and model.moe is None:
+    if replay == "routes" and model.moe is None:
         yield Problem("learner.routing_replay", replay, f"a {model.family.name} model has no experts", remedy)
-    elif replay != "off" and model.moe and model.moe.top_k < 2:
+    elif replay == "routes" and model.moe and model.moe.top_k < 2:
         problem = "a token has one expert (config.json: num_experts_per_tok); replay needs two or more"
         yield Problem("learner.routing_replay", replay, problem, remedy)
 
