@@ -23,8 +23,8 @@ quickstart: $(VENV)/.ready $(if $(filter sglang,$(ROLLOUT)),$(VENV)/.ready-sglan
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# One test at a time to each of two workers, for those on Slurm mostly wait; a group goes to one worker as a whole, so that what its
-# tests share (servers, a cluster with accounts, a run that others are compared with) starts once.
+# One test at a time to each of two workers, for those on Slurm mostly wait. A group goes to one worker as a whole, so
+# that what its tests share (servers, a cluster with accounts, a run that others are compared with) starts once.
 test-integration: $(VENV)/.ready-launch
 	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/integration $(SINK_TESTS)
 
@@ -46,14 +46,15 @@ bench: $(VENV)/.ready
 	$(BIN)/python tools/bench/batching.py
 	$(BIN)/python tools/bench/step_time.py
 
-# megatron-bridge, in an environment of its own that sees the packages of $(VENV): for tests/integration/test_bridge_oracle.py and
-# tools/bench/conversion.py --bridge-python $(BRIDGE)/bin/python
+# megatron-bridge, in an environment of its own that sees the packages of $(VENV): for
+# tests/integration/test_bridge_oracle.py and tools/bench/conversion.py --bridge-python $(BRIDGE)/bin/python
 bridge-env: $(BRIDGE)/.ready
 
 clean:
 	rm -rf $(VENV) $(MCORE19) $(BRIDGE)
 
 $(VENV)/.ready: pyproject.toml requirements/torch.txt requirements/cpu.txt
+	@echo "installing pinned packages into $(VENV): some minutes, up to 6 GB; pip prints nothing meanwhile"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -r requirements/torch.txt
 	$(BIN)/python -m pip install -q -r requirements/cpu.txt

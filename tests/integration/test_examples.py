@@ -82,16 +82,19 @@ def test_from_python(tmp_path):
     assert api.summary(tmp_path / "py")["steps"] == 2
 
 
-def test_the_five_commands_of_the_readme(tmp_path):
-    """As they stand there, in a copy of what they touch; fewer steps, and the page is not opened."""
-    (block,) = re.findall(r"## Your first own run\n\n```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+@pytest.mark.parametrize("page", ["README.md", "docs/first_run.md"])
+def test_the_commands_of_the_first_own_run(tmp_path, page):
+    """As they stand there, in a copy of what they touch; fewer steps, and the browser's page is not opened."""
+    text = (ROOT / page).read_text().partition("our first own run\n")[2]
+    first, then = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
     shutil.copytree(EXAMPLES, tmp_path / "examples")
     shutil.copytree(ROOT / "configs/model/pm4-100k", tmp_path / "configs/model/pm4-100k")
-    commands = [line for line in block.splitlines() if not line.startswith("source ")]
-    assert len(commands) == 5
+    commands = [line for line in (first + then).splitlines() if not line.startswith("source ")]
+    assert len(commands) == 7
     script = "\n".join(commands).replace("steps=60", " ".join(SMOKE)).replace("--web", "--once")
     run(tmp_path, "bash", "-euc", script)
     assert (tmp_path / "runs/my/report.html").is_file()
+    assert (tmp_path / "models/my/model.safetensors").is_file()
 
 
 @pytest.mark.xdist_group("sglang")
