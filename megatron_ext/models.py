@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,9 +23,10 @@ from megatron_ext.packed_attention import PackedAttention
 from megatron_ext.topology import Topology
 from pipeline.config.schema import LearnerConfig
 from pipeline.model import layout
-from pipeline.model.architecture import Architecture, LinearScaling, Llama3Scaling, Moe, Yarn
+from pipeline.model.architecture import Architecture, Moe
 from pipeline.model.grid import Grid
-from pipeline.model.rotary import frequencies
+from pipeline.model.rope import Yarn
+from pipeline.model.rotary import attention_factor, frequencies
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -70,11 +72,10 @@ def build(
             share_embeddings_and_output_weights=model.tied,
             position_embedding_type="rope",
             rotary_base=model.rope_theta,
+            rotary_percent=model.partial_rotary,
             vp_stage=chunk,
         )
-    if isinstance(
-        model.rope_scaling, (LinearScaling, Llama3Scaling)
-    ):  # of which megatron-core has one setting of each alone
+    if model.mla is None:  # megatron-core has not every scaling, and one setting alone of some
         gpt.rotary_pos_emb.inv_freq = frequencies(model).to(gpt.rotary_pos_emb.inv_freq.device)
     # Not Float16Module: it would copy the logits to float32, which the log-prob kernel does block by block.
     transformer_engine.place(gpt, topology.device, DTYPES[dtype])
@@ -114,7 +115,10 @@ def transformer_config(
         ),
         False,
     ) | numerics.transformer_fields(mla=model.mla is not None, moe=model.moe is not None)
-    return (MLATransformerConfig if model.mla else TransformerConfig)(
+    magnitude = 1.0 if model.mla else attention_factor(model)
+    if magnitude != 1:  # which the fused kernel for packed rows leaves out
+        fused["apply_rope_fusion"] = False
+    config = (MLATransformerConfig if model.mla else TransformerConfig)(
         num_layers=model.layers,
         hidden_size=model.hidden,
         ffn_hidden_size=model.ffn,
@@ -123,8 +127,8 @@ def transformer_config(
         kv_channels=model.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
-        qk_layernorm=model.family.qk_norm or model.mla is not None,
-        add_qkv_bias=model.family.qkv_bias,
+        qk_layernorm=model.qk_norm or model.mla is not None,
+        add_qkv_bias=model.qkv_bias,
         add_bias_linear=False,
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
@@ -154,6 +158,19 @@ def transformer_config(
         **_moe_config(model.moe),
         **_mla_config(model),
     )
+    if magnitude != 1:
+        _multiply_rotary(config, magnitude)
+    return config
+
+
+def _multiply_rotary(config: TransformerConfig, magnitude: float) -> None:
+    """Have megatron-core's attention multiply sine and cosine by ``magnitude``, of whichever scaling it is.
+
+    It reads YaRN's numbers (``yarn_rotary_pos_embedding.py``, 0.16 to 0.19): ``1 + 0.1 mscale log(factor)``.
+    """
+    config.yarn_rotary_scaling_factor = math.e
+    config.yarn_mscale = 10 * (magnitude - 1)
+    config.yarn_mscale_all_dim = 0.0
 
 
 def _schedule_config(grid: Grid) -> dict[str, Any]:
@@ -188,6 +205,7 @@ def _moe_config(moe: Moe | None) -> dict[str, Any]:
         "moe_layer_freq": [int(layer) for layer in moe.layers],
         "moe_ffn_hidden_size": moe.ffn,
         "moe_shared_expert_intermediate_size": moe.shared_ffn or None,
+        "moe_shared_expert_gate": moe.shared_gate,
         "moe_router_topk": moe.top_k,
         "moe_router_score_function": "sigmoid" if moe.sigmoid else "softmax",
         "moe_router_pre_softmax": not moe.sigmoid and not moe.normalize,

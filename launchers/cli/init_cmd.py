@@ -55,11 +55,12 @@ def init(
     from pipeline.data.sources import check_prompts, load_prompts
     from pipeline.data.tokenizer import load_tokenizer
     from pipeline.model import architecture
+    from pipeline.model.reading import ModelError
 
     folder = resolve_path(model)
     try:
         sizes = architecture.read(folder)
-    except architecture.ModelError as error:
+    except ModelError as error:
         raise ConfigError("MODEL", str(model), str(error), "give a Hugging Face folder that is served") from error
     tokenizer = load_tokenizer(folder)
     settings = RunConfig()

@@ -160,11 +160,11 @@ def _attention(work: Work, index: int) -> _Attention:
     linear = _linear_size(work, index)
     inputs = work.norm_tokens * model.hidden * linear
     own_queries = groups > 1  # those of several groups are reshaped, those of one are a view of the projection
-    if model.family.qk_norm:
+    if model.qk_norm:
         inputs += tokens * (heads + groups) * _FLOAT  # inverse deviations
     if not work.transformer_engine:
         return _local_attention(work, inputs, heads, groups, own_queries=own_queries)
-    if model.family.qk_norm and own_queries:
+    if model.qk_norm and own_queries:
         inputs += q * size
     # Values are a view of the whole projection, queries and keys are rotated copies.
     return _flash(work, inputs + (q + 2 * kv) * size + (q + kv) * size, q, tokens * heads, linear)
@@ -180,10 +180,10 @@ def _local_attention(work: Work, inputs: float, heads: float, groups: float, *, 
     repeated, gathered = heads > groups, work.cp > 1
     # A view of the projection is kept by the norm of keys, if that needs no float32 copy, or by attention for its
     # values.
-    whole = (model.family.qk_norm and size == _FLOAT) or not (repeated or gathered)
+    whole = (model.qk_norm and size == _FLOAT) or not (repeated or gathered)
     inputs += 4 * work.length / work.cp * model.head_dim * size  # cosines and sines, for queries and for keys
     outside = inputs + (q + 2 * kv) * size * whole + q * size  # and the rotated queries
-    if model.family.qk_norm:
+    if model.qk_norm:
         outside += (q + kv) * _FLOAT  # normalised; and the norms' inputs, unless they are views
         outside += (q + kv) * _FLOAT if size < _FLOAT else q * size * own_queries
     if gathered:

@@ -13,9 +13,10 @@ from pipeline.config.load import resolve_path
 from pipeline.config.schema import RunConfig
 from pipeline.data.sources import check_prompts, load_prompts
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.model.architecture import ModelError, read
+from pipeline.model.architecture import read
 from pipeline.model.folder import Folder, check
 from pipeline.model.layout import rows
+from pipeline.model.reading import ModelError
 from pipeline.monitoring.sinks.factory import problems as sink_problems
 
 

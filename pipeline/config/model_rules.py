@@ -9,8 +9,10 @@ from pipeline.config.errors import Problem
 from pipeline.config.precision_rules import precision_model_problems
 from pipeline.config.schema import LearnerConfig, RunConfig
 from pipeline.model import architecture
-from pipeline.model.architecture import Architecture, ModelError
+from pipeline.model.architecture import Architecture
 from pipeline.model.grid import KEYS, Grid, StagesError
+from pipeline.model.reading import ModelError
+from pipeline.model.rope import DynamicScaling, LongRope, Yarn
 from pipeline.units import FP8_BLOCK
 
 
@@ -37,12 +39,13 @@ def _lengths(config: RunConfig, model: Architecture) -> Iterator[Problem]:
         what = f"the model's vocabulary has {model.vocab} tokens, numbered from 0"
         yield Problem("rollout.stop_token_ids", rollout.stop_token_ids, what, "give ids of its tokenizer.json")
     length = rollout.max_prompt_tokens + rollout.max_new_tokens
+    longrope = " for which longrope's short_factor holds" if isinstance(model.rope_scaling, LongRope) else ""
     if length > positions:
         yield Problem(
             "rollout.max_new_tokens",
             rollout.max_new_tokens,
             f"max_prompt_tokens {rollout.max_prompt_tokens} + max_new_tokens {rollout.max_new_tokens} = "
-            f"{length} tokens, but the model has {positions} positions",
+            f"{length} tokens, but the model has {positions} positions{longrope}",
             f"make them sum to at most {positions}",
         )
     elif "rlrt" in config.objective.token_shaping and 2 * length > positions:
@@ -78,6 +81,7 @@ def _layout(config: RunConfig, model: Architecture) -> Iterator[Problem]:
         problem = f"the native engine does not compute {model.family.name} models"
         yield Problem("rollout.engine", "native", problem, "set rollout.engine=sglang")
     yield from _sglang_experts(config, model)
+    yield from _sglang_rotary(config, model)
     yield from _routing(config, model)
 
 
@@ -89,6 +93,19 @@ def _routing(config: RunConfig, model: Architecture) -> Iterator[Problem]:
     elif replay == "routes" and model.moe and model.moe.top_k < 2:
         problem = "a token has one expert (config.json: num_experts_per_tok); replay needs two or more"
         yield Problem("learner.routing_replay", replay, problem, remedy)
+
+
+def _sglang_rotary(config: RunConfig, model: Architecture) -> Iterator[Problem]:
+    """SGLang 0.5.21's ``layers/rotary_embedding`` differs from transformers, which the learner equals."""
+    if config.rollout.engine != "sglang":
+        return
+    rope, remedy = model.rope_scaling, "set rollout.engine=native, or use a model without it"
+    if isinstance(rope, DynamicScaling):
+        problem = f"rope_type dynamic with factor={rope.factor:g}: SGLang enlarges the base for rows of every length"
+        yield Problem("rollout.engine", "sglang", f"{problem}, the learner for none that is served", remedy)
+    if isinstance(rope, (Yarn, LongRope)) and rope.explicit:
+        problem = f"attention_factor={rope.attention_factor:g} of the model's rotary scaling is not read by SGLang"
+        yield Problem("rollout.engine", "sglang", problem, remedy)
 
 
 def _sglang_experts(config: RunConfig, model: Architecture) -> Iterator[Problem]:

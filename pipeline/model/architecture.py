@@ -8,58 +8,15 @@ No torch here.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pipeline.model.grid import Grid
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """One reason why a model cannot be used."""
-
-    problem: str  # what is wrong, one sentence
-    remedy: str  # what to do, one sentence
-
-
-class ModelError(ValueError):
-    """A model, or a folder of one, that cannot be used. Holds every refusal found; its text shows them all."""
-
-    def __init__(self, refusals: Sequence[Refusal], where: str = "") -> None:
-        """``where``: the folder or file that is refused."""
-        super().__init__(refusals, where)
-        self.refusals = tuple(refusals)
-        self.where = where
-
-    def __str__(self) -> str:
-        text = "; ".join(f"{refusal.problem}: {refusal.remedy}" for refusal in self.refusals)
-        return f"{self.where}: {text}" if self.where else text
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """A key of ``config.json`` of which one value alone is built."""
-
-    key: str
-    value: Any
-    why: str
-    absent: Any = ...  # what transformers takes where the key is absent; ...: ``value``
-
-    def refusal(self, config: Mapping[str, Any]) -> Refusal | None:
-        """Why ``config`` is refused, or ``None``."""
-        given = config.get(self.key, self.value if self.absent is ... else self.absent)
-        if given == self.value:
-            return None
-        said = f"{self.key}={given!r}"
-        if self.key not in config:
-            said = f"{self.key}, which is absent and then {given!r},"
-        wanted = "null" if self.value is None else repr(self.value)
-        return Refusal(
-            f"config.json: {said} is not supported: {self.why}", f"use a model in which {self.key} is {wanted}"
-        )
+from pipeline.model.reading import Fixed, ModelError, Refusal, Said
+from pipeline.model.rope import ANY_ROPE, LongRope, RopeRules, Scaling, read_rope
+from pipeline.units import FP8_BLOCK
 
 
 @dataclass(frozen=True)
@@ -71,44 +28,13 @@ class Moe:
     ffn: int  # of one expert
     top_k: int
     shared_ffn: int = 0  # of all shared experts together; 0: none
+    shared_gate: bool = False  # their output is multiplied by a gate's sigmoid (Qwen2-MoE)
     expert_bias: bool = False  # a correction bias on the router's scores (DeepSeek-V3, arXiv 2408.15664)
     sigmoid: bool = False  # score function of the router; else softmax
     normalize: bool = True  # the top_k probabilities are made to sum to one
     scaling: float = 1.0  # and multiplied by this
     groups: int = 1  # experts are chosen within the best top_groups of these
     top_groups: int = 1
-
-
-@dataclass(frozen=True)
-class LinearScaling:
-    """Linear rotary scaling: every frequency divided by ``factor`` (arXiv 2306.15595)."""
-
-    factor: float
-
-
-@dataclass(frozen=True)
-class Llama3Scaling:
-    """Llama 3.1's rotary scaling.
-
-    Long wavelengths are divided by ``factor``, short ones kept, those between interpolated.
-    """
-
-    factor: float
-    low: float  # low_freq_factor
-    high: float  # high_freq_factor
-    original_positions: int
-
-
-@dataclass(frozen=True)
-class Yarn:
-    """YaRN rotary scaling (arXiv 2309.00071) with DeepSeek's two magnitudes."""
-
-    factor: float
-    original_positions: int
-    beta_fast: float
-    beta_slow: float
-    mscale: float
-    mscale_all_dim: float
 
 
 @dataclass(frozen=True)
@@ -122,56 +48,16 @@ class Mla:
     v_dim: int
 
 
-class _Said:
-    """A ``config.json`` while it is read: hands out checked values and collects every refusal."""
+@dataclass(frozen=True)
+class Switch:
+    """A key of ``config.json`` that says whether a model has something."""
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
-        self.config = config
-        self._missing: list[str] = []
-        self._refusals: list[Refusal] = []
+    key: str
+    absent: bool = False  # what transformers takes where the key is absent
 
-    def refuse(self, problem: str, remedy: str = "restore the model folder") -> None:
-        """Note a refusal; :meth:`check` raises it."""
-        self._refusals.append(Refusal(f"config.json: {problem}", remedy))
-
-    def count(self, key: str, default: int | None = None, least: int = 1) -> int:
-        """A whole number of at least ``least``; where it is absent or null ``default``, or a refusal."""
-        value = self.config.get(key)
-        if value is None:
-            if default is None:
-                self._missing.append(key)
-            return least if default is None else default
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            self.refuse(f"{key}={value!r} is not a whole number of at least {least}")
-            return least
-        return value
-
-    def number(self, key: str) -> float:
-        """A finite number above 0."""
-        value: Any = self.config.get(key)
-        if _positive(value):
-            return float(value)
-        if value is None:
-            self._missing.append(key)
-        else:
-            self.refuse(f"{key}={value!r} is not a number above 0")
-        return 1.0
-
-    def quote(self, key: str, default: Any) -> str:
-        """A key as ``config.json`` has it, or what its absence means."""
-        return f"{key}={self.config[key]!r}" if key in self.config else f"{key} (absent, so {default!r})"
-
-    def fixed(self, rules: Sequence[Fixed]) -> None:
-        """Refuse every value that is not the one that is built."""
-        self._refusals += [refusal for rule in rules if (refusal := rule.refusal(self.config))]
-
-    def check(self) -> None:
-        """Raise ``ModelError`` if anything was refused."""
-        if self._missing:
-            said = Refusal(f"config.json does not say {', '.join(self._missing)}", "restore the model folder")
-            self._refusals.append(said)
-        if self._refusals:
-            raise ModelError(self._refusals)
+    def read(self, config: Mapping[str, Any]) -> bool:
+        """Whether the model has it."""
+        return bool(config.get(self.key, self.absent))
 
 
 @dataclass(frozen=True)
@@ -182,18 +68,19 @@ class Family:
     """
 
     name: str  # model_type in config.json
-    qkv_bias: bool = False  # biases on the query, key and value projections
-    qk_norm: bool = False  # RMSNorm over each query and key head
-    rope: tuple[str, ...] = ("default", "linear", "llama3")  # rotary scalings that are built
+    qkv_bias: bool | Switch = False  # biases on the query, key and value projections
+    qk_norm: bool | Switch = False  # RMSNorm over each query and key head
+    rope: RopeRules = ANY_ROPE
     head_dim: int | None = None  # where config.json has none; None: hidden_size / num_attention_heads
     kv_heads: int | None = None  # where config.json has none; None: as many as query heads
     fixed: tuple[Fixed, ...] = ()  # besides those of every family
     renamed: tuple[tuple[str, str], ...] = ()  # from Llama's names of tensors to this family's, replaced in this order
+    aliases: tuple[str, ...] = ()  # other names that model_type gives to the same computation
     mla: bool = False  # latent attention
-    moe: Callable[[_Said, int], Moe] | None = None  # reads the experts, given the number of layers
+    moe: Callable[[Said, int], Moe] | None = None  # reads the experts, given the number of layers
 
 
-def _qwen3_moe(said: _Said, layers: int) -> Moe:
+def _qwen_moe(said: Said, layers: int) -> Moe:
     config = said.config
     # transformers 5 may write num_local_experts instead.
     experts = said.count("num_local_experts" if config.get("num_local_experts") is not None else "num_experts")
@@ -208,7 +95,16 @@ def _qwen3_moe(said: _Said, layers: int) -> Moe:
     )
 
 
-def _deepseek_moe(said: _Said, layers: int) -> Moe:
+def _qwen2_moe(said: Said, layers: int) -> Moe:
+    return replace(_qwen_moe(said, layers), shared_ffn=said.count("shared_expert_intermediate_size"), shared_gate=True)
+
+
+def _mixtral_moe(said: Said, layers: int) -> Moe:
+    experts, ffn, top_k = map(said.count, ("num_local_experts", "intermediate_size", "num_experts_per_tok"))
+    return Moe(layers=(True,) * layers, experts=experts, ffn=ffn, top_k=top_k)
+
+
+def _deepseek_moe(said: Said, layers: int) -> Moe:
     experts, ffn, top_k = map(said.count, ("n_routed_experts", "moe_intermediate_size", "num_experts_per_tok"))
     counts = ("n_shared_experts", "n_group", "topk_group", "first_k_dense_replace")
     shared, groups, top_groups, first = (said.count(key, least=0) for key in counts)
@@ -246,22 +142,60 @@ _FIXED = (
     Fixed("use_sliding_window", False, "sliding-window attention is not built"),
 )
 _NO_BIAS = Fixed("attention_bias", False, "biases of attention's output are not built")
-_DEEPSEEK = (
+_ROUTER = (
     Fixed("topk_method", "noaux_tc", "other ways of choosing experts are not built"),
     Fixed("scoring_func", "sigmoid", "other router scores are not built"),
+)
+_DEEPSEEK = (
+    *_ROUTER,
     Fixed("rope_interleave", True, "megatron-core's latent attention takes rotary pairs interleaved"),
     Fixed("moe_layer_freq", 1, "transformers has experts in every layer from first_k_dense_replace on"),
 )
 _WINDOW = Fixed("sliding_window", None, "sliding-window attention is not built", absent=4096)
+_MIXTRAL_NAMES = (
+    ("mlp.", "block_sparse_moe."),
+    (".gate_proj.", ".w1."),
+    (".up_proj.", ".w3."),
+    (".down_proj.", ".w2."),
+)
 
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": Family("llama"),
     "MistralForCausalLM": Family("mistral", kv_heads=8, fixed=(_WINDOW,)),
     "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True, kv_heads=32),
     "Qwen3ForCausalLM": Family("qwen3", qk_norm=True, head_dim=128, kv_heads=32),
-    "Qwen3MoeForCausalLM": Family("qwen3_moe", qk_norm=True, kv_heads=4, moe=_qwen3_moe),
+    "MixtralForCausalLM": Family(
+        "mixtral",
+        kv_heads=8,
+        fixed=(replace(_WINDOW, absent=None),),
+        renamed=_MIXTRAL_NAMES,
+        moe=_mixtral_moe,
+    ),
+    "Qwen2MoeForCausalLM": Family(
+        "qwen2_moe",
+        qkv_bias=Switch("qkv_bias", absent=True),
+        kv_heads=16,
+        renamed=((".shared_experts.", ".shared_expert."),),
+        moe=_qwen2_moe,
+    ),
+    "Qwen3MoeForCausalLM": Family("qwen3_moe", qk_norm=True, kv_heads=4, moe=_qwen_moe),
+    "Glm4MoeForCausalLM": Family(
+        "glm4_moe",
+        qkv_bias=Switch("attention_bias"),
+        qk_norm=Switch("use_qk_norm"),
+        rope=RopeRules(partial=0.5),
+        kv_heads=8,
+        fixed=_ROUTER,
+        moe=_deepseek_moe,
+    ),
     "DeepseekV3ForCausalLM": Family(
-        "deepseek_v3", rope=("default", "yarn"), kv_heads=128, fixed=_DEEPSEEK, mla=True, moe=_deepseek_moe
+        "deepseek_v3",
+        rope=RopeRules(kinds=("default", "yarn"), latent=True),
+        kv_heads=128,
+        fixed=_DEEPSEEK,
+        aliases=("kimi_k2",),
+        mla=True,
+        moe=_deepseek_moe,
     ),
 }
 
@@ -278,13 +212,16 @@ class Architecture:
     kv_heads: int
     head_dim: int
     vocab: int  # entries of the Hugging Face embedding
-    max_positions: int
+    max_positions: int  # of a row, at most; with LongRoPE those for which the frequencies hold
     norm_eps: float
     rope_theta: float
-    rope_scaling: LinearScaling | Llama3Scaling | Yarn | None  # None: plain rotary embedding
+    rope_scaling: Scaling | None  # None: plain rotary embedding
     tied: bool  # the output layer is the embedding
     moe: Moe | None = None
     mla: Mla | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    partial_rotary: float = 1.0  # share of a head that is rotated, its first entries
     extra_layers: int = 0  # multi-token-prediction layers stored after the last one (DeepSeek-V3); left out
 
     def record(self) -> dict[str, Any]:
@@ -294,9 +231,14 @@ class Architecture:
 
     @property
     def native(self) -> bool:
-        """Whether the native engine computes it: plain attention, and experts chosen by their softmax alone."""
-        moe = self.moe
-        return self.mla is None and (moe is None or not (moe.sigmoid or moe.shared_ffn or moe.groups > 1))
+        """Whether the native engine computes it: heads rotated whole, experts chosen by their softmax alone."""
+        moe, whole = self.moe, self.mla is None and self.partial_rotary == 1
+        return whole and (moe is None or not (moe.sigmoid or moe.shared_ffn or moe.groups > 1))
+
+    @property
+    def rotary_dim(self) -> int:
+        """Entries of a head that are rotated; with latent attention those that have a projection of their own."""
+        return self.mla.rope_dim if self.mla else int(self.head_dim * self.partial_rotary)
 
     def is_moe(self, layer: int | None) -> bool:
         """Whether a layer has experts."""
@@ -305,6 +247,7 @@ class Architecture:
     def sizes(self) -> Mapping[str, int]:
         """The dimensions of parameters, by the names that layout templates use."""
         sizes = {
+            "one": 1,
             "vocab": self.vocab,
             "hidden": self.hidden,
             "ffn": self.ffn,
@@ -400,7 +343,7 @@ def parse(config: Mapping[str, Any]) -> Architecture:
     Raises ``ModelError`` with everything that is not supported or not there: key, value and remedy.
     """
     family = _family(config)
-    said = _Said(config)
+    said = Said(config)
     said.fixed((*_FIXED, *family.fixed, *(() if family.qkv_bias else (_NO_BIAS,))))
     _refuse_quantised(said)
     layers, hidden, ffn = map(said.count, ("num_hidden_layers", "hidden_size", "intermediate_size"))
@@ -410,7 +353,7 @@ def parse(config: Mapping[str, Any]) -> Architecture:
     moe = family.moe(said, layers) if family.moe else None
     said.check()
     kv_heads, head_dim = _heads(said, family, heads, hidden)
-    theta, scaling = _rope(said, family, positions)
+    rope = read_rope(said, family.rope, positions, mla.rope_dim if mla else head_dim)
     said.check()
     return Architecture(
         family=family,
@@ -421,20 +364,29 @@ def parse(config: Mapping[str, Any]) -> Architecture:
         kv_heads=kv_heads,
         head_dim=head_dim,
         vocab=vocab,
-        max_positions=positions,
+        max_positions=min(positions, rope.scaling.original_positions)
+        if isinstance(rope.scaling, LongRope)
+        else positions,
         norm_eps=norm_eps,
-        rope_theta=theta,
-        rope_scaling=scaling,
+        rope_theta=rope.theta,
+        rope_scaling=rope.scaling,
         tied=bool(config.get("tie_word_embeddings", False)),
         moe=moe,
         mla=mla,
+        qkv_bias=_has(family.qkv_bias, config),
+        qk_norm=_has(family.qk_norm, config),
+        partial_rotary=rope.partial,
         extra_layers=said.count("num_nextn_predict_layers", 0, least=0),
     )
 
 
+def _has(switch: bool | Switch, config: Mapping[str, Any]) -> bool:
+    return switch.read(config) if isinstance(switch, Switch) else switch
+
+
 def _family(config: Mapping[str, Any]) -> Family:
     kind, named = config.get("model_type"), config.get("architectures")
-    known = {family.name: name for name, family in FAMILIES.items()}
+    known = {kind: name for name, family in FAMILIES.items() for kind in (family.name, *family.aliases)}
     if not isinstance(kind, str) or kind not in known:
         remedy = f"use a model of one of the families {', '.join(known)}"
         raise ModelError([Refusal(f"config.json: model_type {kind!r} is not supported", remedy)])
@@ -444,12 +396,15 @@ def _family(config: Mapping[str, Any]) -> Family:
     return FAMILIES[known[kind]]
 
 
-def _refuse_quantised(said: _Said) -> None:
+def _refuse_quantised(said: Said) -> None:
+    """Of quantised folders those are read whose matrices are FP8 codes in blocks, as DeepSeek-V3's."""
     quantised = said.config.get("quantization_config")
-    if quantised is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+    if quantised is not None and not stored_in_fp8(said.config):
+        described = quantised if isinstance(quantised, dict) else {"quant_method": quantised}
+        named = ", ".join(f"{key} {described.get(key)!r}" for key in ("quant_method", "weight_block_size"))
         said.refuse(
-            f"quantization_config (quant_method {method!r}) is not supported: weights are trained in 16 or 32 bits",
+            f"quantization_config ({named}) is not supported: weights in 16 or 32 bits are read, and FP8 codes "
+            f"(quant_method 'fp8') in blocks of [{FP8_BLOCK}, {FP8_BLOCK}]",
             "give the folder of the same model in 16 or 32 bits; where its tensors are that, "
             "remove quantization_config",
         )
@@ -458,7 +413,17 @@ def _refuse_quantised(said: _Said) -> None:
         said.refuse(f"layer_types with {', '.join(others)} is not supported", "use a model of full attention alone")
 
 
-def _heads(said: _Said, family: Family, heads: int, hidden: int) -> tuple[int, int]:
+def stored_in_fp8(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` says that its folder holds matrices as FP8 codes in blocks, which are read."""
+    quantised = config.get("quantization_config")
+    return (
+        isinstance(quantised, dict)
+        and quantised.get("quant_method") == "fp8"
+        and quantised.get("weight_block_size") == [FP8_BLOCK, FP8_BLOCK]
+    )
+
+
+def _heads(said: Said, family: Family, heads: int, hidden: int) -> tuple[int, int]:
     """Key-value heads and the size of a head; of an absent key what the family's own configuration class takes."""
     config = said.config
     default = family.kv_heads if family.kv_heads and "num_key_value_heads" not in config else heads
@@ -471,92 +436,6 @@ def _heads(said: _Said, family: Family, heads: int, hidden: int) -> tuple[int, i
     return kv_heads, said.count("head_dim", family.head_dim or max(1, hidden // heads))
 
 
-def _mla(said: _Said) -> Mla:
+def _mla(said: Said) -> Mla:
     sizes = map(said.count, ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
     return Mla(said.count("q_lora_rank", 0, least=0), *sizes)
-
-
-def _positive(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
-
-
-def _rope(said: _Said, family: Family, positions: int) -> tuple[float, LinearScaling | Llama3Scaling | Yarn | None]:
-    """Rotary base and scaling.
-
-    transformers takes ``rope_scaling`` before ``rope_parameters`` where both are there, and ignores the other: two that
-    do not say the same are refused, because nobody can tell with which the model was trained.
-    """
-    given: dict[str, Any] = {
-        key: said.config[key] for key in ("rope_scaling", "rope_parameters") if said.config.get(key)
-    }
-    for key, rope in given.items():
-        if not isinstance(rope, dict) or any(isinstance(value, (dict, list)) for value in rope.values()):
-            said.refuse(f"{key}={rope!r} is not supported: one set of numbers for all layers is built")
-            return 1.0, None
-    readings = [_scaling(said, family, positions, rope) for rope in list(given.values()) or [{}]]
-    if len(readings) > 1 and readings[0] != readings[1]:
-        said.refuse(
-            " and ".join(f"{key}={rope!r}" for key, rope in given.items()) + " contradict one another",
-            "remove the one with which the model was not trained (transformers and SGLang take rope_scaling)",
-        )
-    return readings[0]
-
-
-def _scaling(
-    said: _Said, family: Family, positions: int, rope: Mapping[str, Any]
-) -> tuple[float, LinearScaling | Llama3Scaling | Yarn | None]:
-    """As :func:`_rope`, of one of the two keys."""
-    config, kind = said.config, rope.get("rope_type", rope.get("type", "default"))
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    if not _positive(theta):
-        said.refuse(f"rope_theta={theta!r} is not a number above 0")
-        return 1.0, None
-    if kind not in family.rope:
-        said.refuse(f"rope_type={kind!r} is not supported", f"use a model with rope_type {' or '.join(family.rope)}")
-        return 1.0, None
-    turned = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if turned not in (None, 1):
-        said.refuse(f"partial_rotary_factor={turned!r} is not supported", "use a model that rotates whole heads")
-    # The top-level key wins in transformers, and a type that needs the length falls back to the model's own.
-    original = config.get("original_max_position_embeddings", rope.get("original_max_position_embeddings", positions))
-    needed: dict[str, Any] = {key: rope.get(key) for key in _ROPE_NUMBERS[kind]}
-    if kind in ("llama3", "yarn"):
-        needed["original_max_position_embeddings"] = original
-    if wrong := [f"{key}={value!r}" for key, value in needed.items() if not _positive(value)]:
-        said.refuse(f"{kind} rope needs numbers above 0, but has {', '.join(wrong)}")
-        return 1.0, None
-    if kind == "default":
-        return float(theta), None
-    if kind == "linear":
-        return float(theta), LinearScaling(float(rope["factor"]))
-    if kind == "yarn":
-        return float(theta), _yarn(said, rope, original)
-    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-    if high <= low:
-        said.refuse(f"llama3 rope with high_freq_factor={high:g} at or below low_freq_factor={low:g}")
-    return float(theta), Llama3Scaling(float(rope["factor"]), low, high, int(original))
-
-
-_ROPE_NUMBERS: Mapping[str, tuple[str, ...]] = {  # that transformers insists on
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    "yarn": ("factor",),
-}
-
-
-def _yarn(said: _Said, rope: Mapping[str, Any], original: float) -> Yarn:
-    """YaRN as transformers reads it: of ``mscale`` and ``mscale_all_dim`` both or none."""
-    if rope.get("attention_factor") is not None or not rope.get("truncate", True):
-        named = " and ".join(f"{key}={rope[key]!r}" for key in ("attention_factor", "truncate") if key in rope)
-        said.refuse(f"yarn rope with {named} is not supported", "use a model without them")
-    if bool(rope.get("mscale")) != bool(rope.get("mscale_all_dim")):
-        said.refuse("yarn rope with only one of mscale and mscale_all_dim is not supported", "use one with both")
-    return Yarn(
-        factor=float(rope["factor"]),
-        original_positions=int(original),
-        beta_fast=float(rope.get("beta_fast") or 32),
-        beta_slow=float(rope.get("beta_slow") or 1),
-        mscale=float(rope.get("mscale") or 1),
-        mscale_all_dim=float(rope.get("mscale_all_dim") or 0),
-    )

@@ -21,9 +21,10 @@ from pathlib import Path
 
 import torch
 
-from pipeline.model.architecture import Architecture, ModelError, Refusal
+from pipeline.model.architecture import Architecture
 from pipeline.model.checksum import head
 from pipeline.model.layout import EMBEDDING, HEAD, Row, ignored, predicts_ahead, renamed
+from pipeline.model.reading import ModelError, Refusal
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,

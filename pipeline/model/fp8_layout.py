@@ -34,10 +34,11 @@ def scale_shape(shape: tuple[int, ...], block: Block | None = BLOCK) -> tuple[in
 def quantised(row: Row) -> bool:
     """Whether a row's tensors go out in FP8: the matrices of attention, feed-forward and experts.
 
-    Embeddings, output layer, norms, biases and the router keep their type, as in DeepSeek-V3's and Qwen3's FP8
-    checkpoints.
+    Embeddings, output layer, norms, biases, the router and the gate of shared experts keep their type, as in
+    DeepSeek-V3's and Qwen3's FP8 checkpoints.
     """
-    return row.layer is not None and len(row.sources[0].shape) == 2 and not row.parameter.endswith("router.weight")
+    kept = row.parameter.endswith(("router.weight", "gate_weight"))
+    return row.layer is not None and len(row.sources[0].shape) == 2 and not kept
 
 
 def quantised_names(rows: Iterable[Row]) -> frozenset[str]:

@@ -46,9 +46,10 @@ _CONDITIONS: Mapping[str, Callable[[Architecture, int | None], bool]] = {
     "moe": lambda model, layer: model.is_moe(layer),
     "expert bias": lambda model, layer: model.moe is not None and model.is_moe(layer) and model.moe.expert_bias,
     "shared experts": lambda model, layer: model.moe is not None and model.is_moe(layer) and model.moe.shared_ffn > 0,
+    "shared gate": lambda model, layer: model.moe is not None and model.is_moe(layer) and model.moe.shared_gate,
     "heads": lambda model, layer: model.mla is None,
-    "biases": lambda model, layer: model.family.qkv_bias,
-    "head norms": lambda model, layer: model.family.qk_norm,
+    "biases": lambda model, layer: model.qkv_bias,
+    "head norms": lambda model, layer: model.qk_norm,
     "latent": lambda model, layer: model.mla is not None,
     "query compression": lambda model, layer: model.mla is not None and model.mla.q_lora > 0,
     "plain query": lambda model, layer: model.mla is not None and model.mla.q_lora == 0,
@@ -123,6 +124,12 @@ EXPERTS = (
     ),
     *_feed_forward("mlp.experts.local_experts.{expert}.", "mlp.experts.{expert}.", "expert_ffn", "moe"),
     *_feed_forward("mlp.shared_experts.", "mlp.shared_experts.", "shared_ffn", "shared experts"),
+    Template(
+        _LAYER + "mlp.shared_experts.gate_weight",
+        (_HF + "mlp.shared_expert_gate.weight",),
+        (("one", "hidden"),),
+        when="shared gate",
+    ),
 )
 MLA = (  # multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): low-rank queries, keys and values
     Template(

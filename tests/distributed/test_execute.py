@@ -11,9 +11,9 @@ from pipeline.reshard.engine_grid import EngineGrid, Placement
 def model(
     family="Qwen3ForCausalLM", kv_heads=4, vocab=1000, moe=None, tied=False, hidden=24, ffn=64, heads=8, head_dim=4
 ):
-    return Architecture(
-        FAMILIES[family], 4, hidden, ffn, heads, kv_heads, head_dim, vocab, 16, 1e-6, 1e4, None, tied, moe
-    )
+    own = FAMILIES[family]
+    has = {"qkv_bias": own.qkv_bias is True, "qk_norm": own.qk_norm is True}
+    return Architecture(own, 4, hidden, ffn, heads, kv_heads, head_dim, vocab, 16, 1e-6, 1e4, None, tied, moe, **has)
 
 
 EXPERTS = Moe((False, True, True, True), 4, 16, 2)

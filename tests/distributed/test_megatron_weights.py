@@ -27,6 +27,13 @@ EXPERTS = DENSE | {
 CASES = [
     *((name, layout) for name in ("llama", "llama_tied", "mistral", "qwen2", "qwen3") for layout in DENSE),
     ("llama_linear", "TP2xPP2"),
+    ("llama_yarn", "TP2xPP2"),
+    ("qwen3_longrope", "TP2"),
+    ("mistral_dynamic", "TP1"),
+    ("glm4_moe_yarn", "TP1"),
+    *(("glm4_moe", layout) for layout in EXPERTS),
+    ("glm4_moe_air", "EP2"),
+    *((name, layout) for name in ("qwen2_moe", "mixtral") for layout in ("TP1", "EP2xPP2", "TP2xEP2")),
     ("llama3_short", "TP1"),
     *(("qwen3_moe", layout) for layout in EXPERTS),
     ("qwen3_moe_raw", "TP1"),

@@ -60,6 +60,43 @@ CONFIGS = {
         "mlp_only_layers": [1],
         "decoder_sparse_step": 1,
     },
+    "mixtral": {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "tie_word_embeddings": False,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "qwen2_moe": {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "model_type": "qwen2_moe",
+        "tie_word_embeddings": False,
+        "num_experts": 4,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 24,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": False,
+        "mlp_only_layers": [1],
+        "decoder_sparse_step": 1,
+    },
+    "glm4_moe": {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "model_type": "glm4_moe",
+        "tie_word_embeddings": False,
+        "head_dim": 16,
+        "partial_rotary_factor": 0.5,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 16,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 2.5,
+        "norm_topk_prob": True,
+    },
     "deepseek_v3": {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
@@ -97,6 +134,24 @@ CONFIGS["qwen3_moe_raw"] = CONFIGS["qwen3_moe"] | {
     "mlp_only_layers": [],
     "decoder_sparse_step": 2,
 }
+CONFIGS["glm4_moe_air"] = CONFIGS["glm4_moe"] | {"use_qk_norm": False, "first_k_dense_replace": 2}
+CONFIGS["llama_yarn"] = CONFIGS["llama"] | {
+    "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+}
+CONFIGS["qwen3_longrope"] = CONFIGS["qwen3"] | {
+    "rope_scaling": {
+        "rope_type": "longrope",
+        "short_factor": [1.0 + i / 4 for i in range(8)],
+        "long_factor": [3.0 + i for i in range(8)],
+        "original_max_position_embeddings": 16,
+    }
+}
+CONFIGS["mistral_dynamic"] = CONFIGS["mistral"] | {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}
+CONFIGS["glm4_moe_yarn"] = (
+    CONFIGS["glm4_moe"]
+    | CONFIGS["llama_yarn"]
+    | {key: CONFIGS["glm4_moe"][key] for key in ("architectures", "model_type")}
+)
 CONFIGS["llama_linear"] = CONFIGS["llama"] | {"rope_scaling": {"type": "linear", "factor": 3.0}}
 CONFIGS["llama3_short"] = CONFIGS["llama"] | {  # numbers that megatron-core's own Llama 3 scaling does not have
     "rope_scaling": LLAMA3_ROPE
@@ -122,10 +177,15 @@ def shapes(config: dict) -> dict[str, tuple[int, ...]]:
     if not config["tie_word_embeddings"]:
         out["lm_head.weight"] = (v, d)
     latent = config["model_type"] == "deepseek_v3"
+    block = "block_sparse_moe." if config["model_type"] == "mixtral" else "mlp."
     for i in range(config["num_hidden_layers"]):
         layer = {"input_layernorm.weight": (d,), "post_attention_layernorm.weight": (d,)}
         layer |= _latent_attention(config) if latent else _attention(config)
-        layer |= _experts(config) if _has_experts(config, i) else _feed_forward("mlp.", d, config["intermediate_size"])
+        layer |= (
+            _experts(config, block)
+            if _has_experts(config, i)
+            else _feed_forward("mlp.", d, config["intermediate_size"])
+        )
         out |= {f"model.layers.{i}.{name}": shape for name, shape in layer.items()}
     return out
 
@@ -139,9 +199,9 @@ def _attention(config: dict) -> dict[str, tuple[int, ...]]:
         "self_attn.v_proj.weight": (kv, d),
         "self_attn.o_proj.weight": (d, q),
     }
-    if config["model_type"] == "qwen2":
+    if config["model_type"] in ("qwen2", "qwen2_moe") or config.get("attention_bias"):
         layer |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
-    if config["model_type"].startswith("qwen3"):
+    if config["model_type"].startswith("qwen3") or config.get("use_qk_norm"):
         layer |= {"self_attn.q_norm.weight": (hd,), "self_attn.k_norm.weight": (hd,)}
     return layer
 
@@ -165,31 +225,34 @@ def _latent_attention(config: dict) -> dict[str, tuple[int, ...]]:
 
 
 def _has_experts(config: dict, layer: int) -> bool:
-    if config["model_type"] == "deepseek_v3":
+    if config["model_type"] in ("deepseek_v3", "glm4_moe"):
         return layer >= config["first_k_dense_replace"]
-    if config["model_type"] == "qwen3_moe":
+    if config["model_type"] in ("qwen2_moe", "qwen3_moe"):
         return layer not in config["mlp_only_layers"] and (layer + 1) % config["decoder_sparse_step"] == 0
-    return False
+    return config["model_type"] == "mixtral"
 
 
-def _experts(config: dict) -> dict[str, tuple[int, ...]]:
-    d, width = config["hidden_size"], config["moe_intermediate_size"]
-    latent = config["model_type"] == "deepseek_v3"
-    count = config["n_routed_experts" if latent else "num_experts"]
-    layer = {"mlp.gate.weight": (count, d)}
+def _experts(config: dict, block: str) -> dict[str, tuple[int, ...]]:
+    d, mixtral = config["hidden_size"], block != "mlp."
+    width = config["intermediate_size" if mixtral else "moe_intermediate_size"]
+    count = next(config[key] for key in ("n_routed_experts", "num_experts", "num_local_experts") if key in config)
+    layer = {block + "gate.weight": (count, d)}
     for expert in range(count):
-        layer |= _feed_forward(f"mlp.experts.{expert}.", d, width)
-    if latent:
+        layer |= _feed_forward(f"{block}experts.{expert}.", d, width, *(("w1", "w3", "w2") if mixtral else ()))
+    if "n_routed_experts" in config:
         layer |= {"mlp.gate.e_score_correction_bias": (count,)}
         layer |= _feed_forward("mlp.shared_experts.", d, width * config["n_shared_experts"])
+    if "shared_expert_intermediate_size" in config:
+        layer |= {"mlp.shared_expert_gate.weight": (1, d)}
+        layer |= _feed_forward("mlp.shared_expert.", d, config["shared_expert_intermediate_size"])
     return layer
 
 
-def _feed_forward(prefix: str, hidden: int, width: int) -> dict[str, tuple[int, ...]]:
+def _feed_forward(prefix: str, hidden: int, width: int, gate="gate_proj", up="up_proj", down="down_proj"):
     return {
-        prefix + "gate_proj.weight": (width, hidden),
-        prefix + "up_proj.weight": (width, hidden),
-        prefix + "down_proj.weight": (hidden, width),
+        f"{prefix}{gate}.weight": (width, hidden),
+        f"{prefix}{up}.weight": (width, hidden),
+        f"{prefix}{down}.weight": (hidden, width),
     }
 
 

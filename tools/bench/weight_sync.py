@@ -45,11 +45,11 @@ REPEATS = 5
 BUCKET_BYTES = 64 << 20
 LAYERS = 4
 DENSE = Architecture(
-    FAMILIES["Qwen3ForCausalLM"], LAYERS, 1024, 3072, 16, 8, 64, 16000, 1024, 1e-6, 1e4, None, tied=False
+    FAMILIES["Qwen3ForCausalLM"], LAYERS, 1024, 3072, 16, 8, 64, 16000, 1024, 1e-6, 1e4, None, tied=False, qk_norm=True
 )
 MOE = Architecture(
     FAMILIES["Qwen3MoeForCausalLM"], LAYERS, 768, 768, 16, 8, 64, 16000, 1024, 1e-6, 1e4, None, tied=False,
-    moe=Moe((True,) * LAYERS, 8, 768, 2),
+    moe=Moe((True,) * LAYERS, 8, 768, 2), qk_norm=True,
 )  # fmt: skip
 CASES = {
     "colocated TP4 -> 1 x TP4": (DENSE, Grid(tp=4), EngineGrid(4), True),

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from pipeline.model import layout
 from pipeline.model.architecture import Architecture, Moe
-from pipeline.model.rotary import frequencies
+from pipeline.model.rotary import attention_factor, frequencies
 
 Routes = list[torch.Tensor]  # of every layer with experts, as they come
 # Per layer: keys and values, each [rows, kv_heads, columns, head_dim].
@@ -95,7 +95,7 @@ class Decoder:
     def _layer(self, fused: Mapping[str, torch.Tensor], number: int) -> _Layer:
         model, prefix, qk_norm = self.model, f"decoder.layers.{number}.", None
         attention = prefix + "self_attention."
-        if model.family.qk_norm:
+        if model.qk_norm:
             query, key = (fused[f"{attention}{name}_layernorm.weight"] for name in "qk")
             qk_norm = torch.cat([query.expand(model.heads, -1), key.expand(model.kv_heads, -1)])
         return _Layer(
@@ -120,7 +120,8 @@ class Decoder:
 
     def _rotary_table(self, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
         angles = torch.arange(positions, dtype=torch.float32)[:, None] * self._frequencies
-        cos, sin = angles.cos(), angles.sin()
+        magnitude = attention_factor(self.model)
+        cos, sin = angles.cos() * magnitude, angles.sin() * magnitude
         return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)  # each [positions, head_dim]
 
     def reserve(self, positions: int) -> None:

@@ -14,7 +14,8 @@ from pipeline.data.special_tokens import eos_token_ids
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.model import architecture, fp8, layout
 from pipeline.model import folder as model_folder
-from pipeline.model.architecture import Architecture, ModelError, Moe
+from pipeline.model.architecture import Architecture, Moe
+from pipeline.model.reading import ModelError
 from pipeline.model.routing import number_type
 from pipeline.reshard.order import Order
 from pipeline.reshard.participant import Participant

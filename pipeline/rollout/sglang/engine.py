@@ -20,7 +20,7 @@ from pipeline.config.schema import RolloutConfig
 from pipeline.data.special_tokens import eos_token_ids
 from pipeline.model import architecture, layout
 from pipeline.model import folder as model_folder
-from pipeline.model.architecture import ModelError
+from pipeline.model.reading import ModelError
 from pipeline.reshard.order import Order
 from pipeline.rollout.engine import EngineError, EngineTimeoutError, Finished, RolloutEngine, WeightUpdateError
 from pipeline.rollout.sglang import fp8 as sglang_fp8

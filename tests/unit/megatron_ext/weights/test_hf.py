@@ -6,10 +6,11 @@ from safetensors.torch import save_file
 
 from megatron_ext.weights import hf
 from pipeline.model import layout
-from pipeline.model.architecture import FAMILIES, Architecture, ModelError
+from pipeline.model.architecture import FAMILIES, Architecture
 from pipeline.model.grid import Grid
+from pipeline.model.reading import ModelError
 
-MODEL = Architecture(FAMILIES["Qwen2ForCausalLM"], 2, 6, 8, 4, 2, 2, 7, 16, 1e-6, 1e4, None, False)
+MODEL = Architecture(FAMILIES["Qwen2ForCausalLM"], 2, 6, 8, 4, 2, 2, 7, 16, 1e-6, 1e4, None, False, qkv_bias=True)
 
 
 def tensors():

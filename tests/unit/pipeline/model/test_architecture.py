@@ -6,8 +6,10 @@ import sys
 import pytest
 
 from pipeline.model import architecture
-from pipeline.model.architecture import FAMILIES, Llama3Scaling, Mla, ModelError, Moe, Yarn
+from pipeline.model.architecture import FAMILIES, Mla, Moe
 from pipeline.model.grid import Grid
+from pipeline.model.reading import ModelError
+from pipeline.model.rope import Llama3Scaling, Yarn
 from tests.tiny_folder import ARCHITECTURES, hf_config
 
 LLAMA = {
@@ -92,7 +94,7 @@ def test_both_spellings_of_rotary_scaling(rope):
         ({"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types with sliding_attention"),
         (
             {"quantization_config": {"quant_method": "fp8"}},
-            r"quantization_config \(quant_method 'fp8'\).*16 or 32 bits",
+            r"quantization_config \(quant_method 'fp8', weight_block_size None\).*16 or 32 bits",
         ),
         ({"head_dim": None, "hidden_size": 68}, r"hidden_size=68 is not a multiple of num_attention_heads=8"),
         ({"num_attention_heads": 8.0}, r"num_attention_heads=8\.0 is not a whole number"),
@@ -105,7 +107,18 @@ def test_both_spellings_of_rotary_scaling(rope):
         ({"use_sliding_window": True}, r"use_sliding_window=True"),
         ({"attention_bias": True}, r"attention_bias=True"),
         ({"num_key_value_heads": 3}, r"num_key_value_heads=3 does not divide num_attention_heads=8"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4}}, r"rope_type='yarn'.*default or linear or llama3"),
+        ({"rope_scaling": {"type": "su", "factor": 4}}, r"rope_type='su'.*default or linear or .*longrope"),
+        ({"rope_scaling": {"type": "dynamic"}}, r"dynamic rope needs numbers above 0, but has factor=None"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4, "attention_factor": -1}}, r"yarn rope .*attention_factor=-1"),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0] * 4}},
+            r"longrope rope needs 4 numbers above 0 in short_factor, but has \[1\.0\]",
+        ),
+        (
+            {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": "long"}},
+            r"longrope rope needs 4 numbers above 0 in long_factor, but has 'long'",
+        ),
+        ({"rope_scaling": {"type": "linear", "factor": [2.0]}}, r"one set of numbers for all layers"),
         (
             {"rope_scaling": {"rope_type": "llama3", **LLAMA3, "low_freq_factor": 4.0}},
             r"high_freq_factor=4 at or below",

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from pipeline.model import architecture, layout
-from pipeline.model.architecture import ModelError
 from pipeline.model.folder import INDEX, Folder, check, is_weights, write_index
+from pipeline.model.reading import ModelError
 from tests.tiny_folder import hf_config, write_folder
 
 

@@ -14,10 +14,10 @@ from pipeline.model.architecture import FAMILIES, Architecture, Mla, Moe
 from pipeline.model.layout import Row, Source
 
 QWEN3_32B = Architecture(
-    FAMILIES["Qwen3ForCausalLM"], 1, 5120, 25600, 64, 8, 128, 151936, 40960, 1e-6, 1e6, None, False
+    FAMILIES["Qwen3ForCausalLM"], 1, 5120, 25600, 64, 8, 128, 151936, 40960, 1e-6, 1e6, None, False, qk_norm=True
 )
 MOE = Moe(layers=(False, True), experts=2, ffn=6, top_k=1, shared_ffn=4, expert_bias=True)
-TINY = Architecture(FAMILIES["Qwen2ForCausalLM"], 2, 8, 12, 4, 2, 2, 7, 16, 1e-6, 1e4, None, True)
+TINY = Architecture(FAMILIES["Qwen2ForCausalLM"], 2, 8, 12, 4, 2, 2, 7, 16, 1e-6, 1e4, None, True, qkv_bias=True)
 DTYPES = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
 
 

@@ -13,9 +13,9 @@ from pipeline.model.layout import Slice
 def architecture(
     family="LlamaForCausalLM", heads=4, kv_heads=2, head_dim=2, ffn=8, vocab=7, layers=2, tied=False, **more
 ):
-    return Architecture(
-        FAMILIES[family], layers, 6, ffn, heads, kv_heads, head_dim, vocab, 16, 1e-6, 1e4, None, tied, **more
-    )
+    own = FAMILIES[family]
+    more = {"qkv_bias": own.qkv_bias is True, "qk_norm": own.qk_norm is True} | more
+    return Architecture(own, layers, 6, ffn, heads, kv_heads, head_dim, vocab, 16, 1e-6, 1e4, None, tied, **more)
 
 
 def row(model, name, grid=None):
@@ -187,8 +187,8 @@ def test_tables_differ_where_the_families_do(family):
     model = architecture(family)
     names = {r.parameter for r in layout.rows(model)}
     prefix = "decoder.layers.0.self_attention."
-    assert (prefix + "linear_qkv.bias" in names) == model.family.qkv_bias
-    assert (prefix + "q_layernorm.weight" in names) == model.family.qk_norm
+    assert (prefix + "linear_qkv.bias" in names) == model.qkv_bias
+    assert (prefix + "q_layernorm.weight" in names) == model.qk_norm
 
 
 def test_an_unused_or_misspelt_condition_does_not_pass():

@@ -6,7 +6,9 @@ from pipeline.reshard.engine_grid import EngineGrid, Placement
 
 
 def model(family="Qwen3ForCausalLM", heads=8, kv_heads=2, vocab=1000, moe=None, ffn=16):
-    return Architecture(FAMILIES[family], 1, 6, ffn, heads, kv_heads, 4, vocab, 16, 1e-6, 1e4, None, False, moe)
+    own = FAMILIES[family]
+    has = {"qkv_bias": own.qkv_bias is True, "qk_norm": own.qk_norm is True}
+    return Architecture(own, 1, 6, ffn, heads, kv_heads, 4, vocab, 16, 1e-6, 1e4, None, False, moe, **has)
 
 
 def spans(grid, architecture, name):

@@ -21,7 +21,9 @@ MODELS = Path(__file__).resolve().parents[4] / "configs/model"
 
 
 def tiny(family="Qwen3ForCausalLM", kv_heads=2, ffn=8, vocab=9, layers=2, tied=False, moe=None, head_dim=4):
-    return Architecture(FAMILIES[family], layers, 6, ffn, 8, kv_heads, head_dim, vocab, 16, 1e-6, 1e4, None, tied, moe)
+    own = FAMILIES[family]
+    has = {"qkv_bias": own.qkv_bias is True, "qk_norm": own.qk_norm is True}
+    return Architecture(own, layers, 6, ffn, 8, kv_heads, head_dim, vocab, 16, 1e-6, 1e4, None, tied, moe, **has)
 
 
 def big(name):
@@ -258,7 +260,9 @@ def test_one_process_sees_its_own_tasks_in_the_same_order():
     [(8, 8, 25600, "before"), (4, 8, 25600, "before"), (16, 8, 25600, "after"), (8, 16, 25600, "refused")],
 )
 def test_fp8_alignment_is_decided_by_the_plan(learner_tp, engine_tp, ffn, expected):
-    model = Architecture(FAMILIES["Qwen3ForCausalLM"], 1, 256, ffn, 64, 16, 128, 512, 16, 1e-6, 1e4, None, False)
+    model = Architecture(
+        FAMILIES["Qwen3ForCausalLM"], 1, 256, ffn, 64, 16, 128, 512, 16, 1e-6, 1e4, None, False, qk_norm=True
+    )
     arguments = (
         model,
         Grid(tp=learner_tp),
