@@ -434,14 +434,14 @@ UNSUPPORTED = {
     "dimensions": ({"hidden_size": None, "vocab_size": None}, "does not say hidden_size, vocab_size"),
     "epsilon": ({"rms_norm_eps": None}, "does not say rms_norm_eps"),
     "groups": ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide"),
-    "yarn": ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type='yarn'"),
-    "yarn, transformers 5": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_type='yarn'"),
+    "su": ({"rope_scaling": {"type": "su", "factor": 4.0}}, "rope_type='su'"),
+    "yarn without factor": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "has factor=None"),
     "Mistral's sliding window": (MISTRAL | {"sliding_window": 4096}, "sliding_window=4096"),
     "Mistral's sliding window, by default": (MISTRAL, "sliding_window, which is absent and then 4096,"),
     "llama3 frequency": ({"rope_scaling": ROPE | {"low_freq_factor": 5.0}}, "low_freq_factor=5"),
     "llama3 without factor": ({"rope_scaling": {"rope_type": "llama3"}}, "has factor=None"),
     "two ropes": ({"rope_scaling": ROPE, "rope_parameters": {"rope_type": "default"}}, "contradict one another"),
-    "quantised": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config (quant_method 'fp8')"),
+    "quantised": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config (quant_method 'fp8', weight_block_size None)"),
 }
 for name, change, words in (
     ("choice of experts", {"topk_method": "greedy"}, "topk_method='greedy'"),
@@ -456,6 +456,8 @@ SUPPORTED = {
     "plain": {},
     "llama3": {"rope_scaling": ROPE},
     "linear": {"rope_scaling": {"type": "linear", "factor": 2.0}},
+    "yarn": {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+    "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
     "default rope, transformers 5": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
     "qwen2 biases": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "attention_bias": True},
     "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 16},
@@ -555,6 +557,37 @@ def test_sglang_builds_experts_in_every_layer_of_qwen3_moe(model, family, keys, 
     found = problems(model, *EXPERTS)
     assert [(problem.key, problem.value) for problem in found] == ([("rollout.engine", "sglang")] if said else [])
     assert all(said in problem.problem and "experts in every layer" in problem.remedy for problem in found)
+
+
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("rope", "said"),
+    [
+        ({"type": "dynamic", "factor": 4.0}, "rope_type dynamic with factor=4"),
+        ({"type": "yarn", "factor": 4.0, "attention_factor": 1.5}, "attention_factor=1.5"),
+        ({"type": "yarn", "factor": 4.0}, ""),
+        (LONGROPE | {"factor": 8.0, "original_max_position_embeddings": 1024}, "attention_factor=1.14"),
+        (LONGROPE | {"factor": 4.0, "original_max_position_embeddings": 1024}, ""),
+    ],
+)
+def test_rotary_scalings_that_sglang_computes_otherwise(model, rope, said):
+    (model / "config.json").write_text(json.dumps(LLAMA | {"rope_scaling": rope}))
+    assert problems(model) == ()
+    found = problems(model, "rollout.engine=sglang")
+    assert [problem.key for problem in found] == (["rollout.engine"] if said else [])
+    assert all(said in problem.problem for problem in found)
+
+
+def test_longrope_serves_rows_of_its_original_length(model):
+    rope = LONGROPE | {"original_max_position_embeddings": 64}
+    (model / "config.json").write_text(json.dumps(LLAMA | {"rope_scaling": rope}))
+    lengths = ["rollout.max_prompt_tokens=32", "rollout.max_new_tokens=32"]
+    assert problems(model, *lengths) == ()
+    (problem,) = problems(model, *lengths[:1], "rollout.max_new_tokens=33")
+    assert problem.key == "rollout.max_new_tokens"
+    assert "64 positions for which longrope's short_factor holds" in problem.problem
 
 
 QWEN3 = LLAMA | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 64, "intermediate_size": 512}
