@@ -568,8 +568,8 @@ LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] 
         ({"type": "dynamic", "factor": 4.0}, "rope_type dynamic with factor=4"),
         ({"type": "yarn", "factor": 4.0, "attention_factor": 1.5}, "attention_factor=1.5"),
         ({"type": "yarn", "factor": 4.0}, ""),
-        (LONGROPE | {"factor": 8.0, "original_max_position_embeddings": 1024}, "attention_factor=1.14"),
-        (LONGROPE | {"factor": 4.0, "original_max_position_embeddings": 1024}, ""),
+        (LONGROPE | {"factor": 8.0, "original_max_position_embeddings": 2048}, "attention_factor=1.128"),
+        (LONGROPE | {"factor": 2.0, "original_max_position_embeddings": 2048}, ""),
     ],
 )
 def test_rotary_scalings_that_sglang_computes_otherwise(model, rope, said):
