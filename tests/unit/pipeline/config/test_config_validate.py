@@ -441,7 +441,10 @@ UNSUPPORTED = {
     "llama3 frequency": ({"rope_scaling": ROPE | {"low_freq_factor": 5.0}}, "low_freq_factor=5"),
     "llama3 without factor": ({"rope_scaling": {"rope_type": "llama3"}}, "has factor=None"),
     "two ropes": ({"rope_scaling": ROPE, "rope_parameters": {"rope_type": "default"}}, "contradict one another"),
-    "quantised": ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config (quant_method 'fp8', weight_block_size None)"),
+    "quantised": (
+        {"quantization_config": {"quant_method": "fp8"}},
+        "quantization_config (quant_method 'fp8', weight_block_size None)",
+    ),
 }
 for name, change, words in (
     ("choice of experts", {"topk_method": "greedy"}, "topk_method='greedy'"),
