@@ -25,6 +25,7 @@ class ModelInputs:
     targets: torch.Tensor  # bool, as ``tokens``: True where the next token is a target; row-major order is the batch's
     real: int  # tokens that are not padding
     packed: PackedSeqParams | None = None  # where each row begins and ends; None: one row of the grid each
+    routes: torch.Tensor | None = None  # as ``tokens``, x [expert layers, top_k]: experts to replay; 0 on padding
 
     def to(self, device: torch.device) -> ModelInputs:
         """The same on ``device``."""
@@ -32,7 +33,8 @@ class ModelInputs:
         if packed is not None:
             ends = packed.cu_seqlens_q.to(device)
             packed = replace(packed, cu_seqlens_q=ends, cu_seqlens_kv=ends)
-        grids = {name: getattr(self, name).to(device) for name in ("tokens", "labels", "targets")}
+        names = ("tokens", "labels", "targets", "routes")
+        grids = {name: grid.to(device) for name in names if (grid := getattr(self, name)) is not None}
         return replace(self, **grids, packed=packed)
 
 
@@ -56,19 +58,28 @@ def build(micro: TrainBatch, *, packing: bool, align: int = 1) -> ModelInputs:
     inner[ends - 1] = False  # a row's last token is no input,
     following = inner.roll(1)  # and its first no label
     grids = [micro.tokens[inner].long(), micro.tokens[following].long(), micro.loss_mask[following]]
+    if micro.routes is not None:
+        grids.append(micro.routes[inner])
     real = len(grids[0])
     if packing:
         grids = [grid[None] for grid in grids]
     else:
         inside = torch.arange(int(micro.lengths.max()) - 1) < micro.lengths[:, None] - 1
-        grids = [grid.new_zeros(inside.shape).masked_scatter_(inside, grid) for grid in grids]
+        grids = [_placed(grid, inside) for grid in grids]
     padding = -grids[0].shape[1] % align
-    tokens, labels, targets = (F.pad(grid, (0, padding)) for grid in grids)
+    tokens, labels, targets, *routes = (F.pad(grid, (0, 0) * (grid.dim() - 2) + (0, padding)) for grid in grids)
     packed = None
     if packing:
         rest = [padding] if padding else []  # a row of its own, which no other sees
         packed = packed_rows((micro.lengths - 1).tolist() + rest)
-    return ModelInputs(tokens, labels, targets, real, packed)
+    return ModelInputs(tokens, labels, targets, real, packed, *routes)
+
+
+def _placed(values: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:
+    """``values`` ``[n, ...]`` where ``inside`` (bool ``[rows, seq]``) is True, row-major; 0 elsewhere."""
+    grid = values.new_zeros(*inside.shape, *values.shape[1:])
+    grid[inside] = values
+    return grid
 
 
 def packed_rows(lengths: list[int], device: torch.device | None = None) -> PackedSeqParams:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -21,6 +22,7 @@ from megatron_ext import context_parallel, inputs, models, optimizer
 from megatron_ext.checkpoint import Checkpointer
 from megatron_ext.fp8 import transformer_engine
 from megatron_ext.head import Head
+from megatron_ext.routing import Routing
 from megatron_ext.topology import Topology, shutdown
 from megatron_ext.weights import hf
 from pipeline.batching import dealing
@@ -77,6 +79,7 @@ class MegatronLearner:
         self._head = Head(
             self._chunks[-1], self._architecture.vocab, topology.tp_group, topology.device, learner.log_prob_kernel
         )
+        self._routing = Routing(self._chunks, self._architecture, topology)
         self._rows = layout.rows(self._architecture, topology.grid)
         self._participant = Participant()  # in weight updates
         self._store: dist.TCPStore | None = None
@@ -116,7 +119,7 @@ class MegatronLearner:
         Of a share, on the rank that :attr:`speaks` for it; of a whole batch, on every rank.
         """
         with self._reference_policy() if reference else nullcontext():
-            return self._measured(batch, ("log_probs",))["log_probs"]
+            return self._measured(batch, ("log_probs",), replay=not reference)["log_probs"]
 
     @torch.no_grad()
     def statistics(self, batch: TrainBatch | Share) -> dict[str, torch.Tensor]:
@@ -137,6 +140,8 @@ class MegatronLearner:
         share = self._share(batch, for_update=True)
         if len(share.micro_batches) > 1 and share.batch.old_log_probs is None:
             raise ValueError("learner.updates_per_step > 1 needs old_log_probs: later mini-batches are off-policy")
+        if self._config.routing_replay == "routes" and share.batch.routes is None:
+            raise ValueError("learner.routing_replay=routes: the samples carry no routes; their engine recorded none")
         self._scheduler.step(1)
         totals: dict[str, float] = {}
         norms = []
@@ -218,15 +223,18 @@ class MegatronLearner:
             return batch
         return next(self.dealer.shares(batch, [self.data_parallel_rank], for_update=for_update))
 
-    def _measured(self, batch: TrainBatch | Share, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    def _measured(
+        self, batch: TrainBatch | Share, names: Sequence[str], *, replay: bool = True
+    ) -> dict[str, torch.Tensor]:
         """Fields of ``PolicyOutputs`` of all targets of a share or a batch, float32 ``[targets]`` each on the CPU.
 
         Of a share on the ranks of the last stage (elsewhere nothing), without a word between replicas. Of a whole batch
-        on every rank.
+        on every rank. ``replay``: by the rows' routes, where they have any.
         """
         share = self._share(batch, for_update=False)
         (sizes,) = share.micro_batches
-        outputs = self._run(share.batch, 0, sizes, forward_only=True, names=names)
+        rows = share.batch if replay else replace(share.batch, routes=None)
+        outputs = self._run(rows, 0, sizes, forward_only=True, names=names)
         # No outputs but on the last stage; an empty micro-batch has a dummy's, which are no row's.
         real = [values.T for size, values in zip(sizes, outputs, strict=False) if size]
         own = torch.cat(real, dim=1).float() if real else torch.zeros(len(names), 0, device=self._topology.device)
@@ -271,7 +279,8 @@ class MegatronLearner:
             rows, given = next(data)
             tokens = context_parallel.shard(given.tokens, self._topology)
             with self._head.selecting(context_parallel.own_targets(given.targets, self._topology)):
-                return model(tokens, None, None, packed_seq_params=given.packed), partial(finish, rows, given)
+                compute = partial(model, tokens, None, None, packed_seq_params=given.packed)
+                return self._routing.follow(given, compute), partial(finish, rows, given)
 
         def data() -> Iterator[MicroBatch]:
             starts = accumulate(sizes, initial=first)

@@ -115,6 +115,8 @@ def transformer_config(
         ),
         False,
     ) | numerics.transformer_fields(mla=model.mla is not None, moe=model.moe is not None)
+    if options.routing_replay != "off" and fused.get("moe_router_fusion"):
+        fused["moe_router_fusion"] = False  # the fused kernel chooses by itself
     magnitude = 1.0 if model.mla else attention_factor(model)
     if magnitude != 1:  # which the fused kernel for packed rows leaves out
         fused["apply_rope_fusion"] = False

@@ -1,0 +1,48 @@
+"""What each rank does in the tests of routing replay; run by ``gang.Gang``."""
+
+from dataclasses import replace
+
+import megatron_ranks as ranks
+import torch
+
+
+def chosen(rank, world, address, folder, rows, config):
+    """Of one process: log-probs, the experts of every token in each layer, and gradients, by the routes of ``rows``.
+
+    And the same without routes.
+    """
+    made = ranks.learner(rank, world, address, folder, 1, 1, **config)
+    result = [_chosen(made, each) for each in (rows, replace(rows, routes=None))]
+    made.close()
+    return result
+
+
+def _chosen(made, rows):
+    found, hooks = [], []
+    for layer in made._chunks[0].decoder.layers:
+        if hasattr(layer.mlp, "router"):
+            hooks.append(layer.mlp.router.register_forward_hook(lambda *said: found.append(said[-1][1].clone())))
+    log_probs = made.log_probs(rows)
+    for hook in hooks:
+        hook.remove()
+    return log_probs, torch.stack(found, dim=1), ranks.gradients(made, rows)
+
+
+def log_probs(rank, world, address, folder, rows, config):
+    """By the routes of ``rows``, and without; the reference's, which has no part in routes, both ways."""
+    made = ranks.learner(rank, world, address, folder, 1, 1, **config)
+    silent = replace(rows, routes=None)
+    result = [made.log_probs(rows), made.log_probs(silent)]
+    result += [made.log_probs(rows, reference=True), made.log_probs(silent, reference=True)]
+    made.close()
+    return result
+
+
+def refusal(rank, world, address, folder):
+    made = ranks.learner(rank, world, address, folder, 1, 1, routing_replay="routes")
+    try:
+        made.update(ranks.batch(), 0)
+    except ValueError as error:
+        return str(error)
+    finally:
+        made.close()
