@@ -91,6 +91,23 @@ def _node_memory(cluster: ClusterConfig, copied: int) -> Iterator[Problem]:
         yield Problem("cluster.memory_per_node", cluster.memory_per_node, what, remedy)
 
 
+def routes(setting: Setting) -> Iterator[str]:
+    """Bytes of the experts that samples carry to the learner (``learner.routing_replay``)."""
+    rollout, learner = setting.config.rollout, setting.config.learner
+    if learner.routing_replay == "off" or setting.model.moe is None:
+        return
+    from pipeline.model.routing import token_bytes
+
+    token = token_bytes(setting.model.moe)
+    rows = rollout.prompts_per_step * rollout.samples_per_prompt
+    step, most = (rows * (rollout.max_prompt_tokens + n) * token for n in (setting.response, rollout.max_new_tokens))
+    waits = f"; as much again for each of the {rollout.staleness} steps that wait" if rollout.staleness else ""
+    yield (
+        f"routes: {token:,} bytes a token, about {size(step)} a step from engines to learner, at most {size(most)}"
+        f"{waits} (learner.routing_replay={learner.routing_replay})"
+    )
+
+
 def speed(setting: Setting) -> Iterator[str | Problem]:
     """Seconds of a step and GPU-hours of the run; ``memory`` and ``time`` report the problems."""
     try:

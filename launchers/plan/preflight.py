@@ -20,6 +20,7 @@ CHECKS: Sequence[Callable[[Setting], Iterator[str | Problem]]] = (
     check_machines.batch,
     check_machines.machines,
     check_costs.memory,
+    check_costs.routes,
     check_costs.speed,
     check_costs.time,
     check_files.files,

@@ -350,10 +350,11 @@ def shared_gpus(gpus: Sequence[str], engines: int, size: int) -> list[dict[str, 
 
 def build_engine(config: RunConfig, index: int, log_dir: Path) -> RolloutEngine:
     """One engine, in this process, not yet started."""
+    record_routes = config.learner.routing_replay == "routes"
     if config.rollout.engine == "sglang":
         from pipeline.rollout.sglang.engine import SglangEngine
 
-        return SglangEngine(config.rollout, index=index, log_dir=log_dir, seed=config.seed)
+        return SglangEngine(config.rollout, index=index, log_dir=log_dir, seed=config.seed, record_routes=record_routes)
     from pipeline.rollout.native.engine import NativeEngine
 
     rollout = config.rollout
@@ -361,7 +362,7 @@ def build_engine(config: RunConfig, index: int, log_dir: Path) -> RolloutEngine:
         weight_sync_timeout_s=rollout.weight_sync_timeout_s,
         stop=tuple(rollout.stop),
         stop_token_ids=tuple(rollout.stop_token_ids),
-        record_routes=config.learner.routing_replay == "routes",
+        record_routes=record_routes,
     )
 
 

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
+import torch
 
 from pipeline.config.schema import RolloutConfig
 from pipeline.data.special_tokens import eos_token_ids
 from pipeline.model import architecture, layout
 from pipeline.model import folder as model_folder
+from pipeline.model.architecture import Architecture
 from pipeline.model.reading import ModelError
 from pipeline.reshard.order import Order
 from pipeline.rollout.engine import EngineError, EngineTimeoutError, Finished, RolloutEngine, WeightUpdateError
@@ -31,7 +33,7 @@ from pipeline.rollout.sglang.slices import SliceTransport
 from pipeline.rollout.transport import Deadline, WeightTransport
 from pipeline.rollout.transport_disk import DiskTransport
 from pipeline.rollout.update_session import UpdateSession
-from pipeline.types import EngineHealth, GenerateRequest, Sample, SampleGroup
+from pipeline.types import EngineHealth, GenerateRequest, Role, Sample, SampleGroup
 
 if TYPE_CHECKING:
     from pipeline.rollout.sglang.client import Call, Client, Reply
@@ -56,12 +58,18 @@ class SglangEngine(RolloutEngine):
     without weights, and refuses to generate until the first update commits.
     """
 
-    def __init__(self, config: RolloutConfig, *, index: int, log_dir: Path, seed: int) -> None:
-        """``index`` numbers the engine in messages, log file and server seed (``seed + index``)."""
+    def __init__(
+        self, config: RolloutConfig, *, index: int, log_dir: Path, seed: int, record_routes: bool = False
+    ) -> None:
+        """``index`` numbers the engine in messages, log file and server seed (``seed + index``). ``record_routes``:
+        samples that may be trained on carry their ``routes``; the model has experts.
+        """
         self._config = config
         self._name = f"SGLang engine {index}"
         self._log_path = log_dir / f"sglang-{index}.log"
         self._seed = seed + index
+        self._record_routes = record_routes
+        self._model: Architecture | None = None
         self._fp8 = config.weight_dtype == "fp8"
         self._scratch, self._fp8_folder = log_dir / f"weights-{index}", log_dir / f"model-fp8-{index}"
         self._server: SglangServer | None = None
@@ -81,12 +89,18 @@ class SglangEngine(RolloutEngine):
         """Launch the server on the folder's weights. Raises ``EngineError`` with the end of the server's log."""
         if self._fp8:
             sglang_fp8.require_device()
+        if self._record_routes and not torch.cuda.is_available():  # srt/state_capturer/base.py pins with CUDA, 0.5.21
+            raise EngineError(
+                f"{self._name}: learner.routing_replay=routes: SGLang records experts on a GPU only, and none is here; "
+                "set it to off, or rollout.engine=native"
+            )
         try:
             model, stored = architecture.read(hf_path), architecture.read_config(hf_path)
             model_folder.check(model_folder.Folder(hf_path), layout.rows(model), model)
         except ModelError as error:
             raise EngineError(f"{self._name}: {error}") from error
         self._eos = eos_token_ids(hf_path)
+        self._model = model
         dtype = self._config.sglang.dtype
         if dtype == "auto":  # said outright, because SGLang's own auto makes float16 of float32
             dtype = str(stored.get("dtype") or stored.get("torch_dtype") or "bfloat16")
@@ -102,6 +116,7 @@ class SglangEngine(RolloutEngine):
                 seed=self._seed,
                 log_path=self._log_path,
                 load_weights=not self._fp8,
+                record_routes=self._record_routes,
             )
             self._server, self._stuck, self._released = server, "", []
             server.start()
@@ -275,7 +290,7 @@ class SglangEngine(RolloutEngine):
             server, url = self._running, f"{self._running.url}/generate"
             raise server.refused(url, reply.status, reply.said) if reply.status else server.lost(url, reply.said)
         try:
-            return replies.sample(reply.body, request, seed)
+            return replies.sample(reply.body, request, seed, self._model if self._recorded(request) else None)
         except EngineError as error:
             raise EngineError(f"{self._name}: {error}; log: {self._log_path}") from error
 
@@ -324,7 +339,12 @@ class SglangEngine(RolloutEngine):
             "sampling_seed": seed,
         }
         asked = {"input_ids": request.prompt.token_ids, "sampling_params": parameters}
-        return msgspec.json.encode(asked | {"return_logprob": True})
+        routes = {"return_routed_experts": True} if self._recorded(request) else {}
+        return msgspec.json.encode(asked | {"return_logprob": True} | routes)
+
+    def _recorded(self, request: GenerateRequest) -> bool:
+        """Whether its samples carry routes: the learner never sees an evaluation's."""
+        return self._record_routes and request.role != Role.EVALUATION
 
     def _check_versions(self, samples: Sequence[Sample]) -> None:
         """Refuse samples of weights that were never committed, such as those of an update that was aborted."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+from dataclasses import replace
 from operator import attrgetter
 
 import msgspec
 import numpy as np
 
+from pipeline.model import routing
+from pipeline.model.architecture import Architecture
 from pipeline.rollout.engine import EngineError
 from pipeline.types import GenerateRequest, Sample, WeightSpan
 
@@ -35,6 +39,7 @@ class _Meta(msgspec.Struct):
     output_token_logprobs: msgspec.Raw = msgspec.Raw(
         b"[]"
     )  # read by itself, so that only one sample's tokens are objects
+    routed_experts: str | None = None  # base64 of int32 [tokens - 1, layers, top_k]
 
 
 class _Reply(msgspec.Struct):
@@ -45,13 +50,15 @@ _REPLY = msgspec.json.Decoder(_Reply, strict=False)  # versions come as text
 _TOKENS = msgspec.json.Decoder(list[_Token] | None)
 
 
-def sample(body: bytes, request: GenerateRequest, seed: int) -> Sample:
-    """What the reply's ``body`` says was drawn for ``request`` under ``seed``.
+def sample(body: bytes, request: GenerateRequest, seed: int, model: Architecture | None = None) -> Sample:
+    """What the reply's ``body`` says was drawn for ``request`` under ``seed``; with its routes, if ``model`` has any.
 
     Raises ``EngineError`` where the server reports an error, or does not answer in SGLang's form.
     """
     try:
-        return _sample(request, seed, _REPLY.decode(body).meta_info)
+        meta = _REPLY.decode(body).meta_info
+        drawn = _sample(request, seed, meta)
+        return drawn if model is None else replace(drawn, routes=_routes(meta, model))
     except (msgspec.DecodeError, ValueError) as error:
         raise EngineError(
             f"/generate answered in another form than SGLang's for prompt {request.prompt.id!r}: {error}"
@@ -74,6 +81,20 @@ def _sample(request: GenerateRequest, seed: int, meta: _Meta) -> Sample:
         finish_reason=reason.type,
         weight_versions=tuple(WeightSpan(span.version, span.start, span.end) for span in spans),
     )
+
+
+def _routes(meta: _Meta, model: Architecture) -> np.ndarray | None:
+    """From SGLang's record of every layer (``srt/state_capturer/routed_experts.py``, 0.5.21).
+
+    An aborted request need not have one. Raises ``ValueError`` where it is missing or not of this model's layers.
+    """
+    if meta.routed_experts is None:
+        if meta.finish_reason.type == "abort":
+            return None
+        raise ValueError("no routed_experts in it: the server records none")
+    assert model.moe is not None
+    recorded = np.frombuffer(base64.b64decode(meta.routed_experts), np.int32)
+    return routing.of_all_layers(recorded.reshape(-1, model.layers, model.moe.top_k), model)
 
 
 def aborted(request: GenerateRequest, seed: int, version: int) -> Sample:

@@ -42,9 +42,19 @@ class SglangServer:
     """
 
     def __init__(
-        self, config: RolloutConfig, hf_path: Path, *, dtype: str, seed: int, log_path: Path, load_weights: bool = True
+        self,
+        config: RolloutConfig,
+        hf_path: Path,
+        *,
+        dtype: str,
+        seed: int,
+        log_path: Path,
+        load_weights: bool = True,
+        record_routes: bool = False,
     ) -> None:
-        """``load_weights``: read the folder's; False: begin with random ones."""
+        """``load_weights``: read the folder's; False: begin with random ones. ``record_routes``: be able to say which
+        experts read each token.
+        """
         self.log_path = log_path
         self.url = ""
         self._config = config
@@ -52,6 +62,7 @@ class SglangServer:
         self._dtype = dtype
         self._seed = seed
         self._load_weights = load_weights
+        self._record_routes = record_routes
         self._process: subprocess.Popen[bytes] | None = None
         self._closing = threading.Lock()
         self._log_offset = 0  # where in the log this start's output begins
@@ -158,6 +169,7 @@ class SglangServer:
             *("--mem-fraction-static", str(settings.mem_fraction_static), "--weight-version", "0"),
             *("--log-level", "warning", "--custom-weight-loader", LOADER),
             *(() if config.stop else ("--skip-tokenizer-init",)),  # it looks for texts in what it decodes
+            *(("--enable-return-routed-experts",) if self._record_routes else ()),
             *(() if self._load_weights else ("--load-format", "dummy")),
             *(("--max-total-tokens", str(settings.max_total_tokens)) if settings.max_total_tokens else ()),
             *(("--attention-backend", backend) if backend else ()),

@@ -54,6 +54,7 @@ def test_every_node_is_told_its_part(tmp_path):
     assert "node 1: 0 learner processes, 2 engines, 4 GPUs idle" in lines
 
 
+ROUTED = ["rollout.samples_per_prompt=16", "rollout.max_prompt_tokens=1000", "rollout.max_new_tokens=8192"]
 SHIPPED = ["qwen2.5-32b", "qwen3-32b", "qwen3-235b-a22b", "qwen3-30b-a3b", "papers/qwen2.5-32b"]
 
 
@@ -248,6 +249,17 @@ def test_an_engine_s_memory(tmp_path):
     (problem,) = [problem for problem in problems if problem.key == "rollout.sglang.mem_fraction_static"]
     # (15.26 + 9216 x 65536 / 2^30 = 0.56) / 80 GiB
     assert "raise it above 0.20" in problem.remedy
+
+
+def test_the_routes_that_samples_carry(tmp_path):
+    """48 layers of 8 experts: 384 bytes a token of prompt and response."""
+    more = {"recipe": "recipe/qwen3-30b-a3b.yaml", "nodes": 8, "stated_response": 2000}
+    found = setting(tmp_path, "learner.routing_replay=routes", "rollout.prompts_per_step=64", *ROUTED, **more)
+    assert line(check(found), "routes:") == (
+        "routes: 384 bytes a token, about 1.1 GiB a step from engines to learner, at most 3.4 GiB "
+        "(learner.routing_replay=routes)"
+    )
+    assert not [said for said in check(setting(tmp_path, **more)).lines if said.startswith("routes:")]
 
 
 def test_engines_on_the_learner_s_gpus(tmp_path):

@@ -1,5 +1,6 @@
 """SGLang's replies become arrays as they arrive."""
 
+import base64
 import json
 import tracemalloc
 
@@ -8,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.model.architecture import parse
 from pipeline.rollout.engine import EngineError
 from pipeline.rollout.sglang import replies
 from pipeline.types import GenerateRequest, Prompt, Role, WeightSpan
+from tests.tiny_folder import hf_config
 
 REQUEST = GenerateRequest(Prompt("q", (1, 2), "", 1, "exact"), (7, 8), 0.7, 10, Role.AUXILIARY)
 FLOATS = st.floats(-1e30, 0)
@@ -39,6 +42,38 @@ def test_every_token_and_log_prob_arrives(first, second):
     assert (one.finish_reason, other.finish_reason) == ("stop", "length")
     assert one.weight_versions == (WeightSpan(3, 0, len(first)),)
     assert other.weight_versions == (WeightSpan(3, 0, 1), WeightSpan(4, 1, 2))
+
+
+MODEL = parse(hf_config("deepseek_v3", num_hidden_layers=3))  # the first layer is dense; 2 of 4 experts
+
+
+def test_routes_come_as_sglang_s_record_of_all_layers():
+    """Base64 of int32 [tokens - 1, layers, top_k], prompt included; zeros in layers without experts (0.5.21)."""
+    recorded = np.arange(3 * 3 * 2, dtype=np.int32).reshape(3, 3, 2) % 4
+    recorded[:, 0] = 0
+    meta = {"weight_version": "3", "output_token_logprobs": entries([(-1.0, 5), (-2.0, 6)])}
+    meta["routed_experts"] = base64.b64encode(recorded.tobytes()).decode()
+    sample = replies.sample(body(meta), REQUEST, 7, MODEL)
+    assert sample.routes.dtype == np.uint8
+    assert np.array_equal(sample.routes, recorded[:, 1:])
+    assert replies.sample(body(meta), REQUEST, 7).routes is None
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        (None, "no routed_experts in it: the server records none"),
+        (np.zeros(5, np.int32), "cannot reshape array of size 5"),
+        (np.full((3, 3, 2), 4, np.int32), "experts 4 to 4 of 4"),
+    ],
+)
+def test_a_finished_sample_without_routes_is_refused(record, said):
+    meta = {"weight_version": "3", "output_token_logprobs": entries([(-1.0, 5), (-2.0, 6)])}
+    meta |= {} if record is None else {"routed_experts": base64.b64encode(record.tobytes()).decode()}
+    with pytest.raises(EngineError, match=f"prompt 'q': .*{said}"):
+        replies.sample(body(meta), REQUEST, 7, MODEL)
+    ended = {"weight_version": "2", "finish_reason": {"type": "abort", "message": "aborted"}}
+    assert replies.sample(body(ended), REQUEST, 7, MODEL).routes is None
 
 
 @pytest.mark.parametrize("nothing", [{}, {"output_token_logprobs": None}, {"output_token_logprobs": []}])
