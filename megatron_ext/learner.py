@@ -377,7 +377,7 @@ class MegatronLearner:
                 parameter.data = data
 
 
-def _reading(totals: dict[str, float], step: int, staleness: int) -> EntropyReading:
+def _reading(totals: dict[str, float], step: int, staleness: float) -> EntropyReading:
     """Over the main tokens; weighted where they are stale."""
     entropy, tokens = SENSOR_SUMS if staleness else ("entropy_sum", "main_tokens")
     return EntropyReading(totals[entropy], totals[tokens], step=step, staleness=staleness)

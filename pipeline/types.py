@@ -233,7 +233,7 @@ class TrainBatch:
     token_advantages: torch.Tensor | None = None  # float32 [targets], in place of ``advantages``
     token_weights: torch.Tensor | None = None  # float32 [targets], e.g. 0 on tokens that Clip-Cov detaches
     marks: torch.Tensor | None = None  # uint8 [targets], tokens that the loss treats in a way of their own
-    staleness: int = 0  # mean age of the main rows' tokens, rounded: updates since the weights that drew them
+    staleness: float = 0  # mean age of the main rows' tokens: updates since the weights that drew them
     # uint8 or uint16 [tokens, expert layers, top_k], 0 at a row's last token: experts to replay; None: routers choose
     routes: torch.Tensor | None = None
     positive_weights: torch.Tensor | None = (
@@ -339,7 +339,7 @@ class EntropyReading:
     sum: float  # nats
     count: float  # tokens
     step: int
-    staleness: int = 0  # updates between the weights that drew the rows and the weights that measured them
+    staleness: float = 0  # mean age of the tokens: updates between the weights that drew and those that measured them
     repeated: float | None = None  # nats per token over the repeated rows, see ``pipeline.step.repeated``
 
     @property
@@ -429,5 +429,5 @@ def _spans(counts: torch.Tensor, rows: torch.Tensor) -> list[tuple[int, int]]:
     return list(zip((ends - counts[rows]).tolist(), ends.tolist(), strict=True))
 
 
-def _unpickle_batch(specs: list[Spec], flat: np.ndarray, actuation: Actuation, staleness: int) -> TrainBatch:
+def _unpickle_batch(specs: list[Spec], flat: np.ndarray, actuation: Actuation, staleness: float) -> TrainBatch:
     return TrainBatch(**unpack(specs, flat), actuation=actuation, staleness=staleness)

@@ -26,14 +26,14 @@ class Law(Stateful, ABC):
         return math.nan
 
     @abstractmethod
-    def propose(self, entropy: float, goal: float, last: float, staleness: int, edges: Edges = ANY) -> float:
+    def propose(self, entropy: float, goal: float, last: float, staleness: float, edges: Edges = ANY) -> float:
         """The next ``u``, within the limits.
 
         Args:
             entropy: filtered, nats per token, above 0.
             goal: set-point, nats per token.
             last: the ``u`` in force.
-            staleness: updates between the weights that drew the rows and those that measured them.
+            staleness: updates between the command and the training on what it drew, as measured: the mean over rows.
             edges: of the band, nats per token; most laws steer to ``goal`` alone.
         """
 

@@ -1,8 +1,8 @@
 """What a controller steers, as a model to try it on: ln H integrates the command, against GRPO's drift.
 
-With y = ln H of the policy before update k, u_k the command in force at that update, s the delay:
+With y = ln H of the policy before update k, u_k the command in force at that update, s the age of what it trains on:
 
-    a_k     = a_{k-1} + (m_k u_{k-s} - a_{k-1}) / lag             the optimizer's momentum
+    a_k     = a_{k-1} + (m_k mean u_{k-s} - a_{k-1}) / lag        the optimizer's momentum; the mean is over groups
     y_{k+1} = y_k + b H / (H + knee) a_k + d (H / H_d)^p + noise      H = exp(y_k), H_d = 0.3
     reading = exp(y_{k - sensor_lag} + noise), or an outlier
 
@@ -34,6 +34,7 @@ from pipeline.types import ControlDecision, EntropyReading
 DRIFT_AT = 0.3  # nats, the entropy at which ``Plant.drift`` is the drift
 _TOKENS = 100.0  # of a simulated reading: a sum needs a count
 _PROMPTS = 64  # of a simulated step: bounds the auxiliary ones
+_GROUPS = 4  # of a simulated step through which the command acts
 _FLOOR, _CEILING = math.log(1e-6), math.log(20.0)  # of y: no policy has less or more
 
 
@@ -46,7 +47,8 @@ class Plant:
     drift_power: float = 0.0  # p
     knee: float = 0.0  # nats; 0: the gain does not fade
     lag: float = 4.0  # steps; 1: none
-    delay: int = 0  # s, steps
+    delay: int = 0  # least s, steps
+    age_spread: int = 0  # each group's s is one of delay, ..., delay + age_spread, drawn anew at every step
     process_noise: float = 0.007  # standard deviation per step, of ln H
     sensor_noise: float = 0.06  # standard deviation of ln of a reading
     sensor_lag: int = 0  # steps
@@ -94,6 +96,9 @@ class Scenario:
         return plant
 
 
+# Engines that are slow now and then: for 25 steps of 50 samples are three to eight updates old, else at most one.
+_SPELLS = {at + 25: {"delay": 3, "age_spread": 5} for at in range(0, 400, 50)}
+_SPELLS = dict(sorted((_SPELLS | {at: {"delay": 0, "age_spread": 1} for at in range(50, 400, 50)}).items()))
 _BENT = Plant(drift_power=1.0, knee=0.02)
 SCENARIOS = {
     scenario.name: scenario
@@ -105,6 +110,9 @@ SCENARIOS = {
         Scenario("delay 1", Plant(delay=1)),
         Scenario("delay 2", Plant(delay=2)),
         Scenario("delay 4", Plant(delay=4)),
+        Scenario("ages 0 to 4", Plant(age_spread=4)),
+        Scenario("ages 0 to 8", Plant(age_spread=8)),
+        Scenario("ages in spells", Plant(age_spread=1), changes=_SPELLS),
         Scenario("noisy sensor", Plant(sensor_noise=0.12)),
         Scenario("quiet sensor", Plant(sensor_noise=0.03)),
         Scenario("noisy policy", Plant(process_noise=0.012)),
@@ -132,11 +140,11 @@ class Trace:
     decisions: list[ControlDecision]  # made after each update
 
 
-def simulate(entropy: EntropyConfig, scenario: Scenario, seed: int, staleness: int = 0) -> Trace:
+def simulate(entropy: EntropyConfig, scenario: Scenario, seed: int, staleness: float | None = 0) -> Trace:
     """Run the configured controller on ``scenario``, whose band replaces the configuration's.
 
-    ``staleness`` is what the readings tell the law. Raises ``ValueError`` on a configuration that has no acting
-    controller.
+    ``staleness`` is what the readings tell the law; None: the mean age of each step's groups, as a run measures it.
+    Raises ``ValueError`` on a configuration that has no acting controller.
     """
     actuator = acting(entropy)
     if actuator is None:
@@ -147,12 +155,18 @@ def simulate(entropy: EntropyConfig, scenario: Scenario, seed: int, staleness: i
 
 
 def _run(
-    control: EntropyController, actuator: Actuator, scenario: Scenario, seed: int, staleness: int, repeats: bool
+    control: EntropyController,
+    actuator: Actuator,
+    scenario: Scenario,
+    seed: int,
+    staleness: float | None,
+    repeats: bool,
 ) -> Trace:
     rng = np.random.default_rng([seed, len(scenario.name), *scenario.name.encode()])
     draws = rng.standard_normal((scenario.steps, 2))
     strays = rng.random((scenario.steps, 2))
     again = rng.standard_normal(scenario.steps)
+    spread = np.random.default_rng([1, seed]).random((scenario.steps, _GROUPS))
     y, momentum, decision = math.log(scenario.start), 0.0, control.initial()
     states: list[float] = []
     commands: list[float] = []
@@ -165,12 +179,14 @@ def _run(
         seen = states[max(0, k - plant.sensor_lag)] + plant.sensor_noise * draws[k, 0]
         if strays[k, 0] < plant.outliers:
             seen += math.copysign(math.log(3), strays[k, 1] - 0.5)
-        pushed = 0.0 if barren else commands[max(0, k - plant.delay)]
+        ages = plant.delay + (spread[k] * (plant.age_spread + 1)).astype(int)
+        pushed = 0.0 if barren else sum(commands[max(0, k - age)] for age in ages.tolist()) / _GROUPS
         momentum += (pushed - momentum) / plant.lag
         y += _move(plant, y, momentum) + plant.process_noise * draws[k, 1]
         y = min(max(y, _FLOOR), _CEILING)
+        told = float(ages.mean()) if staleness is None else staleness
         repeated = math.exp(states[-1] + plant.repeated_noise * again[k]) if repeats else None
-        reading = EntropyReading(math.exp(seen) * _TOKENS, _TOKENS, k, staleness, repeated)
+        reading = EntropyReading(math.exp(seen) * _TOKENS, _TOKENS, k, told, repeated)
         decision = control.update(reading, 0 if barren else 8)
         readings.append(reading.mean)
         decisions.append(decision)

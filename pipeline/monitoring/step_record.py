@@ -41,7 +41,7 @@ def step_record(outcome: StepOutcome, actuator: str, clock: StepClock, outside: 
         loss=stats.loss,
         grad_norm=stats.grad_norm,
         learning_rate=stats.learning_rate,
-        weight_version=outcome.step - stats.entropy.staleness,
+        weight_version=outcome.step - round(stats.entropy.staleness),
         gain=following.gain,
         metrics=stats.metrics,
         seconds={**clock.seconds(outside), "learner": stats.seconds, "drawing": outcome.drawing_s},

@@ -69,7 +69,7 @@ class RolloutQueue:
         """The rows that ``step`` trains on."""
         main = to_train_on(drawn.samples.main, self._config)
         batch = build_batch(main, drawn.samples.auxiliary, drawn.decision, self._config)
-        return replace(batch, staleness=round(drawn.samples.ages(step)["mean"]))
+        return replace(batch, staleness=drawn.samples.ages(step)["mean"])
 
     def drawn_for(self) -> float:
         """Seconds in which samples were drawn and verified since this was last asked; nothing may be under way."""

@@ -46,8 +46,7 @@ FIGURES = tuple(Performance.__dataclass_fields__)
 def measure(scenario: str, controller: str, seeds: int) -> dict[str, float]:
     """Means over seeds 0 to ``seeds`` - 1 of every figure of ``Performance``."""
     case = SCENARIOS[scenario]
-    delay = case.plant.delay
-    runs = [asdict(performance(simulate(CONTROLLERS[controller], case, seed, delay))) for seed in range(seeds)]
+    runs = [asdict(performance(simulate(CONTROLLERS[controller], case, seed, None))) for seed in range(seeds)]
     return {name: float(np.mean([run[name] for run in runs])) for name in FIGURES}
 
 
@@ -56,7 +55,7 @@ def first_warning(scenario: Scenario, seed: int, controller: str = "pi") -> tupl
 
     (None, "") without a warning.
     """
-    trace = simulate(CONTROLLERS[controller], scenario, seed, scenario.plant.delay)
+    trace = simulate(CONTROLLERS[controller], scenario, seed, None)
     limited = None
     for step, decision in enumerate(trace.decisions):
         if limited is None and decision.command == EQUAL["command_max"]:

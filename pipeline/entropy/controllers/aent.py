@@ -37,7 +37,7 @@ class AentLaw(Law):
         self._rate, self._least, self._most = rate, least, most
         self.coefficient = least
 
-    def propose(self, entropy: float, goal: float, last: float, staleness: int, edges: Edges = ANY) -> float:
+    def propose(self, entropy: float, goal: float, last: float, staleness: float, edges: Edges = ANY) -> float:
         """See ``Law``."""
         low, high = edges
         outside = min(0.0, entropy - low) + max(0.0, entropy - high)

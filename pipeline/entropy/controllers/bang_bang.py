@@ -40,7 +40,7 @@ class BangBangLaw(Law):
     def __init__(self, lower: float, upper: float) -> None:
         self._lower, self._upper = lower, upper
 
-    def propose(self, entropy: float, goal: float, last: float, staleness: int, edges: Edges = ANY) -> float:
+    def propose(self, entropy: float, goal: float, last: float, staleness: float, edges: Edges = ANY) -> float:
         """See ``Law``."""
         return math.log(self._upper if entropy <= goal else self._lower)
 

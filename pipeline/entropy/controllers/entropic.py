@@ -36,7 +36,7 @@ class EntropicLaw(Law):
         self._kp, self._ki, self._lower, self._upper = kp, ki, lower, upper
         self.total = 0.0
 
-    def propose(self, entropy: float, goal: float, last: float, staleness: int, edges: Edges = ANY) -> float:
+    def propose(self, entropy: float, goal: float, last: float, staleness: float, edges: Edges = ANY) -> float:
         """See ``Law``."""
         error = goal - entropy
         wanted = self._kp * error + self._ki * self.total

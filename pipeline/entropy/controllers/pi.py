@@ -23,6 +23,7 @@ from pipeline.entropy.state import Stateful
 from pipeline.registry import names
 
 MADE_FOR = names(PACKAGE)  # any
+REMEMBERED = 64  # commands: more than any delay
 MAX_ERROR = 1.0  # |ln(H*/H)| beyond which the law pushes no harder
 
 
@@ -49,8 +50,8 @@ class PiLaw(Law):
     is assumed at first that b = 1 / (kp (tc + theta)), the plant that kp was chosen for; what the command does tells
     more. The observer's gains are l2 = ki b and l1 = 2 sqrt(l2), critically damped. Since it is told the command as
     limited, the integral neither winds up at a limit nor waits for the target to learn the drift; and a prediction
-    passes less of the readings' noise on to the command than a filter of the same delay. Rollouts ``s`` updates old
-    delay u' by s more, and theta grows by s.
+    passes less of the readings' noise on to the command than a filter of the same delay. Rollouts that are ``s``
+    updates old, as measured at this step, delay u' by s more, and theta grows by s.
 
     Args:
         kp: ``u`` per unit of ln H. ki: the same, per step, of what the prediction missed.
@@ -91,10 +92,10 @@ class PiLaw(Law):
         """See ``Law``."""
         return self.plant.gain
 
-    def propose(self, entropy: float, goal: float, last: float, staleness: int, edges: Edges = ANY) -> float:
+    def propose(self, entropy: float, goal: float, last: float, staleness: float, edges: Edges = ANY) -> float:
         """See ``Law``."""
-        self.sent = [*self.sent, last][-(2 + MOMENTUM_STEPS + staleness) :]
-        self.plant.observe(math.log(entropy), self.sent[0])
+        self.sent = [*self.sent, last][-REMEMBERED:]
+        self.plant.observe(math.log(entropy), self._sent_ago(1 + MOMENTUM_STEPS + staleness))
         error = self._error(math.log(goal) - self.plant.predicted)
         u = (error / (self._horizon + staleness) - self.plant.drift) / self.plant.gain
         u = min(max(u, self._lower), self._upper)
@@ -107,6 +108,12 @@ class PiLaw(Law):
     def parts(self) -> dict[str, Stateful]:
         """See ``Stateful``."""
         return {"plant": self.plant}
+
+    def _sent_ago(self, steps: float) -> float:
+        """The command in force so many steps ago; between two steps a mean, before the first the first."""
+        whole = math.floor(steps)
+        late, early = (self.sent[max(0, len(self.sent) - 1 - ago)] for ago in (whole, whole + 1))
+        return late + (steps - whole) * (early - late)
 
     def _error(self, error: float) -> float:
         if abs(error) <= self._dead_band:

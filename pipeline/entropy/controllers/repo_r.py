@@ -32,7 +32,7 @@ class RepoRLaw(Law):
         self._lower, self._upper = lower, upper
         self.coefficient = LEAST
 
-    def propose(self, entropy: float, goal: float, last: float, staleness: int, edges: Edges = ANY) -> float:
+    def propose(self, entropy: float, goal: float, last: float, staleness: float, edges: Edges = ANY) -> float:
         """See ``Law``."""
         toward = 1.0 if entropy < goal else -1.0
         if self.coefficient * toward > 0:

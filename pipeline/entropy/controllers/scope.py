@@ -34,7 +34,7 @@ class ScopeLaw(Law):
     def __init__(self, lower: float, upper: float) -> None:
         self._lower, self._upper = lower, upper
 
-    def propose(self, entropy: float, goal: float, last: float, staleness: int, edges: Edges = ANY) -> float:
+    def propose(self, entropy: float, goal: float, last: float, staleness: float, edges: Edges = ANY) -> float:
         """See ``Law``."""
         return math.log(min(max(1 + (goal - entropy), self._lower), self._upper))
 

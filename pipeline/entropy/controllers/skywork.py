@@ -35,7 +35,7 @@ class SkyworkLaw(Law):
         self._step, self._upper = step, upper
         self.coefficient = 0.0
 
-    def propose(self, entropy: float, goal: float, last: float, staleness: int, edges: Edges = ANY) -> float:
+    def propose(self, entropy: float, goal: float, last: float, staleness: float, edges: Edges = ANY) -> float:
         """See ``Law``."""
         below = entropy < goal
         moved = self.coefficient + (self._step if below else -self._step)

@@ -1,6 +1,8 @@
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pipeline.entropy.controllers.aent import AentLaw
 from pipeline.entropy.controllers.bang_bang import BangBangLaw
@@ -108,6 +110,20 @@ def test_pi_expects_the_effect_of_a_command_later_with_stale_rollouts():
             predictions.append(law.plant.predicted)
         moved = [k for k in range(9) if predictions[k] != predictions[0]]
         assert moved[0] == first + 1
+
+
+@given(st.lists(st.tuples(st.floats(-1, 1), st.integers(0, 8), st.integers(0, 4)), min_size=1, max_size=80))
+def test_the_observer_is_told_the_command_that_acted_at_the_measured_age(steps):
+    """However ages vary from step to step; between two ages, a mean of their commands."""
+    law, told = PiLaw(2.0, 0.01, -1.0, 1.0), []
+    observe = law.plant.observe
+    law.plant.observe = lambda reading, acted: (told.append(acted), observe(reading, acted))
+    for last, age, quarters in steps:
+        law.propose(0.25, 0.3, last, age + quarters / 4)
+    commands = [last for last, *_ in steps]
+    for k, (_, age, quarters) in enumerate(steps):
+        late, early = (commands[max(0, k - 1 - 3 - ago)] for ago in (age, age + 1))
+        assert told[k] == pytest.approx(late + quarters / 4 * (early - late))
 
 
 def test_proportional_gain_is_that_of_internal_model_control():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.config.schema import EntropyConfig
+from pipeline.entropy.controllers.pi import PiLaw
 from pipeline.entropy.plant import SCENARIOS, Performance, Plant, Scenario, Trace, performance, simulate
 from tools.bench.controllers import CONTROLLERS, OUT_OF_REACH, STEEP, first_warning, measure
 
@@ -97,6 +98,34 @@ def test_the_default_law_beats_the_published_ones_in_error_and_in_actuator_varia
 @pytest.mark.parametrize("scenario", list(SCENARIOS))
 def test_repeated_readings_make_the_error_smaller(scenario):
     assert figures(scenario, "pi, repeated")["rms"] < figures(scenario, "pi")["rms"]
+
+
+def test_ages_are_drawn_anew_for_every_group_and_told_as_measured():
+    told = []
+
+    class Asked(PiLaw):
+        def propose(self, entropy, goal, last, staleness, edges=(0.0, math.inf)):
+            told.append(staleness)
+            return 0.0
+
+    law = Asked(2.0, 0.01, -1.0, 1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.entropy.controllers.pi.PiLaw", lambda *args, **options: law)
+        simulate(RESAMPLE, SCENARIOS["ages in spells"], 0, None)
+    slow = np.arange(len(told)) % 50 >= 25
+    ages = np.array(told)
+    assert ages[~slow].max() <= 1 < 3 <= ages[slow].min()
+    assert len(set(told)) > 10
+    assert ages[slow].mean() == pytest.approx(5.5, abs=0.3)
+
+
+@pytest.mark.parametrize("scenario", ["delay 4", "ages 0 to 8"])
+def test_an_age_that_is_measured_holds_the_band_better_than_one_that_is_ignored(scenario):
+    def rms(told):
+        traces = [simulate(RESAMPLE, SCENARIOS[scenario], seed, told) for seed in range(16)]
+        return np.mean([performance(trace).rms for trace in traces])
+
+    assert rms(None) < 0.97 * rms(0)
 
 
 @pytest.mark.parametrize("weaker", [1 / 5, 1 / 12])

@@ -120,6 +120,30 @@ def test_no_group_starts_before_it_may_and_every_one_is_trained_on_once(stalenes
     assert len(seeds) == len(set(seeds)) == steps * 8 * 4
 
 
+def test_the_controller_is_told_the_age_as_measured():
+    """Not the bound: the first steps train on fresher samples, and half of every answer is of the weights after."""
+
+    class Renewed(Simulated):
+        def group(self, request):
+            group = super().group(request)
+            halves = [(self.span(n // 2), WeightSpan(self.version + 1, n // 2, n)) for n in map(len_of, group.samples)]
+            samples = zip(group.samples, halves, strict=True)
+            return replace(group, samples=tuple(replace(sample, weight_versions=spans) for sample, spans in samples))
+
+    def len_of(sample):
+        return len(sample.token_ids)
+
+    for engine, fresher in ((Simulated(), 0.0), (Renewed(), 0.5)):
+        drawing, told = queue(engine, 4, "steps=8"), []
+        for step in range(8):
+            drawn = drawing.next(step, DECISION, StepClock())
+            told.append(drawing.batch(drawn, step).staleness)
+            drawing.settle()
+            engine.version = step + 1
+        drawing.close()
+        assert told[1:] == pytest.approx([min(step, 4) - fresher for step in range(1, 8)], abs=0.04)
+
+
 def test_drawing_and_training_take_place_at_once():
     """A step takes about as long as the longer of the two; in turns it takes the sum."""
 
