@@ -25,6 +25,9 @@ from pipeline.rollout.recording.tool_calls import ToolCall, reader_of
 from pipeline.seeds import turn_seed
 from pipeline.types import GenerateRequest, Prompt, Role, Sample, Turn, WeightSpan
 
+# A request's size in bytes: what any may have, and more for each token of a conversation. Most tokens are of 4 bytes.
+_REQUEST_BYTES, _BYTES_PER_TOKEN = 1 << 16, 64
+
 # Draws the one sample of a request. Raises ``EngineError``.
 Draw = Callable[[GenerateRequest], Awaitable[Sample]]
 
@@ -100,8 +103,10 @@ class Recording:
         self._calls = 0
         self._one_at_a_time = asyncio.Lock()
 
-    async def chat(self, messages: Any, tools: Sequence[Mapping[str, Any]] = ()) -> Completion:
+    async def chat(self, messages: Any, tools: Sequence[Mapping[str, Any]] = (), *, calls: bool = True) -> Completion:
         """The model's answer to ``messages``, in OpenAI's form; ``tools`` likewise.
+
+        ``calls``: whether calls of tools are looked for in the answer; the model sees the tools either way.
 
         Raises ``RequestError`` where they cannot be read, rendered or answered, ``DataError`` where the model cannot be
         given tools, and what ``draw`` raises.
@@ -118,12 +123,12 @@ class Recording:
                 context = self._template.following(read, len(before.messages) - 1, last, tools)
             drawn = await self._drawn(before, context)
             text = self._text(drawn)
-            words, calls = reader.read(text, tools) if reader else (text, [])
-            ids = tuple(f"call{self._calls + number:05d}" for number in range(len(calls)))
-            self._calls += len(calls)
-            answer = _message(words, calls, ids)
+            words, found = reader.read(text, tools) if reader and calls else (text, [])
+            ids = tuple(f"call{self._calls + number:05d}" for number in range(len(found)))
+            self._calls += len(found)
+            answer = _message(words, found, ids)
             self._keep(before, context, drawn, kind, (*key, identity(answer)), (*read, answer))
-            return self._completion(words, tuple(calls), ids)
+            return self._completion(words, tuple(found), ids)
 
     async def complete(self, prompt: str | Sequence[int]) -> Completion:
         """The model's continuation of a plain text, or of token ids. Raises as ``chat``."""
@@ -168,6 +173,21 @@ class Recording:
             routes=_routes(path),
             cached_tokens=sum(said.drawn.cached_tokens for said in path),
         )
+
+    def pieces(self, token_ids: np.ndarray) -> list[str]:
+        """The text that each of an int array [n] adds."""
+        return self._template.tokenizer.pieces(token_ids)
+
+    def check_size(self, count: int) -> None:
+        """Refuse a request of ``count`` bytes that is too long by far, before it is read. Raises ``RequestError``."""
+        most = _REQUEST_BYTES + _BYTES_PER_TOKEN * self.limits.max_tokens
+        if count > most:
+            self.ended = "token_limit"
+            raise RequestError(
+                f"a request of {count} bytes cannot fit the {self.limits.max_tokens} tokens of a conversation: send at "
+                f"most {most}",
+                "context_length_exceeded",
+            )
 
     @property
     def dropped(self) -> tuple[int, int]:
