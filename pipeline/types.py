@@ -56,7 +56,7 @@ class Cuts:
 
 @dataclass(frozen=True)
 class GenerateRequest:
-    """Draw ``len(seeds)`` responses to one prompt at one temperature."""
+    """Draw ``len(seeds)`` responses to one prompt at one temperature, or go on with those that were begun."""
 
     prompt: Prompt
     seeds: tuple[int, ...]  # one 63-bit seed per sample, see ``pipeline.seeds``
@@ -67,6 +67,9 @@ class GenerateRequest:
     # truncated
     top_p: float = 1.0
     cuts: Cuts | None = None
+    # what there is of each response, one per seed: held ones go on, finished ones stay; (): none was begun
+    begun: tuple[Sample, ...] = ()
+    pause_at: int | None = None  # tokens at which a response is held; None: when the engine is told to
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ class Sample:
     temperature: float
     seed: int
     role: Role
-    finish_reason: str  # "stop" | "length" | "abort"; an episode's: its last turn's
+    finish_reason: str  # "stop" | "length" | "abort": ended before its time; an episode's: its last turn's
     weight_versions: tuple[WeightSpan, ...]
     text: str = ""  # what the model drew, decoded without end and padding tokens; filled by the verifier stage
     reward: float = 0.0  # in [0, 1]; 0 until verified
@@ -126,6 +129,11 @@ class Sample:
     def of_drawn(self, values: np.ndarray) -> np.ndarray:
         """The entries of ``values`` ``[n]`` that belong to drawn tokens."""
         return values if self.drawn is None else values[self.drawn]
+
+    @property
+    def held(self) -> bool:
+        """Whether it ended before its time and can go on. A faulty one cannot: it was emptied, weights and all."""
+        return self.finish_reason == "abort" and bool(self.weight_versions)
 
     def drawn_with(self, version: int) -> bool:
         """Whether every token came from weights ``version``."""

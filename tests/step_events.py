@@ -3,4 +3,5 @@
 
 def essence(step: dict) -> dict:
     """What must repeat bit for bit: all but clocks, memory, and how many engines answered at that moment."""
-    return {key: value for key, value in step.items() if key not in ("time", "seconds", "idle", "memory", "engines")}
+    clocks = ("time", "began", "timeline", "seconds", "idle")
+    return {key: value for key, value in step.items() if key not in (*clocks, "memory", "engines")}

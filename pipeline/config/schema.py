@@ -287,6 +287,14 @@ class RolloutConfig:
         range=Range(0, 16),
         unit="updates",
     )
+    partial: bool = key(
+        False,
+        "hold responses at a weight update and go on with the new weights; false: the weights wait until they have "
+        "ended; docs/rollouts.md",
+    )
+    deterministic: bool = key(
+        False, "partial: hold responses after a number of tokens, not by the clock, so that runs repeat bit for bit"
+    )
     max_prompt_tokens: int = key(
         1024, "prompts longer than this are dropped when the data is read, and counted", range=COUNT, unit="tokens"
     )

@@ -50,7 +50,11 @@ class RolloutEngine(Protocol):
         """Bring the engine up with the weights of a Hugging Face folder, as version 0."""
 
     def stream(self, requests: Sequence[GenerateRequest]) -> Iterator[Finished]:
-        """Every group, some at a time, as they finish. Several calls may run at once, each in a thread of its own."""
+        """Every group, some at a time, as they finish. Several calls may run at once, each in a thread of its own.
+
+        A request's ``begun`` responses, all of them held, go on where they are; handed out is only what is new of them.
+        ``pause_at`` is nothing to an engine (``pipeline.rollout.parts``).
+        """
         ...
 
     def generate(self, requests: Sequence[GenerateRequest]) -> list[SampleGroup]:
@@ -86,7 +90,7 @@ class RolloutEngine(Protocol):
         """
 
     def abort(self) -> None:
-        """End running requests; their samples come back with finish_reason "abort"."""
+        """End running requests; their samples come back as far as they are, with finish_reason "abort"."""
 
     def health(self) -> EngineHealth:
         """Never raises."""

@@ -129,9 +129,8 @@ class EnginePool(RolloutEngine):
         self._on_all(lambda engine: engine.abort_update())
 
     def abort(self) -> None:
-        """End running requests on every engine."""
-        for engine in self._engines:
-            engine.abort()
+        """End running requests on every engine, also when one of them raises."""
+        self._on_all(lambda engine: engine.abort())
 
     def health(self) -> EngineHealth:
         """Alive when all are; the version is the common one, None when they differ."""

@@ -15,6 +15,7 @@ from pipeline.learner import Learner
 from pipeline.model import architecture
 from pipeline.rollout.arrivals import checked
 from pipeline.rollout.engine import EngineError, Finished, in_order
+from pipeline.rollout.parts import joined, remainder
 from pipeline.rollout.pool import EnginePool
 from pipeline.rollout.weight_sync import WeightSync
 from pipeline.types import GenerateRequest, SampleGroup
@@ -52,6 +53,8 @@ class Rollouts:
         self._revived: set[int] = set()  # engines, since figures were last asked for
         self._held = 0  # version of the learner's weights
         self._learner_free = threading.Lock()  # its weights do not change and nobody else reads them
+        self._mending = threading.Lock()
+        self._mended = 0  # times that engines were started again while samples were drawn
 
     def push(self, version: int) -> None:
         """Hand the learner's weights over as ``version``. Raises ``WeightUpdateError`` when a second try fails too."""
@@ -69,10 +72,12 @@ class Rollouts:
         return in_order(self.stream(requests), len(requests))
 
     def stream(self, requests: Sequence[GenerateRequest]) -> Iterator[Finished]:
-        """Every group as it finishes.
+        """Every group as it finishes. Several calls may run at once, each in a thread of its own.
 
-        Samples that cannot be right come back empty and aborted, and ``on_fault`` is told. Where none is right, all are
-        drawn once more. Raises ``EngineError`` when no engine had died, or when a second try fails too.
+        After ``abort``, groups hold what there is of their samples; a request with these as ``begun`` goes on with
+        them, and its group has the whole of each. Samples that cannot be right come back empty and aborted, and
+        ``on_fault`` is told. Where none is right, all are drawn once more. Raises ``EngineError`` when no engine had
+        died, or when a second try fails too.
         """
         faults = Counter[str]()
         unfit: Finished = []  # kept back until one sample is right
@@ -100,22 +105,33 @@ class Rollouts:
             self._on_fault(f"{faults.total()} samples are left out: {_told(faults)}")
 
     def _drawn(self, requests: Sequence[GenerateRequest]) -> Iterator[Finished]:
-        """The groups as they come; when an engine has died and nobody took its place, it is started again, once."""
+        """The groups as they come, whole; when an engine has died and nobody took its place, it is started again,
+        once.
+        """
         left = set(range(len(requests)))
+        asked = [remainder(request) for request in requests]
         for may_revive in (True, False):
+            mended = self._mended
             try:
-                for some in self._pool.stream(requests, frozenset(left)):
+                for some in self._pool.stream(asked, frozenset(left)):
                     left -= {number for number, _ in some}
-                    yield some
+                    yield [(number, joined(requests[number], group)) for number, group in some]
                 break
             except EngineError as error:
                 if not may_revive:
                     raise
+                self._mend(error, mended)
+        if left:
+            raise EngineError(f"engines answered {len(requests)} requests with {len(requests) - len(left)} groups")
+
+    def _mend(self, error: EngineError, mended: int) -> None:
+        """Start dead engines again, unless another call has done so since there were ``mended`` such times."""
+        with self._mending:
+            if self._mended == mended:
                 self._revive(error)
                 with self._learner_free:  # by then it may hold the next version
                     self._sync.push(self._held)
-        if left:
-            raise EngineError(f"engines answered {len(requests)} requests with {len(requests) - len(left)} groups")
+                self._mended += 1
 
     def figures(self) -> dict[str, dict[str, float]]:
         """The figures of weight sync and engines for a step's record.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from pipeline.rollout.engine import EngineError, Finished, RolloutEngine, Weight
 from pipeline.rollout.native.decoder import Decoder, KeyValues, Routes
 from pipeline.rollout.native.response_end import ResponseEnd
 from pipeline.rollout.native.sampling import draw, nucleus, uniform_top, uniforms
+from pipeline.rollout.native.turns import Turns
 from pipeline.rollout.update_session import UpdateSession
 from pipeline.types import Cuts, EngineHealth, GenerateRequest, Sample, SampleGroup, WeightSpan
 from pipeline.units import GIB
@@ -33,11 +35,12 @@ _PREFILL_TOKENS = 16384  # prompt tokens of one forward pass, at most
 
 
 class NativeEngine(RolloutEngine):
-    """``RolloutEngine`` in process: one decoder, one batch at a time.
+    """``RolloutEngine`` in process: one decoder; calls that run at once take turns, a token of each at a time.
 
-    A sample is a function of the weights, its prompt, temperature and seed. Which other rows share its batch only moves
-    float32 rounding (relative 1e-6 in log-probs). Weights that come in FP8 are used at the values that they stand for,
-    activations stay in float32: what remains of FP8 is the rounding of the weights.
+    So one long response holds up nobody, and a batch is always that of one call: what is drawn depends on no other
+    call, to the bit. A sample is a function of the weights, its prompt, temperature and seed. Which other rows share
+    its batch only moves float32 rounding (relative 1e-6 in log-probs). Weights that come in FP8 are used at the values
+    that they stand for, activations stay in float32: what remains of FP8 is the rounding of the weights.
     """
 
     def __init__(
@@ -60,8 +63,10 @@ class NativeEngine(RolloutEngine):
         self._eos_override = eos_token_ids
         self._max_batch_rows = max_batch_rows
         self._record_routes = record_routes
-        self._lock = threading.Lock()  # an update waits for the running batch, and the other way round
-        self._abort = threading.Event()
+        self._turns = Turns()
+        self._idle = threading.Condition()  # an update waits until no batch runs
+        self._running = 0  # batches
+        self._aborted = 0  # how often what ran was ended
         self._model: Architecture | None = None
         self._stop, self._stop_token_ids = stop, stop_token_ids
         self._end = ResponseEnd(())
@@ -92,30 +97,45 @@ class NativeEngine(RolloutEngine):
     def stream(self, requests: Sequence[GenerateRequest]) -> Iterator[Finished]:
         """All groups at once. Raises ``EngineError`` while no consistent weights are loaded."""
         _check_requests(requests)
-        with self._lock:
-            # Kept here: an update that begins meanwhile waits for this batch, but takes the weights away at once.
-            decoder, version = self._decoder, self._version
-            if decoder is None:
-                raise EngineError(f"native engine: {self._refusal()}")
-            self._abort.clear()
+        with self._serving() as (decoder, version):
+            before = self._aborted
             rows = [row for request in requests for row in _rows(request)]
             drawn: list[_Drawn] = []
             size = self._batch_rows(decoder.model, rows)
             for first in range(0, len(rows), size):
-                drawn += _decode(decoder, rows[first : first + size], self._end, self._abort, self._record_routes)
+                part = rows[first : first + size]
+                drawn += _decode(
+                    decoder, part, self._end, self._turns, lambda: self._aborted != before, self._record_routes
+                )
         yield list(enumerate(_as_groups(requests, drawn, version)))
+
+    @contextmanager
+    def _serving(self) -> Iterator[tuple[Decoder, int]]:
+        """The weights in force: an update that begins meanwhile waits for this batch, but takes them away at once."""
+        with self._idle:
+            decoder, version = self._decoder, self._version
+            if decoder is None:
+                raise EngineError(f"native engine: {self._refusal()}")
+            self._running += 1
+        try:
+            yield decoder, version
+        finally:
+            with self._idle:
+                self._running -= 1
+                self._idle.notify_all()
 
     def begin_update(self, version: int) -> None:
         """Wait for the running batch, then refuse to generate until version ``version`` is committed."""
         if self._model is None:
             raise EngineError("native engine: begin_update before start")
         self.abort_update()  # from here on the next batch is refused
-        if not self._lock.acquire(timeout=self._timeout_s):
+        with self._idle:
+            idle = self._idle.wait_for(lambda: not self._running, self._timeout_s)
+        if not idle:
             raise WeightUpdateError(
                 f"native engine: update to version {version}: begin_update: the running batch did not end within "
                 f"{self._timeout_s:g} s; raise rollout.weight_sync_timeout_s or lower rollout.max_new_tokens"
             )
-        self._lock.release()
         self._session = UpdateSession("native engine", version)
 
     def receive(self, order: Order, engine: int = 0) -> None:
@@ -151,8 +171,8 @@ class NativeEngine(RolloutEngine):
         self._decoder, self._session, self._arrived, self._verified = None, None, {}, None
 
     def abort(self) -> None:
-        """End the running ``generate`` after its current token."""
-        self._abort.set()
+        """End every running batch after its current token."""
+        self._aborted += 1
 
     def health(self) -> EngineHealth:
         """Alive once started; the version is None while no consistent weights are loaded."""
@@ -191,6 +211,7 @@ class _Row:
     limit: int  # new tokens, at most
     top_p: float = 1.0
     cuts: Cuts | None = None
+    begun: int = 0  # response tokens at the end of ``prompt``
 
 
 @dataclass(frozen=True)
@@ -204,10 +225,19 @@ class _Drawn:
 def _rows(request: GenerateRequest) -> list[_Row]:
     given = request.prompt.token_ids, request.temperature, request.max_new_tokens, request.top_p
     usual = len(request.seeds) - (request.cuts.samples if request.cuts else 0)
-    return [
+    rows = [
         _Row(given[0], seed, *given[1:], None if index < usual else request.cuts)
         for index, seed in enumerate(request.seeds)
     ]
+    return [_from(row, sample) for row, sample in zip(rows, request.begun, strict=True)] if request.begun else rows
+
+
+def _from(row: _Row, sample: Sample) -> _Row:
+    """The row that goes on with ``sample``."""
+    count = len(sample.token_ids)
+    cuts = row.cuts and replace(row.cuts, warmup_tokens=max(0, row.cuts.warmup_tokens - count))
+    prompt = (*row.prompt, *sample.token_ids.tolist())
+    return replace(row, prompt=prompt, limit=row.limit - count, cuts=cuts, begun=count)
 
 
 def _check_requests(requests: Sequence[GenerateRequest]) -> None:
@@ -234,7 +264,12 @@ def _as_groups(requests: Sequence[GenerateRequest], drawn: list[_Drawn], version
 
 @torch.inference_mode()
 def _decode(
-    decoder: Decoder, rows: Sequence[_Row], end: ResponseEnd, abort: threading.Event, record_routes: bool
+    decoder: Decoder,
+    rows: Sequence[_Row],
+    end: ResponseEnd,
+    turns: Turns,
+    aborted: Callable[[], bool],
+    record_routes: bool,
 ) -> list[_Drawn]:
     """Draw all rows of one batch, token by token, dropping finished rows once they are half of the batch."""
     limits = torch.tensor([row.limit for row in rows])
@@ -242,10 +277,12 @@ def _decode(
     temperatures = torch.tensor([row.temperature for row in rows], dtype=torch.float32)[:, None]
     shares = torch.tensor([row.top_p for row in rows], dtype=torch.float32)[:, None]
     cuts = [row.cuts for row in rows]
-    numbers = uniforms(torch.tensor([row.seed for row in rows], dtype=torch.int64), longest)
+    begun = torch.tensor([row.begun for row in rows], dtype=torch.int64)[:, None]
+    numbers = uniforms(torch.tensor([row.seed for row in rows], dtype=torch.int64), longest, begun)
     prompts = [row.prompt for row in rows]
     record = _Record(decoder.model.moe, prompts, longest) if record_routes and decoder.model.moe else None
-    batch = _prefill(decoder, prompts, longest, record)
+    with turns:
+        batch = _prefill(decoder, prompts, longest, record)
     tokens = torch.zeros(len(rows), longest, dtype=torch.int64)
     log_probs = torch.zeros(len(rows), longest)
     lengths, stopped = torch.zeros(len(rows), dtype=torch.int64), torch.zeros(len(rows), dtype=torch.bool)
@@ -260,7 +297,7 @@ def _decode(
         stopped[live] |= running & end.reached(tokens[live, max(0, t + 1 - end.window) : t + 1])
         running &= ~stopped[live] & (t + 1 < limits)
         remaining = int(running.sum())
-        if remaining == 0 or abort.is_set():
+        if remaining == 0 or aborted():
             break
         if 2 * remaining <= len(live):
             keep = running.nonzero().squeeze(1)
@@ -268,7 +305,8 @@ def _decode(
             temperatures, numbers, shares = temperatures[keep], numbers[keep], shares[keep]
             cuts = [cuts[i] for i in keep.tolist()]
             batch.keep(keep)
-        batch.advance(decoder, token, t, record.heard if record else None)
+        with turns:
+            batch.advance(decoder, token, t, record.heard if record else None)
         if record:
             record.keep_token(live, t)
     return _cut(rows, tokens, log_probs, lengths, stopped, record)

@@ -21,12 +21,13 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
     return x ^ _shift_right(x, 31)
 
 
-def uniforms(seeds: torch.Tensor, count: int) -> torch.Tensor:
+def uniforms(seeds: torch.Tensor, count: int, first: torch.Tensor | int = 0) -> torch.Tensor:
     """Uniform numbers strictly inside (0, 1), float64 ``[rows, count]``, from int64 seeds ``[rows]``.
 
-    Column ``t`` is the hash of (seed, t). The seed is mixed first, so that neighbouring seeds give unrelated rows.
+    Column ``t`` is the hash of (seed, first + t), ``first`` int64 ``[rows, 1]``. The seed is mixed first, so that
+    neighbouring seeds give unrelated rows.
     """
-    counters = torch.arange(1, count + 1, dtype=torch.int64) * _GOLDEN
+    counters = (first + torch.arange(1, count + 1, dtype=torch.int64)) * _GOLDEN
     bits = _shift_right(_mix(_mix(seeds)[:, None] + counters), 12)
     return (bits.to(torch.float64) + 0.5) * 2.0**-52
 

@@ -43,7 +43,7 @@ _QUEUED = 2  # samples in flight for each that the server runs at once: the next
 _ABORT_TIMEOUT_S = 10.0  # the server only passes it on
 _MEMORY = ("weights", "kv_cache")  # as SGLang names what it can leave (sglang/srt/constants.py)
 
-_Row = tuple[GenerateRequest, int]  # one sample to draw, and its seed
+_Row = tuple[GenerateRequest, int]  # one sample to draw: its place in the request
 
 
 class SglangEngine(RolloutEngine):
@@ -147,7 +147,7 @@ class SglangEngine(RolloutEngine):
         drawn: list[dict[int, Sample]] = [{} for _ in requests]  # by place in the group
         rows = [(number, place) for number, request in enumerate(requests) for place in range(len(request.seeds))]
         with self._watched():
-            for samples in self._samples([(requests[i], requests[i].seeds[place]) for i, place in rows], self._version):
+            for samples in self._samples([(requests[i], place) for i, place in rows], self._version):
                 self._check_versions([sample for _, sample in samples])
                 finished: Finished = []
                 for row, sample in samples:
@@ -282,15 +282,16 @@ class SglangEngine(RolloutEngine):
                 with suppress(EngineError):  # a server that has ended; the first error says so
                     self.abort()
 
-    def _sample(self, reply: Reply, request: GenerateRequest, seed: int, version: int) -> Sample:
+    def _sample(self, reply: Reply, request: GenerateRequest, place: int, version: int) -> Sample:
         """The sample that a reply is; after ``abort``, of what was never sent, what the server says of such."""
         if reply.status is None:
-            return replies.aborted(request, seed, version)
+            return replies.aborted(request, request.seeds[place], version)
         if reply.said:
             server, url = self._running, f"{self._running.url}/generate"
             raise server.refused(url, reply.status, reply.said) if reply.status else server.lost(url, reply.said)
         try:
-            return replies.sample(reply.body, request, seed, self._model if self._recorded(request) else None)
+            model = self._model if self._recorded(request) else None
+            return replies.sample(reply.body, request, request.seeds[place], model)
         except EngineError as error:
             raise EngineError(f"{self._name}: {error}; log: {self._log_path}") from error
 
@@ -328,17 +329,21 @@ class SglangEngine(RolloutEngine):
         finally:
             over.set()
 
-    def _body(self, request: GenerateRequest, seed: int) -> bytes:
+    def _body(self, request: GenerateRequest, place: int) -> bytes:
+        """What ``/generate`` is asked. The server seeds a draw by the token's position, so a response goes on as if it
+        had never been held (``multinomial_with_seed`` in sglang/srt/layers/sampler.py).
+        """
+        begun = request.begun[place].token_ids.tolist() if request.begun else []
         parameters = {
             "temperature": request.temperature,
             "top_p": request.top_p,
-            "max_new_tokens": request.max_new_tokens,
+            "max_new_tokens": request.max_new_tokens - len(begun),
             "stop_token_ids": [*self._eos, *self._config.stop_token_ids],
             "stop": self._config.stop,
             "no_stop_trim": True,  # what ended a response was drawn by the policy, and is trained on
-            "sampling_seed": seed,
+            "sampling_seed": request.seeds[place],
         }
-        asked = {"input_ids": request.prompt.token_ids, "sampling_params": parameters}
+        asked = {"input_ids": [*request.prompt.token_ids, *begun], "sampling_params": parameters}
         routes = {"return_routed_experts": True} if self._recorded(request) else {}
         return msgspec.json.encode(asked | {"return_logprob": True} | routes)
 

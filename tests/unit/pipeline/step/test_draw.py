@@ -11,8 +11,9 @@ from pipeline.data.cursor import DataCursor
 from pipeline.data.sources import load_prompts
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.rewards.stage import VerifierStage
+from pipeline.rollout.holding import Holding
 from pipeline.rollout.native.engine import NativeEngine
-from pipeline.step.draw import Sampler, to_train_on
+from pipeline.step.draw import Drawing, Sampler, to_train_on
 from pipeline.step.requests import repeated_requests, step_requests
 from pipeline.types import ControlDecision, Cuts, Role
 
@@ -40,8 +41,10 @@ def draw(parts, *overrides, prompts=None, step=0, again=()):
     engine, verifier, train = parts
     cursor = DataCursor(train if prompts is None else prompts, seed=0)
     clock, config = StepClock(), configured(*overrides)
-    sampler = Sampler(cursor, engine, verifier, config, repeated_requests(again, config))
-    drawn = sampler.draw(DECISION, step, 0, clock)
+    sampler = Sampler(cursor, Holding(engine), verifier, config, repeated_requests(again, config))
+    drawing = Drawing(step, 0, DECISION)
+    sampler.draw(drawing, clock)
+    drawn = drawing.drawn().samples
     return drawn, to_train_on(drawn.main, config), clock.seconds()
 
 

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.checkpoints import CheckpointError, CheckpointStore
-from pipeline.step.queue import RolloutQueue, _done
+from pipeline.step.draw import Drawing
+from pipeline.step.queue import RolloutQueue, _Ahead
 from pipeline.step.waiting import Drawn, drawn_of, plain_of
 from pipeline.types import ControlDecision, Prompt, Role, Sample, SampleGroup, StepSamples, WeightSpan
 from tests.saving import saved
@@ -119,7 +120,7 @@ def waiting(rows=2, tokens=5):
 
 def test_a_queue_goes_on_from_a_checkpoint(tmp_path):
     before, after = RolloutQueue.__new__(RolloutQueue), RolloutQueue.__new__(RolloutQueue)
-    before._waiting = deque(map(_done, [waiting(), waiting(rows=3)]))
+    before._waiting = deque(_Ahead(Drawing.of(drawn)) for drawn in (waiting(), waiting(rows=3)))
     fields, arrays = before.state_dict()
     made = saved(CheckpointStore(tmp_path, keep_last=1), 1, {"queue": fields}, arrays)
     after.load_state_dict(made.state()["queue"], made.arrays())
