@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pipeline.config.errors import Problem
+from pipeline.config.rollout_rules import DETERMINISTIC
 from pipeline.config.schema import EntropyConfig, RunConfig
 from pipeline.registry import load
 
-DETERMINISTIC = "--enable-deterministic-inference"
 ACTUATORS, CONTROLLERS = "pipeline.entropy.actuators", "pipeline.entropy.controllers"  # what their files say of them
 
 

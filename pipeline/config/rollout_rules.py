@@ -7,12 +7,16 @@ from collections.abc import Iterator
 from pipeline.config.errors import Problem
 from pipeline.config.schema import RunConfig
 
+DETERMINISTIC = "--enable-deterministic-inference"
+
 
 def rollout_problems(config: RunConfig) -> Iterator[Problem]:
     """Every combination of rollout keys that cannot work, or in which one of them would have no effect."""
     yield from _engines(config)
     yield from _stop(config)
     yield from _colocated(config)
+    yield from _partial(config)
+    yield from _deterministic(config)
     yield from _kv_cache(config)
     yield from _fp8_rollouts(config)
 
@@ -73,6 +77,64 @@ def _colocated(config: RunConfig) -> Iterator[Problem]:
             f"{rollout.engines} engines of TP {rollout.tensor_parallel_size} need {needed} GPUs, "
             f"the learner they are colocated with has {ranks}",
             "lower rollout.engines or rollout.tensor_parallel_size, or set rollout.placement=disaggregated",
+        )
+
+
+def _partial(config: RunConfig) -> Iterator[Problem]:
+    rollout = config.rollout
+    if not rollout.partial:
+        return
+    if not rollout.staleness:
+        yield Problem(
+            "rollout.partial",
+            True,
+            "has no effect with rollout.staleness=0, where nothing is drawn while weights change",
+            "remove it, or set rollout.staleness",
+        )
+    if rollout.stop:
+        yield Problem(
+            "rollout.stop",
+            rollout.stop,
+            "a text is looked for in what was drawn since the last weight update (rollout.partial): one that ends "
+            "across an update would go unseen",
+            "set rollout.stop_token_ids, or rollout.partial=false",
+        )
+    if config.entropy.repeated_prompts:
+        yield Problem(
+            "entropy.repeated_prompts",
+            config.entropy.repeated_prompts,
+            "held responses (rollout.partial) are of several versions of the weights, cut where time decides: the "
+            "reading would not repeat the same draws of one policy",
+            "set it to 0, or rollout.partial=false",
+        )
+
+
+def _deterministic(config: RunConfig) -> Iterator[Problem]:
+    rollout = config.rollout
+    if not rollout.deterministic:
+        return
+    if not rollout.partial:
+        yield Problem(
+            "rollout.deterministic",
+            True,
+            "has no effect without rollout.partial: where responses end before the weights change, no clock decides "
+            "which weights draw them",
+            "remove it, or set rollout.partial=true",
+        )
+    if rollout.engine == "sglang" and DETERMINISTIC not in rollout.sglang.extra_args:
+        yield Problem(
+            "rollout.deterministic",
+            True,
+            "SGLang draws by a sample's own seed only in deterministic inference (on a GPU)",
+            f"add {DETERMINISTIC} to rollout.sglang.extra_args, or remove it",
+        )
+    if rollout.sampling_rounds > 1:
+        yield Problem(
+            "rollout.sampling_rounds",
+            rollout.sampling_rounds,
+            "with rollout.deterministic: several steps are drawn at once, and which of them takes the next prompts for "
+            "a further round is a matter of time",
+            "set it to 1, or rollout.deterministic=false",
         )
 
 

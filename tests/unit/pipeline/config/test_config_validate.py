@@ -30,6 +30,7 @@ def test_the_defaults_are_valid(model):
     assert problems(model) == ()
 
 
+PARTIAL = ["rollout.staleness=2", "rollout.partial=true"]
 BROKEN = {
     "batch arithmetic": (["learner.updates_per_step=3"], "learner.updates_per_step", "16 prompts x 16 samples"),
     "too many replicas": (
@@ -268,6 +269,28 @@ BROKEN = {
         "rollout.tensor_parallel_size",
         "8 attention",
     ),
+    "idle partial rollouts": (["rollout.partial=true"], "rollout.partial", "no effect with rollout.staleness=0"),
+    "stop texts across an update": ([*PARTIAL, "rollout.stop=[END]"], "rollout.stop", "would go unseen"),
+    "repeated prompts of several versions": (
+        [*PARTIAL, "entropy.repeated_prompts=8"],
+        "entropy.repeated_prompts",
+        "would not repeat",
+    ),
+    "idle deterministic schedule": (
+        ["rollout.staleness=1", "rollout.deterministic=true"],
+        "rollout.deterministic",
+        "no effect without rollout.partial",
+    ),
+    "deterministic schedule, other seeds": (
+        [*PARTIAL, "rollout.deterministic=true", "rollout.engine=sglang"],
+        "rollout.deterministic",
+        "only in deterministic inference",
+    ),
+    "deterministic schedule, further rounds": (
+        [*PARTIAL, "rollout.deterministic=true", "rollout.sampling_rounds=2"],
+        "rollout.sampling_rounds",
+        "a matter of time",
+    ),
     "positions": (["rollout.max_new_tokens=4000"], "rollout.max_new_tokens", "4096 positions"),
 }
 
@@ -294,6 +317,8 @@ def test_rule(model, rule):
             "rollout.sglang.extra_args=[--enable-deterministic-inference]",
             "entropy.repeated_prompts=32",
         ],
+        [*PARTIAL, "rollout.deterministic=true"],
+        [*PARTIAL, "rollout.engine=sglang", "rollout.stop_token_ids=[5]", "rollout.sampling_rounds=2"],
         ["rollout.engine=sglang", "rollout.sglang.max_total_tokens=0"],
         ["rollout.sglang.max_total_tokens=1"],
         ["data.source.kind=reasoning_gym", "data.source.task=chain_sum", "data.source.size=16"],

@@ -13,17 +13,20 @@ from pipeline.clock import StepClock
 from pipeline.config.load import load_config
 from pipeline.data.cursor import DataCursor
 from pipeline.rollout.engine import EngineError
+from pipeline.rollout.parts import joined, remainder
 from pipeline.step.queue import RolloutQueue
+from pipeline.step.waiting import drawn_of, plain_of
 from pipeline.types import ControlDecision, Prompt, Role, Sample, SampleGroup, WeightSpan
 from tests.unit.pipeline.step.test_draw import ROOT
 
 DECISION = ControlDecision(1.0, 1.0, 0, "off", "")
+LONGEST = 4000  # tokens
 PROMPTS = [Prompt(str(i), (1, 2), "", None, "exact") for i in range(64)]
 
 
 def length_of(seed):
     """Pareto of shape 1.2: the longest of thousands is hundreds of times the median."""
-    return min(4000, int(4 * np.random.default_rng(seed).random() ** (-1 / 1.2)))
+    return min(LONGEST, int(4 * np.random.default_rng(seed).random() ** (-1 / 1.2)))
 
 
 @dataclass
@@ -62,20 +65,71 @@ class Simulated:
         self.aborted.set()
 
 
+@dataclass
+class Interrupted(Simulated):
+    """Answers that are held: by ``abort`` as far as they came, a token every ``token_s``, or at ``pause_at``."""
+
+    changed: threading.Condition = field(default_factory=threading.Condition)
+    aborts: int = 0
+
+    def stream(self, requests):
+        asked, before, began = [remainder(request) for request in requests], self.aborts, time.monotonic()
+        left = {
+            i: [self.rest(request, place) for place in range(len(request.seeds))] for i, request in enumerate(asked)
+        }
+        for i, longest in sorted(((i, max(parts)) for i, parts in left.items()), key=lambda pair: pair[1]):
+            with self.changed:
+                until = began + longest * self.token_s - time.monotonic()
+                self.changed.wait_for(lambda: self.aborts != before, max(0.0, until))
+            drawn = longest
+            if self.aborts != before and time.monotonic() < began + longest * self.token_s:
+                drawn = int((time.monotonic() - began) / self.token_s)
+            yield [(i, joined(requests[i], self.part(asked[i], drawn)))]
+
+    def rest(self, request, place):
+        begun = len(request.begun[place].token_ids) if request.begun else 0
+        return min(length_of(request.seeds[place]), request.max_new_tokens) - begun
+
+    def part(self, request, drawn):
+        """As far as a response comes in so many tokens."""
+        samples = []
+        for place, seed in enumerate(request.seeds):
+            rest = self.rest(request, place)
+            count = min(rest, drawn)
+            ends = length_of(seed) <= request.max_new_tokens
+            reason = "abort" if count < rest else "stop" if ends else "length"
+            values = np.zeros(count, np.int64), np.zeros(count, np.float32), 1.0, seed, Role.MAIN, reason
+            samples.append(Sample(*values, (WeightSpan(self.version, 0, count),)))
+        return SampleGroup(request.prompt, tuple(samples), request.role)
+
+    def abort(self):
+        with self.changed:
+            self.aborts += 1
+            self.changed.notify_all()
+
+
 class Judge:
     def verify(self, groups, *, more=False):
         return [replace(g, samples=tuple(replace(s, reward=float(s.seed % 2)) for s in g.samples)) for g in groups]
 
 
-def queue(engine, staleness, *words):
+def queue(engine, staleness, *words, longest=LONGEST):
     small = ["rollout.prompts_per_step=8", "rollout.samples_per_prompt=4", "entropy.controller=none", *words]
     config = load_config(ROOT / "configs/recipe/pm4.yaml", [*small, f"rollout.staleness={staleness}"])
+    config = replace(config, rollout=replace(config.rollout, max_new_tokens=longest))  # no model limits it here
     return RolloutQueue(config, DataCursor(PROMPTS, seed=0), engine, Judge())
 
 
-def trained(engine, staleness, steps, train_s=0.0, *words):
+PARTIAL = "rollout.partial=true"
+
+
+def seeds_of(found):
+    return [[s.seed for g in samples.main for s in g.samples] for samples, _ in found]
+
+
+def trained(engine, staleness, steps, train_s=0.0, *words, longest=LONGEST):
     """What every step trains on: (samples, their ages)."""
-    drawing, found = queue(engine, staleness, f"steps={steps}", *words), []
+    drawing, found = queue(engine, staleness, f"steps={steps}", *words, longest=longest), []
     for step in range(steps):
         drawn = drawing.next(step, DECISION, StepClock())
         found.append((drawn.samples, drawn.samples.ages(step)))
@@ -183,3 +237,88 @@ def test_closing_ends_what_is_being_drawn():
     drawing.close()
     assert engine.aborted.is_set()
     assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("more", [(), ("rollout.deterministic=true",)], ids=["by the clock", "by count"])
+@pytest.mark.parametrize("staleness", [1, 4])
+def test_held_answers_go_on_and_every_one_is_trained_on_once(staleness, more):
+    """The same prompts and seeds as without: weights alone change."""
+    steps = 12
+    found = trained(Interrupted(token_s=1e-3), staleness, steps, 0.0, PARTIAL, *more, longest=60)
+    assert seeds_of(found) == seeds_of(trained(Simulated(), 0, steps, 0.0))
+    versions = 0
+    for step, (samples, ages) in enumerate(found):
+        assert ages["max"] <= min(step, staleness)
+        for sample in (s for g in samples.main for s in g.samples):
+            spans = sample.weight_versions
+            assert len(sample.token_ids) == min(60, length_of(sample.seed)), "not a token is lost or drawn twice"
+            assert [span.start for span in spans] == [0, *(span.end for span in spans[:-1])]
+            assert spans[-1].end == len(sample.token_ids)
+            assert [span.version for span in spans] == sorted({span.version for span in spans})
+            versions = max(versions, len(spans))
+    assert versions > 1
+
+
+def test_new_weights_wait_for_no_answer():
+    """Without holding, an update waits for the longest."""
+
+    def settle_s(*words):
+        engine = Interrupted(token_s=0.0)
+        drawing = queue(engine, 1, *words, "steps=9")
+        drawing.next(0, DECISION, StepClock())
+        drawing.settle()
+        engine.token_s = 0.02
+        drawing.next(1, DECISION, StepClock())
+        began = time.monotonic()
+        drawing.settle()
+        seconds = time.monotonic() - began
+        held = [s for each in drawing._waiting for r in each.drawing.left.values() for s in r.begun if s.held]
+        drawing.close()
+        return seconds, len(held)
+
+    (waiting_s, none), (held_s, some) = settle_s(), settle_s(PARTIAL)
+    assert none == 0 < some
+    assert held_s < waiting_s / 3
+
+
+def versions_of(found):
+    return [[s.weight_versions for g in samples.main for s in g.samples] for samples, _ in found]
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 5), st.booleans())
+def test_what_is_held_survives_a_checkpoint(staleness, killed_after, by_count):
+    """Another queue goes on from what the first one held: each answer is trained on once.
+
+    By count, the same weights draw every token.
+    """
+    words = (PARTIAL, "steps=8", *(["rollout.deterministic=true"] if by_count else []))
+    first, found = queue(Interrupted(token_s=1e-4), staleness, *words, longest=60), []
+    engine = first._holding._source
+    for step in range(killed_after):
+        samples = first.next(step, DECISION, StepClock()).samples
+        found.append((samples, {}))
+        first.settle()
+        engine.version = step + 1
+    fields, arrays = plain_of(drawn_of(*first.state_dict()))
+    held = [s for each in first._waiting for r in each.drawing.left.values() for s in r.begun]
+    cursor = first._sampler.cursor.state_dict()
+    first.close()
+    second = queue(Interrupted(token_s=1e-4, version=killed_after), staleness, *words, longest=60)
+    second._sampler.cursor.load_state_dict(cursor)
+    second.load_state_dict(fields, arrays)
+    for step in range(killed_after, 8):
+        found.append((second.next(step, DECISION, StepClock()).samples, {}))
+        second.settle()
+        second._holding._source.version = step + 1
+    second.close()
+    assert seeds_of(found) == seeds_of(trained(Simulated(), 0, 8, 0.0))
+    whole = {s.seed: s for samples, _ in found for g in samples.main for s in g.samples}
+    for part in held:
+        if len(part.token_ids):
+            (*earlier, last), final = part.weight_versions, whole[part.seed].weight_versions
+            assert final[: len(earlier)] == tuple(earlier), "what had been drawn is not drawn again"
+            assert final[len(earlier)].version == last.version
+    if by_count:
+        at_once = trained(Interrupted(token_s=1e-4), staleness, 8, 0.0, *words, longest=60)
+        assert versions_of(found) == versions_of(at_once)
