@@ -258,8 +258,10 @@ def start_engines(config: RunConfig, log_dir: Path, stack: ExitStack, learner: L
             RayEngine(partial(home.remote, build), f"engine {i}", timeout_s)
             for i, (home, build) in enumerate(zip(homes, builders, strict=True))
         ]
-    # SGLang takes minutes to start again; the native engine seconds, and then its samples are the same to the bit.
-    pool = EnginePool(engines, take_over=config.rollout.engine == "sglang")
+    # SGLang takes minutes to start again; the native engine seconds, and then its samples are the same to the bit: so
+    # they are as long as who draws which depends on nobody's speed.
+    sglang = config.rollout.engine == "sglang"
+    pool = EnginePool(engines, take_over=sglang, measured=sglang)
     stack.callback(pool.close)
     pool.start(hf_path(config))
     return pool

@@ -8,11 +8,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TypeVar
 
-from pipeline.clock import Busy, Span
+from pipeline.clock import Span
 from pipeline.reshard.link import refuse
 from pipeline.reshard.order import Order
 from pipeline.rollout.deal import draw, raise_failed
 from pipeline.rollout.engine import EngineError, Finished, RolloutEngine, WeightUpdateError
+from pipeline.rollout.load import Load
 from pipeline.types import EngineHealth, GenerateRequest
 
 T = TypeVar("T")
@@ -21,18 +22,21 @@ T = TypeVar("T")
 class EnginePool(RolloutEngine):
     """``RolloutEngine`` over engines that run at the same time.
 
-    Requests are divided by expected tokens, deterministically. An update is all or nothing: all engines verify before
+    Requests are divided by expected tokens. An update is all or nothing: all engines verify before
     any commits, and the pool generates only when every engine has committed the same version; one failure makes the
     whole pool refuse until a later update commits.
     """
 
-    def __init__(self, engines: Sequence[RolloutEngine], *, take_over: bool = False) -> None:
-        """``take_over``: engines draw what one that died had not finished; else it is to be revived first."""
+    def __init__(self, engines: Sequence[RolloutEngine], *, take_over: bool = False, measured: bool = False) -> None:
+        """``take_over``: engines draw what one that died had not finished; else it is to be revived first.
+
+        ``measured``: a slow engine gets less; else who draws which depends on the requests alone.
+        """
         if not engines:
             raise EngineError("engine pool: no engines; set rollout.engines to at least 1")
         self._engines = tuple(engines)
-        self._busy = tuple(Busy() for _ in engines)
-        self._take_over = take_over
+        self._loads = tuple(Load() for _ in engines)
+        self._take_over, self._measured = take_over, measured
         self._threads = ThreadPoolExecutor(len(engines), "engine") if len(engines) > 1 else None
         self._consistent = False
         self._updating: int | None = None  # version of the update in progress
@@ -76,14 +80,16 @@ class EnginePool(RolloutEngine):
             )
         wanted = range(len(requests)) if wanted is None else wanted
         if len(self._engines) == 1 and len(wanted) == len(requests):
-            with self._busy[0]:
+            with self._loads[0].busy:
                 yield from self._engines[0].stream(requests)
         else:
-            yield from draw(self._engines, self._busy, requests, wanted, take_over=self._take_over)
+            yield from draw(
+                self._engines, self._loads, requests, wanted, take_over=self._take_over, measured=self._measured
+            )
 
     def busy(self) -> list[list[Span]]:
         """When each engine had requests, since this was last asked."""
-        return [busy.take() for busy in self._busy]
+        return [load.busy.take() for load in self._loads]
 
     def release(self) -> None:
         """Have every engine leave its GPUs; the pool generates again after the next update."""

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from pipeline.reshard.engine_grid import EngineGrid
 from pipeline.rollout.deal import split_requests
 from pipeline.rollout.engine import EngineError, WeightUpdateError
+from pipeline.rollout.load import Load, work
 from pipeline.rollout.native.engine import NativeEngine
 from pipeline.rollout.pool import EnginePool
 from pipeline.types import GenerateRequest, Prompt
@@ -149,7 +150,7 @@ def finished_by(pool, left):
 
 def test_a_revived_engine_draws_what_was_its_share(folder):
     everything = set(range(len(REQUESTS)))
-    pool, share = started([NativeEngine(), Dying()], folder), set(split_requests(REQUESTS, 2)[1])
+    pool, share = started([NativeEngine(), Dying()], folder), set(split_requests(REQUESTS, [Load(), Load()])[1])
     left = everything - finished_by(pool, everything)
     assert left < share
     assert len(left) == len(share) - 1
@@ -184,13 +185,67 @@ def test_an_error_of_an_engine_that_lives_is_raised(folder):
     st.integers(1, 6),
 )
 def test_split_gives_every_request_once_and_balances(requests, engines):
-    shares = split_requests(requests, engines)
-    assert shares == split_requests(requests, engines)
+    loads = [Load() for _ in range(engines)]
+    shares = split_requests(requests, loads)
+    assert shares == split_requests(requests, loads)
     assert sorted(i for share in shares for i in share) == list(range(len(requests)))
     work = [len(r.prompt.token_ids) + len(r.seeds) * r.max_new_tokens for r in requests]
-    loads = [sum(work[i] for i in share) for share in shares]
+    dealt = [sum(work[i] for i in share) for share in shares]
     # Graham's bound for list scheduling: nobody has more than the mean plus the largest piece.
-    assert max(loads) <= sum(work) / engines + max(work, default=0)
+    assert max(dealt) <= sum(work) / engines + max(work, default=0)
+
+
+@given(
+    st.lists(st.builds(request, st.integers(0, 99), st.integers(1, 8), st.integers(1, 500)), max_size=40),
+    st.lists(st.tuples(st.integers(0, 10**4), st.floats(0.1, 10)), min_size=1, max_size=6),
+)
+def test_split_balances_the_ends_of_engines_that_differ(requests, engines):
+    """Nobody who was dealt something ends later than he who ends first would with one piece more."""
+    loads = [Load() for _ in engines]
+    for load, (had, speed) in zip(loads, engines, strict=True):
+        load.add(had)
+        load.learn(1, 1 / speed)
+    shares = split_requests(requests, loads)
+    assert sorted(i for share in shares for i in share) == list(range(len(requests)))
+    pieces = [work(each) for each in requests]
+    ends = [(had + sum(pieces[i] for i in own)) / speed for own, (had, speed) in zip(shares, engines, strict=True)]
+    for own, end in zip(shares, ends, strict=True):
+        if own:
+            most = min(e + max(pieces) / speed for e, (_, speed) in zip(ends, engines, strict=True))
+            assert end <= most * (1 + 1e-9)
+
+
+def test_an_engine_of_which_nothing_is_known_is_taken_for_the_mean_of_the_others():
+    loads = [Load() for _ in range(3)]
+    loads[0].learn(10, 1.0)
+    loads[1].learn(30, 1.0)
+    dealt = [len(share) for share in split_requests([request(1)] * 60, loads)]
+    assert dealt == [10, 30, 20]
+
+
+def test_what_is_in_hand_counts_until_it_is_finished(folder):
+    class Held(NativeEngine):
+        def stream(self, requests):
+            asked.append(len(requests))
+            held.wait(10)
+            yield from super().stream(requests)
+
+    held, asked = threading.Event(), []
+    pool = started([Held(), Held()], folder, measured=True)
+    first = threading.Thread(target=pool.generate, args=([request(1, samples=8)],))
+    first.start()
+    while not asked:
+        pass
+    second = threading.Thread(target=pool.generate, args=([request(2, samples=1)] * 4,))
+    second.start()
+    while len(asked) < 2:
+        pass
+    assert asked == [1, 4], "the idle engine takes all of the second call"
+    held.set()
+    first.join()
+    second.join()
+    assert [load.expected for load in pool._loads] == [0, 0]
+    pool.close()
 
 
 def test_a_push_is_served(folder):

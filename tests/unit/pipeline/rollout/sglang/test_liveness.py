@@ -5,11 +5,13 @@ import os
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
 from pipeline.config.schema import RolloutConfig, SglangConfig
 from pipeline.rollout.engine import EngineError, EngineTimeoutError
+from pipeline.rollout.pool import EnginePool
 from pipeline.rollout.sglang import liveness as module
 from pipeline.rollout.sglang.engine import SglangEngine
 from pipeline.rollout.sglang.liveness import Liveness
@@ -46,6 +48,29 @@ def test_an_answer_may_take_longer_than_any_limit(engine_on):
     (group,) = engine.generate(REQUESTS)
     assert [sample.token_ids.tolist() for sample in group.samples] == [[7], [7], [7]]
     assert engine.health().alive
+
+
+def test_an_engine_that_is_three_times_slower_gets_a_third(engine_on):
+    engines = [engine_on(60, reply_s=0.6), engine_on(60, reply_s=0.2)]
+    pool = EnginePool(engines, measured=True)
+    pool._consistent = True
+    asked = [replace(REQUESTS[0], prompt=replace(REQUESTS[0].prompt, id=str(i)), seeds=(i,)) for i in range(8)]
+    dealt = []
+    for engine in engines:
+        engine.stream = counted(engine.stream, dealt, engines.index(engine))
+    for _ in range(3):
+        assert len(pool.generate(asked)) == 8
+    counts = [dict(dealt[i : i + 2]) for i in (0, 2, 4)]
+    assert counts[0] == {0: 4, 1: 4}, "nothing is known"
+    assert counts[1] == counts[2] == {0: 2, 1: 6}
+
+
+def counted(stream, dealt, number):
+    def counting(requests):
+        dealt.append((number, len(requests)))
+        return stream(requests)
+
+    return counting
 
 
 @pytest.mark.parametrize(
