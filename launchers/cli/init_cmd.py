@@ -51,8 +51,7 @@ def init(
         raise ConfigError("--out", str(out), "this file exists", "choose another name, or remove it first")
     from launchers.plan import propose
     from pipeline.config.schema import RunConfig
-    from pipeline.data.check import check_data
-    from pipeline.data.sources import check_prompts, load_prompts
+    from pipeline.data.sources import check_prompts, load_prompts, set_apart
     from pipeline.data.tokenizer import load_tokenizer
     from pipeline.model import architecture
     from pipeline.model.reading import ModelError
@@ -68,14 +67,14 @@ def init(
     settings.data.chat_template = tokenizer.has_template
     settings.data.verifier = verifier or ("auto" if _names_verifiers(data) else "math")
     settings.data.verifier_folder = str(out.absolute().parent)  # where a run from that file looks for modules
-    report = check_data(settings, tokenizer)
-    prompts = load_prompts(settings.data, tokenizer, max_prompt_tokens=10**9)
+    loaded = load_prompts(settings.data, tokenizer, max_prompt_tokens=10**9)
+    prompts = [*loaded.train, *loaded.held_out]
     facts = propose.Facts(
         model=sizes,
         folder=folder,
         data=data,
-        prompts=report.questions,
-        longest=int(report.lengths["longest"]),
+        prompts=len(prompts),
+        longest=max(len(prompt.token_ids) for prompt in prompts),
         verifier=settings.data.verifier,
         chat=settings.data.chat_template,
         gpus=gpus,
@@ -83,13 +82,12 @@ def init(
         start=None,
     )
     if measure or (measure is None and facts.parameters <= LARGEST and sizes.moe is None and sizes.mla is None):
-        facts = replace(facts, start=_measured(facts, [*prompts.train, *prompts.held_out][:MEASURED]))
-    written = propose.text(facts, propose.keys(facts))
-    out.write_text(written)
+        facts = replace(facts, start=_measured(facts, prompts[:MEASURED]))
+    out.write_text(propose.text(facts, propose.keys(facts)))
     config = load_config(out)
-    check_prompts(load_prompts(config.data, tokenizer, max_prompt_tokens=config.rollout.max_prompt_tokens), config)
+    check_prompts(set_apart(prompts, config.data, config.rollout.max_prompt_tokens), config)
     band = config.entropy.band
-    say(f"wrote {out}: {report.questions} prompts, band {band.low:g} to {band.high:g} nats per token")
+    say(f"wrote {out}: {len(prompts)} prompts, band {band.low:g} to {band.high:g} nats per token")
     say(f"next: isentrope train --config {out}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -39,15 +39,27 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer, *, max_prompt_tokens:
         check_verifier(config.verifier, config.verifier_folder)
     if config.examples and not config.chat_template:
         raise DataError("data.examples are turns of a conversation: set data.chat_template=true, or remove them")
+    questions = read_questions(config)
+    fixed = {question.id: question.held_out for question in questions if question.held_out is not None}
+    return set_apart((to_prompt(question, config, tokenizer) for question in questions), config, max_prompt_tokens, fixed)
+
+
+def set_apart(
+    prompts: Iterable[Prompt], config: DataConfig, max_prompt_tokens: int, fixed: Mapping[str, bool] | None = None
+) -> PromptSet:
+    """Divide tokenized prompts into training and held-out ones, and drop those that are too long.
+
+    ``fixed`` has the side of prompts (id -> held out) whose source divides them itself. Raises ``DataError`` where no
+    training prompt is left.
+    """
     train: list[Prompt] = []
     held_out: list[Prompt] = []
     dropped = 0
-    for question in read_questions(config):
-        prompt = to_prompt(question, config, tokenizer)
+    for prompt in prompts:
         if len(prompt.token_ids) > max_prompt_tokens:
             dropped += 1
             continue
-        apart = _held_out(question.id, config.held_out) if question.held_out is None else question.held_out
+        apart = fixed[prompt.id] if fixed and prompt.id in fixed else _held_out(prompt.id, config.held_out)
         (held_out if apart else train).append(prompt)
     if not train:
         raise DataError(

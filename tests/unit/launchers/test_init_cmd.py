@@ -8,6 +8,7 @@ import yaml
 from launchers.plan import propose
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import PACKAGED, load_config
+from pipeline.data import jsonl, sources
 from pipeline.evaluation.start import measure
 from pipeline.model import architecture
 from pipeline.types import Prompt
@@ -37,6 +38,21 @@ def test_it_writes_a_configuration_that_validates_as_it_is(capsys, tmp_path, dat
     code, _, said = call(capsys, "init", str(PM4), str(data), "--out", str(out))
     assert code == 2
     assert "this file exists" in said
+
+
+def test_the_data_are_read_once(capsys, monkeypatch, tmp_path, data):
+    """Their verifiers grade every reference, which takes long where there are many."""
+    looks = []
+
+    def look(path, config, real=jsonl.examine_jsonl):
+        looks.append(path)
+        return real(path, config)
+
+    for module in (jsonl, sources):
+        monkeypatch.setattr(module, "examine_jsonl", look)
+    words = ["--no-measure", "--verifier", "exact", "--out", str(tmp_path / "my.yaml")]
+    assert call(capsys, "init", str(PM4), str(data), *words)[0] == 0
+    assert looks == [str(data)]
 
 
 def test_a_verifier_of_ones_own_is_looked_for_beside_what_is_written(capsys, tmp_path, data):
