@@ -14,10 +14,9 @@ import typer
 from launchers.cli.arguments import CONFIG, JSON
 from launchers.cli.terminal import say
 from pipeline.config.errors import ConfigError
-from pipeline.config.load import load_config
-from pipeline.config.schema import RunConfig
 
 if TYPE_CHECKING:
+    from pipeline.config.schema import RunConfig
     from pipeline.monitoring.alerts.replay import Replay
     from pipeline.monitoring.alerts.rules import Rule
 
@@ -30,6 +29,8 @@ RULES = typer.Option(
 @app.command("list", epilog="Example: isentrope alerts list --rules my_rules")
 def list_rules(config: Path | None = CONFIG, rules: Path | None = RULES, as_json: bool = JSON) -> None:
     """Print every rule: severity, condition, message and remedy. A rule is a file; copy one and change it."""
+    from pipeline.config.load import load_config
+    from pipeline.config.schema import RunConfig
     from pipeline.monitoring.alerts.rules import load_rules
 
     alerts = load_config(config, check=False).monitoring.alerts if config else RunConfig().monitoring.alerts
@@ -59,6 +60,8 @@ def try_rules(
 
       isentrope alerts test --deliver --config mine.yaml
     """
+    from pipeline.config.load import load_config
+
     if deliver == bool(runs) or deliver != bool(config):
         raise typer.BadParameter("give run folders, or --deliver with --config FILE")
     if config is not None:

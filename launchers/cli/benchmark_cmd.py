@@ -11,7 +11,6 @@ from rich.table import Table
 
 from launchers.cli.arguments import CONFIG, JSON
 from launchers.cli.terminal import say
-from pipeline.config.load import load_config
 from pipeline.monitoring.console import CleanConsole
 
 app = typer.Typer(help="Public benchmarks: AIME, MATH-500, GPQA, MMLU-Pro and others.", no_args_is_help=True)
@@ -96,6 +95,7 @@ def run(
 
       isentrope benchmark run sample_math sample_choice --offline --config recipe/smollm2_135m_cpu.yaml --samples 4
     """
+    from pipeline.config.load import load_config
     from pipeline.evaluation.benchmark_run import DECODINGS
     from pipeline.evaluation.benchmarks import benchmark
 

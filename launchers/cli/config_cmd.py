@@ -10,8 +10,6 @@ import typer
 
 from launchers.cli.arguments import CONFIG, JSON, OVERRIDES
 from launchers.cli.terminal import say
-from pipeline.config.load import config_hash, document, load_config
-from pipeline.monitoring.alerts.rules import rules_of
 
 app = typer.Typer(help="Show or validate a configuration.", no_args_is_help=True)
 
@@ -19,6 +17,8 @@ app = typer.Typer(help="Show or validate a configuration.", no_args_is_help=True
 @app.command(epilog="Example: isentrope config show --config configs/quickstart.yaml entropy.band.high=0.35")
 def show(config: Path | None = CONFIG, overrides: list[str] = OVERRIDES, as_json: bool = JSON) -> None:
     """Print the resolved configuration, every key with its meaning. Keys and types are checked, the rules are not."""
+    from pipeline.config.load import document, load_config
+
     resolved = load_config(config, overrides, check=False)
     say(json.dumps(asdict(resolved)) if as_json else document(resolved), nl=as_json)
 
@@ -29,6 +29,9 @@ def validate(config: Path | None = CONFIG, overrides: list[str] = OVERRIDES, as_
 
     Exit code 2 and the list of problems if there are any. What only a GPU can tell is left to the run itself.
     """
+    from pipeline.config.load import config_hash, load_config
+    from pipeline.monitoring.alerts.rules import rules_of
+
     resolved = load_config(config, overrides)
     rules_of(resolved)
     from launchers.run.inputs import check_inputs  # torch: only once the configuration is known to be good

@@ -12,10 +12,9 @@ import typer
 
 from launchers.cli.arguments import CONFIG, JSON, USAGE_ERROR
 from launchers.cli.terminal import say
-from pipeline.config.load import load_config, override, resolve_path
-from pipeline.config.schema import DataConfig, RunConfig, SourceConfig
 
 if TYPE_CHECKING:
+    from pipeline.config.schema import RunConfig
     from pipeline.data.check import DataReport
 
 app = typer.Typer(help="Data files: what a run would make of them.", no_args_is_help=True)
@@ -40,6 +39,9 @@ def check(
 
       isentrope data check math.jsonl --config my.yaml --set data.system_prompt="Answer in a box."
     """
+    from pipeline.config.load import load_config, override, resolve_path
+    from pipeline.config.schema import DataConfig, RunConfig, SourceConfig
+
     if file is None and config is None:
         raise typer.BadParameter("give a FILE, a --config, or both")
     if file is not None:
@@ -81,6 +83,8 @@ def grade(
 
       isentrope data grade responses.jsonl --json
     """
+    from pipeline.config.load import load_config
+    from pipeline.config.schema import DataConfig
     from pipeline.rewards.grade import grade_file
 
     settings = load_config(config, overrides).data if config else DataConfig()

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from launchers.cli.arguments import CONFIG, JSON, OVERRIDES
 from launchers.cli.terminal import say
-from pipeline.config.load import load_config
-from pipeline.config.schema import RunConfig
+
+if TYPE_CHECKING:
+    from pipeline.config.schema import RunConfig
 
 app = typer.Typer(
     name="entropy", help="Measure what moves a model's entropy; calibrate its controller.", no_args_is_help=True
@@ -227,6 +228,8 @@ def law(
 
 
 def _resolved(config: Path | None, run: Path | None, overrides: list[str]) -> RunConfig:
+    from pipeline.config.load import load_config
+
     if (config is None) == (run is None):
         raise typer.BadParameter("give either --config FILE or a run folder")
     return load_config(run / "config.yaml" if run else config, overrides)

@@ -7,7 +7,6 @@ from pathlib import Path
 import typer
 
 from launchers.cli.arguments import CONFIG, JSON, OVERRIDES, print_result
-from pipeline.config.load import load_config
 
 
 def evaluate(
@@ -24,6 +23,8 @@ def evaluate(
 
       isentrope evaluate --run runs/pi-20260101-120000 --json
     """
+    from pipeline.config.load import load_config
+
     if (config is None) == (run is None):
         raise typer.BadParameter("give either --config FILE or --run RUN")
     resolved = load_config(run / "config.yaml" if run else config, overrides)

@@ -12,7 +12,6 @@ import typer
 
 from launchers.cli.terminal import say
 from pipeline.config.errors import ConfigError
-from pipeline.config.load import load_config, resolve_path
 
 if TYPE_CHECKING:
     from launchers.plan.propose import Facts
@@ -47,6 +46,8 @@ def init(
 
       isentrope init models/Qwen3-4B math.jsonl --gpus 8 -o qwen3.yaml
     """
+    from pipeline.config.load import load_config, resolve_path
+
     if out.exists():
         raise ConfigError("--out", str(out), "this file exists", "choose another name, or remove it first")
     from launchers.plan import propose

@@ -7,15 +7,18 @@ import shlex
 import time
 from dataclasses import asdict
 from datetime import datetime
+from typing import TYPE_CHECKING
 
 import typer
 from rich.table import Table
 
 from launchers.cli.arguments import JSON
 from launchers.cli.terminal import say
-from launchers.slurm import jobs
 from pipeline.config.errors import ConfigError
 from pipeline.monitoring.console import CleanConsole
+
+if TYPE_CHECKING:
+    from launchers.slurm.jobs import Job
 
 app = typer.Typer(help="Jobs launched from here: list, status, logs, cancel.", no_args_is_help=True)
 
@@ -26,6 +29,8 @@ POLL_S = 2.0
 @app.command("list", epilog="Example: isentrope jobs list")
 def list_jobs(as_json: bool = JSON) -> None:
     """Every job launched from here and its state."""
+    from launchers.slurm import jobs
+
     known = [(job, jobs.state(job, jobs.shell(job.ssh))["state"]) for job in jobs.known()]
     if as_json:
         say(json.dumps([{**asdict(job), "state": state} for job, state in known]))
@@ -39,6 +44,8 @@ def list_jobs(as_json: bool = JSON) -> None:
 @app.command(epilog="Example: isentrope jobs status 4711")
 def status(job: str | None = JOB, as_json: bool = JSON) -> None:
     """State of a job, what it is at and for how long it gave no heartbeat, its attempts so far, its newest stall."""
+    from launchers.slurm import jobs
+
     found = jobs.find(job)
     result = jobs.details(found, jobs.shell(found.ssh))
     if as_json:
@@ -63,6 +70,8 @@ def logs(
     job: str | None = JOB, keep_on: bool = typer.Option(False, "--follow", "-f", help="Print on as it grows.")
 ) -> None:
     """The log of a job: every attempt of it, one behind the other."""
+    from launchers.slurm import jobs
+
     found = jobs.find(job)
     if keep_on:
         follow(found)
@@ -79,6 +88,8 @@ def cancel(
     now: bool = typer.Option(False, "--now", help="Do not wait for a checkpoint."),
 ) -> None:
     """Stop a job: the step in progress is finished and a checkpoint saved. It is not requeued."""
+    from launchers.slurm import jobs
+
     found = jobs.find(job)
     jobs.cancel(found, jobs.shell(found.ssh), now=now)
     how = "cancelled" if now else "asked to save and stop"
@@ -88,8 +99,10 @@ def cancel(
     )
 
 
-def follow(job: jobs.Job) -> None:
+def follow(job: Job) -> None:
     """Print a job's log and state until it is over. Ctrl-C leaves the job alone. Exits with 1 unless it completed."""
+    from launchers.slurm import jobs
+
     run, shown, before = jobs.shell(job.ssh), 0, ""
     while True:
         state = jobs.state(job, run)

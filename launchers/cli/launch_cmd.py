@@ -13,7 +13,6 @@ from launchers.cli.arguments import CONFIG, MEAN_RESPONSE, OVERRIDES
 from launchers.cli.jobs_cmd import follow
 from launchers.cli.terminal import say
 from pipeline.config.errors import ConfigError
-from pipeline.config.load import to_yaml
 
 if TYPE_CHECKING:
     from launchers.plan.setting import Setting
@@ -56,6 +55,7 @@ def slurm(
     from launchers.plan.setting import prepared
     from launchers.slurm.cluster import load_cluster, split_overrides
     from launchers.slurm.worktree import collect
+    from pipeline.config.load import to_yaml
 
     of_run, of_cluster = split_overrides(overrides)
     described = load_cluster(cluster, of_cluster)
@@ -102,6 +102,7 @@ def local(
     """
     from launchers.plan.setting import prepared
     from launchers.supervise.local import supervise
+    from pipeline.config.load import to_yaml
 
     _one_of(config, resume)
     with prepared(config, overrides, None, resume=resume, submits=not dry_run) as setting:

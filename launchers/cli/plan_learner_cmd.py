@@ -14,12 +14,11 @@ from rich.table import Table
 from launchers.cli.arguments import CONFIG, JSON, MEAN_RESPONSE, OVERRIDES
 from launchers.cli.terminal import say
 from pipeline.config.errors import ConfigError
-from pipeline.config.load import PACKAGED, load_config, override, resolve_path
-from pipeline.config.schema import PrecisionConfig, RunConfig
 from pipeline.monitoring.console import CleanConsole
 from pipeline.units import GIB
 
 if TYPE_CHECKING:
+    from pipeline.config.schema import RunConfig
     from pipeline.model.architecture import Architecture
 
 FAILED = 1  # it does not fit, or is not built as planned
@@ -93,6 +92,7 @@ def _rehearse(model: Architecture, run: RunConfig) -> dict[str, Any]:
     from launchers.plan import rehearsal
     from launchers.plan.work import from_config
     from megatron_ext.rehearsal import build
+    from pipeline.config.schema import PrecisionConfig
 
     plain = replace(run, learner=replace(run.learner, precision=PrecisionConfig()))
     work = from_config(model, plain)
@@ -114,6 +114,8 @@ def _load(config: Path | None, overrides: list[str]) -> tuple[RunConfig, Path]:
 
     The folder is ``model.hf_path``, or a packaged ``config.json`` of that name.
     """
+    from pipeline.config.load import PACKAGED, load_config, override, resolve_path
+
     run = load_config(config, overrides, check=False)
     folder = resolve_path(run.model.hf_path)
     if not (folder / "config.json").is_file():

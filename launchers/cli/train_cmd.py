@@ -9,7 +9,6 @@ import typer
 from launchers.cli.arguments import CONFIG, JSON, OVERRIDES, print_result
 from launchers.cli.terminal import say
 from launchers.supervise.signals import stop_requested
-from pipeline.config.load import load_config
 
 
 def train(
@@ -31,6 +30,8 @@ def train(
 
       isentrope train --resume runs/pi-20260101-120000 steps=300
     """
+    from pipeline.config.load import load_config
+
     if (config is None) == (resume is None):
         raise typer.BadParameter("give either --config FILE or --resume RUN")
     if resume is not None:

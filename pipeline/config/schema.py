@@ -16,7 +16,8 @@ SHAPINGS = names("pipeline.objectives.shaping")
 CONTROLLERS = names("pipeline.entropy.controllers")
 ACTUATORS = names("pipeline.entropy.actuators")
 VERIFIERS = ("auto", *names("pipeline.rewards.verifiers"))
-SINKS = ("tensorboard", "wandb", "mlflow", "prometheus")
+# Each with the library that it needs.
+SINKS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "prometheus": "prometheus_client"}
 
 FOLDER_NAME = Form(r"[\w.+-][\w.+ -]*", "cannot be part of a folder name", "use letters, digits, '_', '-', '.' and '+'")
 MODULE_FUNCTION = Form(
@@ -855,7 +856,7 @@ class MonitoringConfig:
         unit="samples",
     )
     progress: bool = key(True, "live progress in the terminal")
-    sinks: list[str] = key([], "where metrics go as well", choices=SINKS)
+    sinks: list[str] = key([], "where metrics go as well", choices=tuple(SINKS))
     wandb: WandbConfig = key(WandbConfig(), "sink wandb")
     mlflow: MlflowConfig = key(MlflowConfig(), "sink mlflow")
     prometheus: PrometheusConfig = key(PrometheusConfig(), "sink prometheus")

@@ -41,7 +41,8 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer, *, max_prompt_tokens:
         raise DataError("data.examples are turns of a conversation: set data.chat_template=true, or remove them")
     questions = read_questions(config)
     fixed = {question.id: question.held_out for question in questions if question.held_out is not None}
-    return set_apart((to_prompt(question, config, tokenizer) for question in questions), config, max_prompt_tokens, fixed)
+    prompts = (to_prompt(question, config, tokenizer) for question in questions)
+    return set_apart(prompts, config, max_prompt_tokens, fixed)
 
 
 def set_apart(

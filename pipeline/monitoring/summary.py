@@ -133,7 +133,7 @@ def summarize_run(run: RunHistory) -> dict[str, Any]:
         "seconds": totals(run, "time/") | {"evaluation": sum(e.get("seconds", 0.0) for e in run.evaluations)},
         "tokens": {key: int(total) for key, total in totals(run, "tokens/").items()},
         "alerts": [f"step {e['step']}: {e['reason']}" for e in run.of_kind("alert") if e["state"] == "begin"],
-        "restarts": [event["step"] for event in run.restarts],
+        "restarts": [f"from step {event['step']}" for event in run.restarts],
         "controller": run.config.entropy.controller,
         "actuator": "none" if run.is_baseline else run.config.entropy.actuator,
         "config_hash": config_hash(run.config),

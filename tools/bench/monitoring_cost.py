@@ -23,10 +23,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+from pipeline.config.schema import SINKS  # noqa: E402
 from pipeline.ports import free_port  # noqa: E402
 
 WARM_UP = 50  # steps
-SINKS = "tensorboard,wandb,mlflow,prometheus"
 
 
 def train(run_dir: Path, arguments: argparse.Namespace, *overrides: str) -> float:
@@ -109,7 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200, help="of each run")
-    parser.add_argument("--sinks", default=SINKS, help="with commas between them")
+    parser.add_argument("--sinks", default=",".join(SINKS), help="with commas between them")
     parser.add_argument("--runtime", choices=("inline", "ray"), default="inline")
     parser.add_argument("--json", type=Path, help="file for all figures")
     arguments = parser.parse_args()

@@ -13,29 +13,24 @@ from pathlib import Path
 from pipeline.config.check import key_problems
 from pipeline.config.errors import Problem
 from pipeline.config.monitoring_rules import sink_problems
-from pipeline.config.schema import PrometheusConfig, RunConfig
+from pipeline.config.schema import SINKS, PrometheusConfig, RunConfig
 from pipeline.monitoring.sinks import Sink
 from pipeline.monitoring.sinks.alert_delivery import alert_sinks, delivery_problems
 
-# Name in monitoring.sinks: the library, and the class in the module of that name.
-SINKS = {
-    "tensorboard": ("tensorboard", "TensorboardSink"),
-    "wandb": ("wandb", "WandbSink"),
-    "mlflow": ("mlflow", "MlflowSink"),
-    "prometheus": ("prometheus_client", "PrometheusSink"),
-}
 PORT_WAIT_S = 5.0  # an attempt that was killed lets go of its port within a second
 
 
 def build_sinks(config: RunConfig, run_dir: Path) -> dict[str, Callable[[], Sink]]:
     """Builders of the sinks by name, channels of alerts among them.
 
-    A builder imports its library and connects, so call it where that may take long or fail.
+    The sink ``wandb`` is the class ``WandbSink`` of ``pipeline.monitoring.sinks.wandb``. A builder imports its library
+    and connects, so call it where that may take long or fail.
     """
 
     def builder(name: str) -> Callable[[], Sink]:
         def build() -> Sink:
-            sink: Sink = getattr(import_module(f"pipeline.monitoring.sinks.{name}"), SINKS[name][1])(config, run_dir)
+            module = import_module(f"pipeline.monitoring.sinks.{name}")
+            sink: Sink = getattr(module, f"{name.capitalize()}Sink")(config, run_dir)
             return sink
 
         return build
@@ -49,9 +44,9 @@ def problems(config: RunConfig) -> list[Problem]:
     if impossible:
         return impossible
     chosen = config.monitoring.sinks
-    missing = [name for name in chosen if not _installed(SINKS[name][0])]
+    missing = [library for name in chosen if not _installed(library := SINKS[name])]
     if missing:
-        what = f"not installed: {', '.join(SINKS[name][0] for name in missing)}"
+        what = f"not installed: {', '.join(missing)}"
         return [Problem("monitoring.sinks", chosen, what, "pip install 'isentrope[monitor]', or remove the sink")]
     found = delivery_problems(config)
     found += _port_problems(config.monitoring.prometheus) if "prometheus" in chosen else []
