@@ -39,11 +39,13 @@ class Source:
     ``weights(version)``: whole Hugging Face tensors of each version. ``before_send``: called once in every send.
     """
 
-    def __init__(self, folder, weights, engines=None, learner=None, *, dtype="fp32", bucket_bytes=1 << 16):
+    def __init__(
+        self, folder, weights, engines=None, learner=None, *, dtype="fp32", bucket_bytes=1 << 16, colocated=False
+    ):
         self.weights, self.learner = weights, learner or Grid()
         self.model = architecture.read(folder)
         engines = engines or EngineGrid()
-        placement = Placement.consecutive(self.learner.world_size, engines.world_size, False)
+        placement = Placement.consecutive(self.learner.world_size, engines.world_size, colocated)
         self.inputs = PlanInputs(str(folder), self.learner, engines, placement, bucket_bytes, dtype)
         self.ranks = [Participant() for _ in range(self.learner.world_size)]
         self.before_send = lambda: None

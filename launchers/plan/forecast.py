@@ -20,7 +20,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.model.architecture import Architecture
 from pipeline.model.layout import rows
 from pipeline.reshard.engine_grid import EngineGrid, Placement
-from pipeline.reshard.pieces import INTER, LOCAL
+from pipeline.reshard.pieces import INTER
 from pipeline.reshard.plan import make_plan
 from pipeline.reshard.report import predicted_seconds
 from pipeline.units import GIB
@@ -124,11 +124,7 @@ def _saving(whole: int, cluster: ClusterConfig, placed: Placement) -> Saving:
 
 
 def _sync(model: Architecture, config: RunConfig, cluster: ClusterConfig, work: Work, placed: Placement) -> Sync:
-    """What the reshard plan moves, bucket after bucket.
-
-    Between GPUs of their own by NCCL. Where engines share the learner's GPUs, through the nodes' memory: what the
-    busiest GPU sends and receives by ``host_gb_s``, what enters the busiest node by ``network_gb_s``.
-    """
+    """What the reshard plan moves, bucket after bucket. What stays on a GPU that both share takes no time."""
     settings = config.rollout
     tp = settings.tensor_parallel_size if settings.engine == "sglang" else 1
     engines = EngineGrid(tp=tp, count=settings.engines)
@@ -136,9 +132,5 @@ def _sync(model: Architecture, config: RunConfig, cluster: ClusterConfig, work: 
     plan = make_plan(model, work.grid, engines, placed, config.learner.bucket_mib << 20, dtype)
     traffic = plan.traffic()
     into_nodes = np.bincount(placed.nodes, weights=traffic[INTER, 1].sum(0))
-    if settings.placement == "colocated":
-        through_memory = traffic[LOCAL + 1 :].sum((0, 1, 2)).max() / cluster.host_gb_s
-        seconds = float(through_memory + into_nodes.max() / cluster.network_gb_s) / 1e9
-    else:
-        seconds = predicted_seconds(traffic, cluster.gpu_network_gb_s, cluster.gpu_link_gb_s)
+    seconds = predicted_seconds(traffic, cluster.gpu_network_gb_s, cluster.gpu_link_gb_s)
     return Sync(plan.bounds.full, int(into_nodes.max()), seconds)

@@ -270,22 +270,24 @@ def start_engines(config: RunConfig, log_dir: Path, stack: ExitStack, learner: L
 def plan_inputs(config: RunConfig) -> PlanInputs:
     """What the plan of a run's weight updates is made from; a plan that cannot be made raises ``ConfigError``.
 
-    Learner and engines are processes of their own, also where they share GPUs or, inline, a process.
+    An engine rank on a learner rank's GPU shares its process in the plan. Others have their own, also where learner and
+    engines run inline, in one process.
     """
     rollout, layout = config.rollout, config.learner
     whole = rollout.engine == "native" or rollout.weight_transport == "disk"  # taken by the engine's own process
+    colocated = rollout.placement == "colocated" and not whole
     ranks = 1 if whole else rollout.tensor_parallel_size
     learners: tuple[int, ...] = (0,)
     homes: tuple[int, ...] = (0,) * rollout.engines
     if config.runtime != "inline":
         _, placed = _placed(config)
         learners, homes = placed.learner_nodes, placed.engine_nodes(max(1, engine_gpus(config)))
-    nodes = (*learners, *(home for home in homes for _ in range(ranks)))
+    own = () if colocated else (home for home in homes for _ in range(ranks))
     inputs = PlanInputs(
         model_path=str(hf_path(config)),
         learner=grid_of(layout),
         engines=EngineGrid(ranks, 1 if whole else expert_groups(rollout.sglang.extra_args), rollout.engines),
-        placement=Placement(len(learners), rollout.engines * ranks, colocated=False, nodes=nodes),
+        placement=Placement(len(learners), rollout.engines * ranks, colocated=colocated, nodes=(*learners, *own)),
         bucket_bytes=layout.bucket_mib << 20,
         dtype=_sent_type(config),
     )
@@ -302,7 +304,7 @@ def plan_inputs(config: RunConfig) -> PlanInputs:
 def weight_sync(config: RunConfig, inputs: PlanInputs, learner: Learner, engines: RolloutEngine) -> WeightSync:
     """Moves the weights of ``learner`` into ``engines``, by the plan of ``inputs``."""
     rollout = config.rollout
-    on_gpus = engine_gpus(config) and rollout.placement != "colocated" and rollout.weight_transport == "plan"
+    on_gpus = engine_gpus(config) and rollout.weight_transport == "plan"
     return WeightSync(
         learner,
         engines,

@@ -87,15 +87,6 @@ class ClusterConfig:
     gpu_memory_gb_s: float = key(
         3350.0, "memory bandwidth of one GPU (H100 SXM); for the plan's times", range=Range(1), unit="GB/s"
     )
-    host_gb_s: float = key(
-        25.0, "between a GPU and its node's memory; for the plan's weight sync", range=Range(0.001), unit="GB/s"
-    )
-    network_gb_s: float = key(
-        5.0,
-        "into a node over TCP, where engines share the learner's GPUs; for the plan's weight sync",
-        range=Range(0.001),
-        unit="GB/s",
-    )
     gpu_network_gb_s: float = key(
         50.0,
         "between GPUs of two nodes, one GPU, each way (400 Gbit/s); for the plan's weight sync",

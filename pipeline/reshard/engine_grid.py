@@ -143,6 +143,12 @@ class Placement:
         """The node of each engine's first rank; an engine has ``size`` ranks."""
         return tuple(self.nodes[self.engine_process(rank)] for rank in range(0, self.engines, size))
 
+    @property
+    def members(self) -> int:
+        """Who takes part in an update: every learner rank, then every engine rank. Colocated ones share a process of
+        the plan, apart each has its own, of the same number."""
+        return self.learners + self.engines
+
     def engine_process(self, rank: int) -> int:
         """Process of an engine rank (numbered over all engines)."""
         return rank if self.colocated else self.learners + rank

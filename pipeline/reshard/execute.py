@@ -1,9 +1,9 @@
 """Carries out a :class:`Plan` with point-to-point messages.
 
-For every bucket: copies within the process, then stage 1, then stage 2. In a stage each pair of processes exchanges one
-message, a flat buffer of all pieces of the bucket; buffers live for one stage, so the plan's bound holds for what is in
-flight. Behind its pieces a message has the sender's digest of each. The receiver compares them with the digests of what
-it has written, read back from where it wrote it.
+For every bucket: what a process both holds and needs, then stage 1, then stage 2. In a stage each pair of processes
+exchanges one message of all pieces of the bucket; buffers live for one stage, so the plan's bound holds for what is in
+flight. Where engines share the learner's GPUs, a learner rank does the share of the engine rank on its GPU, and hands
+over what arrives (``handover``).
 """
 
 from __future__ import annotations
@@ -21,22 +21,9 @@ from pipeline.model.fp8 import CODES, quantise
 from pipeline.model.fp8_layout import BLOCK, scale_name
 from pipeline.model.grid import Grid
 from pipeline.model.layout import Row, Slice
-from pipeline.reshard import digest
+from pipeline.reshard.messages import DTYPES, Layout, Message, Piece, Reader
 from pipeline.reshard.pieces import FANOUT, LOCAL
 from pipeline.reshard.plan import Plan, Tasks, Tensor
-
-DTYPES = {1: CODES, 2: torch.bfloat16, 4: torch.float32}  # by item size
-
-
-class Reader(Protocol):
-    """Where a process takes the bytes that it sends first."""
-
-    def read(self, tensor: Tensor, start: int, length: int) -> Sequence[torch.Tensor]:
-        """Entries ``start ..
-
-        start + length`` along ``tensor.dim``, as consecutive views along it. Only for what the plan says it holds.
-        """
-        ...
 
 
 class LearnerShards:
@@ -125,6 +112,27 @@ class EngineShards:
         first, shard = self.shards[tensor.name]
         return [shard.narrow(tensor.dim, start - first, length)]
 
+    def room(self, layouts: Sequence[Layout], device: torch.device, *, fresh: bool) -> list[Message]:
+        """See :class:`Engine`: new buffers."""
+        return [Message(layout, device) for layout in layouts]
+
+    def arrived(self, messages: Sequence[Message]) -> None:
+        """Write them in place, and compare their digests."""
+        for message in messages:
+            message.write(self)
+
+
+class Engine(Reader, Protocol):
+    """What becomes of the messages for an engine rank: :class:`EngineShards`, or ``handover.Handover``."""
+
+    def room(self, layouts: Sequence[Layout], device: torch.device, *, fresh: bool) -> list[Message]:
+        """Messages to be filled, on ``device``. ``fresh``: nobody reads what came before any more."""
+        ...
+
+    def arrived(self, messages: Sequence[Message]) -> None:
+        """They are filled. Raises :class:`DigestError`."""
+        ...
+
 
 class Exchange(Protocol):
     """What carries the messages of one stage, e.g. ``link.Link``."""
@@ -132,10 +140,6 @@ class Exchange(Protocol):
     def exchange(self, sends: Sequence[tuple[int, torch.Tensor]], receives: Sequence[tuple[int, torch.Tensor]]) -> None:
         """Send and receive flat buffers, each with the process at its other end; return when all have arrived."""
         ...
-
-
-class DigestError(RuntimeError):
-    """What was written differs from what was sent; the message names the tensor."""
 
 
 @dataclass
@@ -153,18 +157,20 @@ class Mover:
     """One process's share of a plan, ready to be carried out any number of times: its messages are laid out once."""
 
     plan: Plan
-    stages: tuple[_Stage, ...]
+    stages: tuple[Stage, ...]
     device: torch.device
 
     @classmethod
     def of(cls, plan: Plan, process: int, device: torch.device | str = "cpu") -> Mover:
         """For a process, with buffers on its ``device``."""
         tasks = plan.tasks(process)
-        runs = _runs(2 * tasks.bucket + (tasks.kind == FANOUT))
-        stages = (_stage(plan, tasks, process, np.arange(first, last)) for first, last in runs)
+        runs = [np.arange(first, last) for first, last in _runs(2 * tasks.bucket + (tasks.kind == FANOUT))]
+        buckets = [int(tasks.bucket[run[0]]) for run in runs]
+        fresh = [number == 0 or buckets[number - 1] != bucket for number, bucket in enumerate(buckets)]
+        stages = (_stage(plan, tasks, process, run, first) for run, first in zip(runs, fresh, strict=True))
         return cls(plan, tuple(stages), torch.device(device))
 
-    def move(self, learner: Reader, engine: EngineShards, link: Exchange) -> Moved:
+    def move(self, learner: Reader, engine: Engine, link: Exchange) -> Moved:
         """Move the weights of this process's share. Every process of the plan does the same.
 
         ``learner``: what the process holds; ``engine``: where what it needs belongs. A process without a rank on one
@@ -174,23 +180,22 @@ class Mover:
         """
         moved = Moved()
         for stage in self.stages:
-            for piece in stage.local:
-                target = engine.read(piece.tensor, piece.start, piece.length)[0]
-                _copy(learner.read(piece.tensor, piece.start, piece.length), target, piece.tensor.dim)
-            moved.copied += sum(piece.nbytes for piece in stage.local)
+            for layout in stage.own:
+                own = engine.room([layout], self.device, fresh=True)
+                own[0].pack(learner)
+                engine.arrived(own)
+                moved.copied += layout.nbytes
             self._exchange(stage, engine if stage.fanout else learner, engine, link, moved)
         return moved
 
-    def _exchange(self, stage: _Stage, reader: Reader, engine: EngineShards, link: Exchange, moved: Moved) -> None:
+    def _exchange(self, stage: Stage, reader: Reader, engine: Engine, link: Exchange, moved: Moved) -> None:
         """What crosses processes in one stage of one bucket."""
-        sends, receives = ([_Message(each, self.device) for each in side] for side in (stage.sends, stage.receives))
+        sends = [Message(layout, self.device) for layout in stage.sends]
         for message in sends:
-            for piece, view in message.pieces():
-                _copy(reader.read(piece.tensor, piece.start, piece.length), view, piece.tensor.dim)
-            message.digests.copy_(torch.stack([digest.content(view) for _, view in message.pieces()]))
+            message.pack(reader)
+        receives = engine.room(stage.receives, self.device, fresh=stage.fresh)
         link.exchange(*([(message.layout.peer, message.buffer) for message in side] for side in (sends, receives)))
-        for message in receives:
-            _write(message, engine)
+        engine.arrived(receives)
         sent, received = (sum(each.nbytes for each in side) for side in (stage.sends, stage.receives))
         moved.sent += sent
         moved.received += received
@@ -198,111 +203,52 @@ class Mover:
 
 
 @dataclass(frozen=True)
-class _Piece:
-    """Entries of one tensor."""
-
-    tensor: Tensor
-    start: int
-    length: int
-    nbytes: int
-
-    @property
-    def shape(self) -> list[int]:
-        return [self.length if dim == self.tensor.dim else size for dim, size in enumerate(self.tensor.shape)]
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """All that one process sends to another in one stage of one bucket."""
-
-    peer: int
-    pieces: tuple[_Piece, ...]
-    nbytes: int  # of the pieces
-
-
-@dataclass(frozen=True)
-class _Stage:
+class Stage:
     """One process's part in one stage of one bucket."""
 
+    fresh: bool  # its bucket's first
     fanout: bool  # the second stage: what is sent was received in the first
-    local: tuple[_Piece, ...]  # copied within the process
-    sends: tuple[_Layout, ...]
-    receives: tuple[_Layout, ...]
+    own: tuple[Layout, ...]  # what the process both holds and needs, a bucket's bytes at a time
+    sends: tuple[Layout, ...]
+    receives: tuple[Layout, ...]
 
 
-class _Message:
-    """A message under way: a flat buffer of its pieces, then their digests."""
-
-    def __init__(self, layout: _Layout, device: torch.device) -> None:
-        self.layout = layout
-        padded = -(-layout.nbytes // 8) * 8
-        self.buffer = torch.empty(padded + 8 * len(layout.pieces), dtype=torch.uint8, device=device)
-        self.digests = self.buffer[padded:].view(torch.int64)
-        parts = self.buffer[: layout.nbytes].split([piece.nbytes for piece in layout.pieces])
-        self._views = [
-            part.view(DTYPES[piece.tensor.item_size]).view(piece.shape)
-            for piece, part in zip(layout.pieces, parts, strict=True)
-        ]
-
-    def pieces(self) -> Iterator[tuple[_Piece, torch.Tensor]]:
-        """Each with its view of the buffer."""
-        return zip(self.layout.pieces, self._views, strict=True)
-
-
-def _stage(plan: Plan, tasks: Tasks, process: int, run: np.ndarray) -> _Stage:
+def _stage(plan: Plan, tasks: Tasks, process: int, run: np.ndarray, fresh: bool) -> Stage:
     local = tasks.kind[run] == LOCAL
     fanout = bool((tasks.kind[run] == FANOUT).any())
     near, far = run[local], run[~local]
-    return _Stage(
+    own = (part for layout in _layouts(plan, tasks, near, tasks.source) for part in _parts(layout, plan.bucket_bytes))
+    return Stage(
+        fresh,
         fanout,
-        tuple(_pieces(plan, tasks, near)),
+        tuple(own),
         tuple(_layouts(plan, tasks, far[tasks.source[far] == process], tasks.destination)),
         tuple(_layouts(plan, tasks, far[tasks.destination[far] == process], tasks.source)),
     )
 
 
-def _pieces(plan: Plan, tasks: Tasks, members: np.ndarray) -> Iterator[_Piece]:
-    columns = (column[members].tolist() for column in (tasks.tensor, tasks.start, tasks.length, tasks.bytes))
-    return (
-        _Piece(plan.tensors[index], start, length, size) for index, start, length, size in zip(*columns, strict=True)
-    )
+def _parts(layout: Layout, most: int) -> Iterator[Layout]:
+    """``layout`` as several of at most ``most`` bytes, or of one entry each where an entry is larger."""
+    pieces: list[Piece] = []
+    size = 0
+    for piece in (part for whole in layout.pieces for part in whole.cut(most)):
+        if pieces and size + piece.nbytes > most:
+            yield Layout(layout.peer, tuple(pieces))
+            pieces, size = [], 0
+        pieces.append(piece)
+        size += piece.nbytes
+    yield Layout(layout.peer, tuple(pieces))
 
 
-def _layouts(plan: Plan, tasks: Tasks, run: np.ndarray, peers: np.ndarray) -> Iterator[_Layout]:
-    """``run`` by peer.
-
-    Wider numbers come first, so that every view is aligned; both sides put them in the same order.
-    """
+def _layouts(plan: Plan, tasks: Tasks, run: np.ndarray, peers: np.ndarray) -> Iterator[Layout]:
+    """``run`` by peer. Both sides put the pieces in the same order."""
     widths = np.array([plan.tensors[index].item_size for index in tasks.tensor[run]], dtype=np.int64)
     run = run[np.lexsort((tasks.start[run], tasks.tensor[run], -widths, peers[run]))]
     for first, last in _runs(peers[run]):
         members = run[first:last]
-        yield _Layout(int(peers[members[0]]), tuple(_pieces(plan, tasks, members)), int(tasks.bytes[members].sum()))
-
-
-def _write(message: _Message, engine: EngineShards) -> None:
-    """Write what came to where it belongs, and compare its digests."""
-    found = []
-    for piece, view in message.pieces():
-        target = engine.read(piece.tensor, piece.start, piece.length)[0]
-        target.copy_(view)
-        found.append(digest.content(target.to(view.dtype)).to(view.device))
-    differs = torch.stack(found) != message.digests
-    if differs.any():
-        pieces = message.layout.pieces
-        names = [piece.tensor.name for piece, wrong in zip(pieces, differs.tolist(), strict=True) if wrong]
-        raise DigestError(
-            f"{len(names)} tensors differ from what process {message.layout.peer} sent, first {names[0]!r}: either a "
-            "byte was lost on the way or the engine's parameters cannot hold the type that was sent"
-        )
-
-
-def _copy(parts: Sequence[torch.Tensor], target: torch.Tensor, dim: int) -> None:
-    """Consecutive parts into one tensor."""
-    at = 0
-    for part in parts:
-        target.narrow(dim, at, part.shape[dim]).copy_(part)
-        at += part.shape[dim]
+        columns = (column[members].tolist() for column in (tasks.tensor, tasks.start, tasks.length, tasks.bytes))
+        pieces = (Piece(plan.tensors[index], *rest) for index, *rest in zip(*columns, strict=True))
+        yield Layout(int(peers[members[0]]), tuple(pieces))
 
 
 def _runs(column: np.ndarray) -> Iterator[tuple[int, int]]:

@@ -1,9 +1,10 @@
-"""The process group by which weights move, and the place where its processes meet before each update.
+"""The process groups by which weights move, and the place where an update's members meet before each.
 
-The group is made from torch's backend class (gloo, or NCCL between GPUs). Torch's own registry of groups belongs to
-Megatron in a learner's process and to SGLang in a server's, and stays theirs; two processes of a plan may even be
-threads of one program. Nobody can wait in a circle: all processes meet first, each says which plan it made or why it
-cannot take part, and only when all have said the same do they form the one group.
+Members are the learner's ranks and the engines' ranks. Groups are made from torch's backend class (gloo, or NCCL
+between GPUs). Torch's own registry of groups belongs to Megatron in a learner's process and to SGLang in a server's,
+and stays theirs; two members may even be threads of one program. Nobody can wait in a circle: all members meet first,
+each says which plan it made or why it cannot take part, and only when all have said the same do they form the group of
+the plan's processes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
 from pipeline.reshard.order import Order
 
+CPU = torch.device("cpu")
 _GRACE_S = 10.0  # what NCCL's own watchdog, which ends the process, gets above our deadline
 _POLL_S = 0.0005
 
@@ -27,54 +29,31 @@ class LinkError(RuntimeError):
     """A process does not take part in an update, or was lost in the middle of it; the message says which and why."""
 
 
-class Link:
-    """One process's side of the group; kept from update to update, as long as orders name the same generation."""
+class Group:
+    """A process group of torch's backend class; it is left whenever anything fails in it."""
 
-    def __init__(self, order: Order, process: int, device: torch.device) -> None:
-        """Reach the store. ``device``: where messages lie. Raises ``LinkError``."""
-        self.key = (order.store, order.generation)
-        self._process, self._device = process, device
-        self._world = order.inputs.placement.world_size
-        host, port = order.store
-        try:
-            self._store = TCPStore(
-                host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=order.timeout_s)
-            )
-        except RuntimeError as error:
-            raise LinkError(f"the store at {host}:{port}, where all processes meet, does not answer") from error
-        self._group: Any = None
-        self._end = 0.0
-        self._learners = order.inputs.placement.learners
-        self._keys: list[str] = []  # of the last meeting
-        self._old: list[str] = []  # of the one before, at which nobody looks any more
-
-    def meet(self, order: Order, word: str) -> None:
-        """Wait until every process has come to the update; all must say the same ``word``.
-
-        Raises ``LinkError`` that names the processes which did not come, or said another word.
-        """
-        limit = timedelta(seconds=order.timeout_s)
+    def __init__(
+        self, store: TCPStore, order: Order, name: str, rank: int, world: int, device: torch.device = CPU
+    ) -> None:
+        """Form it with the others that name it so. ``device``: where messages lie. Raises ``LinkError``."""
         self._end = time.monotonic() + order.timeout_s
-        keys = [_key(order, process) for process in range(self._world)]
-        self._store.set_timeout(limit)
+        self.name, self._rank, self._device = name, rank, device
+        keys = PrefixStore(f"{name}-{order.generation}", store)
+        limit = timedelta(seconds=order.timeout_s)
+        if device.type == "cuda":
+            self._group: Any = _nccl(keys, rank, world, limit)
+            return
+        gloo = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # missing in torch's types
+        gloo._devices = [ProcessGroupGloo.create_device(hostname=_own_address(order.store[0]))]
+        gloo._timeout = limit
         try:
-            self._store.set(keys[self._process], word)
-            said = [word.decode() for word in self._store.multi_get(keys)]  # waits for all
+            self._group = ProcessGroupGloo(keys, rank, world, gloo)
         except RuntimeError as error:
-            missing = [process for process, key in enumerate(keys) if not self._store.check([key])]
-            raise LinkError(f"{_named(missing, order)} did not come within {order.timeout_s:g} s") from error
-        for process, other in enumerate(said):
-            if other != word:
-                raise LinkError(f"{_named([process], order)}: {other}; {_named([self._process], order)}: {word}")
-        self._old, self._keys = self._keys, keys
-        if self._group is None:
-            self._group = self._formed(order, limit)
+            raise LinkError(f"the process group was not formed: {error}") from error
 
-    def tidy(self) -> None:
-        """Take this learner rank's share of the words said before the last meeting from the store."""
-        for key in self._old[self._process :: self._learners]:
-            self._store.delete_key(key)
-        self._old = []
+    def begin(self, end: float) -> None:
+        """Let exchanges take until ``end``, a time of ``time.monotonic``."""
+        self._end = end
 
     def exchange(self, sends: Sequence[tuple[int, torch.Tensor]], receives: Sequence[tuple[int, torch.Tensor]]) -> None:
         """Send and receive flat buffers, all at the same time. Raises ``LinkError`` when a process is lost or late."""
@@ -93,7 +72,7 @@ class Link:
             raise LinkError(f"lost in the middle of an exchange with processes {peers}: {error}") from error
 
     def close(self) -> None:
-        """Leave the group; whoever still waits for this process hears of it."""
+        """Leave; whoever still waits for this process hears of it."""
         if self._group is not None and self._device.type == "cuda":
             self._group.abort()
         self._group = None
@@ -113,45 +92,108 @@ class Link:
             time.sleep(_POLL_S)
         work.wait()
 
-    def _formed(self, order: Order, limit: timedelta) -> Any:
-        keys = PrefixStore(f"weights-{order.generation}", self._store)
-        if self._device.type == "cuda":
-            from torch.distributed import ProcessGroupNCCL
 
-            options = ProcessGroupNCCL.Options()
-            options._timeout = limit + timedelta(seconds=_GRACE_S)
-            group: Any = ProcessGroupNCCL(keys, self._process, self._world, options)
-            group.barrier().wait()  # NCCL sets its communicator up in the first call that all processes make
-            return group
-        gloo = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # missing in torch's types
-        gloo._devices = [ProcessGroupGloo.create_device(hostname=_own_address(order.store[0]))]
-        gloo._timeout = limit
+class Link:
+    """One member's side of updates; kept from one to the next, as long as orders name the same generation.
+
+    ``plan``: the group of the plan's processes; None for an engine rank that shares a learner rank's. ``pair``: the
+    group of a learner rank and the engine rank that shares its process, ``handover.LEARNER`` and ``ENGINE``.
+    """
+
+    def __init__(self, order: Order, member: int, device: torch.device) -> None:
+        """Reach the store. ``device``: where messages lie. Raises ``LinkError``."""
+        self.key = (order.store, order.generation)
+        self._placement = order.inputs.placement
+        self._member, self._device = member, device
+        host, port = order.store
         try:
-            return ProcessGroupGloo(keys, self._process, self._world, gloo)
+            self._store = TCPStore(
+                host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=order.timeout_s)
+            )
         except RuntimeError as error:
-            raise LinkError(f"the process group was not formed: {error}") from error
+            raise LinkError(f"the store at {host}:{port}, where all processes meet, does not answer") from error
+        self.plan: Any = None  # Group
+        self.pair: Any = None  # Group
+        self._keys: list[str] = []  # of the last meeting
+        self._old: list[str] = []  # of the one before, at which nobody looks any more
+
+    def meet(self, order: Order, word: str) -> None:
+        """Wait until every member has come to the update; all must say the same ``word``.
+
+        Raises ``LinkError`` that names the members which did not come, or said another word.
+        """
+        end = time.monotonic() + order.timeout_s
+        keys = [_key(order, member) for member in range(self._placement.members)]
+        self._store.set_timeout(timedelta(seconds=order.timeout_s))
+        try:
+            self._store.set(keys[self._member], word)
+            said = [word.decode() for word in self._store.multi_get(keys)]  # waits for all
+        except RuntimeError as error:
+            missing = [member for member, key in enumerate(keys) if not self._store.check([key])]
+            raise LinkError(f"{_named(missing, order)} did not come within {order.timeout_s:g} s") from error
+        for member, other in enumerate(said):
+            if other != word:
+                raise LinkError(f"{_named([member], order)}: {other}; {_named([self._member], order)}: {word}")
+        self._old, self._keys = self._keys, keys
+        if self.plan is None and self.pair is None:
+            self._form(order)
+        for group in (self.plan, self.pair):
+            if group is not None:
+                group.begin(end)
+
+    def tidy(self) -> None:
+        """Take this learner rank's share of the words said before the last meeting from the store."""
+        for key in self._old[self._member :: self._placement.learners]:
+            self._store.delete_key(key)
+        self._old = []
+
+    def close(self) -> None:
+        """Leave the groups; whoever still waits for this member hears of it."""
+        for group in (self.plan, self.pair):
+            if group is not None:
+                group.close()
+        self.plan = self.pair = None
+
+    def _form(self, order: Order) -> None:
+        """Learner ranks form theirs first, then each its pair, so nobody waits in a circle."""
+        placement, member = self._placement, self._member
+        shares = placement.colocated and member >= placement.learners
+        if not shares:
+            self.plan = Group(self._store, order, "weights", member, placement.world_size, self._device)
+        number = member - placement.learners if shares else member
+        if placement.colocated and number < placement.engines:
+            self.pair = Group(self._store, order, f"pair-{number}", int(shares), 2)
 
 
-def refuse(order: Order, processes: Sequence[int], why: str) -> None:
-    """Say in place of ``processes`` that they will not come, so that nobody waits for them. Never raises."""
+def refuse(order: Order, members: Sequence[int], why: str) -> None:
+    """Say in place of ``members`` that they will not come, so that nobody waits for them. Never raises."""
     host, port = order.store
     try:
         store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=_GRACE_S))
-        for process in processes:
-            store.set(_key(order, process), why)
+        for member in members:
+            store.set(_key(order, member), why)
     except RuntimeError:
         return  # the store's owner is gone, and whoever waits at it knows
 
 
-def _key(order: Order, process: int) -> str:
-    return f"update-{order.number}/{process}"
+def _nccl(keys: PrefixStore, rank: int, world: int, limit: timedelta) -> Any:
+    from torch.distributed import ProcessGroupNCCL
+
+    options = ProcessGroupNCCL.Options()
+    options._timeout = limit + timedelta(seconds=_GRACE_S)
+    group: Any = ProcessGroupNCCL(keys, rank, world, options)
+    group.barrier().wait()  # NCCL sets its communicator up in the first call that all processes make
+    return group
 
 
-def _named(processes: Sequence[int], order: Order) -> str:
+def _key(order: Order, member: int) -> str:
+    return f"update-{order.number}/{member}"
+
+
+def _named(members: Sequence[int], order: Order) -> str:
     learners = order.inputs.placement.learners
     names = [
-        f"learner rank {process}" if process < learners else f"engine rank {process - learners}"
-        for process in processes
+        f"learner rank {member}" if member < learners else f"engine rank {member - learners}" for member in members
     ]
     return ", ".join(names)
 

@@ -32,10 +32,13 @@ class PlanInputs:
         """
         return _plan(self)
 
-    def engine_processes(self, engine: int) -> list[int]:
-        """The processes of one engine's ranks."""
-        size = self.engines.tp
-        return [self.placement.engine_process(rank) for rank in range(engine * size, (engine + 1) * size)]
+    def engine_ranks(self, engine: int) -> range:
+        """One engine's ranks, numbered over all engines."""
+        return range(engine * self.engines.tp, (engine + 1) * self.engines.tp)
+
+    def engine_members(self, engine: int) -> list[int]:
+        """The same among the members of an update, see ``Placement.members``."""
+        return [self.placement.learners + rank for rank in self.engine_ranks(engine)]
 
 
 @lru_cache(maxsize=2)
@@ -63,7 +66,7 @@ class Order:
     store: tuple[str, int]  # host and port of the TCPStore where the processes meet
     generation: int  # of the process group: a new one is formed when a process is in another
     timeout_s: float  # for meeting and moving the bytes
-    backend: str = "gloo"  # or "nccl": between GPUs, none of which is two processes'
+    backend: str = "gloo"  # or "nccl": between GPUs, none of which is two processes' of the plan
     probe: Probe | None = None  # in the first update after a start: what the engine must then compute
 
     def to_json(self) -> bytes:

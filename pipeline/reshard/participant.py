@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 
 import torch
 
 from pipeline.reshard import digest
-from pipeline.reshard.execute import EngineShards, Moved, Mover, Reader
-from pipeline.reshard.link import Link, refuse
+from pipeline.reshard.execute import EngineShards, Moved, Mover
+from pipeline.reshard.handover import Handover, take
+from pipeline.reshard.link import CPU, Link, refuse
+from pipeline.reshard.messages import Reader
 from pipeline.reshard.order import Order, PlanInputs, Report
 from pipeline.reshard.places import Places
 
@@ -22,52 +26,67 @@ class Participant:
         self._digest = ""
         self._link: Link | None = None
 
-    def send(self, order: Order, process: int, learner: Reader, device: torch.device | str = "cpu") -> Moved:
-        """Send what ``process`` holds and others need. ``device``: the rank's own.
+    def send(self, order: Order, rank: int, learner: Reader, device: torch.device | str = "cpu") -> Moved:
+        """Send what learner rank ``rank`` holds and others need. ``device``: the rank's own.
 
         Raises ``LinkError``, ``ValueError`` and ``KeyError``; the group is then left, so that nobody waits for it.
         """
-        moved = self._move(order, process, learner, None, torch.device(device))
-        if self._link is not None:
-            self._link.tidy()
-        return moved
+        with self._met(order, rank, rank, torch.device(device)) as (mover, link, _):
+            link.tidy()
+            if link.pair is None:
+                return mover.move(learner, EngineShards({}), link.plan)
+            with closing(Handover(mover.stages, link.pair, mover.device)) as engine:
+                moved = mover.move(learner, engine, link.plan)
+                engine.finish()
+            return moved
 
-    def receive(self, order: Order, process: int, places: Places, device: torch.device | str = "cpu") -> Report:
-        """Receive what ``process`` needs to its ``places``.
+    def receive(self, order: Order, rank: int, places: Places, device: torch.device | str = "cpu") -> Report:
+        """Receive what engine rank ``rank``, numbered over all engines, needs to its ``places``.
 
         Never raises: within a server an exception would end it. What went wrong is in the report.
         """
         begun = time.perf_counter()
+        placement = order.inputs.placement
+        process, received, error = placement.engine_process(rank), 0, ""
         try:
-            moved = self._move(order, process, EngineShards({}), places, torch.device(device))
+            member = placement.learners + rank
+            with self._met(order, member, process, torch.device(device), places) as (mover, link, engine):
+                if link.pair is not None:
+                    moved = take(mover.stages, engine, link.pair, mover.device)
+                else:
+                    moved = mover.move(EngineShards({}), engine, link.plan)
             places.finish()
-        except Exception as error:  # noqa: BLE001 (whatever it is, it is reported, and the server lives)
-            return Report(process, order.version, 0, time.perf_counter() - begun, f"{type(error).__name__}: {error}")
-        return Report(process, order.version, moved.received, time.perf_counter() - begun)
+            received = moved.received
+        except Exception as failure:  # noqa: BLE001 (whatever it is, it is reported, and the server lives)
+            error = f"{type(failure).__name__}: {failure}"
+        return Report(process, order.version, received, time.perf_counter() - begun, error)
 
     def close(self) -> None:
-        """Leave the group."""
+        """Leave the groups."""
         if self._link is not None:
             self._link.close()
         self._link = None
 
-    def _move(self, order: Order, process: int, learner: Reader, places: Places | None, device: torch.device) -> Moved:
+    @contextmanager
+    def _met(
+        self, order: Order, member: int, process: int, device: torch.device, places: Places | None = None
+    ) -> Iterator[tuple[Mover, Link, EngineShards]]:
+        """Within, every member has come. On any failure, this one tells the others: in words, or by leaving them."""
         met = False
-        device = device if order.backend == "nccl" else torch.device("cpu")
         try:
-            mover = self._prepared(order.inputs, process, device)
+            mover = self._prepared(order.inputs, process, device if order.backend == "nccl" else CPU)
             if self._digest != order.plan_digest:
                 raise ValueError(f"it made another plan ({self._digest}) than the driver ({order.plan_digest})")
             engine = places.shards(mover.plan, process) if places else EngineShards({})
             if self._link is None or self._link.key != (order.store, order.generation):
                 self.close()
-                self._link = Link(order, process, device)
+                self._link = Link(order, member, mover.device)
             met = True
             self._link.meet(order, self._digest)
-            return mover.move(learner, engine, self._link)
+            yield mover, self._link, engine
         except BaseException as error:
             if not met:
-                refuse(order, [process], f"{type(error).__name__}: {error}")
+                refuse(order, [member], f"{type(error).__name__}: {error}")
             self.close()
             raise
 

@@ -8,7 +8,8 @@ import torch
 
 from pipeline.model.fp8 import CODES, quantise
 from pipeline.model.fp8_layout import scale_name, scale_shape
-from pipeline.reshard.execute import DTYPES, EngineShards
+from pipeline.reshard.execute import EngineShards
+from pipeline.reshard.messages import DTYPES
 from pipeline.reshard.plan import Plan
 
 View = Callable[[str, Sequence[int], torch.dtype], torch.Tensor]  # name, shape and type of a rank's part -> its place

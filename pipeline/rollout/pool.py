@@ -109,7 +109,7 @@ class EnginePool(RolloutEngine):
             try:
                 self._engines[number].receive(order, engine + number)
             except BaseException as error:
-                refuse(order, order.inputs.engine_processes(engine + number), str(error))  # so that nobody waits for it
+                refuse(order, order.inputs.engine_members(engine + number), str(error))  # so that nobody waits for it
                 raise
 
         self._map(take, range(len(self._engines)))

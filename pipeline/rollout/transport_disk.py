@@ -11,7 +11,8 @@ import torch
 from pipeline.model.folder import Files, is_weights
 from pipeline.model.fp8 import CODES
 from pipeline.model.fp8_layout import scale_name, scale_shape
-from pipeline.reshard.execute import DTYPES, EngineShards
+from pipeline.reshard.execute import EngineShards
+from pipeline.reshard.messages import DTYPES
 from pipeline.reshard.order import Order
 from pipeline.reshard.participant import Participant
 from pipeline.reshard.places import Places
@@ -51,7 +52,7 @@ class DiskTransport:
         partial = self._scratch / f"version-{order.version}.partial"
         partial.mkdir(parents=True)
         places = _Pages(partial)
-        report = self._participant.receive(order, order.inputs.placement.engine_process(engine), places)
+        report = self._participant.receive(order, engine, places)
         if report.error:
             raise EngineError(report.error)
 

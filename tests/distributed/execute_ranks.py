@@ -8,7 +8,7 @@ from torch.distributed import TCPStore
 from pipeline.model import fp8, fp8_layout
 from pipeline.model.layout import rows
 from pipeline.reshard.execute import DTYPES, EngineShards, LearnerShards, Mover, QuantisedShards
-from pipeline.reshard.link import Link
+from pipeline.reshard.link import Group
 from pipeline.reshard.order import Order, PlanInputs
 from pipeline.reshard.plan import make_plan
 from tests.plan_source import local_parameters
@@ -40,9 +40,9 @@ def move(rank, world, address, case, bucket_bytes, dtype):
     if rank == 0:
         _STORES.append(TCPStore(*address, is_master=True, wait_for_workers=False))
     order = Order(0, 0, PlanInputs("", learner, engines, placement, bucket_bytes, dtype), "", address, 0, 60.0)
-    with closing(Link(order, rank, torch.device("cpu"))) as link:
-        link.meet(order, "ready")
-        moved = Mover.of(plan, rank).move(reader, engine, link)
+    store = TCPStore(*address, is_master=False)
+    with closing(Group(store, order, "weights", rank, world)) as group:
+        moved = Mover.of(plan, rank).move(reader, engine, group)
     for tensor in plan.tensors:
         if tensor.quantise == "before" and tensor.item_size == 1:
             full[tensor.name], full[fp8_layout.scale_name(tensor.name)] = fp8.quantise(full[tensor.name])

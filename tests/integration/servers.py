@@ -42,7 +42,7 @@ def decoder_of(family, seed):
     return Decoder(parse(hf_config(family)), random_tensors(hf_config(family), seed))
 
 
-def source(engine, family, seed=None, learner=None):
+def source(engine, family, seed=None, learner=None, colocated=False):
     """A learner of the model of a started engine, or of a pool's; version ``v`` are the tensors of seed ``v``, or of
     ``seed``.
     """
@@ -53,7 +53,7 @@ def source(engine, family, seed=None, learner=None):
     def tensors(version):
         return random_tensors(hf_config(family), version if seed is None else seed)
 
-    return Source(every[0]._server._hf_path, tensors, EngineGrid(ranks, count=len(every)), learner)
+    return Source(every[0]._server._hf_path, tensors, EngineGrid(ranks, count=len(every)), learner, colocated=colocated)
 
 
 def push(engine, family, version, seed=None):

@@ -16,7 +16,7 @@ if importlib.util.find_spec("sglang") is None:
 from pipeline.model.grid import Grid
 from pipeline.model.layout import rows
 from pipeline.reshard.execute import LearnerShards
-from pipeline.reshard.link import Link
+from pipeline.reshard.link import Group
 from pipeline.rollout.engine import EngineError, WeightUpdateError
 from pipeline.rollout.native.engine import NativeEngine
 from pipeline.rollout.pool import EnginePool
@@ -58,14 +58,15 @@ def pool_of(*engines):
 
 @pytest.mark.parametrize("name", ["llama", "llama tp2", "qwen3"])
 @pytest.mark.parametrize("grid", GRIDS)
-def test_every_rank_receives_its_slices_and_no_other_byte(engines, name, grid):
+@pytest.mark.parametrize("colocated", [False, True], ids=["apart", "colocated"])
+def test_every_rank_receives_its_slices_and_no_other_byte(engines, name, grid, colocated):
     engine, family = engines[name], name.split()[0]
-    given = source(engine, family, learner=GRIDS[grid])
+    given = source(engine, family, learner=GRIDS[grid], colocated=colocated)
     sync = given.sync(engine)
     for version in (101, 102):
         sync.push(version)
         plan = given.inputs.plan()
-        least = [int(plan.bounds.ingress[report.process]) for report in engine._transport.reports]
+        least = [int(plan.bounds.need[report.process]) for report in engine._transport.reports]
         assert [report.received_bytes for report in engine._transport.reports] == least
         assert min(least) > 0
     groups = engine.generate(REQUESTS)
@@ -112,7 +113,7 @@ def rank_pids(engine):
 
 def in_the_second_exchange(monkeypatch, sabotage):
     """Call ``sabotage`` once, when this process's second exchange begins: some bytes have moved, others have not."""
-    exchange, calls, lock = Link.exchange, [], threading.Lock()
+    exchange, calls, lock = Group.exchange, [], threading.Lock()
 
     def spoilt(self, sends, receives):
         if sends or receives:
@@ -122,17 +123,21 @@ def in_the_second_exchange(monkeypatch, sabotage):
                     sabotage()
         exchange(self, sends, receives)
 
-    monkeypatch.setattr(Link, "exchange", spoilt)
+    monkeypatch.setattr(Group, "exchange", spoilt)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("victim", ["head", "rank"])
+@pytest.mark.parametrize(
+    ("victim", "learner"),
+    [("head", None), ("rank", None), ("rank", Grid(tp=2))],
+    ids=["head", "rank", "colocated rank"],
+)
 def test_a_server_lost_or_stopped_in_mid_update_is_revived_with_one_version(
-    engines, folders, monkeypatch, victim, number
+    engines, folders, monkeypatch, victim, learner, number
 ):
     engine = engines["llama tp2"]
     monkeypatch.setattr(engine._config, "weight_sync_timeout_s", 6.0)
-    given = source(engine, "llama")
+    given = source(engine, "llama", learner=learner, colocated=learner is not None)
 
     def sabotage():
         os.kill(server_pid(engine) if victim == "head" else rank_pids(engine)[1], number)
@@ -157,7 +162,7 @@ def send_as_a_process(order, rank, folder, pipe):
     from pipeline.reshard.participant import Participant
     from tests.tiny_folder import hf_config, random_tensors
 
-    exchange, calls = Link.exchange, []
+    exchange, calls = Group.exchange, []
 
     def slow(self, sends, receives):
         calls.append(1)
@@ -166,7 +171,7 @@ def send_as_a_process(order, rank, folder, pipe):
             time.sleep(60)
         exchange(self, sends, receives)
 
-    Link.exchange = slow
+    Group.exchange = slow
     plan = order.inputs.plan()
     full = random_tensors(hf_config("llama"), order.version)
     shards = local_parameters(plan.model, order.inputs.learner, rank, full)
@@ -209,12 +214,17 @@ class HalfAProcess(Source):
             raise EngineError("learner: its process did not answer")
 
 
+@pytest.mark.parametrize("colocated", [False, True], ids=["apart", "colocated"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_learner_rank_lost_or_stopped_in_mid_update_leaves_engines_that_refuse_and_take_the_next(engines, number):
+def test_a_learner_rank_lost_or_stopped_in_mid_update_leaves_engines_that_refuse_and_take_the_next(
+    engines, number, colocated
+):
     engine = engines["llama tp2"]
     push(engine, "llama", 129)
     plain = source(engine, "llama", learner=Grid(tp=2))
-    given = HalfAProcess(Path(plain.inputs.model_path), plain.weights, plain.inputs.engines, Grid(tp=2))
+    given = HalfAProcess(
+        Path(plain.inputs.model_path), plain.weights, plain.inputs.engines, Grid(tp=2), colocated=colocated
+    )
     given.number = number
     sync = given.sync(engine, 25.0)
     with pytest.raises(WeightUpdateError, match="push of weight version 130 failed in receive: learner: its process"):

@@ -43,7 +43,7 @@ _TIMEOUT_S = 300.0
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def run(folder: Path, learner: Grid, engines: EngineGrid, repeat: int) -> dict[str, Any]:
+def run(folder: Path, learner: Grid, engines: EngineGrid, repeat: int, *, colocated: bool = False) -> dict[str, Any]:
     """Medians over ``repeat`` updates each way, after one that is not counted; bytes as the servers' ranks counted."""
     with ExitStack() as stack:
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -56,7 +56,7 @@ def run(folder: Path, learner: Grid, engines: EngineGrid, repeat: int) -> dict[s
         pool.start(folder)
         stored = architecture.read_config(folder)
         dtype = "fp32" if str(stored.get("dtype") or stored.get("torch_dtype")) == "float32" else "bf16"
-        placement = Placement.consecutive(learner.world_size, engines.world_size, False)
+        placement = Placement.consecutive(learner.world_size, engines.world_size, colocated)
         inputs = PlanInputs(str(folder), learner, engines, placement, _BUCKET_BYTES, dtype)
         ranks = _Ranks(inputs)
         stack.callback(ranks.close)
@@ -74,7 +74,7 @@ def run(folder: Path, learner: Grid, engines: EngineGrid, repeat: int) -> dict[s
         return {
             "model_bytes": plan.bounds.full,
             "received_bytes_per_rank": [report.received_bytes for report in reports],
-            "minimum_bytes_per_rank": [int(plan.bounds.ingress[report.process]) for report in reports],
+            "minimum_bytes_per_rank": [int(plan.bounds.need[report.process]) for report in reports],
             "gather_broadcast_bytes_per_rank": [plan.bounds.full] * engines.world_size,
             "seconds": round(median["plan"], 4),
             "seconds_within_the_ranks": round(max(report.seconds for report in reports), 4),

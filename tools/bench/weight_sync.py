@@ -36,7 +36,7 @@ from pipeline.model.grid import Grid
 from pipeline.model.layout import Row, rows
 from pipeline.reshard.engine_grid import EngineGrid, Placement
 from pipeline.reshard.execute import EngineShards, LearnerShards, Mover
-from pipeline.reshard.link import Link
+from pipeline.reshard.link import Group
 from pipeline.reshard.order import Order, PlanInputs
 from pipeline.reshard.plan import make_plan
 from tools.bench import layouts
@@ -218,14 +218,13 @@ def measure(rank: int, case: tuple[Architecture, Grid, EngineGrid, bool], world:
     dist.broadcast_object_list(address)
     inputs = PlanInputs("", learner, engines, placement, BUCKET_BYTES, "bf16")
     order = Order(0, 0, inputs, "", address[0], 0, 60.0)
-    link = Link(order, rank, torch.device("cpu"))
-    link.meet(order, "ready")
+    group = Group(TCPStore(*address[0], is_master=False), order, "weights", rank, world)
     mover = Mover.of(plan, rank)
     shards = [EngineShards.empty(plan, rank) for _ in range(2)]
     peers = GatherBroadcast(model, learner, engines, placement, rank)
     seconds: dict[str, list[float]] = {"plan": [], "gather_broadcast": []}
     for _ in range(REPEATS + 1):
-        seconds["plan"].append(_timed(lambda: mover.move(held, shards[0], link)))
+        seconds["plan"].append(_timed(lambda: mover.move(held, shards[0], group)))
         seconds["gather_broadcast"].append(_timed(lambda: peers.run(parameters, shards[1])))
     same = all(torch.equal(part, shards[1].shards[name][1]) for name, (_, part) in shards[0].shards.items())
     received = int(plan.traffic()[1:, 1].sum((0, 1))[rank])
@@ -272,6 +271,7 @@ def main() -> None:
     parser.add_argument("--live", action="store_true", help="update real SGLang servers")
     parser.add_argument("--learner", default="tp=2,pp=1,dp=1", help="tp, pp, dp, ep, etp")
     parser.add_argument("--engines", default="tp=2,count=1", help="tp, ep, count")
+    parser.add_argument("--colocated", action="store_true", help="engine rank i shares the process of learner rank i")
     parser.add_argument("--model", type=Path, help="a Hugging Face folder")
     parser.add_argument("--megabytes", type=int, default=60, help="without --model: size of a random Llama")
     parser.add_argument("--repeat", type=int, default=REPEATS)
@@ -287,7 +287,8 @@ def main() -> None:
         folder = given.model or synthetic(Path(root) / "model", given.megabytes)
         if not given.model:
             (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
-        result = live_sync.run(folder, Grid(**_sizes(given.learner)), EngineGrid(**_sizes(given.engines)), given.repeat)
+        sides = Grid(**_sizes(given.learner)), EngineGrid(**_sizes(given.engines))
+        result = live_sync.run(folder, *sides, given.repeat, colocated=given.colocated)
     text = json.dumps({"learner": given.learner, "engines": given.engines, **result}, indent=1)
     print(text)
     if given.json:

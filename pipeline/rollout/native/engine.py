@@ -143,7 +143,7 @@ class NativeEngine(RolloutEngine):
         session, self._session = self._open_session("receive"), None
         session.expects(order)
         places = HostPlaces()
-        report = self._participant.receive(order, order.inputs.placement.engine_process(engine), places)
+        report = self._participant.receive(order, engine, places)
         if report.error:
             raise WeightUpdateError(f"native engine: update to version {order.version}: receive: {report.error}")
         session.order, self._arrived, self._session = order, places.tensors, session

@@ -36,7 +36,7 @@ class Control:
     """What one rank is told."""
 
     order: Order
-    process: int  # of the plan
+    rank: int  # of the engines', numbered over all of them
     report: str  # the file to write
 
     def to_tensor(self) -> torch.Tensor:
@@ -50,7 +50,7 @@ def receive(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Ten
     control = msgspec.json.decode(text, type=Control)
     parameters = {name: parameter.data for name, parameter in model.named_parameters()}
     device = next(iter(parameters.values())).device
-    report = _PARTICIPANT.receive(control.order, control.process, _Parameters(parameters, device), device)
+    report = _PARTICIPANT.receive(control.order, control.rank, _Parameters(parameters, device), device)
     path = Path(control.report)
     path.with_suffix(".partial").write_bytes(msgspec.json.encode(report))
     os.replace(path.with_suffix(".partial"), path)

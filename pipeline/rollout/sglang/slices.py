@@ -34,8 +34,8 @@ class SliceTransport:
         """Tell the ranks, wait until all are through, and read what they report."""
         self._scratch.mkdir(parents=True, exist_ok=True)
         reports = [self._scratch / f"report-{order.number}-{rank}" for rank in range(self._ranks)]
-        processes = [order.inputs.placement.engine_process(engine * self._ranks + rank) for rank in range(self._ranks)]
-        controls = [Control(order, process, str(report)) for process, report in zip(processes, reports, strict=True)]
+        ranks = order.inputs.engine_ranks(engine)
+        controls = [Control(order, rank, str(report)) for rank, report in zip(ranks, reports, strict=True)]
         self._server.post(
             "/update_weights_from_tensor",
             serialized_named_tensors=[_payload(control) for control in controls],

@@ -54,7 +54,7 @@ def test_there_is_an_example_of_every_runtime():
         ("ssh={host: login, user: me, job_dir: /home/a b}", "ssh.job_dir", "without spaces"),
         ("ssh={host: login, user: me, job_dir: /home/a, port: 70000}", "ssh.port", "at most 65535"),
         ("ssh={host: login, user: me, job_dir: /home/a, identity: /nowhere/key}", "ssh.identity", "no such file"),
-        ("network_gb_s=0", "network_gb_s", "at least 0.001"),
+        ("gpu_link_gb_s=0", "gpu_link_gb_s", "at least 0.001"),
     ],
 )
 def test_problems_name_key_and_remedy(override, key, said):

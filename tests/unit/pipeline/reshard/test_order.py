@@ -11,7 +11,7 @@ from pipeline.model.layout import rows
 from pipeline.reshard.digest import plan_digest
 from pipeline.reshard.engine_grid import EngineGrid, Placement
 from pipeline.reshard.execute import LearnerShards
-from pipeline.reshard.link import Link, LinkError, refuse
+from pipeline.reshard.link import Group, LinkError, refuse
 from pipeline.reshard.order import Order, PlanInputs
 from pipeline.reshard.participant import Participant
 from pipeline.reshard.places import HostPlaces
@@ -75,12 +75,12 @@ def test_threads_of_one_process_take_their_slices_and_keep_the_group(order):
         now = replace(order, number=order.number + turn)
         sent, *reports = at_once(
             lambda now=now: parties[0].send(now, 0, reader),
-            *(lambda now=now, p=p: parties[p].receive(now, p, received[p - 1]) for p in (1, 2)),
+            *(lambda now=now, p=p: parties[p].receive(now, p - 1, received[p - 1]) for p in (1, 2)),
         )
         assert [report.error for report in reports] == ["", ""]
         assert sent.sent == sum(report.received_bytes for report in reports)
         assert [report.received_bytes for report in reports] == order.inputs.plan().bounds.ingress[1:].tolist()
-        groups.append([party._link._group for party in parties])
+        groups.append([party._link.plan._group for party in parties])
     assert groups[0] == groups[1]
     plan = order.inputs.plan()
     for process, places in enumerate(received, start=1):
@@ -95,8 +95,8 @@ def test_another_plan_is_told_to_everyone_before_any_byte_moves(order):
     other = replace(order, plan_digest="0" * 64)
     error, first, second = at_once(
         lambda: Participant().send(order, 0, reader),
-        lambda: Participant().receive(other, 1, HostPlaces()),
-        lambda: Participant().receive(order, 2, HostPlaces()),
+        lambda: Participant().receive(other, 0, HostPlaces()),
+        lambda: Participant().receive(order, 1, HostPlaces()),
     )
     assert isinstance(error, LinkError)
     for said in (str(error), first.error, second.error):
@@ -108,7 +108,7 @@ def test_who_cannot_come_is_not_waited_for(order):
     _, reader = shards_of_rank(order)
     error, report, _ = at_once(
         lambda: Participant().send(order, 0, reader),
-        lambda: Participant().receive(order, 1, HostPlaces()),
+        lambda: Participant().receive(order, 0, HostPlaces()),
         lambda: refuse(order, [2], "its server has ended"),
     )
     assert "engine rank 1: its server has ended" in str(error)
@@ -120,7 +120,7 @@ def test_who_does_not_come_is_named_when_the_time_is_over(order):
     late = replace(order, timeout_s=1.0)
     error, report = at_once(
         lambda: Participant().send(late, 0, reader),
-        lambda: Participant().receive(late, 1, HostPlaces()),
+        lambda: Participant().receive(late, 0, HostPlaces()),
     )
     assert "engine rank 1 did not come within 1 s" in str(error)
     assert "engine rank 1 did not come within 1 s" in report.error
@@ -128,18 +128,18 @@ def test_who_does_not_come_is_named_when_the_time_is_over(order):
 
 def test_a_byte_that_changes_on_its_way_is_found(order, monkeypatch):
     _, reader = shards_of_rank(order)
-    exchange = Link.exchange
+    exchange = Group.exchange
 
     def spoil(self, sends, receives):
         exchange(self, sends, receives)
-        if self._process == 2 and receives:
+        if self._rank == 2 and receives:
             receives[0][1][5] ^= 1
 
-    monkeypatch.setattr(Link, "exchange", spoil)
+    monkeypatch.setattr(Group, "exchange", spoil)
     _, _, bad = at_once(
         lambda: Participant().send(order, 0, reader),
+        lambda: Participant().receive(order, 0, HostPlaces()),
         lambda: Participant().receive(order, 1, HostPlaces()),
-        lambda: Participant().receive(order, 2, HostPlaces()),
     )
-    assert "tensors differ from what process 0 sent, first" in bad.error
+    assert "bytes differ from what process 0 sent, within" in bad.error
     assert bad.process == 2

@@ -13,7 +13,7 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.model import fp8
 from pipeline.model.architecture import parse
 from pipeline.model.fp8 import quantise_tensors
-from pipeline.reshard.link import Link
+from pipeline.reshard.link import Group
 from pipeline.rollout.engine import EngineError, WeightUpdateError
 from pipeline.rollout.native import engine as native
 from pipeline.rollout.native.decoder import Decoder, token_log_probs
@@ -266,15 +266,15 @@ def refuses_until_a_whole_update_commits(engine, sync):
 
 
 def test_a_lost_byte_ends_the_update(engine, sync, monkeypatch):
-    original = Link.exchange
+    original = Group.exchange
 
     def exchange(self, sends, receives):
         original(self, sends, receives)
         for _, buffer in receives[:1]:
             buffer[len(buffer) // 3] ^= 1
 
-    monkeypatch.setattr(Link, "exchange", exchange)
-    with pytest.raises(WeightUpdateError, match=r"receive: DigestError: 1 tensors differ from what process 0 sent"):
+    monkeypatch.setattr(Group, "exchange", exchange)
+    with pytest.raises(WeightUpdateError, match=r"receive: DigestError: bytes differ from what process 0 sent"):
         sync._transfer(begun(sync))
     monkeypatch.undo()
     refuses_until_a_whole_update_commits(engine, sync)
