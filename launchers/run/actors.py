@@ -268,6 +268,11 @@ class EngineProcess:
         """Run one method of the engine, after every call queued before it."""
         return getattr(self.engine, method)(*args)
 
+    def perform(self, phases: Sequence[tuple[Any, ...]]) -> None:
+        """Go through phases of an update, each with its arguments, after every call queued before it."""
+        for phase, *arguments in phases:
+            getattr(self.engine, phase)(*arguments)
+
     @ray.method(concurrency_group="draw")
     def draw(self, name: str, requests: Sequence[GenerateRequest]) -> Finished:
         """The next finished groups of the stream of this name; the first call begins it."""
@@ -290,15 +295,16 @@ class EngineProcess:
 class RayEngine(RolloutEngine):
     """``RolloutEngine`` over one actor, made by ``spawn`` at every ``start``.
 
-    The beginning of an update, what it receives and their verification are sent in one breath; so an update takes two
-    round trips, all of it and then ``commit_update``. Each phase may take ``timeout_s``
+    The beginning of an update, what it receives and their verification are one call; so an update takes two round
+    trips, all of it and then ``commit_update``. Each phase may take ``timeout_s``
     (``rollout.weight_sync_timeout_s``) and a little grace; a process that does not answer by then is not alive.
     """
 
     def __init__(self, spawn: Callable[[], Any], name: str, timeout_s: float) -> None:
         self.spawn, self.name, self.timeout_s = spawn, name, timeout_s
         self.process: Any = None
-        self.queued: list[tuple[str, Any]] = []  # phases under way, and their replies
+        self.begun: tuple[str, int] | None = None  # the beginning of an update, yet to be sent
+        self.verified: int | None = None  # version
         self.stuck = ""
 
     @property
@@ -313,7 +319,7 @@ class RayEngine(RolloutEngine):
 
     def start(self, hf_path: Path) -> None:
         """See ``pipeline.rollout.engine.RolloutEngine``."""
-        self.process, self.queued, self.stuck = self.spawn(), [], ""
+        self.process, self.begun, self.verified, self.stuck = self.spawn(), None, None, ""
         ROLL_CALL.add(self.name.replace(" ", "-"), self.process)
         self._call("start", hf_path)
 
@@ -331,44 +337,37 @@ class RayEngine(RolloutEngine):
         self._call("release")
 
     def begin_update(self, version: int) -> None:
-        """Queue the beginning; what goes wrong in it is raised by ``receive``."""
-        self.queued = []
-        self._queue("begin_update", version)
+        """Done by ``receive``, which raises what goes wrong in it."""
+        self.begun, self.verified = ("begin_update", version), None
 
     def receive(self, order: Order, engine: int = 0) -> None:
-        """See ``pipeline.rollout.engine.RolloutEngine``. The verification is queued behind it."""
-        self._queue("receive", order, engine)
-        self._queue("verify_update", order.version)
-        self._wait(leave=1)
+        """See ``pipeline.rollout.engine.RolloutEngine``. What arrived is verified too."""
+        begun, self.begun = self.begun, None
+        phases = [("receive", order, engine), ("verify_update", order.version)]
+        self._perform([begun, *phases] if begun else phases)
+        self.verified = order.version
 
     def verify_update(self, version: int) -> None:
         """See ``pipeline.rollout.engine.RolloutEngine``."""
-        if not self.queued:
-            self._queue("verify_update", version)
-        self._wait()
+        if version != self.verified:
+            self._perform([("verify_update", version)])
 
     def commit_update(self, version: int) -> None:
         """See ``pipeline.rollout.engine.RolloutEngine``."""
-        self._queue("commit_update", version)
-        self._wait()
+        self._perform([("commit_update", version)])
 
     def abort_update(self) -> None:
         """Queue the end of the update, behind whatever of it still runs."""
-        self.queued = []
+        self.begun = self.verified = None
         if self.process is not None:
-            self.process.call.remote("abort_update")
+            self.process.perform.remote([("abort_update",)])
 
-    def _queue(self, phase: str, *arguments: Any) -> None:
-        self.queued.append((phase, self.actor.call.remote(phase, *arguments)))
-
-    def _wait(self, leave: int = 0) -> None:
-        """Wait for the phases that were queued, but for the last ``leave``; the first failure is raised."""
-        count = len(self.queued) - leave
-        begun, self.queued = self.queued[:count], self.queued[count:]
-        limit = len(begun) * (self.timeout_s + min(self.timeout_s, GRACE_S))
-        names = ", ".join(phase for phase, _ in begun)
+    def _perform(self, phases: Sequence[tuple[Any, ...]]) -> None:
+        """Have the process go through phases, each with its arguments, in one call; the first failure is raised."""
+        limit = len(phases) * (self.timeout_s + min(self.timeout_s, GRACE_S))
+        names = ", ".join(phase for phase, *_ in phases)
         try:
-            answer([reply for _, reply in begun], f"{self.name}: {names}", limit)
+            answer(self.actor.perform.remote(phases), f"{self.name}: {names}", limit)
         except EngineTimeoutError as error:
             self.stuck = f"{error}; if it is merely slow, raise rollout.weight_sync_timeout_s ({self.timeout_s:g})"
             raise WeightUpdateError(self.stuck) from error

@@ -115,7 +115,6 @@ class Link:
         self.plan: Any = None  # Group
         self.pair: Any = None  # Group
         self._keys: list[str] = []  # of the last meeting
-        self._old: list[str] = []  # of the one before, at which nobody looks any more
 
     def meet(self, order: Order, word: str) -> None:
         """Wait until every member has come to the update; all must say the same ``word``.
@@ -127,6 +126,7 @@ class Link:
         self._store.set_timeout(timedelta(seconds=order.timeout_s))
         try:
             self._store.set(keys[self._member], word)
+            self._tidy()
             said = [word.decode() for word in self._store.multi_get(keys)]  # waits for all
         except RuntimeError as error:
             missing = [member for member, key in enumerate(keys) if not self._store.check([key])]
@@ -134,18 +134,18 @@ class Link:
         for member, other in enumerate(said):
             if other != word:
                 raise LinkError(f"{_named([member], order)}: {other}; {_named([self._member], order)}: {word}")
-        self._old, self._keys = self._keys, keys
+        self._keys = keys
         if self.plan is None and self.pair is None:
             self._form(order)
         for group in (self.plan, self.pair):
             if group is not None:
                 group.begin(end)
 
-    def tidy(self) -> None:
-        """Take this learner rank's share of the words said before the last meeting from the store."""
-        for key in self._old[self._member :: self._placement.learners]:
+    def _tidy(self) -> None:
+        """Take a learner rank's share of the last meeting's words from the store; whoever came is through with it."""
+        learners = self._placement.learners
+        for key in self._keys[self._member :: learners] if self._member < learners else ():
             self._store.delete_key(key)
-        self._old = []
 
     def close(self) -> None:
         """Leave the groups; whoever still waits for this member hears of it."""

@@ -32,7 +32,6 @@ class Participant:
         Raises ``LinkError``, ``ValueError`` and ``KeyError``; the group is then left, so that nobody waits for it.
         """
         with self._met(order, rank, rank, torch.device(device)) as (mover, link, _):
-            link.tidy()
             if link.pair is None:
                 return mover.move(learner, EngineShards({}), link.plan)
             with closing(Handover(mover.stages, link.pair, mover.device)) as engine:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cached_property
 
 import torch
@@ -46,6 +46,7 @@ class WeightSync:
         self._numbers = itertools.count()
         self._generation = 0
         self._probed = -1  # generation
+        self._thread = ThreadPoolExecutor(1, "receive")
 
     def push(self, version: int) -> None:
         """Send, verify and serve ``version``; on any failure the update is aborted on every engine.
@@ -111,19 +112,19 @@ class WeightSync:
     def _transfer(self, order: Order) -> None:
         """Both sides at the same time; where one fails, it tells the other (engines: their pool), so nobody waits."""
         failed = []
-        with ThreadPoolExecutor(1, "receive") as thread:
-            received = thread.submit(self._engines.receive, order)
-            try:
-                self._learner.send(order)
-            except BaseException as error:
-                refuse(order, range(order.inputs.placement.learners), str(error))
-                if not isinstance(error, _FAILURES):
-                    raise
-                failed.append(error)
-            try:
-                received.result()
-            except _FAILURES as error:
-                failed.append(error)
+        received = self._thread.submit(self._engines.receive, order)
+        try:
+            self._learner.send(order)
+        except BaseException as error:
+            refuse(order, range(order.inputs.placement.learners), str(error))
+            if not isinstance(error, _FAILURES):
+                wait([received])
+                raise
+            failed.append(error)
+        try:
+            received.result()
+        except _FAILURES as error:
+            failed.append(error)
         if failed:
             raise WeightUpdateError("; ".join(map(str, failed))) from failed[0]
 

@@ -97,7 +97,7 @@ def test_a_process_that_stands_still_is_named_and_started_again(pool, tmp_path):
     (fault,) = faults
     assert fault.startswith("engine 1 was started again: push of weight version 3 failed in receive: ")
     # Its process may or may not have come to the meeting before it stood still.
-    assert re.search(r"engine 1: begin_update, receive: its process did not answer within 8 s", fault)
+    assert re.search(r"engine 1: begin_update, receive, verify_update: its process did not answer within 12 s", fault)
     assert "raise rollout.weight_sync_timeout_s (2)" in fault
     assert still._call("pid") != pid
     assert pool.health().weight_version == 3
