@@ -77,9 +77,6 @@ def _layout(config: RunConfig, model: Architecture) -> Iterator[Problem]:
             f"the model has experts, which are trained under TP {learner.tensor_model_parallel_size} with it only",
             "set it to true",
         )
-    if config.rollout.engine == "native" and not model.native:
-        problem = f"the native engine does not compute {model.family.name} models"
-        yield Problem("rollout.engine", "native", problem, "set rollout.engine=sglang")
     yield from _sglang_experts(config, model)
     yield from _sglang_rotary(config, model)
     yield from _routing(config, model)
@@ -93,6 +90,9 @@ def _routing(config: RunConfig, model: Architecture) -> Iterator[Problem]:
     elif replay == "routes" and model.moe and model.moe.top_k < 2:
         problem = "a token has one expert (config.json: num_experts_per_tok); replay needs two or more"
         yield Problem("learner.routing_replay", replay, problem, remedy)
+    elif replay != "off" and config.rollout.engine == "native" and not model.native:
+        problem = f"the native engine records no routes of {model.family.name} models"
+        yield Problem("learner.routing_replay", replay, problem, "set it to off, or rollout.engine=sglang")
 
 
 def _sglang_rotary(config: RunConfig, model: Architecture) -> Iterator[Problem]:

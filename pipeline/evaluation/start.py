@@ -10,8 +10,9 @@ import torch
 
 from pipeline.model import architecture, layout
 from pipeline.model.folder import Folder
-from pipeline.rollout.native.decoder import Decoder, token_entropies
+from pipeline.rollout.native.decoder import token_entropies
 from pipeline.rollout.native.engine import NativeEngine
+from pipeline.rollout.native.fallback import decoder_of
 from pipeline.seeds import sample_seed
 from pipeline.types import GenerateRequest, Prompt, Role
 
@@ -29,7 +30,7 @@ class Start:
 def measure(folder: Path, prompts: Sequence[Prompt], *, samples: int, max_new_tokens: int, seed: int = 0) -> Start:
     """Draw ``samples`` responses to each prompt with the native engine, on the CPU, and measure their entropy.
 
-    ``folder`` is a Hugging Face folder of a dense model. Raises ``EngineError`` where the engine cannot compute it.
+    ``folder`` is a Hugging Face folder of a model that is served. Raises ``EngineError`` where the engine refuses it.
     """
     engine = NativeEngine()
     engine.start(folder)
@@ -46,7 +47,7 @@ def measure(folder: Path, prompts: Sequence[Prompt], *, samples: int, max_new_to
     groups = engine.generate(requests)
     engine.close()
     model, stored = architecture.read(folder), Folder(folder)
-    decoder = Decoder(model, {name: stored.tensor(name) for name in layout.tensor_shapes(model)})
+    decoder = decoder_of(model, folder, {name: stored.tensor(name) for name in layout.tensor_shapes(model)})
     total, drawn = 0.0, [sample for group in groups for sample in group.samples]
     for group in groups:
         for sample in group.samples:

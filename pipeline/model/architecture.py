@@ -231,7 +231,10 @@ class Architecture:
 
     @property
     def native(self) -> bool:
-        """Whether the native engine computes it: heads rotated whole, experts chosen by their softmax alone."""
+        """Whether the native engine has a decoder of its own for it.
+
+        That takes heads that are rotated whole, and experts that are chosen by their softmax alone.
+        """
         moe, whole = self.moe, self.mla is None and self.partial_rotary == 1
         return whole and (moe is None or not (moe.sigmoid or moe.shared_ffn or moe.groups > 1))
 

@@ -24,6 +24,36 @@ Routes = list[torch.Tensor]  # of every layer with experts, as they come
 KeyValues = list[tuple[torch.Tensor, torch.Tensor]]
 
 
+class AnyDecoder(Protocol):
+    """What the native engine asks of a set of weights that is ready to run; :class:`Decoder` says what it means."""
+
+    model: Architecture
+
+    def reserve(self, positions: int) -> None:
+        """Prepare for ``positions`` tokens."""
+        ...
+
+    def prefill(self, tokens: torch.Tensor, routes: Routes | None = None) -> tuple[torch.Tensor, KeyValues]:
+        """Run whole sequences of equal length."""
+        ...
+
+    def step(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        cache: KeyValues,
+        column: int,
+        padding: torch.Tensor | None,
+        routes: Routes | None = None,
+    ) -> torch.Tensor:
+        """Run one token per row."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Head of the final hidden states."""
+        ...
+
+
 class _FeedForward(Protocol):
     def __call__(self, x: torch.Tensor, routes: Routes | None) -> torch.Tensor:
         """``[..., hidden]`` in and out; a router adds its choice, int64 ``[..., top_k]``, to ``routes``."""
@@ -206,7 +236,7 @@ class Decoder:
 
 
 @torch.inference_mode()
-def token_log_probs(decoder: Decoder, tokens: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+def token_log_probs(decoder: AnyDecoder, tokens: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """Log-probability of every token but the first given those before it.
 
     ``tokens`` is int64 ``[rows, length]``; the result float32 ``[rows, length - 1]``, at ``temperature``.
@@ -217,7 +247,7 @@ def token_log_probs(decoder: Decoder, tokens: torch.Tensor, temperature: float =
 
 
 @torch.inference_mode()
-def token_entropies(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:
+def token_entropies(decoder: AnyDecoder, tokens: torch.Tensor) -> torch.Tensor:
     """Entropy, in nats at T=1, of what every token but the first was drawn from, given those before it.
 
     ``tokens`` is int64 ``[rows, length]``; the result float32 ``[rows, length - 1]``.

@@ -22,7 +22,8 @@ from pipeline.reshard.order import Order
 from pipeline.reshard.participant import Participant
 from pipeline.reshard.places import HostPlaces
 from pipeline.rollout.engine import EngineError, Finished, RolloutEngine, WeightUpdateError
-from pipeline.rollout.native.decoder import Decoder, KeyValues, Routes
+from pipeline.rollout.native.decoder import AnyDecoder, KeyValues, Routes
+from pipeline.rollout.native.fallback import decoder_of
 from pipeline.rollout.native.response_end import ResponseEnd
 from pipeline.rollout.native.sampling import draw, nucleus, uniform_top, uniforms
 from pipeline.rollout.native.turns import Turns
@@ -39,8 +40,9 @@ class NativeEngine(RolloutEngine):
 
     So one long response holds up nobody, and a batch is always that of one call: what is drawn depends on no other
     call, to the bit. A sample is a function of the weights, its prompt, temperature and seed. Which other rows share
-    its batch only moves float32 rounding (relative 1e-6 in log-probs). Weights that come in FP8 are used at the values
-    that they stand for, activations stay in float32: what remains of FP8 is the rounding of the weights.
+    its batch only moves float32 rounding (relative 1e-6 in log-probs). A model for which there is no decoder runs in
+    transformers' own code. Weights that come in FP8 are used at the values that they stand for, activations stay in
+    float32: what remains of FP8 is the rounding of the weights.
     """
 
     def __init__(
@@ -70,26 +72,28 @@ class NativeEngine(RolloutEngine):
         self._model: Architecture | None = None
         self._stop, self._stop_token_ids = stop, stop_token_ids
         self._end = ResponseEnd(())
-        self._decoder: Decoder | None = None  # None: nothing consistent is loaded
+        self._hf_path = Path()
+        self._decoder: AnyDecoder | None = None  # None: nothing consistent is loaded
         self._version = 0
         self._session: UpdateSession | None = None
         self._participant = Participant()
         self._arrived: dict[str, torch.Tensor] = {}
-        self._verified: Decoder | None = None  # of an update that is yet to be committed
+        self._verified: AnyDecoder | None = None  # of an update that is yet to be committed
 
     def start(self, hf_path: Path) -> None:
         """Load a Hugging Face folder as version 0. Raises ``EngineError`` naming what the folder lacks."""
         try:
             model = architecture.read(hf_path)
-            if not model.native:
-                problem = f"it does not compute {model.family.name} models"
-                raise EngineError(f"native engine: {problem}; use rollout.engine=sglang")
+            if self._record_routes and not model.native:
+                problem = f"it records no routes of {model.family.name} models"
+                raise EngineError(f"native engine: {problem}; set learner.routing_replay to off")
             folder = model_folder.Folder(hf_path)
             model_folder.check(folder, layout.rows(model), model)
         except ModelError as error:
             raise EngineError(f"native engine: {error}") from error
         tensors = {name: folder.tensor(name) for name in layout.tensor_shapes(model)}
-        self._model, self._decoder, self._version = model, Decoder(model, tensors), 0
+        self._model, self._hf_path, self._version = model, hf_path, 0
+        self._decoder = decoder_of(model, hf_path, tensors)
         ids = eos_token_ids(hf_path) if self._eos_override is None else self._eos_override
         tokenizer = load_tokenizer(hf_path) if self._stop else None
         self._end = ResponseEnd((*ids, *self._stop_token_ids), self._stop, tokenizer)
@@ -153,7 +157,8 @@ class NativeEngine(RolloutEngine):
         session, self._session = self._open_session("verify_update"), None
         session.received(version)
         assert self._model is not None  # begin_update saw to it
-        self._verified, self._arrived = Decoder(self._model, fp8.values(self._arrived)), {}
+        self._verified = decoder_of(self._model, self._hf_path, fp8.values(self._arrived))
+        self._arrived = {}
         session.verified()
         self._session = session
 
@@ -199,7 +204,10 @@ class NativeEngine(RolloutEngine):
 
     def _batch_rows(self, model: Architecture, rows: Sequence[_Row]) -> int:
         columns = max((len(row.prompt) for row in rows), default=0) + max((row.limit for row in rows), default=0)
-        row_bytes = 2 * 4 * model.layers * model.kv_heads * model.head_dim * columns
+        entries = 2 * model.kv_heads * model.head_dim  # of a layer and a token
+        if model.mla:
+            entries = model.heads * (model.mla.nope_dim + model.mla.rope_dim + model.mla.v_dim)
+        row_bytes = 4 * model.layers * entries * columns
         return max(1, min(self._max_batch_rows, _CACHE_BYTES // max(row_bytes, 1)))
 
 
@@ -264,7 +272,7 @@ def _as_groups(requests: Sequence[GenerateRequest], drawn: list[_Drawn], version
 
 @torch.inference_mode()
 def _decode(
-    decoder: Decoder,
+    decoder: AnyDecoder,
     rows: Sequence[_Row],
     end: ResponseEnd,
     turns: Turns,
@@ -375,7 +383,7 @@ class _Batch:
     prompt_lengths: torch.Tensor  # int64 [rows]
     width: int
 
-    def advance(self, decoder: Decoder, token: torch.Tensor, t: int, routes: Routes | None) -> None:
+    def advance(self, decoder: AnyDecoder, token: torch.Tensor, t: int, routes: Routes | None) -> None:
         """Feed response token ``t`` of every row."""
         self.logits = decoder.step(token, self.prompt_lengths + t, self.cache, self.width + t, self.padding, routes)
 
@@ -386,7 +394,9 @@ class _Batch:
         self.prompt_lengths = self.prompt_lengths[lines]
 
 
-def _prefill(decoder: Decoder, prompts: Sequence[tuple[int, ...]], new_tokens: int, record: _Record | None) -> _Batch:
+def _prefill(
+    decoder: AnyDecoder, prompts: Sequence[tuple[int, ...]], new_tokens: int, record: _Record | None
+) -> _Batch:
     """Run every distinct prompt once and copy its cache to its rows.
 
     Prompts of one length run together, so that nothing is padded.
@@ -395,11 +405,10 @@ def _prefill(decoder: Decoder, prompts: Sequence[tuple[int, ...]], new_tokens: i
     lengths = torch.tensor([len(prompt) for prompt in prompts])
     width = int(lengths.max())
     decoder.reserve(width + new_tokens)
-    shape = (len(prompts), model.kv_heads, width + new_tokens, model.head_dim)
     ragged = bool((lengths != width).any())
     # Empty columns hold zeros and not garbage: masked, they still enter the sum with weight 0, and 0 * NaN is NaN.
     allocate = torch.zeros if ragged else torch.empty
-    cache = [(allocate(shape), allocate(shape)) for _ in range(model.layers)]
+    cache: KeyValues = []
     logits = torch.empty(len(prompts), model.vocab)
     rows_of: dict[int, dict[tuple[int, ...], list[int]]] = {}  # length -> prompt -> its rows
     for row, prompt in enumerate(prompts):
@@ -415,6 +424,9 @@ def _prefill(decoder: Decoder, prompts: Sequence[tuple[int, ...]], new_tokens: i
             if record:
                 record.keep_prompts(rows, source)
             logits[rows] = decoder.logits(hidden[:, -1])[source]
+            if not cache:
+                shapes = [[(len(prompts), x.shape[1], width + new_tokens, x.shape[3]) for x in two] for two in computed]
+                cache = [(allocate(keys), allocate(values)) for keys, values in shapes]
             for (keys, values), (new_keys, new_values) in zip(cache, computed, strict=True):
                 keys[rows, :, width - length : width] = new_keys[source]
                 values[rows, :, width - length : width] = new_values[source]

@@ -548,8 +548,9 @@ def test_experts(model, family):
     for key, overrides in asked.items():
         (problem,) = problems(model, *EXPERTS, *overrides)
         assert problem.key == key
-    found = problems(model, *EXPERTS, "rollout.engine=native")
-    assert [problem.key for problem in found] == (["rollout.engine"] if family == "deepseek_v3" else [])
+    assert problems(model, *EXPERTS, "rollout.engine=native") == ()
+    found = problems(model, *EXPERTS, "rollout.engine=native", "learner.routing_replay=routes")
+    assert [problem.key for problem in found] == (["learner.routing_replay"] if family == "deepseek_v3" else [])
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,9 @@ def test_prompts_are_prefilled_once(engine, monkeypatch):
     seen = []
     original = Decoder.prefill
     monkeypatch.setattr(
-        Decoder, "prefill", lambda self, tokens: seen.append(tuple(tokens.shape)) or original(self, tokens)
+        Decoder,
+        "prefill",
+        lambda self, tokens, *routes: seen.append(tuple(tokens.shape)) or original(self, tokens, *routes),
     )
     engine.generate(mixed_requests())
     assert sorted(seen) == [(1, 1), (1, 2), (1, 3), (1, 7)]
@@ -218,7 +220,7 @@ def test_memory_bound_splits_batches(engine, monkeypatch):
     whole = engine.generate(mixed_requests())
     sizes = []
     original = native._prefill
-    monkeypatch.setattr(native, "_prefill", lambda d, p, n: sizes.append(len(p)) or original(d, p, n))
+    monkeypatch.setattr(native, "_prefill", lambda d, p, *rest: sizes.append(len(p)) or original(d, p, *rest))
     monkeypatch.setattr(native, "_CACHE_BYTES", 4 * 2 * 4 * 2 * 2 * 16 * 37)  # four rows of 7 + 30 columns
     parts = engine.generate(mixed_requests())
     assert sizes == [4, 4, 4, 4, 1]
@@ -515,14 +517,14 @@ def test_samples_carry_the_experts_that_read_each_of_their_tokens(tmp_path, chan
         ("llama", {"mlp_bias": True}, "mlp_bias=True is not supported"),
         ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ("mistral", {"sliding_window": 4096}, "sliding_window=4096"),
-        ("deepseek_v3", {}, "does not compute deepseek_v3 models; use rollout.engine=sglang"),
+        ("deepseek_v3", {}, "records no routes of deepseek_v3 models; set learner.routing_replay to off"),
     ],
 )
 def test_start_refuses_what_it_does_not_compute(tmp_path, family, changes, named):
     folder, _ = write_folder(tmp_path, family)
     (folder / "config.json").write_text(json.dumps(hf_config(family, **changes)))
     with pytest.raises(EngineError, match=named):
-        NativeEngine().start(folder)
+        NativeEngine(record_routes=True).start(folder)
 
 
 def test_stop_texts_and_ids_end_a_response_and_stay_in_it():

@@ -1,0 +1,128 @@
+"""Runs a model that the native engine has no decoder for: transformers' own, with the engine's cache, in float32.
+
+Slower than :class:`Decoder`, and right for every family that transformers has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.model import architecture
+from pipeline.model.architecture import Architecture
+from pipeline.rollout.engine import EngineError
+from pipeline.rollout.native.decoder import AnyDecoder, Decoder, KeyValues, Routes
+
+
+def decoder_of(model: Architecture, hf_path: Path, tensors: Mapping[str, torch.Tensor]) -> AnyDecoder:
+    """The decoder of a model: its own, or transformers'.
+
+    ``model`` was read from ``hf_path``; ``tensors`` by Hugging Face name: all of ``layout.tensor_shapes(model)``.
+    """
+    return Decoder(model, tensors) if model.native else TransformersDecoder(model, hf_path, tensors)
+
+
+class TransformersDecoder:
+    """transformers' model of a folder's ``config.json``, with other weights than the folder's."""
+
+    def __init__(self, model: Architecture, hf_path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+        """``tensors`` are copied: the sender may overwrite its own in the next optimizer step.
+
+        Raises ``EngineError`` where transformers' model is made of other tensors.
+        """
+        import transformers
+        from transformers.utils import logging
+
+        self.model = model
+        said = architecture.read_config(hf_path)
+        said = {key: value for key, value in said.items() if key not in ("auto_map", "quantization_config")}
+        # model_type may be a name of the same computation that transformers does not know.
+        config = transformers.AutoConfig.for_model(**said | {"model_type": model.family.name})
+        logging.disable_progress_bar()
+        made, report = getattr(transformers, said["architectures"][0]).from_pretrained(
+            None,
+            config=config,
+            state_dict={name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()},
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+        )
+        if lost := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
+            raise EngineError(f"native engine: transformers' {type(made).__name__} has other tensors: {lost[:5]}")
+        self._causal = made.eval()
+
+    def reserve(self, positions: int) -> None:
+        """It has no tables."""
+
+    def prefill(self, tokens: torch.Tensor, routes: Routes | None = None) -> tuple[torch.Tensor, KeyValues]:
+        """As :meth:`Decoder.prefill`; routes are not recorded."""
+        length = tokens.shape[1]
+        cache = _Appended()
+        later = torch.ones(length, length, dtype=torch.bool).triu(1)
+        mask = torch.zeros(length, length).masked_fill_(later, -torch.inf)
+        hidden = self._run(tokens, torch.arange(length)[None], mask.expand(len(tokens), 1, -1, -1), cache)
+        return hidden, cache.found
+
+    def step(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        cache: KeyValues,
+        column: int,
+        padding: torch.Tensor | None,
+        routes: Routes | None = None,
+    ) -> torch.Tensor:
+        """As :meth:`Decoder.step`; routes are not recorded."""
+        rows = len(tokens)
+        mask = torch.zeros(rows, 1, 1, column + 1) if padding is None else padding[:, None, None, : column + 1]
+        hidden = self._run(tokens[:, None], positions[:, None], mask, _Written(cache, column))
+        return self.logits(hidden[:, 0])
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Head of the final hidden states: ``[..., hidden]`` -> ``[..., vocab]``."""
+        return self._causal.lm_head(hidden)
+
+    def _run(self, tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: Any) -> torch.Tensor:
+        """Hidden states before the head, ``[rows, length, hidden]``; ``mask`` ``[rows, 1, length, columns]`` is
+        added to the scores.
+        """
+        found = self._causal.model(
+            input_ids=tokens, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
+        )
+        return found.last_hidden_state
+
+
+class _Appended:
+    """What transformers' layers take for a cache: it keeps the keys and values of whole sequences."""
+
+    def __init__(self) -> None:
+        self.found: KeyValues = []
+
+    def get_seq_length(self, *_: Any) -> int:
+        return 0
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        self.found.append((keys, values))
+        return keys, values
+
+
+class _Written:
+    """What transformers' layers take for a cache: one column of the engine's is written, those until it are read."""
+
+    def __init__(self, cache: KeyValues, column: int) -> None:
+        self._cache, self._column = cache, column
+
+    def get_seq_length(self, *_: Any) -> int:
+        return self._column
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        held = self._cache[layer]
+        for whole, new in zip(held, (keys, values), strict=True):
+            whole[:, :, self._column] = new[:, :, 0]
+        first, second = (whole[:, :, : self._column + 1] for whole in held)
+        return first, second
