@@ -114,7 +114,7 @@ class NativeEngine(RolloutEngine):
         yield list(enumerate(_as_groups(requests, drawn, version)))
 
     @contextmanager
-    def _serving(self) -> Iterator[tuple[Decoder, int]]:
+    def _serving(self) -> Iterator[tuple[AnyDecoder, int]]:
         """The weights in force: an update that begins meanwhile waits for this batch, but takes them away at once."""
         with self._idle:
             decoder, version = self._decoder, self._version
