@@ -55,6 +55,8 @@ class StepRecord:
     sync: Mapping[str, float] = field(default_factory=dict)  # of the weight sync: bytes, buckets
     memory: Mapping[str, float] = field(default_factory=dict)  # GiB: driver, learner (largest rank), gpu (largest rank)
     engines: Mapping[str, float] = field(default_factory=dict)  # alive, total
+    # tokens before the answers of main and auxiliary samples: read, of them cached; share; empty: nothing is reported
+    prefix_cache: Mapping[str, float] = field(default_factory=dict)
     ages: Mapping[str, float] = field(default_factory=dict)  # updates: mean, max; share_<age> of the main tokens
     idle: Mapping[str, float] = field(default_factory=dict)  # share of the step's time: engines, learner
     began: float = math.nan  # Unix seconds

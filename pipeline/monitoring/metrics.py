@@ -36,6 +36,7 @@ STEP_MAPPINGS = {
     "sync": "sync/",
     "memory": "memory/",
     "engines": "engines/",
+    "prefix_cache": "prefix_cache/",
     "ages": "ages/",
     "idle": "idle/",
 }

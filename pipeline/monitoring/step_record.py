@@ -11,7 +11,7 @@ from pipeline.clock import StepClock
 from pipeline.monitoring.event_kinds import StepRecord
 from pipeline.monitoring.memory import resident_gib
 from pipeline.monitoring.timeline import timeline
-from pipeline.types import StepOutcome, StepSamples
+from pipeline.types import SampleGroup, StepOutcome, StepSamples
 
 
 def step_record(outcome: StepOutcome, actuator: str, clock: StepClock, outside: float) -> StepRecord:
@@ -73,8 +73,20 @@ def rollout_figures(drawn: StepSamples) -> dict[str, Any]:
         "truncated": _mean([sample.finish_reason == "length" for sample in samples]),
         "verifier_errors": sum(unjudged),
         "unjudged": _mean(unjudged) if unjudged else 0.0,
+        "prefix_cache": _prefix_cache([*drawn.main, *drawn.auxiliary]),
         "tokens": {role: sum(s.drawn_tokens for g in of_role for s in g.samples) for role, of_role in tokens.items()},
     }
+
+
+def _prefix_cache(groups: Sequence[SampleGroup]) -> dict[str, float]:
+    """What engines had to read before they drew, and found in their caches; nothing where they found none."""
+    cached = sum(sample.cached_tokens for group in groups for sample in group.samples)
+    if not cached:
+        return {}
+    starts = [turn.start for group in groups for sample in group.samples for turn in sample.turns]
+    prompts = [len(group.prompt.token_ids) * max(1, len(s.turns)) for group in groups for s in group.samples]
+    read = sum(prompts) + sum(starts)
+    return {"read": read, "cached": cached, "share": cached / read}
 
 
 def _mean(values: Sequence[float]) -> float:

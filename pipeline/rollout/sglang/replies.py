@@ -39,6 +39,7 @@ class _Meta(msgspec.Struct):
     output_token_logprobs: msgspec.Raw = msgspec.Raw(
         b"[]"
     )  # read by itself, so that only one sample's tokens are objects
+    cached_tokens: int = 0  # of the prompt
     routed_experts: str | None = None  # base64 of int32 [tokens - 1, layers, top_k]
 
 
@@ -80,6 +81,7 @@ def _sample(request: GenerateRequest, seed: int, meta: _Meta) -> Sample:
         role=request.role,
         finish_reason=reason.type,
         weight_versions=tuple(WeightSpan(span.version, span.start, span.end) for span in spans),
+        cached_tokens=meta.cached_tokens,
     )
 
 

@@ -23,7 +23,7 @@ from pipeline.monitoring.progress import Progress
 from pipeline.monitoring.recorder import Recorder
 from pipeline.monitoring.samples import write_samples
 from pipeline.monitoring.step_record import rollout_figures
-from pipeline.types import KeptSample, Role, StepSamples
+from pipeline.types import KeptSample, Role, StepSamples, Turn
 
 sys.path.append(str(Path(__file__).parent))
 import run_writer as runs
@@ -150,8 +150,20 @@ def test_rollout_figures_by_hand():
         "truncated": 0.25,
         "verifier_errors": 2,
         "unjudged": 0.4,
+        "prefix_cache": {},
         "tokens": {"main": 20, "auxiliary": 5},
     }
+
+
+def test_hits_of_the_prefix_cache_by_hand():
+    """A single answer behind a prompt, and an episode of two turns."""
+    single, episode = runs.sample(1.0, tokens=2), runs.sample(1.0, tokens=9)
+    episode = replace(episode, turns=(Turn(0, 3, "stop"), Turn(5, 9, "stop")), cached_tokens=4)
+    groups = [runs.group(replace(single, cached_tokens=1)), runs.group(episode, role=Role.AUXILIARY)]
+    prompt = len(groups[0].prompt.token_ids)
+    read = prompt + (prompt + 0) + (prompt + 5)
+    found = rollout_figures(StepSamples(groups[:1], groups[1:], 0))["prefix_cache"]
+    assert found == {"read": read, "cached": 5, "share": 5 / read}
 
 
 def test_a_step_without_samples_is_recorded(tmp_path):

@@ -32,7 +32,11 @@ def entries(tokens):
 def test_every_token_and_log_prob_arrives(first, second):
     plain = {"weight_version": "3", "output_token_logprobs": entries(first)}
     spans = {"weight_versions": [{"version": "3", "start": 0, "end": 1}, {"version": "4", "start": 1, "end": 2}]}
-    longer = plain | spans | {"output_token_logprobs": entries(second), "finish_reason": {"type": "length"}}
+    longer = (
+        plain
+        | spans
+        | {"cached_tokens": 2, "output_token_logprobs": entries(second), "finish_reason": {"type": "length"}}
+    )
     one, other = replies.sample(body(plain), REQUEST, 7), replies.sample(body(longer), REQUEST, 8)
     for sample, tokens in ((one, first), (other, second)):
         assert (sample.token_ids.dtype, sample.log_probs.dtype) == (np.int64, np.float32)
@@ -40,6 +44,7 @@ def test_every_token_and_log_prob_arrives(first, second):
         assert sample.log_probs.tolist() == [np.float32(log_prob) for log_prob, _ in tokens]
     assert (one.seed, other.seed, one.temperature, one.role) == (7, 8, 0.7, Role.AUXILIARY)
     assert (one.finish_reason, other.finish_reason) == ("stop", "length")
+    assert (one.cached_tokens, other.cached_tokens) == (0, 2)
     assert one.weight_versions == (WeightSpan(3, 0, len(first)),)
     assert other.weight_versions == (WeightSpan(3, 0, 1), WeightSpan(4, 1, 2))
 

@@ -1,0 +1,106 @@
+"""Episodes over HTTP with real engines: the log-probs of what was drawn are those of another computation of the model.
+
+The model is random: what it draws is no text that a tokenizer would have written so. Any token that was guessed from
+its text, or put into the wrong place, shows.
+"""
+
+import asyncio
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from pipeline.config.schema import RolloutConfig, SglangConfig
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.rollout.native.engine import NativeEngine
+from pipeline.rollout.recording.recording import Limits, Recording
+from pipeline.rollout.recording.template import ConversationTemplate
+from tests.chat_folder import write_chat_folder
+from tests.scripted_model import CHECK, NO_PROMPT, user
+from tests.tiny_folder import write_folder
+
+openai = pytest.importorskip("openai")
+pytest.importorskip("aiohttp")
+pytestmark = pytest.mark.xdist_group("sglang")
+EPISODES, TURNS = 6, 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = write_chat_folder(tmp_path_factory.mktemp("chat") / "model", "qwen3")
+    config = json.loads((path / "config.json").read_text())
+    keep = {name: config[name] for name in ("vocab_size", "eos_token_id", "pad_token_id")}
+    return write_folder(path, "llama", **keep, max_position_embeddings=2048)[0]
+
+
+@pytest.fixture(params=["native", "sglang"])
+def engine(request, folder, tmp_path):
+    if request.param == "native":
+        engine = NativeEngine()
+    else:
+        if importlib.util.find_spec("sglang") is None:
+            pytest.skip("needs the sglang extra")
+        from pipeline.rollout.sglang.engine import SglangEngine
+
+        config = RolloutConfig(engine="sglang", sglang=SglangConfig(max_total_tokens=16384))
+        engine = SglangEngine(config, index=3, log_dir=tmp_path, seed=1)
+    engine.start(folder)
+    yield engine
+    engine.close()
+
+
+async def play(client):
+    """An agent that goes on whatever the model says."""
+    messages = [user("What is 6 * 7?")]
+    for _ in range(TURNS):
+        answer = await client.chat.completions.create(model="policy", messages=messages, tools=[CHECK])
+        messages += [answer.choices[0].message, user("That is wrong: try again.")]
+
+
+def test_drawn_tokens_are_trained_on_as_they_were_drawn(engine, folder):
+    from pipeline.rollout.recording.endpoint import Endpoint
+
+    template = ConversationTemplate(load_tokenizer(folder))
+    endpoint = Endpoint("policy")
+    url = endpoint.start()
+
+    async def draw(request):
+        (group,) = await asyncio.to_thread(engine.generate, [request])
+        return group.samples[0]
+
+    limits = Limits(max_new_tokens=24, max_tokens=1024, max_turns=TURNS)
+    records = [
+        Recording(NO_PROMPT, template, draw, seed=seed, temperature=1.0 + 0.2 * (seed % 2), limits=limits)
+        for seed in range(EPISODES)
+    ]
+
+    async def together():
+        clients = [openai.AsyncOpenAI(base_url=url, api_key=endpoint.open(record)) for record in records]
+        await asyncio.gather(*map(play, clients))
+        for client in clients:
+            await client.close()
+
+    asyncio.run(together())
+    endpoint.close()
+    model = LlamaForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+    rewritten = 0
+    for record in records:
+        sample = record.sample("done")
+        assert (len(sample.turns), record.dropped) == (TURNS, (0, 0))
+        tokens = torch.from_numpy(sample.token_ids)[None]
+        with torch.inference_mode():
+            logits = model(tokens).logits[0, :-1] / sample.temperature
+        expected = logits.log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0].numpy()
+        drawn = sample.drawn[1:]
+        np.testing.assert_allclose(sample.log_probs[1:][drawn], expected[drawn], atol=1e-4)
+        for turn in sample.turns:
+            ids = sample.token_ids[turn.start : turn.end]
+            (text,) = template.tokenizer.decode_batch([ids])
+            rewritten += list(template.tokenizer.encode_rendered(text)) != ids.tolist()
+    assert rewritten > EPISODES, "tokens guessed from the text would have been others"
+    if not isinstance(engine, NativeEngine):
+        cached = [record.sample("done").cached_tokens for record in records]
+        assert min(cached) > 0, "what was read for one answer is in the cache for the next"
