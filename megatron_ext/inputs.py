@@ -23,6 +23,7 @@ class ModelInputs:
     tokens: torch.Tensor  # int64 [rows, seq], or [1, n] packed
     labels: torch.Tensor  # int64, as ``tokens``: the next token of each
     targets: torch.Tensor  # bool, as ``tokens``: True where the next token is a target; row-major order is the batch's
+    filled: torch.Tensor  # bool, as ``tokens``: True where it is no padding
     real: int  # tokens that are not padding
     packed: PackedSeqParams | None = None  # where each row begins and ends; None: one row of the grid each
     routes: torch.Tensor | None = None  # as ``tokens``, x [expert layers, top_k]: experts to replay; 0 on padding
@@ -33,7 +34,7 @@ class ModelInputs:
         if packed is not None:
             ends = packed.cu_seqlens_q.to(device)
             packed = replace(packed, cu_seqlens_q=ends, cu_seqlens_kv=ends)
-        names = ("tokens", "labels", "targets", "routes")
+        names = ("tokens", "labels", "targets", "filled", "routes")
         grids = {name: grid.to(device) for name in names if (grid := getattr(self, name)) is not None}
         return replace(self, **grids, packed=packed)
 
@@ -58,8 +59,9 @@ def build(micro: TrainBatch, *, packing: bool, align: int = 1) -> ModelInputs:
     inner[ends - 1] = False  # a row's last token is no input,
     following = inner.roll(1)  # and its first no label
     grids = [micro.tokens[inner].long(), micro.tokens[following].long(), micro.loss_mask[following]]
+    grids.append(torch.ones_like(grids[-1]))
     if micro.routes is not None:
-        grids.append(micro.routes[inner])
+        grids.append(micro.routes[inner].short())  # torch computes little with uint16
     real = len(grids[0])
     if packing:
         grids = [grid[None] for grid in grids]
@@ -67,12 +69,12 @@ def build(micro: TrainBatch, *, packing: bool, align: int = 1) -> ModelInputs:
         inside = torch.arange(int(micro.lengths.max()) - 1) < micro.lengths[:, None] - 1
         grids = [_placed(grid, inside) for grid in grids]
     padding = -grids[0].shape[1] % align
-    tokens, labels, targets, *routes = (F.pad(grid, (0, 0) * (grid.dim() - 2) + (0, padding)) for grid in grids)
+    tokens, labels, targets, filled, *routes = (F.pad(grid, (0, 0) * (grid.dim() - 2) + (0, padding)) for grid in grids)
     packed = None
     if packing:
         rest = [padding] if padding else []  # a row of its own, which no other sees
         packed = packed_rows((micro.lengths - 1).tolist() + rest)
-    return ModelInputs(tokens, labels, targets, real, packed, *routes)
+    return ModelInputs(tokens, labels, targets, filled, real, packed, *routes)
 
 
 def _placed(values: torch.Tensor, inside: torch.Tensor) -> torch.Tensor:

@@ -161,13 +161,14 @@ class MegatronLearner:
         ):  # left to the next forward pass, but an export may come before it
             for model in self._models:
                 model.start_param_sync(force_sync=True)
+        balance = self._routing.balance(self._config.moe_router_bias_update_rate)
         loss = totals.pop("loss")
         return StepStats(
             loss=loss,
             entropy=_reading(totals, step, share.batch.staleness),
             grad_norm=sum(norms) / len(norms),
             learning_rate=self._optimizer.param_groups[0]["lr"],
-            metrics=_batching_metrics(totals) | reduce_metrics(totals),
+            metrics=_batching_metrics(totals) | reduce_metrics(totals) | balance,
             seconds=time.perf_counter() - start,
         )
 
@@ -303,6 +304,8 @@ class MegatronLearner:
         rows = batch.take(torch.arange(first, first + size)) if size else dealing.dummy(batch)
         device = self._topology.device
         given = inputs.build(rows, packing=self.dealer.cut.packed, align=self.dealer.cut.align)
+        if not size:
+            given = replace(given, filled=torch.zeros_like(given.filled))
         return dealing.on_device(rows, device), given.to(device)
 
     def _outputs(

@@ -157,7 +157,7 @@ def transformer_config(
         **fused,
         **_schedule_config(grid),
         **_recompute_config(options),
-        **_moe_config(model.moe),
+        **_moe_config(model.moe, options),
         **_mla_config(model),
     )
     if magnitude != 1:
@@ -195,10 +195,11 @@ def _recompute_config(options: LearnerConfig) -> dict[str, Any]:
     }
 
 
-def _moe_config(moe: Moe | None) -> dict[str, Any]:
+def _moe_config(moe: Moe | None, options: LearnerConfig) -> dict[str, Any]:
     """Experts and router.
 
-    The policy's own loss is all that is trained on: no auxiliary loss, and expert biases stay as loaded.
+    No auxiliary loss but the z-loss, where it is asked for. Expert biases are ``megatron_ext.routing``'s to move:
+    upstream would count padding too.
     """
     if moe is None:
         return {}
@@ -218,6 +219,7 @@ def _moe_config(moe: Moe | None) -> dict[str, Any]:
         "moe_router_group_topk": moe.top_groups if moe.groups > 1 else None,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": "none",
+        "moe_z_loss_coeff": options.moe_z_loss_coeff or None,
     }
 
 

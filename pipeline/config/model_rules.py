@@ -83,8 +83,15 @@ def _layout(config: RunConfig, model: Architecture) -> Iterator[Problem]:
 
 
 def _routing(config: RunConfig, model: Architecture) -> Iterator[Problem]:
-    """Whether there are experts to replay, and a choice of them that zeros cannot be (``pipeline.model.routing``)."""
+    """Whether there are routers to watch over, and routes that zeros cannot be (``pipeline.model.routing``)."""
     replay, remedy = config.learner.routing_replay, "set it to off"
+    rate, z_loss = config.learner.moe_router_bias_update_rate, config.learner.moe_z_loss_coeff
+    if rate and not (model.moe and model.moe.expert_bias):
+        problem = f"a {model.family.name} model has no biases of experts to move"
+        yield Problem("learner.moe_router_bias_update_rate", rate, problem, "set it to 0")
+    if z_loss and model.moe is None:
+        problem = f"a {model.family.name} model has no routers"
+        yield Problem("learner.moe_z_loss_coeff", z_loss, problem, "set it to 0")
     if replay == "routes" and model.moe is None:
         yield Problem("learner.routing_replay", replay, f"a {model.family.name} model has no experts", remedy)
     elif replay == "routes" and model.moe and model.moe.top_k < 2:

@@ -162,6 +162,18 @@ class LearnerConfig:
             "trained all the same",
         },
     )
+    moe_router_bias_update_rate: float = key(
+        0.0,
+        "what a step adds to, or takes from, each expert's bias toward equal use of all experts (auxiliary-loss-free "
+        "balance, arXiv 2408.15664: 0.001); 0: biases stay as loaded; for routers that have them",
+        range=NOT_NEGATIVE,
+    )
+    moe_z_loss_coeff: float = key(
+        0.0,
+        "coefficient of the routers' z-loss (ST-MoE, arXiv 2202.08906: 0.001), the mean square of the logarithm of the "
+        "sum of a token's exponentials; padding counts",
+        range=NOT_NEGATIVE,
+    )
     log_prob_kernel: str = key(
         "auto",
         "how log-probs and entropies come from hidden states",

@@ -41,7 +41,7 @@ STEP_MAPPINGS = {
     "idle": "idle/",
 }
 # Metrics of the learner that have a group of their own.
-GROUPS = ("mismatch", "correction", "entropy")
+GROUPS = ("mismatch", "correction", "entropy", "router")
 
 
 def scalars(event: Mapping[str, Any]) -> dict[str, float]:

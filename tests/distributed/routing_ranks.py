@@ -38,6 +38,24 @@ def log_probs(rank, world, address, folder, rows, config):
     return result
 
 
+def health(rank, world, address, folder, tp, pp, rows, config):
+    """Metrics of two updates, and this rank's biases of experts after them."""
+    made = ranks.learner(rank, world, address, folder, tp, pp, **config)
+    metrics = [made.update(rows, step).metrics for step in range(2)]
+    biases = {n: p.clone() for n, p in made._parameters.items() if n.endswith("expert_bias")}
+    made.close()
+    return metrics, biases
+
+
+def gradients(rank, world, address, folder, rows, configs):
+    found = []
+    for number, config in enumerate(configs):
+        made = ranks.learner(rank, world, (address[0], address[1] + number), folder, 1, 1, **config)
+        found.append(ranks.gradients(made, rows))
+        made.close()
+    return found
+
+
 def refusal(rank, world, address, folder):
     made = ranks.learner(rank, world, address, folder, 1, 1, routing_replay="routes")
     try:

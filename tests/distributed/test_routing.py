@@ -20,13 +20,14 @@ FULL = {"recompute_granularity": "full"}
 SP = {"sequence_parallel": True}
 
 
-def routed(rows: TrainBatch, model: architecture.Architecture, seed: int = 0) -> TrainBatch:
-    """``rows`` with experts by the throw of a die; a row's last token, and every eighth, has none."""
+def routed(rows: TrainBatch, model: architecture.Architecture, seed: int = 0, *, holes: bool = True) -> TrainBatch:
+    """``rows`` with experts by the throw of a die; a row's last token has none, and with ``holes`` every eighth."""
     moe, tokens = model.moe, len(rows.tokens)
     scores = torch.rand(tokens, sum(moe.layers), moe.experts, generator=torch.Generator().manual_seed(seed))
     routes = scores.topk(moe.top_k).indices.to(torch.uint8)
     routes[rows.lengths.cumsum(0) - 1] = 0
-    routes[::8] = 0
+    if holes:
+        routes[::8] = 0
     return replace(rows, routes=routes)
 
 
@@ -134,6 +135,75 @@ def test_replay_takes_the_choice_of_experts_out_of_the_mismatch(gang, tmp_path):
         found[name] = (gap.abs().mean(), gap.abs().quantile(0.99), (gap.exp() - 1 - gap).mean())
     print({name: [f"{float(value):.2e}" for value in values] for name, values in found.items()})
     assert all(with_ < without / 2 for with_, without in zip(found["replayed"], found["chosen"], strict=True))
+
+
+@pytest.fixture(scope="module")
+def loads(gang, model):
+    """Two updates by routes in one process, biases moving."""
+    folder, read = model("deepseek_v3")
+    rows = routed(ranks.batch(), read, holes=False)
+    return rows, gang.run(routing_ranks.health, 1, folder, 1, 1, rows, BIASED)[0]
+
+
+BIASED = {"optimizer": ADAM, "moe_router_bias_update_rate": 0.125}
+WATCHED = {
+    "DP2 x PP2, full recompute, micro-batches of 1": ((4, 1, 2), {"micro_batch_size": 1, **FULL}),
+    "CP2 x TP2 x SP, EP2": ((4, 2, 1), {"cp": 2, "sizes": {"ep": 2, "etp": 1}, **SP}),
+    "packed": ((1, 1, 1), {"packing": True, "max_tokens_per_micro_batch": 40}),
+}
+
+
+def test_load_and_biases_follow_from_the_tokens_of_each_expert(model, loads):
+    """By hand, from the routes."""
+    _, read = model("deepseek_v3")
+    rows, (metrics, biases) = loads
+    inner = torch.ones(len(rows.tokens), dtype=torch.bool)
+    inner[rows.lengths.cumsum(0) - 1] = False
+    counts = torch.stack([layer.flatten().bincount(minlength=8) for layer in rows.routes[inner].long().unbind(1)])
+    mean = counts.double().mean(1, keepdim=True)
+    load = (counts / mean).max(1).values.tolist()
+    layers = [layer for layer, experts in enumerate(read.moe.layers) if experts]
+    by_hand = {f"router_load_{layer}": value for layer, value in zip(layers, load, strict=True)}
+    by_hand |= {"router_load_max": max(load), "router_load_mean": sum(load) / len(load)}
+    for step in range(2):
+        assert {name: v for name, v in metrics[step].items() if name.startswith("router")} == pytest.approx(by_hand)
+    loaded = tiny_models.weights(tiny_models.config("deepseek_v3"))
+    for column, layer in enumerate(layers):
+        before = loaded[f"model.layers.{layer}.mlp.gate.e_score_correction_bias"]
+        moved = 2 * 0.125 * (mean[column] - counts[column]).sign().float()
+        assert moved.any()
+        assert torch.allclose(biases[f"decoder.layers.{layer}.mlp.router.expert_bias"], before + moved, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", WATCHED)
+def test_no_layout_counts_a_token_twice(gang, model, loads, layout):
+    """Nor padding, nor a token whose layer is computed again."""
+    rows, (metrics, biases) = loads
+    (world, tp, pp), config = WATCHED[layout]
+    for got, moved in gang.run(routing_ranks.health, world, model("deepseek_v3")[0], tp, pp, rows, BIASED | config):
+        for step in range(2):
+            watched = {name: value for name, value in metrics[step].items() if name.startswith("router")}
+            assert {name: got[step][name] for name in watched} == pytest.approx(watched, rel=1e-12)
+        assert all(torch.equal(moved[name], biases[name]) for name in moved)
+
+
+def test_z_loss_is_that_of_transformers_router_logits(gang, model):
+    """Rows of one length, so that nothing is padding: the gradient is that of the mean square of logsumexp, summed over
+    layers.
+    """
+    folder, _ = model("qwen3_moe")
+    rows = ranks.batch(4, 0, lengths=torch.full((4,), 12), loss_mask=torch.ones(4, 11, dtype=torch.bool))
+    plain, penalised = gang.run(routing_ranks.gradients, 1, folder, rows, [{}, {"moe_z_loss_coeff": 0.5}])[0]
+    theirs = tiny_models.hf_model(folder)
+    logits = theirs(rows.tokens.view(4, 12)[:, :-1].long(), output_router_logits=True).router_logits
+    (0.5 * sum(layer.logsumexp(-1).square().mean() for layer in logits)).backward()
+    shared = [(name, each) for name, each in theirs.named_parameters() if name in plain]  # it joins the experts
+    assert len(shared) > 4 * 8
+    for name, parameter in shared:
+        expected = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        scale = max(1e-3, expected.abs().max(), plain[name].abs().max())
+        assert (penalised[name] - plain[name] - expected).abs().max() <= 1e-4 * scale, name
+    assert theirs.model.layers[0].mlp.gate.weight.grad.any()
 
 
 def test_an_update_without_routes_is_refused(gang, model):

@@ -1,5 +1,7 @@
 """The two forms of a micro-batch, by hand: a padded grid and a packed sequence."""
 
+from dataclasses import replace
+
 import torch
 from megatron.core.transformer import TransformerConfig
 
@@ -30,6 +32,7 @@ def test_grid():
     assert got.tokens.tolist() == [[11, 12, 0, 0], [21, 22, 23, 24], [31, 0, 0, 0]]
     assert torch.equal(got.targets, mask_of(micro()))
     assert (got.real, got.packed) == (7, None)
+    assert got.filled.tolist() == [[T, T, F, F], [T, T, T, T], [T, F, F, F]]
     wide = inputs.build(micro(), packing=False, align=3)
     assert wide.tokens.shape == wide.targets.shape == (3, 6)
     assert not wide.targets[:, 4:].any()
@@ -51,6 +54,19 @@ def test_packed_padding_is_a_row_of_its_own():
     assert not got.targets[0, 7:].any()
     assert got.packed.cu_seqlens_q.tolist() == [0, 2, 6, 7, 16]
     assert (got.real, got.packed.max_seqlen_q) == (7, 9)
+    assert got.filled.tolist() == [[T] * 7 + [F] * 9]
+
+
+def test_routes_lie_where_the_tokens_that_they_are_of_lie():
+    """Two layers of two experts; 0 on padding."""
+    rows = micro()
+    of_token = torch.arange(100, 110, dtype=torch.int32).to(torch.uint16)
+    routed = replace(rows, routes=of_token[:, None, None].expand(10, 2, 2))
+    grid, packed = (inputs.build(routed, packing=packing, align=4).routes for packing in (False, True))
+    assert (grid == grid[..., :1, :1]).all()
+    assert grid[..., 1, 1].tolist() == [[100, 101, 0, 0], [103, 104, 105, 106], [108, 0, 0, 0]]
+    assert packed[..., 0, 1].tolist() == [[100, 101, 103, 104, 105, 106, 108, 0]]
+    assert inputs.build(rows, packing=True).routes is None
 
 
 def test_targets_are_in_the_batch_s_order():

@@ -554,6 +554,25 @@ def test_experts(model, family):
 
 
 @pytest.mark.parametrize(
+    ("config", "key", "said"),
+    [
+        (hf_config("deepseek_v3"), "moe_router_bias_update_rate", ""),
+        (hf_config("qwen3_moe"), "moe_router_bias_update_rate", "a qwen3_moe model has no biases of experts to move"),
+        (LLAMA, "moe_router_bias_update_rate", "a llama model has no biases"),
+        (hf_config("qwen3_moe"), "moe_z_loss_coeff", ""),
+        (LLAMA, "moe_z_loss_coeff", "a llama model has no routers"),
+    ],
+)
+def test_routers_are_balanced_where_there_are_any(model, config, key, said):
+    (model / "config.json").write_text(json.dumps(config))
+    found = problems(model, *EXPERTS, f"learner.{key}=0.001")
+    assert [(each.key, each.value, each.remedy) for each in found] == [(f"learner.{key}", 0.001, "set it to 0")] * bool(
+        said
+    )
+    assert all(said in each.problem for each in found)
+
+
+@pytest.mark.parametrize(
     ("config", "said"),
     [
         (hf_config("qwen3_moe"), ""),

@@ -115,6 +115,16 @@ export const CHARTS = [
     names: ["mismatch/mean", "mismatch/p99", "mismatch/kl"],
     labels: ["mean |d|", "99th percentile", "KL"],
   }),
+  lines({
+    key: "router",
+    title: "Load of the experts",
+    unit: "tokens of the busiest over the mean, by layer",
+    format: fixed(2),
+    names: ["router/load_max", "router/load_mean"],
+    labels: ["worst layer", "mean of layers"],
+    smooth: true,
+    compared: 2,
+  }),
   lines({ key: "sync", title: "Weight sync", unit: "bytes sent", format: mebibytes, names: ["sync/bytes"] }),
   lines({ key: "gradient", title: "Gradient norm", unit: "before clipping", names: ["train/grad_norm"], smooth: true }),
 ];

@@ -133,6 +133,7 @@ def test_what_the_rules_never_saw_is_said():
     assert sorted(replay(bare, RULES, {}).blind) == [
         "disk_filling: no log holds disk/hours_left",
         "engine_lost: this run has no engines/alive",
+        "experts_unbalanced: this run has no router/load_max",
         "mismatch_growing: this run has no mismatch/kl",
     ]
 

@@ -133,6 +133,15 @@ def test_mismatch_growing_speaks_of_growth_above_rounding():
     assert said([*steps(30, metrics={"mismatch_kl": 1e-9}), *steps(60, 30, metrics=metrics(1e-9))]) == []
 
 
+def test_experts_unbalanced_speaks_of_a_router_that_collapses():
+    def load(level, growth=1.0):
+        return lambda i: {"router_load_max": level * (1 + growth * max(0, min(i - 30, 60)) / 30), "mismatch_kl": 5e-4}
+
+    assert [rule for _, rule, _ in said(steps(90, metrics=load(2.0)))] == ["experts_unbalanced"]
+    assert said(steps(90, metrics=load(0.9))) == []  # 2.7 times the mean is no collapse
+    assert said(steps(90, metrics=load(5.0, growth=0.0))) == []  # nor is what was so from the beginning
+
+
 def test_engines_and_faults():
     lost = [*steps(5), a.step(5, engines={"alive": 1, "total": 2}), *steps(5, 6)]
     assert said(lost) == [(5, "engine_lost", "begin"), (6, "engine_lost", "end")]
