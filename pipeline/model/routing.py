@@ -46,9 +46,12 @@ def of_all_layers(recorded: np.ndarray, model: Architecture) -> np.ndarray:
     return taken.astype(number_type(moe))
 
 
-def continued(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+def continued(before: np.ndarray | None, after: np.ndarray | None) -> np.ndarray | None:
     """The routes of an answer that went on under other weights.
 
-    ``before``: of the tokens that were read until the interruption. ``after``: of all tokens, those read again first.
+    ``before``: of the tokens that were read until the interruption. ``after``: of all tokens, those read again first;
+    None where it was interrupted again before that was known.
     """
+    if before is None or after is None:
+        return after if before is None else before
     return np.concatenate([before, after[len(before) :]])

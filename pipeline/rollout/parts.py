@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from pipeline.model import routing
 from pipeline.types import GenerateRequest, Sample, SampleGroup, WeightSpan
 
 
@@ -59,13 +60,8 @@ def _continued(begun: Sample, new: Sample) -> Sample:
         token_ids=np.concatenate([begun.token_ids, new.token_ids]),
         log_probs=np.concatenate([begun.log_probs, new.log_probs]),
         weight_versions=_spans(begun.weight_versions, new.weight_versions, len(begun.token_ids)),
-        routes=_routes(begun.routes, new.routes),
+        routes=routing.continued(begun.routes, new.routes),
     )
-
-
-def _routes(begun: np.ndarray | None, new: np.ndarray | None) -> np.ndarray | None:
-    """Every token keeps the experts that read it when its successor was drawn; ``new`` has read the first part too."""
-    return new if begun is None or new is None else np.concatenate([begun, new[len(begun) :]])
 
 
 def _spans(begun: tuple[WeightSpan, ...], new: tuple[WeightSpan, ...], at: int) -> tuple[WeightSpan, ...]:

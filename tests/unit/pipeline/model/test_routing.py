@@ -51,4 +51,6 @@ def test_a_token_has_the_routes_of_the_weights_that_read_it_first(read, more):
     before, after = np.full((read, 3, 2), 1, np.uint8), np.full((read + more, 3, 2), 2, np.uint8)
     routes = routing.continued(before, after)
     assert routes.dtype == np.uint8
+    assert routing.continued(before, None) is before
+    assert routing.continued(None, after) is after
     assert [set(token.ravel().tolist()) for token in routes] == [{1}] * read + [{2}] * more
