@@ -14,7 +14,8 @@ from pipeline.config.schema import RunConfig
 from pipeline.data.cursor import DataCursor
 from pipeline.entropy.band import Band
 from pipeline.entropy.controller import EntropyController
-from pipeline.evaluation.evaluate import evaluate
+from pipeline.evaluation.beside import DrawnBeside
+from pipeline.evaluation.evaluate import EvaluationResult, evaluate, evaluation_requests, judged
 from pipeline.learner import Learner
 from pipeline.monitoring.recorder import Recorder
 from pipeline.rewards.stage import VerifierStage
@@ -37,6 +38,7 @@ class LoopState(msgspec.Struct):
     controller: dict[str, Any]
     decision: ControlDecision
     queue: list[dict[str, Any]]
+    evaluation_due: bool
 
 
 @dataclass
@@ -55,7 +57,9 @@ class TrainingLoop:
     recorder: Recorder
     checkpoints: CheckpointStore
     decision: ControlDecision
+    drawn_beside: DrawnBeside
     step: int = 0
+    evaluation_due: bool = False  # of the weights in force, beside the next step
 
     def run(self, stop_requested: Callable[[], bool]) -> None:
         """Train until ``config.steps`` or until asked to stop; either way the last step ends in a checkpoint.
@@ -74,6 +78,7 @@ class TrainingLoop:
             self.evaluate()
         while self.step < self.config.steps and not stop_requested():
             self.train_step()
+            self.finish_evaluation()
             self.record_saved(wait=False)
             for every, act in (
                 (self.config.evaluation.every, self.evaluate),
@@ -81,6 +86,8 @@ class TrainingLoop:
             ):
                 if every and self.step % every == 0 and self.step < self.config.steps:
                     act()
+        if self.evaluation_due:  # there is no next step
+            self.evaluate_now()
         self.save()
         self.record_saved(wait=True)
         if self.step == self.config.steps and self.config.evaluation.at_end:
@@ -91,6 +98,7 @@ class TrainingLoop:
         clock = self.recorder.clock()
         drawn = self.queue.next(self.step, self.decision, clock)
         samples = drawn.samples
+        self.begin_evaluation()
         with clock("batch"):
             batch = self.queue.batch(drawn, self.step)
             chosen = choose(samples, self.config.monitoring.samples_per_step, self.step)
@@ -102,6 +110,7 @@ class TrainingLoop:
             if samples.repeated:
                 stats = with_repeated(stats, repeated)
         with clock("sample"):
+            self.drawn_beside.settle()
             self.queue.settle()
         with clock("sync"):
             self.rollouts.push(self.step + 1)
@@ -124,12 +133,43 @@ class TrainingLoop:
         self.step += 1
 
     def evaluate(self) -> None:
-        """pass@k on the held-out prompts with the current weights."""
+        """pass@k on the held-out prompts with the current weights: now, or beside the next step's training."""
+        if self.config.evaluation.beside_training and self.step < self.config.steps:
+            self.evaluation_due = True
+        else:
+            self.evaluate_now()
+
+    def evaluate_now(self) -> None:
+        """Evaluate while nothing trains."""
+        self.evaluation_due = False
         self.recorder.begin("evaluation")
         result = evaluate(self.rollouts.generate, self.verifier, self.held_out, self.config, self.step)
-        self.recorder.evaluation(self.step, result.to_dict())
+        self.evaluated(self.step, result)
+
+    def begin_evaluation(self) -> None:
+        """Have the samples of an evaluation that is due drawn beside what follows."""
+        if self.evaluation_due:
+            self.drawn_beside.begin(evaluation_requests(self.held_out, self.config, self.step))
+            self.evaluation_due = False
+
+    def finish_evaluation(self) -> None:
+        """Judge and record what was drawn beside the step before, with the weights that this step began with."""
+        groups = self.drawn_beside.take()
+        if groups is None:
+            return
+        version = self.step - 1
+        if all(sample.drawn_with(version) for group in groups for sample in group.samples):
+            self.recorder.begin("evaluation")
+            self.evaluated(version, judged(groups, self.verifier, self.config, self.drawn_beside.began))
+        else:  # an engine that was started again has the learner's weights of the moment
+            self.recorder.fault(f"the evaluation of version {version} mixed versions: {self.step} is evaluated instead")
+            self.evaluate_now()
+
+    def evaluated(self, step: int, result: EvaluationResult) -> None:
+        """Record an evaluation after ``step`` updates; a band that waits for one learns of it."""
+        self.recorder.evaluation(step, result.to_dict())
         watching = self.band.watching
-        self.band.evaluated(self.step, result.pass_at_k)
+        self.band.evaluated(step, result.pass_at_k)
         if watching and not self.band.watching:
             low, high = self.band.at(self.step)
             logger.info("the band is %.3g-%.3g nats from here on: %s", low, high, self.band.why)
@@ -149,6 +189,7 @@ class TrainingLoop:
             "controller": self.controller.state_dict(),
             "decision": vars(self.decision),
             "queue": waiting,
+            "evaluation_due": self.evaluation_due,
         }
         self.checkpoints.save(self.step, state, arrays, self.learner.save)
 

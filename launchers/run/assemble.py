@@ -29,6 +29,7 @@ from pipeline.data.tokenizer import load_tokenizer
 from pipeline.disk import reserved
 from pipeline.entropy.band import build_band
 from pipeline.entropy.factory import build_controller
+from pipeline.evaluation.beside import DrawnBeside
 from pipeline.evaluation.evaluate import choose_prompts
 from pipeline.evaluation.evaluate import evaluate as evaluate_engine
 from pipeline.learner import Learner
@@ -144,6 +145,8 @@ def build_loop(config: RunConfig, recorder: Recorder, stack: ExitStack) -> Train
     cursor = DataCursor(prompts.train, config.seed)
     repeated = choose_prompts(prompts.held_out, config.entropy.repeated_prompts)
     queue = RolloutQueue(config, cursor, rollouts, verifier, repeated)
+    beside = DrawnBeside(rollouts)
+    stack.callback(beside.close)
     stack.callback(queue.close)
     return TrainingLoop(
         config=config,
@@ -158,6 +161,7 @@ def build_loop(config: RunConfig, recorder: Recorder, stack: ExitStack) -> Train
         recorder=recorder,
         checkpoints=_checkpoints(recorder.run_dir, config),
         decision=controller.initial(),
+        drawn_beside=beside,
     )
 
 
@@ -175,7 +179,7 @@ def restore(loop: TrainingLoop, checkpoint: Checkpoint, *, allow_change: bool = 
             loop.cursor.load_state_dict(state.cursor)
         loop.queue.load_state_dict(state.queue, checkpoint.arrays())
         loop.controller.load_state_dict(state.controller)
-    loop.decision, loop.step = state.decision, state.step
+    loop.decision, loop.step, loop.evaluation_due = state.decision, state.step, state.evaluation_due
     checkpoint.restore(loop.learner.restore)
 
 

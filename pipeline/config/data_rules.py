@@ -73,6 +73,18 @@ def _evaluation(config: RunConfig) -> Iterator[Problem]:
             "evaluation is on but no prompt is held out",
             "set data.held_out, e.g. 0.1, or evaluation.every=0, at_start=false and at_end=false",
         )
+    if evaluation.beside_training:
+        yield from _beside_training(config)
+
+
+def _beside_training(config: RunConfig) -> Iterator[Problem]:
+    place = "evaluation.beside_training"
+    if config.rollout.placement == "colocated":
+        problem = "engines on the learner's GPUs cannot draw while it trains"
+        yield Problem(place, True, problem, "set it to false, or rollout.placement=disaggregated")
+    if not (config.evaluation.every or config.evaluation.at_start):
+        problem = "has no effect: nothing trains beside the evaluation at the end"
+        yield Problem(place, True, problem, "set evaluation.every, or remove it")
 
 
 def data_file_problems(config: RunConfig) -> Iterator[Problem]:

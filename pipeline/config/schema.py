@@ -763,6 +763,10 @@ class EvaluationConfig:
     every: int = key(0, "steps between evaluations; 0: only at the start and the end", range=NOT_NEGATIVE, unit="steps")
     at_start: bool = key(True, "evaluate before the first step")
     at_end: bool = key(True, "evaluate after the last step")
+    beside_training: bool = key(
+        False,
+        "draw an evaluation while the learner trains on the next step, whose weights wait for it; false: it waits",
+    )
     prompts: int = key(256, "held-out prompts to use at most", range=COUNT, unit="prompts")
     samples: int = key(32, "samples per prompt (n of pass@k)", range=COUNT, unit="samples")
     k: list[int] = key([1, 4, 16], "the k of pass@k; each at most `samples`")

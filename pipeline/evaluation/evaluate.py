@@ -65,9 +65,15 @@ def evaluate(
     ``ValueError`` when there are no prompts or a k exceeds ``evaluation.samples``, ``VerifierFailedError`` when not one
     response could be judged.
     """
+    started = time.perf_counter()
+    groups = generate(evaluation_requests(prompts, config, step))
+    return judged(groups, verifier, config, started)
+
+
+def evaluation_requests(prompts: Sequence[Prompt], config: RunConfig, step: int) -> list[GenerateRequest]:
+    """What is asked after ``step`` updates. Raises ``ValueError`` when there are no prompts."""
     if not prompts:
         raise ValueError("there are no held-out prompts to evaluate: raise data.held_out, or switch evaluation off")
-    started = time.perf_counter()
     settings = config.evaluation
 
     def request(prompt: Prompt) -> GenerateRequest:
@@ -75,10 +81,20 @@ def evaluate(
         seeds = tuple(sample_seed(config.seed, step, prompt.id, index, Role.EVALUATION) for index in draws)
         return GenerateRequest(prompt, seeds, settings.temperature, config.rollout.max_new_tokens, Role.EVALUATION)
 
-    groups = verifier.verify(generate([request(prompt) for prompt in choose_prompts(prompts, settings.prompts)]))
+    return [request(prompt) for prompt in choose_prompts(prompts, settings.prompts)]
+
+
+def judged(
+    drawn: Sequence[SampleGroup], verifier: VerifierStage, config: RunConfig, started: float
+) -> EvaluationResult:
+    """What samples of ``evaluation_requests`` say, asked at ``started`` (``time.perf_counter``).
+
+    Raises ``VerifierFailedError`` when not one response could be judged.
+    """
+    groups = verifier.verify(drawn)
     stop_if_none_was_judged(groups, config.data)
     seed = stream_seed(config.seed, "bootstrap")
-    return measure(groups, settings.k, seconds=time.perf_counter() - started, seed=seed)
+    return measure(groups, config.evaluation.k, seconds=time.perf_counter() - started, seed=seed)
 
 
 def choose_prompts(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:

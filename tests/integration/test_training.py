@@ -279,6 +279,24 @@ def test_stale_rollouts_are_drawn_with_older_weights_and_meet_a_ratio(tmp_path, 
     assert len({s["reward"] for s in done}) > 1
 
 
+@pytest.mark.parametrize("more", [[], ["rollout.staleness=1"]], ids=["in turns", "drawn ahead"])
+def test_evaluations_beside_the_training_find_the_same_and_change_nothing(tmp_path, more):
+    options = [*INLINE, "steps=4", "evaluation.every=2", *more]
+    alone = train(tmp_path / "alone", *options)
+    beside = train(tmp_path / "beside", *options, "evaluation.beside_training=true")
+    assert [essence(s) for s in beside] == [essence(s) for s in alone]
+
+    def found(name):
+        clocks = ("time", "seconds")
+        told = [event for event in events(tmp_path / name) if event["kind"] == "evaluation"]
+        return [{key: value for key, value in event.items() if key not in clocks} for event in told]
+
+    assert [event["step"] for event in found("beside")] == [0, 2, 4]
+    assert found("beside") == found("alone"), "each is of its own version, not of the next"
+    kinds = [event["kind"] for event in events(tmp_path / "beside") if event["kind"] in ("step", "evaluation")]
+    assert kinds == ["step", "evaluation", "step", "step", "evaluation", "step", "evaluation"]
+
+
 def test_an_engine_killed_during_the_run_is_started_again_and_changes_nothing(tmp_path):
     options = ["learner.tensor_model_parallel_size=1", "rollout.engines=2", "steps=40", "evaluation.every=0"]
     whole = train(tmp_path / "whole", *options)

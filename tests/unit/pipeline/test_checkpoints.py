@@ -335,7 +335,7 @@ CONFIG = load_config("configs/quickstart.yaml")
 def state_of(loop):
     waiting, arrays = loop.queue.state_dict()
     state = {"step": 5, "cursor": loop.cursor.state_dict(), "controller": loop.controller.state_dict()}
-    return {**state, "decision": vars(loop.decision), "queue": waiting}, arrays
+    return {**state, "decision": vars(loop.decision), "queue": waiting, "evaluation_due": True}, arrays
 
 
 @settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -392,6 +392,7 @@ def test_a_good_state_is_restored_exactly(tmp_path):
     fresh.cursor.take(3)
     assemble.restore(fresh, store.latest())
     assert repr(state_of(fresh)) == repr(state_of(loop))
+    assert fresh.evaluation_due
     assert LoopState.__struct_fields__ == tuple(state)
 
 

@@ -8,12 +8,15 @@ from concurrent.futures import wait
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from pipeline import fingerprints
 from pipeline.checkpoints import CheckpointStore
 from pipeline.config.load import load_config
+from pipeline.evaluation.beside import DrawnBeside
 from pipeline.loop import TrainingLoop
+from pipeline.types import Prompt, Role, Sample, SampleGroup, WeightSpan
 
 NO_EVALUATION = [f"evaluation.{key}" for key in ("at_start=false", "at_end=false", "every=0")]
 ROOT = Path(__file__).resolve().parents[3]
@@ -90,6 +93,7 @@ def run_of(root, steps, every, at_step):
         recorder=Log(),
         checkpoints=CheckpointStore(root, keep_last=9),
         decision=SimpleNamespace(),
+        drawn_beside=DrawnBeside(None),
     )
 
     def step():
@@ -155,3 +159,102 @@ def test_a_run_that_fails_completes_the_checkpoint_in_the_making(tmp_path):
     with pytest.raises(FloatingPointError, match="nan"):
         run_of(tmp_path, 9, 2, at_step).run(lambda: False)
     assert saved_updates(tmp_path) == {"step-00000002": 2}
+
+
+class Engines:
+    """Rollouts whose answers are of the version in force, or of ``version``; ``generate`` waits for ``allowed``."""
+
+    def __init__(self, version=None):
+        self.held, self.version, self.allowed, self.asked, self.aborted = 0, version, threading.Event(), [], False
+        self.begun = threading.Event()
+
+    def push(self, version):
+        self.held = version
+
+    def generate(self, requests):
+        version = self.held if self.version is None else self.version
+        self.asked.append({seed for request in requests for seed in request.seeds})
+        self.begun.set()
+        self.allowed.wait(10)
+        return [SampleGroup(r.prompt, tuple(self.sample(s, version) for s in r.seeds), r.role) for r in requests]
+
+    def sample(self, seed, version):
+        tokens = np.zeros(3, np.int64)
+        spans = (WeightSpan(version, 0, 3),)
+        return Sample(tokens, np.zeros(3, np.float32), 1.0, seed, Role.EVALUATION, "stop", spans)
+
+    def abort(self):
+        self.aborted = True
+        self.allowed.set()
+
+
+def evaluating(root, engines):
+    loop = run_of(root, 3, 0, lambda step, learner: learner.allowed.set())
+    loop.config = load_config("quickstart.yaml", ["steps=3", "evaluation.beside_training=true", "checkpoint.every=0"])
+    loop.held_out = [Prompt(str(i), (1,), "", None, "exact") for i in range(4)]
+    loop.rollouts, loop.drawn_beside = engines, DrawnBeside(engines)
+    loop.verifier = SimpleNamespace(verify=lambda groups: groups)
+    loop.band = SimpleNamespace(watching=False, evaluated=lambda step, found: None)
+    loop.recorder.evaluation = lambda step, found: loop.recorder.said.append(f"evaluation {step}")
+    loop.recorder.fault = lambda said: loop.recorder.said.append(said)
+    return loop
+
+
+def test_an_evaluation_is_drawn_while_the_next_step_trains_and_its_weights_wait(tmp_path):
+    engines = Engines()
+    loop = evaluating(tmp_path, engines)
+    loop.evaluate()
+    assert engines.asked == [], "not yet: the next step draws first"
+    loop.begin_evaluation()
+    assert engines.begun.wait(10)
+    settled = threading.Thread(target=loop.drawn_beside.settle)
+    settled.start()
+    settled.join(0.05)
+    assert settled.is_alive(), "the weights wait for it"
+    engines.allowed.set()
+    settled.join(10)
+    loop.rollouts.push(1)
+    loop.step = 1
+    loop.finish_evaluation()
+    loop.finish_evaluation()
+    assert loop.recorder.said == ["evaluation", "evaluation 0"]
+
+
+def test_an_evaluation_never_mixes_versions(tmp_path):
+    """An engine that was started again holds other weights: these are evaluated instead, and the log says so."""
+    engines = Engines(version=1)
+    engines.allowed.set()
+    loop = evaluating(tmp_path, engines)
+    loop.evaluate()
+    loop.begin_evaluation()
+    loop.drawn_beside.settle()
+    loop.step = 1
+    loop.finish_evaluation()
+    assert loop.recorder.said == [
+        "the evaluation of version 0 mixed versions: 1 is evaluated instead",
+        "evaluation",
+        "evaluation 1",
+    ]
+    assert engines.asked[0] != engines.asked[1], "the seeds are those of the step"
+
+
+def test_an_evaluation_that_is_due_when_the_run_is_told_to_stop_is_made(tmp_path):
+    engines = Engines()
+    engines.allowed.set()
+    loop = evaluating(tmp_path, engines)
+    loop.evaluation_due, loop.step = True, 2
+    loop.learner.allowed.set()
+    loop.run(lambda: True)
+    assert loop.recorder.said[:2] == ["evaluation", "evaluation 2"]
+    assert loop.recorder.said[-1] == "checkpoint 2"
+
+
+def test_closing_ends_an_evaluation_that_is_being_drawn(tmp_path):
+    engines = Engines()
+    loop = evaluating(tmp_path, engines)
+    loop.evaluate()
+    loop.begin_evaluation()
+    assert engines.begun.wait(10)
+    loop.drawn_beside.close()
+    loop.drawn_beside.close()
+    assert engines.aborted

@@ -170,6 +170,16 @@ BROKEN = {
     "k above samples": (["evaluation.k=[1, 64]"], "evaluation.k", "between 1 and 32"),
     "k below 1": (["evaluation.k=[0]"], "evaluation.k", "between 1 and 32"),
     "held out": (["data.held_out=0"], "data.held_out", "no prompt"),
+    "evaluation beside the training on its GPUs": (
+        ["rollout.placement=colocated", "rollout.engine=sglang", "evaluation.beside_training=true"],
+        "evaluation.beside_training",
+        "cannot draw while it trains",
+    ),
+    "evaluation beside no training": (
+        ["evaluation.beside_training=true", "evaluation.at_start=false"],
+        "evaluation.beside_training",
+        "nothing trains beside the evaluation at the end",
+    ),
     "tis low": (
         ["objective.correction.kind=tis", "objective.correction.low=0.5"],
         "objective.correction.low",
