@@ -38,6 +38,7 @@ class Prompt:
     answer: Any  # JSON value; its meaning belongs to the verifier
     verifier: str  # name in ``pipeline.rewards``
     meta: Mapping[str, Any] = field(default_factory=dict)
+    messages: tuple[Mapping[str, Any], ...] = ()  # the conversation that ``text`` is; (): it is plain text
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class Sample:
     role: Role
     finish_reason: str  # "stop" | "length" | "abort": ended before its time; an episode's: its last turn's
     weight_versions: tuple[WeightSpan, ...]
-    text: str = ""  # what the model drew, decoded without end and padding tokens; filled by the verifier stage
+    text: str = ""  # ``last_answer``, decoded without end and padding tokens; filled by the verifier stage
     reward: float = 0.0  # in [0, 1]; 0 until verified
     correct: bool = False  # reward == 1, the indicator of SCOPE-RL's positive term
     verifier_error: str = ""  # "" or why nobody could judge this sample (then reward is 0)
@@ -134,6 +135,11 @@ class Sample:
     def held(self) -> bool:
         """Whether it ended before its time and can go on. A faulty one cannot: it was emptied, weights and all."""
         return self.finish_reason == "abort" and bool(self.weight_versions)
+
+    @property
+    def last_answer(self) -> np.ndarray:
+        """Token ids of the last thing that the model said, which is all of a single answer."""
+        return self.token_ids[self.turns[-1].start : self.turns[-1].end] if self.turns else self.token_ids
 
     def drawn_with(self, version: int) -> bool:
         """Whether every token came from weights ``version``."""

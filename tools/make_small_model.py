@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +32,7 @@ from pipeline.data.gym import generate_questions
 from pipeline.data.sources import load_prompts
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.evaluation.metrics import pass_at_k
+from pipeline.rollout.environments.tools import REPLY
 
 HIDDEN, LAYERS, HEADS, FEED_FORWARD, ROPE_BASE, NORM_EPS = 64, 2, 4, 168, 1000.0, 1e-6
 EOS = SYMBOLS.index("$")  # of every vocabulary: words come after the symbols
@@ -139,14 +140,23 @@ class Problems:
     count: np.ndarray  # int64 [problems]
     held_out: np.ndarray  # bool [problems]
     noise: Noise  # from answers to what replaces them
+    turns: int = 1  # answers of an episode, at most
+    reply: tuple[int, ...] = ()  # token ids that follow a wrong answer
 
     def batch(self, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Prompts and answers of ``BATCH`` training problems; about ``NOISE`` of the answers are random."""
+        """Prompts and answers of ``BATCH`` training problems; about ``NOISE`` of the answers are random.
+
+        Of episodes the prompts hold wrong answers and the replies to them; all of a batch as many.
+        """
         rows = rng.choice(np.flatnonzero(~self.held_out), BATCH)
         answers = self.answers[self.first[rows] + (rng.random(BATCH) * self.count[rows]).astype(int)]
         noisy = np.flatnonzero(rng.random(BATCH) < NOISE)
         answers[noisy] = self.noise(answers[noisy], rng)
-        return torch.from_numpy(self.prompts[rows]), torch.from_numpy(answers)
+        prompts = self.prompts[rows]
+        for _ in range(rng.integers(self.turns) if self.turns > 1 else 0):
+            reply = np.broadcast_to(self.reply, (BATCH, len(self.reply)))
+            prompts = np.concatenate([prompts, self.noise(answers, rng), reply], axis=1)
+        return torch.from_numpy(prompts), torch.from_numpy(answers)
 
 
 def problems_of(data: DataConfig, folder: Path) -> Problems:
@@ -300,6 +310,10 @@ def main() -> None:
     config = load_config(arguments.recipe, check=False)
     folder = PACKAGED / config.model.hf_path
     problems = problems_of(config.data, folder)
+    environment = config.data.environment
+    if environment.name == "tools":
+        reply = tuple(SYMBOLS.index(c) for c in environment.params.get("reply", REPLY))
+        problems = replace(problems, turns=environment.max_turns, reply=reply)
     model = Llama(len(problems.symbols))
     train(model, problems, arguments.seed, arguments.steps)
     write_folder(model, folder)

@@ -52,7 +52,7 @@ def _engine_memory(config: RunConfig, gib: float, forecast: Forecast) -> Iterato
     if drawn is None:
         return
     key, share = "rollout.sglang.mem_fraction_static", config.rollout.sglang.mem_fraction_static
-    weights, length = drawn.weights_bytes / GIB, config.rollout.max_prompt_tokens + config.rollout.max_new_tokens
+    weights, length = drawn.weights_bytes / GIB, config.longest_row
     if drawn.kv_tokens < length:
         least = (drawn.weights_bytes + length * drawn.kv_token_bytes) / GIB / memory.engine * share
         what = (
@@ -161,7 +161,7 @@ def overlap(setting: Setting) -> Iterator[str]:
     if forecast is None or forecast.rollouts is None or rollout.placement == "colocated":
         return
     drawn = forecast.rollouts
-    if drawn.kv_tokens < rollout.max_prompt_tokens + rollout.max_new_tokens:
+    if drawn.kv_tokens < setting.config.longest_row:
         return
     from launchers.plan.overlap import SIGMA, heavy_tailed, plant, predict
 

@@ -27,7 +27,7 @@ def batch(setting: Setting) -> Iterator[str | Problem]:
     else:
         size = min(learner.micro_batch_size, per_rank)
         yield f"{words} = {count(math.ceil(per_rank / size), 'micro-batch')} of {size}"
-    length = rollout.max_prompt_tokens + rollout.max_new_tokens
+    length = setting.config.longest_row
     yield f"tokens: at most {rows:,} x {length:,} = {rows * length:,} a step, prompts included"
     if setting.config.entropy.actuator == "resample" and setting.config.entropy.controller != "none":
         entropy = setting.config.entropy

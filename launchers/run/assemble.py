@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -25,7 +26,7 @@ from pipeline.config.load import resolve_path
 from pipeline.config.schema import RunConfig
 from pipeline.data.cursor import DataCursor
 from pipeline.data.sources import check_prompts, load_prompts
-from pipeline.data.tokenizer import load_tokenizer
+from pipeline.data.tokenizer import Tokenizer, load_tokenizer
 from pipeline.disk import reserved
 from pipeline.entropy.band import build_band
 from pipeline.entropy.factory import build_controller
@@ -42,13 +43,18 @@ from pipeline.reshard.order import PlanInputs
 from pipeline.reshard.plan import BucketError
 from pipeline.rewards.stage import VerifierStage
 from pipeline.rollout.engine import RolloutEngine
+from pipeline.rollout.episode_rollouts import EpisodeRollouts
+from pipeline.rollout.episodes import Episodes
 from pipeline.rollout.pool import EnginePool
 from pipeline.rollout.rollouts import Rollouts
 from pipeline.rollout.weight_sync import WeightSync
 from pipeline.step.queue import RolloutQueue
+from pipeline.types import GenerateRequest, SampleGroup
 
 if TYPE_CHECKING:
     from launchers.run.ray_cluster import Node
+
+log = logging.getLogger(__name__)
 
 
 def train(
@@ -74,6 +80,8 @@ def train(
         if checkpoint:
             checkpoints.prune()
             restore(loop, checkpoint, allow_change=allow_change)
+            if config.data.environment.name != "single":
+                log.warning("episodes that played after step %d begin again, under their seeds", loop.step)
         else:
             loop.learner.load(hf_path(config))
         recorder.start(loop.step, checkpoint)
@@ -98,12 +106,24 @@ def evaluator(config: RunConfig, run: Path | None, stack: ExitStack) -> Callable
     verifier = VerifierStage(config.data, tokenizer)
     stack.callback(verifier.close)
     engine, step = serve(config, run, stack)
+    generate = generator(config, tokenizer, engine, stack)
 
     def measure(given: RunConfig) -> dict[str, Any]:
-        result = evaluate_engine(engine.generate, verifier, prompts.held_out, given, step)
+        result = evaluate_engine(generate, verifier, prompts.held_out, given, step)
         return {"model": config.model.hf_path, "run": str(run) if run else None, "step": step, **result.to_dict()}
 
     return measure
+
+
+def generator(
+    config: RunConfig, tokenizer: Tokenizer, engine: RolloutEngine, stack: ExitStack
+) -> Callable[[Sequence[GenerateRequest]], list[SampleGroup]]:
+    """What answers requests as the run's step does: the engine alone, or with the run's environment."""
+    if config.data.environment.name == "single":
+        return engine.generate
+    episodes = Episodes(config, tokenizer, engine.stream)
+    stack.callback(episodes.close)
+    return episodes.generate
 
 
 def serve(config: RunConfig, run: Path | None, stack: ExitStack) -> tuple[EnginePool, int]:
@@ -141,7 +161,12 @@ def build_loop(config: RunConfig, recorder: Recorder, stack: ExitStack) -> Train
     engines = start_engines(config, recorder.run_dir / "logs", stack, learner)
     colocated = config.rollout.placement == "colocated"
     sync = weight_sync(config, inputs, learner, engines)
-    rollouts = Rollouts(engines, learner, sync, hf_path(config), recorder.fault, colocated=colocated)
+    given = (engines, learner, sync, hf_path(config), recorder.fault)
+    if config.data.environment.name == "single":
+        rollouts = Rollouts(*given, colocated=colocated)
+    else:
+        rollouts = EpisodeRollouts(*given, colocated=colocated, episodes=partial(Episodes, config, tokenizer))
+        stack.callback(rollouts.close)
     cursor = DataCursor(prompts.train, config.seed)
     repeated = choose_prompts(prompts.held_out, config.entropy.repeated_prompts)
     queue = RolloutQueue(config, cursor, rollouts, verifier, repeated)

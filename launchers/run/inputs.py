@@ -18,11 +18,13 @@ from pipeline.model.folder import Folder, check
 from pipeline.model.layout import rows
 from pipeline.model.reading import ModelError
 from pipeline.monitoring.sinks.factory import problems as sink_problems
+from pipeline.rollout.environment import environment_problems
 
 
 def check_start(config: RunConfig) -> None:
     """Raise ``ConfigError`` with every reason why a run on this machine could not start; data are not read."""
     problems = [*_packages(config), *_run_dir(config), *_model(config), *sink_problems(config)]
+    problems += environment_problems(config)
     if problems:
         raise ConfigError.of(problems)
 

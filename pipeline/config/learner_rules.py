@@ -13,6 +13,7 @@ def learner_problems(config: RunConfig) -> Iterator[Problem]:
     yield from _batch(config)
     yield from _processes(config)
     yield from _token_budget(config)
+    yield from _replay_of_episodes(config)
     yield from _sequence_parallel(config)
     yield from _pipeline(config)
     yield from _experts(config)
@@ -65,15 +66,25 @@ def _processes(config: RunConfig) -> Iterator[Problem]:
         )
 
 
+def _replay_of_episodes(config: RunConfig) -> Iterator[Problem]:
+    replay, environment = config.learner.routing_replay, config.data.environment.name
+    if replay != "off" and environment != "single":
+        yield Problem(
+            "learner.routing_replay",
+            replay,
+            f"the experts of an episode's turns are not recorded (data.environment.name={environment})",
+            "set it to off",
+        )
+
+
 def _token_budget(config: RunConfig) -> Iterator[Problem]:
-    rollout, learner = config.rollout, config.learner
-    budget, length = learner.max_tokens_per_micro_batch, rollout.max_prompt_tokens + rollout.max_new_tokens
+    learner = config.learner
+    budget, length = learner.max_tokens_per_micro_batch, config.longest_row
     if 0 < budget < length:
         yield Problem(
             "learner.max_tokens_per_micro_batch",
             budget,
-            f"cannot hold one row: max_prompt_tokens {rollout.max_prompt_tokens} + max_new_tokens "
-            f"{rollout.max_new_tokens} = {length} tokens",
+            f"cannot hold one row: {config.longest_row_words}",
             f"use at least {length}, better several times as many, or 0 (micro_batch_size rows)",
         )
     if learner.packing and not budget:

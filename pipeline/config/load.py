@@ -112,15 +112,16 @@ def _found(given: Assignment, schema: type) -> Assignment:
 
 
 def _verifier_folder(assignments: Sequence[Assignment], path: Path) -> Iterator[Assignment]:
-    """``data.verifier_folder`` where none is given and a verifier may be the user's own: it is then written down, so
-    that workers, resumed runs and jobs look in the same place.
+    """``data.verifier_folder`` where none is given and a verifier or an environment may be the user's own: it is then
+    written down, so that workers, resumed runs and jobs look in the same place.
     """
     last = {given.key: given for given in assignments}
     given = {name: last[name].value for name in last if name.startswith("data.")}
-    named = str(given.get("data.verifier", "auto"))
+    key = "data.environment.id" if ":" in str(given.get("data.environment.id", "")) else "data.verifier"
+    named = str(given.get(key, "auto"))
     may_be_own = ":" in named or (named == "auto" and given.get("data.source.kind") == "jsonl")
     if may_be_own and not given.get("data.verifier_folder"):
-        by = last["data.verifier"].source if ":" in named else COMMAND_LINE
+        by = last[key].source if ":" in named else COMMAND_LINE
         file = path if by == COMMAND_LINE else Path(by)
         if ":" in named or not file.is_relative_to(PACKAGED):
             yield Assignment("data.verifier_folder", str(file.parent), str(file))

@@ -38,14 +38,13 @@ def _lengths(config: RunConfig, model: Architecture) -> Iterator[Problem]:
     if rollout.stop_token_ids and max(rollout.stop_token_ids) >= model.vocab:
         what = f"the model's vocabulary has {model.vocab} tokens, numbered from 0"
         yield Problem("rollout.stop_token_ids", rollout.stop_token_ids, what, "give ids of its tokenizer.json")
-    length = rollout.max_prompt_tokens + rollout.max_new_tokens
+    length = config.longest_row
     longrope = " for which longrope's short_factor holds" if isinstance(model.rope_scaling, LongRope) else ""
     if length > positions:
         yield Problem(
             "rollout.max_new_tokens",
             rollout.max_new_tokens,
-            f"max_prompt_tokens {rollout.max_prompt_tokens} + max_new_tokens {rollout.max_new_tokens} = "
-            f"{length} tokens, but the model has {positions} positions{longrope}",
+            f"{config.longest_row_words}, but the model has {positions} positions{longrope}",
             f"make them sum to at most {positions}",
         )
     elif "rlrt" in config.objective.token_shaping and 2 * length > positions:

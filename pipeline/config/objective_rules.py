@@ -179,8 +179,7 @@ def _shaping(config: RunConfig) -> Iterator[Problem]:
 
 
 def _rlrt(config: RunConfig) -> Iterator[Problem]:
-    rollout, learner = config.rollout, config.learner
-    length = 2 * (rollout.max_prompt_tokens + rollout.max_new_tokens)
+    learner, length = config.learner, 2 * config.longest_row
     if "rlrt" in config.objective.token_shaping and 0 < learner.max_tokens_per_micro_batch < length:
         yield Problem(
             "learner.max_tokens_per_micro_batch",
@@ -192,6 +191,13 @@ def _rlrt(config: RunConfig) -> Iterator[Problem]:
 
 def _lengths(config: RunConfig) -> Iterator[Problem]:
     overlong, limit = config.objective.overlong, config.rollout.max_new_tokens
+    if overlong.buffer and config.data.environment.name != "single":
+        yield Problem(
+            "objective.overlong.buffer",
+            overlong.buffer,
+            "rollout.max_new_tokens bounds each answer of an episode, not their sum",
+            "set it to 0, or data.environment.name=single",
+        )
     if overlong.buffer > limit:
         yield Problem(
             "objective.overlong.buffer",

@@ -84,6 +84,14 @@ def _partial(config: RunConfig) -> Iterator[Problem]:
     rollout = config.rollout
     if not rollout.partial:
         return
+    if config.data.environment.name != "single":
+        yield Problem(
+            "rollout.partial",
+            True,
+            "a held answer cannot go on within an episode (data.environment.name="
+            f"{config.data.environment.name}): its environment waits for the whole of it",
+            "set it to false",
+        )
     if not rollout.staleness:
         yield Problem(
             "rollout.partial",
@@ -140,13 +148,12 @@ def _deterministic(config: RunConfig) -> Iterator[Problem]:
 
 def _kv_cache(config: RunConfig) -> Iterator[Problem]:
     rollout, tokens = config.rollout, config.rollout.sglang.max_total_tokens
-    length = rollout.max_prompt_tokens + rollout.max_new_tokens
+    length = config.longest_row
     if rollout.engine == "sglang" and 0 < tokens < length:
         yield Problem(
             "rollout.sglang.max_total_tokens",
             tokens,
-            f"the KV cache cannot hold one sample: max_prompt_tokens {rollout.max_prompt_tokens} + max_new_tokens "
-            f"{rollout.max_new_tokens} = {length} tokens",
+            f"the KV cache cannot hold one sample: {config.longest_row_words}",
             f"use at least {length}, better several times as many, or 0 (SGLang decides)",
         )
 

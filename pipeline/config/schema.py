@@ -16,6 +16,7 @@ SHAPINGS = names("pipeline.objectives.shaping")
 CONTROLLERS = names("pipeline.entropy.controllers")
 ACTUATORS = names("pipeline.entropy.actuators")
 VERIFIERS = ("auto", *names("pipeline.rewards.verifiers"))
+ENVIRONMENTS = names("pipeline.rollout.environments")
 # Each with the library that it needs.
 SINKS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "prometheus": "prometheus_client"}
 
@@ -311,7 +312,9 @@ class RolloutConfig:
     max_prompt_tokens: int = key(
         1024, "prompts longer than this are dropped when the data is read, and counted", range=COUNT, unit="tokens"
     )
-    max_new_tokens: int = key(1024, "length limit of a response", range=COUNT, unit="tokens")
+    max_new_tokens: int = key(
+        1024, "length limit of a response, in episodes of each answer", range=COUNT, unit="tokens"
+    )
     stop: list[str] = key([], "texts that end a response, beside the model's own end; they stay in it")
     stop_token_ids: list[int] = key(
         [], "token ids that end a response, beside the model's own; they stay in it", range=NOT_NEGATIVE
@@ -364,10 +367,46 @@ class SourceConfig:
 
 
 @dataclass
+class EnvironmentConfig:
+    """What the model's answers meet: nothing, or an environment with tools and several turns; docs/environments.md."""
+
+    name: str = key("single", "the environment; single: one answer to a prompt, no environment", choices=ENVIRONMENTS)
+    id: str = key(
+        "",
+        "function: module:function; verifiers: an environment's module; openenv: the address of its server",
+    )
+    params: dict[str, Any] = key({}, "parameters of the environment")
+    max_turns: int = key(8, "answers of the model in an episode, at most", range=COUNT, unit="turns")
+    max_tokens: int = key(
+        0,
+        "longest conversation, prompt, tools and template included; 0: rollout.max_prompt_tokens + max_turns x "
+        "rollout.max_new_tokens",
+        range=NOT_NEGATIVE,
+        unit="tokens",
+    )
+    turn_timeout_s: float = key(
+        60.0, "longest time of the environment's own code between two answers", range=POSITIVE, unit="seconds"
+    )
+    timeout_s: float = key(
+        600.0,
+        "longest time of the environment's own code in an episode; the model's answers do not count",
+        range=POSITIVE,
+        unit="seconds",
+    )
+    concurrency: int = key(
+        32,
+        "episodes at a time of an environment that runs a user's code, each in a process of its own",
+        range=Range(1, 4096),
+        unit="episodes",
+    )
+
+
+@dataclass
 class DataConfig:
     """Training and held-out prompts."""
 
     source: SourceConfig = key(SourceConfig(), "prompt source")
+    environment: EnvironmentConfig = key(EnvironmentConfig(), "tools and several turns; docs/environments.md")
     held_out: float = key(0.1, "share of the source kept for evaluation, chosen by prompt id", range=SHARE)
     chat_template: bool = key(False, "render prompts with the tokenizer's chat template")
     chat_template_file: str = key(
@@ -388,8 +427,8 @@ class DataConfig:
     )
     verifier_folder: str = key(
         "",
-        "where modules of your own verifiers are looked for, before the working directory; empty: the folder of the "
-        "configuration file that sets data.verifier, else of the configuration file",
+        "where modules of your own verifiers and environments are looked for, before the working directory; empty: the "
+        "folder of the configuration file that names them, else of the configuration file",
         path="read",
     )
     verifier_timeout_s: float = key(
@@ -902,3 +941,21 @@ class RunConfig:
     evaluation: EvaluationConfig = key(EvaluationConfig(), "evaluation")
     checkpoint: CheckpointConfig = key(CheckpointConfig(), "checkpoints")
     monitoring: MonitoringConfig = key(MonitoringConfig(), "events, samples, progress")
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest row: prompt and response, or a whole conversation."""
+        rollout, environment = self.rollout, self.data.environment
+        turns = 1 if environment.name == "single" else environment.max_turns
+        whole = rollout.max_prompt_tokens + turns * rollout.max_new_tokens
+        return whole if environment.name == "single" else environment.max_tokens or whole
+
+    @property
+    def longest_row_words(self) -> str:
+        """How ``longest_row`` comes about."""
+        rollout, environment = self.rollout, self.data.environment
+        if environment.name != "single" and environment.max_tokens:
+            return f"data.environment.max_tokens = {environment.max_tokens} tokens"
+        turns = "" if environment.name == "single" else f"data.environment.max_turns {environment.max_turns} x "
+        words = f"max_prompt_tokens {rollout.max_prompt_tokens} + {turns}max_new_tokens {rollout.max_new_tokens}"
+        return f"{words} = {self.longest_row} tokens"

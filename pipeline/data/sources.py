@@ -144,14 +144,12 @@ def to_prompt(question: Question, config: DataConfig, tokenizer: Tokenizer) -> P
     """
     chat = bool(question.messages) or config.chat_template
     text = question.text
+    messages: tuple[Message, ...] = ()
     try:
         if chat:
-            messages = question.messages or ({"role": "user", "content": text},)
+            messages = _conversation(question, config)
             text = tokenizer.render_chat(
-                [*_example_turns(config), *messages],
-                config.system_prompt,
-                _template(config.chat_template_file),
-                config.chat_template_kwargs,
+                messages, template=template_text(config.chat_template_file), variables=config.chat_template_kwargs
             )
         token_ids = tokenizer.encode_rendered(text) if chat else tokenizer.encode(text)
     except DataError as error:
@@ -159,11 +157,18 @@ def to_prompt(question: Question, config: DataConfig, tokenizer: Tokenizer) -> P
     if not token_ids:
         raise DataError(f"prompt {question.id!r} has no tokens: {text!r}")
     verifier = question.verifier if config.verifier == "auto" else config.verifier
-    return Prompt(question.id, token_ids, text, question.answer, verifier, question.meta)
+    return Prompt(question.id, token_ids, text, question.answer, verifier, question.meta, messages)
+
+
+def _conversation(question: Question, config: DataConfig) -> tuple[Message, ...]:
+    """The system message, the examples and the question."""
+    system = [{"role": "system", "content": config.system_prompt}] if config.system_prompt else []
+    messages = question.messages or ({"role": "user", "content": question.text},)
+    return (*system, *_example_turns(config), *messages)
 
 
 @cache
-def _template(path: str) -> str:
+def template_text(path: str) -> str:
     """The text of ``data.chat_template_file``; "" where none is named. Raises ``DataError``."""
     try:
         return Path(path).read_text(encoding="utf-8") if path else ""

@@ -38,6 +38,7 @@ STEP_MAPPINGS = {
     "engines": "engines/",
     "prefix_cache": "prefix_cache/",
     "ages": "ages/",
+    "episodes": "episodes/",
     "idle": "idle/",
 }
 # Metrics of the learner that have a group of their own.

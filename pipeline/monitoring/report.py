@@ -50,6 +50,7 @@ SHOWN_EVENTS = 100  # the newest of a run
 CSS = """
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 1rem; }
 .wide { grid-column: 1 / -1; } .good { color: var(--good); font-weight: 600; }
+.given { opacity: .55; font-style: italic; }
 pre { background: var(--card); padding: .8rem; overflow-x: auto; font-size: 12.5px; } summary { cursor: pointer; }
 """
 
@@ -219,10 +220,23 @@ def _samples(runs: Sequence[RunHistory]) -> str:
 
 def _sample_row(sample: Mapping[str, Any]) -> list[str]:
     texts = [escape(str(sample.get(name) or "")[-200:]) for name in ("prompt", "response", "extracted")]
+    if sample.get("turns"):
+        texts[1] = _conversation(sample)
     entropies = [value for value in sample.get("entropies", []) if value is not None]  # nine steps of ten have none
     entropy = sum(entropies) / len(entropies) if entropies else None  # nats per token
     figures = [_number(sample["temperature"]), _number(entropy)]
     return [*texts, _number(sample["reward"]), escape(sample["role"]), *figures]
+
+
+def _conversation(sample: Mapping[str, Any]) -> str:
+    """The turns of an episode, what the model did not draw set apart, and why the episode ended."""
+    starts = {turn[0]: number for number, turn in enumerate(sample["turns"], 1)}
+    drawn = [value is not None for value in sample["log_probs"]]
+    parts = []
+    for at, (piece, own) in enumerate(zip(sample["pieces"], drawn, strict=False)):
+        parts.append(f"<b>[{starts[at]}]</b> " if at in starts else "")
+        parts.append(escape(piece) if own else f'<span class="given">{escape(piece)}</span>')
+    return f"{''.join(parts)} <i>{escape(sample.get('stop_reason', ''))}</i>"
 
 
 def _configuration(run: RunHistory) -> str:

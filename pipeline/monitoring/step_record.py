@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +53,7 @@ def step_record(outcome: StepOutcome, actuator: str, clock: StepClock, outside: 
         idle=idle,
         began=clock.began,
         timeline=lanes,
+        episodes=episode_figures(outcome.samples),
         **rollout_figures(outcome.samples),
     )
 
@@ -87,6 +89,21 @@ def _prefix_cache(groups: Sequence[SampleGroup]) -> dict[str, float]:
     prompts = [len(group.prompt.token_ids) * max(1, len(s.turns)) for group in groups for s in group.samples]
     read = sum(prompts) + sum(starts)
     return {"read": read, "cached": cached, "share": cached / read}
+
+
+def episode_figures(drawn: StepSamples) -> dict[str, float]:
+    """Of main episodes: mean turns, tokens that nobody drew, the share of each stop reason. Nothing of single
+    answers.
+    """
+    samples = [sample for group in drawn.main for sample in group.samples if sample.stop_reason]
+    if not samples:
+        return {}
+    reasons = Counter(sample.stop_reason for sample in samples)
+    return {
+        "turns": _mean([len(sample.turns) for sample in samples]),
+        "given_tokens": _mean([len(sample.token_ids) - sample.drawn_tokens for sample in samples]),
+        **{reason: count / len(samples) for reason, count in sorted(reasons.items())},
+    }
 
 
 def _mean(values: Sequence[float]) -> float:

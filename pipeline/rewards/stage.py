@@ -31,8 +31,8 @@ class VerifierStage:
     says.
 
     The built-in verifiers that are linear in the text run here; the others in processes with ``verifier_timeout_s`` per
-    call and ``verifier_budget_s`` for all. A call that raises, hangs, dies or comes too late gives reward 0 and a
-    ``verifier_error``; so does an aborted sample.
+    call and ``verifier_budget_s`` for all. Episodes have their reward from their environment. A call that raises,
+    hangs, dies or comes too late gives reward 0 and a ``verifier_error``; so does an aborted sample.
     """
 
     def __init__(self, config: DataConfig, tokenizer: Decoder) -> None:
@@ -45,11 +45,14 @@ class VerifierStage:
         ``more``: they belong to the step of the last call, and share its budget.
         """
         calls = [(group.prompt, sample) for group in groups for sample in group.samples]
-        texts = self._tokenizer.decode_batch([sample.of_drawn(sample.token_ids) for _, sample in calls])
-        finished = [index for index, (_, sample) in enumerate(calls) if sample.finish_reason != "abort"]
-        outcomes: list[Outcome] = ["aborted before it was finished" for _ in calls]
-        judged = self._judge.outcomes([(calls[index][0], texts[index]) for index in finished], more=more)
-        for index, outcome in zip(finished, judged, strict=True):
+        texts = self._tokenizer.decode_batch([sample.last_answer for _, sample in calls])
+        finished = [i for i, (_, sample) in enumerate(calls) if sample.finish_reason != "abort" and not judged(sample)]
+        outcomes: list[Outcome] = [
+            sample.verifier_error or sample.reward if judged(sample) else "aborted before it was finished"
+            for _, sample in calls
+        ]
+        found = self._judge.outcomes([(calls[index][0], texts[index]) for index in finished], more=more)
+        for index, outcome in zip(finished, found, strict=True):
             outcomes[index] = outcome
         verdicts = map(_with_verdict, (sample for _, sample in calls), texts, outcomes)
         return [_regroup(group, verdicts) for group in groups]
@@ -59,20 +62,28 @@ class VerifierStage:
         self._judge.close()
 
 
+def judged(sample: Sample) -> bool:
+    """Whether an environment has said what a sample is worth, or that it cannot."""
+    return bool(sample.stop_reason)
+
+
 def stop_if_none_was_judged(groups: Sequence[SampleGroup], config: DataConfig) -> None:
     """Raise ``VerifierFailedError`` with the first error when not one finished sample has a verdict.
 
     The fault is then the verifier's or the data's, and the run would learn from rewards that are all 0. Not with
     ``data.on_verifier_error=mark``.
     """
-    finished = [(g.prompt, s) for g in groups for s in g.samples if s.finish_reason != "abort"]
+    finished = [(g.prompt, s) for g in groups for s in g.samples if s.finish_reason != "abort" or judged(s)]
     if config.on_verifier_error == "mark" or not finished or not all(sample.verifier_error for _, sample in finished):
         return
     prompt, sample = finished[0]
+    who, mend = f"verifier {prompt.verifier!r}", "the verifier or the answers (`isentrope data grade` tries both)"
+    if judged(sample):
+        who, mend = f"environment {config.environment.name} {config.environment.id}".rstrip(), "the environment"
     raise VerifierFailedError(
-        f"verifier {prompt.verifier!r} could judge none of {len(finished)} responses; the first, to "
-        f"prompt {prompt.id!r}: {sample.verifier_error}. Mend the verifier or the answers "
-        "(`isentrope data grade` tries both), or set data.on_verifier_error=mark to go on with reward 0"
+        f"{who} could judge none of {len(finished)} responses; the first, to "
+        f"prompt {prompt.id!r}: {sample.verifier_error}. Mend {mend}, "
+        "or set data.on_verifier_error=mark to go on with reward 0"
     )
 
 

@@ -7,18 +7,13 @@ in ``data.verifier_folder``, then in the working directory, then where Python fi
 from __future__ import annotations
 
 import difflib
-import importlib
-import inspect
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache, lru_cache
-from importlib.machinery import ModuleSpec, PathFinder
-from pathlib import Path
-from types import ModuleType
 from typing import Protocol, cast
 
 from pipeline.data import DataError
 from pipeline.registry import load, names
+from pipeline.rewards.own_function import UnknownFunctionError, own_function
 from pipeline.rewards.verifiers import _function
 from pipeline.types import Prompt
 
@@ -50,83 +45,21 @@ def check_verifier(name: str, folder: str = "") -> None:
     """
     if name in names(_PACKAGE):
         return
-    module, colon, attribute = name.partition(":")
-    if not colon:
+    if ":" not in name:
         nearest = difflib.get_close_matches(name, names(_PACKAGE), n=1, cutoff=0.0)[0]
         raise UnknownVerifierError(
             f"unknown verifier {name!r}: nearest is {nearest!r}; known: {', '.join(names(_PACKAGE))}, "
             "or 'module:function' for your own"
         )
-    _own_function(name, module, attribute, folder)
+    _own(name, folder)
 
 
-def _own_function(name: str, module: str, attribute: str, folder: str) -> Callable[[Prompt, str], float]:
-    """A user's function, its module imported. Raises ``UnknownVerifierError`` with what is wrong with it."""
+def _own(name: str, folder: str) -> Callable[[Prompt, str], float]:
+    """A user's function. Raises ``UnknownVerifierError`` with what is wrong with it."""
     try:
-        imported = _own_module(module, list(dict.fromkeys(filter(None, (folder, str(Path.cwd()))))))
-    except ModuleNotFoundError as error:
-        imports = "" if error.name and f"{module}.".startswith(f"{error.name}.") else f", which {module!r} imports"
-        tried = f"{folder} (data.verifier_folder), " if folder else ""
-        raise UnknownVerifierError(
-            f"verifier {name!r}: module {error.name!r} is not found{imports}; tried {tried}{Path.cwd()} (the working "
-            "directory) and PYTHONPATH: put it there, or name another as module:function"
-        ) from error
-    except (Exception, SystemExit) as error:  # a user's module may raise anything
-        raise UnknownVerifierError(
-            f"verifier {name!r}: module {module!r} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
-    function = getattr(imported, attribute, None)
-    if function is None:
-        raise UnknownVerifierError(
-            f"verifier {name!r}: module {module!r} ({_place(imported)}) has no function {attribute!r}"
-            + _nearest(attribute, imported)
-        )
-    if not callable(function):
-        raise UnknownVerifierError(f"verifier {name!r}: {attribute!r} is no function but {type(function).__name__}")
-    try:
-        inspect.signature(function).bind(None, "")
-    except TypeError as error:
-        raise UnknownVerifierError(
-            f"verifier {name!r}: it takes {inspect.signature(function)}, and is called with (prompt, text): {error}"
-        ) from error
-    except ValueError:  # a function of C that does not tell its arguments
-        pass
-    return cast("Callable[[Prompt, str], float]", function)
-
-
-def _own_module(module: str, folders: Sequence[str]) -> ModuleType:
-    """A module, imported from the first of ``folders`` that has it, else from where Python finds it.
-
-    The folders stay at the end of ``sys.path``: what the module imports later is found beside it, and nothing that is
-    installed is hidden. Raises what the import raises; ``ImportError`` where another module of that name is loaded.
-    """
-    sys.path += [folder for folder in folders if folder not in sys.path]
-    importlib.invalidate_caches()
-    top = module.partition(".")[0]
-    spec = PathFinder.find_spec(top, list(folders))
-    if spec is None or spec.origin is None:
-        return importlib.import_module(module)
-    loaded = sys.modules.get(top)
-    if loaded is not None and _place(loaded) != spec.origin:
-        raise ImportError(f"{spec.origin} has the name of {_place(loaded)}, which is loaded: rename it")
-    sys.path.insert(0, str(_folder_of(spec)))
-    try:
-        return importlib.import_module(module)
-    finally:
-        sys.path.remove(str(_folder_of(spec)))
-
-
-def _folder_of(spec: ModuleSpec) -> Path:
-    return Path(str(spec.origin)).parents[1 if spec.submodule_search_locations is not None else 0]
-
-
-def _place(module: ModuleType) -> str:
-    return str(getattr(module, "__file__", None) or "a module of Python's own")
-
-
-def _nearest(attribute: str, module: ModuleType) -> str:
-    near = difflib.get_close_matches(attribute, [name for name, value in vars(module).items() if callable(value)], n=1)
-    return f": did you mean {near[0]!r}?" if near else ""
+        return own_function(name, folder, f"verifier {name!r}", ("prompt", "text"))
+    except UnknownFunctionError as error:
+        raise UnknownVerifierError(str(error)) from error
 
 
 @lru_cache(maxsize=64)
@@ -138,8 +71,7 @@ def make_verifier(name: str, folder: str = "") -> Verifier:
     check_verifier(name, folder)
     if name in names(_PACKAGE):
         return cast("Verifier", load(_PACKAGE, name).Verifier())
-    module, _, attribute = name.partition(":")
-    return _function.Verifier(_own_function(name, module, attribute, folder))
+    return _function.Verifier(_own(name, folder))
 
 
 def extracted(name: str, text: str) -> str | None:

@@ -1,4 +1,4 @@
-"""Begins a verifier's worker process so that nothing which a verifier starts in it outlives it."""
+"""Begins a worker process for a user's code so that nothing which that code starts in it outlives it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,21 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h: the signal that a process gets when its 
 
 
 def begin(verifier: str, folder: str) -> None:
-    """Lead a process group of its own, guarded, and load the verifier outside any time limit.
+    """Lead a guarded group, and load the verifier outside any time limit.
 
     What the import raises, the first call raises again and reports.
     """
+    lead_guarded_group()
+    with suppress(UnknownVerifierError):
+        make_verifier(verifier, folder)
+
+
+def lead_guarded_group() -> None:
+    """Lead a process group of its own, which ends with this process, and which the driver's end ends."""
     os.setsid()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # pebble's handler waits for C code that does not return
     _signal_at_parents_death(signal.SIGKILL)  # the fork server, which goes with the driver
     _guard(os.getpid())
-    with suppress(UnknownVerifierError):
-        make_verifier(verifier, folder)
 
 
 def _guard(worker: int) -> None:

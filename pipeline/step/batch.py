@@ -193,9 +193,9 @@ def _assemble(
     """Lay the rows out, one behind the other."""
     prompts = {row.prompt.id: np.array(row.prompt.token_ids, np.int32) for row in rows}
     starts = np.array([len(prompts[row.prompt.id]) for row in rows], np.int64)
-    if not starts.all():
-        empty = next(row.prompt.id for row in rows if not row.prompt.token_ids)
-        raise ValueError(f"prompt {empty!r} has no tokens: its response would have no first prediction")
+    for row in rows:
+        if not row.prompt.token_ids and (row.sample.drawn is None or row.sample.drawn[0]):
+            raise ValueError(f"prompt {row.prompt.id!r} has no tokens: its response would have no first prediction")
     responses = np.array([len(row.sample.token_ids) for row in rows], np.int64)
     parts = [part for row in rows for part in (prompts[row.prompt.id], row.sample.token_ids)]
     kinds = np.tile([False, True], len(rows))

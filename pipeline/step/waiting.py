@@ -41,6 +41,7 @@ class _SampleFields(TypedDict):
     verifier_error: str
     turns: tuple[Turn, ...]
     stop_reason: str
+    cached_tokens: int
 
 
 class _GroupFields(TypedDict):

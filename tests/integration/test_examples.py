@@ -60,6 +60,26 @@ def test_own_reward_is_right_where_countdown_is(monkeypatch):
         assert (Verifier().score(prompt, text) == 1) == (reward == 1)
 
 
+def stop_reasons(run_dir):
+    return [event["episodes"] for event in api.events(run_dir) if event["kind"] == "step"]
+
+
+def test_check_tool(tmp_path):
+    run(tmp_path, "isentrope", "train", "--config", str(EXAMPLES / "check_tool/check_tool.yaml"), "run_dir=t", *SMOKE)
+    told = stop_reasons(tmp_path / "t")
+    assert len(told) == 2
+    assert all(1 < step["turns"] < 3 and step["done"] + step["turn_limit"] == pytest.approx(1) for step in told)
+    assert all(step["given_tokens"] == pytest.approx(2 * (step["turns"] - 1)) for step in told)  # a reply has two
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openai") is None, reason="needs the episodes extra")
+def test_own_environment(tmp_path):
+    config = EXAMPLES / "own_environment/own_environment.yaml"
+    run(tmp_path, "isentrope", "train", "--config", str(config), "run_dir=own", "rollout.samples_per_prompt=4", *SMOKE)
+    told = stop_reasons(tmp_path / "own")
+    assert all(1 < step["turns"] < 3 and step["done"] == 1 for step in told)
+
+
 def test_chat_data(tmp_path):
     config, data = EXAMPLES / "chat_data/chat_data.yaml", EXAMPLES / "chat_data/conversations.jsonl"
     checked = json.loads(run(tmp_path, "isentrope", "data", "check", str(data), "--config", str(config), "--json"))

@@ -58,7 +58,8 @@ def _read(run_dir: Path, step: int) -> list[dict[str, Any]]:
 
 
 def _matches(sample: dict[str, Any], query: Query) -> bool:
-    text = f"{sample['prompt']}\n{sample['response']}".casefold()
+    said = "".join(sample.get("pieces", ())) if sample.get("turns") else sample["response"]
+    text = f"{sample['prompt']}\n{said}".casefold()
     return query.text.casefold() in text and query.role in ("", sample["role"])
 
 

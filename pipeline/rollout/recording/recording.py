@@ -52,6 +52,11 @@ class Completion:
     prompt_tokens: int  # tokens before the answer
     drawn: Sample  # its token ids and their log-probs at the temperature of the draw
 
+    @property
+    def message(self) -> Message:
+        """The answer as a message, in OpenAI's form."""
+        return _message(self.text, self.tool_calls, self.call_ids)
+
 
 @dataclass(frozen=True)
 class _Said:
@@ -190,6 +195,15 @@ class Recording:
             )
 
     @property
+    def turns_left(self) -> int:
+        """Answers that the model may still give."""
+        return self.limits.max_turns - len(self._said)
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text that an environment writes, special tokens spelled out."""
+        return self._template.tokenizer.encode_rendered(text)
+
+    @property
     def dropped(self) -> tuple[int, int]:
         """Branches that are not trained on, and the drawn tokens that are on them alone."""
         kept = {id(said) for said in self._said[-1].path()} if self._said else set()
@@ -214,7 +228,7 @@ class Recording:
             return tuple(rest)
         if before:
             return tokenizer.encode_rendered(rest)
-        if self.prompt.text and rest.startswith(self.prompt.text):  # which its token ids encode
+        if self.prompt.token_ids and rest.startswith(self.prompt.text):  # which they encode
             return self.prompt.token_ids + tokenizer.encode_rendered(rest[len(self.prompt.text) :])
         return tokenizer.encode(rest)
 

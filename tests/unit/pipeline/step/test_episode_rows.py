@@ -11,7 +11,7 @@ import torch
 from pipeline.config.schema import ADVANTAGES, LOSSES, SHAPINGS, CorrectionConfig, DataConfig, OverlongConfig, RunConfig
 from pipeline.evaluation.evaluate import measure
 from pipeline.monitoring.samples import described
-from pipeline.monitoring.step_record import rollout_figures
+from pipeline.monitoring.step_record import episode_figures, rollout_figures
 from pipeline.objectives.loss import PolicyOutputs, TokenRows, policy_loss, reduce_metrics
 from pipeline.rewards.stage import VerifierStage
 from pipeline.step.batch import build_batch
@@ -145,7 +145,12 @@ def figures(*, leak):
     kept = measure_kept(choose(samples, 8, 0), Policy(), 0)
     assert [len(each.entropies) for each in kept] == [each.sample.drawn_tokens for each in kept]
     files = [{**described(each, 0, None), "seed": 0} for each in kept]
-    return rollout_figures(samples), samples.ages(5), asdict(measure(main, [1, 2], seconds=0.0, seed=0)), files
+    return (
+        {**rollout_figures(samples), **episode_figures(samples)},
+        samples.ages(5),
+        asdict(measure(main, [1, 2], seconds=0.0, seed=0)),
+        files,
+    )
 
 
 def test_no_figure_of_a_step_knows_what_nobody_drew():
@@ -154,6 +159,8 @@ def test_no_figure_of_a_step_knows_what_nobody_drew():
     record, ages, evaluation, files = clean
     drawn = sum(map(sum, MASKS))
     assert record["tokens"] == {"main": 2 * drawn, "auxiliary": 2 * drawn}
+    assert (record["turns"], record["done"]) == (7 / 4, 1.0)
+    assert record["given_tokens"] == (sum(map(len, MASKS)) - drawn) / 4
     assert record["response_length"] == evaluation["mean_length"] == drawn / 4
     assert ages["share_2"] == pytest.approx((2 + 1 + 2 + 1) / drawn)
     assert files[0]["log_probs"][2:5] == files[0]["entropies"][2:5] == [None] * 3

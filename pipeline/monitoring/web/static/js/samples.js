@@ -195,7 +195,8 @@ function detail(sample, colour) {
     role: sample.role,
     temperature: number(sample.temperature),
     tokens: number(sample.tokens),
-    ended: sample.finish_reason,
+    ended: sample.stop_reason ? `${sample.stop_reason} (last turn: ${sample.finish_reason})` : sample.finish_reason,
+    ...(sample.turns ? { turns: sample.turns.length } : {}),
     "weight version": versions,
     step: sample.step,
     prompt: sample.prompt_id,
@@ -218,15 +219,19 @@ function response(sample, colour) {
     const none = element("p", { class: "muted" }, "This run kept no tokens.");
     return { parts: [element("pre", {}, sample.response), none], paint: () => {} };
   }
-  const values = { entropy: sample.entropies, "log-prob": sample.log_probs.map((value) => -value) };
+  const values = { entropy: sample.entropies, "log-prob": sample.log_probs.map((value) => value === null ? null : -value) };
   const tokens = sample.pieces.map((piece, index) => token(piece, sample, index));
+  const turns = new Map((sample.turns ?? []).map(([start], number) => [start, number + 1]));
+  const shown = tokens.flatMap((span, index) =>
+    turns.has(index) ? [element("b", { class: "turn" }, `turn ${turns.get(index)}`), span] : [span],
+  );
   const buttons = Object.keys(MEASURES).map((name) => button(name, values[name], colour));
   const told = element("span", { class: "measure" });
   const paint = (measure) => {
-    const shown = values[measure] ? measure : "log-prob"; // nine steps of ten have no entropies
-    tokens.forEach((span, index) => tint(span, values[shown][index]));
-    for (const each of buttons) each.setAttribute("aria-pressed", String(each.textContent === shown));
-    setText(told, MEASURES[shown] + (values.entropy ? "" : "; the entropy is recorded every tenth step"));
+    const chosen = values[measure] ? measure : "log-prob"; // nine steps of ten have no entropies
+    tokens.forEach((span, index) => values[chosen][index] === null || tint(span, values[chosen][index]));
+    for (const each of buttons) each.setAttribute("aria-pressed", String(each.textContent === chosen));
+    setText(told, MEASURES[chosen] + (values.entropy ? "" : "; the entropy is recorded every tenth step"));
   };
   const legend = element(
     "div",
@@ -235,7 +240,7 @@ function response(sample, colour) {
     element("span", { class: "ramp", "aria-hidden": "true" }, "0 ", ...ramp(), ` ${FULL} nats or more`),
     told,
   );
-  return { parts: [element("pre", { class: "tokens" }, ...tokens), legend], paint };
+  return { parts: [element("pre", { class: "tokens" }, ...shown), legend], paint };
 }
 
 function button(measure, values, colour) {
@@ -244,6 +249,10 @@ function button(measure, values, colour) {
 }
 
 function token(piece, sample, index) {
+  if (sample.log_probs[index] === null) {
+    const told = `${JSON.stringify(piece)}: a tool, the environment or the template said it, not the model`;
+    return element("span", { class: "given", title: told }, piece.replaceAll("\n", "↵\n"));
+  }
   const entropy = sample.entropies ? `, entropy ${number(sample.entropies[index])}` : "";
   const logProb = sample.log_probs[index];
   const told = `${JSON.stringify(piece)}: log p ${number(logProb)}, p ${number(Math.exp(logProb))}${entropy}`;

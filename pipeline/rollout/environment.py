@@ -1,0 +1,84 @@
+"""An environment by its name: a file of ``environments``; what it is given, and what may come back.
+
+A module of ``environments`` has
+
+- ``problems(config)``: why a run with it could not start, as ``Problem``;
+- ``APART``: whether it runs a user's code, hence in processes of its own;
+- ``async run(...) -> reward``: plays one episode. With ``APART`` it is called with ``(client, prompt, data)``, where
+  ``client`` is an ``openai.AsyncOpenAI`` of the episode; else with ``(recording, prompt, data)``.
+
+A reward is a number in [0, 1], or a list with one number per turn. Those of a list are added, and the sum must be in
+[0, 1]. An episode's ``stop_reason`` is one of ``STOP_REASONS``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from types import ModuleType
+
+from pipeline.config.errors import Problem
+from pipeline.config.schema import DataConfig, RunConfig
+from pipeline.registry import load
+from pipeline.types import Prompt
+
+PACKAGE = "pipeline.rollout.environments"
+STOP_REASONS = {
+    "done": "the environment gave its reward",
+    "turn_limit": "it asked for more than data.environment.max_turns answers",
+    "token_limit": "the conversation was as long as data.environment.max_tokens",
+    "environment_error": "the environment raised, died, or gave no reward in [0, 1]",
+    "timeout": "the environment's own code took longer than data.environment.timeout_s or turn_timeout_s",
+}
+
+
+class RewardError(ValueError):
+    """An environment gave what is no reward."""
+
+
+def environment_of(data: DataConfig) -> ModuleType:
+    """The module of the environment."""
+    return load(PACKAGE, data.environment.name)
+
+
+def environment_problems(config: RunConfig) -> Iterator[Problem]:
+    """Why no episode could begin: packages, and what the environment itself says."""
+    module = environment_of(config.data)
+    needed = {"aiohttp": "episodes", "openai": "episodes"} if module.APART else {}
+    needed |= getattr(module, "NEEDS", {})
+    missing = [(package, extra) for package, extra in needed.items() if importlib.util.find_spec(package) is None]
+    for package, extra in missing:
+        yield Problem(
+            "data.environment.name",
+            config.data.environment.name,
+            f"the package {package} is not installed",
+            f"pip install 'isentrope[{extra}]'",
+        )
+    if not missing:
+        yield from module.problems(config)
+
+
+def reward_of(given: object) -> float:
+    """The reward that an environment's answer stands for. Raises ``RewardError`` saying what it is instead."""
+    parts: list[float] = []
+    for part in given if isinstance(given, list | tuple) else [given]:
+        if isinstance(part, int | float):
+            parts.append(float(part))
+        else:
+            raise RewardError(f"the environment gave a {type(part).__name__} as reward: give a number in [0, 1]")
+    total = sum(parts)
+    if not 0.0 <= total <= 1.0:
+        raise RewardError(f"reward {total} is outside [0, 1]")
+    return total
+
+
+def to_play(prompt: Prompt, data: DataConfig) -> Prompt:
+    """The prompt as an episode is about it.
+
+    Where a client composes the messages, also the first ones, the conversation need not begin with the prompt's token
+    ids: there are none then, and a sample holds the whole conversation.
+    """
+    if not environment_of(data).APART and not prompt.messages:
+        return prompt
+    messages = prompt.messages or ({"role": "user", "content": prompt.text},)
+    return Prompt(prompt.id, (), prompt.text, prompt.answer, prompt.verifier, prompt.meta, messages)
