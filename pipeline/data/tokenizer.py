@@ -123,12 +123,8 @@ class Tokenizer:
         """Whether the folder says how its answers are parsed."""
         return getattr(self._chat, "response_schema", None) is not None
 
-    def encode_chat(self, messages: Sequence[Message], system: str = "") -> tuple[int, ...]:
-        """Token ids of ``render_chat``; the template writes its own special tokens, so none is added."""
-        return self.encode_rendered(self.render_chat(messages, system))
-
     def encode_rendered(self, text: str) -> tuple[int, ...]:
-        """Token ids of a text that already holds its special tokens (the output of ``render_chat``)."""
+        """Token ids of a text that already holds its special tokens (the output of ``render_chat``): none is added."""
         return self._ids(text, special=False)
 
     def _ids(self, text: str, *, special: bool) -> tuple[int, ...]:

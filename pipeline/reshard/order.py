@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import msgspec
-
 from pipeline.model import architecture
 from pipeline.model.grid import Grid
 from pipeline.reshard.engine_grid import EngineGrid, Placement
@@ -68,15 +66,6 @@ class Order:
     timeout_s: float  # for meeting and moving the bytes
     backend: str = "gloo"  # or "nccl": between GPUs, none of which is two processes' of the plan
     probe: Probe | None = None  # in the first update after a start: what the engine must then compute
-
-    def to_json(self) -> bytes:
-        """For :meth:`from_json` in another process."""
-        return msgspec.json.encode(self)
-
-    @classmethod
-    def from_json(cls, text: bytes) -> Order:
-        """What :meth:`to_json` wrote."""
-        return msgspec.json.decode(text, type=cls)
 
 
 @dataclass(frozen=True)

@@ -95,14 +95,6 @@ def after_thinking(text: str) -> str | None:
     return tail if closed else head + tail
 
 
-def boxed_answer(text: str) -> str | None:
-    r"""Content of the last ``\boxed{...}`` with balanced braces, or None."""
-    boxes, open_box = _boxes(text)
-    if not boxes or (open_box is not None and open_box >= boxes[-1][0]):
-        return None
-    return boxes[-1][1]
-
-
 def _boxes(text: str) -> tuple[list[tuple[int, str]], int | None]:
     """(end, content) of every closed box, outermost only, and where the first box starts that is never closed."""
     boxes: list[tuple[int, str]] = []

@@ -25,6 +25,7 @@ from pipeline.rollout.native.engine import NativeEngine
 from pipeline.rollout.pool import EnginePool
 from pipeline.rollout.sglang.engine import in_flight
 from pipeline.rollout.sglang.liveness import Liveness
+from pipeline.rollout.sglang.verify import server_log_probs
 from pipeline.types import Role
 from tests.integration.servers import (
     FAMILIES,
@@ -163,7 +164,7 @@ def test_updates_are_served(engines, family):
     assert_agrees(engine.generate(REQUESTS), decoder)
     tokens = [5, 6, 7, 30, 12]
     ours = token_log_probs(decoder, torch.tensor([tokens]))[0]
-    np.testing.assert_allclose(engine.prompt_log_probs(tokens), ours.numpy(), atol=TOLERANCE)
+    np.testing.assert_allclose(server_log_probs(engine._running, tokens), ours.numpy(), atol=TOLERANCE)
 
 
 def test_an_engine_that_has_left_its_memory_serves_again_after_the_next_update(engines, family):

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-import numpy as np
 import torch
 
 from pipeline.config.schema import RolloutConfig
@@ -224,13 +223,6 @@ class SglangEngine(RolloutEngine):
         if self._transport is not None:
             self._transport.abort()
         self._settled.set()
-
-    def prompt_log_probs(self, token_ids: Sequence[int]) -> np.ndarray:
-        """The server's T=1 log-probs of every token but the first, float32 ``[len - 1]``.
-
-        For comparison with the learner's.
-        """
-        return verify.server_log_probs(self._running, token_ids)
 
     def abort(self) -> None:
         """End running requests; what they have so far comes back with finish_reason "abort"."""

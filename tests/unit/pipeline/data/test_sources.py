@@ -115,7 +115,7 @@ def test_jsonl_messages_and_overrides(byte_tokenizer, tmp_path):
     chat, plain = load(byte_tokenizer, **config).train
     assert (chat.id, chat.text, chat.verifier) == ("7", "<system>Be brief.<user>Is 2 even?<assistant>", "exact")
     assert (chat.meta, chat.answer, plain.text) == ({"level": 1}, ["yes"], "1+1=")
-    assert byte_tokenizer.encode_chat(messages, "Be brief.") == chat.token_ids
+    assert byte_tokenizer.encode_rendered(chat.text) == chat.token_ids
     _, rendered = load(byte_tokenizer, chat_template=True, **config).train
     assert rendered.text == "<system>Be brief.<user>1+1=<assistant>"
 

@@ -62,10 +62,6 @@ def at_once(*actions):
     return results
 
 
-def test_an_order_survives_its_json(order):
-    assert Order.from_json(order.to_json()) == order
-
-
 def test_threads_of_one_process_take_their_slices_and_keep_the_group(order):
     full, reader = shards_of_rank(order)
     parties = [Participant() for _ in range(3)]

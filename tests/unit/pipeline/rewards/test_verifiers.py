@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.data.countdown import countdown_task
-from pipeline.rewards.answers import boxed_answer, canonical_answer, tagged_answer
+from pipeline.rewards.answers import canonical_answer, final_answer, tagged_answer
 from pipeline.rewards.verifier import UnknownVerifierError, check_verifier, make_verifier
 from pipeline.types import Prompt
 
@@ -164,8 +164,8 @@ def test_answers():
     assert tagged_answer("<answer>1</answer> no <answer> 2 </answer>.") == "2"
     assert tagged_answer(" 3 ") == "3"
     assert tagged_answer("</answer> 3 <answer>") == "</answer> 3 <answer>"
-    assert boxed_answer(r"\boxed{1} then \boxed{\frac{1}{2}} end") == r"\frac{1}{2}"
-    assert boxed_answer(r"\boxed{1") is None
+    assert final_answer(r"\boxed{1} then \boxed{\frac{1}{2}} end") == r"\frac{1}{2}"
+    assert final_answer(r"\boxed{1") is None
     assert canonical_answer("math", r"\boxed{ \dfrac{1}{2} }") == canonical_answer(
         "math", r"$\boxed{\frac12}$".replace("12", "{1}{2}")
     )
