@@ -389,15 +389,14 @@ def _describe_weights(folder: Path, types: set[torch.dtype]) -> None:
     """Make the folder's config.json name the type of the weights and how they are quantised."""
     config = read_config(folder)
     narrowest = str(min(types - {fp8.CODES}, key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
-    named: dict[str, Any] = {
-        key: narrowest for key in ("dtype", "torch_dtype") if config.get(key, narrowest) != narrowest
-    }
+    named = {key: narrowest for key in ("dtype", "torch_dtype") if key in config}
+    described = {key: value for key, value in config.items() if key != "quantization_config"} | named
     if config.get("num_nextn_predict_layers"):  # whose layers are left out
-        named["num_nextn_predict_layers"] = 0
+        described["num_nextn_predict_layers"] = 0
     if fp8.CODES in types:
-        named["quantization_config"] = fp8.quantization_config()
-    if named:
-        (folder / "config.json").write_text(json.dumps(config | named, indent=2) + "\n")
+        described["quantization_config"] = fp8.quantization_config()
+    if described != config:
+        (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
 
 
 def _write_manifest(folder: Path, source: Path, entries: Sequence[Mapping[str, Any]]) -> None:

@@ -39,13 +39,13 @@ def verify(
     def same(row: Row) -> list[str]:
         different = []
         for number, source in enumerate(row.sources):
-            with budget.hold(2 * folder.entries[source.name].nbytes):
-                theirs, ours = folder.tensor(source.name), checkpoint.read(row, number)
+            with budget.hold(2 * math.prod(source.shape) * folder.dtype(source.name).itemsize):
+                ours = checkpoint.read(row, number)
                 if written == hf:  # the source in the type of what was written
-                    made = in_hf(source.name, ours, theirs.dtype)
-                    pairs = {name: (folder.tensor(name), values) for name, values in made.items()}
+                    made = in_hf(source.name, ours, folder.entries[source.name].dtype)
+                    pairs = {name: (folder.stored(name), values) for name, values in made.items()}
                 else:
-                    pairs = {source.name: (theirs.to(ours.dtype), ours)}
+                    pairs = {source.name: (folder.tensor(source.name).to(ours.dtype), ours)}
                 different += [name for name, pair in pairs.items() if not _equal(*pair)]
         return different
 
@@ -53,7 +53,7 @@ def verify(
         name, shape = entry.get("name") or entry["parameter"], entry["shape"]
         with budget.hold(4 * math.prod(shape)):
             if "name" in entry:
-                values = folder.tensor(name)
+                values = folder.stored(name)
             else:
                 values = checkpoint.box(by_row[name], entry["offset"], shape[by_row[name].dim])
             return [] if checksum({name: values}) == entry["checksum"] else [name]

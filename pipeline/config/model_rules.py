@@ -30,6 +30,7 @@ def model_problems(config: RunConfig, folder: Path) -> Iterator[Problem]:
     yield from _layout(config, model)
     yield from _lengths(config, model)
     yield from precision_model_problems(config, model)
+    yield from _fp8_folder(config, folder)
     yield from _fp8_blocks(config, model)
 
 
@@ -126,6 +127,16 @@ def _sglang_experts(config: RunConfig, model: Architecture) -> Iterator[Problem]
         )
         remedy = "use a model that has experts in every layer: mlp_only_layers [] and decoder_sparse_step 1"
         yield Problem("rollout.engine", "sglang", problem, remedy)
+
+
+def _fp8_folder(config: RunConfig, folder: Path) -> Iterator[Problem]:
+    """A server reads ``quantization_config`` from the folder, and then takes FP8 alone."""
+    rollout = config.rollout
+    sent_otherwise = rollout.engine == "sglang" and rollout.weight_dtype != "fp8"
+    if sent_otherwise and architecture.stored_in_fp8(architecture.read_config(folder)):
+        problem = "the folder holds FP8 codes (quantization_config), so that SGLang has FP8 layers"
+        remedy = "set it to fp8, or give the folder of the same model in 16 or 32 bits"
+        yield Problem("rollout.weight_dtype", rollout.weight_dtype, problem, remedy)
 
 
 def _fp8_blocks(config: RunConfig, model: Architecture) -> Iterator[Problem]:

@@ -21,10 +21,13 @@ from pathlib import Path
 
 import torch
 
+from pipeline.model import fp8
 from pipeline.model.architecture import Architecture
 from pipeline.model.checksum import head
+from pipeline.model.fp8_layout import scale_name, scale_shape
 from pipeline.model.layout import EMBEDDING, HEAD, Row, ignored, predicts_ahead, renamed
 from pipeline.model.reading import ModelError, Refusal
+from pipeline.units import FP8_BLOCK
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -113,7 +116,8 @@ def put(descriptor: int, start: int, name: str, tensor: torch.Tensor) -> int:
 class Folder:
     """The tensors of a Hugging Face folder: one ``model.safetensors`` or the files of its index.
 
-    Reads slices, not files.
+    Reads slices, not files. A matrix stored as FP8 codes with scales of blocks, as DeepSeek-V3's, is read as the
+    bfloat16 values that the codes stand for (its own ``fp8_cast_bf16.py`` makes the same); its scales have no name.
 
     Raises ``ModelError`` where a file is missing, truncated or not safetensors, or where the index is another model's.
     """
@@ -131,28 +135,48 @@ class Folder:
         if index and (apart := sorted(index.keys() ^ self.entries.keys())):
             problem = f"{INDEX} and the files that it names disagree on {', '.join(apart[:3])}"
             raise _error(hf_path, problem, "download the folder again, or remove what is left of another model")
+        coded = {name for name, entry in self.entries.items() if entry.dtype == fp8.CODES}
+        self._scales = {name: scale for name in coded if (scale := scale_name(name)) in self.entries}
+        for name, scale in self._scales.items():
+            wanted, entry = scale_shape(self.entries[name].shape), self.entries[scale]
+            if (entry.dtype, entry.shape) != (torch.float32, wanted):
+                problem = f"{scale} is {entry.dtype} {list(entry.shape)}, not float32 {list(wanted)}"
+                raise _error(hf_path, problem, "give a folder of FP8 codes in blocks of 128x128, or one in 16 bits")
 
     def names(self) -> set[str]:
         """Names of all tensors."""
-        return set(self.entries)
+        return self.entries.keys() - set(self._scales.values())
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Full shape of a tensor."""
         return self.entries[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Type of a tensor."""
-        return self.entries[name].dtype
+        """Type of a tensor's values."""
+        return torch.bfloat16 if name in self._scales else self.entries[name].dtype
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A whole tensor: a view of the file."""
+        """A whole tensor: a view of the file, or values of its codes."""
         return self.read(name, 0, 0, self.shape(name)[0])
+
+    def stored(self, name: str) -> torch.Tensor:
+        """A whole tensor as the file has it, codes and scales included: a view of the file."""
+        return self._view(name, 0, 0, self.shape(name)[0])
 
     def read(self, name: str, dim: int, start: int, length: int) -> torch.Tensor:
         """Entries ``[start, start + length)`` of a tensor along ``dim``.
 
-        A view of the file, contiguous for ``dim`` 0.
+        A view of the file, contiguous for ``dim`` 0; of codes a new tensor, made of the blocks that are touched.
         """
+        if name not in self._scales:
+            return self._view(name, dim, start, length)
+        first, last = start // FP8_BLOCK, -(-(start + length) // FP8_BLOCK)
+        begin, end = first * FP8_BLOCK, min(last * FP8_BLOCK, self.shape(name)[dim])
+        codes = self._view(name, dim, begin, end - begin)
+        scales = self._view(self._scales[name], dim, first, last - first)
+        return fp8.dequantise(codes, scales, dtype=torch.bfloat16).narrow(dim, start - begin, length)
+
+    def _view(self, name: str, dim: int, start: int, length: int) -> torch.Tensor:
         entry = self.entries[name]
         path, row = self.path / entry.file, math.prod(entry.shape[1:])
         if dim == 0:
@@ -230,7 +254,8 @@ def check(folder: Folder, rows: Sequence[Row], model: Architecture) -> None:
                 raise _error(folder.path, f"lacks the tensor {source.name}; needed by {row}", restore)
             if (dtype := folder.dtype(source.name)).itemsize == 1:
                 remedy = "give the folder of the same model in 16 or 32 bits"
-                raise _error(folder.path, f"{source.name} is {dtype}", remedy)
+                lacks = f"{source.name} is {dtype}, without {scale_name(source.name)} beside it"
+                raise _error(folder.path, lacks, remedy)
             if (shape := folder.shape(source.name)) != source.shape:
                 problem = f"{source.name} has shape {list(shape)}, config.json asks for {list(source.shape)}"
                 raise _error(folder.path, f"{problem}; needed by {row}", restore)

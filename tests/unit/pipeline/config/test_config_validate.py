@@ -9,6 +9,7 @@ from pipeline.config.key import Range
 from pipeline.config.keys import leaf_keys
 from pipeline.config.load import load_config
 from pipeline.model import architecture
+from pipeline.model.fp8 import quantization_config
 from tests.tiny_folder import LLAMA, hf_config
 
 
@@ -615,6 +616,17 @@ def test_sglang_builds_experts_in_every_layer_of_qwen3_moe(model, family, keys, 
     found = problems(model, *EXPERTS)
     assert [(problem.key, problem.value) for problem in found] == ([("rollout.engine", "sglang")] if said else [])
     assert all(said in problem.problem and "experts in every layer" in problem.remedy for problem in found)
+
+
+def test_a_folder_of_fp8_codes_is_served_in_fp8(model):
+    sizes = {"head_dim": 64, "intermediate_size": 512, "num_key_value_heads": 8}
+    config = LLAMA | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]} | sizes
+    (model / "config.json").write_text(json.dumps(config | {"quantization_config": quantization_config()}))
+    assert problems(model, "rollout.engine=native") == ()
+    assert problems(model, "rollout.engine=sglang", "rollout.weight_dtype=fp8") == ()
+    (problem,) = problems(model, "rollout.engine=sglang")
+    assert problem.key == "rollout.weight_dtype"
+    assert "the folder holds FP8 codes" in problem.problem
 
 
 LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}

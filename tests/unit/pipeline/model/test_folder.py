@@ -5,10 +5,13 @@ import logging
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from pipeline.model import architecture, layout
+from pipeline.model import architecture, fp8_layout, layout
 from pipeline.model.folder import INDEX, Folder, check, is_weights, write_index
+from pipeline.model.fp8 import quantise_tensors, quantization_config, values
 from pipeline.model.reading import ModelError
 from tests.tiny_folder import hf_config, write_folder
 
@@ -95,8 +98,50 @@ def test_tensors_of_eight_bits_are_refused(tmp_path):
     path, tensors = write_folder(tmp_path, "llama")
     name = "model.layers.0.mlp.up_proj.weight"
     save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, path / "model.safetensors")
-    with pytest.raises(ModelError, match=r"up_proj\.weight is torch\.float8_e4m3fn: give the folder .* 16 or 32 bits"):
+    with pytest.raises(ModelError, match=r"up_proj\.weight is torch\.float8_e4m3fn, without .*_scale_inv .*16 or 32"):
         checked(path)
+
+
+def _in_fp8(path, **changes):
+    """A folder as DeepSeek-V3's: matrices as codes and scales; what the codes stand for, in bfloat16."""
+    sizes = {"hidden_size": 192, "intermediate_size": 320, "moe_intermediate_size": 160, "q_lora_rank": 136}
+    path, tensors = write_folder(path, "deepseek_v3", **sizes, quantization_config=quantization_config(), **changes)
+    names = fp8_layout.quantised_names(layout.rows(architecture.read(path)))
+    stored = quantise_tensors({name: tensor.bfloat16() for name, tensor in tensors.items()}, names)
+    save_file(stored, path / "model.safetensors")
+    return path, stored, {name: tensor.bfloat16() for name, tensor in values(stored).items()}
+
+
+def test_codes_in_blocks_are_read_as_their_values(tmp_path):
+    path, stored, expected = _in_fp8(tmp_path)
+    folder = checked(path)
+    assert folder.names() == expected.keys() < stored.keys()
+    for name, tensor in expected.items():
+        assert (folder.dtype(name), folder.shape(name)) == (torch.bfloat16, tuple(tensor.shape))
+        assert torch.equal(folder.tensor(name), tensor), name
+        assert torch.equal(folder.stored(name).view(torch.uint8), stored[name].view(torch.uint8))
+
+
+@given(data=st.data())
+@settings(max_examples=200, deadline=None)
+def test_any_slice_of_codes_is_that_of_their_values(tmp_path_factory, data):
+    if not hasattr(test_any_slice_of_codes_is_that_of_their_values, "made"):
+        made = _in_fp8(tmp_path_factory.mktemp("codes"))
+        test_any_slice_of_codes_is_that_of_their_values.made = checked(made[0]), made[2]
+    folder, expected = test_any_slice_of_codes_is_that_of_their_values.made
+    name = data.draw(st.sampled_from(sorted(expected)))
+    dim = data.draw(st.integers(0, expected[name].ndim - 1))
+    start = data.draw(st.integers(0, expected[name].shape[dim] - 1))
+    length = data.draw(st.integers(1, expected[name].shape[dim] - start))
+    assert torch.equal(folder.read(name, dim, start, length), expected[name].narrow(dim, start, length))
+
+
+def test_scales_of_other_blocks_are_refused(tmp_path):
+    path, stored, _ = _in_fp8(tmp_path)
+    scale = "model.layers.0.mlp.up_proj.weight_scale_inv"
+    save_file(stored | {scale: stored[scale][:1].contiguous()}, path / "model.safetensors")
+    with pytest.raises(ModelError, match=rf"{scale} is torch.float32 \[1, 2\], not float32 \[3, 2\].*128x128"):
+        Folder(path)
 
 
 def test_which_files_are_weights(tmp_path):
