@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from pipeline.rollout.engine import EngineError, Finished
+from pipeline.rollout.merged import Merged
 from pipeline.types import GenerateRequest
 
 _AGAIN_S = 0.2  # a request that an engine was only about to get is not ended with the others
@@ -75,21 +76,20 @@ class Holding:
         with self._changed:
             self._add(-1)
 
-    def stream(self, asked: Asked) -> Iterator[Finished]:
+    def stream(self, asked: Asked, *, grows: bool = False) -> Iterator[Finished]:
         """Every group that is ``left`` as it finishes, by its number.
 
         ``asked`` is kept up to date: a finished group is taken out before it is handed out, one that is held has its
-        responses so far in ``begun``. Raises ``ClosedError`` once nothing is drawn any more.
+        responses so far in ``begun``. ``grows``: more may be added between two items; it is drawn beside the rest.
+        Raises ``ClosedError`` once nothing is drawn any more.
         """
         left = asked.left
         while left:
             if self._closed:
                 raise ClosedError
-            numbers = list(left)
-            for some in self._source.stream([self._now(left[number], asked) for number in numbers]):
+            for some in self._together(asked) if grows else self._ask(asked, list(left)):
                 finished: Finished = []
-                for i, group in some:
-                    number = numbers[i]
+                for number, group in some:
                     if self._partial and any(sample.held for sample in group.samples):
                         seeds = tuple(sample.seed for sample in group.samples)  # fewer where an engine lost one
                         left[number] = replace(left[number], seeds=seeds, begun=group.samples)
@@ -101,6 +101,24 @@ class Holding:
             if left:
                 asked.times_held += 1
                 self._wait()
+
+    def _ask(self, asked: Asked, numbers: Sequence[int]) -> Iterator[Finished]:
+        """The groups of ``numbers`` as they come, until they have ended or are held."""
+        for some in self._source.stream([self._now(asked.left[number], asked) for number in numbers]):
+            yield [(numbers[i], group) for i, group in some]
+
+    def _together(self, asked: Asked) -> Iterator[Finished]:
+        """All groups as they come, also those that are added meanwhile."""
+        streams: Merged[Finished] = Merged()
+        known: set[int] = set()
+        while True:
+            if more := [number for number in asked.left if number not in known]:
+                known.update(more)
+                streams.add(self._ask(asked, more))
+            some = streams.next()
+            if some is None:
+                return
+            yield some
 
     def _now(self, request: GenerateRequest, asked: Asked) -> GenerateRequest:
         """What is drawn of a request with the weights in force."""

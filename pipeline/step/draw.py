@@ -74,7 +74,8 @@ class Sampler:
     verifier: VerifierStage
     config: RunConfig
     repeated: Sequence[GenerateRequest] = ()  # asked at every step
-    one_at_a_time: threading.Lock = field(default_factory=threading.Lock)  # the verifier judges
+    judging: threading.Lock = field(default_factory=threading.Lock)  # one thread at a time
+    choosing: threading.Lock = field(default_factory=threading.Lock)
 
     def ask(self, drawing: Drawing) -> None:
         """Choose the prompts of a round, the next ones of the data.
@@ -85,7 +86,8 @@ class Sampler:
         first = drawing.rounds == 0
         there: list[SampleGroup | GenerateRequest] = [*drawing.found.values(), *drawing.left.values()]
         seen = {each.prompt.id for each in there if each.role is Role.MAIN}
-        prompts = [p for p in self.cursor.take(self.config.rollout.prompts_per_step) if p.id not in seen]
+        with self.choosing:
+            prompts = [p for p in self.cursor.take(self.config.rollout.prompts_per_step) if p.id not in seen]
         asked = drawing.decision if first else replace(drawing.decision, auxiliary_prompts=0)
         drawing.add(step_requests(prompts, asked, self.config, drawing.step))
         if first:
@@ -100,25 +102,29 @@ class Sampler:
 
         DAPO's dynamic sampling (arXiv 2503.14476, section 3.2; public code read): a group whose rewards are all equal
         has advantage 0. So prompts are drawn until ``prompts_per_step`` groups differ within, in at most
-        ``rollout.sampling_rounds`` rounds. If too few differ even then, the step goes on with all that were drawn
-        (DAPO's code ends the run).
+        ``rollout.sampling_rounds`` rounds. A round begins as soon as those before it cannot suffice, beside what is
+        still drawn of them. If too few differ even then, the step goes on with all that were drawn (DAPO's code ends
+        the run).
         """
+        judged: list[SampleGroup] = []
         while drawing.left or self._lacks(drawing):
             if not drawing.left:
                 with clock("sample"):
                     self.ask(drawing)
-            stop_if_none_was_judged(self._draw_left(drawing, clock), self.config.data)
+            judged += self._draw_left(drawing, clock)
+        stop_if_none_was_judged(judged, self.config.data)
 
     def _lacks(self, drawing: Drawing) -> bool:
-        """Whether another round is to be drawn."""
+        """Whether another round is to be drawn, whatever becomes of what is left."""
         if drawing.rounds in (0, self.config.rollout.sampling_rounds):
             return drawing.rounds == 0
         teach = sum(group.role is Role.MAIN and _differs(group) for group in drawing.found.values())
-        return teach < self.config.rollout.prompts_per_step
+        may_teach = sum(request.role is Role.MAIN for request in drawing.left.values())
+        return teach + may_teach < self.config.rollout.prompts_per_step
 
     def _draw_left(self, drawing: Drawing, clock: StepClock) -> list[SampleGroup]:
         """Draw what is left, and verify groups while others are drawn. Returns those that were judged."""
-        stream = self.rollouts.stream(drawing)
+        stream = self.rollouts.stream(drawing, grows=self.config.rollout.sampling_rounds > 1)
         judged: list[SampleGroup] = []
         while True:
             with clock("sample"):
@@ -127,12 +133,15 @@ class Sampler:
                 return judged
             with clock("verify"):
                 judged += self._keep(drawing, some)
+            if drawing.left and self._lacks(drawing):
+                with clock("sample"):
+                    self.ask(drawing)
 
     def _keep(self, drawing: Drawing, some: Finished) -> list[SampleGroup]:
         """Verify groups, but for those whose samples are only looked at."""
         groups, dropped = only_fresh([group for _, group in some], drawing.version)
         asked = [group for group in groups if group.role is not Role.REPEATED]
-        with self.one_at_a_time:
+        with self.judging:
             verified = self.verifier.verify(asked, more=bool(drawing.found))
         judged = iter(verified)
         for (number, _), group in zip(some, groups, strict=True):

@@ -22,6 +22,7 @@ from pipeline.config.schema import RolloutConfig
 from pipeline.rollout.engine import EngineError, WeightUpdateError
 from pipeline.rollout.native.decoder import token_log_probs
 from pipeline.rollout.native.engine import NativeEngine
+from pipeline.rollout.parts import joined, remainder
 from pipeline.rollout.pool import EnginePool
 from pipeline.rollout.sglang.engine import in_flight
 from pipeline.rollout.sglang.liveness import Liveness
@@ -235,6 +236,34 @@ def test_abort_returns_partial_samples(request, engines, waiting):
         assert sample.finish_reason != "abort" or len(sample.token_ids) < 450
         assert len(sample.token_ids) == len(sample.log_probs)
     assert engine.generate(REQUESTS)[0].samples[0].finish_reason != "abort"
+
+
+def test_a_held_response_goes_on_with_the_new_weights(engines):
+    """Log-probs of each part are those of the weights that drew it."""
+    engine, groups = engines["llama"], []
+    push(engine, "llama", 1, seed=0)
+    asked = [generate_request([i], 4, temperature=0.05, new=450) for i in range(4, 20)]
+    running = threading.Thread(target=lambda: groups.extend(engine.generate(asked)))
+    running.start()
+    wait_until_under_way(engine)
+    engine.abort()
+    running.join(30)
+    push(engine, "llama", 2, seed=5)
+    asked = [replace(request, begun=group.samples) for request, group in zip(asked, groups, strict=True)]
+    rest = engine.generate([remainder(request) for request in asked])
+    pairs = zip(asked, rest, strict=True)
+    whole = [(request.prompt, s) for request, group in pairs for s in joined(request, group).samples]
+    assert {s.finish_reason for _, s in whole} <= {"stop", "length"}
+    assert max(len(s.token_ids) for _, s in whole) == 450
+    parted = [(prompt, s) for prompt, s in whole if len(s.weight_versions) == 2]
+    assert parted
+    decoders = {1: decoder_of("llama", 0), 2: decoder_of("llama", 5)}
+    for prompt, s in parted[:8]:
+        tokens = torch.tensor([[*prompt.token_ids, *s.token_ids.tolist()]])
+        for span in s.weight_versions:
+            exact = token_log_probs(decoders[span.version], tokens, s.temperature)[0, len(prompt.token_ids) - 1 :]
+            part = slice(span.start, span.end)
+            np.testing.assert_allclose(s.log_probs[part], exact.numpy()[part], atol=10 * TOLERANCE)  # at T=0.05
 
 
 def test_an_update_that_does_not_fit_the_server_moves_nothing_into_it(engines, family):

@@ -141,6 +141,7 @@ def test_alpha_zero_is_grpo_bit_for_bit(tmp_path, grpo, actuator):
         ["entropy.actuator=reweight"],
         ["entropy.actuator=resample"],
         ["entropy.actuator=resample", "rollout.staleness=3", "entropy.repeated_prompts=8"],
+        ["entropy.actuator=resample", "rollout.staleness=3", "rollout.partial=true", "rollout.deterministic=true"],
     ],
 )
 def test_killed_between_steps_then_resumed_continues_bit_for_bit(tmp_path, more):

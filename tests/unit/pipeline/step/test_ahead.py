@@ -322,3 +322,27 @@ def test_what_is_held_survives_a_checkpoint(staleness, killed_after, by_count):
     if by_count:
         at_once = trained(Interrupted(token_s=1e-4), staleness, 8, 0.0, *words, longest=60)
         assert versions_of(found) == versions_of(at_once)
+
+
+def test_a_further_round_begins_beside_the_answers_that_cannot_make_it_unnecessary():
+    """Of 8 groups 7 come at once, and none of them teaches: whatever the last one does, more are needed."""
+    second = threading.Event()
+    rounds = []
+
+    class Waiting(Simulated):
+        def stream(self, requests):
+            rounds.append(len(requests))
+            if len(rounds) == 2:
+                second.set()
+            groups = [(i, self.group(request)) for i, request in enumerate(requests)]
+            yield groups[:7]
+            assert second.wait(20), "the second round waits for the first"
+            yield groups[7:]
+
+    engine = Waiting()
+    drawing = queue(engine, 0, "rollout.sampling_rounds=2")
+    drawing._sampler.verifier.verify = lambda groups, *, more=False: groups  # all rewards are 0
+    samples = drawing.next(0, DECISION, StepClock()).samples
+    assert rounds == [8, 8]
+    assert [group.prompt.id for group in samples.main] == [p.id for p in DataCursor(PROMPTS, seed=0).take(16)]
+    drawing.close()
