@@ -23,10 +23,10 @@ from pipeline.reshard.participant import Participant
 from pipeline.reshard.places import HostPlaces
 from pipeline.rollout.engine import EngineError, Finished, RolloutEngine, WeightUpdateError
 from pipeline.rollout.native.decoder import AnyDecoder, KeyValues, Routes
+from pipeline.rollout.native.fair_lock import FairLock
 from pipeline.rollout.native.fallback import decoder_of
 from pipeline.rollout.native.response_end import ResponseEnd
 from pipeline.rollout.native.sampling import draw, nucleus, uniform_top, uniforms
-from pipeline.rollout.native.turns import Turns
 from pipeline.rollout.update_session import UpdateSession
 from pipeline.types import Cuts, EngineHealth, GenerateRequest, Sample, SampleGroup, WeightSpan
 from pipeline.units import GIB
@@ -65,7 +65,7 @@ class NativeEngine(RolloutEngine):
         self._eos_override = eos_token_ids
         self._max_batch_rows = max_batch_rows
         self._record_routes = record_routes
-        self._turns = Turns()
+        self._turns = FairLock()
         self._idle = threading.Condition()  # an update waits until no batch runs
         self._running = 0  # batches
         self._aborted = 0  # how often what ran was ended
@@ -275,7 +275,7 @@ def _decode(
     decoder: AnyDecoder,
     rows: Sequence[_Row],
     end: ResponseEnd,
-    turns: Turns,
+    turns: FairLock,
     aborted: Callable[[], bool],
     record_routes: bool,
 ) -> list[_Drawn]:

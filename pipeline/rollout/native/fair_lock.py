@@ -1,11 +1,11 @@
-"""Lets threads take turns."""
+"""A lock for threads that take turns."""
 
 from __future__ import annotations
 
 import threading
 
 
-class Turns:
+class FairLock:
     """A lock that threads get in the order in which they ask: a plain one may be taken again and again by the same."""
 
     def __init__(self) -> None:
