@@ -13,7 +13,6 @@ def learner_problems(config: RunConfig) -> Iterator[Problem]:
     yield from _batch(config)
     yield from _processes(config)
     yield from _token_budget(config)
-    yield from _replay_of_episodes(config)
     yield from _sequence_parallel(config)
     yield from _pipeline(config)
     yield from _experts(config)
@@ -63,17 +62,6 @@ def _processes(config: RunConfig) -> Iterator[Problem]:
             f"one process cannot hold TP {tensor} x CP {context} x PP {pipeline} x DP {data} = {processes} learner "
             "processes",
             "set runtime=ray, or the learner.*_parallel_size to 1",
-        )
-
-
-def _replay_of_episodes(config: RunConfig) -> Iterator[Problem]:
-    replay, environment = config.learner.routing_replay, config.data.environment.name
-    if replay != "off" and environment != "single":
-        yield Problem(
-            "learner.routing_replay",
-            replay,
-            f"the experts of an episode's turns are not recorded (data.environment.name={environment})",
-            "set it to off",
         )
 
 

@@ -13,14 +13,17 @@ import torch
 from pipeline.config.load import PACKAGED
 from pipeline.config.schema import RunConfig
 from pipeline.data.tokenizer import load_tokenizer
+from pipeline.model.architecture import parse
 from pipeline.rollout import episodes as module
 from pipeline.rollout.engine import EngineError
 from pipeline.rollout.environment import RewardError, reward_of
 from pipeline.rollout.environments import tools
 from pipeline.rollout.episodes import Episodes
+from pipeline.rollout.native.decoder import Decoder
 from pipeline.rollout.native.engine import NativeEngine
 from pipeline.rollout.turns import Turns
 from pipeline.types import GenerateRequest, Prompt, Role, Sample, SampleGroup, WeightSpan
+from tests.tiny_folder import hf_config, write_folder
 
 FOLDER = PACKAGED / "model/pm4-100k"
 SYMBOLS = "0123456789+-*=,$"
@@ -100,6 +103,25 @@ def test_an_episode_is_what_the_engine_drew(played, engine):
         exact = said.gather(-1, row[:, 1:, None])[0, len(asked.token_ids) - 1 :, 0].numpy()
         np.testing.assert_allclose(sample.of_drawn(sample.log_probs), sample.of_drawn(exact), atol=1e-4)
         assert not sample.log_probs[~sample.drawn].any()
+
+
+def test_an_episode_carries_the_experts_that_read_each_of_its_tokens(played, tmp_path):
+    """Those of one pass over the whole conversation: the weights are the same in every turn."""
+    changes = {"vocab_size": 16, "num_experts": 8}
+    folder, tensors = write_folder(tmp_path, "qwen3_moe", **changes)
+    engine = NativeEngine(eos_token_ids=(15,), record_routes=True)
+    engine.start(folder)
+    decoder = Decoder(parse(hf_config("qwen3_moe", **changes)), tensors)
+    groups = played(config(), engine.stream).generate(requests())
+    samples = [
+        (group.prompt, sample) for group in groups for sample in group.samples if sample.finish_reason != "abort"
+    ]
+    assert {len(sample.turns) for _, sample in samples} >= {3}
+    for asked, sample in samples:
+        routes: list[torch.Tensor] = []
+        decoder.prefill(torch.tensor([[*asked.token_ids, *sample.token_ids.tolist()][:-1]]), routes)
+        expected = torch.stack([layer[0] for layer in routes], dim=1).sort(-1).values
+        assert np.array_equal(np.sort(sample.routes), expected)
 
 
 def test_the_first_turn_is_the_single_answer_under_the_same_seed(played, engine):
