@@ -24,6 +24,7 @@ SMALL = {
     "controllers": "--seeds 1 --json OUT/controllers.json",
     "conversion": "--megabytes 1 --repeat 1 --workers 1 --work OUT",
     "driver": "--rows 48 --mean 100 --longest 700 --json OUT/driver.json",
+    "episodes": "--agents 8 --turns 2 --json OUT/episodes.json",
     "event_log": "--steps 300 --out OUT/event_log",
     "fp8_effect": f"--config quickstart.yaml --model {MODEL} --prompts 1 --samples 1 --new-tokens 4",
     "frontier": "RUNS --temperatures 1.0 --workers 1",
@@ -34,7 +35,12 @@ SMALL = {
     "web_page": "--steps 200",
     "weight_sync": "--only apart",
 }
-NEEDS = {"client": ["aiohttp"], "event_log": ["tensorboard"], "monitoring_cost": ["tensorboard"]}
+NEEDS = {
+    "client": ["aiohttp"],
+    "episodes": ["aiohttp"],
+    "event_log": ["tensorboard"],
+    "monitoring_cost": ["tensorboard"],
+}
 STEPS = 45  # reading_noise looks at windows of 20
 
 pytestmark = pytest.mark.xdist_group("benches")
