@@ -227,7 +227,7 @@ class Recording:
         if not isinstance(rest, str):
             return tuple(rest)
         if before:
-            return tokenizer.encode_rendered(rest)
+            return self._template.continuing(rest, int(before.drawn.token_ids[-1]))
         if self.prompt.token_ids and rest.startswith(self.prompt.text):  # which they encode
             return self.prompt.token_ids + tokenizer.encode_rendered(rest[len(self.prompt.text) :])
         return tokenizer.encode(rest)

@@ -77,7 +77,14 @@ class ConversationTemplate:
         the turn with it, it is not written twice. Where the model drew another end, or was cut, the template's follows.
         """
         end = self._end(last_token)
-        text = self._following(messages, answered, end, tools)
+        return self._behind(self._following(messages, answered, end, tools), end)
+
+    def continuing(self, text: str, last_token: int) -> tuple[int, ...]:
+        """Token ids of a plain ``text`` behind an answer; an end that the text repeats is not written twice either."""
+        return self._behind(text, self._end(last_token))
+
+    def _behind(self, text: str, end: str) -> tuple[int, ...]:
+        """Token ids of a text behind an answer that the model ended with ``end``."""
         before, found, behind = text.partition(end) if end else ("", "", "")
         return self.tokenizer.encode_rendered(behind if found and not before.strip() else text)
 

@@ -206,6 +206,11 @@ def test_plain_text_and_ids_continue_too(template):
     assert text_of(template, script.requests[1].prompt.token_ids) == f"<|im_start|>6 * 7 = 41{END} no: "
     assert text_of(template, record.sample("done").token_ids) == f"41{END} no: 42{END}"
 
+    record, script = recording(template, "41" + END, "42" + END)
+    first = asyncio.run(record.complete("6 * 7 = "))
+    asyncio.run(record.complete("6 * 7 = " + first.text + END + " no: "))  # the client writes the end too
+    assert text_of(template, script.requests[1].prompt.token_ids) == f"6 * 7 = 41{END} no: "
+
     record, script = recording(template, [30, 31, 0], [32, 0])
     asyncio.run(record.complete([5, 6]))
     asyncio.run(record.complete([5, 6, 30, 31, 0, 9]))
