@@ -120,6 +120,7 @@ class Sample:
     # uint8 or uint16 [prompt + n - 1, expert layers, top_k]: the experts that read each token (pipeline.model.routing);
     # None: not recorded
     routes: np.ndarray | None = None
+    dropped_tokens: int = 0  # of an episode: what the model drew on branches that are not trained on
     cached_tokens: int = 0  # tokens before the answers, over all turns, that the engine found in its prefix cache
 
     @property

@@ -58,7 +58,7 @@ class StepRecord:
     # tokens before the answers of main and auxiliary samples: read, of them cached; share; empty: nothing is reported
     prefix_cache: Mapping[str, float] = field(default_factory=dict)
     ages: Mapping[str, float] = field(default_factory=dict)  # updates: mean, max; share_<age> of the main tokens
-    # means over main episodes: turns, given_tokens; share of each stop reason
+    # means over main episodes: turns, given_tokens, dropped_tokens; share of each stop reason
     episodes: Mapping[str, float] = field(default_factory=dict)
     idle: Mapping[str, float] = field(default_factory=dict)  # share of the step's time: engines, learner
     began: float = math.nan  # Unix seconds

@@ -92,8 +92,9 @@ def _prefix_cache(groups: Sequence[SampleGroup]) -> dict[str, float]:
 
 
 def episode_figures(drawn: StepSamples) -> dict[str, float]:
-    """Of main episodes: mean turns, tokens that nobody drew, the share of each stop reason. Nothing of single
-    answers.
+    """Of main episodes: mean turns, tokens that nobody drew or that are not trained on, the share of each stop reason.
+
+    Nothing of single answers.
     """
     samples = [sample for group in drawn.main for sample in group.samples if sample.stop_reason]
     if not samples:
@@ -102,6 +103,7 @@ def episode_figures(drawn: StepSamples) -> dict[str, float]:
     return {
         "turns": _mean([len(sample.turns) for sample in samples]),
         "given_tokens": _mean([len(sample.token_ids) - sample.drawn_tokens for sample in samples]),
+        "dropped_tokens": _mean([sample.dropped_tokens for sample in samples]),
         **{reason: count / len(samples) for reason, count in sorted(reasons.items())},
     }
 

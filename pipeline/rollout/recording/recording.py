@@ -5,7 +5,7 @@ unchanged, continues from the recorded ids of the longest such one. Every other 
 messages. So a client that edits what was said makes a branch, and so does one that asks twice.
 
 The rule of training. The branch that ends in the newest answer is the one that the reward speaks of: it is trained on.
-Answers on other branches are dropped, and counted (``Recording.dropped``).
+Answers on other branches are dropped, and counted (``Sample.dropped_tokens``).
 """
 
 from __future__ import annotations
@@ -176,6 +176,7 @@ class Recording:
             turns=tuple(turns),
             stop_reason=stop_reason,
             routes=_routes(path),
+            dropped_tokens=self.dropped[1],
             cached_tokens=sum(said.drawn.cached_tokens for said in path),
         )
 

@@ -22,7 +22,7 @@ from pipeline.monitoring.events import read_events
 from pipeline.monitoring.progress import Progress
 from pipeline.monitoring.recorder import Recorder
 from pipeline.monitoring.samples import write_samples
-from pipeline.monitoring.step_record import rollout_figures
+from pipeline.monitoring.step_record import episode_figures, rollout_figures
 from pipeline.types import KeptSample, Role, StepSamples, Turn
 
 sys.path.append(str(Path(__file__).parent))
@@ -164,6 +164,22 @@ def test_hits_of_the_prefix_cache_by_hand():
     read = prompt + (prompt + 0) + (prompt + 5)
     found = rollout_figures(StepSamples(groups[:1], groups[1:], 0))["prefix_cache"]
     assert found == {"read": read, "cached": 5, "share": 5 / read}
+
+
+def test_figures_of_episodes_by_hand():
+    one, other = runs.sample(1.0, tokens=6), runs.sample(0.0, tokens=4)
+    drawn = np.array([True, False, False, True, True, True])
+    turns = (Turn(0, 1, "stop"), Turn(3, 6, "stop"))
+    one = replace(one, drawn=drawn, turns=turns, stop_reason="done", dropped_tokens=3)
+    other = replace(other, turns=(Turn(0, 4, "length"),), stop_reason="turn_limit")
+    assert episode_figures(StepSamples([runs.group(one, other)], [], 0)) == {
+        "turns": 1.5,
+        "given_tokens": 1.0,
+        "dropped_tokens": 1.5,
+        "done": 0.5,
+        "turn_limit": 0.5,
+    }
+    assert episode_figures(StepSamples([runs.group(runs.sample(1.0))], [], 0)) == {}
 
 
 def test_a_step_without_samples_is_recorded(tmp_path):

@@ -52,6 +52,7 @@ def test_edited_history_is_a_branch_and_the_newest_is_trained(template):
     assert "40<|im_end|>" in text_of(template, script.requests[2].prompt.token_ids)
     lost = sum(len(template.tokenizer.encode_rendered(each + END)) for each in ("41", "42"))
     assert record.dropped == (1, lost)
+    assert sample.dropped_tokens == lost
 
 
 def test_a_fork_keeps_what_it_shares(template):
