@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
@@ -23,7 +22,7 @@ class Stateful:
 
     def state_dict(self) -> dict[str, Any]:
         """A copy of the state, JSON-serialisable."""
-        own = {name: copy.copy(getattr(self, name)) for name in self.STATE}
+        own = {name: msgspec.to_builtins(getattr(self, name)) for name in self.STATE}
         return own | {name: part.state_dict() for name, part in self.parts().items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

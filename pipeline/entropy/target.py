@@ -98,7 +98,7 @@ def recommend(points: Sequence[Measured], k: int) -> Recommendation:
     error = float(np.median([point.error for point in points]))
     lower = (i for i in range(best, len(points)) if smooth[i] < smooth[best] - error)
     chosen = next(lower, len(points)) - 1
-    entropy = points[chosen].entropy
+    entropy = float(points[chosen].entropy)
     return Recommendation(
         k=k,
         entropy=entropy,

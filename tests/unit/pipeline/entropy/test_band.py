@@ -114,7 +114,7 @@ def test_a_band_is_not_found_while_pass_at_k_grows_nor_below_the_floor():
 def test_a_band_that_watches_goes_on_from_its_state():
     values = [0.5, 0.8, 0.95, 0.95, 0.95]
     first, second = falling(values), AutoBand(BandConfig(0.1, 0.12, schedule="auto"))
-    second.load_state_dict(json.loads(json.dumps(first.state_dict(), default=vars)))
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for band in (first, second):
         band.evaluated(100, {16: Estimate(0.9, 0.88, 0.92)})
     assert first.state_dict() == second.state_dict()
