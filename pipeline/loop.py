@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +25,6 @@ from pipeline.step.prepare import prepare
 from pipeline.step.queue import RolloutQueue
 from pipeline.step.repeated import repeated_entropy, with_repeated
 from pipeline.types import ControlDecision, Prompt, StepOutcome
-
-logger = logging.getLogger(__name__)
 
 
 class LoopState(msgspec.Struct):
@@ -171,8 +168,7 @@ class TrainingLoop:
         watching = self.band.watching
         self.band.evaluated(step, result.pass_at_k)
         if watching and not self.band.watching:
-            low, high = self.band.at(self.step)
-            logger.info("the band is %.3g-%.3g nats from here on: %s", low, high, self.band.why)
+            self.recorder.band(step, self.band.at(self.step), self.band.why)
 
     def save(self) -> None:
         """Begin a checkpoint of learner, controller, data cursor, what waits and the pending decision.

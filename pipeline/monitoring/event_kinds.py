@@ -135,6 +135,13 @@ class _Evaluation(_Event, total=False):
     seconds: float
 
 
+class _Band(_Event):
+    step: Step
+    low: float
+    high: float
+    reason: str
+
+
 class _Snapshot(_Event):
     step: Step
 
@@ -178,6 +185,7 @@ _KINDS: dict[str, Any] = {
     "resume": _Start,
     "step": TypedDict("_Step", {"schema": int, "kind": str, **_STEP}, total=False),  # type: ignore[operator]
     "evaluation": _Evaluation,
+    "band": _Band,
     "snapshot": _Snapshot,
     "checkpoint": _Checkpoint,
     "alert": _Alert,

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 FILE_NAME = "events.jsonl"
 _BLOCK = 1 << 20  # bytes
 _ENCODER = msgspec.json.Encoder(enc_hook=lambda value: value.item())  # of NumPy numbers
-_BETWEEN_STEPS = ("evaluation", "snapshot", "checkpoint")  # kinds whose ``step`` counts the updates done before
+_BETWEEN_STEPS = ("evaluation", "band", "snapshot", "checkpoint")  # kinds whose ``step`` counts the updates done before
 
 
 class EventLogError(RuntimeError):

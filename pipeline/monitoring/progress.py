@@ -43,10 +43,14 @@ class Progress:
             self._live = Live(console=self._console, auto_refresh=False)
             self._live.start()
 
+    def say(self, text: str) -> None:
+        """Print above the panel."""
+        self._console.print(text, soft_wrap=True, highlight=False, markup=False)
+
     def step(self, record: StepRecord) -> None:
         """Show a step, if it is time to."""
         if record.step == 0 and record.entropy_count:
-            self._console.print(start_note(record), soft_wrap=True, highlight=False, markup=False)
+            self.say(start_note(record))
         self._entropies += [record.entropy] if self._waits else []
         last = record.step + 1 == self._steps
         if self._live is not None:

@@ -157,6 +157,13 @@ class Recorder:
         """Record an evaluation after ``step`` updates; ``result`` is ``EvaluationResult.to_dict()``."""
         self.event("evaluation", step=step, **result)
 
+    def band(self, step: int, edges: tuple[float, float], why: str) -> None:
+        """Record, and say, that the run has found its band (nats per token) by the evaluation after ``step`` updates."""
+        low, high = edges
+        self.event("band", step=step, low=low, high=high, reason=why)
+        if self._progress is not None:
+            self._progress.say(f"the band is {low:.3g} to {high:.3g} nats from here on: {why}")
+
     def fault(self, description: str) -> None:
         """Record something that broke and was mended, e.g. an engine started again."""
         log.warning(description)

@@ -305,3 +305,14 @@ def test_a_step_tells_of_sync_memory_and_engines(tmp_path):
     assert (step["sync"], step["engines"]) == (runs.ROLLOUTS["sync"], runs.ROLLOUTS["engines"])
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     assert step["memory"] == {"driver": pytest.approx(pages * os.sysconf("SC_PAGE_SIZE") / 2**30, rel=0.2)}
+
+
+def test_a_band_that_a_run_finds_is_recorded_and_said(tmp_path):
+    recorder = runs.open_run(tmp_path / "run", "name=auto")
+    console = io.StringIO()
+    recorder._progress = Progress("auto", 9, console=Console(file=console, width=300))
+    recorder.band(0, (0.27, 0.33), "pass@16 is kept down to H=0.3")
+    recorder.finish(completed=False)
+    (event,) = [event for event in read_events(tmp_path / "run" / "events.jsonl") if event["kind"] == "band"]
+    assert (event["step"], event["low"], event["high"]) == (0, 0.27, 0.33)
+    assert "the band is 0.27 to 0.33 nats from here on: pass@16 is kept down to H=0.3" in console.getvalue()
