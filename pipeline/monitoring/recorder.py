@@ -158,7 +158,7 @@ class Recorder:
         self.event("evaluation", step=step, **result)
 
     def band(self, step: int, edges: tuple[float, float], why: str) -> None:
-        """Record, and say, that the run has found its band (nats per token) by the evaluation after ``step`` updates."""
+        """Record and say that the evaluation after ``step`` updates gave the run its band, in nats per token."""
         low, high = edges
         self.event("band", step=step, low=low, high=high, reason=why)
         if self._progress is not None:
