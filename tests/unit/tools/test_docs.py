@@ -54,6 +54,13 @@ def test_lines_are_wrapped(page):
     assert long == []
 
 
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
+def test_paragraphs_of_a_list_are_indented_by_four(page):
+    """The site's Markdown takes fewer for the end of the list, and a block of code there for a paragraph."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    assert re.findall(r"\n\n( {1,3}\S.*| {5,7}\S.*)", text) == []
+
+
 def test_every_page_is_in_the_site():
     nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
     listed = re.findall(r"[\w]+\.md", str(nav))
