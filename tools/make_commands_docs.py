@@ -51,7 +51,7 @@ def _parameters(command: Any) -> str:
     for parameter in command.params:
         options = ", ".join(parameter.opts + parameter.secondary_opts)
         name = options if parameter.param_type_name == "option" else parameter.metavar or parameter.name.upper()
-        meaning = " ".join((parameter.help or "").split()).replace("|", "\\|")
+        meaning = " ".join((parameter.help or "").split()).replace("|", "\\|").replace("<", "&lt;")  # no tag of HTML
         rows.append(f"| `{name}` | {_default(parameter)} | {meaning} |\n")
     return "".join(rows) if len(rows) > 1 else ""
 

@@ -27,19 +27,20 @@ file itself wins over them, and `key=value` on the command line wins over all:
 
     isentrope train --config mine.yaml learner.optimizer.lr=1e-4 'evaluation.k=[1, 8]'
 
-Every key must exist and fit its type; values and combinations that cannot work are refused before anything starts, each
-with its key, its value, what is wrong and a remedy (exit code 2). `isentrope config show` prints the resolved
-configuration with meaning, choices, unit and range of every key, `isentrope config validate` only checks it. An integer
-without an upper limit of its own ends at 10^9.
+Every key must exist and fit its type. A value or a combination that cannot work is refused before anything starts. The
+error has the key, its value, what is wrong and the remedy (exit code 2). `isentrope config show` prints the resolved
+configuration with meaning, choices, unit and range of every key. `isentrope config validate` only checks the
+configuration. An integer without an upper limit of its own ends at 10^9.
 
-Files and values follow YAML 1.2: `010` is 10, `0o17` is 15, `12:00:00`, `on` and `no` are texts, `true` and `false`
-alone are true and false. A key that takes text keeps a number as it was written (`name: 007`).
+Files and values follow YAML 1.2. `010` is 10 and `0o17` is 15. `12:00:00`, `on` and `no` are texts; only `true` and
+`false` are true and false. A key of type text keeps a number as you wrote it (`name: 007`).
 
-A relative path (`defaults`, and every key of type path) starts at the folder of the file that names it; on the command
-line, and in a packaged file's keys, at the working directory; what is not there is looked for in the packaged
-`configs/`. `~` is your home folder. `run_dir`, which is written, starts at the working directory. `${other.key}` refers
-to another key. The resolved configuration is written to the run folder as `config.yaml`, under its SHA-256 (over
-everything but `name` and `run_dir`).
+**Paths.** A relative path in a file starts at the folder of this file (`defaults`, and every key of type path). A
+relative path on the command line, or in a packaged file, starts at the working directory. If nothing is there, the path
+is looked for in the packaged `configs/`. `~` is your home folder. `run_dir` always starts at the working directory.
+
+`${other.key}` is the value of another key. The run writes the resolved configuration into its folder as `config.yaml`,
+with a SHA-256 over everything but `name` and `run_dir`.
 """
 
 
@@ -60,7 +61,8 @@ def _lines() -> Iterator[str]:
 
 
 def _row(key: Key) -> str:
-    cells = (f"`{key.name}`", _type(key), key.unit, _default(key), key.help)
+    meaning = key.help.replace("<", "&lt;")  # <name> would be a tag of HTML, which no browser shows
+    cells = (f"`{key.name}`", _type(key), key.unit, _default(key), meaning)
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 

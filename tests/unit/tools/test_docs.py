@@ -59,6 +59,7 @@ def test_paragraphs_of_a_list_are_indented_by_four(page):
     """The site's Markdown takes fewer for the end of the list, and a block of code there for a paragraph."""
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     assert re.findall(r"\n\n( {1,3}\S.*| {5,7}\S.*)", text) == []
+    assert re.findall(r"\n\n    .*(?:\n    .*)*\n(\d+\. .*)", text) == []  # the next item needs a blank line before it
 
 
 def test_every_page_is_in_the_site():
