@@ -124,6 +124,7 @@ class TrainingLoop:
             positives=positives,
             rollouts=self.rollouts.figures(),
             drawing_s=self.queue.drawn_for(),
+            held=self.queue.held,
             busy=self.rollouts.busy(),
         )
         self.recorder.step(outcome)

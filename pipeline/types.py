@@ -404,6 +404,7 @@ class StepOutcome:
     positives: int  # correct rows that the actuator consumed
     rollouts: Mapping[str, Mapping[str, float]]  # figures of ``sync`` (bytes, buckets) and ``engines`` (alive, total)
     drawing_s: float  # seconds in which samples, of this step or later ones, were drawn and verified
+    held: int  # responses that this step's weight update held
     busy: Sequence[Sequence[tuple[float, float]]]  # of each engine: when it had requests, ``time.perf_counter``
 
 

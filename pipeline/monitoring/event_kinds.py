@@ -46,6 +46,7 @@ class StepRecord:
     grad_norm: float
     learning_rate: float
     weight_version: int  # version that drew this step's samples
+    held: int = 0  # responses that this step's weight update held, to go on with the next weights (rollout.partial)
     unjudged: float = 0.0  # share of all samples, auxiliary ones included, that no verifier could judge
     gain: float = math.nan  # of ln H per unit of the controller's u and step, as the law learnt it; NaN: none
     metrics: Mapping[str, float] = field(default_factory=dict)  # what the learner reported beyond

@@ -25,6 +25,7 @@ STEP_FIELDS = {
     "response_length": "response/length",
     "truncated": "response/truncated",
     "stale_samples": "response/stale",
+    "held": "response/held",
     "loss": "train/loss",
     "grad_norm": "train/grad_norm",
     "learning_rate": "train/learning_rate",

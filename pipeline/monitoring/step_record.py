@@ -39,6 +39,7 @@ def step_record(outcome: StepOutcome, actuator: str, clock: StepClock, outside: 
         reason=following.reason,
         positives=outcome.positives,
         stale_samples=outcome.samples.stale,
+        held=outcome.held,
         loss=stats.loss,
         grad_norm=stats.grad_norm,
         learning_rate=stats.learning_rate,

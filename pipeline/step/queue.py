@@ -81,6 +81,12 @@ class RolloutQueue:
         """Seconds in which samples were drawn and verified since this was last asked; nothing may be under way."""
         return self._holding.seconds()
 
+    @property
+    def held(self) -> int:
+        """Responses that are held; nothing may be under way."""
+        requests = (request for ahead in self._waiting for request in ahead.drawing.left.values())
+        return sum(sample.held for request in requests for sample in request.begun)
+
     def settle(self) -> None:
         """Wait until nothing is drawn until the next ``next``: only then may the engines' weights change.
 

@@ -90,6 +90,7 @@ def outcome(step, drawn, stats, used, following, kept=(), begun=0.0):
         positives=1,
         rollouts=ROLLOUTS,
         drawing_s=0.0,
+        held=0,
         busy=[[(begun, time.perf_counter())]],
     )
 

@@ -1,5 +1,7 @@
 """Whose turn it is on shared GPUs, and what becomes of an engine that dies when it should leave them."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from pipeline.rollout.engine import EngineError
 from pipeline.rollout.native.engine import NativeEngine
+from pipeline.rollout.parts import joined, remainder
 from pipeline.rollout.pool import EnginePool
 from pipeline.rollout.rollouts import Rollouts
 from tests.tiny_folder import write_folder
@@ -158,3 +161,43 @@ def test_missing_samples_and_groups_are_noticed(tmp_path):
     found._pool.stream = lambda requests, wanted: (some[1:] for some in whole(requests))
     with pytest.raises(EngineError, match="engines answered 2 requests with 1 groups"):
         found.generate([REQUEST, REQUEST])
+
+
+class DiesInCompany(NativeEngine):
+    """Dies while two calls are drawn from it."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.meeting = 0, threading.Barrier(2, timeout=20)
+
+    def stream(self, requests):
+        self.calls += 1
+        if self.calls > 2:
+            yield from super().stream(requests)
+            return
+        if self.meeting.wait() == 0:
+            super().close()
+        self.meeting.wait()
+        raise EngineError("its process died")
+
+
+def test_calls_that_lose_an_engine_at_once_have_it_started_again_once(tmp_path):
+    """Each goes on under its seeds, with the tokens that it had been held with."""
+    faults = []
+    folder, _ = write_folder(tmp_path / "model", "llama")
+    alone = NativeEngine()
+    alone.start(folder)
+    pool = EnginePool([DiesInCompany()])
+    pool.start(folder)
+    sync = sync_of(pool, folder)
+    found = Rollouts(pool, sync._learner, sync, folder, faults.append)
+    found.push(0)
+    sync_of(EnginePool([alone]), folder).push(0)
+    asked = [replace(request(i, new=9), pause_at=4) for i in (1, 2)]
+    begun = [replace(r, begun=joined(r, alone.generate([remainder(r)])[0]).samples, pause_at=None) for r in asked]
+    with ThreadPoolExecutor(2) as threads:
+        groups = [each[0] for each in threads.map(lambda one: found.generate([one]), begun)]
+    assert faults == ["engine 0 was started again: its process died"]
+    whole = alone.generate([replace(r, begun=()) for r in begun])
+    for group, twin in zip(groups, whole, strict=True):
+        assert [s.token_ids.tolist() for s in group.samples] == [s.token_ids.tolist() for s in twin.samples]
