@@ -21,6 +21,7 @@ def objective_problems(config: RunConfig) -> Iterator[Problem]:
     yield from _dual_clip(config)
     yield from _correction(config)
     yield from _old_log_probs(config)
+    yield from _max_age(config)
     yield from _gspo(config.objective)
     yield from _shaping(config)
     yield from _rlrt(config)
@@ -112,6 +113,18 @@ def _old_log_probs(config: RunConfig) -> Iterator[Problem]:
             objective.old_log_probs,
             "nothing would make up for the age of the rows: their ratio begins at 1 whatever drew them",
             "set objective.correction.kind=tis or mis, or objective.old_log_probs=engine",
+        )
+
+
+def _max_age(config: RunConfig) -> Iterator[Problem]:
+    age, rollout = config.objective.max_age, config.rollout
+    if age and not (rollout.partial and age < rollout.staleness):
+        yield Problem(
+            "objective.max_age",
+            age,
+            f"has no effect, or leaves nothing to train on: rollout.staleness={rollout.staleness} bounds the age, and "
+            "without rollout.partial all tokens of a response are of one",
+            "set it below rollout.staleness, with rollout.partial=true, or to 0",
         )
 
 

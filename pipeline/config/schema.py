@@ -631,6 +631,12 @@ class ObjectiveConfig:
             "PPO)",
         },
     )
+    max_age: int = key(
+        0,
+        "with rollout.partial: tokens drawn by weights more than so many updates old carry no policy loss; 0: all do",
+        range=NOT_NEGATIVE,
+        unit="updates",
+    )
     correction: CorrectionConfig = key(CorrectionConfig(), "correction of the train-inference mismatch")
     overlong: OverlongConfig = key(OverlongConfig(), "responses near or at the length limit")
     pass_at_k: PassAtKConfig = key(PassAtKConfig(), "advantage=pass_at_k")

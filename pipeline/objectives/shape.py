@@ -54,7 +54,8 @@ def shape_tokens(batch: TrainBatch, found: Mapping[str, torch.Tensor], config: R
     if tokens.advantages is not before.advantages:
         changed["token_advantages"] = _filled(batch.advantages[row], tokens.advantages.float(), main)
     if tokens.scale is not before.scale:
-        changed["token_weights"] = _filled(torch.ones(main.shape), tokens.scale.float(), main)
+        given = torch.ones(main.shape) if batch.token_weights is None else batch.token_weights
+        changed["token_weights"] = given * _filled(torch.ones(main.shape), tokens.scale.float(), main)
     if tokens.marks is not None:
         changed["marks"] = _filled(torch.zeros(main.shape, dtype=torch.uint8), tokens.marks, main)
     return replace(batch, **changed)

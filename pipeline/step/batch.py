@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -22,8 +22,11 @@ def build_batch(
     auxiliary: Sequence[SampleGroup],
     decision: ControlDecision,
     config: RunConfig,
+    oldest: int | None = None,
 ) -> TrainBatch:
     """The rows of one update: every usable main sample, then the correct auxiliary ones.
+
+    Tokens that weights older than version ``oldest`` drew carry no policy loss, and count in every denominator.
 
     Aborted and empty samples are left out everywhere, from the advantages of their group and from every denominator:
     nothing is known of them. Incorrect auxiliary samples give no row; ``entropy.positive_mean`` decides whether they
@@ -67,7 +70,8 @@ def build_batch(
         added = _positive_weights(lengths, correct, main_lengths[kept], actuation.alpha, config)[correct]
         weights = np.concatenate([weights, added])
         rows = rows + [_Row(prompt, s, 0.0, True, -1 - g) for g, prompt, s in drawn if s.correct]
-    return _assemble(rows, weights, actuation, positive_weights)
+    batch = _assemble(rows, weights, actuation, positive_weights)
+    return batch if oldest is None else replace(batch, token_weights=_drawn_since(oldest, rows))
 
 
 def rows_to_measure(samples: Sequence[tuple[Prompt, Sample]]) -> TrainBatch:
@@ -220,6 +224,17 @@ def _assemble(
         positive_weights=positive_weights,
         routes=_routes(rows),
     )
+
+
+def _drawn_since(oldest: int, rows: list[_Row]) -> torch.Tensor:
+    """Float32 ``[targets]``, 1 where weights of version ``oldest`` or later drew the token, else 0."""
+    parts = []
+    for row in rows:
+        recent = np.zeros(len(row.sample.token_ids), np.float32)
+        for span in row.sample.weight_versions:
+            recent[span.start : span.end] = span.version >= oldest
+        parts.append(row.sample.of_drawn(recent))
+    return torch.from_numpy(np.concatenate(parts))
 
 
 def _routes(rows: list[_Row]) -> torch.Tensor | None:

@@ -74,7 +74,8 @@ class RolloutQueue:
     def batch(self, drawn: Drawn, step: int) -> TrainBatch:
         """The rows that ``step`` trains on."""
         main = to_train_on(drawn.samples.main, self._config)
-        batch = build_batch(main, drawn.samples.auxiliary, drawn.decision, self._config)
+        oldest = step - self._config.objective.max_age if self._config.objective.max_age else None
+        batch = build_batch(main, drawn.samples.auxiliary, drawn.decision, self._config, oldest)
         return replace(batch, staleness=drawn.samples.ages(step)["mean"])
 
     def drawn_for(self) -> float:

@@ -39,6 +39,16 @@ BROKEN = {
         "rollout.staleness",
         "strictly on-policy",
     ),
+    "an age that no token has": (
+        ["objective.max_age=2", "rollout.staleness=2", "rollout.partial=true"],
+        "objective.max_age",
+        "bounds the age",
+    ),
+    "an age that whole responses have": (
+        ["objective.max_age=1", "rollout.staleness=2"],
+        "objective.max_age",
+        "all tokens of a response are of one",
+    ),
     "opefo first": (["objective.token_shaping=[opefo,stare]"], "objective.token_shaping", "upsets the balance"),
     "twice": (["objective.token_shaping=[stare,stare]"], "objective.token_shaping", "stare is named twice"),
     "two Clip-Covs": (

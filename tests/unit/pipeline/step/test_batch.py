@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 
 from pipeline.config.schema import OverlongConfig, RunConfig
 from pipeline.objectives.loss import PolicyOutputs, TokenRows, policy_loss
+from pipeline.objectives.shape import shape_tokens
 from pipeline.step.batch import build_batch, positives_consumed
 from pipeline.step.prepare import prepare
-from pipeline.types import Actuation, ControlDecision, Prompt, Role, Sample, SampleGroup
+from pipeline.types import Actuation, ControlDecision, Prompt, Role, Sample, SampleGroup, WeightSpan
 
 DECISION = ControlDecision(1.3, 1.3, 4, "tracking", "")
 
@@ -404,3 +405,21 @@ def test_auxiliary_rows_replace_as_many_main_rows():
     settings = config(positive_mean="main", auxiliary_replaces=True, aggregation="sequence_mean")
     batch = build_batch(MAIN, drawn, DECISION, settings)
     assert batch.weights.tolist() == pytest.approx([0, 1 / 4, 0, 1 / 8, 1 / 8, 1 / 4])
+
+
+def test_tokens_of_old_weights_carry_no_policy_loss():
+    """They count in every denominator, and what shapes tokens weighs the others."""
+
+    def drawn(tokens, reward, *spans):
+        return replace(sample(tokens, reward), weight_versions=spans)
+
+    first = drawn([3, 4, 5], 1.0, WeightSpan(3, 0, 2), WeightSpan(4, 2, 3))
+    main = [group([1, 2], [first, drawn([6], 0.0, WeightSpan(4, 0, 1))], "a")]
+    batch, whole = (build_batch(main, [], DECISION, config(), oldest) for oldest in (4, None))
+    assert batch.token_weights.tolist() == [0, 0, 1, 1]
+    assert batch.weights.tolist() == whole.weights.tolist()
+    entropy = torch.tensor([3.0, 2.0, 1.0, 4.0])
+    found = {"log_probs": torch.full((4,), -1.0), "entropy": entropy, "moment": 0 * entropy}
+    shaped, plain = (shape_tokens(b, found, config(token_shaping=["high_entropy"]), 0) for b in (batch, whole))
+    assert plain.token_weights.unique().numel() == 2
+    assert shaped.token_weights.tolist() == (batch.token_weights * plain.token_weights).tolist()
