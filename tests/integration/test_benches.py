@@ -30,6 +30,7 @@ SMALL = {
     "frontier": "RUNS --temperatures 1.0 --workers 1",
     "logprobs": "--rounds 1 --shrink 64",
     "monitoring_cost": "--pairs 1 --steps 2 --sinks tensorboard",
+    "overlap": "--steps 3 --hidden 64 --layers 1 --prompts 2 --samples 2 --new-tokens 8 --json OUT/overlap.json",
     "reading_noise": "RUNS",
     "step_time": "RUNS/pi",
     "web_page": "--steps 200",
@@ -40,6 +41,7 @@ NEEDS = {
     "episodes": ["aiohttp"],
     "event_log": ["tensorboard"],
     "monitoring_cost": ["tensorboard"],
+    "overlap": ["sglang"],
 }
 STEPS = 45  # reading_noise looks at windows of 20
 
