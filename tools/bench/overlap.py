@@ -3,10 +3,10 @@
     python -m tools.bench.overlap --json overlap.json --runs runs/overlap
 
 Three runs of the same loop: in turns (``rollout.staleness=0``), one step ahead (1), and two with responses held at a
-weight update (2 and ``rollout.partial``; without it, two ahead wait for a step's longest as one does). The server and its processes are held to one core, the learner with the
-loop and the client to another. The model is a Llama with random weights, of a size at which sampling and training take
-about as long; its answers end at random, so that a step's longest is several times its mean. Seconds are medians over
-steps, without the first ones and the last.
+weight update (2 and ``rollout.partial``; without it, two ahead wait for a step's longest as one does). The server and
+its processes are held to one core, the learner with the loop and the client to another. The model is a Llama with
+random weights, of a size at which sampling and training take about as long; its answers end at random, so that a step's
+longest is several times its mean. Seconds are medians over steps, without the first ones and the last.
 
 ``sample_s`` and ``train_s`` are those of the run in turns, ``turns_s`` is its step, ``step_s`` the step one ahead, and
 ``ratio_to_max`` is ``step_s / max(sample_s, train_s)``. Where other work on the machine comes and goes,
