@@ -14,17 +14,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeAlias
 
 from pipeline.model.fp8_layout import BLOCK, scale_name
 from pipeline.reshard.plan import Plan
 
-_FUSED: Mapping[str, tuple[str, ...]] = {  # SGLang's layer -> the Hugging Face layers that it holds, in order
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
-}
+_Fused: TypeAlias = tuple[tuple[str, tuple[str, ...]], ...]
+_FUSED: _Fused = (  # SGLang's layer, and the Hugging Face layers that it holds, in order
+    ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
+    ("gate_up_proj", ("gate_proj", "up_proj")),
+    ("fused_qkv_a_proj_with_mqa", ("q_a_proj", "kv_a_proj_with_mqa")),
+)
 _PADDED = (".gate_up_proj.", ".w13_", ".down_proj.", ".w2_", "model.embed_tokens.", "lm_head.")
-_FUSED_EXPERT: Mapping[str, tuple[str, ...]] = {"w13": ("gate_proj", "up_proj"), "w2": ("down_proj",)}
+_FUSED_EXPERT: _Fused = (  # Mixtral's have names of their own
+    ("w13", ("gate_proj", "up_proj")),
+    ("w2", ("down_proj",)),
+    ("w13", ("w1", "w3")),
+    ("w2", ("w2",)),
+)
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ def _target(name: str, dim: int, lengths: Mapping[str, int], experts: int) -> Ta
     module, _, layer = path.rpartition(".")
     above, _, number = module.rpartition(".")
     expert = above.endswith(".experts")
-    for fused, parts in (_FUSED_EXPERT if expert else _FUSED).items():
+    for fused, parts in _FUSED_EXPERT if expert else _FUSED:
         names = [f"{module}.{part}.{leaf}" for part in parts]
         # Latent attention without query compression has ``q_proj`` and ``kv_a_proj_with_mqa`` as they are.
         if layer in parts and all(part in lengths for part in names):

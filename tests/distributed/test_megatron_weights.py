@@ -105,6 +105,10 @@ PLACED = {
     "EP2, expert-TP2, dense TP1": ("deepseek_v3", Grid(dp=4, ep=2, etp=2), [[[0, 1, 2, 3]]] * 4),
     "TP2, CP2": ("qwen2", Grid(tp=2, dp=2, cp=2), [[[0, 1, 2, 3]]] * 4),
     "TP4": ("qwen2", Grid(tp=4), [[[0, 1, 2, 3]]] * 4),
+    "GLM, TP4": ("glm4_moe", Grid(tp=4), [[[0, 1, 2, 3]]] * 4),
+    "GLM, PP4": ("glm4_moe", Grid(pp=4), [[[0]], [[1]], [[2]], [[3]]]),
+    "GLM, EP4": ("glm4_moe", Grid(dp=4, ep=4), [[[0, 1, 2, 3]]] * 4),
+    "GLM, TP2, EP2, PP2": ("glm4_moe", Grid(tp=2, ep=2, etp=1, pp=2), [[[0, 1]]] * 2 + [[[2, 3]]] * 2),
 }
 
 

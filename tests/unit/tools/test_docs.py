@@ -29,6 +29,12 @@ def test_every_command_is_in_the_page():
     assert tool["PAGE"].read_text() == tool["page"](), "run: python tools/make_commands_docs.py"
 
 
+def test_every_family_is_in_the_page_of_models():
+    tool = runpy.run_path(str(ROOT / "tools" / "make_models_docs.py"))
+    assert tool["unknown"]() == set(), "add its line to KNOWN in tools/make_models_docs.py"
+    assert tool["PAGE"].read_text() == tool["page"](), "run: python tools/make_models_docs.py"
+
+
 def test_every_field_of_a_step_is_in_the_page_of_events():
     page = (ROOT / "docs" / "events.md").read_text()
     assert [name for name in StepRecord.__dataclass_fields__ if f"`{name}`" not in page] == []
