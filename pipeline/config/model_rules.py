@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pipeline.config.errors import Problem
 from pipeline.config.precision_rules import precision_model_problems
-from pipeline.config.schema import LearnerConfig, RunConfig
+from pipeline.config.schema import ENVIRONMENTS, LearnerConfig, RunConfig
 from pipeline.model import architecture
 from pipeline.model.architecture import Architecture
 from pipeline.model.grid import KEYS, Grid, StagesError
@@ -39,6 +39,8 @@ def _lengths(config: RunConfig, model: Architecture) -> Iterator[Problem]:
     if rollout.stop_token_ids and max(rollout.stop_token_ids) >= model.vocab:
         what = f"the model's vocabulary has {model.vocab} tokens, numbered from 0"
         yield Problem("rollout.stop_token_ids", rollout.stop_token_ids, what, "give ids of its tokenizer.json")
+    if config.data.environment.name not in ENVIRONMENTS:
+        return  # refused as a value
     length = config.longest_row
     longrope = " for which longrope's short_factor holds" if isinstance(model.rope_scaling, LongRope) else ""
     if length > positions:

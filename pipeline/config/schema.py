@@ -371,11 +371,8 @@ class EnvironmentConfig:
     """What the model's answers meet: nothing, or an environment with tools and several turns; docs/environments.md."""
 
     name: str = key("single", "the environment; single: one answer to a prompt, no environment", choices=ENVIRONMENTS)
-    id: str = key(
-        "",
-        "function: module:function; verifiers: an environment's module; openenv: the address of its server",
-    )
-    params: dict[str, Any] = key({}, "parameters of the environment")
+    id: str = key("", "function: your own, as module:function")
+    params: dict[str, Any] = key({}, "tools: reply, the text that follows a wrong answer of a model without a template")
     max_turns: int = key(8, "answers of the model in an episode, at most", range=COUNT, unit="turns")
     max_tokens: int = key(
         0,
