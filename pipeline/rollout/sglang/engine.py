@@ -77,6 +77,7 @@ class SglangEngine(RolloutEngine):
         self._eos: tuple[int, ...] = ()
         self._at_once = 1  # samples in flight
         self._client: Client | None = None
+        self._connecting = threading.Lock()
         self._calls: set[Call] = set()
         self._released: list[str] = []  # kinds of GPU memory that the server has left
         self._version: int | None = None  # None: the server's weights are not consistent, or it is not up
@@ -289,11 +290,12 @@ class SglangEngine(RolloutEngine):
 
     @property
     def _connected(self) -> Client:
-        if self._client is None:
-            from pipeline.rollout.sglang.client import Client  # aiohttp comes with SGLang
+        with self._connecting:  # calls that begin at once share one client, hence its limit
+            if self._client is None:
+                from pipeline.rollout.sglang.client import Client  # aiohttp comes with SGLang
 
-            self._client = Client(self._running.url, self._at_once)
-        return self._client
+                self._client = Client(self._running.url, self._at_once)
+            return self._client
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
