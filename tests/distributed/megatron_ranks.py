@@ -96,15 +96,15 @@ def moved(send, folder, grid, dtype: str, bucket_bytes: int = 1 << 20) -> dict[s
     from pipeline.reshard.participant import Participant
     from pipeline.reshard.places import HostPlaces
 
-    engine, first = grid.world_size, dist.get_rank() == 0
-    inputs = PlanInputs(str(folder), grid, EngineGrid(), Placement.consecutive(engine, 1, False), bucket_bytes, dtype)
+    first, placement = dist.get_rank() == 0, Placement.consecutive(grid.world_size, 1, False)
+    inputs = PlanInputs(str(folder), grid, EngineGrid(), placement, bucket_bytes, dtype)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if first else None
     told = [store.port if store else 0]
     dist.broadcast_object_list(told)
     order = Order(0, 0, inputs, plan_digest(inputs.plan()), ("127.0.0.1", told[0]), 0, 60.0)
     places, taking = HostPlaces(), Participant()
     with ThreadPoolExecutor(1) as thread:
-        report = thread.submit(taking.receive, order, engine, places) if first else None
+        report = thread.submit(taking.receive, order, 0, places) if first else None
         send(order)
     assert not report or not report.result().error, report.result().error
     taking.close()
