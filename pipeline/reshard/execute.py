@@ -21,7 +21,7 @@ from pipeline.model.fp8 import CODES, quantise
 from pipeline.model.fp8_layout import BLOCK, scale_name
 from pipeline.model.grid import Grid
 from pipeline.model.layout import Row, Slice
-from pipeline.reshard.messages import DTYPES, Layout, Message, Piece, Reader
+from pipeline.reshard.messages import DTYPES, Buffer, Layout, Message, Piece, Reader
 from pipeline.reshard.pieces import FANOUT, LOCAL
 from pipeline.reshard.plan import Plan, Tasks, Tensor
 
@@ -96,6 +96,7 @@ class EngineShards:
 
     def __init__(self, shards: Mapping[str, tuple[int, torch.Tensor]]) -> None:
         self.shards = shards
+        self._buffer: Buffer | None = None
 
     @classmethod
     def empty(cls, plan: Plan, process: int, device: torch.device | str = "cpu") -> EngineShards:
@@ -113,8 +114,9 @@ class EngineShards:
         return [shard.narrow(tensor.dim, start - first, length)]
 
     def room(self, layouts: Sequence[Layout], device: torch.device, *, fresh: bool) -> list[Message]:
-        """See :class:`Engine`: new buffers."""
-        return [Message(layout, device) for layout in layouts]
+        """See :class:`Engine`. What came before has been written."""
+        self._buffer = self._buffer or Buffer(device)
+        return self._buffer.messages(layouts)
 
     def arrived(self, messages: Sequence[Message]) -> None:
         """Write them in place, and compare their digests."""
@@ -179,20 +181,21 @@ class Mover:
         ``link`` raises.
         """
         moved = Moved()
+        buffer = Buffer(self.device)
         for stage in self.stages:
             for layout in stage.own:
                 own = engine.room([layout], self.device, fresh=True)
                 own[0].pack(learner)
                 engine.arrived(own)
                 moved.copied += layout.nbytes
-            self._exchange(stage, engine if stage.fanout else learner, engine, link, moved)
+            sends = buffer.messages(stage.sends)
+            for message in sends:
+                message.pack(engine if stage.fanout else learner)
+            self._exchange(stage, sends, engine, link, moved)
         return moved
 
-    def _exchange(self, stage: Stage, reader: Reader, engine: Engine, link: Exchange, moved: Moved) -> None:
+    def _exchange(self, stage: Stage, sends: Sequence[Message], engine: Engine, link: Exchange, moved: Moved) -> None:
         """What crosses processes in one stage of one bucket."""
-        sends = [Message(layout, self.device) for layout in stage.sends]
-        for message in sends:
-            message.pack(reader)
         receives = engine.room(stage.receives, self.device, fresh=stage.fresh)
         link.exchange(*([(message.layout.peer, message.buffer) for message in side] for side in (sends, receives)))
         engine.arrived(receives)

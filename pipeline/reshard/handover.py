@@ -18,7 +18,7 @@ import torch
 from torch.multiprocessing import reductions
 
 from pipeline.reshard.execute import EngineShards, Exchange, Moved, Stage
-from pipeline.reshard.messages import Layout, Message
+from pipeline.reshard.messages import Buffer, Layout, Message
 from pipeline.reshard.plan import Tensor
 
 LEARNER, ENGINE = 0, 1  # who is who in a pair
@@ -32,7 +32,7 @@ class Handover:
         self._pair, self._device = pair, device
         self._kept: list[Message] = []  # since the buffer was last filled from its beginning
         with _shared(_size(stages), device) as (memory, place):
-            self._buffer: _Buffer | None = _Buffer(memory)
+            self._buffer: Buffer | None = Buffer(device, memory)
             text = torch.frombuffer(bytearray(place), dtype=torch.uint8)
             pair.exchange([(ENGINE, torch.tensor([len(text)]))], [])
             pair.exchange([(ENGINE, text)], [(ENGINE, _note())])
@@ -80,7 +80,7 @@ def take(stages: Sequence[Stage], engine: EngineShards, pair: Exchange, device: 
     pair.exchange([], [(LEARNER, length)])
     text = torch.empty(int(length), dtype=torch.uint8)
     pair.exchange([], [(LEARNER, text)])
-    buffer = _Buffer(_mapped(text.numpy().tobytes()))
+    buffer = Buffer(device, _mapped(text.numpy().tobytes()))
     pair.exchange([(LEARNER, _note())], [])
     moved = Moved()
     for layouts, fresh in _turns(stages):
@@ -97,23 +97,6 @@ def take(stages: Sequence[Stage], engine: EngineShards, pair: Exchange, device: 
 def _note() -> torch.Tensor:
     """What the two tell each other: that it is the other's turn."""
     return torch.zeros(1, dtype=torch.int64)
-
-
-class _Buffer:
-    """Lays messages out in memory, one behind the other."""
-
-    def __init__(self, memory: torch.Tensor) -> None:
-        self._memory, self._at = memory, 0
-
-    def messages(self, layouts: Sequence[Layout], *, fresh: bool) -> list[Message]:
-        """Behind those of the last call, or from the beginning."""
-        self._at = 0 if fresh else self._at
-        found = []
-        for layout in layouts:
-            part = self._memory[self._at : self._at + layout.size]
-            found.append(Message(layout, part.device, part))
-            self._at += layout.size
-        return found
 
 
 def _turns(stages: Sequence[Stage]) -> Iterator[tuple[Sequence[Layout], bool]]:

@@ -96,12 +96,29 @@ class Layout:
         return self.padded + 8 * len(self.groups)
 
 
-class Message:
-    """A message under way in ``buffer``, uint8 ``[layout.size]``, made here unless given."""
+class Buffer:
+    """Memory on ``device`` that is filled with messages again and again: fresh pages cost as much as the copy does."""
 
-    def __init__(self, layout: Layout, device: torch.device, buffer: torch.Tensor | None = None) -> None:
-        self.layout = layout
-        self.buffer = torch.empty(layout.size, dtype=torch.uint8, device=device) if buffer is None else buffer
+    def __init__(self, device: torch.device, memory: torch.Tensor | None = None) -> None:
+        """``memory``: uint8, as much as is needed; made here unless given."""
+        self._memory = torch.empty(0, dtype=torch.uint8, device=device) if memory is None else memory
+        self._at = 0
+
+    def messages(self, layouts: Sequence[Layout], *, fresh: bool = True) -> list[Message]:
+        """Messages to be filled, from the beginning, or unless ``fresh`` behind those of the last call."""
+        begin = 0 if fresh else self._at
+        self._at = begin + sum(layout.size for layout in layouts)
+        if self._at > len(self._memory):
+            self._memory = self._memory.new_empty(self._at)
+        parts = self._memory[begin : self._at].split([layout.size for layout in layouts])
+        return [Message(layout, part) for layout, part in zip(layouts, parts, strict=True)]
+
+
+class Message:
+    """A message under way in ``buffer``, uint8 ``[layout.size]``."""
+
+    def __init__(self, layout: Layout, buffer: torch.Tensor) -> None:
+        self.layout, self.buffer = layout, buffer
         self._digests = self.buffer[layout.padded :].view(torch.int64)
         self._ends = [0, *accumulate(piece.nbytes for piece in layout.pieces)]
         parts = self.buffer[: layout.nbytes].split([piece.nbytes for piece in layout.pieces])
