@@ -115,18 +115,31 @@ class Link:
         self.plan: Any = None  # Group
         self.pair: Any = None  # Group
         self._keys: list[str] = []  # of the last meeting
+        self._order: Order | None = None  # of the meeting to come
+        self._word, self._end = "", 0.0
 
-    def meet(self, order: Order, word: str) -> None:
-        """Wait until every member has come to the update; all must say the same ``word``.
+    def come(self, order: Order, word: str) -> None:
+        """Say ``word``, and go on with what needs nobody else: :meth:`meet` waits for the others.
+
+        Where there is no group yet it waits at once: who fails before it is in one has no way to tell the others.
+        """
+        self._order, self._word, self._end = order, word, time.monotonic() + order.timeout_s
+        self._store.set_timeout(timedelta(seconds=order.timeout_s))
+        self._store.set(_key(order, self._member), word)
+        self._tidy()
+        if self.plan is None and self.pair is None:
+            self.meet()
+
+    def meet(self) -> None:
+        """Wait until every member has come to the update; all must say the same word. At once if they have.
 
         Raises ``LinkError`` that names the members which did not come, or said another word.
         """
-        end = time.monotonic() + order.timeout_s
+        order, word, self._order = self._order, self._word, None
+        if order is None:
+            return
         keys = [_key(order, member) for member in range(self._placement.members)]
-        self._store.set_timeout(timedelta(seconds=order.timeout_s))
         try:
-            self._store.set(keys[self._member], word)
-            self._tidy()
             said = [word.decode() for word in self._store.multi_get(keys)]  # waits for all
         except RuntimeError as error:
             missing = [member for member, key in enumerate(keys) if not self._store.check([key])]
@@ -139,7 +152,12 @@ class Link:
             self._form(order)
         for group in (self.plan, self.pair):
             if group is not None:
-                group.begin(end)
+                group.begin(self._end)
+
+    def exchange(self, sends: Sequence[tuple[int, torch.Tensor]], receives: Sequence[tuple[int, torch.Tensor]]) -> None:
+        """``Group.exchange`` among the plan's processes, once all members have come."""
+        self.meet()
+        self.plan.exchange(sends, receives)
 
     def _tidy(self) -> None:
         """Take a learner rank's share of the last meeting's words from the store; whoever came is through with it."""

@@ -31,11 +31,13 @@ class Participant:
 
         Raises ``LinkError``, ``ValueError`` and ``KeyError``; the group is then left, so that nobody waits for it.
         """
-        with self._met(order, rank, rank, torch.device(device)) as (mover, link, _):
-            if link.pair is None:
-                return mover.move(learner, EngineShards({}), link.plan)
+        placement = order.inputs.placement
+        with self._coming(order, rank, rank, torch.device(device)) as (mover, link, _):
+            if not placement.colocated or rank >= placement.engines:
+                return mover.move(learner, EngineShards({}), link)
+            link.meet()
             with closing(Handover(mover.stages, link.pair, mover.device)) as engine:
-                moved = mover.move(learner, engine, link.plan)
+                moved = mover.move(learner, engine, link)
                 engine.finish()
             return moved
 
@@ -49,11 +51,12 @@ class Participant:
         process, received, error = placement.engine_process(rank), 0, ""
         try:
             member = placement.learners + rank
-            with self._met(order, member, process, torch.device(device), places) as (mover, link, engine):
-                if link.pair is not None:
+            with self._coming(order, member, process, torch.device(device), places) as (mover, link, engine):
+                if placement.colocated:
+                    link.meet()
                     moved = take(mover.stages, engine, link.pair, mover.device)
                 else:
-                    moved = mover.move(EngineShards({}), engine, link.plan)
+                    moved = mover.move(EngineShards({}), engine, link)
             places.finish()
             received = moved.received
         except Exception as failure:  # noqa: BLE001 (whatever it is, it is reported, and the server lives)
@@ -67,11 +70,14 @@ class Participant:
         self._link = None
 
     @contextmanager
-    def _met(
+    def _coming(
         self, order: Order, member: int, process: int, device: torch.device, places: Places | None = None
     ) -> Iterator[tuple[Mover, Link, EngineShards]]:
-        """Within, every member has come. On any failure, this one tells the others: in words, or by leaving them."""
-        met = False
+        """Within, this member has come to the update; at the end, all have.
+
+        On any failure, it tells the others: in words, or by leaving them.
+        """
+        came = False
         try:
             mover = self._prepared(order.inputs, process, device if order.backend == "nccl" else CPU)
             if self._digest != order.plan_digest:
@@ -80,11 +86,12 @@ class Participant:
             if self._link is None or self._link.key != (order.store, order.generation):
                 self.close()
                 self._link = Link(order, member, mover.device)
-            met = True
-            self._link.meet(order, self._digest)
+            came = True
+            self._link.come(order, self._digest)
             yield mover, self._link, engine
+            self._link.meet()
         except BaseException as error:
-            if not met:
+            if not came:
                 refuse(order, [member], f"{type(error).__name__}: {error}")
             self.close()
             raise
