@@ -19,7 +19,7 @@ from pipeline.rollout.native.engine import NativeEngine
 from pipeline.rollout.recording.recording import Limits, Recording
 from pipeline.rollout.recording.template import ConversationTemplate
 from tests.chat_folder import write_chat_folder
-from tests.scripted_model import CHECK, NO_PROMPT, user
+from tests.scripted_model import CHECK, NO_PROMPT, text_of, user
 from tests.tiny_folder import write_folder
 
 openai = pytest.importorskip("openai")
@@ -98,8 +98,7 @@ def test_drawn_tokens_are_trained_on_as_they_were_drawn(engine, folder):
         np.testing.assert_allclose(sample.log_probs[1:][drawn], expected[drawn], atol=1e-4)
         for turn in sample.turns:
             ids = sample.token_ids[turn.start : turn.end]
-            (text,) = template.tokenizer.decode_batch([ids])
-            rewritten += list(template.tokenizer.encode_rendered(text)) != ids.tolist()
+            rewritten += list(template.tokenizer.encode_rendered(text_of(template, ids))) != ids.tolist()
     assert rewritten > EPISODES, "tokens guessed from the text would have been others"
     if not isinstance(engine, NativeEngine):
         cached = [record.sample("done").cached_tokens for record in records]
