@@ -1,4 +1,5 @@
 import json
+import math
 import pickle
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 from pipeline.model import architecture
 from pipeline.model.architecture import FAMILIES, Mla, Moe
 from pipeline.model.grid import Grid
+from pipeline.model.layout import tensor_shapes
 from pipeline.model.reading import ModelError
 from pipeline.model.rope import Llama3Scaling, Yarn
 from tests.tiny_folder import ARCHITECTURES, hf_config
@@ -273,3 +275,103 @@ def test_reading_a_model_needs_no_torch(module):
 def test_a_family_is_one_entry():
     assert {family.name for family in FAMILIES.values()} == set(ARCHITECTURES)
     assert {family.name: name for name, family in FAMILIES.items()} == ARCHITECTURES
+
+
+FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+DEEPSEEK = {
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "q_lora_rank": 1536,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "moe_layer_freq": 1,
+    "rms_norm_eps": 1e-6,
+    "quantization_config": FP8,
+}
+V31 = DEEPSEEK | {
+    "model_type": "deepseek_v3",
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "n_routed_experts": 256,
+    "n_group": 8,
+    "topk_group": 4,
+    "first_k_dense_replace": 3,
+    "routed_scaling_factor": 2.5,
+    "vocab_size": 129280,
+    "max_position_embeddings": 163840,
+    "num_nextn_predict_layers": 1,
+    "rope_theta": 10000,
+    "rope_scaling": {"type": "yarn", "original_max_position_embeddings": 4096, **YARN},
+    "quantization_config": FP8 | {"scale_fmt": "ue8m0"},
+}
+KIMI_K2 = DEEPSEEK | {
+    "model_type": "kimi_k2",
+    "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "n_routed_experts": 384,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.827,
+    "vocab_size": 163840,
+    "max_position_embeddings": 131072,
+    "num_nextn_predict_layers": 0,
+    "rope_theta": 50000.0,
+    "rope_scaling": {
+        **YARN,
+        "type": "yarn",
+        "original_max_position_embeddings": 4096,
+        "factor": 32.0,
+        "beta_fast": 1.0,
+    },
+}
+GLM = {
+    "architectures": ["Glm4MoeForCausalLM"],
+    "model_type": "glm4_moe",
+    "attention_bias": True,
+    "use_qk_norm": True,
+    "partial_rotary_factor": 0.5,
+    "hidden_size": 5120,
+    "intermediate_size": 12288,
+    "moe_intermediate_size": 1536,
+    "num_hidden_layers": 92,
+    "num_attention_heads": 96,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "n_routed_experts": 160,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 3,
+    "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True,
+    "vocab_size": 151552,
+    "max_position_embeddings": 131072,
+    "num_nextn_predict_layers": 1,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1000000,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [(V31, 671.03e9), (KIMI_K2, 1026.4e9), (GLM, 352.8e9)],  # those published, without layers that predict ahead
+    ids=["DeepSeek-V3.1", "Kimi-K2", "GLM-4.5"],
+)
+def test_models_in_full_size_are_read(config, parameters):
+    model = architecture.parse(config)
+    assert sum(math.prod(shape) for shape in tensor_shapes(model).values()) == pytest.approx(parameters, rel=1e-3)
+    assert model.extra_layers == config["num_nextn_predict_layers"]
+    model.check_layout(Grid(tp=8, ep=32, etp=1, dp=32))
