@@ -25,5 +25,6 @@ def start_note(record: StepRecord) -> str:
         f"GRPO alone lets it fall, by half within {fast:.0f} to {slow:.0f} steps on our small tasks; yours has its own "
         "pace\n"
         "a band at half of the start is a first guess: higher keeps more different answers, lower gains pass@1 sooner "
-        f"(entropy.band.low={0.45 * start:.2g} entropy.band.high={0.55 * start:.2g}; docs/band.md)"
+        f"(entropy.band.low={0.45 * start:.2g} entropy.band.high={0.55 * start:.2g}; docs/band.md); of a run without "
+        "control `isentrope entropy target` reads a better one"
     )
