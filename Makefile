@@ -9,8 +9,9 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 MCORE19_TESTS ?= tests/distributed
-# `make test` has none of the sinks' libraries.
-SINK_TESTS := tests/unit/pipeline/monitoring/test_sinks.py tests/unit/pipeline/monitoring/test_deliver.py
+# `make test` has neither the libraries of the sinks nor the OpenAI client.
+EXTRA_TESTS := tests/unit/pipeline/monitoring/test_sinks.py tests/unit/pipeline/monitoring/test_deliver.py \
+  tests/unit/pipeline/rollout/test_own_environment.py
 
 # SGLang's torchvision is a build for CUDA; with these two in the environment it can be imported.
 MEND := requirements/torchvision_without_cuda.py requirements/torchvision_without_cuda.pth
@@ -26,7 +27,7 @@ test: $(VENV)/.ready
 # One test at a time to each of two workers, for those on Slurm mostly wait. A group goes to one worker as a whole, so
 # that what its tests share (servers, a cluster with accounts, a run that others are compared with) starts once.
 test-integration: $(VENV)/.ready-launch
-	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/integration $(SINK_TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup tests/integration $(EXTRA_TESTS)
 
 # The newest megatron-core that the learner serves, on its distributed tests; `make test` has the oldest.
 test-mcore19: $(MCORE19)/.ready
