@@ -23,7 +23,7 @@ class ModelInputs:
     tokens: torch.Tensor  # int64 [rows, seq], or [1, n] packed
     labels: torch.Tensor  # int64, as ``tokens``: the next token of each
     targets: torch.Tensor  # bool, as ``tokens``: True where the next token is a target; row-major order is the batch's
-    filled: torch.Tensor  # bool, as ``tokens``: True where it is no padding
+    filled: torch.Tensor  # bool, as ``tokens``: True where it is no padding; on the CPU, for few models need it
     real: int  # tokens that are not padding
     packed: PackedSeqParams | None = None  # where each row begins and ends; None: one row of the grid each
     routes: torch.Tensor | None = None  # as ``tokens``, x [expert layers, top_k]: experts to replay; 0 on padding
@@ -34,7 +34,7 @@ class ModelInputs:
         if packed is not None:
             ends = packed.cu_seqlens_q.to(device)
             packed = replace(packed, cu_seqlens_q=ends, cu_seqlens_kv=ends)
-        names = ("tokens", "labels", "targets", "filled", "routes")
+        names = ("tokens", "labels", "targets", "routes")
         grids = {name: grid.to(device) for name in names if (grid := getattr(self, name)) is not None}
         return replace(self, **grids, packed=packed)
 

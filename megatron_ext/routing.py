@@ -57,7 +57,7 @@ class Routing:
         if not self._layers:
             return compute()
         routes = None if given.routes is None else self._own(given.routes)
-        tokens = self.tokens = _Tokens(self._own(given.filled), routes)
+        tokens = self.tokens = _Tokens(self._own(given.filled.to(self._counts.device)), routes)
         output = compute()
         self.tokens = None
         return _Output.apply(output, self, tokens)

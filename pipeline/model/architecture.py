@@ -166,6 +166,7 @@ FAMILIES: Mapping[str, Family] = {
     "Qwen3ForCausalLM": Family("qwen3", qk_norm=True, head_dim=128, kv_heads=32),
     "MixtralForCausalLM": Family(
         "mixtral",
+        rope=RopeRules(theta=1e6),
         kv_heads=8,
         fixed=(replace(_WINDOW, absent=None),),
         renamed=_MIXTRAL_NAMES,

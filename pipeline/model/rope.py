@@ -83,6 +83,7 @@ class RopeRules:
     kinds: tuple[str, ...] = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
     partial: float | None = None  # partial_rotary_factor where config.json has none; None: whole heads are rotated
     latent: bool = False  # computed by megatron-core's latent attention
+    theta: float = 10_000.0  # base of the frequencies where config.json has none
 
 
 ANY_ROPE = RopeRules()
@@ -141,7 +142,7 @@ class _Reader:
 
     def read(self) -> Rope | None:
         kind = self.rope.get("rope_type", self.rope.get("type", "default"))
-        theta = self.rope.get("rope_theta", self.said.config.get("rope_theta", 10000.0))
+        theta = self.rope.get("rope_theta", self.said.config.get("rope_theta", self.rules.theta))
         if not positive(theta):
             self.said.refuse(f"rope_theta={theta!r} is not a number above 0")
             return None

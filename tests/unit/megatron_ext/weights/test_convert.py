@@ -216,7 +216,6 @@ def test_peak_memory_does_not_grow_with_the_model(tmp_path):
     assert total > 2.4e8 > 25 * largest
     done = subprocess.run([sys.executable, "-c", MEMORY, str(tmp_path), ""], capture_output=True, text=True, check=True)
     before, peak = map(int, done.stdout.split())
-    assert peak <= 2 * largest + 512 * 2**20
     assert peak - before <= max(2 * largest, convert.LEAST_BUDGET) + 48 * 2**20 < total
     shutil.rmtree(tmp_path / "m")
 
