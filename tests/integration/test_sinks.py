@@ -17,6 +17,7 @@ import pytest
 
 from pipeline.monitoring.deliver import behind
 from pipeline.ports import free_port
+from tests.step_events import essence
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "unit/pipeline/monitoring"))
 import resumed_run
@@ -73,15 +74,8 @@ def train(run_dir, *overrides, **variables):
 
 def computed(run_dir):
     """All that a run computed: its log without what the clock says."""
-    lines = (run_dir / "events.jsonl").read_text().splitlines()
-    return [
-        {
-            key: value
-            for key, value in json.loads(line).items()
-            if key not in ("time", "seconds", "config_hash", "memory")
-        }
-        for line in lines
-    ]
+    events = map(json.loads, (run_dir / "events.jsonl").read_text().splitlines())
+    return [{key: value for key, value in essence(event).items() if key != "config_hash"} for event in events]
 
 
 def processes_with(variable):
