@@ -17,6 +17,11 @@ _LENGTH = 0x9E3779B97F4A7C15  # weight of the number of bytes: 2**64 over the go
 _LINES = 16  # lines added up at a time on a CPU: half a MiB, which stays in its caches
 
 
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of ``tensor`` in row-major order, uint8; a view where it has no strides."""
+    return tensor.detach().reshape(-1).contiguous().view(torch.uint8)  # a column is flat and strided
+
+
 def content(tensor: torch.Tensor) -> torch.Tensor:
     """A 64-bit sum over the bytes of ``tensor``, int64 of shape ``[]`` on its device, computed there.
 
@@ -26,7 +31,7 @@ def content(tensor: torch.Tensor) -> torch.Tensor:
     value of one word always shows; two words that changed places show but for a chance of 2**-63. CPU and CUDA give the
     same number: addition of integers has no order.
     """
-    data = tensor.detach().reshape(-1).contiguous().view(torch.uint8)  # a column is flat and strided
+    data = as_bytes(tensor)
     size = data.numel()
     if size % 8:
         data = torch.nn.functional.pad(data, (0, -size % 8))

@@ -162,14 +162,14 @@ class Message:
     def _written(self, group: range, targets: Sequence[torch.Tensor]) -> torch.Tensor:
         """What is now where the group's pieces belong, in the message's types."""
         parts = [targets[number].to(self._views[number].dtype) for number in group]
-        return parts[0] if len(parts) == 1 else torch.cat([part.reshape(-1).view(torch.uint8) for part in parts])
+        return parts[0] if len(parts) == 1 else torch.cat([digest.as_bytes(part) for part in parts])
 
     def _told(self, numbers: Sequence[int], targets: Sequence[torch.Tensor]) -> str:
         """What is wrong with pieces of these numbers, whose digests are not those that were sent."""
         changed = []
         for number in numbers:
             group = range(number, number + 1)
-            if not self._written(group, targets).reshape(-1).view(torch.uint8).equal(self._bytes(group)):
+            if not digest.as_bytes(self._written(group, targets)).equal(self._bytes(group)):
                 changed.append(number)
         names = [repr(self.layout.pieces[number].tensor.name) for number in changed or numbers]
         if changed:
