@@ -124,7 +124,7 @@ def test_a_run_is_drawn(browser, run_dir):
         )  # EMA: .54 * .9**k - .24 * .8**k is below .03 from k = 28 on
         green = [(r, g, b) for r, g, b in colours(page, "#band figure:first-child canvas") if g > r + 15 and g > b + 10]
         assert green, "the band is filled"
-        assert page.locator("#missing").inner_text() == "Not reported: engine against learner."
+        assert page.locator("#missing").inner_text() == "Not reported: engine against learner, load of the experts."
         assert page.get_by_text("alert not_reachable: target not reachable: held at H=0.43").is_visible()
         assert page.locator("#events li").first.inner_text().startswith("step 60restart")
 
