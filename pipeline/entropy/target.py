@@ -80,8 +80,8 @@ class Recommendation:
 
     @property
     def loss_is_seen(self) -> bool:
-        """Whether what was lost is more than noise: two standard errors of a difference of two."""
-        return self.lost > 2 * math.sqrt(2) * self.error
+        """Whether what was lost is more than noise."""
+        return self.lost > _noise(self.error)
 
 
 def recommend(points: Sequence[Measured], k: int) -> Recommendation:
@@ -95,7 +95,7 @@ def recommend(points: Sequence[Measured], k: int) -> Recommendation:
         raise ValueError(f"{len(points)} evaluations with pass@{k} and an entropy: at least {LEAST_POINTS} are needed")
     smooth = smoothed([point.value for point in points])
     best = int(np.argmax(smooth))
-    error = float(np.median([point.error for point in points]))
+    error = _typical_error(points)
     lower = (i for i in range(best, len(points)) if smooth[i] < smooth[best] - error)
     chosen = next(lower, len(points)) - 1
     entropy = float(points[chosen].entropy)
@@ -133,7 +133,7 @@ def annealed(chosen: Recommendation, singles: Sequence[Measured], steps: int) ->
     if at is None or chosen.k == 1 or chosen.kept_to_the_end:
         return None
     gain, last = smooth[-1] - smooth[at], singles[-1].entropy
-    if gain <= 2 * math.sqrt(2) * float(np.median([point.error for point in singles])) or last >= chosen.low:
+    if gain <= _noise(_typical_error(singles)) or last >= chosen.low:
         return None
     band = {"low": chosen.low, "high": chosen.high, "end_low": (1 - WIDTH) * last, "end_high": (1 + WIDTH) * last}
     edges = [f"entropy.band.{edge}={value:.3g}" for edge, value in band.items()]
@@ -143,3 +143,12 @@ def annealed(chosen: Recommendation, singles: Sequence[Measured], steps: int) ->
 def smoothed(values: Sequence[float]) -> list[float]:
     """Each value's mean with its neighbours; the first and the last have one neighbour."""
     return [float(np.mean(values[max(0, i - 1) : i + 2])) for i in range(len(values))]
+
+
+def _typical_error(points: Sequence[Measured]) -> float:
+    return float(np.median([point.error for point in points]))
+
+
+def _noise(error: float) -> float:
+    """What the difference of two evaluations with this standard error may be by chance: two of its own."""
+    return 2 * math.sqrt(2) * error
