@@ -18,7 +18,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 import pipeline.config.schema as schema
-from megatron_ext import context_parallel, inputs, models, optimizer
+from megatron_ext import context_parallel, inputs, lora, models, optimizer
 from megatron_ext.checkpoint import Checkpointer
 from megatron_ext.fp8 import transformer_engine
 from megatron_ext.head import Head
@@ -28,6 +28,7 @@ from megatron_ext.weights import hf
 from pipeline.batching import dealing
 from pipeline.fingerprints import Files
 from pipeline.model import architecture, identity, layout
+from pipeline.model.lora import check, record
 from pipeline.objectives.loss import (
     SENSOR_SUMS,
     PolicyOutputs,
@@ -73,9 +74,9 @@ class MegatronLearner:
         self._architecture = architecture.read(Path(model.hf_path))
         # Model chunks of this rank: one, or as many as virtual stages.
         self._chunks = models.build_chunks(self._architecture, topology, model.dtype, learner)
-        self._parameters = {
-            name: tensor for gpt in self._chunks for name, tensor in models.global_parameters(gpt).items()
-        }
+        named = {name: tensor for gpt in self._chunks for name, tensor in models.global_parameters(gpt).items()}
+        self._parameters, self._adapters = lora.base(named), lora.find(self._chunks)
+        self._seed = seed
         self._head = Head(
             self._chunks[-1], self._architecture.vocab, topology.tp_group, topology.device, learner.log_prob_kernel
         )
@@ -90,9 +91,10 @@ class MegatronLearner:
         self._optimizer = optimizer.build(self._models, learner, model.dtype)
         self._scheduler = optimizer.schedule(self._optimizer, learner.optimizer, total_steps)
         self._forward_backward = get_forward_backward_func()
-        # The frozen starting policy of the KL penalty, per chunk under its parameter names; empty without a penalty.
+        # The frozen starting policy of the KL penalty, per chunk under its parameter names; empty without a penalty,
+        # and where the reference is the model without its adapters.
         self._reference: list[dict[str, torch.Tensor]] = []
-        if objective.kl_coef > 0:
+        if objective.kl_coef > 0 and not self._adapters:
             self._reference = [
                 {name: torch.empty_like(p.data) for name, p in gpt.named_parameters()} for gpt in self._chunks
             ]
@@ -102,6 +104,8 @@ class MegatronLearner:
         """Read this rank's slices of a Hugging Face folder; see ``pipeline.learner.Learner.load``."""
         with transformer_engine.filling(self._parameters) as parameters:
             hf.load(parameters, self._rows, self._architecture, Path(hf_path), self._topology)
+        for adapter in self._adapters.values():
+            adapter.reset(self._seed)
         self._optimizer.reload_model_params()
         for gpt, reference in zip(self._chunks, self._reference, strict=False):
             for name, parameter in gpt.named_parameters():
@@ -182,7 +186,7 @@ class MegatronLearner:
     def send(self, order: Order) -> None:
         """This rank's part; see ``pipeline.learner.Learner.send``."""
         topology = self._topology
-        parameters = transformer_engine.Dequantised(self._parameters)
+        parameters = lora.Merged(transformer_engine.Dequantised(self._parameters), self._adapters)
         shards = LearnerShards(self._rows, topology.grid, topology.rank, parameters)
         reader = QuantisedShards(shards) if order.inputs.dtype.startswith("fp8") else shards
         self._participant.send(order, topology.rank, reader, topology.device)
@@ -192,15 +196,17 @@ class MegatronLearner:
         write = self._checkpointer.save(Path(directory))
         if self._topology.rank == 0:
             identity.record(Path(directory), self._architecture)
+            record(Path(directory), self._config.lora)
         return write
 
     def restore(self, directory: Path, files: Files) -> None:
         """Load what :meth:`save` wrote at the same layout; training goes on as if never interrupted.
 
         Hyper-parameters are this learner's own: with another configuration it goes on under that one. Raises
-        ``ValueError`` that names every field in which the model is another.
+        ``ValueError`` that names every field in which the model is another, or its adapters are.
         """
         identity.check(Path(directory), self._architecture, f"{self._hf_path}/config.json")
+        check(Path(directory), self._config.lora)
         self._checkpointer.restore(Path(directory), files)
 
     def close(self) -> None:
@@ -362,7 +368,14 @@ class MegatronLearner:
 
     @contextmanager
     def _reference_policy(self) -> Iterator[None]:
-        """Within, the model computes with the reference's parameters; exchanged, not copied."""
+        """Within, the model computes with the reference's parameters; exchanged, not copied.
+
+        Adapters are switched off: what they are trained beside is the reference.
+        """
+        if self._adapters and self._objective.kl_coef > 0:
+            with lora.without(self._adapters.values()):
+                yield
+            return
         if not self._reference:
             raise ValueError("no reference policy was kept: log_probs(reference=True) needs objective.kl_coef > 0")
         pairs = [

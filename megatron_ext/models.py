@@ -12,10 +12,11 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.post_training.modelopt.layers import Linear
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from megatron_ext import cpu
+from megatron_ext import cpu, lora
 from megatron_ext.context_parallel import GatheredAttention
 from megatron_ext.fp8 import emulate, transformer_engine
 from megatron_ext.fp8.transformer_engine import Numerics
@@ -25,6 +26,7 @@ from pipeline.config.schema import LearnerConfig
 from pipeline.model import layout
 from pipeline.model.architecture import Architecture, Moe
 from pipeline.model.grid import Grid
+from pipeline.model.lora import adapters
 from pipeline.model.rope import Yarn
 from pipeline.model.rotary import attention_factor, frequencies
 
@@ -49,9 +51,9 @@ def build(
     """This rank's part of ``model``, on its device, parameters not yet filled (``weights.hf.load`` does that).
 
     With virtual stages (``topology.grid.vpp > 1``) it is model chunk ``chunk`` of them. The vocabulary is padded to a
-    multiple of TP. Of ``options`` it takes sequence parallelism, recomputation, whose layers and FP8 (the sizes are the
-    topology's); by default megatron-core's own layers. Raises ``ValueError`` where the layout does not fit the model,
-    or FP8 the device.
+    multiple of TP. Of ``options`` it takes sequence parallelism, recomputation, whose layers, FP8 and adapters, which
+    are not filled either; the sizes are the topology's. By default megatron-core's own layers. Raises ``ValueError``
+    where the layout does not fit the model, or FP8 the device.
     """
     options = options or LearnerConfig(transformer_impl="local")
     if dtype not in DTYPES:
@@ -63,7 +65,7 @@ def build(
     with transformer_engine.own_layers_unfused():
         gpt = GPTModel(
             config,
-            _spec(config, chunk, numerics.impl),
+            _spec(config, chunk, numerics.impl, unfused=options.lora.rank > 0),
             vocab_size=model.padded_vocab(topology.tp_size),
             max_sequence_length=model.max_positions,
             pre_process=topology.first_stage and not chunk,
@@ -93,6 +95,9 @@ def build(
         # megatron 0.16 reduces experts over the wrong ranks where only their TP is another (later versions do as here).
         if parameter is not None and row.expert is not None:
             parameter.allreduce = grid.ep == 1 and grid.expert_tp == grid.tp  # type: ignore[attr-defined]
+    if options.lora.rank:
+        specs = adapters(model, grid, options.lora)
+        lora.attach(gpt, _names(gpt), specs, options.lora.scale, topology)
     return gpt
 
 
@@ -274,13 +279,17 @@ class _RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
-def _spec(config: TransformerConfig, chunk: int | None, impl: str) -> TransformerBlockSubmodules:
+def _spec(
+    config: TransformerConfig, chunk: int | None, impl: str, *, unfused: bool = False
+) -> TransformerBlockSubmodules:
     """Modules for this rank's layers, dense and expert ones: Transformer Engine's, or megatron-core's own and ours
-    where those refuse.
+    where those refuse. ``unfused``: norms are modules of their own.
     """
     engine = impl == "transformer_engine"
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=engine, normalization="RMSNorm", vp_stage=chunk)
     if engine:
+        for layer in spec.layer_specs if unfused else ():
+            _unfuse(layer.submodules)
         return spec
     spec.layer_norm = _RMSNorm
     for layer in spec.layer_specs:
@@ -301,12 +310,28 @@ def _spec(config: TransformerConfig, chunk: int | None, impl: str) -> Transforme
     return spec
 
 
+def _unfuse(block: Any) -> None:
+    """Take the norms out of Transformer Engine's linear layers: adapters read what the norms give. Not yet run."""
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
+
+    block.input_layernorm = TENorm
+    block.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+    if block.pre_mlp_layernorm is IdentityOp:
+        block.pre_mlp_layernorm = TENorm
+        block.mlp.submodules.linear_fc1 = TEColumnParallelLinear
+
+
 def global_parameters(gpt: GPTModel) -> dict[str, torch.Tensor]:
     """Parameters, and the buffers that the layout has (expert biases), under layout names: global layer and expert
     numbers.
     """
     biases = ((name, buffer) for name, buffer in gpt.named_buffers() if name.endswith(".router.expert_bias"))
     return {_global_name(gpt, layout.canonical(name)): tensor for name, tensor in (*gpt.named_parameters(), *biases)}
+
+
+def _names(gpt: GPTModel) -> dict[str, str]:
+    """``gpt``'s own name of each parameter, by the layout's."""
+    return {_global_name(gpt, layout.canonical(name)): name for name, _ in gpt.named_parameters()}
 
 
 def _global_name(gpt: GPTModel, name: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.config.errors import Problem
+from pipeline.config.lora_rules import lora_model_problems
 from pipeline.config.precision_rules import precision_model_problems
 from pipeline.config.schema import ENVIRONMENTS, LearnerConfig, RunConfig
 from pipeline.model import architecture
@@ -30,6 +31,7 @@ def model_problems(config: RunConfig, folder: Path) -> Iterator[Problem]:
     yield from _layout(config, model)
     yield from _lengths(config, model)
     yield from precision_model_problems(config, model)
+    yield from lora_model_problems(config, model)
     yield from _fp8_folder(config, folder)
     yield from _fp8_blocks(config, model)
 

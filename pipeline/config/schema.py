@@ -103,6 +103,29 @@ class PrecisionConfig:
         return self.first_last_layers_bf16 and not start <= layer < layers - end
 
 
+# Hugging Face names of the linear layers that can have an adapter.
+LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ALL_LINEAR = "all-linear"
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685): they are trained, and the model's own weights are not."""
+
+    rank: int = key(0, "columns of each adapter; 0: no adapters, all weights are trained", range=NOT_NEGATIVE)
+    alpha: float = key(32.0, "adapters are multiplied by alpha / rank", range=POSITIVE)
+    targets: list[str] = key(
+        [ALL_LINEAR],
+        "Hugging Face names of the linear layers that get one",
+        choices={ALL_LINEAR: "all of the following", **dict.fromkeys(LORA_MODULES, "")},
+    )
+
+    @property
+    def scale(self) -> float:
+        """What the product of an adapter's matrices is multiplied by."""
+        return self.alpha / self.rank
+
+
 @dataclass
 class LearnerConfig:
     """Megatron learner: layout, batching, optimizer. Names as megatron-core's."""
@@ -154,6 +177,7 @@ class LearnerConfig:
         },
     )
     precision: PrecisionConfig = key(PrecisionConfig(), "FP8")
+    lora: LoraConfig = key(LoraConfig(), "low-rank adapters")
     routing_replay: str = key(
         "off",
         "experts of the tokens of samples, in models that have experts",

@@ -13,6 +13,7 @@ from pipeline.config.data_rules import data_file_problems, data_problems
 from pipeline.config.entropy_rules import entropy_problems
 from pipeline.config.errors import Problem
 from pipeline.config.learner_rules import learner_problems
+from pipeline.config.lora_rules import lora_problems
 from pipeline.config.model_rules import model_problems
 from pipeline.config.monitoring_rules import sink_problems
 from pipeline.config.objective_rules import objective_problems
@@ -22,6 +23,7 @@ from pipeline.config.schema import RunConfig
 
 RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
     learner_problems,
+    lora_problems,
     rollout_problems,
     data_problems,
     entropy_problems,

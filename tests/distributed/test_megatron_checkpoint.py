@@ -8,7 +8,7 @@ import tiny_models
 import torch
 
 from pipeline import fingerprints
-from pipeline.config.schema import ObjectiveConfig
+from pipeline.config.schema import LoraConfig, ObjectiveConfig
 
 OVERLAP = {"optimizer": {"distributed": True, "overlap_grad_reduce": True, "overlap_param_gather": True}}
 REFERENCE = {"objective": ObjectiveConfig(kl_coef=0.1)}
@@ -20,6 +20,20 @@ CASES = {
     "TP2 x PP2, tied": ("qwen2", 4, 2, 2, {}),
     "DP2 x PP2 x VPP2, tied, distributed optimizer": ("qwen2", 4, 1, 2, {"sizes": {"vpp": 2}, **OVERLAP, **REFERENCE}),
     "CP2, distributed optimizer": ("qwen3", 2, 1, 1, {"cp": 2, **OVERLAP}),
+    "TP2 x SP, adapters, with a reference policy": (
+        "qwen2",
+        2,
+        2,
+        1,
+        {"sequence_parallel": True, "lora": LoraConfig(rank=2), **REFERENCE},
+    ),
+    "DP2, adapters, bf16, distributed optimizer": (
+        "qwen3",
+        2,
+        1,
+        1,
+        {"dtype": "bf16", "lora": LoraConfig(rank=2, targets=["q_proj", "down_proj"]), **OVERLAP},
+    ),
     "EP2, latent attention": ("deepseek_v3", 2, 1, 1, {"sizes": {"ep": 2}}),
     "EP2 x PP2, bf16, distributed optimizer": ("qwen3_moe", 4, 1, 2, {"sizes": {"ep": 2}, "dtype": "bf16", **OVERLAP}),
 }

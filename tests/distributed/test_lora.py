@@ -1,0 +1,127 @@
+"""Adapters: a layout changes nothing of them, a run starts as the model it is given, and engines get merged weights."""
+
+import lora_ranks
+import megatron_ranks as ranks
+import pytest
+import tiny_models
+import torch
+
+from pipeline.config.schema import LoraConfig, ObjectiveConfig
+
+ADAM = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-3}
+SP = {"sequence_parallel": True}
+OVERLAP = {"optimizer": {**ADAM, "distributed": True, "overlap_grad_reduce": True, "overlap_param_gather": True}}
+FULL = {"recompute_granularity": "full"}
+LAYOUTS = {  # processes, TP, PP, the rest
+    "TP2": ("qwen2", 2, 2, 1, {}),
+    "TP2 x SP x PP2": ("qwen2", 4, 2, 2, SP),
+    "TP4 x SP, two ranks per key-value head, full recompute": ("qwen3", 4, 4, 1, {**SP, **FULL}),
+    "DP2 x PP2 x VPP2, overlap": ("qwen2", 4, 1, 2, {"sizes": {"vpp": 2}, "micro_batch_size": 1, **OVERLAP}),
+    "CP2 x TP2 x SP, full recompute": ("qwen3", 4, 2, 1, {"cp": 2, **SP, **FULL}),
+}
+EXPERTS = {"lora": LoraConfig(rank=2, targets=["q_proj", "v_proj", "o_proj"])}
+
+
+def batches():
+    old = {"old_log_probs": -3 * torch.rand(10, 11, generator=torch.Generator().manual_seed(1))}
+    return [ranks.batch(seed=seed, **old) for seed in range(2)]
+
+
+@pytest.fixture(scope="module")
+def alone(gang, tmp_path_factory):
+    """Folder and one-process result of a model."""
+    made = {}
+
+    def result(name, config):
+        if name not in made:
+            folder = tiny_models.write(tmp_path_factory.mktemp(name), tiny_models.config(name))
+            made[name] = folder, gang.run(*job(1, folder, 1, 1, config))[0]
+        return made[name]
+
+    return result
+
+
+def job(world, folder, tp, pp, config):
+    return lora_ranks.trained, world, folder, tp, pp, batches(), {"optimizer": ADAM, **config}
+
+
+def same(left, right, bound=2e-5):
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.allclose(left[name], right[name], rtol=0, atol=bound), name
+
+
+def joined(pieces, like):
+    """Whole gradients from the pieces of all ranks; every entry must be there."""
+    whole = {name: torch.full_like(tensor, torch.nan) for name, tensor in like.items()}
+    for name, dim, start, values in pieces:
+        whole[name].narrow(dim, start, values.shape[dim]).copy_(values)
+    return whole
+
+
+def whole_gradients(found):
+    """Of one process."""
+    out = {}
+    for name, dim, _, values in sorted(found.gradients, key=lambda piece: (piece[0], piece[2])):
+        out[name] = values if name not in out else torch.cat([out[name], values], dim)
+    return out
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_changes_nothing(gang, alone, layout):
+    name, world, tp, pp, config = LAYOUTS[layout]
+    folder, one = alone(name, {})
+    found = gang.run(*job(world, folder, tp, pp, config))
+    for each in found:
+        assert torch.allclose(each.before, one.before, rtol=0, atol=2e-5)
+        assert torch.allclose(each.after, one.after, rtol=0, atol=1e-4)
+        for ours, theirs in zip(each.stats, one.stats, strict=True):
+            assert ours.loss == pytest.approx(theirs.loss, rel=1e-5, abs=1e-6)
+            assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
+        assert each.base_unchanged
+    same(found[0].sent_at_start, one.sent_at_start, 0)
+    same(found[0].sent, one.sent, 1e-6)
+    same(found[0].sent_after, one.sent_after)
+    if not config.get("optimizer", {}).get("distributed"):
+        whole = whole_gradients(one)
+        got = joined((piece for each in found for piece in each.gradients), whole)
+        for key, gradient in whole.items():
+            assert torch.allclose(got[key], gradient, rtol=0, atol=2e-5 * float(gradient.abs().max())), key
+
+
+@pytest.mark.parametrize(("name", "config"), [("qwen2", {}), ("qwen3_moe", EXPERTS)])
+def test_starts_as_the_base_and_sends_what_it_computes(gang, alone, tmp_path, name, config):
+    """At the start to the bit; with random adapters, a learner of the merged weights has the same log-probs."""
+    folder, one = alone(name, config)
+    log_probs, weights = gang.run(lora_ranks.whole_model, 1, folder, batches()[0])[0]
+    assert torch.equal(one.start, log_probs)
+    same(one.sent_at_start, weights, 0)
+    merged = tiny_models.write(tmp_path / "merged", tiny_models.config(name), one.sent)
+    log_probs, _ = gang.run(lora_ranks.whole_model, 1, merged, batches()[0])[0]
+    assert torch.allclose(one.before, log_probs, rtol=0, atol=1e-5)
+    assert not torch.allclose(one.before, one.start, rtol=0, atol=1e-2)
+    targets = config["lora"].targets if config else ["proj"]
+    changed = {key for key in one.sent if not torch.equal(one.sent[key], weights[key])}
+    assert changed == {key for key in weights if any(target in key for target in targets) and "weight" in key}
+
+
+def test_only_adapters_are_trained(alone):
+    _, one = alone("qwen2", {})
+    assert one.trained == one.adapted > 0
+    assert one.base_unchanged
+
+
+def test_reference_is_the_model_without_adapters(gang, tmp_path):
+    folder = tiny_models.write(tmp_path, tiny_models.config("qwen2"))
+    objective = ObjectiveConfig(kl_coef=0.1)
+    for start, policy, reference, copies in gang.run(lora_ranks.reference, 2, folder, batches()[0], objective):
+        assert torch.equal(reference, start)
+        assert not torch.allclose(policy, start, rtol=0, atol=1e-2)
+        assert copies == 0
+
+
+def test_checkpoint_of_other_adapters_is_refused(gang, tmp_path):
+    folder = tiny_models.write(tmp_path / "hf", tiny_models.config("llama"))
+    said = gang.run(lora_ranks.other_adapters, 1, folder, tmp_path / "save")[0]
+    assert said.startswith("learner.lora.rank=2: the checkpoint")
+    assert "was saved with 4" in said
