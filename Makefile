@@ -16,6 +16,13 @@ EXTRA_TESTS := tests/unit/pipeline/monitoring/test_sinks.py tests/unit/pipeline/
 # SGLang's torchvision is a build for CUDA; with these two in the environment it can be imported.
 MEND := requirements/torchvision_without_cuda.py requirements/torchvision_without_cuda.pth
 
+# Makes the environment $(1), which sees the packages of $(VENV) behind its own. Its pip leaves those as they are.
+PURELIB := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+define beside
+	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+	echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" > "$$($(1)/bin/python $(PURELIB))/beside.pth"
+endef
+
 .PHONY: quickstart test test-integration test-mcore19 lint docs bench bridge-env clean
 
 quickstart: $(VENV)/.ready $(if $(filter sglang,$(ROLLOUT)),$(VENV)/.ready-sglang)
@@ -62,25 +69,20 @@ $(VENV)/.ready: pyproject.toml requirements/torch.txt requirements/cpu.txt
 	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
-# megatron-core 0.19 asks for Python 3.12 and for packages that need CUDA; what the learner uses of it runs without either.
-$(MCORE19)/.ready: pyproject.toml requirements/torch.txt requirements/cpu.txt requirements/mcore19-no-deps.txt
-	test -x $(MCORE19)/bin/python || $(PYTHON) -m venv $(MCORE19)
-	$(MCORE19)/bin/python -m pip install -q -r requirements/torch.txt
-	$(MCORE19)/bin/python -m pip install -q -r requirements/cpu.txt
+# megatron-core 0.19 asks for Python 3.12 and for packages that need CUDA; what the learner uses of it runs without both.
+$(MCORE19)/.ready: $(VENV)/.ready requirements/mcore19-no-deps.txt
+	$(call beside,$(MCORE19))
 	$(MCORE19)/bin/python -m pip install -q --no-deps --ignore-requires-python -r requirements/mcore19-no-deps.txt
-	$(MCORE19)/bin/python -m pip install -q --no-deps --no-build-isolation -e .
 	touch $@
 
 $(VENV)/.ready-sglang: $(VENV)/.ready requirements/sglang-cpu.txt requirements/sglang-cpu-no-deps.txt $(MEND)
 	$(BIN)/python -m pip install -q -r requirements/sglang-cpu.txt
 	$(BIN)/python -m pip install -q --no-deps -r requirements/sglang-cpu-no-deps.txt
-	cp $(MEND) "$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")"
+	cp $(MEND) "$$($(BIN)/python $(PURELIB))"
 	touch $@
 
 $(BRIDGE)/.ready: $(VENV)/.ready-sglang requirements/bridge.txt
-	test -x $(BRIDGE)/bin/python || $(PYTHON) -m venv $(BRIDGE)
-	$(BIN)/python -c "import sysconfig; print('import site; site.addsitedir(%r)' % sysconfig.get_path('purelib'))" > $(BRIDGE)/full.pth
-	mv $(BRIDGE)/full.pth "$$($(BRIDGE)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")"
+	$(call beside,$(BRIDGE))
 	$(BRIDGE)/bin/python -m pip install -q --no-deps --ignore-requires-python -r requirements/bridge.txt
 	touch $@
 
@@ -89,5 +91,6 @@ $(VENV)/.ready-docs: $(VENV)/.ready requirements/docs.txt
 	touch $@
 
 $(VENV)/.ready-launch: $(VENV)/.ready-sglang requirements/launch.txt requirements/monitor.txt requirements/browser.txt
-	$(BIN)/python -m pip install -q --no-deps -r requirements/launch.txt -r requirements/monitor.txt -r requirements/browser.txt
+	$(BIN)/python -m pip install -q --no-deps \
+	  -r requirements/launch.txt -r requirements/monitor.txt -r requirements/browser.txt
 	touch $@

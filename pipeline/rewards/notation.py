@@ -14,7 +14,8 @@ _CHARACTERS = str.maketrans(
         **dict.fromkeys("\u00a0\u2007\u2009\u200a\u202f\u3000\t\n\r", " "),
         **dict.fromkeys("\u2212\u2012\u2013\ufe63\uff0d", "-"),
         **dict.fromkeys("\u200b\ufeff", ""),
-        **{"×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "∪": r"\cup "},  # noqa: RUF001
+        **{"×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/", "∪": r"\cup "},  # noqa: RUF001
+        **{"π": r"\pi ", "∞": r"\infty "},
         **{"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "°": r"^\circ", "²": "^2", "³": "^3", "½": r"\frac{1}{2}"},
         **{"¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}", "√": r"\sqrt", "θ": r"\theta ", "∅": r"\emptyset "},
         **dict.fromkeys("€£¥₹₽₩¢", ""),
@@ -57,8 +58,8 @@ _UNITS = re.compile(
     r"(?:[ /.-]*(?:[A-Za-z]+))*(?:\s*\^\s*(?:\d|\{-?\d\}))?\.?$"
 )
 _NO_UNIT = re.compile(
-    r"\b(?:pi|sqrt|sin|cos|tan|cot|sec|csc|arc\w+|log|ln|exp|and|or|to|inf|infinity|mod|choose|over|times|plus|minus|divided"
-    r"|if|for|when|where|is|are|am|pm|a\.m|p\.m|AM|PM|x|y|z|n|i|e|theta|alpha|beta|degrees? ?[CF])\b"
+    r"\b(?:pi|sqrt|sin|cos|tan|cot|sec|csc|arc\w+|log|ln|exp|and|or|to|inf|infinity|mod|choose|over|times|plus|minus"
+    r"|divided|if|for|when|where|is|are|am|pm|a\.m|p\.m|AM|PM|x|y|z|n|i|e|theta|alpha|beta|degrees? ?[CF])\b"
 )
 _DEGREE_WORD = re.compile(r"(?<=[\d}])\s*(?:\\text\s*\{)?\s*degrees?\b\s*\}?$")
 _POWER = re.compile(r"\^\s*(-?\d+(?:\.\d+)?)(?![\d}])")
