@@ -15,8 +15,9 @@ from pipeline.reshard.engine_grid import EngineGrid, Placement
 from pipeline.reshard.execute import LearnerShards, QuantisedShards
 from pipeline.reshard.order import PlanInputs
 from pipeline.reshard.participant import Participant
-from pipeline.rollout.native.decoder import Decoder, token_log_probs
+from pipeline.rollout.native.decoder import Decoder
 from pipeline.rollout.weight_sync import WeightSync
+from tests.decoding import token_log_probs
 
 
 def local_parameters(model, learner, rank, full):

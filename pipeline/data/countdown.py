@@ -40,11 +40,6 @@ class Countdown:
         """``1234,24``: the digits and the target; with "=" after it, the prompt."""
         return "".join(map(str, self.digits[index])) + f",{self.targets[index]:02d}"
 
-    def solutions_of(self, index: int) -> list[str]:
-        """All responses that solve the problem."""
-        rows = self.solutions[self.first[index] : self.first[index] + self.count[index]]
-        return ["".join(SYMBOLS[symbol] for symbol in row) for row in rows]
-
     def held_out(self, share: float) -> np.ndarray:
         """bool [problems]: which are kept for evaluation, the same for every run (pm4 at 0.1: 308 of 2,835)."""
         return np.random.default_rng(0).random(len(self)) < share

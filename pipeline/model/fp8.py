@@ -137,8 +137,6 @@ def quantise_tensors(
 ) -> dict[str, torch.Tensor]:
     """Tensors by Hugging Face name; those in ``names`` are replaced by codes, each followed by its scale.
 
-    ``names`` come from ``fp8_layout.quantised_names``.
-
     ``amax`` by name, where ``tensors`` are shards and ``block`` is ``None``. Errors are those of :func:`quantise`.
     """
     found: dict[str, torch.Tensor] = {}

@@ -41,11 +41,6 @@ def quantised(row: Row) -> bool:
     return row.layer is not None and len(row.sources[0].shape) == 2 and not kept
 
 
-def quantised_names(rows: Iterable[Row]) -> frozenset[str]:
-    """Hugging Face names of the tensors that go out in FP8."""
-    return frozenset(source.name for row in rows if quantised(row) for source in row.sources)
-
-
 def aligned(row: Row, tp: int, block: Block | None = BLOCK) -> bool:
     """Whether every one of ``tp`` ranks (for an expert, of ``etp``) may quantise its own shard before it is sent.
 

@@ -9,12 +9,13 @@ import pytest
 import tiny_models
 import torch
 
-from pipeline.model import architecture, fp8, fp8_layout, layout
+from pipeline.model import architecture, fp8, layout
 from pipeline.model.checksum import checksum
 from pipeline.model.grid import Grid
 from pipeline.reshard.engine_grid import EngineGrid, Placement
 from pipeline.reshard.plan import make_plan
 from pipeline.rollout.native.decoder import Decoder
+from tests.decoding import quantised_names
 
 DENSE = {"TP1": (1, 1, 1, 1, None), "TP2": (2, 2, 1, 1, None), "TP2xPP2": (4, 2, 2, 1, None)}
 EXPERTS = DENSE | {
@@ -176,7 +177,7 @@ def test_fp8_has_the_same_bits_whichever_side_quantises(gang, tmp_path, case):
     assert {tensor.quantise for tensor in plan.tensors} == expected | {None}
     exported = gang.run(ranks.load_and_export, grid.world_size, folder, grid, "bf16", True)[0][1]
     kept = {name: t if name.endswith("correction_bias") else t.bfloat16() for name, t in source.items()}
-    whole = fp8.quantise_tensors(kept, fp8_layout.quantised_names(rows))
+    whole = fp8.quantise_tensors(kept, quantised_names(rows))
     assert exported.keys() == whole.keys()
     assert checksum(exported) == checksum(whole)
 

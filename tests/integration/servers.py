@@ -7,8 +7,9 @@ import torch
 
 from pipeline.model.architecture import parse
 from pipeline.reshard.engine_grid import EngineGrid
-from pipeline.rollout.native.decoder import Decoder, token_log_probs
+from pipeline.rollout.native.decoder import Decoder
 from pipeline.types import GenerateRequest, Prompt, Role
+from tests.decoding import token_log_probs
 from tests.plan_source import Source
 from tests.tiny_folder import hf_config, random_tensors
 

@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 if importlib.util.find_spec("sglang") is None:
     pytest.skip("needs the sglang extra", allow_module_level=True)
 
-from pipeline.model import architecture, fp8_layout, layout
+from pipeline.model import architecture, layout
 from pipeline.model.fp8 import quantise_tensors, quantization_config
+from tests.decoding import quantised_names
 from tests.integration.sglang_models import different
 from tests.tiny_folder import hf_config, write_folder
 
@@ -75,7 +76,7 @@ FP8 |= {
 def test_codes_and_scales_land_where_sglang_puts_them(family, tp, ep, fresh, tmp_path):
     plain = {key: value for key, value in FP8.items() if key != "quantization_config"}
     folder, tensors = write_folder(tmp_path / family, family, **plain)
-    names = fp8_layout.quantised_names(layout.rows(architecture.read(folder)))
+    names = quantised_names(layout.rows(architecture.read(folder)))
     codes = quantise_tensors({name: tensor.bfloat16() for name, tensor in tensors.items()}, names)
     save_file(codes, str(folder / "model.safetensors"), metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(hf_config(family, **FP8, torch_dtype="bfloat16")))

@@ -20,7 +20,6 @@ if importlib.util.find_spec("sglang") is None:
 
 from pipeline.config.schema import RolloutConfig
 from pipeline.rollout.engine import EngineError, WeightUpdateError
-from pipeline.rollout.native.decoder import token_log_probs
 from pipeline.rollout.native.engine import NativeEngine
 from pipeline.rollout.parts import joined, remainder
 from pipeline.rollout.pool import EnginePool
@@ -28,6 +27,7 @@ from pipeline.rollout.sglang.engine import in_flight
 from pipeline.rollout.sglang.liveness import Liveness
 from pipeline.rollout.sglang.verify import server_log_probs
 from pipeline.types import Role
+from tests.decoding import token_log_probs
 from tests.integration.servers import (
     FAMILIES,
     REQUESTS,

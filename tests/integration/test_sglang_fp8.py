@@ -13,15 +13,16 @@ if importlib.util.find_spec("sglang") is None:
     pytest.skip("needs the sglang extra", allow_module_level=True)
 
 from pipeline.config.schema import RolloutConfig, SglangConfig
-from pipeline.model import architecture, fp8, fp8_layout, layout
+from pipeline.model import architecture, fp8, layout
 from pipeline.model.architecture import parse
 from pipeline.model.fp8 import values
 from pipeline.model.grid import Grid
 from pipeline.reshard.engine_grid import EngineGrid
 from pipeline.rollout.engine import EngineError, WeightUpdateError
-from pipeline.rollout.native.decoder import Decoder, token_log_probs
+from pipeline.rollout.native.decoder import Decoder
 from pipeline.rollout.sglang import fp8 as sglang_fp8
 from pipeline.rollout.sglang.engine import SglangEngine, build_transport
+from tests.decoding import quantised_names, token_log_probs
 from tests.integration.servers import generate_request
 from tests.plan_source import Source
 from tests.tiny_folder import hf_config, random_tensors, write_folder
@@ -63,7 +64,7 @@ def source(folder, ranks):
 
 
 def decoder_of(version):
-    names = fp8_layout.quantised_names(layout.rows(architecture.parse(CONFIG)))
+    names = quantised_names(layout.rows(architecture.parse(CONFIG)))
     return Decoder(parse(CONFIG), values(fp8.quantise_tensors(weights(version), names)))
 
 

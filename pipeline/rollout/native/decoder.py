@@ -236,17 +236,6 @@ class Decoder:
 
 
 @torch.inference_mode()
-def token_log_probs(decoder: AnyDecoder, tokens: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """Log-probability of every token but the first given those before it.
-
-    ``tokens`` is int64 ``[rows, length]``; the result float32 ``[rows, length - 1]``, at ``temperature``.
-    """
-    hidden, _ = decoder.prefill(tokens)
-    log_probs = (decoder.logits(hidden[:, :-1]) / temperature).log_softmax(-1)
-    return log_probs.gather(-1, tokens[:, 1:, None]).squeeze(-1)
-
-
-@torch.inference_mode()
 def token_entropies(decoder: AnyDecoder, tokens: torch.Tensor) -> torch.Tensor:
     """Entropy, in nats at T=1, of what every token but the first was drawn from, given those before it.
 

@@ -14,9 +14,10 @@ import torch
 from launchers.cli.main import run
 from megatron_ext.weights import convert, torch_dist
 from megatron_ext.weights.parts import Budget, ConversionError
-from pipeline.model import architecture, fp8, fp8_layout, identity, layout
+from pipeline.model import architecture, fp8, identity, layout
 from pipeline.model import folder as safetensors_io
 from pipeline.model.grid import Grid
+from tests.decoding import quantised_names
 
 FAMILIES = ["llama", "llama_tied", "mistral", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3"]
 DENSE = [(1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 4, 1), (2, 2, 1), (4, 4, 1)]  # kv groups: 2
@@ -127,7 +128,7 @@ def test_fp8_quantises_the_matrices_alone(tmp_path, name):
     hf, tensors = folder(tmp_path / "hf", name, hidden_size=192)  # no multiple of 128
     convert.hf_to_megatron(hf, tmp_path / "m", Grid(tp=2, pp=2))
     done = convert.megatron_to_hf(tmp_path / "m", hf, tmp_path / "fp8", dtype="fp8", verify=True, shard_bytes=10**5)
-    matrices = fp8_layout.quantised_names(layout.rows(architecture.read(hf)))
+    matrices = quantised_names(layout.rows(architecture.read(hf)))
     assert "model.layers.1.self_attn.o_proj.weight" in matrices
     rest = {n: t if "e_score_correction_bias" in n else t.bfloat16() for n, t in tensors.items() if n not in matrices}
     expected = rest | fp8.quantise_tensors({n: tensors[n] for n in sorted(matrices)}, matrices)

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from pipeline.model import architecture, fp8_layout, layout
+from pipeline.model import architecture, layout
 from pipeline.model.folder import INDEX, Folder, check, is_weights, write_index
 from pipeline.model.fp8 import quantise_tensors, quantization_config, values
 from pipeline.model.reading import ModelError
+from tests.decoding import quantised_names
 from tests.tiny_folder import hf_config, write_folder
 
 
@@ -106,7 +107,7 @@ def _in_fp8(path, **changes):
     """A folder as DeepSeek-V3's: matrices as codes and scales; what the codes stand for, in bfloat16."""
     sizes = {"hidden_size": 192, "intermediate_size": 320, "moe_intermediate_size": 160, "q_lora_rank": 136}
     path, tensors = write_folder(path, "deepseek_v3", **sizes, quantization_config=quantization_config(), **changes)
-    names = fp8_layout.quantised_names(layout.rows(architecture.read(path)))
+    names = quantised_names(layout.rows(architecture.read(path)))
     stored = quantise_tensors({name: tensor.bfloat16() for name, tensor in tensors.items()}, names)
     save_file(stored, path / "model.safetensors")
     return path, stored, {name: tensor.bfloat16() for name, tensor in values(stored).items()}

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pipeline.model import blocks, fp8, fp8_layout, layout
 from pipeline.model.architecture import FAMILIES, Architecture, Mla, Moe
 from pipeline.model.layout import Row, Source
+from tests.decoding import quantised_names
 
 QWEN3_32B = Architecture(
     FAMILIES["Qwen3ForCausalLM"], 1, 5120, 25600, 64, 8, 128, 151936, 40960, 1e-6, 1e6, None, False, qk_norm=True
@@ -191,7 +192,7 @@ def test_linear_weights_of_layers_are_quantised(model):
     rows = layout.rows(model)
     names = {source.name for row in rows for source in row.sources}
     linear = {name for name in names if re.fullmatch(r"model\.layers\..*_proj(_with_mqa)?\.weight", name)}
-    assert fp8_layout.quantised_names(rows) == linear
+    assert quantised_names(rows) == linear
     assert {n for n in names if "experts" in n} <= linear
 
 

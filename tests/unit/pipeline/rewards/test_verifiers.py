@@ -11,6 +11,7 @@ from pipeline.data.countdown import countdown_task
 from pipeline.rewards.answers import canonical_answer, final_answer, tagged_answer
 from pipeline.rewards.verifier import UnknownVerifierError, check_verifier, make_verifier
 from pipeline.types import Prompt
+from tests.solutions import solutions_of
 
 
 def prompt(answer, verifier, **meta):
@@ -66,7 +67,7 @@ def test_countdown_accepts_the_enumerated_solutions_and_nothing_else():
             for operators in itertools.product("+-*", repeat=2)
         }
         asked = prompt(task.problem(index), "countdown", operators=task.operators)
-        assert {text for text in candidates if verifier.score(asked, text)} == set(task.solutions_of(index))
+        assert {text for text in candidates if verifier.score(asked, text)} == set(solutions_of(task, index))
 
 
 @given(st.text(alphabet="0123456789+-*=,x ", max_size=12))

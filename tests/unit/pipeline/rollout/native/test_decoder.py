@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from pipeline.model.architecture import parse
-from pipeline.rollout.native.decoder import Decoder, token_log_probs
+from pipeline.rollout.native.decoder import Decoder
+from tests.decoding import token_log_probs
 from tests.tiny_folder import hf_config, write_folder
 
 LLAMA3 = {

@@ -16,10 +16,11 @@ from pipeline.model.fp8 import quantise_tensors
 from pipeline.reshard.link import Group
 from pipeline.rollout.engine import EngineError, WeightUpdateError
 from pipeline.rollout.native import engine as native
-from pipeline.rollout.native.decoder import Decoder, token_log_probs
+from pipeline.rollout.native.decoder import Decoder
 from pipeline.rollout.native.engine import NativeEngine
 from pipeline.types import Cuts, GenerateRequest, Prompt, Role, WeightSpan
 from tests import plan_source
+from tests.decoding import token_log_probs
 from tests.plan_source import Source
 from tests.tiny_folder import hf_config, random_tensors, write_folder
 
