@@ -28,8 +28,9 @@ endef
 quickstart: $(VENV)/.ready $(if $(filter sglang,$(ROLLOUT)),$(VENV)/.ready-sglang)
 	$(BIN)/python tools/quickstart.py --rollout $(ROLLOUT)
 
+# tests/conftest.py says in which order the two workers take the files.
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # One test at a time to each of two workers, for those on Slurm mostly wait. A group goes to one worker as a whole, so
 # that what its tests share (servers, a cluster with accounts, a run that others are compared with) starts once.
@@ -38,7 +39,7 @@ test-integration: $(VENV)/.ready-launch
 
 # The newest megatron-core that the learner serves, on its distributed tests; `make test` has the oldest.
 test-mcore19: $(MCORE19)/.ready
-	$(MCORE19)/bin/python -m pytest $(MCORE19_TESTS)
+	$(MCORE19)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(MCORE19_TESTS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .

@@ -81,7 +81,8 @@ def leaf_keys(schema: type = RunConfig) -> dict[str, Key]:
 
 def free_form_key(name: str, schema: type = RunConfig) -> Key | None:
     """The key whose mapping ``name`` is an entry of, if there is one."""
-    return next((key for key in leaf_keys(schema).values() if key.free_form and name.startswith(f"{key.name}.")), None)
+    keys = schema_keys(schema).values()
+    return next((key for key in keys if key.free_form and name.startswith(f"{key.name}.")), None)
 
 
 def _walk(section: Any, prefix: str) -> Iterator[Key]:

@@ -12,7 +12,9 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass, is_dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -250,7 +252,7 @@ def _parse_override(text: str, schema: type) -> Iterator[Assignment]:
 
 def _build(assignments: Sequence[Assignment], schema: type) -> Any:
     """Apply the assignments in order to the schema's defaults."""
-    tree = OmegaConf.structured(schema)
+    tree = deepcopy(_defaults(schema))
     problems = [problem for assignment in assignments if (problem := _apply(tree, assignment, schema)) is not None]
     if problems:
         raise ConfigError.of(problems)
@@ -266,6 +268,12 @@ def _build(assignments: Sequence[Assignment], schema: type) -> Any:
         )
     assert isinstance(config, schema)
     return config
+
+
+@lru_cache
+def _defaults(schema: type) -> DictConfig:
+    """The schema's defaults. Making them takes 45 ms, copying them 6."""
+    return OmegaConf.structured(schema)
 
 
 def _apply(tree: DictConfig, assignment: Assignment, schema: type) -> Problem | None:

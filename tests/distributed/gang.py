@@ -1,12 +1,14 @@
-"""A few spawned processes that run a function on every rank.
+"""A few processes that run a function on every rank.
 
-Importing megatron takes seconds, so they live for the whole session.
+Importing megatron takes seconds, so one process does it for all, the ranks are forked from it, and they live for the
+whole session.
 """
 
 import contextlib
 import gc
 import multiprocessing as mp
 import os
+import signal
 import socket
 import time
 import traceback
@@ -14,15 +16,36 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+MOST_RANKS = 4
 # Of a process, before it is replaced: some process groups outlive their job, and each has threads of gloo's that wake a
 # hundred times a second.
 MOST_THREADS = 300
 
 
-def _serve(pipe: Connection) -> None:
+def _become_ranks(pipes: list[Connection]) -> None:
+    """Import what every rank needs, then fork a rank for each pipe."""
+    os.setpgrp()
     import torch
 
+    import megatron_ext.learner  # noqa: F401
+
     torch.set_num_threads(1)
+    for pipe in pipes:
+        if os.fork() == 0:
+            for other in pipes:
+                if other is not pipe:
+                    other.close()  # so that each ends with its rank alone
+            with contextlib.suppress(EOFError):
+                _serve(pipe)
+            os._exit(0)
+    for pipe in pipes:
+        pipe.close()
+    for _ in pipes:
+        os.wait()
+
+
+def _serve(pipe: Connection) -> None:
+    pipe.send(os.getpid())
     while (job := pipe.recv()) is not None:
         function, rank, world, address, arguments = job
         try:
@@ -39,14 +62,15 @@ class Gang:
 
     def __init__(self, timeout_s: float = 120.0) -> None:
         self._timeout_s = timeout_s
-        self._members: list[tuple[mp.process.BaseProcess, Connection]] = []
+        self._parent: mp.process.BaseProcess | None = None
+        self._members: list[tuple[int, Connection]] = []  # process ids
 
     def run(self, function: Callable[..., Any], world: int, *arguments: Any) -> list[Any]:
         """Results by rank. A rank that raises or hangs fails the test; the processes are then replaced."""
-        if any(len(os.listdir(f"/proc/{process.pid}/task")) > MOST_THREADS for process, _ in self._members):
+        if any(len(os.listdir(f"/proc/{pid}/task")) > MOST_THREADS for pid, _ in self._members):
             self.close()
-        while len(self._members) < world:
-            self._members.append(_start())
+        if not self._members:
+            self._start()
         results, taken = self._run(function, world, arguments)
         return results if not taken else self.run(function, world, *arguments)
 
@@ -71,23 +95,27 @@ class Gang:
             results.append(value)
         return results, False
 
+    def _start(self) -> None:
+        ours, theirs = zip(*(mp.Pipe() for _ in range(MOST_RANKS)), strict=True)
+        self._parent = mp.get_context("spawn").Process(target=_become_ranks, args=(list(theirs),), daemon=True)
+        self._parent.start()
+        for pipe in theirs:
+            pipe.close()
+        self._members = [(pipe.recv(), pipe) for pipe in ours]
+
     def close(self) -> None:
         """End the processes."""
-        for process, pipe in self._members:
+        if self._parent is None:
+            return
+        for _, pipe in self._members:
             with contextlib.suppress(BrokenPipeError):
                 pipe.send(None)
-            process.join(0.5)
-            if process.is_alive():
-                process.kill()
+        self._parent.join(0.5)
+        if self._parent.is_alive():
+            os.killpg(self._parent.pid, signal.SIGKILL)
+        self._parent.join()
+        self._parent = None
         self._members.clear()
-
-
-def _start() -> tuple[mp.process.BaseProcess, Connection]:
-    context = mp.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs,), daemon=True)
-    process.start()
-    return process, ours
 
 
 def _free_port() -> int:
