@@ -2,63 +2,82 @@
 the end.
 
 With ``cp`` ranks a row is cut into ``2 cp`` equal chunks; rank ``r`` has chunks ``r`` and ``2 cp - 1 - r``, which gives
-all ranks the same share of a causal mask. Megatron's rotary embedding and Transformer Engine's attention take rows cut
-so (megatron-core's ``get_batch_on_this_cp_rank``). Without Transformer Engine, :class:`GatheredAttention` is the
-attention.
+all ranks the same share of a causal mask. Packed rows are cut one by one, so that holds of each. Megatron's rotary
+embedding and Transformer Engine's attention take rows cut so (megatron-core's ``get_batch_on_this_cp_rank`` and
+``get_thd_batch_on_this_cp_rank``). Without Transformer Engine, :class:`GatheredAttention` is the attention.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
-from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import tensor_parallel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
-from megatron_ext.topology import Topology
 from pipeline.objectives.loss import PolicyOutputs
 
 
-def shard(rows: torch.Tensor, topology: Topology) -> torch.Tensor:
-    """This rank's two chunks of ``rows`` ``[rows, seq]``, ``seq`` a multiple of ``2 cp``."""
-    if topology.cp_size == 1:
-        return rows
-    chunks = rows.chunk(2 * topology.cp_size, dim=1)
-    return torch.cat([chunks[topology.cp_rank], chunks[-1 - topology.cp_rank]], dim=1)
+def multiple(size: int) -> int:
+    """What a row's length must be a multiple of where ``size`` ranks share it."""
+    return 2 * size if size > 1 else 1
 
 
-def own_targets(mask: torch.Tensor, topology: Topology) -> torch.Tensor:
+def columns(lengths: Iterable[int], rank: int, size: int) -> torch.Tensor | None:
+    """What a rank computes of rows of these lengths (multiples of :func:`multiple`), one after the other: int64
+    ``[sum of lengths / size]`` in the rank's order; None: all.
+
+    As Transformer Engine's ``thd_get_partitioned_indices``, without a GPU.
+    """
+    if size == 1:
+        return None
+    lengths = list(lengths)
+    starts = accumulate(lengths, initial=0)
+    return torch.cat(
+        [start + _positions(length // size, rank, size) for start, length in zip(starts, lengths, strict=False)]
+    )
+
+
+def shard(rows: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor:
+    """This rank's ``own`` :func:`columns` of ``rows`` ``[rows, seq, ...]``."""
+    return rows if own is None else rows.index_select(1, own)
+
+
+def own_targets(mask: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor:
     """This rank's part of ``mask`` (bool ``[rows, seq]``), with at least one target: a rank without any computes one
     for nobody.
     """
-    own = shard(mask, topology)
-    if not own.any():
-        own = own.clone()
-        own[0, 0] = True
-    return own
+    part = shard(mask, own)
+    if not part.any():
+        part = part.clone()
+        part[0, 0] = True
+    return part
 
 
-def gather(outputs: PolicyOutputs, mask: torch.Tensor, topology: Topology) -> PolicyOutputs:
+def gather(
+    outputs: PolicyOutputs, mask: torch.Tensor, own: torch.Tensor | None, group: dist.ProcessGroup
+) -> PolicyOutputs:
     """What all ranks of the group know of the targets of ``mask`` (bool ``[rows, seq]``), from each one's
     :func:`own_targets`.
 
     Differentiable: every rank then computes the same loss of all targets and differentiates it by its own outputs.
     """
-    if topology.cp_size == 1:
+    if own is None:
         return outputs
-    own = own_targets(mask, topology)
-    local = shard(torch.arange(mask.numel(), device=mask.device).view_as(mask), topology)[
-        own
-    ]  # index of each own target
+    place = torch.arange(mask.numel(), device=mask.device).view_as(mask)
+    local = shard(place, own)[own_targets(mask, own)]  # index of each own target
     fields = {name: value for name, value in vars(outputs).items() if value is not None}
     grid = torch.zeros(mask.numel(), len(fields), device=mask.device)
     grid = grid.index_copy(0, local, torch.stack(list(fields.values()), dim=-1))
-    whole = tensor_parallel.reduce_from_tensor_model_parallel_region(grid, group=topology.cp_group)[mask.flatten()]
+    whole = tensor_parallel.reduce_from_tensor_model_parallel_region(grid, group=group)[mask.flatten()]
     return replace(outputs, **dict(zip(fields, whole.unbind(-1), strict=True)))
 
 
@@ -66,7 +85,8 @@ class GatheredAttention(MegatronModule):
     """Causal attention of this rank's queries over the keys and values of the whole row, gathered from the CP group.
 
     For where Transformer Engine, which passes keys and values around in a ring, is not at hand: exact, on any device,
-    with the memory of all keys. Values may be of another width than keys (multi-head latent attention).
+    with the memory of all keys. Values may be of another width than keys (multi-head latent attention). Packed rows are
+    attended to one by one, so that neither a mask nor scores are made outside of them.
     """
 
     def __init__(
@@ -87,33 +107,41 @@ class GatheredAttention(MegatronModule):
         key: torch.Tensor,
         value: torch.Tensor,
         *_: Any,
-        packed_seq_params: Any = None,
+        packed_seq_params: PackedSeqParams | None = None,
         **__: Any,
     ) -> torch.Tensor:
         """``query`` ``[seq / cp, rows, heads, width]``, ``key`` and ``value`` with key-value heads: ``[seq / cp, rows,
-        heads x width]``.
+        heads x width]``. Packed ``[n / cp, heads, width]`` each, and the same out.
         """
-        if packed_seq_params is not None:
-            raise ValueError(
-                "learner.packing with learner.context_parallel_size > 1 needs Transformer Engine: set one of the two "
-                "off"
-            )
-        size, rank = self._group.size(), self._group.rank()
-        positions = [_positions(query.shape[0], index, size, query.device) for index in range(size)]
-        visible = torch.cat(positions)[None, :] <= positions[rank][:, None]
-        gather = partial(tensor_parallel.gather_from_sequence_parallel_region, group=self._group)
+        if packed_seq_params is None:
+            return self._attend(query, self._gathered(key), self._gathered(value)).flatten(2)
+        lengths = (packed_seq_params.cu_seqlens_q.diff() // self._group.size()).tolist()
+        keys, values = (self._gathered(tensor[:, None]).split(lengths, dim=1) for tensor in (key, value))
+        rows = zip(query[:, None].split(lengths), keys, values, strict=True)
+        return torch.cat([self._attend(*row) for row in rows]).squeeze(1)
+
+    def _gathered(self, own: torch.Tensor) -> torch.Tensor:
+        """``[cp, seq / cp, ...]`` of all ranks, from each one's ``[seq / cp, ...]``."""
+        whole = tensor_parallel.gather_from_sequence_parallel_region(own.contiguous(), group=self._group)
+        return whole.unflatten(0, (self._group.size(), -1))
+
+    def _attend(self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        """``query`` ``[seq / cp, rows, heads, width]``; ``keys`` and ``values`` ``[cp, seq / cp, rows, ...]``."""
+        size, length = self._group.size(), len(query)
+        places = torch.stack([_positions(length, rank, size, query.device) for rank in range(size)])
+        visible = places.flatten()[None, :] <= places[self._group.rank()][:, None]
         context = torch.nn.functional.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
-            gather(key.contiguous()).permute(1, 2, 0, 3),
-            gather(value.contiguous()).permute(1, 2, 0, 3),
+            keys.flatten(0, 1).permute(1, 2, 0, 3),
+            values.flatten(0, 1).permute(1, 2, 0, 3),
             attn_mask=visible,
             scale=self.softmax_scale,
-            enable_gqa=query.shape[2] != key.shape[2],
+            enable_gqa=query.shape[2] != keys.shape[3],
         )
-        return context.permute(2, 0, 1, 3).flatten(2)
+        return context.permute(2, 0, 1, 3)
 
 
-def _positions(length: int, rank: int, size: int, device: torch.device) -> torch.Tensor:
+def _positions(length: int, rank: int, size: int, device: torch.device | None = None) -> torch.Tensor:
     """Where in the row the ``length`` tokens of a rank stand."""
     half = torch.arange(length // 2, device=device)
     return torch.cat([half + rank * len(half), half + (2 * size - 1 - rank) * len(half)])

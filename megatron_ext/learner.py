@@ -284,8 +284,8 @@ class MegatronLearner:
 
         def forward(data: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple[torch.Tensor, Any]:
             rows, given = next(data)
-            tokens = context_parallel.shard(given.tokens, self._topology)
-            with self._head.selecting(context_parallel.own_targets(given.targets, self._topology)):
+            tokens = context_parallel.shard(given.tokens, given.own)
+            with self._head.selecting(context_parallel.own_targets(given.targets, given.own)):
                 compute = partial(model, tokens, None, None, packed_seq_params=given.packed)
                 return self._routing.follow(given, compute), partial(finish, rows, given)
 
@@ -308,8 +308,9 @@ class MegatronLearner:
 
     def _micro_batch(self, batch: TrainBatch, first: int, size: int) -> MicroBatch:
         rows = batch.take(torch.arange(first, first + size)) if size else dealing.dummy(batch)
-        device = self._topology.device
-        given = inputs.build(rows, packing=self.dealer.cut.packed, align=self.dealer.cut.align)
+        device, cut = self._topology.device, self.dealer.cut
+        cp = (self._topology.cp_rank, self._topology.cp_size)
+        given = inputs.build(rows, packing=cut.packed, align=cut.align, cp=cp)
         if not size:
             given = replace(given, filled=torch.zeros_like(given.filled))
         return dealing.on_device(rows, device), given.to(device)
@@ -318,12 +319,12 @@ class MegatronLearner:
         self, micro: TrainBatch, given: inputs.ModelInputs, hidden: torch.Tensor, *, moment: bool
     ) -> PolicyOutputs:
         """Per-token quantities of all targets from the ``hidden`` states ``[1, n, hidden size]`` of this rank's."""
-        own = context_parallel.own_targets(given.targets, self._topology)
-        act, targets = micro.actuation, context_parallel.shard(given.labels, self._topology)[own]
+        own = context_parallel.own_targets(given.targets, given.own)
+        act, targets = micro.actuation, context_parallel.shard(given.labels, given.own)[own]
         said = self._head(
             hidden, targets, temperature=tempered_at(act), entropy_grad=entropy_needs_grad(act), moment=moment
         )
-        return context_parallel.gather(PolicyOutputs(*said), given.targets, self._topology)
+        return context_parallel.gather(PolicyOutputs(*said), given.targets, given.own, self._topology.cp_group)
 
     def _named(
         self,
@@ -407,6 +408,7 @@ def _cut(learner: schema.LearnerConfig, align: int) -> dealing.Cut:
         max_tokens=learner.max_tokens_per_micro_batch,
         packed=learner.packing,
         align=align,
+        row_align=context_parallel.multiple(learner.context_parallel_size),
         multiple_of=learner.pipeline_model_parallel_size if interleaved else 1,
     )
 

@@ -56,15 +56,15 @@ class Routing:
         """
         if not self._layers:
             return compute()
-        routes = None if given.routes is None else self._own(given.routes)
-        tokens = self.tokens = _Tokens(self._own(given.filled.to(self._counts.device)), routes)
+        routes = None if given.routes is None else self._own(given.routes, given)
+        tokens = self.tokens = _Tokens(self._own(given.filled.to(self._counts.device), given), routes)
         output = compute()
         self.tokens = None
         return _Output.apply(output, self, tokens)
 
-    def _own(self, grid: torch.Tensor) -> torch.Tensor:
+    def _own(self, grid: torch.Tensor, given: ModelInputs) -> torch.Tensor:
         """Of ``[rows, seq, ...]`` what this rank's routers see, in their order: by place, then row."""
-        own = context_parallel.shard(grid, self._topology).transpose(0, 1)
+        own = context_parallel.shard(grid, given.own).transpose(0, 1)
         if self._sequence_parallel:
             own = own.chunk(self._topology.tp_size)[self._topology.tp_rank]
         return own.flatten(0, 1)

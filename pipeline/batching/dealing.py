@@ -42,15 +42,24 @@ class Cut:
     max_tokens: int = 0  # positions, as below; rounded up to a multiple of ``align``; 0: any number
     packed: bool = False  # rows joined to one sequence; else a grid, padded to its longest row
     align: int = 1  # sequences are padded to a multiple of this
+    row_align: int = 1  # and rows within a packed sequence to one of this, which divides ``align``
     multiple_of: int = 1  # of which the number of micro-batches per rank is one
 
     def positions(self, lengths: Sequence[int]) -> int:
         """Tokens computed for one micro-batch of rows of these lengths, padding included."""
-        return self.aligned(sum(lengths)) if self.packed else len(lengths) * self.aligned(max(lengths, default=0))
+        return (
+            self.aligned(sum(map(self.row, lengths)))
+            if self.packed
+            else len(lengths) * self.aligned(max(lengths, default=0))
+        )
 
     def micro_batches(self, needed: int) -> int:
         """The number of micro-batches of each rank where ``needed`` would do."""
         return -(-needed // self.multiple_of) * self.multiple_of
+
+    def row(self, tokens: int) -> int:
+        """A packed row of so many tokens, and its padding."""
+        return -(-tokens // self.row_align) * self.row_align
 
     def aligned(self, tokens: int) -> int:
         """``tokens`` and the padding behind them."""
@@ -104,6 +113,7 @@ def _pack(lengths: Sequence[int], ranks: int, budget: int, cut: Cut) -> list[lis
     """Packed micro-batches per rank: as many as best fit needs on the rank that needs most, of even work where that
     fits the ``budget``.
     """
+    lengths = list(map(cut.row, lengths))
     shares = partition(lengths, ranks)
     loads = [[lengths[row] for row in own] for own in shares]
     fitted = [best_fit(own, budget) for own in loads]

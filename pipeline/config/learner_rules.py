@@ -82,13 +82,6 @@ def _token_budget(config: RunConfig) -> Iterator[Problem]:
             "micro-batches of so many rows would be packed sequences of any length",
             f"set learner.max_tokens_per_micro_batch to {length} or more, or packing=false",
         )
-    if learner.packing and learner.context_parallel_size > 1:
-        yield Problem(
-            "learner.packing",
-            True,
-            f"context parallelism (learner.context_parallel_size = {learner.context_parallel_size}) cuts grids only",
-            "set packing=false (micro-batches by tokens have little padding), or context_parallel_size=1",
-        )
 
 
 def _sequence_parallel(config: RunConfig) -> Iterator[Problem]:

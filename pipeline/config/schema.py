@@ -225,8 +225,7 @@ class LearnerConfig:
     )
     packing: bool = key(
         False,
-        "join the rows of a micro-batch into one sequence without padding (needs "
-        "max_tokens_per_micro_batch; not under CP)",
+        "join the rows of a micro-batch into one sequence without padding (needs max_tokens_per_micro_batch)",
     )
     updates_per_step: int = key(
         1,

@@ -34,9 +34,9 @@ def traffic(rank, world, address, folder, config):
 
 def train(rank, world, address, folder, tp, pp, batches, config):
     """Log-probs and full gradients of the first batch, then statistics of an update on each and the weights after."""
-    align = config.pop("align", 1)  # what sequence parallelism and FP8 ask for
+    align = config.pop("align", 1)  # what FP8 asks for
     made = learner(rank, world, address, folder, tp, pp, **config)
-    made.dealer = replace(made.dealer, cut=replace(made.dealer.cut, align=align))
+    made.dealer = replace(made.dealer, cut=replace(made.dealer.cut, align=align * made.dealer.cut.align))
     log_probs, grads = made.log_probs(batches[0]), gradients(made, batches[0])
     stats = [made.update(rows, step) for step, rows in enumerate(batches)]
     weights = exported(made)

@@ -81,6 +81,11 @@ CASES = {
     "DP2, by tokens": ("qwen3", 2, 1, 1, TOKENS),
     "DP2, packed": ("qwen3", 2, 1, 1, PACKED),
     "DP2 x PP2, packed": ("qwen3", 4, 1, 2, PACKED),
+    "CP2, packed": ("qwen3", 2, 1, 1, PACKED | {"cp": 2}),
+    "CP2, latent attention, packed, padded further": ("deepseek_v3", 2, 1, 1, PACKED | {"cp": 2, "align": 2}),
+    "CP3, packed": ("llama_tied", 3, 1, 1, PACKED | {"cp": 3}),
+    "CP2 x TP2 x SP, packed": ("qwen3", 4, 2, 1, PACKED | {"cp": 2, "sequence_parallel": True}),
+    "CP2 x PP2 x VPP2, packed": ("llama_tied", 4, 1, 2, PACKED | {"cp": 2, "sizes": {"vpp": 2}}),
 }
 
 
@@ -98,7 +103,9 @@ def test_how_rows_are_cut_changes_nothing(gang, folders, reference, case):
         assert got.entropy.mean == pytest.approx(expected.entropy.mean, rel=1e-6)
         assert got.entropy.count == expected.entropy.count
         assert got.grad_norm == pytest.approx(expected.grad_norm, rel=1e-5)
-        assert (got.metrics["padding_fraction"] == 0) == (config.get("packing", False) and "align" not in config)
+        assert (got.metrics["padding_fraction"] == 0) == (
+            config.get("packing", False) and not {"align", "cp"} & set(config)
+        )
         assert [s.metrics for s in got_stats] == [s.metrics for s in results[-1][2]]
     assert relative(flat(got_weights), flat(weights)) <= 1e-6
 

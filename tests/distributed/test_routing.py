@@ -18,6 +18,7 @@ from pipeline.types import GenerateRequest, Prompt, TrainBatch
 ADAM = {"lr": 1e-2, "weight_decay": 0.1, "eps": 1e-3}
 FULL = {"recompute_granularity": "full"}
 SP = {"sequence_parallel": True}
+PACKED = {"packing": True, "max_tokens_per_micro_batch": 40}
 
 
 def routed(rows: TrainBatch, model: architecture.Architecture, seed: int = 0, *, holes: bool = True) -> TrainBatch:
@@ -71,7 +72,7 @@ LAYOUTS = {
     "EP2": ((2, 1, 1, {"sizes": {"ep": 2}}), "deepseek_v3"),
     "CP2": ((2, 1, 1, {"cp": 2}), "qwen3_moe"),
     "CP2 x TP2 x SP, EP2": ((4, 2, 1, {"cp": 2, "sizes": {"ep": 2, "etp": 1}, **SP}), "deepseek_v3"),
-    "packed, full recompute": ((1, 1, 1, {"packing": True, "max_tokens_per_micro_batch": 40, **FULL}), "qwen3_moe"),
+    "CP2 x EP2, packed, full recompute": ((2, 1, 1, {"cp": 2, "sizes": {"ep": 2}, **PACKED, **FULL}), "qwen3_moe"),
 }
 
 
@@ -149,7 +150,8 @@ BIASED = {"optimizer": ADAM, "moe_router_bias_update_rate": 0.125}
 WATCHED = {
     "DP2 x PP2, full recompute, micro-batches of 1": ((4, 1, 2), {"micro_batch_size": 1, **FULL}),
     "CP2 x TP2 x SP, EP2": ((4, 2, 1), {"cp": 2, "sizes": {"ep": 2, "etp": 1}, **SP}),
-    "packed": ((1, 1, 1), {"packing": True, "max_tokens_per_micro_batch": 40}),
+    "packed": ((1, 1, 1), PACKED),
+    "CP2, packed": ((2, 1, 1), {"cp": 2, **PACKED}),
 }
 
 

@@ -1,45 +1,46 @@
 """Which part of a row a context-parallel rank computes. What all ranks make of it together: tests/distributed."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from megatron_ext import context_parallel
+from megatron_ext.context_parallel import columns
 from pipeline.objectives.loss import PolicyOutputs
-
-
-def rank(index, size):
-    return SimpleNamespace(cp_rank=index, cp_size=size)
 
 
 def test_two_chunks_of_every_row_one_from_each_end():
     rows = torch.arange(16).view(2, 8)
-    assert context_parallel.shard(rows, rank(0, 2)).tolist() == [[0, 1, 6, 7], [8, 9, 14, 15]]
-    assert context_parallel.shard(rows, rank(1, 2)).tolist() == [[2, 3, 4, 5], [10, 11, 12, 13]]
-    assert [context_parallel.shard(rows, rank(i, 4))[0].tolist() for i in range(4)] == [[0, 7], [1, 6], [2, 5], [3, 4]]
+    assert context_parallel.shard(rows, columns([8], 0, 2)).tolist() == [[0, 1, 6, 7], [8, 9, 14, 15]]
+    assert context_parallel.shard(rows, columns([8], 1, 2)).tolist() == [[2, 3, 4, 5], [10, 11, 12, 13]]
+    assert [columns([8], rank, 4).tolist() for rank in range(4)] == [[0, 7], [1, 6], [2, 5], [3, 4]]
+
+
+def test_packed_rows_are_cut_one_by_one():
+    """Rows of 4, 8 and 4; what Transformer Engine's kernel says of them."""
+    assert columns([4, 8, 4], 0, 2).tolist() == [0, 3, 4, 5, 10, 11, 12, 15]
+    assert columns([4, 8, 4], 1, 2).tolist() == [1, 2, 6, 7, 8, 9, 13, 14]
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
-def test_positions_are_those_of_the_parts(size):
-    row = torch.arange(12 * size).view(1, -1)
-    for index in range(size):
-        own = context_parallel._positions(12, index, size, torch.device("cpu"))
-        assert torch.equal(own, context_parallel.shard(row, rank(index, size))[0])
+def test_every_column_is_one_rank_s(size):
+    parts = [columns([2 * size, 6 * size], rank, size) for rank in range(size)]
+    assert torch.cat(parts).sort().values.tolist() == list(range(8 * size))
 
 
 def test_a_rank_without_targets_computes_one():
     mask = torch.tensor([[False, False, True, True]])
-    assert context_parallel.own_targets(mask, rank(0, 2)).tolist() == [[False, True]]
-    assert context_parallel.own_targets(~mask, rank(0, 2)).tolist() == [[True, False]]
+    first, second = columns([4], 0, 2), columns([4], 1, 2)
+    assert context_parallel.own_targets(mask, first).tolist() == [[False, True]]
+    assert context_parallel.own_targets(~mask, first).tolist() == [[True, False]]
     early = torch.tensor([[True, False, False, True]])
-    assert context_parallel.own_targets(early, rank(1, 2)).tolist() == [[True, False]]
+    assert context_parallel.own_targets(early, second).tolist() == [[True, False]]
     assert early.tolist() == [[True, False, False, True]]
 
 
 def test_alone_nothing_is_cut():
     rows, mask = torch.arange(5)[None], torch.tensor([[True, False]])
     outputs = PolicyOutputs(torch.zeros(1), torch.ones(1))
-    assert context_parallel.shard(rows, rank(0, 1)) is rows
-    assert context_parallel.own_targets(mask, rank(0, 1)) is mask
-    assert context_parallel.gather(outputs, mask, rank(0, 1)) is outputs
+    assert columns([5], 0, 1) is None
+    assert context_parallel.shard(rows, None) is rows
+    assert context_parallel.own_targets(mask, None) is mask
+    assert context_parallel.gather(outputs, mask, None, None) is outputs

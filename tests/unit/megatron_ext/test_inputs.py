@@ -57,6 +57,21 @@ def test_packed_padding_is_a_row_of_its_own():
     assert got.filled.tolist() == [[T] * 7 + [F] * 9]
 
 
+def test_packed_rows_that_ranks_share_are_padded_one_by_one():
+    """To chunks of 2 ranks; what is left of the alignment is a row of its own."""
+    got = inputs.build(micro(), packing=True, align=16, cp=(1, 2))
+    assert got.tokens.tolist() == [[11, 12, 0, 0, 21, 22, 23, 24, 31] + 7 * [0]]
+    assert got.filled.tolist() == [[T, T, F, F, T, T, T, T, T] + 7 * [F]]
+    assert (got.tokens[got.targets] + 1).tolist() == [13, 24, 25, 32]
+    ends = got.packed.cu_seqlens_q
+    assert ends.tolist() == [0, 4, 8, 12, 16]
+    assert ends is got.packed.cu_seqlens_q_padded is got.packed.cu_seqlens_kv_padded
+    assert got.own.tolist() == [1, 2, 5, 6, 9, 10, 13, 14]
+    grid = inputs.build(micro(), packing=False, align=4, cp=(0, 2))
+    assert (grid.tokens.shape, grid.own.tolist()) == ((3, 4), [0, 3])
+    assert inputs.build(micro(), packing=False).own is None
+
+
 def test_routes_lie_where_the_tokens_that_they_are_of_lie():
     """Two layers of two experts; 0 on padding."""
     rows = micro()

@@ -20,7 +20,8 @@ def cuts(draw):
         max_rows=draw(st.sampled_from([0, 1, 3, 50])),
         max_tokens=draw(st.sampled_from([0, 100, 130, 1000])),
         packed=draw(st.booleans()),
-        align=draw(st.sampled_from([1, 8])),
+        align=(align := draw(st.sampled_from([1, 8]))),
+        row_align=draw(st.sampled_from([1, align // 2 or 1])),
         multiple_of=draw(st.integers(1, 3)),
     )
 
@@ -30,6 +31,8 @@ def positions(lengths, rows, cut):
     if not rows:
         return 0
     widths = [lengths[row] for row in rows]
+    if cut.packed:
+        widths = [math.ceil(width / cut.row_align) * cut.row_align for width in widths]
     return (
         math.ceil((sum(widths) if cut.packed else max(widths)) / cut.align)
         * cut.align
@@ -64,7 +67,8 @@ def test_work_is_balanced_over_ranks(lengths, ranks, cut):
     cut = replace(cut, max_rows=0 if cut.packed else cut.max_rows)
     dealt = dealing.micro_batches(lengths, ranks, cut)
     if cut.packed:
-        work, largest = [sum(lengths[row] for rows in own for row in rows) for own in dealt], max(lengths)
+        padded = [math.ceil(length / cut.row_align) * cut.row_align for length in lengths]
+        work, largest = [sum(padded[row] for rows in own for row in rows) for own in dealt], max(padded)
     else:
         grids = [[positions(lengths, rows, cut) for rows in own] for own in dealt]
         work, largest = list(map(sum, grids)), max(map(max, grids))

@@ -128,11 +128,6 @@ BROKEN = {
         "max_prompt_tokens 1024 + max_new_tokens 1024 = 2048 tokens",
     ),
     "packing without a budget": (["learner.packing=true"], "learner.packing", "packed sequences of any length"),
-    "packing under CP": (
-        ["learner.packing=true", "learner.max_tokens_per_micro_batch=2048", "learner.context_parallel_size=2"],
-        "learner.packing",
-        "learner.context_parallel_size = 2",
-    ),
     "KV cache": (
         ["rollout.engine=sglang", "rollout.sglang.max_total_tokens=2047"],
         "rollout.sglang.max_total_tokens",
