@@ -9,7 +9,7 @@ from pipeline.config.load import load_config
 from tests import command_line
 
 GIB = 2**30
-RECIPES = {"qwen3-32b": 32, "qwen2.5-32b": 32, "qwen3-30b-a3b": 16, "qwen3-235b-a22b": 128}
+RECIPES = {"qwen3-32b": 32, "qwen3-32b-32k": 32, "qwen2.5-32b": 32, "qwen3-30b-a3b": 16, "qwen3-235b-a22b": 128}
 
 
 def call(capsys, *words):

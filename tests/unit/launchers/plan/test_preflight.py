@@ -55,7 +55,7 @@ def test_every_node_is_told_its_part(tmp_path):
 
 
 ROUTED = ["rollout.samples_per_prompt=16", "rollout.max_prompt_tokens=1000", "rollout.max_new_tokens=8192"]
-SHIPPED = ["qwen2.5-32b", "qwen3-32b", "qwen3-235b-a22b", "qwen3-30b-a3b", "papers/qwen2.5-32b"]
+SHIPPED = ["qwen2.5-32b", "qwen3-32b", "qwen3-32b-32k", "qwen3-235b-a22b", "qwen3-30b-a3b", "papers/qwen2.5-32b"]
 
 
 @pytest.mark.parametrize("cluster", ["plain", "pyxis"])
