@@ -97,8 +97,10 @@ def packed_rows(lengths: list[int], device: torch.device | None = None) -> Packe
 
 
 def _ends(ends: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Where rows end, of queries and keys, with padding and without: a row's padding counts as its own, and
-    no token of the row sees it. Transformer Engine asks for both under context parallelism, and finds by their identity that there
-    is nothing between rows (2.20, ``dot_product_attention.py``), which its flash attention needs.
+    """Where rows end, of queries and keys, with padding and without: a row's padding counts as its own, and no token of
+    the row sees it.
+
+    Transformer Engine asks for both under context parallelism, and finds by their identity that there is nothing
+    between rows (2.20, ``dot_product_attention.py``), which its flash attention needs.
     """
     return dict.fromkeys(("cu_seqlens_q", "cu_seqlens_kv", "cu_seqlens_q_padded", "cu_seqlens_kv_padded"), ends)
