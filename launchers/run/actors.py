@@ -324,12 +324,16 @@ class RayEngine(RolloutEngine):
         self._call("start", hf_path)
 
     def stream(self, requests: Sequence[GenerateRequest]) -> Iterator[Finished]:
-        """See ``pipeline.rollout.engine.RolloutEngine``. One call for each of its items; the first has the requests."""
+        """See ``pipeline.rollout.engine.RolloutEngine``. One call for each of its items; the first has the requests.
+
+        The engine goes on with the next while the caller uses one.
+        """
         name, left = uuid4().hex, len(requests)
-        asked = requests
+        reply = self.actor.draw.remote(name, requests) if left else None
         while left:
-            finished = answer(self.actor.draw.remote(name, asked), self.name)
-            left, asked = left - len(finished), []
+            finished = answer(reply, self.name)
+            left -= len(finished)
+            reply = self.actor.draw.remote(name, []) if left else None
             yield finished
 
     def release(self) -> None:

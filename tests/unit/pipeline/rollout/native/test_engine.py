@@ -2,10 +2,14 @@ import json
 import math
 import threading
 from dataclasses import replace
+from itertools import pairwise
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from pipeline.config.load import PACKAGED
@@ -214,20 +218,68 @@ def test_abort_returns_what_there_is(engine, monkeypatch):
     assert {len(s.token_ids) for s in aborted} == {6}
     assert groups[1].samples[0].finish_reason in ("stop", "length")
     monkeypatch.undo()
+    monkeypatch.setattr(engine, "_max_batch_rows", 4)
+    monkeypatch.setattr(Decoder, "step", lambda *args: engine.abort() or original(*args))
+    (waiting,) = engine.generate([request([5, 6], range(20), new=400)])
+    assert [len(sample.token_ids) for sample in waiting.samples[4:]] == [0] * 16
+    assert all(sample.held for sample in waiting.samples[4:])
+    monkeypatch.undo()
     assert engine.generate([request([5, 6], [1], new=20)])[0].samples[0].finish_reason != "abort"
 
 
-def test_memory_bound_splits_batches(engine, monkeypatch):
+def seen_by(monkeypatch):
+    """Bytes of the cache of every step, and its lines."""
+    seen, original = [], Decoder.step
+
+    def step(self, tokens, positions, cache, *rest):
+        seen.append((sum(part.nbytes for layer in cache for part in layer), len(tokens)))
+        return original(self, tokens, positions, cache, *rest)
+
+    monkeypatch.setattr(Decoder, "step", step)
+    return seen
+
+
+def test_rows_that_wait_take_the_place_of_finished_ones_within_the_memory_bound(engine, monkeypatch):
     whole = engine.generate(mixed_requests())
-    sizes = []
-    original = native._prefill
-    monkeypatch.setattr(native, "_prefill", lambda d, p, *rest: sizes.append(len(p)) or original(d, p, *rest))
-    monkeypatch.setattr(native, "_CACHE_BYTES", 4 * 2 * 4 * 2 * 2 * 16 * 37)  # four rows of 7 + 30 columns
+    bound = 6 * 2 * 4 * 2 * 2 * 16 * 37  # six rows of 7 + 30 columns
+    monkeypatch.setattr(native, "_CACHE_BYTES", bound)
+    seen = seen_by(monkeypatch)
     parts = engine.generate(mixed_requests())
-    assert sizes == [4, 4, 4, 4, 1]
+    assert max(size for size, _ in seen) <= bound
+    lines = [count for _, count in seen]
+    assert any(1 < before < after for before, after in pairwise(lines)), "some joined others"
     assert [[s.token_ids.tolist() for s in g.samples] for g in parts] == [
         [s.token_ids.tolist() for s in g.samples] for g in whole
     ]
+
+
+@given(
+    data=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 12), st.integers(1, 5)), min_size=1, max_size=6),
+    most=st.integers(1, 7),
+)
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_rows_in_any_room_are_drawn_as_alone(engine, data, most):
+    """Prompts of some length, limits, and how many answers of each."""
+    asked = [request(range(5, 5 + n), range(100 * i, 100 * i + k), 1.2, new) for i, (n, new, k) in enumerate(data)]
+    with mock.patch.object(engine, "_max_batch_rows", most):
+        together = engine.generate(asked)
+    for group, each in zip(together, asked, strict=True):
+        (alone,) = engine.generate([each])
+        for sample, twin in zip(group.samples, alone.samples, strict=True):
+            assert sample.token_ids.tolist() == twin.token_ids.tolist()
+            assert sample.finish_reason == twin.finish_reason
+            np.testing.assert_allclose(sample.log_probs, twin.log_probs, atol=2e-5)
+
+
+def test_a_long_answer_holds_up_neither_the_others_nor_those_that_wait(folder, monkeypatch):
+    engine = NativeEngine(eos_token_ids=(), max_batch_rows=4)
+    engine.start(folder)
+    seen = seen_by(monkeypatch)
+    asked = [request([5, 6], [1], new=60), *(request([7, i], [2], new=5) for i in range(10, 22))]
+    came = {number: len(seen) for some in engine.stream(asked) for number, _ in some}
+    assert sorted(came, key=came.get)[-1] == 0
+    assert came[12] < 30, "the last of those that waited"
+    assert len(seen) == 59, "all others beside the long one"
 
 
 def test_update_serves_the_new_weights(engine, sync, tmp_path):
