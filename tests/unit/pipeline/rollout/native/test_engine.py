@@ -357,7 +357,7 @@ def test_a_sender_that_does_not_come_is_named(engine, source):
     sync = source.sync(engine, 0.3)
     with pytest.raises(WeightUpdateError, match=r"learner rank 0 did not come within 0\.3 s"):
         engine.receive(begun(sync))
-    refuses_until_a_whole_update_commits(engine, sync)
+    refuses_until_a_whole_update_commits(engine, source.sync(engine, 20.0))
 
 
 def test_another_version_is_refused(engine, sync):
