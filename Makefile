@@ -9,9 +9,9 @@ export OMP_NUM_THREADS ?= 1
 export HF_HUB_OFFLINE ?= 1
 
 MCORE19_TESTS ?= tests/distributed
-# `make test` has neither the libraries of the sinks nor the OpenAI client.
+# `make test` has neither the libraries of the sinks nor the OpenAI client nor libraries of environments.
 EXTRA_TESTS := tests/unit/pipeline/monitoring/test_sinks.py tests/unit/pipeline/monitoring/test_deliver.py \
-  tests/unit/pipeline/rollout/test_own_environment.py
+  tests/unit/pipeline/rollout/test_own_environment.py tests/unit/pipeline/rollout/test_library_environments.py
 
 # SGLang's torchvision is a build for CUDA; with these two in the environment it can be imported.
 MEND := requirements/torchvision_without_cuda.py requirements/torchvision_without_cuda.pth
@@ -22,6 +22,8 @@ define beside
 	test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
 	echo "import site; site.addsitedir('$$($(BIN)/python $(PURELIB))')" > "$$($(1)/bin/python $(PURELIB))/beside.pth"
 endef
+
+LAUNCH := $(addprefix requirements/,launch.txt monitor.txt browser.txt environments.txt)
 
 .PHONY: quickstart test test-integration test-mcore19 lint docs bench bridge-env clean
 
@@ -91,7 +93,6 @@ $(VENV)/.ready-docs: $(VENV)/.ready requirements/docs.txt
 	$(BIN)/python -m pip install -q --no-deps -r requirements/docs.txt
 	touch $@
 
-$(VENV)/.ready-launch: $(VENV)/.ready-sglang requirements/launch.txt requirements/monitor.txt requirements/browser.txt
-	$(BIN)/python -m pip install -q --no-deps \
-	  -r requirements/launch.txt -r requirements/monitor.txt -r requirements/browser.txt
+$(VENV)/.ready-launch: $(VENV)/.ready-sglang $(LAUNCH)
+	$(BIN)/python -m pip install -q --no-deps $(LAUNCH:%=-r %)
 	touch $@

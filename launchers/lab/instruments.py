@@ -52,7 +52,8 @@ def probe(
         state = folder / "state"
         state.mkdir()
         sync = assemble.weight_sync(config, inputs, learner, engine)
-        parts = Probe(learner, engine, sync, verifier, prompts.train, config, state)
+        generate = assemble.generator(config, tokenizer, engine, stack)
+        parts = Probe(learner, generate, sync, verifier, prompts.train, config, state)
         return parts.run(temperatures, repeats, prompts_per_update, said)
 
 

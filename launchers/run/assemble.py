@@ -387,7 +387,14 @@ def build_engine(config: RunConfig, index: int, log_dir: Path) -> RolloutEngine:
     if config.rollout.engine == "sglang":
         from pipeline.rollout.sglang.engine import SglangEngine
 
-        return SglangEngine(config.rollout, index=index, log_dir=log_dir, seed=config.seed, record_routes=record_routes)
+        return SglangEngine(
+            config.rollout,
+            index=index,
+            log_dir=log_dir,
+            seed=config.seed,
+            record_routes=record_routes,
+            longest=config.longest_row,
+        )
     from pipeline.rollout.native.engine import NativeEngine
 
     rollout = config.rollout

@@ -11,15 +11,19 @@ from typing import Any
 
 import yaml
 
-from launchers.run.assemble import hf_path, serve
+from launchers.run.assemble import generator, hf_path, serve
+from pipeline.config.errors import ConfigError
 from pipeline.config.load import PACKAGED
 from pipeline.config.schema import RunConfig
 from pipeline.data import DataError
+from pipeline.data.questions import Question
 from pipeline.data.sources import to_prompt
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.evaluation.benchmark_run import DECODINGS, Settings, answer, figures, read_answers
 from pipeline.evaluation.benchmarks import load_questions
 from pipeline.rewards.stage import VerifierStage
+from pipeline.rewards.verifier import inline
+from pipeline.rollout.environment import environment_problems
 from pipeline.types import Prompt
 
 PASS_KS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -55,14 +59,18 @@ def answer_benchmarks(
 ) -> None:
     """Answer what is missing under ``out``; ``progress(name, done, all)`` is told after every batch.
 
-    All questions are read before an engine starts. Raises ``DataError`` and what ``serve`` raises.
+    Each answer is an episode where the configuration has an environment. All questions are read before an engine
+    starts. Raises ``ConfigError``, ``DataError`` and what ``serve`` raises.
     """
+    if problems := list(environment_problems(config)):
+        raise ConfigError.of(problems)
     temperature, top_p, default = DECODINGS[decoding]
     tokenizer = load_tokenizer(hf_path(config))
     plain = replace(config.data, examples=[], system_prompt="", verifier="auto")  # those belong to the training task
     prompts: dict[str, list[Prompt]] = {}
     for name in names:
         questions = load_questions(name, data)[shard.index :: shard.count]
+        _check_judge(name, questions, config)
         prompts[name] = [to_prompt(question, plain, tokenizer) for question in questions]
         _check_lengths(name, prompts[name], config.rollout.max_prompt_tokens)
     with ExitStack() as stack:
@@ -77,12 +85,14 @@ def answer_benchmarks(
             samples=samples or default,
             max_new_tokens=config.rollout.max_new_tokens,
             seed=config.seed,
+            environment=f"{config.data.environment.name} {config.data.environment.id}".rstrip(),
         )
+        generate = generator(replace(config, data=plain), tokenizer, engine, stack)
         for name, asked in prompts.items():
             file = out / name / f"responses-{shard.index}-of-{shard.count}.jsonl"
             count = len(asked)
             told = partial(_told, progress, name, count)
-            answer(asked, settings, file, engine.generate, verifier, plain, told)
+            answer(asked, settings, file, generate, verifier, plain, told)
 
 
 def _told(progress: Callable[[str, int, int], None], name: str, of: int, done: int) -> None:
@@ -95,6 +105,16 @@ def _check_lengths(name: str, prompts: Sequence[Prompt], limit: int) -> None:
         raise DataError(
             f"{name}: its longest question has {longest} tokens, rollout.max_prompt_tokens is {limit}: "
             f"raise it to {longest}; no question of a benchmark may be left out"
+        )
+
+
+def _check_judge(name: str, questions: Sequence[Question], config: RunConfig) -> None:
+    """Raise ``DataError`` where the tools would have to judge what takes a process of its own."""
+    apart = sorted({question.verifier for question in questions if not inline(question.verifier)})
+    if apart and config.data.environment.name == "tools":
+        raise DataError(
+            f"{name}: its grader {', '.join(apart)} cannot judge within an episode (data.environment.name=tools): "
+            "set data.environment.name=single, or use an environment of your own"
         )
 
 

@@ -374,7 +374,12 @@ class SourceConfig:
     kind: str = key(
         "countdown",
         "where prompts come from",
-        choices={"countdown": "built in", "reasoning_gym": "", "jsonl": "a file"},
+        choices={
+            "countdown": "built in",
+            "reasoning_gym": "",
+            "jsonl": "a file",
+            "environment": "the problems that a verifiers or openenv environment brings",
+        },
     )
     task: str = key(
         "pm4", "countdown: pm<n> (+,-) or cd<n> (+,-,*) with 2 to 5 digits; reasoning_gym: dataset name, e.g. chain_sum"
@@ -382,9 +387,11 @@ class SourceConfig:
     path: str = key(
         "", "jsonl: file with one object a line: id, prompt or messages, answer, verifier, meta", path="read"
     )
-    size: int = key(1000, "reasoning_gym: items to generate", range=COUNT, unit="prompts")
+    size: int = key(1000, "reasoning_gym: items to generate; openenv: seeds of its resets", range=COUNT, unit="prompts")
     seed: int = key(
-        0, "reasoning_gym: seed of the items; not the run's, so that every run is asked the same", range=SEED
+        0,
+        "reasoning_gym: seed of the items, openenv: the first seed; not the run's, so that every run is asked the same",
+        range=SEED,
     )
     params: dict[str, Any] = key({}, "reasoning_gym: dataset parameters, e.g. {min_terms: 2, max_terms: 3}")
 
@@ -394,8 +401,14 @@ class EnvironmentConfig:
     """What the model's answers meet: nothing, or an environment with tools and several turns; docs/environments.md."""
 
     name: str = key("single", "the environment; single: one answer to a prompt, no environment", choices=ENVIRONMENTS)
-    id: str = key("", "function: your own, as module:function")
-    params: dict[str, Any] = key({}, "tools: reply, the text that follows a wrong answer of a model without a template")
+    id: str = key(
+        "", "function: your own, as module:function; verifiers: the environment's name; openenv: its server's address"
+    )
+    params: dict[str, Any] = key(
+        {},
+        "tools: reply, the text that follows a wrong answer of a model without a template; verifiers: arguments of its "
+        "load_environment; openenv: answer and observation, fields of its actions (message) and observations (all)",
+    )
     max_turns: int = key(8, "answers of the model in an episode, at most", range=COUNT, unit="turns")
     max_tokens: int = key(
         0,

@@ -11,6 +11,7 @@ from pathlib import Path
 from pipeline.config.schema import DataConfig, RunConfig
 from pipeline.data import DataError
 from pipeline.data.countdown import countdown_task
+from pipeline.data.environment_rows import environment_questions
 from pipeline.data.gym import generate_questions
 from pipeline.data.jsonl import Fault, examine_jsonl, read_jsonl
 from pipeline.data.questions import Question
@@ -118,7 +119,9 @@ def read_questions(config: DataConfig) -> Sequence[Question]:
         return generate_questions(source.task, source.size, source.params, source.seed)
     if source.kind == "jsonl":
         return read_jsonl(source.path, config)
-    raise DataError(f"data.source.kind={source.kind!r} must be countdown, reasoning_gym or jsonl")
+    if source.kind == "environment":
+        return environment_questions(config)
+    raise DataError(f"data.source.kind={source.kind!r} must be countdown, reasoning_gym, jsonl or environment")
 
 
 def _countdown_questions(name: str, share: float) -> list[Question]:

@@ -42,6 +42,7 @@ class Settings:
     samples: int  # per question
     max_new_tokens: int
     seed: int
+    environment: str  # that the answers met
 
 
 Generate = Callable[[Sequence[GenerateRequest]], Sequence[SampleGroup]]

@@ -21,7 +21,6 @@ import torch
 from pipeline.config.schema import RunConfig
 from pipeline.learner import Learner
 from pipeline.rewards.stage import VerifierStage
-from pipeline.rollout.engine import RolloutEngine
 from pipeline.rollout.weight_sync import WeightSync
 from pipeline.seeds import sample_seed
 from pipeline.step.batch import build_batch, usable
@@ -99,8 +98,8 @@ class Probe:
 
     Args:
         learner: loaded; its state is saved to ``state_dir`` (an empty folder that all its ranks see) now.
-        engine: started.
-        sync: moves the weights from one to the other.
+        generate: answers requests as a step of the run does: with episodes where it has an environment.
+        sync: moves the weights from the learner to the engines behind ``generate``.
         prompts: to draw from, at least ``MEASURING_PROMPTS`` are used if there are so many.
         config: as ``probe_config`` made it.
     """
@@ -108,14 +107,14 @@ class Probe:
     def __init__(
         self,
         learner: Learner,
-        engine: RolloutEngine,
+        generate: Callable[[Sequence[GenerateRequest]], Sequence[SampleGroup]],
         sync: WeightSync,
         verifier: VerifierStage,
         prompts: Sequence[Prompt],
         config: RunConfig,
         state_dir: Path,
     ) -> None:
-        self._learner, self._engine, self._sync, self._verifier = learner, engine, sync, verifier
+        self._learner, self._generated, self._sync, self._verifier = learner, generate, sync, verifier
         self._prompts, self._config = prompts, config
         self._state = state_dir
         self._version = 0
@@ -165,9 +164,9 @@ class Probe:
 
     def _generate(
         self, prompts: Sequence[Prompt], samples: int, temperature: float, repeat: int, role: Role
-    ) -> list[SampleGroup]:
+    ) -> Sequence[SampleGroup]:
         limit, seed = self._config.rollout.max_new_tokens, self._config.seed
-        return self._engine.generate(
+        return self._generated(
             [
                 GenerateRequest(
                     prompt,

@@ -10,10 +10,10 @@ import difflib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any, cast
 
 from pipeline.data import DataError
@@ -23,13 +23,16 @@ class UnknownFunctionError(DataError):
     """There is no such function, or it cannot be called as it must be; the message says what to change."""
 
 
-def own_function(name: str, folder: str, who: str, arguments: Sequence[str]) -> Callable[..., Any]:
+def own_function(
+    name: str, folder: str, who: str, arguments: Sequence[str], named: Mapping[str, Any] = MappingProxyType({})
+) -> Callable[..., Any]:
     """The function ``name`` (``module:attribute``), its module imported.
 
     Args:
         folder: where its module is looked for first (``data.verifier_folder``); "" for none.
         who: what the function is to the run, for messages, e.g. "verifier 'reward:score'".
         arguments: what it is called with.
+        named: what it is called with by name.
 
     Raises:
         UnknownFunctionError: there is none.
@@ -59,10 +62,11 @@ def own_function(name: str, folder: str, who: str, arguments: Sequence[str]) -> 
     if not callable(function):
         raise UnknownFunctionError(f"{who}: {attribute!r} is no function but {type(function).__name__}")
     try:
-        inspect.signature(function).bind(*arguments)
+        inspect.signature(function).bind(*arguments, **named)
     except TypeError as error:
         raise UnknownFunctionError(
-            f"{who}: it takes {inspect.signature(function)}, and is called with ({', '.join(arguments)}): {error}"
+            f"{who}: it takes {inspect.signature(function)}, and is called with "
+            f"({', '.join([*arguments, *named])}): {error}"
         ) from error
     except ValueError:  # a function of C that does not tell its arguments
         pass

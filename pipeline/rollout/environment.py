@@ -3,7 +3,10 @@
 A module of ``environments`` has
 
 - ``problems(config)``: why a run with it could not start, as ``Problem``;
-- ``APART``: whether it runs a user's code, hence in processes of its own;
+- ``APART``: whether it runs a user's code, hence in processes of its own; then also ``load(data)``, which a process
+  calls once, outside any time limit;
+- where it needs a library: ``NEEDS``, from packages to the extras that have them, and ``PRELOADED``, the modules that
+  its processes are forked with;
 - ``async run(...) -> reward``: plays one episode. With ``APART`` it is called with ``(client, prompt, data)``, where
   ``client`` is an ``openai.AsyncOpenAI`` of the episode; else with ``(recording, prompt, data)``.
 

@@ -106,8 +106,8 @@ class Episodes:
     ) -> None:
         try:
             prompt = to_play(request.prompt, self._config.data)
-            played = (self._play(replace(request, prompt=prompt, seeds=(seed,)), ended) for seed in request.seeds)
-            samples = tuple(await asyncio.gather(*played))
+            alone = [replace(each, prompt=prompt) for each in _apart_by_sample(request)]
+            samples = tuple(await asyncio.gather(*(self._play(each, ended) for each in alone)))
         except BaseException as error:  # noqa: BLE001  raised where the group is waited for
             arrived.put(error)
         else:
@@ -136,6 +136,8 @@ class Episodes:
             temperature=request.temperature,
             limits=self._limits,
             role=request.role,
+            top_p=request.top_p,
+            cuts=request.cuts,
         )
         if self._apart is None:
             playing: Awaitable[Any] = self._environment.run(recording, request.prompt, self._config.data)
@@ -150,6 +152,15 @@ class Episodes:
     def _stop_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
+
+
+def _apart_by_sample(request: GenerateRequest) -> Iterator[GenerateRequest]:
+    """A request for each sample; the last ones of a group are those that are cut."""
+    for number, seed in enumerate(request.seeds, start=1):
+        cuts = request.cuts
+        if cuts is not None:
+            cuts = replace(cuts, samples=1) if number > len(request.seeds) - cuts.samples else None
+        yield replace(request, seeds=(seed,), cuts=cuts)
 
 
 @dataclass(frozen=True)
@@ -232,7 +243,8 @@ class _Apart:
         self._url = self._endpoint.start()
         # Forked from a server that has the client's library loaded and nothing of the driver (no CUDA, no threads).
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(list(episode_worker.PRELOADED))
+        own = getattr(environment_of(data), "PRELOADED", ())
+        context.set_forkserver_preload([*episode_worker.PRELOADED, *own])
         workers = data.environment.concurrency
         self._start = partial(ProcessPool, workers, initializer=episode_worker.begin, initargs=(data,), context=context)
         self._pool = self._start()

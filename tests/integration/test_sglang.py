@@ -18,7 +18,6 @@ import torch
 if importlib.util.find_spec("sglang") is None:
     pytest.skip("needs the sglang extra", allow_module_level=True)
 
-from pipeline.config.schema import RolloutConfig
 from pipeline.rollout.engine import EngineError, WeightUpdateError
 from pipeline.rollout.native.engine import NativeEngine
 from pipeline.rollout.parts import joined, remainder
@@ -113,10 +112,9 @@ def test_a_short_group_does_not_wait_for_a_long_one(engines):
 
 def test_in_flight_goes_by_the_servers_figures(engines):
     info = engines["llama"]._running.get("/server_info")
-    config = RolloutConfig(max_prompt_tokens=64, max_new_tokens=448)
-    assert in_flight(info | {"max_total_num_tokens": 5120, "internal_states": []}, config) == 80
+    assert in_flight(info | {"max_total_num_tokens": 5120, "internal_states": []}, 512) == 80
     state = {"effective_max_running_requests_per_dp": 16}
-    assert in_flight(info | {"internal_states": [state]}, config) == 32
+    assert in_flight(info | {"internal_states": [state]}, 512) == 32
     assert info["internal_states"][0]["effective_max_running_requests_per_dp"] > 0
 
 

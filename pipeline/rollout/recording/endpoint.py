@@ -97,10 +97,9 @@ class Endpoint:
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         recording, body = await self._asked(request)
-        tools = body.get("tools") or ()
-        if not isinstance(tools, list | tuple) or not all(isinstance(tool, dict) for tool in tools):
-            raise RequestError("tools must be a list of objects")
-        completion = await recording.chat(body.get("messages"), tools, calls=body.get("tool_choice") != "none")
+        completion = await recording.chat(
+            body.get("messages"), body.get("tools"), calls=body.get("tool_choice") != "none"
+        )
         return await self._send(request, recording, body, completion, chat=True)
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:

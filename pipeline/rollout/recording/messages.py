@@ -33,6 +33,31 @@ def read_messages(messages: Any) -> tuple[Message, ...]:
     return tuple(_message(message, f"messages[{number}]") for number, message in enumerate(messages))
 
 
+def read_tools(tools: Any) -> tuple[Mapping[str, Any], ...]:
+    """The tools of a request, each a function with a name and an object of parameters.
+
+    Raises ``RequestError`` naming the first that is none: a chat template would write something all the same.
+    """
+    if tools is None:
+        return ()
+    if not isinstance(tools, Sequence) or isinstance(tools, str):
+        raise RequestError("tools must be a list of objects")
+    for number, tool in enumerate(tools):
+        where = f"tools[{number}]"
+        if not isinstance(tool, Mapping) or tool.get("type") != "function":
+            raise RequestError(f'{where} must be {{"type": "function", "function": {{...}}}}')
+        function = tool.get("function")
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise RequestError(f"{where}.function must be an object with a name")
+        schema = function.get("parameters", {"type": "object"})
+        properties = schema.get("properties", {}) if isinstance(schema, Mapping) else None
+        if not isinstance(properties, Mapping) or schema.get("type", "object") != "object":
+            raise RequestError(
+                f"{where}.function.parameters of {function['name']} must be a JSON schema of type object"
+            )
+    return tuple(tools)
+
+
 def identity(message: Message) -> tuple[str, ...]:
     """What makes two messages the same.
 

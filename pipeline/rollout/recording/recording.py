@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from pipeline.data.tokenizer import Message
-from pipeline.rollout.recording.messages import RequestError, identity, read_messages
+from pipeline.rollout.recording.messages import RequestError, identity, read_messages, read_tools
 from pipeline.rollout.recording.template import ConversationTemplate
 from pipeline.rollout.recording.tool_calls import ToolCall, reader_of
 from pipeline.seeds import turn_seed
-from pipeline.types import GenerateRequest, Prompt, Role, Sample, Turn, WeightSpan
+from pipeline.types import Cuts, GenerateRequest, Prompt, Role, Sample, Turn, WeightSpan
 
 # A request's size in bytes: what any may have, and more for each token of a conversation. Most tokens are of 4 bytes.
 _REQUEST_BYTES, _BYTES_PER_TOKEN = 1 << 16, 64
@@ -87,7 +87,7 @@ class Recording:
         template: of the model.
         draw: asks an engine.
         seed: of the sample; each answer is drawn under ``pipeline.seeds.turn_seed`` of it.
-        temperature: of every answer.
+        temperature, top_p, cuts: of every answer, see ``GenerateRequest``.
     """
 
     def __init__(
@@ -100,15 +100,18 @@ class Recording:
         temperature: float,
         limits: Limits,
         role: Role = Role.MAIN,
+        top_p: float = 1.0,
+        cuts: Cuts | None = None,
     ) -> None:
         self.prompt, self.seed, self.temperature, self.role, self.limits = prompt, seed, temperature, role, limits
+        self._top_p, self._cuts = top_p, cuts
         self.ended = ""  # "turn_limit" or "token_limit" once that limit was met
         self._template, self._draw = template, draw
         self._said: list[_Said] = []  # in the order of the draws
         self._calls = 0
         self._one_at_a_time = asyncio.Lock()
 
-    async def chat(self, messages: Any, tools: Sequence[Mapping[str, Any]] = (), *, calls: bool = True) -> Completion:
+    async def chat(self, messages: Any, tools: Any = None, *, calls: bool = True) -> Completion:
         """The model's answer to ``messages``, in OpenAI's form; ``tools`` likewise.
 
         ``calls``: whether calls of tools are looked for in the answer; the model sees the tools either way.
@@ -116,7 +119,7 @@ class Recording:
         Raises ``RequestError`` where they cannot be read, rendered or answered, ``DataError`` where the model cannot be
         given tools, and what ``draw`` raises.
         """
-        read = read_messages(messages)
+        read, tools = read_messages(messages), read_tools(tools)
         reader = reader_of(self._template) if tools else None
         kind, key = f"chat {json.dumps(list(tools), sort_keys=True)}", tuple(map(identity, read))
         async with self._one_at_a_time:
@@ -190,8 +193,8 @@ class Recording:
         if count > most:
             self.ended = "token_limit"
             raise RequestError(
-                f"a request of {count} bytes cannot fit the {self.limits.max_tokens} tokens of a conversation: send at "
-                f"most {most}",
+                f"this model's maximum context length is {self.limits.max_tokens} tokens, and a request of "
+                f"{count} bytes cannot fit: send at most {most}",
                 "context_length_exceeded",
             )
 
@@ -246,15 +249,18 @@ class Recording:
         if room < 1:
             self.ended = "token_limit"
             raise RequestError(
-                f"the conversation has {len(ids)} tokens, and may have {self.limits.max_tokens} with the answer",
+                # The first words are those that agent frameworks look for.
+                f"this model's maximum context length is {self.limits.max_tokens} tokens with the answer; the "
+                f"conversation has {len(ids)}",
                 "context_length_exceeded",
             )
         if not ids:
             raise RequestError("the conversation has no tokens")
         limit = min(room, self.limits.max_new_tokens)
         asked = replace(self.prompt, token_ids=ids)
+        seeds = (turn_seed(self.seed, turn),)
         drawn = await self._draw(
-            GenerateRequest(asked, (turn_seed(self.seed, turn),), self.temperature, limit, self.role)
+            GenerateRequest(asked, seeds, self.temperature, limit, self.role, self._top_p, self._cuts)
         )
         if drawn.finish_reason == "abort" or not len(drawn.token_ids):
             raise RequestError("the run ended the draw", "aborted", 503)

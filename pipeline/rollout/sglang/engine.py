@@ -58,16 +58,25 @@ class SglangEngine(RolloutEngine):
     """
 
     def __init__(
-        self, config: RolloutConfig, *, index: int, log_dir: Path, seed: int, record_routes: bool = False
+        self,
+        config: RolloutConfig,
+        *,
+        index: int,
+        log_dir: Path,
+        seed: int,
+        record_routes: bool = False,
+        longest: int = 0,
     ) -> None:
         """``index`` numbers the engine in messages, log file and server seed (``seed + index``). ``record_routes``:
-        samples that may be trained on carry their ``routes``; the model has experts.
+        samples that may be trained on carry their ``routes``; the model has experts. ``longest``: tokens of a
+        conversation of several turns; 0: there is one turn.
         """
         self._config = config
         self._name = f"SGLang engine {index}"
         self._log_path = log_dir / f"sglang-{index}.log"
         self._seed = seed + index
         self._record_routes = record_routes
+        self._longest = longest or config.max_prompt_tokens + config.max_new_tokens
         self._model: Architecture | None = None
         self._fp8 = config.weight_dtype == "fp8"
         self._scratch, self._fp8_folder = log_dir / f"weights-{index}", log_dir / f"model-fp8-{index}"
@@ -120,7 +129,7 @@ class SglangEngine(RolloutEngine):
             )
             self._server, self._stuck, self._released = server, "", []
             server.start()
-            self._at_once = in_flight(server.get("/server_info"), self._config)
+            self._at_once = in_flight(server.get("/server_info"), self._longest)
             self._transport = build_transport(self._config, server, served, self._scratch)
             on_failure.pop_all()
         self._version, self._committed = (None, set()) if self._fp8 else (0, {0})
@@ -408,9 +417,11 @@ class SglangEngine(RolloutEngine):
         return "a weight update began and has not been committed; push the weights again"
 
 
-def in_flight(info: Mapping[str, Any], config: RolloutConfig) -> int:
-    """Samples in flight that keep a server busy and do not drown it; ``info``: its /server_info."""
-    longest = config.max_prompt_tokens + config.max_new_tokens
+def in_flight(info: Mapping[str, Any], longest: int) -> int:
+    """Samples in flight that keep a server busy and do not drown it.
+
+    ``info``: its /server_info. ``longest``: tokens of the longest sample, what led to it included.
+    """
     fits = _FILLED * (int(info["max_total_num_tokens"]) // longest)
     running = [state.get("effective_max_running_requests_per_dp") for state in info.get("internal_states", ())]
     return max(1, min([fits, *(_QUEUED * int(most) for most in running if most)]))

@@ -22,6 +22,11 @@ def test_list_names_size_source_and_licence(capsys):
         (["aime2", "--config", "recipe/pm4.yaml"], "did you mean 'aime25'"),
         (["sample_math", "--config", "recipe/pm4.yaml", "--shard", "4/4"], "--shard 4/4"),
         (["sample_math", "--config", "recipe/pm4.yaml", "--decoding", "beam"], "avg or pass"),
+        (
+            ["sample_math", "--config", "recipe/pm4.yaml", "--set", "data.environment.id=x"],
+            "has no effect with data.environment.name=single",
+        ),
+        (["sample_math", "--config", "recipe/pm4_check.yaml"], "math cannot judge within an episode"),
         (["sample_math", "--config", "recipe/pm4.yaml"], "cannot encode"),  # its tokenizer knows digits only
     ],
 )
@@ -40,6 +45,7 @@ def test_results_join_shards(tmp_path):
         "samples": 2,
         "max_new_tokens": 8,
         "seed": 0,
+        "environment": "single",
     }
     right = {"text": "\\boxed{A}", "correct": True, "tokens": 3, "finish_reason": "stop", "verifier_error": ""}
     wrong = right | {"text": "\\boxed{B}", "correct": False, "finish_reason": "length"}

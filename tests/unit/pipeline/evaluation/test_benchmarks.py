@@ -15,7 +15,7 @@ from pipeline.rewards.answers import canonical_answer
 from pipeline.rewards.stage import VerifierFailedError, VerifierStage
 from pipeline.types import Prompt, Role, Sample, SampleGroup, WeightSpan
 
-SETTINGS = Settings("model", 0, 0.6, 0.95, 4, 8, 7)
+SETTINGS = Settings("model", 0, 0.6, 0.95, 4, 8, 7, "single")
 ROWS = {
     "aime24": {"id": 60, "problem": "What is 2+3?", "answer": "5"},
     "math500": {"problem": "What is 2+3?", "answer": "5", "subject": "Algebra"},
@@ -192,7 +192,7 @@ def test_other_settings_are_another_result(tmp_path):
     engine = Scripted(["\\boxed{A}"] * 4)
     ask(prompts_of(1), file, engine)
     with pytest.raises(DataError, match=r"temperature 0.6, now 1.0"):
-        ask(prompts_of(1), file, engine, Settings("model", 0, 1.0, 0.95, 4, 8, 7))
+        ask(prompts_of(1), file, engine, Settings("model", 0, 1.0, 0.95, 4, 8, 7, "single"))
 
 
 def test_a_batch_without_a_verdict_ends_and_is_asked_again(tmp_path, monkeypatch):

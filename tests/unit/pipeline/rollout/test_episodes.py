@@ -22,7 +22,7 @@ from pipeline.rollout.episodes import Episodes
 from pipeline.rollout.native.decoder import Decoder
 from pipeline.rollout.native.engine import NativeEngine
 from pipeline.rollout.turns import Turns
-from pipeline.types import GenerateRequest, Prompt, Role, Sample, SampleGroup, WeightSpan
+from pipeline.types import Cuts, GenerateRequest, Prompt, Role, Sample, SampleGroup, WeightSpan
 from tests.tiny_folder import hf_config, write_folder
 
 FOLDER = PACKAGED / "model/pm4-100k"
@@ -136,6 +136,21 @@ def test_repeated_requests_stay_single_answers(played, engine):
     groups = played(config()).generate(asked)
     assert groups[0].samples[0].turns
     assert groups[1].samples[0].turns == () == engine.generate(asked[1:])[0].samples[0].turns
+
+
+def test_every_answer_is_drawn_as_its_request_says(played, engine):
+    """Truncated as a benchmark asks, and cut in the last samples of a group alone."""
+    asked = []
+
+    def stream(wave):
+        asked.extend(wave)
+        return engine.stream(wave)
+
+    (group,) = played(config(), stream).generate([replace(requests(1)[0], top_p=0.9, cuts=Cuts(1, 4, 0.01, 2))])
+    turns = {sample.seed: len(sample.turns) for sample in group.samples}
+    assert {each.top_p for each in asked} == {0.9}
+    cut = [each.cuts for each in asked if each.cuts]
+    assert cut == [Cuts(1, 4, 0.01, 2)] * turns[group.samples[-1].seed]
 
 
 def environment(run):

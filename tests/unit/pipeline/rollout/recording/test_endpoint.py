@@ -119,6 +119,10 @@ def test_keys(template, endpoint):
     assert post(endpoint, keys[1], ASK).status_code == 200
 
 
+def with_schema(parameters):
+    return {**CHECK, "function": {**CHECK["function"], "parameters": parameters}}
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -128,7 +132,13 @@ def test_keys(template, endpoint):
         ({**ASK, "tool_choice": "required"}, "a forced call is not drawn from the policy"),
         ({**ASK, "response_format": {"type": "json_object"}}, "response_format must be text"),
         ({**ASK, "functions": [{}]}, "use tools"),
-        ({**ASK, "tools": ["check"]}, "tools must be a list of objects"),
+        ({**ASK, "tools": "check"}, "tools must be a list of objects"),
+        ({**ASK, "tools": [CHECK, "check"]}, 'tools[1] must be {"type": "function"'),
+        ({**ASK, "tools": [CHECK["function"]]}, 'tools[0] must be {"type": "function"'),
+        ({**ASK, "tools": [{"type": "function", "function": {"description": "?"}}]}, "tools[0].function must be"),
+        ({**ASK, "tools": [with_schema([])]}, "tools[0].function.parameters of check must be a JSON schema"),
+        ({**ASK, "tools": [with_schema({"type": "string"})]}, "must be a JSON schema of type object"),
+        ({**ASK, "tools": [with_schema({"properties": ["answer"]})]}, "must be a JSON schema of type object"),
         ({"model": "any"}, "at least one message"),
     ],
 )
@@ -183,7 +193,7 @@ def test_a_huge_body_is_refused_before_it_is_read(template, endpoint):
     huge = {**ASK, "messages": [user("x" * 10_000_000)]}
     status, code, said = failed(post(endpoint, key, huge))
     assert (status, code, record.ended) == (400, "context_length_exceeded", "token_limit")
-    assert "cannot fit the 4096 tokens" in said
+    assert "maximum context length is 4096 tokens" in said
     assert script.requests == []
 
     def parts():  # of unknown length

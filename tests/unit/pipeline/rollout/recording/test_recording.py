@@ -165,7 +165,7 @@ def test_limits(template):
     record, _ = recording(template, "12345678" + END, limits=Limits(64, opening + 3, 9))
     cut = say(record, [user("?")])
     assert (cut.finish_reason, record.ended, len(cut.drawn.token_ids)) == ("length", "token_limit", 3)
-    with pytest.raises(RequestError, match="may have") as caught:
+    with pytest.raises(RequestError, match="maximum context length is 21 tokens") as caught:
         say(record, [user("?"), answered(cut), user("go on")])
     assert caught.value.code == "context_length_exceeded"
 
