@@ -2,24 +2,22 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.integration.forks import isentrope
+
 INLINE = ["runtime=inline", "learner.tensor_model_parallel_size=1"]
 
 
-def isentrope(*words: str, cwd: Path) -> dict:
-    command = [sys.executable, "-m", "launchers.cli.main", *words, "--json"]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, timeout=280)
+def answer(*words: str, cwd: Path) -> dict:
+    done = isentrope(*words, "--json", cwd=cwd, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
 
 def test_probe_measures_from_one_state_and_leaves_nothing_behind(tmp_path):
     words = ["entropy", "probe", "--config", "quickstart.yaml", "-t", "0.6", "-t", "1.6", "--repeats", "2"]
-    found = isentrope(*words, *INLINE, cwd=tmp_path)
+    found = answer(*words, *INLINE, cwd=tmp_path)
     effects = {(e["temperature"], e["sign"]): e for e in found["effects"]}
     assert set(effects) == {(t, s) for t in (0.6, 1.6) for s in ("positives", "negatives")}
     assert all(e["repeats"] == 2 and e["error"] > 0 and e["rows"] > 0 for e in effects.values())
@@ -34,7 +32,7 @@ def test_excitation_identifies_an_actuator_before_a_run(tmp_path):
     # The bonus works at once; positives are too few at the start for ``reweight`` (docs/control.md).
     settings = [*INLINE, "entropy.actuator=entropy_bonus"]
     words = ["entropy", "calibrate", "--config", "quickstart.yaml", "--excite", "60"]
-    found = isentrope(*words, *(word for o in settings for word in ("--set", o)), cwd=tmp_path)
+    found = answer(*words, *(word for o in settings for word in ("--set", o)), cwd=tmp_path)
     low, high = found["plant"]["gain_interval"]
     assert 0 < low < 0.08 < high
     assert found["plant"]["steps"] == 60

@@ -17,6 +17,7 @@ import pytest
 
 from pipeline.monitoring.deliver import behind
 from pipeline.ports import free_port
+from tests.integration.forks import isentrope
 from tests.step_events import essence
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "unit/pipeline/monitoring"))
@@ -24,6 +25,7 @@ import resumed_run
 import run_writer as runs
 
 ROOT = Path(__file__).resolve().parents[2]
+COMMAND = ["train", "--config", str(ROOT / "configs/quickstart.yaml")]
 SMALL = [
     "runtime=inline",
     "learner.tensor_model_parallel_size=1",
@@ -58,9 +60,8 @@ def silent_server():
 
 
 def train(run_dir, *overrides, **variables):
-    command = [sys.executable, "-m", "launchers.cli.main", "train", "--config", str(ROOT / "configs/quickstart.yaml")]
     done = subprocess.run(
-        [*command, f"run_dir={run_dir}", *SMALL, *overrides],
+        [sys.executable, "-m", "launchers.cli.main", *COMMAND, f"run_dir={run_dir}", *SMALL, *overrides],
         cwd=run_dir.parent,
         env=os.environ | variables,
         capture_output=True,
@@ -104,7 +105,8 @@ def test_dead_sinks_neither_stop_a_run_nor_change_it(tmp_path, silent_server):
         WANDB_BASE_URL=unreachable,
         MLFLOW_HTTP_REQUEST_TIMEOUT="2",
     )
-    train(tmp_path / "none")
+    undisturbed = isentrope(*COMMAND, f"run_dir={tmp_path}/none", *SMALL, cwd=tmp_path)
+    assert undisturbed.returncode == 0, undisturbed.stderr[-3000:]
     assert computed(tmp_path / "dead") == computed(tmp_path / "none")
     assert connections, "the silent server was asked"
     assert behind(tmp_path / "dead", ["mlflow", "wandb", "tensorboard"]) == ["mlflow", "wandb"]

@@ -47,6 +47,7 @@ def score(prompt, response):
 pytestmark = [
     pytest.mark.skipif(bool(missing()), reason=f"needs {missing()}; Debian packages: {', '.join(PACKAGES)}"),
     pytest.mark.timeout(1800),
+    pytest.mark.xdist_group("slurm"),  # the cluster starts once, and so does the run that nobody interrupts
 ]
 
 
@@ -150,9 +151,6 @@ def state(run_dir: Path) -> bytes:
     return b"".join(path.read_bytes() for path in sorted((last / "learner").glob("*.distcp")))
 
 
-undisturbed = pytest.mark.xdist_group("a run that nobody interrupts")  # it takes a minute: once for all who need it
-
-
 @pytest.fixture(scope="module")
 def whole(user):
     """A run that nobody interrupts: DP 2 over two nodes."""
@@ -161,7 +159,6 @@ def whole(user):
     return job, run_dir
 
 
-@undisturbed
 def test_a_run_over_two_nodes_completes(user, whole):
     job, run_dir = whole
     assert [step["step"] for step in steps(run_dir)] == list(range(STEPS))
@@ -180,7 +177,6 @@ def test_a_run_over_two_nodes_completes(user, whole):
     assert job in user.isentrope("jobs", "list").stdout
 
 
-@undisturbed
 def test_the_code_is_recorded_as_commit_and_patch(whole):
     _, run_dir = whole
     record = json.loads((run_dir / "launch/code.json").read_text())
@@ -189,7 +185,6 @@ def test_the_code_is_recorded_as_commit_and_patch(whole):
     assert record["changed"] == bool((run_dir / "launch/code.patch").read_text())
 
 
-@undisturbed
 def test_secrets_are_in_one_private_file_and_nowhere_else(user, whole):
     _, run_dir = whole
     private = run_dir / "launch/secrets.env"
@@ -200,7 +195,6 @@ def test_secrets_are_in_one_private_file_and_nowhere_else(user, whole):
     assert not list(run_dir.rglob("ray-token")), "the job's Ray token went with the job"
 
 
-@undisturbed
 def test_a_run_cut_by_its_time_limit_ends_in_the_same_bits(user, whole):
     _, uncut = whole
     # 16 samples of 0.7 s: a step takes 11 s, so that the limit, once lowered, strikes before the twelfth.
@@ -247,7 +241,6 @@ def test_a_killed_rank_is_survived_and_a_cancelled_run_saves_and_is_resumed(user
     assert [step["step"] for step in steps(run_dir)] == list(range(goal))
 
 
-@undisturbed
 def test_a_node_that_goes_down_costs_the_unfinished_steps_only(user, whole):
     _, undisturbed = whole
     job, run_dir = user.launch("node", "checkpoint.every=2", 'cluster.env={OMP_NUM_THREADS: 1, LAB_SLEEP: "0.3"}')
@@ -261,7 +254,6 @@ def test_a_node_that_goes_down_costs_the_unfinished_steps_only(user, whole):
     assert state(run_dir) == state(undisturbed)
 
 
-@undisturbed
 def test_one_fault_after_the_other_costs_the_unfinished_steps_only(user, whole):
     """kill -9 of the driver, of an engine, of a raylet; a rank that stands still: one run, an attempt each but for the
     engine.

@@ -5,7 +5,6 @@ So many kills meet a checkpoint half written, half published or half removed. A 
 from a process that has imported everything, so that a start costs no import.
 """
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -17,11 +16,10 @@ from random import Random
 
 from launchers.supervise.attempts import begun
 from pipeline.monitoring.events import read_events
+from tests.integration.forks import FORKS
 from tests.step_events import essence
 
 ROOT = Path(__file__).resolve().parents[2]
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["launchers.cli.main", "launchers.run.assemble", "megatron_ext.learner"])
 INLINE = ["runtime=inline", "learner.tensor_model_parallel_size=1"]
 SMALL = [
     "steps=8",

@@ -15,6 +15,7 @@ import torch
 
 from pipeline.data.tokenizer import load_tokenizer
 from tests.distributed.tiny_models import hf_model
+from tests.integration.forks import isentrope
 from tests.processes import descendants
 from tests.step_events import essence
 
@@ -40,10 +41,9 @@ def command(*arguments: str) -> list[str]:
 
 
 def train(run_dir: Path, *overrides: str) -> list[dict]:
-    arguments = ["train", "--config", str(ROOT / "configs/quickstart.yaml"), f"run_dir={run_dir}", *SMALL, *overrides]
-    done = subprocess.run(
-        command(*arguments), cwd=run_dir.parent, capture_output=True, text=True, check=False, timeout=240
-    )
+    """Step events of a whole run. It saves the seconds of an import; ``launch`` is a process as a user starts it."""
+    config = str(ROOT / "configs/quickstart.yaml")
+    done = isentrope("train", "--config", config, f"run_dir={run_dir}", *SMALL, *overrides, cwd=run_dir.parent)
     assert done.returncode == 0, done.stderr[-3000:]
     return steps(run_dir)
 
@@ -98,7 +98,7 @@ def test_a_verifier_that_judges_nothing_ends_the_run_with_2(tmp_path, body):
     config = tmp_path / "own" / "mine.yaml"
     config.write_text("defaults: [quickstart.yaml]\ndata: {verifier: 'broken_own:score'}\n")
     words = ["train", "--config", str(config), f"run_dir={tmp_path}/run", *SMALL, *ALPHA_ZERO]
-    done = subprocess.run(command(*words), cwd=tmp_path, capture_output=True, text=True, check=False, timeout=240)
+    done = isentrope(*words, cwd=tmp_path)
     said = "verifier 'broken_own:score' could judge none of "
     assert (done.returncode, said in done.stderr) == (2, True), done.stderr
     assert "Traceback" not in done.stderr
@@ -117,7 +117,7 @@ def test_a_checkpoint_that_would_run_code_ends_a_resume_with_2(tmp_path):
     manifest["files"]["learner/.metadata"] |= {"bytes": len(data), "crc32": zlib.crc32(data)}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     for words in (["train", "--resume", str(run_dir), "steps=4"], ["evaluate", "--run", str(run_dir)]):
-        done = subprocess.run(command(*words), cwd=tmp_path, capture_output=True, text=True, check=False, timeout=240)
+        done = isentrope(*words, cwd=tmp_path)
         assert done.returncode == 2, done.stderr
         assert f"{poisoned} was not loaded, since loading it could execute code" in done.stderr
     assert not (tmp_path / "ran").exists()
@@ -153,14 +153,7 @@ def test_killed_between_steps_then_resumed_continues_bit_for_bit(tmp_path, more)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert len(steps(run_dir)) < 8
-    done = subprocess.run(
-        command("train", "--resume", str(run_dir)),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-    )
+    done = isentrope("train", "--resume", str(run_dir), cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [essence(s) for s in steps(run_dir)] == [essence(s) for s in whole]
     assert samples(run_dir) == samples(tmp_path / "whole")
@@ -207,8 +200,7 @@ def test_a_flipped_bit_that_a_rank_finds_ends_the_resume(tmp_path):
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    words = command("train", "--resume", str(tmp_path / "run"), "steps=4")
-    ended = subprocess.run(words, cwd=tmp_path, check=False, capture_output=True, text=True, timeout=240)
+    ended = isentrope("train", "--resume", str(tmp_path / "run"), "steps=4", cwd=tmp_path)
     assert ended.returncode == 2, ended.stderr[-2000:]
     said = f"{file} differs from the manifest: its checksum is another; delete {file.parents[1]} to resume from an"
     assert said in " ".join(ended.stderr.split())
