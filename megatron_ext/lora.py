@@ -71,6 +71,8 @@ class Adapter(torch.nn.Module):
 
     def blocks(self) -> torch.Tensor:
         """``B`` with the rows of each source in columns of its own, ``[out, sources * rank]``."""
+        if len(self.spec.base.sources) == 1:
+            return self.B
         return (self.B[:, None] * self._owners[:, :, None]).flatten(1)
 
     def reset(self, seed: int) -> None:

@@ -59,10 +59,12 @@ def layer(work: Work, index: int) -> Layer:
     moe = model.moe if model.is_moe(index) else None
     norm = _norm(work, model.hidden, work.norm_tokens)
     feed_forward = norm + (_experts(work, moe, index) if moe else _gated(work, index, model.ffn, work.norm_tokens))
+    feed_forward += _adapters(work, index, ".mlp.")
+    adapted = _adapters(work, index, ".self_attention.")
     stream = work.norm_tokens * model.hidden * work.itemsize
     kept_by_norm = work.transformer_engine or work.itemsize == _FLOAT  # else the norm keeps a float32 copy
     return Layer(
-        attention=norm + inside.outside,
+        attention=norm + inside.outside + adapted,
         core=inside.core,
         core_inputs=inside.core_inputs,
         again=inside.again,
@@ -72,6 +74,21 @@ def layer(work: Work, index: int) -> Layer:
         overlap=stream if kept_by_norm else 0.0,
         working=max(inside.again, feed_forward) + 2 * work.tokens * model.hidden * work.itemsize,
     )
+
+
+def _adapters(work: Work, index: int, where: str) -> float:
+    """Bytes of what adapters make of a layer's inputs, and of the matrices that they then multiply it by.
+
+    Beside them the layer is counted as if it were trained: what its norms keep less is not subtracted.
+    """
+    total = 0.0
+    for each in work.adapters.values():
+        if each.base.layer == index and where in each.base.parameter:
+            tokens = work.tokens if each.base.split == 0 else work.norm_tokens
+            width = len(each.sources) * work.learner.lora.rank
+            blocks = each.b.local_shape(work.tp)[0] if len(each.base.sources) > 1 else 0
+            total += (tokens + blocks) * width * work.itemsize
+    return total
 
 
 def final_norm(work: Work) -> float:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from launchers.plan import activations, parameters
+from launchers.plan.parameters import entries
 from launchers.plan.schedule import under_way
 from launchers.plan.work import Work, table
 from pipeline.units import GIB
@@ -147,4 +148,6 @@ def _sync(work: Work, stage: int) -> float:
         for row in table(work.model, work.grid)[stage]
         for source in row.sources
     ]
-    return float(min(sum(tensors), work.learner.bucket_mib << 20))
+    bucket = float(min(sum(tensors), work.learner.bucket_mib << 20))
+    adapted = (entries(work, each.base) for each in work.adapters.values() if each.base.stage == stage)
+    return bucket + max(adapted, default=0) * (2 * work.itemsize + 2 * _FLOAT)  # two merged, one in the making

@@ -33,7 +33,7 @@ class Held:
     optimizer: float
     fp8: float  # copies of weights in FP8, by rows and by columns; with fp8_param only those by columns
     reference: float
-    largest: int  # entries of the largest parameter
+    largest: int  # entries of the largest parameter that is trained
     bucket_ends: int  # entries of padding, at most, that are not counted: at the ends of buckets within a buffer
     unsure: float  # bytes by which a rank's optimizer may differ: the padding in its share, which has no state
 
@@ -48,6 +48,9 @@ def held(work: Work, stage: int) -> Held:
             chunks.setdefault(ends if row.layer is None else chunk_of[row.layer], []).append(row)
     everything = [row for part in chunks.values() for row in part]
     trained = [[row for row in part if not _is_buffer(row)] for part in chunks.values()]
+    if work.adapters:  # the model's own weights have neither gradients nor optimizer state
+        trained = [[own for row in part for own in _adapter(work, row)] for part in trained]
+        everything += [row for part in trained for row in part]
     divided = [
         [row for row in part if _buffer(work, row) == which] for part in trained for which in ("all", "tied", "experts")
     ]
@@ -62,10 +65,15 @@ def held(work: Work, stage: int) -> Held:
         optimizer=sum(_optimizer_bytes(work, part) for part in divided),
         fp8=copies * fp8,
         reference=work.itemsize * exact if work.reference else 0.0,
-        largest=max((entries(work, row) for row in everything), default=0),
+        largest=max((entries(work, row) for part in trained for row in part), default=0),
         bucket_ends=ends,
         unsure=_optimizer_copies(work) * MAIN * (padded - exact + ends),
     )
+
+
+def _adapter(work: Work, row: Row) -> tuple[Row, ...]:
+    adapter = work.adapters.get(row.parameter)
+    return (adapter.a, adapter.b) if adapter else ()
 
 
 def entries(work: Work, row: Row) -> int:

@@ -105,6 +105,7 @@ def _covered(piece: range, spans: Sequence[range]) -> bool:
 
 def _rows(work: Work, rank: int) -> Iterator[tuple[Row, int, int]]:
     """Every row of which ``rank`` holds something, how many parts it has and which is the rank's."""
-    for row in table(work.model, work.grid)[work.grid.place(rank).pp]:
+    adapted = (row for each in work.adapters.values() for row in (each.a, each.b))
+    for row in (*table(work.model, work.grid)[work.grid.place(rank).pp], *adapted):
         if (part := row.part(work.grid, rank)) is not None:
             yield row, *part

@@ -1,6 +1,7 @@
 """Counts the operations of a step, and predicts the seconds that they take at a stated speed.
 
-A multiplication and an addition are two operations. The backward pass costs twice the forward pass. Attention is
+A multiplication and an addition are two operations. The backward pass costs twice the forward pass, once
+where weights are not trained (adapters). Attention is
 causal: half of the products of queries and keys count (arXiv 2205.05198, appendix A, with that half).
 """
 
@@ -119,14 +120,17 @@ def speed(work: Work, machine: Machine) -> Speed:
         _operations(work, stage, each, train=True).total + work.passes * each.total
         for stage, each in zip(stages, passes, strict=True)
     )
-    useful = sum(forward(work, stage, weights[stage], work.step_rows, work.expected_length).total for stage in stages)
+    useful = 0.0
+    for stage in stages:
+        whole = forward(work, stage, weights[stage], work.step_rows, work.expected_length)
+        useful += 3 * whole.total - (whole.linear + whole.output if work.adapters else 0.0)
     return Speed(
-        model_flops=3 * useful,
+        model_flops=useful,
         executed_flops=micro_batches * executed,
         seconds=seconds,
         bubble=waiting,
         slowest_stage=max(trained) * len(trained) / sum(trained),
-        mfu=3 * useful / (seconds * work.grid.world_size * machine.tflops * 1e12),
+        mfu=useful / (seconds * work.grid.world_size * machine.tflops * 1e12),
         tokens_per_second=work.step_rows * work.expected_length / seconds,
     )
 
@@ -155,6 +159,8 @@ def _operations(work: Work, stage: int, once: Forward, *, train: bool) -> Forwar
             share = again / max(1, sum(len(span) for span in spans))
         linear, attention = linear + share, attention + share
     output = 4.0 if work.kernel == "fused" else 3.0  # its backward pass multiplies again
+    if work.adapters:  # whose own operations are not counted
+        linear, output = linear - 1, output - 1
     return Forward(
         once.linear * linear, once.fp8 * linear, once.experts * linear, once.attention * attention, once.output * output
     )

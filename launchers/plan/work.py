@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.config.schema import LearnerConfig, RunConfig
 from pipeline.model.architecture import Architecture
 from pipeline.model.grid import Grid, grid_of
 from pipeline.model.layout import Row, rows
+from pipeline.model.lora import Adapter, adapters
 
 ITEM_SIZES = {"fp32": 4, "bf16": 2}
 # Of ``rollout.max_new_tokens``: the length of an average response where nobody states one. An assumption, not a
@@ -53,6 +55,11 @@ class Work:
     def transformer_engine(self) -> bool:
         """Whose layers: ``auto`` is Transformer Engine's here, since what is planned for has GPUs."""
         return self.learner.transformer_impl != "local"
+
+    @functools.cached_property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """By the parameter that each is of; none where all weights are trained."""
+        return {each.base.parameter: each for each in adapters(self.model, self.grid, self.learner.lora)}
 
     @property
     def fp8(self) -> bool:
@@ -139,7 +146,7 @@ def from_config(model: Architecture, config: RunConfig, mean_response: int = 0, 
         micro_batches=_up(count, grid.pp) if grid.vpp > 1 else count,
         step_rows=step_rows,
         passes=_passes(config),
-        reference=config.objective.kl_coef > 0,
+        reference=config.objective.kl_coef > 0 and not learner.lora.rank,  # without its adapters the model is one
         mean_length=mean_length,
         mean_targets=response,
         imbalance=imbalance if model.moe and grid.ep > 1 else 1.0,

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from megatron_ext.weights import torch_dist
+from megatron_ext.weights import peft, torch_dist
 from megatron_ext.weights.parts import Budget, ConversionError, Work
 from megatron_ext.weights.verify import MANIFEST, in_hf
 from megatron_ext.weights.verify import verify as compare
@@ -54,6 +54,7 @@ class Report:
     parts: int
     resumed_parts: int  # finished by an earlier attempt
     verified: str  # what --verify compared
+    adapter: str = ""  # PEFT folder of the adapters, where the checkpoint has any
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,8 @@ def megatron_to_hf(
     ``checkpoint`` is anything that :func:`torch_dist.find` understands; configuration, tokenizer and all else but
     weights is copied from ``hf``: the Hugging Face folder of the same model, or what ``hf_to_megatron`` ``KEPT`` of it.
     ``dtype`` "fp32" or "bf16" casts, "fp8" quantises the matrices of :func:`fp8_layout.quantised` in 128x128 blocks and
-    makes the rest bfloat16; ``None`` keeps the checkpoint's types. Resumes and raises like :func:`hf_to_megatron`.
+    makes the rest bfloat16; ``None`` keeps the checkpoint's types. Adapters are added to the weights, and written
+    beside them as PEFT has them (``peft.FOLDER``). Resumes and raises like :func:`hf_to_megatron`.
     """
     start = time.perf_counter()
     directory = torch_dist.find(checkpoint)
@@ -277,11 +279,14 @@ def megatron_to_hf(
                 lambda done: progress(done, total),
             )
         _copy_rest(hf, work.folder)
+        if source.adapters:
+            peft.write(work.folder / peft.FOLDER, source, hf)
         _describe_weights(work.folder, set(types.values()))
         _write_manifest(work.folder, directory, [entry for entries in results for entry in entries])
         said = compare(directory, work.folder, work.folder, model, rows, workers, budget) if verify else ""
         work.publish()
-    return Report(str(out), len(tensors), total, time.perf_counter() - start, len(parts), resumed, said)
+    adapter = str(out / peft.FOLDER) if source.adapters else ""
+    return Report(str(out), len(tensors), total, time.perf_counter() - start, len(parts), resumed, said, adapter)
 
 
 @dataclass(frozen=True)

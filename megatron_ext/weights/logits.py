@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 from megatron.core import dist_checkpointing
 
-from megatron_ext import models, topology
+from megatron_ext import lora, models, topology
+from pipeline.config.schema import LearnerConfig
 from pipeline.model.architecture import Architecture
 from pipeline.model.grid import Grid
+from pipeline.model.lora import recorded
 
 _TOKENS = 16
 
@@ -19,6 +21,7 @@ def difference(checkpoint: Path, hf: Path, model: Architecture, dtype: torch.dty
     """Largest absolute difference of log-probabilities of one random prompt; both models compute in float32.
 
     Parameters of both are first rounded to ``dtype``, the narrower type of the two: what a cast loses is no difference.
+    Adapters are added to the weights that they are of before.
 
     Starts and ends a process group of this process alone.
     """
@@ -34,11 +37,16 @@ def _megatron(checkpoint: Path, model: Architecture, tokens: torch.Tensor, dtype
         address = server.getsockname()
     alone = topology.initialize(0, address, Grid(), seed=0)
     try:
-        gpt = models.build(model, alone).eval()
+        options = LearnerConfig(transformer_impl="local", lora=recorded(checkpoint))
+        gpt = models.build(model, alone, options=options).eval()
         state = gpt.sharded_state_dict()
         gpt.load_state_dict(dist_checkpointing.load(state, str(checkpoint)), strict=False)
+        parameters, adapters = models.global_parameters(gpt), lora.find([gpt])
+        for name, weight in lora.Merged(parameters, adapters).items():
+            parameters[name].copy_(weight)
         _round(gpt, dtype)
-        return gpt(tokens.to(alone.device), None, None)[..., : model.vocab].float().cpu()
+        with lora.without(adapters.values()):
+            return gpt(tokens.to(alone.device), None, None)[..., : model.vocab].float().cpu()
     finally:
         topology.shutdown()
 

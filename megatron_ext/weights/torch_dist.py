@@ -39,9 +39,12 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.serialization import skip_data
 from torch.utils.serialization import config as serialization
 
+from megatron_ext.weights.merge import merge
 from megatron_ext.weights.unpickle import read_metadata
+from pipeline.model import lora
 from pipeline.model.architecture import Architecture
 from pipeline.model.folder import mapped, put
+from pipeline.model.grid import Grid
 from pipeline.model.layout import Row, Slice, canonical
 
 CONFIG = "metadata.json"  # megatron-core: dist_checkpointing/core.py; written last, so what has it is complete
@@ -251,6 +254,8 @@ def find(path: Path) -> Path:
 class Checkpoint:
     """The rows of a model in a ``torch_dist`` checkpoint, at whatever layout it was written. Reads slices, not files.
 
+    Where the checkpoint has adapters (:attr:`adapters`, by the parameter that each is of), :meth:`read` adds them.
+
     Raises ``ValueError`` where the checkpoint is of another format or not of this model: names tensor, shapes and row.
     """
 
@@ -266,6 +271,9 @@ class Checkpoint:
             for key, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
+        self.lora = lora.recorded(directory)
+        self.adapters = {each.base.parameter: each for each in lora.adapters(model, Grid(), self.lora)}
+        rows = [*rows, *(row for each in self.adapters.values() for row in (each.a, each.b))]
         self._places = {row.parameter: self._find(row, model) for row in rows}
         self._refuse_extra(model)
         self._boxes: dict[tuple[str, tuple[int, ...]], list[tuple[ChunkStorageMetadata, _StorageInfo]]] = defaultdict(
@@ -311,7 +319,17 @@ class Checkpoint:
         return self._tensors[canonical(self._places[row.parameter][0])][1].properties.dtype
 
     def read(self, row: Row, source: int) -> torch.Tensor:
-        """Hugging Face tensor ``source`` of a row; a view of the file where it lies there in one piece."""
+        """Hugging Face tensor ``source`` of a row, its adapter added; a view of the file where there is no adapter and
+        the tensor lies there in one piece.
+        """
+        values, adapter = self.stored(row, source), self.adapters.get(row.parameter)
+        if adapter is None or source not in adapter.sources:
+            return values
+        a, b = self.stored(adapter.a, adapter.sources.index(source)), self.stored(adapter.b, source)
+        return merge(values, b, a, self.lora.scale)
+
+    def stored(self, row: Row, source: int) -> torch.Tensor:
+        """As :meth:`read`, without adapters; ``row`` may be an adapter's."""
         parts = [part for part in row.slices(1, 0) if part.source == source]
         if len(parts) == 1:
             return self.box(row, parts[0].start, parts[0].length)

@@ -63,9 +63,11 @@ def counted(rank, world, address, folder, tp, pp, rows, config):
     made = ranks.learner(rank, world, address, Path(folder), tp, pp, **config)
     made.update(rows, 0)  # Adam's moments exist from the first step on
     parameters = list(made._parameters.values())
+    parameters += [tensor for each in made._adapters.values() for tensor in (each.A, each.B)]
+    masks = [each._owners for each in made._adapters.values()]  # of zeros and ones, beside B; not planned for
     gc.collect()
     share = made._share(rows, for_update=False)
-    with Live(parameters) as live:
+    with Live([*parameters, *masks]) as live:
         made._accumulate(share.batch, 0, share.micro_batches[0])
     own = {p.untyped_storage().data_ptr() for p in parameters}
     state = [

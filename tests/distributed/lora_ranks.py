@@ -102,3 +102,20 @@ def other_adapters(rank, world, address, folder, directory):
     files = ranks.everyones(made.save(Path(directory))())
     changed = replace(made._config, lora=replace(LORA, rank=2))
     return ranks.refusal_to_restore(ranks._other_topology(made, folder, 1, 1, {}, changed), directory, files)
+
+
+def saved(rank, world, address, folder, directory, tp, pp, config):
+    """A checkpoint with random adapters, and what engines would get of it."""
+    made = ranks.learner(rank, world, address, folder, tp, pp, lora=LORA, **config)
+    randomise(made)
+    made.save(Path(directory))()
+    sent = ranks.exported(made)
+    made.close()
+    return sent
+
+
+def converted(rank, world, address, directory, folder, out):
+    """What ``--verify`` compared, logits included."""
+    from megatron_ext.weights import convert
+
+    return convert.megatron_to_hf(Path(directory), Path(folder), Path(out), verify=True)

@@ -1,10 +1,13 @@
 """Adapters: a layout changes nothing of them, a run starts as the model it is given, and engines get merged weights."""
 
+import json
+
 import lora_ranks
 import megatron_ranks as ranks
 import pytest
 import tiny_models
 import torch
+from safetensors.torch import load_file
 
 from pipeline.config.schema import LoraConfig, ObjectiveConfig
 
@@ -125,3 +128,27 @@ def test_checkpoint_of_other_adapters_is_refused(gang, tmp_path):
     said = gang.run(lora_ranks.other_adapters, 1, folder, tmp_path / "save")[0]
     assert said.startswith("learner.lora.rank=2: the checkpoint")
     assert "was saved with 4" in said
+
+
+@pytest.mark.parametrize(("name", "layout"), [("qwen2", (2, 2, 1, SP)), ("qwen3", (2, 1, 2, {"dtype": "bf16"}))])
+def test_checkpoint_becomes_a_merged_folder_and_a_peft_folder(gang, tmp_path, name, layout):
+    world, tp, pp, config = layout
+    folder = tiny_models.write(tmp_path / "hf", tiny_models.config(name))
+    sent = gang.run(lora_ranks.saved, world, folder, tmp_path / "save", tp, pp, config)[0]
+    report = gang.run(lora_ranks.converted, 1, tmp_path / "save", folder, tmp_path / "out")[0]
+    assert report.verified.startswith("tensors; logits within")
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    same(merged, sent, 1e-6 if "dtype" not in config else 1e-2)
+    adapters = load_file(f"{report.adapter}/adapter_model.safetensors")
+    said = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    modules = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert (said["r"], said["lora_alpha"], tuple(said["target_modules"])) == (4, 6.0, modules)
+    assert said["base_model_name_or_path"] == str(folder)
+    for key, weight in load_file(folder / "model.safetensors").items():
+        if key.split(".")[-2] in modules and key.endswith("weight"):
+            a, b = (adapters.pop(f"base_model.model.{key.removesuffix('weight')}lora_{x}.weight") for x in "AB")
+            weight = weight.to(merged[key].dtype).float() + 1.5 * b.float() @ a.float()
+        assert torch.allclose(merged[key].float(), weight.float(), rtol=1e-2 if "dtype" in config else 0, atol=1e-5), (
+            key
+        )
+    assert not adapters

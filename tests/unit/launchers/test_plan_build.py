@@ -10,7 +10,7 @@ import torch.distributed as dist
 from launchers.plan.rehearsal import differences, kinds, sync_plan
 from launchers.plan.work import from_config
 from megatron_ext import rehearsal
-from pipeline.config.schema import LearnerConfig, RunConfig
+from pipeline.config.schema import LearnerConfig, LoraConfig, RunConfig
 from pipeline.model import architecture
 from pipeline.model.grid import Place
 from tests import command_line
@@ -83,6 +83,17 @@ def test_every_rank_is_built_as_planned_without_a_distributed_optimizer(name, si
     work, plan, build = built_of(name, sizes, tmp_path, "fp32", False)
     for rank in range(work.grid.world_size):
         assert differences(work, plan, build(rank)) == []
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_adapters_are_built_as_planned(tmp_path, distributed):
+    model, run = model_of("qwen2", tmp_path), run_of((2, 1, 2, 2, 1, 1, 0), distributed=distributed)
+    run.learner.lora = LoraConfig(rank=3, targets=["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"])
+    work = from_config(model, run)
+    for rank in kinds(work.grid):
+        built = rehearsal.build(model, run.learner, "bf16", rank)
+        assert differences(work, sync_plan(work, run), built) == []
+        assert built.gradients < built.parameters
 
 
 def test_whatever_is_built_otherwise_is_said(tmp_path):

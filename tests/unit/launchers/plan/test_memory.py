@@ -1,10 +1,17 @@
 """The memory estimate by hand, and what each key does to it. Counted bytes: tests/distributed/test_estimate.py."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launchers.plan import activations, memory
+from launchers.plan.work import from_config
+from pipeline.config.load import PACKAGED, load_config
+from pipeline.config.schema import LoraConfig
+from pipeline.model import architecture
 from pipeline.model.grid import grid_of
 
 GIB = 2**30
@@ -32,6 +39,27 @@ def test_what_stays_is_two_four_and_twelve_bytes_per_parameter(plan):
     assert held["gradients"] == 4 * QWEN3_32B
     assert held["optimizer"] == 12 * QWEN3_32B
     assert held["reference"] == held["fp8_weights"] == 0
+
+
+def test_adapters_alone_have_gradients_and_an_optimizer(plan):
+    """Rank 32, of query, key, value and output, gate, up and down; B has every row of a fused matrix."""
+    held = parts(plan("qwen3-32b", *ROWS, "learner.lora.rank=32", "objective.kl_coef=0.1"))
+    attention = 3 * 5120 + (8192 + 2 * 1024) + 8192 + 5120
+    adapters = 64 * 32 * (attention + 2 * 5120 + 2 * 25600 + 25600 + 5120)
+    assert held["parameters"] == 2 * (QWEN3_32B + adapters)
+    assert held["gradients"] == 4 * adapters
+    assert held["optimizer"] == 12 * adapters
+    assert held["reference"] == 0  # the model without its adapters
+
+
+def test_qwen3_32b_with_adapters_fits_where_all_of_it_does_not():
+    keys = ["model.hf_path=model/qwen3-32b"]
+    config = load_config(Path("recipe/qwen3-32b_lora.yaml"), keys)
+    work = from_config(architecture.read(PACKAGED / "model" / "qwen3-32b"), config)
+    all_weights = replace(work, learner=replace(work.learner, lora=LoraConfig()))
+    assert config.learner.world_size + config.rollout.engines * config.rollout.tensor_parallel_size == 8
+    assert total(work) < 60 * GIB
+    assert total(all_weights) > 160 * GIB
 
 
 def test_stages_together_hold_the_model_once(plan):
