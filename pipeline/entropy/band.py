@@ -73,6 +73,10 @@ class Band(Stateful):
         low, high = self.at(step)
         return math.sqrt(low * high)
 
+    def slope(self, step: int) -> float:
+        """Of ln target per step at ``step``; 0 where the schedule stands still or jumps."""
+        return math.log(self.target(step + 1) / self.target(step)) if self._steps else 0.0
+
     @property
     def fingerprint(self) -> list[object]:
         """All that decides the band, for the check on resume; a longer run changes it only if the schedule

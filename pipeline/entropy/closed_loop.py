@@ -18,7 +18,7 @@ from typing import ClassVar
 
 from pipeline.entropy.actuator import Actuator
 from pipeline.entropy.band import Band, SetPoint
-from pipeline.entropy.law import Law
+from pipeline.entropy.law import Course, Law
 from pipeline.entropy.sensor import Sensor, usable
 from pipeline.entropy.state import Count, Stateful
 from pipeline.entropy.watch import AWAY_STEPS, ResponseWatch
@@ -113,8 +113,9 @@ class ClosedLoop(Stateful):
             return self._without_positives(goal, entropy)
         # Only a second rollout is drawn with the command; the others' commands act at once, however old the rows are.
         delay = reading.staleness if self._actuator.second_rollout else 0
-        self.u = self._law.propose(entropy, goal, self.u, delay, self._band.at(step))
-        if self._band.watching and entropy > self._band.at(step)[1]:
+        course = Course(*self._band.at(step), self._band.slope(step))
+        self.u = self._law.propose(entropy, goal, self.u, delay, course)
+        if self._band.watching and entropy > course.high:
             self.u = 0.0
             reason = f"H={entropy:.3g}; no band yet: pass@k is watched as the entropy falls"
             return self._decision("holding", reason, goal, entropy)

@@ -13,8 +13,17 @@ from pipeline.entropy.band import SetPoint
 from pipeline.entropy.sensor import Sensor
 from pipeline.entropy.state import Stateful
 
-Edges = tuple[float, float]
-ANY: Edges = (0.0, math.inf)
+
+@dataclass(frozen=True)
+class Course:
+    """The band at a step, nats per token, and where its target goes from there: ``slope`` of ln H* per step."""
+
+    low: float = 0.0
+    high: float = math.inf
+    slope: float = 0.0
+
+
+ANY = Course()
 
 
 class Law(Stateful, ABC):
@@ -26,7 +35,7 @@ class Law(Stateful, ABC):
         return math.nan
 
     @abstractmethod
-    def propose(self, entropy: float, goal: float, last: float, staleness: float, edges: Edges = ANY) -> float:
+    def propose(self, entropy: float, goal: float, last: float, staleness: float, course: Course = ANY) -> float:
         """The next ``u``, within the limits.
 
         Args:
@@ -34,7 +43,7 @@ class Law(Stateful, ABC):
             goal: set-point, nats per token.
             last: the ``u`` in force.
             staleness: updates between the command and the training on what it drew, as measured: the mean over rows.
-            edges: of the band, nats per token; most laws steer to ``goal`` alone.
+            course: of the band; most laws steer to ``goal`` alone.
         """
 
     @abstractmethod

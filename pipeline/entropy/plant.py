@@ -31,6 +31,7 @@ from pipeline.entropy.controller import EntropyController
 from pipeline.entropy.factory import build_controller
 from pipeline.types import ControlDecision, EntropyReading
 
+JUMP = 0.05  # of ln H* from a step to the next: more is no schedule that an entropy could follow
 DRIFT_AT = 0.3  # nats, the entropy at which ``Plant.drift`` is the drift
 _TOKENS = 100.0  # of a simulated reading: a sum needs a count
 _PROMPTS = 64  # of a simulated step: bounds the auxiliary ones
@@ -77,15 +78,20 @@ class Scenario:
     start: float = 0.55  # nats
     target: float = 0.3  # middle of the band, which is +-10 % wide
     target_steps: Mapping[int, float] = field(default_factory=dict)  # step -> target from then on
+    anneal: tuple[int, float] | None = None  # step from which the target moves, and where it is at the end
     changes: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)  # step -> parameters from then on
     no_positives: tuple[tuple[int, int], ...] = ()  # spells [first, last)
     steps: int = 400
 
     def band(self) -> BandConfig:
         """The band as a run would be given it."""
+        low, high = 0.9 * self.target, 1.1 * self.target
+        if self.anneal:
+            hold, end = self.anneal
+            return BandConfig(low, high, "cosine", hold_steps=hold, end_low=0.9 * end, end_high=1.1 * end)
         points = [[float(step), 0.9 * target, 1.1 * target] for step, target in self.target_steps.items()]
         schedule = "piecewise" if points else "constant"
-        return BandConfig(low=0.9 * self.target, high=1.1 * self.target, schedule=schedule, points=points)
+        return BandConfig(low=low, high=high, schedule=schedule, points=points)
 
     def plant_at(self, step: int) -> Plant:
         """The plant in force at ``step``."""
@@ -190,9 +196,8 @@ def _run(
         decision = control.update(reading, 0 if barren else 8)
         readings.append(reading.mean)
         decisions.append(decision)
-    target = np.full(scenario.steps, scenario.target)
-    for step, value in scenario.target_steps.items():
-        target[step:] = value
+    band = build_band(scenario.band(), scenario.steps)
+    target = np.array([sum(band.at(step)) / 2 for step in range(scenario.steps)])
     return Trace(np.exp(states), target, np.array(readings), np.array(commands), decisions)
 
 
@@ -206,7 +211,7 @@ def _move(plant: Plant, y: float, u: float) -> float:
 class Performance:
     """How well a trace keeps its band; errors are relative, H / target - 1, of the policy's true entropy.
 
-    Steps of the way to the band, ``settle`` after the start and after each change of the target, count for
+    Steps of the way to the band, ``settle`` after the start and after each jump of the target, count for
     ``overshoot``, ``settling`` and ``variation`` only.
     """
 
@@ -222,7 +227,7 @@ def performance(trace: Trace, settle: int = 100, width: float = 0.1) -> Performa
     """The figures of one trace. ``width``: half the band, relative."""
     error = trace.entropy / trace.target - 1
     inside = np.abs(error) <= width
-    moved = np.flatnonzero(np.diff(trace.target)) + 1
+    moved = np.flatnonzero(np.abs(np.diff(np.log(trace.target))) > JUMP) + 1
     counted = np.ones(len(error), bool)
     for first in (0, *moved):
         counted[first : first + settle] = False

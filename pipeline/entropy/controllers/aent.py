@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from pipeline.config.schema import EntropyConfig
 from pipeline.entropy.actuator import Actuator, command_limits
-from pipeline.entropy.law import ANY, Edges, Law, Loop, published_loop
+from pipeline.entropy.law import ANY, Course, Law, Loop, published_loop
 from pipeline.methods import controller_method
 
 MADE_FOR = ("entropy_bonus",)
@@ -37,10 +37,9 @@ class AentLaw(Law):
         self._rate, self._least, self._most = rate, least, most
         self.coefficient = least
 
-    def propose(self, entropy: float, goal: float, last: float, staleness: float, edges: Edges = ANY) -> float:
+    def propose(self, entropy: float, goal: float, last: float, staleness: float, course: Course = ANY) -> float:
         """See ``Law``."""
-        low, high = edges
-        outside = min(0.0, entropy - low) + max(0.0, entropy - high)
+        outside = min(0.0, entropy - course.low) + max(0.0, entropy - course.high)
         self.coefficient = min(max(self.coefficient - self._rate * outside, self._least), self._most)
         return self.coefficient
 

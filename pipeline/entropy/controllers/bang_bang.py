@@ -9,7 +9,7 @@ import math
 
 from pipeline.config.schema import EntropyConfig
 from pipeline.entropy.actuator import Actuator, command_limits, temperatures
-from pipeline.entropy.law import ANY, Edges, Law, Loop, published_loop
+from pipeline.entropy.law import ANY, Course, Law, Loop, published_loop
 from pipeline.methods import controller_method
 
 MADE_FOR = temperatures()
@@ -40,7 +40,7 @@ class BangBangLaw(Law):
     def __init__(self, lower: float, upper: float) -> None:
         self._lower, self._upper = lower, upper
 
-    def propose(self, entropy: float, goal: float, last: float, staleness: float, edges: Edges = ANY) -> float:
+    def propose(self, entropy: float, goal: float, last: float, staleness: float, course: Course = ANY) -> float:
         """See ``Law``."""
         return math.log(self._upper if entropy <= goal else self._lower)
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from pipeline.config.schema import EntropyConfig
 from pipeline.entropy.actuator import Actuator, command_limits
-from pipeline.entropy.law import ANY, Edges, Law, Loop, published_loop
+from pipeline.entropy.law import ANY, Course, Law, Loop, published_loop
 from pipeline.methods import controller_method
 
 MADE_FOR = ("high_prob",)
@@ -36,7 +36,7 @@ class EntropicLaw(Law):
         self._kp, self._ki, self._lower, self._upper = kp, ki, lower, upper
         self.total = 0.0
 
-    def propose(self, entropy: float, goal: float, last: float, staleness: float, edges: Edges = ANY) -> float:
+    def propose(self, entropy: float, goal: float, last: float, staleness: float, course: Course = ANY) -> float:
         """See ``Law``."""
         error = goal - entropy
         wanted = self._kp * error + self._ki * self.total

@@ -16,7 +16,7 @@ from pipeline.config.schema import EntropyConfig
 from pipeline.entropy.actuator import PACKAGE, Actuator, command_limits
 from pipeline.entropy.band import SetPoint
 from pipeline.entropy.gains import CLOSED_LOOP_STEPS, DEAD_TIME, MOMENTUM_STEPS
-from pipeline.entropy.law import ANY, Edges, Law, Loop
+from pipeline.entropy.law import ANY, Course, Law, Loop
 from pipeline.entropy.observer import MISSED, RATIOS, SPREAD, WIDE_RATIOS, PlantObserver
 from pipeline.entropy.sensor import HAMPEL_WINDOW, Sensor
 from pipeline.entropy.state import Stateful
@@ -44,8 +44,9 @@ QUIET = Pace(8.0 + 1 + MOMENTUM_STEPS, 0.01, 0.01, 1.2, WIDE_RATIOS)
 
 
 class PiLaw(Law):
-    """u = clip((e / (tc + theta) - d) / b), e = clip(ln H* - y, -1, 1), with y, d and b from ``PlantObserver``.
+    """u = clip((e / (tc + theta) + s - d) / b), e = clip(ln H* - y, -1, 1), with y, d and b from ``PlantObserver``.
 
+    s is the slope of ln H* where a schedule moves the band: without it the entropy would follow s (tc + theta) behind.
     So kp = 1 / (b (tc + theta)), and -d / b, the command that holds the entropy against its drift, is the integral. It
     is assumed at first that b = 1 / (kp (tc + theta)), the plant that kp was chosen for; what the command does tells
     more. The observer's gains are l2 = ki b and l1 = 2 sqrt(l2), critically damped. Since it is told the command as
@@ -92,12 +93,12 @@ class PiLaw(Law):
         """See ``Law``."""
         return self.plant.gain
 
-    def propose(self, entropy: float, goal: float, last: float, staleness: float, edges: Edges = ANY) -> float:
+    def propose(self, entropy: float, goal: float, last: float, staleness: float, course: Course = ANY) -> float:
         """See ``Law``."""
         self.sent = [*self.sent, last][-REMEMBERED:]
         self.plant.observe(math.log(entropy), self._sent_ago(1 + MOMENTUM_STEPS + staleness))
         error = self._error(math.log(goal) - self.plant.predicted)
-        u = (error / (self._horizon + staleness) - self.plant.drift) / self.plant.gain
+        u = (error / (self._horizon + staleness) + course.slope - self.plant.drift) / self.plant.gain
         u = min(max(u, self._lower), self._upper)
         return min(max(u, last - self._slew), last + self._slew) if self._slew else u
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pipeline.config.schema import EntropyConfig
 from pipeline.entropy.actuator import Actuator, command_limits
-from pipeline.entropy.law import ANY, Edges, Law, Loop, published_loop
+from pipeline.entropy.law import ANY, Course, Law, Loop, published_loop
 from pipeline.methods import controller_method
 
 MADE_FOR = ("surprisal",)
@@ -32,7 +32,7 @@ class RepoRLaw(Law):
         self._lower, self._upper = lower, upper
         self.coefficient = LEAST
 
-    def propose(self, entropy: float, goal: float, last: float, staleness: float, edges: Edges = ANY) -> float:
+    def propose(self, entropy: float, goal: float, last: float, staleness: float, course: Course = ANY) -> float:
         """See ``Law``."""
         toward = 1.0 if entropy < goal else -1.0
         if self.coefficient * toward > 0:

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from pipeline.config.schema import EntropyConfig
 from pipeline.entropy.actuator import Actuator, command_limits
-from pipeline.entropy.law import ANY, Edges, Law, Loop, published_loop
+from pipeline.entropy.law import ANY, Course, Law, Loop, published_loop
 from pipeline.methods import controller_method
 
 MADE_FOR = ("entropy_bonus",)
@@ -35,7 +35,7 @@ class SkyworkLaw(Law):
         self._step, self._upper = step, upper
         self.coefficient = 0.0
 
-    def propose(self, entropy: float, goal: float, last: float, staleness: float, edges: Edges = ANY) -> float:
+    def propose(self, entropy: float, goal: float, last: float, staleness: float, course: Course = ANY) -> float:
         """See ``Law``."""
         below = entropy < goal
         moved = self.coefficient + (self._step if below else -self._step)
