@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.monitoring.price import generated, reward_cost
 from pipeline.monitoring.summary import FINAL_STEPS, RunHistory, pass_at
 from pipeline.monitoring.tracking import track
 from pipeline.student import t95
@@ -95,10 +96,10 @@ def rows_of(runs: Mapping[str, Sequence[RunHistory]], baseline: str, stopped_at:
 def measure(run: RunHistory, baseline: RunHistory | None, steps: int | None = None) -> dict[str, float]:
     """The figures of one run; NaN where one does not exist. ``steps``: as if it had been stopped after so many."""
     last = run.steps if steps is None else min(steps, run.steps)
-    generated = _generated(run)
-    theirs = _generated(baseline) if baseline else np.array([math.inf])
+    tokens_before = generated(run)
+    theirs = generated(baseline) if baseline else np.array([math.inf])
     seen = [e for e in run.evaluations if e["step"] <= last]
-    tokens = [generated[e["step"]] for e in seen]
+    tokens = [tokens_before[e["step"]] for e in seen]
 
     def within_budget(values: Sequence[float]) -> float:
         return float(np.interp(theirs[-1], tokens, values)) if seen else math.nan
@@ -116,32 +117,10 @@ def measure(run: RunHistory, baseline: RunHistory | None, steps: int | None = No
         "rms_error": tracking.rms_error if steered else math.nan,
         "overshoot": tracking.overshoot if steered else math.nan,
         "settled": float(last if tracking.settling_step is None else tracking.settling_step) if steered else math.nan,
-        "reward_cost": _reward_cost(run, generated, baseline, theirs) if baseline and baseline is not run else math.nan,
-        "extra_tokens": float(generated[last]) / main - 1 if main else math.nan,
+        "reward_cost": reward_cost(run, baseline) if baseline and baseline is not run else math.nan,
+        "extra_tokens": float(tokens_before[last]) / main - 1 if main else math.nan,
         "seconds": float(np.nansum(run.column("time/total")[:last])),
     }
-
-
-def _generated(run: RunHistory) -> np.ndarray:
-    """Response tokens generated before each step, and after the last: ``[steps + 1]``."""
-    tokens = sum(np.nan_to_num(run.column(f"tokens/{role}")) for role in ("main", "auxiliary", "repeated"))
-    return np.concatenate([[0.0], np.cumsum(tokens)])
-
-
-def _reward_cost(run: RunHistory, generated: np.ndarray, baseline: RunHistory, theirs: np.ndarray) -> float:
-    """Share of the baseline's reward area that the run lost, over the tokens that both have generated.
-
-    (AUC of the baseline's reward - AUC of the run's) / AUC of the baseline's.
-    """
-    budget = min(generated[-1], theirs[-1])
-    area = _reward_area(baseline, theirs, budget)
-    return (area - _reward_area(run, generated, budget)) / area if area else math.nan
-
-
-def _reward_area(run: RunHistory, generated: np.ndarray, budget: float) -> float:
-    """Reward, summed over generated tokens up to ``budget``; the step that exceeds it counts in part."""
-    tokens = np.diff(np.minimum(generated, budget))
-    return float(tokens @ np.nan_to_num(run.column("reward/mean")))
 
 
 def _row(method: str, found: Mapping[int, Mapping[str, float]]) -> Row:

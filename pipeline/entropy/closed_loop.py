@@ -76,7 +76,7 @@ class ClosedLoop(Stateful):
         self._lower, self._upper = actuator.to_u(limits[0]), actuator.to_u(limits[1])
         self._min_prompts, self._max_prompts = prompts
         self._saturation_steps = saturation_steps
-        self._watch = ResponseWatch(self._lower, self._upper, saturation_steps)
+        self._watch = ResponseWatch(self._lower, self._upper, saturation_steps, law.standstill)
         self.u = 0.0
         self.prompts = self._min_prompts
         self.calm = 0
@@ -119,7 +119,7 @@ class ClosedLoop(Stateful):
             self.u = 0.0
             reason = f"H={entropy:.3g}; no band yet: pass@k is watched as the entropy falls"
             return self._decision("holding", reason, goal, entropy)
-        self._watch.observe(math.log(goal / entropy), self.u, entropy)
+        self._watch.observe(math.log(goal / entropy), self.u, entropy, self._law.expected(self.u))
         self._split_range()
         state = "saturated" if self._watch.saturated else "tracking"
         return self._decision(state, self._reason(entropy, goal, step), goal, entropy)

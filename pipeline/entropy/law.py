@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pipeline.entropy.band import SetPoint
 from pipeline.entropy.sensor import Sensor
 from pipeline.entropy.state import Stateful
+from pipeline.entropy.watch import STANDSTILL
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,15 @@ class Law(Stateful, ABC):
     @property
     def gain(self) -> float:
         """Of ln H per unit of ``u`` and step, as learnt so far; NaN: this law learns none."""
+        return math.nan
+
+    @property
+    def standstill(self) -> float:
+        """Of ln H per step toward the target, below which a command at its limit does not get there."""
+        return STANDSTILL
+
+    def expected(self, u: float) -> float:
+        """Of ln H per step under the command ``u``, as learnt so far; NaN: this law learns none."""
         return math.nan
 
     @abstractmethod

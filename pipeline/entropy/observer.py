@@ -97,6 +97,10 @@ class PlantObserver(Stateful):
         """
         return float(self._weights() @ self._gains)
 
+    def expected(self, u: float) -> float:
+        """Of ln H per step under the command ``u``, the mean."""
+        return float(self._weights() @ (self._gains * u + np.array(self.drifts)))
+
     def observe(self, reading: float, acted: float) -> None:
         """Take in ln H, and the command that acted on it."""
         self.readings += 1

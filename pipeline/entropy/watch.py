@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from statistics import fmean, linear_regression
 from typing import ClassVar, Literal
 
@@ -12,10 +13,10 @@ _AWAY_GAP = 0.1  # |ln(H*/H)| by then, and its growth from each third of those s
 _AWAY_GROWTH = 0.02  # still gathers itself against the drift reaches neither
 _RECOVERED = 0.7  # of its largest gap: once this is reached, the response is no longer called wrong
 UNREACHABLE_STEPS = 25  # at a limit before a target can be called out of reach
-# Fall of |ln(H*/H)| per step at the limit below which it is, and above which it no longer is. On the simulated plant
-# the first is found within 30 steps in 4 of 5 runs; a climb out of collapse is called so, wrongly and for a while, in 1
-# of 4 (docs/control.md).
-_STANDSTILL, _ON_ITS_WAY = 0.0015, 0.003
+# Fall of |ln(H*/H)| per step at the limit below which it is, unless the law has a figure of its own; above twice that it
+# no longer is. How often that is right: docs/control.md.
+STANDSTILL = 0.0015
+_SEEN = 0.4  # weight of the fall seen since the limit was reached, beside the one that the law expects
 _DISTINCT = 0.97  # entropies closer than this are one
 
 
@@ -23,6 +24,8 @@ class ResponseWatch(Stateful):
     """Follows |ln(H*/H)| for as long as the command pushes in one direction.
 
     The command pushes when it is beyond rest (``u`` = 0) in the direction of the error, or at the limit on that side.
+
+    ``standstill``: fall of |ln(H*/H)| per step below which a command at its limit does not get there.
     """
 
     STATE: ClassVar = {
@@ -35,8 +38,8 @@ class ResponseWatch(Stateful):
         "highest": float | None,
     }
 
-    def __init__(self, lower: float, upper: float, saturation_steps: int) -> None:
-        self._lower, self._upper = lower, upper
+    def __init__(self, lower: float, upper: float, saturation_steps: int, standstill: float = STANDSTILL) -> None:
+        self._lower, self._upper, self._standstill = lower, upper, standstill
         self._saturation_steps = saturation_steps
         self.at_limit = 0  # consecutive steps at the limit in the error's direction
         self.direction = 0
@@ -46,8 +49,15 @@ class ResponseWatch(Stateful):
         self.lowest: float | None = None  # entropies seen so far, nats
         self.highest: float | None = None
 
-    def observe(self, error: float, u: float, entropy: float) -> None:
-        """Note one step. ``error``: ln(H*/H), positive when entropy must rise; ``entropy``: filtered, nats."""
+    def observe(self, error: float, u: float, entropy: float, expected: float = math.nan) -> None:
+        """Note one step.
+
+        Args:
+            error: ln(H*/H), positive when entropy must rise.
+            u: the command.
+            entropy: filtered, nats.
+            expected: of ln H per step under ``u``, as the law has learnt; NaN: it has learnt nothing.
+        """
         self.lowest = entropy if self.lowest is None else min(self.lowest, entropy)
         self.highest = entropy if self.highest is None else max(self.highest, entropy)
         direction = (error > 0) - (error < 0)
@@ -63,8 +73,9 @@ class ResponseWatch(Stateful):
             self.worst = abs(error) if self._moved_away() else 0.0
         else:
             self.worst = max(self.worst, abs(error)) if abs(error) > _RECOVERED * self.worst else 0.0
-        enough = _ON_ITS_WAY if self.unreachable else _STANDSTILL
-        self.unreachable = self.at_limit >= UNREACHABLE_STEPS and not self.resting and self._approach() < enough
+        enough = 2 * self._standstill if self.unreachable else self._standstill
+        long = self.at_limit >= UNREACHABLE_STEPS and not self.resting
+        self.unreachable = long and self._approach(direction * expected) < enough
 
     @property
     def resting(self) -> bool:
@@ -102,10 +113,11 @@ class ResponseWatch(Stateful):
         """
         return self.worst > 0
 
-    def _approach(self) -> float:
-        """Fall of the gap per step since the limit was reached, by least squares."""
+    def _approach(self, expected: float) -> float:
+        """Fall of the gap per step: seen since the limit was reached, by least squares, and expected by the law."""
         recent = self.gaps[-self.at_limit :]
-        return -linear_regression(range(len(recent)), recent).slope
+        seen = -linear_regression(range(len(recent)), recent).slope
+        return seen if math.isnan(expected) else expected + _SEEN * (seen - expected)
 
     def _moved_away(self) -> bool:
         if len(self.gaps) <= AWAY_STEPS:

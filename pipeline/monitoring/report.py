@@ -13,6 +13,7 @@ import numpy as np
 from pipeline.config.load import to_yaml
 from pipeline.monitoring.charts import CHARTS, svg, write_png
 from pipeline.monitoring.differences import config_differences, result_differences
+from pipeline.monitoring.law_card import law_card
 from pipeline.monitoring.naming import counted
 from pipeline.monitoring.page import document, html_list, html_table
 from pipeline.monitoring.samples import read_samples
@@ -50,6 +51,8 @@ SHOWN_EVENTS = 100  # the newest of a run
 CSS = """
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 1rem; }
 .wide { grid-column: 1 / -1; } .good { color: var(--good); font-weight: 600; }
+.card { display: grid; grid-template-columns: minmax(8rem, max-content) 1fr; gap: .3rem 1rem; max-width: 62rem; }
+.card dt { color: var(--muted); font-weight: 600; } .card dd { margin: 0; }
 .given { opacity: .55; font-style: italic; }
 pre { background: var(--card); padding: .8rem; overflow-x: auto; font-size: 12.5px; } summary { cursor: pointer; }
 """
@@ -60,12 +63,15 @@ def build_report(
 ) -> dict[str, Any]:
     """Write the page (and the same pictures as one PNG, the steps as CSV); works on runs that are still running.
 
-    Returns ``{"runs": [summary of each run], "methods": {name: means over its runs}, "cost": [sentences]}``. Raises
-    ``EventLogError`` or ``ConfigError`` where a folder holds no readable run.
+    Returns ``{"runs": [summary of each run], "methods": {name: means over its runs}, "cost": [sentences], "law_cards":
+    {title of a run under control: its rows}}``. Raises ``EventLogError`` or ``ConfigError`` where a folder holds no
+    readable run.
     """
     runs = named([read_run(Path(run_dir)) for run_dir in run_dirs])
     summaries = [summarize_run(run) for run in runs]
-    result = {"runs": summaries, "methods": by_method(summaries), "cost": cost_sentences(runs, summaries)}
+    cards = {run.title: card for run in runs if (card := law_card(run, runs))}
+    cost = cost_sentences(runs, summaries)
+    result = {"runs": summaries, "methods": by_method(summaries), "cost": cost, "law_cards": cards}
     out_html.parent.mkdir(parents=True, exist_ok=True)
     partial = out_html.with_name(out_html.name + ".partial")
     partial.write_text(_page(runs, result), encoding="utf-8")
@@ -89,6 +95,7 @@ def _page(runs: Sequence[RunHistory], result: Mapping[str, Any]) -> str:
         _figures(result),
         _differences(runs, result["runs"]),
         "<h2>What it costs</h2>" + _cost(result["cost"]),
+        _law_cards(result["law_cards"]),
         "<h2>Engine against learner</h2>" + _mismatch(result["runs"]),
         "<h2>Seconds by phase</h2>" + _seconds(result["runs"]),
         _happened(runs),
@@ -149,6 +156,15 @@ def _cost(sentences: Sequence[str]) -> str:
     if not sentences:
         return '<p class="muted">No evaluated run without control to compare with.</p>'
     return html_list(escape(sentence) for sentence in sentences)
+
+
+def _law_cards(cards: Mapping[str, Mapping[str, str]]) -> str:
+    """For each run under control, what a reader needs to check the claim that its entropy was held."""
+    blocks = []
+    for title, rows in cards.items():
+        lines = (f"<dt>{escape(name)}</dt><dd>{escape(answer)}</dd>" for name, answer in rows.items())
+        blocks.append(f'<h3>{escape(title)}</h3><dl class="card">{"".join(lines)}</dl>')
+    return f"<h2>The law card</h2>{''.join(blocks)}" if blocks else ""
 
 
 def _seconds(summaries: Sequence[Mapping[str, Any]]) -> str:

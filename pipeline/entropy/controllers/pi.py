@@ -36,11 +36,12 @@ class Pace:
     missed: float  # root mean square of what a prediction misses, in ln H, before any reading
     spread: float  # standard deviation of ln(gain / assumed) before any reading
     ratios: tuple[float, ...]  # gains considered, of the one assumed
+    standstill: float  # see ``Law``
 
 
-NOISY = Pace(CLOSED_LOOP_STEPS + DEAD_TIME, None, MISSED, SPREAD, RATIOS)
+NOISY = Pace(CLOSED_LOOP_STEPS + DEAD_TIME, None, MISSED, SPREAD, RATIOS, 0.002)
 # With repeated readings: no filter to wait for, half the time constant, and weak gains are soon told.
-QUIET = Pace(8.0 + 1 + MOMENTUM_STEPS, 0.01, 0.01, 1.2, WIDE_RATIOS)
+QUIET = Pace(8.0 + 1 + MOMENTUM_STEPS, 0.01, 0.01, 1.2, WIDE_RATIOS, 0.001)
 
 
 class PiLaw(Law):
@@ -82,7 +83,7 @@ class PiLaw(Law):
         level = min(1.0, 2 * math.sqrt(trend)) or 1.0  # without an integral: the reading itself
         ratios = pace.ratios if adapt else (1.0,)
         self.plant = PlantObserver(assumed, level, trend, (lower, upper), ratios, pace.spread, pace.missed)
-        self._horizon = pace.horizon
+        self._horizon, self._standstill = pace.horizon, pace.standstill
         self._lower, self._upper = lower, upper
         self._slew = slew
         self._dead_band = dead_band
@@ -92,6 +93,15 @@ class PiLaw(Law):
     def gain(self) -> float:
         """See ``Law``."""
         return self.plant.gain
+
+    @property
+    def standstill(self) -> float:
+        """See ``Law``."""
+        return self._standstill
+
+    def expected(self, u: float) -> float:
+        """See ``Law``."""
+        return self.plant.expected(u)
 
     def propose(self, entropy: float, goal: float, last: float, staleness: float, course: Course = ANY) -> float:
         """See ``Law``."""

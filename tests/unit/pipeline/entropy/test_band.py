@@ -40,6 +40,16 @@ def test_a_band_is_held_before_it_moves_over_the_rest_of_the_run():
     assert Band(BandConfig(**edges, hold_steps=60, schedule_steps=20), 100).at(70)[0] == pytest.approx(0.5)
 
 
+def test_the_slope_is_that_of_ln_target_where_a_schedule_moves_and_none_elsewhere():
+    edges = {"low": 0.6, "high": 0.7, "end_low": 0.4, "end_high": 0.5}
+    band = Band(BandConfig(**edges, hold_steps=60, schedule="cosine"), 100)
+    assert band.slope(80) == pytest.approx(math.log(band.target(81) / band.target(80)))
+    assert band.slope(80) < -0.005
+    assert [band.slope(step) for step in (0, 59, 100, 200)] == [0.0] * 4
+    jumping = Band(BandConfig(low=0.5, high=0.6, schedule="piecewise", points=[[10, 0.3, 0.4]]), 100)
+    assert jumping.slope(9) == 0.0
+
+
 def test_piecewise_holds_from_each_point_on():
     band = Band(BandConfig(low=0.5, high=0.6, schedule="piecewise", points=[[10, 0.3, 0.4], [20, 0.1, 0.2]]), 100)
     assert [band.at(k) for k in (0, 9, 10, 19, 20, 99)] == [(0.5, 0.6)] * 2 + [(0.3, 0.4)] * 2 + [(0.1, 0.2)] * 2

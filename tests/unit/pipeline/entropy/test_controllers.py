@@ -289,10 +289,10 @@ def test_saturation_is_reported_with_the_entropy_reached_and_what_is_reachable()
     assert decisions[-1].reason == "target 0.298 not reachable: held at H=0.2; reachable about 0.1-0.2"
 
 
-def test_a_target_out_of_reach_from_the_start_is_found_after_25_steps():
+def test_a_target_out_of_reach_from_the_start_is_found_within_30_steps():
     decisions = feed(controller(actuator="resample"), [0.2] * 30)
     said = ["not reachable" in d.reason for d in decisions]
-    assert said.index(True) == 24
+    assert 24 <= said.index(True) < 30
     assert decisions[-1].reason == "target 0.298 not reachable: held at H=0.2; reachable up to about 0.2"
 
 

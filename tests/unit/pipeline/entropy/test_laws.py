@@ -11,6 +11,7 @@ from pipeline.entropy.controllers.pi import PiLaw
 from pipeline.entropy.controllers.scope import LIMITS, ScopeLaw
 from pipeline.entropy.controllers.skywork import SkyworkLaw
 from pipeline.entropy.gains import proportional_gain
+from pipeline.entropy.law import Course
 from pipeline.entropy.sensor import Sensor
 
 
@@ -34,7 +35,7 @@ def test_skywork_counts_up_and_down_and_is_on_below_the_target_only():
 
 def test_aent_integrates_the_distance_to_the_band_within_its_box():
     law = AentLaw(0.01, 0.001, 0.004)
-    band = (0.2, 0.5)
+    band = Course(0.2, 0.5)
     given = [law.propose(h, 0.3, 0.0, 0, band) for h in (0.3, 0.1, 0.0, 0.1, 0.7, 0.9)]
     assert given == pytest.approx([0.001, 0.002, 0.004, 0.004, 0.002, 0.001])
     law.coefficient = 0.003
@@ -55,6 +56,8 @@ def test_pi_by_hand():
     law = PiLaw(2.0, 0.1, -1.0, 1.0, adapt=False)  # made for a plant of gain b = 1 / (2 * 22)
     e = math.log(0.3 / 0.25)
     assert law.propose(0.25, 0.3, 0.0, 0) == pytest.approx(2 * e)
+    falling = PiLaw(2.0, 0.1, -1.0, 1.0, adapt=False)
+    assert falling.propose(0.25, 0.3, 0.0, 0, Course(slope=-0.004)) == pytest.approx(2 * (e - 22 * 0.004))
     assert law.propose(0.25, 0.3, 2 * e, 0) == pytest.approx(2 * e)  # nothing has acted yet, and nothing was missed
     # The reading is e above the prediction: the prediction follows as far as a line through three readings does, the
     # integral takes it for drift.

@@ -7,6 +7,7 @@ import pytest
 
 from pipeline.config.schema import EntropyConfig
 from pipeline.entropy.controllers.pi import PiLaw
+from pipeline.entropy.law import ANY
 from pipeline.entropy.plant import SCENARIOS, Performance, Plant, Scenario, Trace, performance, simulate
 from tools.bench.controllers import CONTROLLERS, OUT_OF_REACH, STEEP, first_warning, measure
 
@@ -104,7 +105,7 @@ def test_ages_are_drawn_anew_for_every_group_and_told_as_measured():
     told = []
 
     class Asked(PiLaw):
-        def propose(self, entropy, goal, last, staleness, edges=(0.0, math.inf)):
+        def propose(self, entropy, goal, last, staleness, course=ANY):
             told.append(staleness)
             return 0.0
 
@@ -141,6 +142,26 @@ def test_with_repeated_readings_a_far_weaker_gain_is_learnt_in_time(weaker):
     assert rms[32] < 0.9 * rms[0]
 
 
+# As identified on pm4: drift and gain fall with the entropy, and the positive term at T = 1 no longer brings it down.
+PM4 = Plant(gain=0.03, drift=-0.0098, drift_power=1.6, knee=0.05, process_noise=0.009)
+
+
+def test_a_schedule_is_followed_down_by_a_law_that_knows_its_slope_and_a_command_below_rest():
+    scenario = Scenario("anneal", PM4, target=0.3, anneal=(240, 0.122), steps=480)
+
+    def kept(**limits):
+        return np.mean(
+            [performance(simulate(EntropyConfig(**limits), scenario, seed)).time_in_band for seed in (0, 1, 2, 3)]
+        )
+
+    both_ways = kept(command_min=0.5, command_max=6.0)
+    assert both_ways > 0.95
+    assert kept() < both_ways - 0.05
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.entropy.band.Band.slope", lambda band, step: 0.0)
+        assert kept(command_min=0.5, command_max=6.0) < both_ways - 0.1
+
+
 def test_the_default_actuator_holds_the_band_as_well():
     for scenario in ("hold", "rise from 0.15", "high entropy"):
         assert measure(scenario, "pi, default", seeds=4)["time_in_band"] > 0.95
@@ -158,7 +179,7 @@ def test_reachable_targets_are_seldom_called_out_of_reach():
     calm = [first_warning(SCENARIOS[name], seed)[0] for name in ("nominal", "quiet sensor") for seed in range(10)]
     assert calm == [None] * 20
     steep = [first_warning(scenario, seed)[0] for scenario in STEEP for seed in range(20)]
-    assert np.mean([steps is not None for steps in steep]) <= 0.35
+    assert np.mean([steps is not None for steps in steep]) <= 0.15
 
 
 def test_nothing_to_simulate_is_refused():

@@ -1,0 +1,202 @@
+"""The law card of a run: what was steered, how strongly it answers, how well it was held, what that cost, what failed.
+
+Read from the run's events alone. A row is a question and its answer in words and figures, for a page that somebody else
+shall be able to check.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline.entropy.actuator import Actuator, acting, actuator_of
+from pipeline.entropy.identify import IdentificationError, Identified, Record, identify
+from pipeline.entropy.law import Loop
+from pipeline.monitoring.naming import counted
+from pipeline.monitoring.plant_data import record_of
+from pipeline.monitoring.price import ROLES, reward_cost
+from pipeline.monitoring.summary import RunHistory, pass_at
+from pipeline.monitoring.tracking import Tracking, of_series
+from pipeline.registry import load
+
+RECENT = 2000  # steps that the plant is identified from, the newest: the fit's time grows with them
+PLANT = "ln H(k+1) = ln H(k) + b u(k-s) + d + noise"
+Rows = dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Steered:
+    """A run under control, and what its rows are made of."""
+
+    run: RunHistory
+    actuator: Actuator
+    limits: tuple[float, float] | None  # of the command; None: a command that no reading changes
+    tracking: Tracking
+    plant: Identified | None
+    why_not: str  # no plant could be identified
+
+
+def law_card(run: RunHistory, others: Sequence[RunHistory] = ()) -> Rows:
+    """The rows of one run; empty for a run without control.
+
+    ``others``: runs of the same report. The first without control, of the same seed, is what the price is taken
+    against.
+    """
+    config = run.config.entropy
+    if run.is_baseline or acting(config) is None or run.steps == 0:
+        return {}
+    actuator = actuator_of(config)
+    built = load("pipeline.entropy.controllers", config.controller).build(config, actuator)
+    plant, why_not = _plant(run)
+    limits = built.limits if isinstance(built, Loop) else None
+    steered = _Steered(run, actuator, limits, of_series(run.series), plant, why_not)
+    baseline = next((other for other in others if other.is_baseline and other.config.seed == run.config.seed), None)
+    return {
+        "Band": _band(run),
+        "Plant": _plant_in_words(steered),
+        "Gain b": _gain(steered),
+        "Drift d": "-" if plant is None else f"{plant.drift:+.3g} {_interval(plant.drift_interval)} of ln H per step",
+        "Noise": _noise(plant),
+        "Command that holds the entropy": _rest(steered),
+        "What the controller did": _did(steered),
+        "Tracking": _tracked(steered.tracking),
+        "Price": _price(run, baseline),
+        "Not reached": "; ".join(_not_reached(steered)) or "nothing",
+    }
+
+
+def _plant(run: RunHistory) -> tuple[Identified | None, str]:
+    try:
+        record = record_of(run)
+        return identify([Record(record.entropy[-RECENT:], record.command[-RECENT:])]), ""
+    except IdentificationError as error:
+        return None, str(error)
+
+
+def _band(run: RunHistory) -> str:
+    low, high = run.column("entropy/band_low"), run.column("entropy/band_high")
+    known = np.flatnonzero(np.isfinite(low) & np.isfinite(high))
+    if not len(known):
+        return "-"
+    first, last = known[0], known[-1]
+    text = f"{low[first]:.3g} to {high[first]:.3g} nats per token, entropy at T=1 over the tokens the policy drew"
+    if (low[first], high[first]) != (low[last], high[last]):
+        text += f"; {low[last]:.3g} to {high[last]:.3g} at the end"
+    return f"{text} (schedule {run.config.entropy.band.schedule})"
+
+
+def _plant_in_words(steered: _Steered) -> str:
+    unit = "ln T" if steered.actuator.temperature else "the command"
+    model = f"{PLANT}, u = {unit} of {steered.actuator.name}"
+    if steered.plant is None:
+        return f"{model}; not identified: {steered.why_not}"
+    plant = steered.plant
+    low, high = plant.delay_interval
+    delay = f"delay s {plant.delay} [{low}, {high}] steps, the optimizer's momentum included"
+    return f"{model}; one plant for {plant.steps:,} steps, intervals 95 %; {delay}"
+
+
+def _gain(steered: _Steered) -> str:
+    learnt = steered.run.column("control/gain")
+    learnt = learnt[np.isfinite(learnt)]
+    own = f"; the controller took it for {learnt[0]:.3g} at first and {learnt[-1]:.3g} at last" if len(learnt) else ""
+    if steered.plant is None:
+        return "-" + own
+    low, high = steered.plant.gain_interval
+    sign = "" if low > 0 or high < 0 else ", so its sign is not known"
+    return f"{steered.plant.gain:+.3g} {_interval((low, high))} of ln H per u and step{sign}{own}"
+
+
+def _noise(plant: Identified | None) -> str:
+    if plant is None:
+        return "-"
+    return f"a reading {plant.sensor_noise:.1%}, the policy {plant.process_noise:.1%} per step (standard deviations)"
+
+
+def _rest(steered: _Steered) -> str:
+    plant = steered.plant
+    if plant is None or math.isnan(plant.rest):
+        return "not known"
+    command = steered.actuator.to_command(plant.rest)
+    text = f"{command:.3g} (u = -d / b)"
+    if steered.limits is None:
+        return text
+    low, high = steered.limits
+    return f"{text}, {'within' if low <= command <= high else 'OUTSIDE'} the limits {low:g} to {high:g}"
+
+
+def _did(steered: _Steered) -> str:
+    run, config = steered.run, steered.run.config.entropy
+    commands = run.column("control/command")
+    commands = commands[np.isfinite(commands)]
+    states = Counter({state: int(run.series.in_state(state).sum()) for state in run.series.states()})
+    shares = ", ".join(
+        f"{state} {count / max(1, states.total()):.0%}" for state, count in states.most_common() if count
+    )
+    text = f"{config.controller} on {steered.actuator.name}: {shares} of the steps"
+    if not len(commands):
+        return text
+    u = np.array([steered.actuator.to_u(command) for command in commands])
+    moved = f", {np.abs(np.diff(u)).mean():.2g} of u per step" if len(u) > 1 else ""
+    text += f"; command {commands.min():.3g} to {commands.max():.3g}, median {np.median(commands):.3g}{moved}"
+    if steered.limits is None:
+        return text
+    low, high = (np.isclose(commands, limit, rtol=1e-9, atol=0).mean() for limit in steered.limits)
+    return f"{text}; at its lower limit in {low:.0%}, at its upper in {high:.0%}"
+
+
+def _tracked(tracking: Tracking) -> str:
+    if tracking.entry_step is None:
+        return "the band was never entered"
+    settled = "never settled" if tracking.settling_step is None else f"settled at {tracking.settling_step}"
+    return (
+        f"entered at step {tracking.entry_step}, {settled}; from entry on in band {tracking.time_in_band:.1%}, "
+        f"RMS error {tracking.rms_error:.1%} (single readings {tracking.rms_error_raw:.1%}), bias {tracking.bias:+.1%}, "
+        f"overshoot {tracking.overshoot:.1%}"
+    )
+
+
+def _price(run: RunHistory, baseline: RunHistory | None) -> str:
+    tokens = {role: float(np.nansum(run.column(f"tokens/{role}"))) for role in ROLES}
+    extra = (tokens["auxiliary"] + tokens["repeated"]) / tokens["main"] if tokens["main"] else 0.0
+    more = f"{extra:.1%} more response tokens"
+    if baseline is None:
+        return f"reward not known: no run without control and with seed {run.config.seed} stands beside it; {more}"
+    text = f"{reward_cost(run, baseline):.1%} less reward than {baseline.title} over as many tokens; {more}"
+    if not (run.evaluations and baseline.evaluations):
+        return text
+    last, other = run.evaluations[-1], baseline.evaluations[-1]
+    for k in (1, 16):
+        (value, *interval), (theirs, *their_interval) = pass_at(last, k), pass_at(other, k)
+        if math.isfinite(value) and math.isfinite(theirs):
+            text += f"; pass@{k} {value:.3f} {_interval(interval)} against {theirs:.3f} {_interval(their_interval)}"
+    return f"{text} (evaluated after {last['step']:,} and {other['step']:,} steps)"
+
+
+def _not_reached(steered: _Steered) -> list[str]:
+    run, tracking = steered.run, steered.tracking
+    found = [] if run.status == "completed" else [f"the end: {run.status} after {counted(run.steps, 'step')}"]
+    if tracking.entry_step is None:
+        found.append("the band")
+    else:
+        goals = {  # docs/lab.md
+            "95 % of the steps in band": tracking.time_in_band >= 0.95,
+            "an RMS error of 5 %": tracking.rms_error <= 0.05,
+            "an overshoot of 10 %": tracking.overshoot <= 0.1,
+        }
+        found += [goal for goal, met in goals.items() if not met]
+    if tracking.settling_step is None:
+        found.append("20 steps in the band in a row")
+    saturated = np.flatnonzero(run.series.in_state("saturated"))
+    if len(saturated):
+        event = run.series.event(int(saturated[-1])) or {"reason": ""}
+        found.append(f"{counted(len(saturated), 'step')} at the limit, the last at {saturated[-1]}: {event['reason']}")
+    return found
+
+
+def _interval(edges: Sequence[float]) -> str:
+    return f"[{edges[0]:.3g}, {edges[1]:.3g}]"
