@@ -13,8 +13,8 @@ _AWAY_GAP = 0.1  # |ln(H*/H)| by then, and its growth from each third of those s
 _AWAY_GROWTH = 0.02  # still gathers itself against the drift reaches neither
 _RECOVERED = 0.7  # of its largest gap: once this is reached, the response is no longer called wrong
 UNREACHABLE_STEPS = 25  # at a limit before a target can be called out of reach
-# Fall of |ln(H*/H)| per step at the limit below which it is, unless the law has a figure of its own; above twice that it
-# no longer is. How often that is right: docs/control.md.
+# Fall of |ln(H*/H)| per step at the limit below which it is, unless the law has a figure of its own; above twice that
+# it no longer is. How often that is right: docs/control.md.
 STANDSTILL = 0.0015
 _SEEN = 0.4  # weight of the fall seen since the limit was reached, beside the one that the law expects
 _DISTINCT = 0.97  # entropies closer than this are one

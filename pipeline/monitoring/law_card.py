@@ -155,8 +155,8 @@ def _tracked(tracking: Tracking) -> str:
     settled = "never settled" if tracking.settling_step is None else f"settled at {tracking.settling_step}"
     return (
         f"entered at step {tracking.entry_step}, {settled}; from entry on in band {tracking.time_in_band:.1%}, "
-        f"RMS error {tracking.rms_error:.1%} (single readings {tracking.rms_error_raw:.1%}), bias {tracking.bias:+.1%}, "
-        f"overshoot {tracking.overshoot:.1%}"
+        f"RMS error {tracking.rms_error:.1%} (single readings {tracking.rms_error_raw:.1%}), "
+        f"bias {tracking.bias:+.1%}, overshoot {tracking.overshoot:.1%}"
     )
 
 
