@@ -1,7 +1,8 @@
 """Which part of a row a context-parallel rank computes. What all ranks make of it together: tests/distributed."""
 
-import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from megatron_ext import context_parallel
 from megatron_ext.context_parallel import columns
@@ -21,10 +22,19 @@ def test_packed_rows_are_cut_one_by_one():
     assert columns([4, 8, 4], 1, 2).tolist() == [1, 2, 6, 7, 8, 9, 13, 14]
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_every_column_is_one_rank_s(size):
-    parts = [columns([2 * size, 6 * size], rank, size) for rank in range(size)]
-    assert torch.cat(parts).sort().values.tolist() == list(range(8 * size))
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.integers(2, 5))
+def test_ranks_share_all_columns_as_transformer_engine_deals_them(chunks, size):
+    """By the arithmetic of its kernel, ``thd_partition_src_index`` in ``fused_attn/context_parallel.cu`` (2.20)."""
+    lengths = [2 * size * chunk for chunk in chunks]
+    parts = [columns(lengths, rank, size).tolist() for rank in range(size)]
+    for rank, part in enumerate(parts):
+        expected, start = [], 0
+        for half in chunks:  # of a rank's part of a row
+            theirs = [rank if place < half else 2 * (size - 1) - rank for place in range(2 * half)]
+            expected += [place + start * size + half * offset for place, offset in enumerate(theirs)]
+            start += 2 * half
+        assert part == expected
+    assert sorted(place for part in parts for place in part) == list(range(sum(lengths)))
 
 
 def test_a_rank_without_targets_computes_one():
