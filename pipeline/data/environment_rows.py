@@ -55,7 +55,10 @@ def _loaded(name: str, folder: str, params: str) -> Any:
 def _verifiers_questions(data: DataConfig) -> Iterator[Question]:
     """Rows to train on, then the environment's own rows for evaluation, which are held out; without these by id."""
     environment = verifiers_environment(data)
-    rows, apart = environment.build_dataset(), environment.build_eval_dataset()
+    try:
+        rows, apart = environment.build_dataset(), environment.build_eval_dataset()
+    except Exception as error:  # whatever its own code raises
+        raise DataError(f"data.environment.id={data.environment.id!r}: its rows cannot be built: {error}") from error
     if rows is None:
         raise DataError(f"data.environment.id={data.environment.id!r} has no rows to train on: use another source")
     for number, row in enumerate(rows):
@@ -67,8 +70,15 @@ def _verifiers_questions(data: DataConfig) -> Iterator[Question]:
 def _question(row: Mapping[str, Any], name: str, data: DataConfig, *, held_out: bool | None) -> Question:
     """A row; a model without a chat template is asked for what its messages say."""
     rest = {key: value for key, value in row.items() if key not in ("prompt", "answer")}
-    messages = [{key: value for key, value in message.items() if value is not None} for message in row["prompt"]]
+    given = row["prompt"]
+    if isinstance(given, str):
+        given = [{"role": "user", "content": given}]
+    messages = [{key: value for key, value in message.items() if value is not None} for message in given]
+    if not all(isinstance(message.get("content", ""), str) for message in messages):
+        raise DataError(f"row {name} of data.environment.id has more than text: the model reads text only")
     asked: dict[str, Any] = {"messages": tuple(messages)}
     if not data.chat_template:
-        asked = {"text": "\n\n".join(message["content"] for message in messages)}  # as the library's own client does
+        asked = {
+            "text": "\n\n".join(message.get("content", "") for message in messages)
+        }  # as the library's own client does
     return Question(name, row.get("answer", ""), "exact", meta=rest, held_out=held_out, **asked)

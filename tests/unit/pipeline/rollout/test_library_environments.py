@@ -8,13 +8,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from pipeline.config.load import PACKAGED
 from pipeline.config.schema import RunConfig
-from pipeline.data import DataError
+from pipeline.data import DataError, environment_rows
 from pipeline.data.sources import load_prompts, read_questions
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.rollout.environment import environment_problems
@@ -154,6 +155,28 @@ def test_a_verifiers_environment_that_cannot_be_played_is_refused(tmp_path, monk
     run = config(tmp_path, **{"template": "qwen3", "name": "verifiers", "id": "vf_bad", **changes})
     (problem,) = environment_problems(run)
     assert (problem.key, said in problem.problem) == (key, True), problem
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        ("12=", "12="),
+        ([{"role": "system", "content": "Help.", "name": None}, {"role": "user", "content": "12="}], "Help.\n\n12="),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], None),
+    ],
+)
+def test_rows_are_text(tmp_path, monkeypatch, prompt, text):
+    rows = [{"prompt": prompt, "answer": "12", "info": {"n": 1}, "example_id": 3}]
+    built = SimpleNamespace(build_dataset=lambda: rows, build_eval_dataset=lambda: None)
+    monkeypatch.setattr(environment_rows, "verifiers_environment", lambda data: built)
+    run = config(tmp_path, name="verifiers", id="own")
+    if text is None:
+        with pytest.raises(DataError, match="the model reads text only"):
+            read_questions(run.data)
+        return
+    (question,) = read_questions(run.data)
+    assert (question.text, question.answer, question.held_out) == (text, "12", None)
+    assert question.meta == {"info": {"n": 1}, "example_id": 3}
 
 
 @contextmanager
