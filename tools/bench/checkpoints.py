@@ -104,7 +104,7 @@ class _Clock:
 
 def main() -> None:
     """Every case, then print."""
-    layouts.main(__doc__, CASES, bench)
+    layouts.main(layouts.parser(__doc__), CASES, bench)
 
 
 if __name__ == "__main__":

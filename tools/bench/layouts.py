@@ -6,6 +6,7 @@ import argparse
 import json
 import multiprocessing as mp
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from pipeline.ports import free_port
@@ -27,18 +28,31 @@ def run(name: str, world: int, measure: Callable[..., None], case: Any) -> dict[
     return out.get()
 
 
-def main(doc: str | None, names: Iterable[str], bench: Callable[[str], dict[str, Any]]) -> None:
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """What every such benchmark takes on its command line."""
+    options = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--json", nargs="?", const="-", metavar="FILE", help="print JSON, and write it to FILE if given")
+    options.add_argument("--only", default="", metavar="WORD", help="cases whose name contains this")
+    return options
+
+
+def show(result: dict[str, Any], file: str) -> None:
+    """Print ``result`` as JSON, and write it to ``file`` unless that is "-"."""
+    text = json.dumps(result, indent=1)
+    print(text)
+    if file != "-":
+        Path(file).write_text(text + "\n")
+
+
+def main(options: argparse.ArgumentParser, names: Iterable[str], bench: Callable[[str], dict[str, Any]]) -> None:
     """Every case, then print."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--only", help="cases whose name contains this")
-    arguments = parser.parse_args()
-    chosen = [name for name in names if not arguments.only or arguments.only in name]
+    given = options.parse_args()
+    chosen = [name for name in names if given.only in name]
     if not chosen:
-        parser.error(f"--only {arguments.only}: in no case's name; cases: {', '.join(names)}")
+        options.error(f"--only {given.only}: in no case's name; cases: {', '.join(names)}")
     table = {name: bench(name) for name in chosen}
-    if arguments.json:
-        print(json.dumps(table, indent=1))
+    if given.json:
+        show(table, given.json)
         return
     columns = list(next(iter(table.values())))
     print("| layout | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))

@@ -17,10 +17,7 @@ the busiest engine rank receives. Both ways must end bitwise equal.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -267,19 +264,19 @@ def bench(name: str) -> dict[str, Any]:
 
 def main() -> None:
     """Every case, then print; or one pair of layouts with live servers."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--live", action="store_true", help="update real SGLang servers")
-    parser.add_argument("--learner", default="tp=2,pp=1,dp=1", help="tp, pp, dp, ep, etp")
-    parser.add_argument("--engines", default="tp=2,count=1", help="tp, ep, count")
-    parser.add_argument("--colocated", action="store_true", help="engine rank i shares the process of learner rank i")
-    parser.add_argument("--model", type=Path, help="a Hugging Face folder")
-    parser.add_argument("--megabytes", type=int, default=60, help="without --model: size of a random Llama")
-    parser.add_argument("--repeat", type=int, default=REPEATS)
-    parser.add_argument("--json", type=Path, help="file to write")
-    if "--live" not in sys.argv[1:]:
-        layouts.main(__doc__, CASES, bench)
-        return
+    parser = layouts.parser(__doc__)
+    live = parser.add_argument_group("real servers")
+    live.add_argument("--live", action="store_true", help="update real SGLang servers; the options below are for this")
+    live.add_argument("--learner", default="tp=2,pp=1,dp=1", help="tp, pp, dp, ep, etp (default: %(default)s)")
+    live.add_argument("--engines", default="tp=2,count=1", help="tp, ep, count (default: %(default)s)")
+    live.add_argument("--colocated", action="store_true", help="engine rank i shares the process of learner rank i")
+    live.add_argument("--model", type=Path, help="a Hugging Face folder")
+    live.add_argument("--megabytes", type=int, default=60, help="without --model: size of a random Llama")
+    live.add_argument("--repeat", type=int, default=REPEATS, help="updates that count (default: %(default)s)")
     given = parser.parse_args()
+    if not given.live:
+        layouts.main(parser, CASES, bench)
+        return
     from tools.bench import live_sync
     from tools.bench.conversion import synthetic
 
@@ -289,10 +286,7 @@ def main() -> None:
             (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
         sides = Grid(**_sizes(given.learner)), EngineGrid(**_sizes(given.engines))
         result = live_sync.run(folder, *sides, given.repeat, colocated=given.colocated)
-    text = json.dumps({"learner": given.learner, "engines": given.engines, **result}, indent=1)
-    print(text)
-    if given.json:
-        given.json.write_text(text)
+    layouts.show({"learner": given.learner, "engines": given.engines, **result}, given.json or "-")
 
 
 def _sizes(text: str) -> dict[str, int]:
