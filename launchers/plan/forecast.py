@@ -53,7 +53,7 @@ class Memory:
     learner: float
     engine: float  # what it takes for weights and cache; colocated: beside the learner's ``steady``
     steady: float  # what the learner keeps between updates
-    together: float  # colocated: the fuller of generating and training; else 0
+    together: float  # colocated: the fullest of generating, training and weight sync; else 0
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def forecast(
     """
     work = from_config(model, config, mean_response=mean_response)
     stages = memory.stages(from_config(model, config))
-    steady = max(sum(stage.parts[name] for name in memory.STEADY) for stage in stages) / GIB
+    steady = max(stage.steady for stage in stages) / GIB
     learner = max(stage.total for stage in stages) / GIB
     colocated = config.rollout.placement == "colocated"
     # An engine starts when the learner has all but Adam's moments, which come with the first update.
@@ -98,7 +98,9 @@ def forecast(
         gpu = Gpu(cluster.gpu_gib, cluster.gpu_tflops, cluster.gpu_memory_gb_s)
         drawn = rollout(model, config, gpu, free, mean_response)
     engine = config.rollout.sglang.mem_fraction_static * free if drawn else 0.0
-    together = max(steady + engine, learner) + ENGINE_CONTEXT_GIB if colocated else 0.0
+    # In a weight sync the engine has its weights again, but no cache yet.
+    syncing = (max(stage.steady + stage.sync for stage in stages) + (drawn.weights_bytes if drawn else 0.0)) / GIB
+    together = max(steady + engine, syncing, learner) + ENGINE_CONTEXT_GIB if colocated else 0.0
     return Forecast(
         work=work,
         memory=Memory(learner, engine, steady, together),

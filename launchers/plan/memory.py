@@ -39,8 +39,12 @@ class Stage:
     @property
     def total(self) -> float:
         """At the busier of the two: training, or the weight sync, for which activations are gone."""
-        steady = sum(self.parts[name] for name in STEADY)
-        return max(sum(self.parts.values()), steady + self.sync)
+        return max(sum(self.parts.values()), self.steady + self.sync)
+
+    @property
+    def steady(self) -> float:
+        """What stays between updates."""
+        return sum(self.parts[name] for name in STEADY)
 
 
 STEADY = ("parameters", "gradients", "optimizer", "fp8_weights", "reference", "context")
@@ -142,12 +146,18 @@ def _dispatch(work: Work, span: range) -> float:
 
 
 def _sync(work: Work, stage: int) -> float:
-    """What a GPU sends and receives in one bucket (``pipeline.reshard.plan``), at most what its stage holds."""
-    tensors = [
+    """What a GPU sends and receives in one bucket (``pipeline.reshard.plan``), at most what its stage holds.
+
+    Engines that share the GPU get theirs through a buffer of what both stages of a bucket bring
+    (``pipeline.reshard.handover``), at most about the model.
+    """
+    held = sum(
         math.prod(source.shape) * (_FLOAT if row.float32 else work.itemsize)
         for row in table(work.model, work.grid)[stage]
         for source in row.sources
-    ]
-    bucket = float(min(sum(tensors), work.learner.bucket_mib << 20))
+    )
+    bucket = work.learner.bucket_mib << 20
+    handover = min(held * work.grid.pp, 2 * bucket) if work.colocated else 0
     adapted = (entries(work, each.base) for each in work.adapters.values() if each.base.stage == stage)
-    return bucket + max(adapted, default=0) * (2 * work.itemsize + 2 * _FLOAT)  # two merged, one in the making
+    merged = max(adapted, default=0) * (2 * work.itemsize + 2 * _FLOAT)  # two, and one in the making
+    return float(min(held, bucket) + handover + merged)

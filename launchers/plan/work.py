@@ -50,6 +50,7 @@ class Work:
     mean_length: float = 0.0  # tokens; 0: as ``length``
     mean_targets: float = 0.0  # response tokens of a row; 0: ``targets`` / ``rows``
     imbalance: float = 1.0  # tokens of the busiest expert-parallel rank, over the mean
+    colocated: bool = False  # engines share its GPUs
 
     @property
     def transformer_engine(self) -> bool:
@@ -150,6 +151,7 @@ def from_config(model: Architecture, config: RunConfig, mean_response: int = 0, 
         mean_length=mean_length,
         mean_targets=response,
         imbalance=imbalance if model.moe and grid.ep > 1 else 1.0,
+        colocated=rollout.placement == "colocated",
     )
 
 

@@ -77,6 +77,15 @@ def test_the_distributed_optimizer_divides_adam_s_state_alone(plan):
     assert shared["gradients"] == pytest.approx(alone["gradients"], rel=1e-6)
 
 
+@pytest.mark.parametrize(("mib", "handed"), [(1024, 2 * GIB), (1 << 16, 2 * QWEN3_32B)])
+def test_a_weight_sync_hands_engines_on_the_same_gpu_two_buckets_at_most(plan, mib, handed):
+    apart, shared = (
+        memory.stages(plan("qwen3-32b", *ROWS, f"learner.bucket_mib={mib}", f"rollout.placement={placement}"))[0].sync
+        for placement in ("disaggregated", "colocated")
+    )
+    assert shared - apart == handed
+
+
 def test_experts_are_divided_over_their_own_replicas(plan):
     layout = (f"{TP}=4", f"{DP}=4", "learner.expert_tensor_parallel_size=1", "learner.optimizer.distributed=true")
     held = [parts(plan("qwen3-30b-a3b", *ROWS, *layout, f"learner.expert_model_parallel_size={ep}")) for ep in (8, 16)]

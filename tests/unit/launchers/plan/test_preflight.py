@@ -277,6 +277,10 @@ def test_engines_on_the_learner_s_gpus(tmp_path):
     (problem,) = [problem for problem in problems if problem.key == "rollout.placement"]
     assert "makes" in problem.problem
     assert "of 80 GiB" in problem.problem
+    # With such buckets the fullest is a weight sync: weights of both, what is sent, what is handed over; no cache.
+    syncing = setting(tmp_path, *together, "rollout.sglang.mem_fraction_static=0.3", "learner.bucket_mib=8192", **more)
+    drawn, memory = syncing.forecast.rollouts, syncing.forecast.memory
+    assert memory.together == pytest.approx(memory.steady + drawn.weights_bytes / 2**30 + 3 * 8 + 3)
 
 
 def test_there_must_be_gpus_to_share(tmp_path):
