@@ -82,6 +82,7 @@ class MegatronLearner:
         )
         self._routing = Routing(self._chunks, self._architecture, topology)
         self._rows = layout.rows(self._architecture, topology.grid)
+        self._held = [row for row in self._rows if row.part(topology.grid, topology.rank)]  # by this rank
         self._participant = Participant()  # in weight updates
         self._store: dist.TCPStore | None = None
         # How this learner deals a batch to its data-parallel ranks; on every rank the same.
@@ -187,7 +188,7 @@ class MegatronLearner:
         """This rank's part; see ``pipeline.learner.Learner.send``."""
         topology = self._topology
         parameters = lora.Merged(transformer_engine.Dequantised(self._parameters), self._adapters)
-        shards = LearnerShards(self._rows, topology.grid, topology.rank, parameters)
+        shards = LearnerShards(self._held, topology.grid, topology.rank, parameters)
         reader = QuantisedShards(shards) if order.inputs.dtype.startswith("fp8") else shards
         self._participant.send(order, topology.rank, reader, topology.device)
 
