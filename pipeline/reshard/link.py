@@ -10,10 +10,12 @@ the plan's processes.
 from __future__ import annotations
 
 import socket
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
@@ -22,7 +24,10 @@ from pipeline.reshard.order import Order
 
 CPU = torch.device("cpu")
 _GRACE_S = 10.0  # what NCCL's own watchdog, which ends the process, gets above our deadline
+_LATE_S = 2.0  # what the store gets above the deadline, for it names who did not come
 _POLL_S = 0.0005
+
+T = TypeVar("T")
 
 
 class LinkError(RuntimeError):
@@ -105,13 +110,7 @@ class Link:
         self.key = (order.store, order.generation)
         self._placement = order.inputs.placement
         self._member, self._device = member, device
-        host, port = order.store
-        try:
-            self._store = TCPStore(
-                host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=order.timeout_s)
-            )
-        except RuntimeError as error:
-            raise LinkError(f"the store at {host}:{port}, where all processes meet, does not answer") from error
+        self._store = _reached(order, order.timeout_s)
         self.plan: Any = None  # Group
         self.pair: Any = None  # Group
         self._keys: list[str] = []  # of the last meeting
@@ -126,7 +125,6 @@ class Link:
         self._order, self._word, self._end = order, word, time.monotonic() + order.timeout_s
         self._store.set_timeout(timedelta(seconds=order.timeout_s))
         self._store.set(_key(order, self._member), word)
-        self._tidy()
         if self.plan is None and self.pair is None:
             self.meet()
 
@@ -139,11 +137,7 @@ class Link:
         if order is None:
             return
         keys = [_key(order, member) for member in range(self._placement.members)]
-        try:
-            said = [word.decode() for word in self._store.multi_get(keys)]  # waits for all
-        except RuntimeError as error:
-            missing = [member for member, key in enumerate(keys) if not self._store.check([key])]
-            raise LinkError(f"{_named(missing, order)} did not come within {order.timeout_s:g} s") from error
+        said = _answered(order, order.timeout_s, lambda: self._hear(order, keys))
         for member, other in enumerate(said):
             if other != word:
                 raise LinkError(f"{_named([member], order)}: {other}; {_named([self._member], order)}: {word}")
@@ -159,11 +153,20 @@ class Link:
         self.meet()
         self.plan.exchange(sends, receives)
 
-    def _tidy(self) -> None:
-        """Take a learner rank's share of the last meeting's words from the store; whoever came is through with it."""
+    def _hear(self, order: Order, keys: Sequence[str]) -> list[str]:
+        """What every member said, once all have.
+
+        A learner rank first takes its share of the last meeting's words from the store; whoever came is through with
+        it.
+        """
         learners = self._placement.learners
         for key in self._keys[self._member :: learners] if self._member < learners else ():
             self._store.delete_key(key)
+        try:
+            return [word.decode() for word in self._store.multi_get(list(keys))]  # waits for all
+        except RuntimeError as error:
+            missing = [member for member, key in enumerate(keys) if not self._store.check([key])]
+            raise LinkError(f"{_named(missing, order)} did not come within {order.timeout_s:g} s") from error
 
     def close(self) -> None:
         """Leave the groups; whoever still waits for this member hears of it."""
@@ -185,13 +188,45 @@ class Link:
 
 def refuse(order: Order, members: Sequence[int], why: str) -> None:
     """Say in place of ``members`` that they will not come, so that nobody waits for them. Never raises."""
-    host, port = order.store
     try:
-        store = TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=_GRACE_S))
+        store = _reached(order, _GRACE_S)
         for member in members:
             store.set(_key(order, member), why)
     except RuntimeError:
         return  # the store's owner is gone, and whoever waits at it knows
+
+
+def _reached(order: Order, timeout_s: float) -> TCPStore:
+    """A client of the store. Raises ``LinkError``."""
+    host, port = order.store
+    limit = timedelta(seconds=timeout_s)
+    return _answered(
+        order, timeout_s, lambda: TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=limit)
+    )
+
+
+def _answered(order: Order, timeout_s: float, ask: Callable[[], T]) -> T:
+    """What ``ask`` returns of the store. Raises ``LinkError`` when it fails or does not return in time.
+
+    A client's own timeout (torch 2.13) does not hold where the process that keeps the store is stopped, or another
+    listens at its port: then a thread is left waiting, not its caller.
+    """
+    answer: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            answer.set_result(ask())
+        except RuntimeError as error:
+            answer.set_exception(error)
+
+    threading.Thread(target=run, name="store", daemon=True).start()
+    try:
+        return answer.result(timeout_s + min(timeout_s, _LATE_S))
+    except LinkError:
+        raise
+    except (RuntimeError, TimeoutError) as error:
+        host, port = order.store
+        raise LinkError(f"the store at {host}:{port}, where all processes meet, does not answer") from error
 
 
 def _nccl(keys: PrefixStore, rank: int, world: int, limit: timedelta) -> Any:

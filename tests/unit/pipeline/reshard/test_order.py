@@ -1,5 +1,6 @@
 """Orders travel as JSON, and processes that cannot take part say so instead of being waited for."""
 
+import socket
 import threading
 from dataclasses import replace
 
@@ -8,10 +9,11 @@ from torch.distributed import TCPStore
 
 from pipeline.model.grid import Grid
 from pipeline.model.layout import rows
+from pipeline.reshard import link
 from pipeline.reshard.digest import plan_digest
 from pipeline.reshard.engine_grid import EngineGrid, Placement
 from pipeline.reshard.execute import LearnerShards
-from pipeline.reshard.link import Group, LinkError, refuse
+from pipeline.reshard.link import CPU, Group, Link, LinkError, refuse
 from pipeline.reshard.order import Order, PlanInputs
 from pipeline.reshard.participant import Participant
 from pipeline.reshard.places import HostPlaces
@@ -120,6 +122,22 @@ def test_who_does_not_come_is_named_when_the_time_is_over(order):
     )
     assert "engine rank 1 did not come within 1 s" in str(error)
     assert "engine rank 1 did not come within 1 s" in report.error
+
+
+def test_nobody_waits_for_a_store_whose_process_is_stopped(order, store, monkeypatch):
+    """The kernel takes connections to a stopped process, and no byte comes back."""
+    monkeypatch.setattr(link, "_GRACE_S", 0.1)
+    met = Link(replace(order, timeout_s=0.1), 0, CPU)
+    stopped = threading.Event()
+    monkeypatch.setattr(met, "_hear", lambda order, keys: stopped.wait())
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        late = replace(order, timeout_s=0.1, store=silent.getsockname())
+        asked = lambda: Participant().receive(late, 0, HostPlaces())  # noqa: E731
+        report, meeting, refused = at_once(asked, lambda: met.come(late, "word"), lambda: refuse(late, [0], "why"))
+    stopped.set()
+    for said in (report.error, str(meeting)):
+        assert said.endswith(f"the store at 127.0.0.1:{late.store[1]}, where all processes meet, does not answer")
+    assert refused is None
 
 
 def test_a_byte_that_changes_on_its_way_is_found(order, monkeypatch):
