@@ -31,7 +31,9 @@ def run(name: str, world: int, measure: Callable[..., None], case: Any) -> dict[
 def parser(doc: str | None) -> argparse.ArgumentParser:
     """What every such benchmark takes on its command line."""
     options = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--json", nargs="?", const="-", metavar="FILE", help="print JSON, and write it to FILE if given")
+    options.add_argument(
+        "--json", nargs="?", const="-", metavar="FILE", help="print JSON, and write it to FILE if given"
+    )
     options.add_argument("--only", default="", metavar="WORD", help="cases whose name contains this")
     return options
 

@@ -271,7 +271,7 @@ def main() -> None:
     live.add_argument("--engines", default="tp=2,count=1", help="tp, ep, count (default: %(default)s)")
     live.add_argument("--colocated", action="store_true", help="engine rank i shares the process of learner rank i")
     live.add_argument("--model", type=Path, help="a Hugging Face folder")
-    live.add_argument("--megabytes", type=int, default=60, help="without --model: size of a random Llama")
+    live.add_argument("--megabytes", type=int, default=176, help="without --model: of a random Llama, at least 176")
     live.add_argument("--repeat", type=int, default=REPEATS, help="updates that count (default: %(default)s)")
     given = parser.parse_args()
     if not given.live:
