@@ -8,6 +8,7 @@ goes wrong is reported in a file, which the engine reads.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ LOADER = f"{__name__}.receive"
 CONTROL = "isentrope"  # the name of the request's one tensor
 
 _PARTICIPANT = Participant()  # of this rank
+log = logging.getLogger(__name__)
 _REMEDY = "the server was started with a layout that the plan does not know: set rollout.weight_transport=disk"
 
 
@@ -45,15 +47,18 @@ class Control:
 
 
 def receive(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Tensor]]) -> None:
-    """Take part in one update; never raises. The report is written whole or not at all."""
+    """Take part in one update; never raises. The report is written whole or, on a full disk, not at all."""
     text = bytes(dict(named_tensors)[CONTROL].cpu().numpy())
     control = msgspec.json.decode(text, type=Control)
     parameters = {name: parameter.data for name, parameter in model.named_parameters()}
     device = next(iter(parameters.values())).device
     report = _PARTICIPANT.receive(control.order, control.rank, _Parameters(parameters, device), device)
     path = Path(control.report)
-    path.with_suffix(".partial").write_bytes(msgspec.json.encode(report))
-    os.replace(path.with_suffix(".partial"), path)
+    try:
+        path.with_suffix(".partial").write_bytes(msgspec.json.encode(report))
+        os.replace(path.with_suffix(".partial"), path)
+    except OSError:
+        log.exception("no report of weight version %d", control.order.version)
 
 
 def read_report(path: Path) -> Report:

@@ -44,7 +44,10 @@ class SliceTransport:
             weight_version=str(order.version),
             timeout_s=deadline.remaining_s() + _GRACE_S,
         )
-        self.reports = [read_report(path) for path in reports]
+        try:
+            self.reports = [read_report(path) for path in reports]
+        except OSError as error:
+            raise EngineError(f"a rank left no report of the update ({error}): is the disk full?") from error
         for path in reports:
             path.unlink()
         if errors := {report.error for report in self.reports if report.error}:

@@ -1,13 +1,22 @@
 """Whether a server's parameters are those that the plan fills, on stand-ins of their shapes."""
 
+import base64
+import pickle
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from pipeline.model import architecture
 from pipeline.model.grid import Grid
 from pipeline.reshard.engine_grid import EngineGrid, Placement
+from pipeline.reshard.order import Order, PlanInputs
 from pipeline.reshard.plan import make_plan
-from pipeline.rollout.sglang.receiver import _Parameters
+from pipeline.rollout.engine import EngineError
+from pipeline.rollout.sglang.receiver import _Parameters, receive
+from pipeline.rollout.sglang.slices import SliceTransport
+from pipeline.rollout.transport import Deadline
 from tests.tiny_folder import hf_config
 from tests.unit.pipeline.reshard.test_engine_parameters import written
 
@@ -63,3 +72,18 @@ def test_a_larger_parameter_is_named_with_what_to_do(family, parameter, dim):
 )
 def test_padding_that_adds_nothing_passes(family, parameter, dim):
     assert places(family, parameter, dim)
+
+
+def test_a_report_that_cannot_be_written_does_not_end_the_server(tmp_path):
+    """An exception in the loader would; the engine says what is missing instead."""
+
+    def post(path, *, serialized_named_tensors, **_):
+        scratch.rmdir()
+        receive(torch.nn.Linear(1, 1), pickle.loads(base64.b64decode(serialized_named_tensors[0])))
+
+    scratch = tmp_path / "scratch"
+    inputs = PlanInputs(str(tmp_path), Grid(), EngineGrid(1), Placement.consecutive(1, 1, False), 1 << 16, "fp32")
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    order = Order(0, 1, inputs, "", ("127.0.0.1", store.port), 0, 0.1)
+    with pytest.raises(EngineError, match=r"left no report of the update .* is the disk full\?"):
+        SliceTransport(SimpleNamespace(post=post), 1, scratch).receive(order, 0, Deadline(1.0))
