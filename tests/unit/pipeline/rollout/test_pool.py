@@ -286,6 +286,29 @@ def test_one_failing_engine_makes_the_pool_refuse_until_a_push_succeeds(folder, 
     pool.close()
 
 
+def test_an_engine_that_was_started_again_in_mid_update_refuses_the_order_at_once(folder):
+    class Restarting(NativeEngine):
+        lives = 1
+
+        def begin_update(self, version):
+            super().begin_update(version)
+            if self.lives:
+                self.lives -= 1
+                self.close()
+                self.start(folder)
+
+    pool = started([NativeEngine(), Restarting()], folder)
+    sync, started_at = sync_of(pool, folder), time.monotonic()
+    with pytest.raises(WeightUpdateError, match="receive outside an update; call begin_update"):
+        sync.push(1)
+    assert time.monotonic() - started_at < 10, "nobody waits for it"
+    with pytest.raises(EngineError, match="push the weights again"):
+        pool.generate(REQUESTS)
+    sync.push(2)
+    assert all(sample.drawn_with(2) for group in pool.generate(REQUESTS) for sample in group.samples)
+    pool.close()
+
+
 def test_a_failing_sender_leaves_the_pool_refusing(folder):
     pool = started([NativeEngine(), NativeEngine()], folder)
     sync = sync_of(pool, folder)
