@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.post_training.modelopt.layers import Linear
@@ -14,10 +16,12 @@ from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from megatron_ext import cpu, lora
+from megatron_ext import cpu, delta_net, lora
 from megatron_ext.context_parallel import GatheredAttention
+from megatron_ext.delta_net import GatedDeltaNet, GatedSelfAttention
 from megatron_ext.fp8 import emulate, transformer_engine
 from megatron_ext.fp8.transformer_engine import Numerics
 from megatron_ext.packed_attention import PackedAttention
@@ -59,13 +63,15 @@ def build(
     if dtype not in DTYPES:
         raise ValueError(f"model.dtype={dtype!r} is not known; choose one of {', '.join(DTYPES)}")
     model.check_layout(topology.grid)
+    if model.delta:
+        delta_net.require_kernels(topology.device)
     numerics = transformer_engine.resolve(options, topology.device)
     cpu.install_layers()
     config = transformer_config(model, topology, dtype, options, numerics)
     with transformer_engine.own_layers_unfused():
         gpt = GPTModel(
             config,
-            _spec(config, chunk, numerics.impl, unfused=options.lora.rank > 0),
+            _spec(config, model, topology, chunk, numerics.impl, unfused=options.lora.rank > 0),
             vocab_size=model.padded_vocab(topology.tp_size),
             max_sequence_length=model.max_positions,
             pre_process=topology.first_stage and not chunk,
@@ -134,6 +140,8 @@ def transformer_config(
         kv_channels=model.head_dim,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
+        layernorm_zero_centered_gamma=model.family.zero_centred,
+        attention_output_gate=model.family.output_gate,
         qk_layernorm=model.qk_norm or model.mla is not None,
         add_qkv_bias=model.qkv_bias,
         add_bias_linear=False,
@@ -272,25 +280,59 @@ class _LatentSelfAttention(MLASelfAttention):
 
 
 class _RMSNorm(torch.nn.RMSNorm):
-    """torch's, with a weight that megatron knows to have seen only this rank's tokens under sequence parallelism."""
+    """torch's, with a weight that megatron knows to have seen only this rank's tokens under sequence parallelism.
+
+    A zero-centred weight counts from 1, in float32.
+    """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any) -> None:
         super().__init__(hidden_size, eps=eps)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self._zero_centred = config.layernorm_zero_centered_gamma
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self._zero_centred:
+            return super().forward(x)
+        return F.rms_norm(x.float(), self.normalized_shape, 1 + self.weight.float(), self.eps).to(x.dtype)
 
 
 def _spec(
-    config: TransformerConfig, chunk: int | None, impl: str, *, unfused: bool = False
+    config: TransformerConfig,
+    model: Architecture,
+    topology: Topology,
+    chunk: int | None,
+    impl: str,
+    *,
+    unfused: bool = False,
 ) -> TransformerBlockSubmodules:
     """Modules for this rank's layers, dense and expert ones: Transformer Engine's, or megatron-core's own and ours
     where those refuse. ``unfused``: norms are modules of their own.
     """
     engine = impl == "transformer_engine"
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=engine, normalization="RMSNorm", vp_stage=chunk)
-    if engine:
-        for layer in spec.layer_specs if unfused else ():
-            _unfuse(layer.submodules)
-        return spec
+    if not engine:
+        _own_modules(spec, config)
+    for layer in spec.layer_specs if engine and unfused else ():
+        _unfuse(layer.submodules)
+    layers = topology.grid.chunks(model.layers)[topology.grid.place(topology.rank).pp][chunk or 0]
+    spec.layer_specs = [_layer(each, model, number) for number, each in zip(layers, spec.layer_specs, strict=True)]
+    return spec
+
+
+def _layer(spec: ModuleSpec, model: Architecture, number: int) -> ModuleSpec:
+    """The modules of layer ``number``; ``spec`` is one for all layers alike but for their attention."""
+    block = spec.submodules
+    if model.is_delta(number):
+        attention = ModuleSpec(GatedDeltaNet, params={"delta": model.delta})
+        return replace(spec, submodules=replace(block, input_layernorm=_RMSNorm, self_attention=attention))
+    if model.family.output_gate:
+        attention = replace(block.self_attention, module=GatedSelfAttention)
+        return replace(spec, submodules=replace(block, self_attention=attention))
+    return spec
+
+
+def _own_modules(spec: TransformerBlockSubmodules, config: TransformerConfig) -> None:
+    """Put modules of ours where megatron-core's own refuse."""
     spec.layer_norm = _RMSNorm
     for layer in spec.layer_specs:
         block = layer.submodules
@@ -307,7 +349,6 @@ def _spec(
                 attention.linear_q_down_proj = attention.linear_kv_down_proj = Linear
         if config.context_parallel_size > 1:
             attention.core_attention = GatheredAttention
-    return spec
 
 
 def _unfuse(block: Any) -> None:

@@ -16,6 +16,7 @@ ARCHITECTURES = {
     "mixtral": "MixtralForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
 }
@@ -62,6 +63,20 @@ EXTRA = {
         "norm_topk_prob": True,
         "mlp_only_layers": [],
         "decoder_sparse_step": 1,
+    },
+    "qwen3_next": {
+        "partial_rotary_factor": 0.25,
+        "full_attention_interval": 2,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 12,
+        "linear_conv_kernel_dim": 4,
+        "num_experts": 4,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 48,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
     },
     "deepseek_v3": {
         "num_key_value_heads": 4,

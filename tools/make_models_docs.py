@@ -39,6 +39,7 @@ KNOWN: Mapping[str, Known] = {
     "mixtral": Known("Mixtral 8x7B, 8x22B", "places", "untried with SGLang"),
     "qwen2_moe": Known("Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B", "places", "untried with SGLang"),
     "qwen3_moe": Known("Qwen3-30B-A3B, Qwen3-235B-A22B", "places", "places"),
+    "qwen3_next": Known("Qwen3-Next-80B-A3B", "untried", "untried with SGLang"),
     "glm4_moe": Known("GLM-4.5, GLM-4.5-Air, GLM-4.6", "places", "untried with SGLang"),
     "deepseek_v3": Known("DeepSeek-V3, V3.1, R1, Kimi-K2", "places", "untried with SGLang"),
 }
@@ -63,7 +64,7 @@ def table() -> str:
         cells = [
             ", ".join(f"`{name}`" for name in (family.name, *family.aliases)),
             known.models,
-            "TP, SP, PP, VPP, CP" + (", EP, expert-TP" if model.moe else ""),
+            "TP, SP, PP, VPP" + (", CP" if model.delta is None else "") + (", EP, expert-TP" if model.moe else ""),
             "own decoder" if model.native else "transformers'",
             known.sglang,
             "all" if family.rope.kinds == ANY_ROPE.kinds else ", ".join(family.rope.kinds),

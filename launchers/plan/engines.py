@@ -174,7 +174,7 @@ def kv_token_bytes(model: Architecture, tp: int, item_size: int) -> float:
     """
     if model.mla:
         return float(model.layers * (model.mla.kv_lora + model.mla.rope_dim) * item_size)
-    return 2.0 * model.layers * max(1.0, model.kv_heads / tp) * model.head_dim * item_size
+    return 2.0 * model.attention_layers * max(1.0, model.kv_heads / tp) * model.head_dim * item_size
 
 
 def _item_size(config: RunConfig) -> int:
@@ -196,7 +196,7 @@ def _busiest(config: RunConfig) -> tuple[int, int]:
 def _attention(model: Architecture, context: float) -> float:
     """Operations of one token's attention to ``context`` tokens before it."""
     widths = 2 * model.head_dim if model.mla is None else 2 * model.mla.kv_lora + model.mla.rope_dim  # absorbed
-    return 2 * model.layers * model.heads * widths * context
+    return 2 * model.attention_layers * model.heads * widths * context
 
 
 def _bytes(part: Iterable[Row], size: int, fp8: bool) -> float:

@@ -87,7 +87,7 @@ def forward(work: Work, stage: int, weights: Matrices, count: float, length: flo
     widths = (model.head_dim, model.head_dim)
     if model.mla:
         widths = (model.mla.nope_dim + model.mla.rope_dim, model.mla.v_dim)
-    layers = sum(len(span) for span in work.grid.chunks(model.layers)[stage])
+    layers = sum(not model.is_delta(layer) for span in work.grid.chunks(model.layers)[stage] for layer in span)
     attention = layers * count * length**2 * model.heads * sum(widths)
     last = stage == work.grid.pp - 1
     output = 2 * count * min(work.expected_targets, length) * model.vocab * model.hidden if last else 0.0

@@ -225,7 +225,7 @@ def finish(directory: Path, records: Iterable[Record], model: Architecture) -> N
 def _extra_state(place: Stored) -> str | None:
     """Key of the extra state that goes with a linear layer's weight (megatron-core: ``ShardedObject.unique_key``)."""
     module, _, kind = place.keys[0].rpartition(".")
-    if kind != "weight" or not module.rpartition(".")[2].startswith("linear_"):
+    if kind != "weight" or not module.rpartition(".")[2].startswith(("linear_", "in_proj", "out_proj")):
         return None
     offset, shape = (".".join(map(str, numbers)) for numbers in (place.index or (0,), place.axes or (1,)))
     return f"{module}._extra_state/shard_{offset}_{shape}"

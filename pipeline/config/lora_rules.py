@@ -37,8 +37,9 @@ def lora_problems(config: RunConfig) -> Iterator[Problem]:
 def lora_model_problems(config: RunConfig, model: Architecture) -> Iterator[Problem]:
     """What the architecture of ``model`` does not allow."""
     lora = config.learner.lora
-    if lora.rank and model.mla:
-        problem = f"adapters of latent attention, which a {model.family.name} model has, are not built"
+    if lora.rank and (model.mla or model.delta):
+        kind = "latent attention" if model.mla else "delta nets"
+        problem = f"adapters of {kind}, which a {model.family.name} model has, are not built"
         yield Problem("learner.lora.rank", lora.rank, problem, "set it to 0")
     elif lora.rank and model.moe and not set(lora.targets) <= set(_ATTENTION):
         problem = f"adapters of experts, which a {model.family.name} model has, are not built"

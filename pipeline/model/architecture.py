@@ -49,6 +49,28 @@ class Mla:
 
 
 @dataclass(frozen=True)
+class DeltaNet:
+    """Gated delta nets (arXiv 2412.06464), which stand in for attention in some layers."""
+
+    layers: tuple[bool, ...]  # by layer: a delta net (True) or attention
+    key_heads: int  # of queries too
+    value_heads: int  # a multiple of key_heads
+    key_dim: int  # of a head
+    value_dim: int  # of a head
+    kernel: int  # tokens that the convolution before it sees
+
+    @property
+    def per_key(self) -> int:
+        """Value heads that share a key head."""
+        return self.value_heads // self.key_heads
+
+    @property
+    def channels(self) -> int:
+        """Entries of all queries, keys and values of a token: channels of the convolution."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
+@dataclass(frozen=True)
 class Switch:
     """A key of ``config.json`` that says whether a model has something."""
 
@@ -70,6 +92,8 @@ class Family:
     name: str  # model_type in config.json
     qkv_bias: bool | Switch = False  # biases on the query, key and value projections
     qk_norm: bool | Switch = False  # RMSNorm over each query and key head
+    output_gate: bool = False  # attention's output is multiplied by a gate's sigmoid, which the query projection has
+    zero_centred: bool = False  # norms multiply by 1 + weight
     rope: RopeRules = ANY_ROPE
     head_dim: int | None = None  # where config.json has none; None: hidden_size / num_attention_heads
     kv_heads: int | None = None  # where config.json has none; None: as many as query heads
@@ -78,6 +102,8 @@ class Family:
     aliases: tuple[str, ...] = ()  # other names that model_type gives to the same computation
     mla: bool = False  # latent attention
     moe: Callable[[Said, int], Moe] | None = None  # reads the experts, given the number of layers
+    delta: Callable[[Said, int], DeltaNet] | None = None  # reads the delta nets, given the number of layers
+    ahead: str | None = None  # how names of multi-token-prediction layers begin; None: with the numbers after the last
 
 
 def _qwen_moe(said: Said, layers: int) -> Moe:
@@ -97,6 +123,29 @@ def _qwen_moe(said: Said, layers: int) -> Moe:
 
 def _qwen2_moe(said: Said, layers: int) -> Moe:
     return replace(_qwen_moe(said, layers), shared_ffn=said.count("shared_expert_intermediate_size"), shared_gate=True)
+
+
+def _qwen3_next_moe(said: Said, layers: int) -> Moe:
+    return replace(_qwen2_moe(said, layers), normalize=bool(said.config.get("norm_topk_prob", True)))
+
+
+def _qwen3_next_delta(said: Said, layers: int) -> DeltaNet:
+    kinds = said.config.get("layer_types")
+    if kinds is None:
+        interval = said.count("full_attention_interval", 4)
+        kinds = ["full_attention" if (layer + 1) % interval == 0 else "linear_attention" for layer in range(layers)]
+    if not isinstance(kinds, list) or len(kinds) != layers or {*kinds} - {"full_attention", "linear_attention"}:
+        said.refuse(
+            f"layer_types={kinds!r} is not supported: it needs one of full_attention and linear_attention for each of "
+            f"num_hidden_layers={layers}"
+        )
+        kinds = ["full_attention"] * layers
+    defaults = {"num_key_heads": 16, "num_value_heads": 32, "key_head_dim": 128, "value_head_dim": 128}
+    keys, values, key_dim, value_dim = (said.count(f"linear_{key}", absent) for key, absent in defaults.items())
+    kernel = said.count("linear_conv_kernel_dim", 4)
+    if values % keys:
+        said.refuse(f"linear_num_value_heads={values} is not a multiple of linear_num_key_heads={keys}")
+    return DeltaNet(tuple(kind == "linear_attention" for kind in kinds), keys, values, key_dim, value_dim, kernel)
 
 
 def _mixtral_moe(said: Said, layers: int) -> Moe:
@@ -180,6 +229,19 @@ FAMILIES: Mapping[str, Family] = {
         moe=_qwen2_moe,
     ),
     "Qwen3MoeForCausalLM": Family("qwen3_moe", qk_norm=True, kv_heads=4, moe=_qwen_moe),
+    "Qwen3NextForCausalLM": Family(
+        "qwen3_next",
+        qk_norm=True,
+        output_gate=True,
+        zero_centred=True,
+        rope=RopeRules(partial=0.25),
+        head_dim=256,
+        kv_heads=2,
+        renamed=((".shared_experts.", ".shared_expert."),),
+        moe=_qwen3_next_moe,
+        delta=_qwen3_next_delta,
+        ahead="mtp.",
+    ),
     "Glm4MoeForCausalLM": Family(
         "glm4_moe",
         qkv_bias=Switch("attention_bias"),
@@ -220,6 +282,7 @@ class Architecture:
     tied: bool  # the output layer is the embedding
     moe: Moe | None = None
     mla: Mla | None = None
+    delta: DeltaNet | None = None
     qkv_bias: bool = False
     qk_norm: bool = False
     partial_rotary: float = 1.0  # share of a head that is rotated, its first entries
@@ -236,7 +299,7 @@ class Architecture:
 
         That takes heads that are rotated whole, and experts that are chosen by their softmax alone.
         """
-        moe, whole = self.moe, self.mla is None and self.partial_rotary == 1
+        moe, whole = self.moe, self.mla is None and self.delta is None and self.partial_rotary == 1
         return whole and (moe is None or not (moe.sigmoid or moe.shared_ffn or moe.groups > 1))
 
     @property
@@ -248,6 +311,20 @@ class Architecture:
         """Whether a layer has experts."""
         return self.moe is not None and layer is not None and self.moe.layers[layer]
 
+    def is_delta(self, layer: int | None) -> bool:
+        """Whether a layer has a delta net, not attention."""
+        return self.delta is not None and layer is not None and self.delta.layers[layer]
+
+    @property
+    def attention_layers(self) -> int:
+        """Layers that have attention."""
+        return self.layers - (sum(self.delta.layers) if self.delta else 0)
+
+    @property
+    def query_rows(self) -> int:
+        """Rows of the query projection, with the gate's."""
+        return (1 + self.family.output_gate) * self.heads * self.head_dim
+
     def sizes(self) -> Mapping[str, int]:
         """The dimensions of parameters, by the names that layout templates use."""
         sizes = {
@@ -255,12 +332,24 @@ class Architecture:
             "vocab": self.vocab,
             "hidden": self.hidden,
             "ffn": self.ffn,
+            "queries": self.query_rows,
             "q": self.heads * self.head_dim,
             "kv": self.kv_heads * self.head_dim,
             "head_dim": self.head_dim,
         }
         if self.moe:
             sizes |= {"experts": self.moe.experts, "expert_ffn": self.moe.ffn, "shared_ffn": self.moe.shared_ffn}
+        if self.delta:
+            values = self.delta.value_heads * self.delta.value_dim
+            sizes |= {
+                "delta_in": self.delta.channels + values,
+                "delta_gates": 2 * self.delta.value_heads,
+                "delta_channels": self.delta.channels,
+                "delta_kernel": self.delta.kernel,
+                "delta_heads": self.delta.value_heads,
+                "delta_head": self.delta.value_dim,
+                "delta_out": values,
+            }
         if self.mla:
             sizes |= {
                 "q_lora": self.mla.q_lora,
@@ -287,7 +376,9 @@ class Architecture:
         if not self.mla:
             if tp % self.kv_heads:
                 yield "tp", tp, self.kv_heads, "key-value heads"
-            yield "tp", tp, (self.heads + 2 * self.kv_heads) * self.head_dim, "query, key and value rows"
+            yield "tp", tp, self.query_rows + 2 * self.kv_heads * self.head_dim, "query, key and value rows"
+        if self.delta:
+            yield "tp", tp, self.delta.key_heads, "key heads of delta nets"
         if self.moe:
             yield "tp", tp, self.moe.shared_ffn, "shared experts' columns"
             yield "etp", expert_tp, self.moe.ffn, "feed-forward columns of an expert"
@@ -297,6 +388,11 @@ class Architecture:
         """Raise ``ValueError`` where the model cannot be cut so."""
         if grid.ep > 1 and not self.moe:
             raise ValueError(f"expert-parallel size (ep)={grid.ep}: a {self.family.name} model has no experts; use 1")
+        if grid.cp > 1 and self.delta:
+            raise ValueError(
+                f"learner.context_parallel_size={grid.cp} is not supported for {self.family.name}: the state of a "
+                "delta net passes from token to token through the whole row; use 1"
+            )
         cuts = list(self.divisions(grid.tp, grid.expert_tp, grid.ep))
         if grid.first_stage_layers is None and grid.last_stage_layers is None:
             cuts.append(("pp", grid.pp, self.layers, "layers"))
@@ -350,11 +446,14 @@ def parse(config: Mapping[str, Any]) -> Architecture:
     said = Said(config)
     said.fixed((*_FIXED, *family.fixed, *(() if family.qkv_bias else (_NO_BIAS,))))
     _refuse_quantised(said)
+    if not family.delta:
+        _refuse_other_layers(said)
     layers, hidden, ffn = map(said.count, ("num_hidden_layers", "hidden_size", "intermediate_size"))
     heads, vocab, positions = map(said.count, ("num_attention_heads", "vocab_size", "max_position_embeddings"))
     norm_eps = said.number("rms_norm_eps")
     mla = _mla(said) if family.mla else None
     moe = family.moe(said, layers) if family.moe else None
+    delta = family.delta(said, layers) if family.delta else None
     said.check()
     kv_heads, head_dim = _heads(said, family, heads, hidden)
     rope = read_rope(said, family.rope, positions, mla.rope_dim if mla else head_dim)
@@ -377,6 +476,7 @@ def parse(config: Mapping[str, Any]) -> Architecture:
         tied=bool(config.get("tie_word_embeddings", False)),
         moe=moe,
         mla=mla,
+        delta=delta,
         qkv_bias=_has(family.qkv_bias, config),
         qk_norm=_has(family.qk_norm, config),
         partial_rotary=rope.partial,
@@ -412,6 +512,9 @@ def _refuse_quantised(said: Said) -> None:
             "give the folder of the same model in 16 or 32 bits; where its tensors are that, "
             "remove quantization_config",
         )
+
+
+def _refuse_other_layers(said: Said) -> None:
     kinds = said.config.get("layer_types")
     if others := sorted({str(kind) for kind in kinds or ()} - {"full_attention"}):
         said.refuse(f"layer_types with {', '.join(others)} is not supported", "use a model of full attention alone")

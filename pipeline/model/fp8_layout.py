@@ -35,9 +35,10 @@ def quantised(row: Row) -> bool:
     """Whether a row's tensors go out in FP8: the matrices of attention, feed-forward and experts.
 
     Embeddings, output layer, norms, biases, the router and the gate of shared experts keep their type, as in
-    DeepSeek-V3's and Qwen3's FP8 checkpoints.
+    DeepSeek-V3's and Qwen3's FP8 checkpoints; so do the input projections of delta nets, whose gates need more than 3
+    bits of mantissa.
     """
-    kept = row.parameter.endswith(("router.weight", "gate_weight"))
+    kept = row.parameter.endswith(("router.weight", "gate_weight", "in_proj.weight"))
     return row.layer is not None and len(row.sources[0].shape) == 2 and not kept
 
 

@@ -2,9 +2,9 @@
 
 A parameter divided over ``n`` tensor-parallel ranks holds, on rank ``r``, the ``r``-th equal part of each of its
 sources along one dimension; several sources are interleaved in groups: query, key and value rows per key-value head
-(``linear_qkv``), gate and up halves per rank (``linear_fc1``). Loading, export, conversion, resharding plans and memory
-estimates all follow from
-:meth:`Row.slices`. No torch and no megatron here.
+(``linear_qkv``), a delta net's per key head (``in_proj``), gate and up halves per rank (``linear_fc1``). Loading,
+export, conversion, resharding plans and memory estimates all follow from :meth:`Row.slices`.
+No torch and no megatron here.
 
 A family's switches and names (``pipeline.model.architecture.FAMILIES``) say which templates it has, and what its
 tensors are called.
@@ -32,11 +32,17 @@ class Template:
     sources: tuple[str, ...]  # Llama's Hugging Face names, in the order in which they are interleaved
     shapes: tuple[tuple[str, ...], ...]  # full shape of each source
     split: int | None = None  # dimension divided over TP (experts: expert-TP) ranks; None: every one holds the whole
-    grouped: bool = False  # interleaved per key-value head rather than once per rank
+    grouped: str = ""  # a key of _GROUPS: interleaved per head of that kind; "": once per rank
     place: str = "layer"  # "first" stage | every "layer" | "last" stage
     when: str = "always"  # a key of _CONDITIONS: the models, and the layers, that have it
     float32: bool = False  # whatever the type of the model
 
+
+_GROUPS: Mapping[str, Callable[[Architecture], int]] = {
+    "": lambda model: 0,
+    "key-value heads": lambda model: model.kv_heads,
+    "delta key heads": lambda model: model.delta.key_heads if model.delta else 0,
+}
 
 _CONDITIONS: Mapping[str, Callable[[Architecture, int | None], bool]] = {
     "always": lambda model, layer: True,
@@ -47,9 +53,10 @@ _CONDITIONS: Mapping[str, Callable[[Architecture, int | None], bool]] = {
     "expert bias": lambda model, layer: model.moe is not None and model.is_moe(layer) and model.moe.expert_bias,
     "shared experts": lambda model, layer: model.moe is not None and model.is_moe(layer) and model.moe.shared_ffn > 0,
     "shared gate": lambda model, layer: model.moe is not None and model.is_moe(layer) and model.moe.shared_gate,
-    "heads": lambda model, layer: model.mla is None,
-    "biases": lambda model, layer: model.qkv_bias,
-    "head norms": lambda model, layer: model.qk_norm,
+    "heads": lambda model, layer: model.mla is None and not model.is_delta(layer),
+    "biases": lambda model, layer: model.qkv_bias and not model.is_delta(layer),
+    "head norms": lambda model, layer: model.qk_norm and not model.is_delta(layer),
+    "delta": lambda model, layer: model.is_delta(layer),
     "latent": lambda model, layer: model.mla is not None,
     "query compression": lambda model, layer: model.mla is not None and model.mla.q_lora > 0,
     "plain query": lambda model, layer: model.mla is not None and model.mla.q_lora == 0,
@@ -60,6 +67,7 @@ _LAYER = "decoder.layers.{layer}."
 _ATTENTION = _LAYER + "self_attention."
 _HF = "model.layers.{layer}."
 _HF_ATTENTION = _HF + "self_attn."
+_HF_DELTA = _HF + "linear_attn."
 _QKV = tuple(_HF_ATTENTION + f"{name}_proj." for name in "qkv")
 
 
@@ -93,9 +101,9 @@ ATTENTION = (
     Template(
         _ATTENTION + "linear_qkv.weight",
         tuple(name + "weight" for name in _QKV),
-        (("q", "hidden"), ("kv", "hidden"), ("kv", "hidden")),
+        (("queries", "hidden"), ("kv", "hidden"), ("kv", "hidden")),
         split=0,
-        grouped=True,
+        grouped="key-value heads",
     ),
     Template(_ATTENTION + "linear_proj.weight", (_HF_ATTENTION + "o_proj.weight",), (("hidden", "q"),), split=1),
 )
@@ -103,9 +111,9 @@ QKV_BIAS = (
     Template(
         _ATTENTION + "linear_qkv.bias",
         tuple(name + "bias" for name in _QKV),
-        (("q",), ("kv",), ("kv",)),
+        (("queries",), ("kv",), ("kv",)),
         split=0,
-        grouped=True,
+        grouped="key-value heads",
     ),
 )
 QK_NORM = (
@@ -130,6 +138,24 @@ EXPERTS = (
         (("one", "hidden"),),
         when="shared gate",
     ),
+)
+DELTA = (  # a gated delta net (arXiv 2412.06464); its input rows are interleaved per key head in Hugging Face's too
+    Template(
+        _ATTENTION + "in_proj.weight",
+        (_HF_DELTA + "in_proj_qkvz.weight", _HF_DELTA + "in_proj_ba.weight"),
+        (("delta_in", "hidden"), ("delta_gates", "hidden")),
+        split=0,
+        grouped="delta key heads",
+    ),
+    Template(
+        _ATTENTION + "conv_weight",  # whole on every rank: a rank's channels are not neighbours
+        (_HF_DELTA + "conv1d.weight",),
+        (("delta_channels", "one", "delta_kernel"),),
+    ),
+    Template(_ATTENTION + "dt_bias", (_HF_DELTA + "dt_bias",), (("delta_heads",),), split=0),
+    Template(_ATTENTION + "A_log", (_HF_DELTA + "A_log",), (("delta_heads",),), split=0),
+    Template(_ATTENTION + "norm_weight", (_HF_DELTA + "norm.weight",), (("delta_head",),)),
+    Template(_ATTENTION + "out_proj.weight", (_HF_DELTA + "out_proj.weight",), (("hidden", "delta_out"),), split=1),
 )
 MLA = (  # multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): low-rank queries, keys and values
     Template(
@@ -182,6 +208,7 @@ def _when(condition: str, templates: Sequence[Template]) -> tuple[Template, ...]
 TEMPLATES = (
     *(*ENDS, *NORMS),
     *_when("heads", ATTENTION),
+    *_when("delta", DELTA),
     *_when("latent", MLA),
     *DENSE,
     *_when("biases", QKV_BIAS),
@@ -231,7 +258,7 @@ class Row:
     parameter: str  # with the global layer and expert numbers
     sources: tuple[Source, ...]
     split: int | None
-    groups: int  # interleaved groups in the whole parameter; 0: one per TP rank
+    groups: int  # interleaved groups (heads) in the whole parameter; 0: one per TP rank
     stage: int  # pipeline stage that holds it
     layer: int | None = None  # global number; None: embedding, final norm, output layer
     expert: int | None = None  # global number; None: not part of an expert
@@ -372,6 +399,8 @@ def ignored(name: str, model: Architecture) -> bool:
 
 def predicts_ahead(name: str, model: Architecture) -> bool:
     """Whether a tensor belongs to a multi-token-prediction layer (DeepSeek-V3, arXiv 2412.19437), which is left out."""
+    if model.family.ahead:
+        return name.startswith(model.family.ahead)
     numbers = range(model.layers, model.layers + model.extra_layers)
     return any(name.startswith(f"model.layers.{number}.") for number in numbers)
 
@@ -400,7 +429,7 @@ def _row(
             for name, shape in zip(template.sources, template.shapes, strict=True)
         ),
         split=template.split,
-        groups=model.kv_heads if template.grouped else 0,
+        groups=_GROUPS[template.grouped](model),
         stage=stage,
         layer=layer,
         expert=expert,

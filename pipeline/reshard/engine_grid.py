@@ -94,6 +94,11 @@ class EngineGrid:
         for name, parts_of, what, size in parts:
             if size % parts_of:
                 raise ValueError(f"{name}={parts_of} does not divide {what}={size}: choose a divisor")
+        if model.delta and self.tp > 1:
+            raise ValueError(
+                f"tp={self.tp} is not supported for {model.family.name}: SGLang divides the convolution of a delta "
+                "net into parts of its queries, keys and values, and an update brings it whole; use tp=1"
+            )
         if not model.mla and self.tp % model.kv_heads and model.kv_heads % self.tp:
             raise ValueError(
                 f"tp={self.tp} is neither a divisor nor a multiple of num_key_value_heads={model.kv_heads}: choose one"

@@ -31,7 +31,7 @@ def folders(tmp_path_factory):
         tensors = {key: value if "norm" in key else value / 4 for key, value in tiny_models.weights(config).items()}
         return tiny_models.write(tmp_path_factory.mktemp(name), config, tensors)
 
-    return {name: write(name) for name in ("llama_tied", "qwen3", "qwen3_moe", "deepseek_v3")}
+    return {name: write(name) for name in ("llama_tied", "qwen3", "qwen3_moe", "qwen3_next", "deepseek_v3")}
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,8 @@ CASES = {
     "packed, padded to a multiple of 8": ("qwen3", 1, 1, 1, PACKED | {"align": 8}),
     "experts, by tokens": ("qwen3_moe", 1, 1, 1, TOKENS),
     "experts, packed": ("qwen3_moe", 1, 1, 1, PACKED),
+    "delta nets, packed": ("qwen3_next", 1, 1, 1, PACKED),
+    "delta nets, TP2 x SP, by tokens": ("qwen3_next", 2, 2, 1, TOKENS | {"sequence_parallel": True}),
     "latent attention, by tokens": ("deepseek_v3", 1, 1, 1, TOKENS),
     "latent attention, packed": ("deepseek_v3", 1, 1, 1, PACKED),
     "TP2, by tokens": ("qwen3", 2, 2, 1, TOKENS),
@@ -97,7 +99,9 @@ def test_how_rows_are_cut_changes_nothing(gang, folders, reference, case):
     for got_log_probs, *_ in results:
         assert relative(got_log_probs, log_probs) <= 1e-6
     _, got_gradients, got_stats, got_weights = results[0]
-    assert relative(flat(got_gradients), flat(gradients)) <= 1e-6
+    # The l2 norms of a delta net's small queries and keys magnify the last bit.
+    near = 5e-6 if name == "qwen3_next" else 1e-6
+    assert relative(flat(got_gradients), flat(gradients)) <= near
     for got, expected in zip(got_stats, stats, strict=True):
         assert got.loss == pytest.approx(expected.loss, rel=1e-6, abs=1e-6)
         assert got.entropy.mean == pytest.approx(expected.entropy.mean, rel=1e-6)
@@ -107,7 +111,7 @@ def test_how_rows_are_cut_changes_nothing(gang, folders, reference, case):
             config.get("packing", False) and not {"align", "cp"} & set(config)
         )
         assert [s.metrics for s in got_stats] == [s.metrics for s in results[-1][2]]
-    assert relative(flat(got_weights), flat(weights)) <= 1e-6
+    assert relative(flat(got_weights), flat(weights)) <= near
 
 
 def shaped_batch(log_probs):

@@ -18,12 +18,14 @@ from pipeline.rollout.native.decoder import Decoder
 from tests.decoding import quantised_names
 
 DENSE = {"TP1": (1, 1, 1, 1, None), "TP2": (2, 2, 1, 1, None), "TP2xPP2": (4, 2, 2, 1, None)}
+SHARED_HEADS = "TP4, two ranks per key-value head"
 EXPERTS = DENSE | {
     "PP2": (2, 1, 2, 1, None),
     "EP2": (2, 1, 1, 2, None),
     "TP2, experts EP2": (2, 2, 1, 2, 1),
     "TP2xEP2": (4, 2, 1, 2, 2),
     "EP2xPP2": (4, 1, 2, 2, 1),
+    SHARED_HEADS: (4, 4, 1, 1, None),
 }
 CASES = [
     *((name, layout) for name in ("llama", "llama_tied", "mistral", "qwen2", "qwen3") for layout in DENSE),
@@ -32,11 +34,12 @@ CASES = [
     ("qwen3_longrope", "TP2"),
     ("mistral_dynamic", "TP1"),
     ("glm4_moe_yarn", "TP1"),
-    *(("glm4_moe", layout) for layout in EXPERTS),
+    *(("glm4_moe", layout) for layout in EXPERTS if layout != SHARED_HEADS),
     ("glm4_moe_air", "EP2"),
+    *(("qwen3_next", layout) for layout in ("TP1", "EP2xPP2", "TP2xEP2", SHARED_HEADS)),
     *((name, layout) for name in ("qwen2_moe", "mixtral") for layout in ("TP1", "EP2xPP2", "TP2xEP2")),
     ("llama3_short", "TP1"),
-    *(("qwen3_moe", layout) for layout in EXPERTS),
+    *(("qwen3_moe", layout) for layout in EXPERTS if layout != SHARED_HEADS),
     ("qwen3_moe_raw", "TP1"),
     *(("deepseek_v3", layout) for layout in ("TP1", "EP2", "EP2xPP2", "TP2, experts EP2")),
     ("deepseek_plain_query", "TP1"),
@@ -109,6 +112,10 @@ PLACED = {
     "GLM, TP4": ("glm4_moe", Grid(tp=4), [[[0, 1, 2, 3]]] * 4),
     "GLM, PP4": ("glm4_moe", Grid(pp=4), [[[0]], [[1]], [[2]], [[3]]]),
     "GLM, EP4": ("glm4_moe", Grid(dp=4, ep=4), [[[0, 1, 2, 3]]] * 4),
+    "Qwen3-Next, TP4": ("qwen3_next", Grid(tp=4), [[[0, 1, 2, 3]]] * 4),
+    "Qwen3-Next, PP4": ("qwen3_next", Grid(pp=4), [[[0]], [[1]], [[2]], [[3]]]),
+    "Qwen3-Next, EP4": ("qwen3_next", Grid(dp=4, ep=4), [[[0, 1, 2, 3]]] * 4),
+    "Qwen3-Next, TP2, EP2, PP2": ("qwen3_next", Grid(tp=2, ep=2, etp=1, pp=2), [[[0, 1]]] * 2 + [[[2, 3]]] * 2),
     "GLM, TP2, EP2, PP2": ("glm4_moe", Grid(tp=2, ep=2, etp=1, pp=2), [[[0, 1]]] * 2 + [[[2, 3]]] * 2),
 }
 

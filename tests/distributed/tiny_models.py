@@ -79,6 +79,26 @@ CONFIGS = {
         "mlp_only_layers": [1],
         "decoder_sparse_step": 1,
     },
+    "qwen3_next": {
+        "architectures": ["Qwen3NextForCausalLM"],
+        "model_type": "qwen3_next",
+        "tie_word_embeddings": False,
+        "head_dim": 16,
+        "partial_rotary_factor": 0.25,
+        "layer_types": ["linear_attention", "linear_attention", "full_attention", "linear_attention"],
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 6,
+        "linear_conv_kernel_dim": 4,
+        "num_experts": 8,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 24,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [],
+        "decoder_sparse_step": 1,
+    },
     "glm4_moe": {
         "architectures": ["Glm4MoeForCausalLM"],
         "model_type": "glm4_moe",
@@ -180,7 +200,8 @@ def shapes(config: dict) -> dict[str, tuple[int, ...]]:
     block = "block_sparse_moe." if config["model_type"] == "mixtral" else "mlp."
     for i in range(config["num_hidden_layers"]):
         layer = {"input_layernorm.weight": (d,), "post_attention_layernorm.weight": (d,)}
-        layer |= _latent_attention(config) if latent else _attention(config)
+        delta = config.get("layer_types", ["full_attention"] * (i + 1))[i] == "linear_attention"
+        layer |= _latent_attention(config) if latent else _delta_net(config) if delta else _attention(config)
         layer |= (
             _experts(config, block)
             if _has_experts(config, i)
@@ -193,8 +214,9 @@ def shapes(config: dict) -> dict[str, tuple[int, ...]]:
 def _attention(config: dict) -> dict[str, tuple[int, ...]]:
     d, hd = config["hidden_size"], config["head_dim"]
     q, kv = config["num_attention_heads"] * hd, config["num_key_value_heads"] * hd
+    gate = 2 if config["model_type"] == "qwen3_next" else 1
     layer = {
-        "self_attn.q_proj.weight": (q, d),
+        "self_attn.q_proj.weight": (gate * q, d),
         "self_attn.k_proj.weight": (kv, d),
         "self_attn.v_proj.weight": (kv, d),
         "self_attn.o_proj.weight": (d, q),
@@ -224,10 +246,25 @@ def _latent_attention(config: dict) -> dict[str, tuple[int, ...]]:
     }
 
 
+def _delta_net(config: dict) -> dict[str, tuple[int, ...]]:
+    d, heads = config["hidden_size"], config["linear_num_value_heads"]
+    keys = config["linear_num_key_heads"] * config["linear_key_head_dim"]
+    values = heads * config["linear_value_head_dim"]
+    return {
+        "linear_attn.in_proj_qkvz.weight": (2 * keys + 2 * values, d),
+        "linear_attn.in_proj_ba.weight": (2 * heads, d),
+        "linear_attn.conv1d.weight": (2 * keys + values, 1, config["linear_conv_kernel_dim"]),
+        "linear_attn.dt_bias": (heads,),
+        "linear_attn.A_log": (heads,),
+        "linear_attn.norm.weight": (config["linear_value_head_dim"],),
+        "linear_attn.out_proj.weight": (d, values),
+    }
+
+
 def _has_experts(config: dict, layer: int) -> bool:
     if config["model_type"] in ("deepseek_v3", "glm4_moe"):
         return layer >= config["first_k_dense_replace"]
-    if config["model_type"] in ("qwen2_moe", "qwen3_moe"):
+    if config["model_type"] in ("qwen2_moe", "qwen3_moe", "qwen3_next"):
         return layer not in config["mlp_only_layers"] and (layer + 1) % config["decoder_sparse_step"] == 0
     return config["model_type"] == "mixtral"
 

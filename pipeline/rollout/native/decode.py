@@ -10,7 +10,7 @@ import torch
 
 from pipeline.model.architecture import Moe
 from pipeline.model.routing import number_type
-from pipeline.rollout.native.decoder import AnyDecoder, KeyValues, Routes
+from pipeline.rollout.native.decoder import AnyDecoder, KeyValues, Routes, State
 from pipeline.rollout.native.fair_lock import FairLock
 from pipeline.rollout.native.response_end import ResponseEnd
 from pipeline.rollout.native.sampling import draw, nucleus, uniform_top, uniforms
@@ -234,7 +234,8 @@ class _Batch:
     def keep(self, lines: torch.Tensor) -> None:
         """Drop all other lines."""
         self.rows, self.uniform, self.drawn = self.rows[lines], self.uniform[lines], self.drawn[lines]
-        self.cache = [(keys[lines], values[lines]) for keys, values in self.cache]
+        kept = [(first[lines], second[lines]) for first, second in self.cache]
+        self.cache = [State(*new) if isinstance(old, State) else new for old, new in zip(self.cache, kept, strict=True)]
         self.padding = None if self.padding is None else self.padding[lines]
         self.read = self.read[lines]
 
@@ -244,7 +245,11 @@ def _merged(one: _Batch, other: _Batch, width: int, columns: int) -> _Batch:
     read = torch.cat([one.read, other.read])
     cache: KeyValues = []
     while one.cache:  # a layer at a time, so that no more than one is there twice
-        pairs = zip(one.cache.pop(0), other.cache.pop(0), strict=True)
+        ours, theirs = one.cache.pop(0), other.cache.pop(0)
+        pairs = zip(ours, theirs, strict=True)
+        if isinstance(ours, State):
+            cache.append(State(*map(torch.cat, pairs)))
+            continue
         keys, values = (
             _side_by_side([(first, one.column), (second, other.column)], width, columns) for first, second in pairs
         )
@@ -273,6 +278,19 @@ def _side_by_side(parts: Sequence[tuple[torch.Tensor, int]], width: int, columns
         whole[first : first + len(part), :, width - taken : width] = part[:, :, column - taken : column]
         first += len(part)
     return whole
+
+
+def _empty(
+    computed: tuple[torch.Tensor, torch.Tensor], rows: int, columns: int, allocate: Callable[..., torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The cache of a layer for all rows, of the kind that was computed for some."""
+    first, second = computed
+    if isinstance(computed, State):
+        return State(first.new_empty(rows, *first.shape[1:]), second.new_empty(rows, *second.shape[1:]))
+    return (
+        allocate(rows, first.shape[1], columns, first.shape[3]),
+        allocate(rows, second.shape[1], columns, second.shape[3]),
+    )
 
 
 def _prefill(
@@ -310,12 +328,13 @@ def _prefill(
             if record:
                 record.keep_prompts(numbers[rows], source)
             logits[rows] = decoder.logits(hidden[:, -1])[source]
-            if not cache:
-                shapes = [[(len(prompts), x.shape[1], width + new_tokens, x.shape[3]) for x in two] for two in computed]
-                cache = [(allocate(keys), allocate(values)) for keys, values in shapes]
-            for (keys, values), (new_keys, new_values) in zip(cache, computed, strict=True):
-                keys[rows, :, width - length : width] = new_keys[source]
-                values[rows, :, width - length : width] = new_values[source]
+            cache = cache or [_empty(layer, len(prompts), width + new_tokens, allocate) for layer in computed]
+            for layer, new in zip(cache, computed, strict=True):
+                for whole, values in zip(layer, new, strict=True):
+                    if isinstance(layer, State):
+                        whole[rows] = values[source]
+                    else:
+                        whole[rows, :, width - length : width] = values[source]
     return _Batch(
         rows=numbers,
         uniform=uniform,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,18 @@ from pipeline.model.architecture import Architecture, Moe
 from pipeline.model.rotary import attention_factor, frequencies
 
 Routes = list[torch.Tensor]  # of every layer with experts, as they come
-# Per layer: keys and values, each [rows, kv_heads, columns, head_dim].
-KeyValues = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+class State(NamedTuple):
+    """What a delta net keeps of rows, however long they are."""
+
+    convolution: torch.Tensor  # [rows, channels, kernel]: what the convolution saw last
+    recurrent: torch.Tensor  # [rows, heads, key, value]
+
+
+KeyValues = list[
+    tuple[torch.Tensor, torch.Tensor] | State
+]  # by layer; keys and values [rows, heads, columns, head_dim]
 
 
 class AnyDecoder(Protocol):

@@ -218,7 +218,10 @@ class NativeEngine(RolloutEngine):
         entries = 2 * model.kv_heads * model.head_dim  # of a layer and a token
         if model.mla:
             entries = model.heads * (model.mla.nope_dim + model.mla.rope_dim + model.mla.v_dim)
-        row_bytes = 4 * model.layers * entries * columns
+        row_bytes = 4 * model.attention_layers * entries * columns
+        if model.delta:
+            states = model.delta.value_heads * model.delta.key_dim * model.delta.value_dim
+            row_bytes += 4 * sum(model.delta.layers) * (states + model.delta.channels * model.delta.kernel)
         return max(1, min(self._max_batch_rows, _CACHE_BYTES // max(row_bytes, 1)))
 
 

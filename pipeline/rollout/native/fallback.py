@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from pipeline.model import architecture
 from pipeline.model.architecture import Architecture
 from pipeline.rollout.engine import EngineError
-from pipeline.rollout.native.decoder import AnyDecoder, Decoder, KeyValues, Routes
+from pipeline.rollout.native.decoder import AnyDecoder, Decoder, KeyValues, Routes, State
 
 
 def decoder_of(model: Architecture, hf_path: Path, tensors: Mapping[str, torch.Tensor]) -> AnyDecoder:
@@ -60,7 +60,7 @@ class TransformersDecoder:
     def prefill(self, tokens: torch.Tensor, routes: Routes | None = None) -> tuple[torch.Tensor, KeyValues]:
         """As :meth:`Decoder.prefill`; routes are not recorded."""
         length = tokens.shape[1]
-        cache = _Appended()
+        cache = _Appended(self.model)
         later = torch.ones(length, length, dtype=torch.bool).triu(1)
         mask = torch.zeros(length, length).masked_fill_(later, -torch.inf)
         hidden = self._run(tokens, torch.arange(length)[None], mask.expand(len(tokens), 1, -1, -1), cache)
@@ -95,25 +95,60 @@ class TransformersDecoder:
         return found.last_hidden_state
 
 
-class _Appended:
-    """What transformers' layers take for a cache: it keeps the keys and values of whole sequences."""
+class _Layer(NamedTuple):
+    """A layer's state, under the names that transformers' layers read; they move ``conv_states`` on in place."""
 
-    def __init__(self) -> None:
-        self.found: KeyValues = []
+    conv_states: torch.Tensor
+    recurrent_states: torch.Tensor
+
+
+class _Appended:
+    """What transformers' layers take for a cache: it keeps the keys and values, or the last state, of whole
+    sequences.
+    """
+
+    def __init__(self, model: Architecture) -> None:
+        none = torch.empty(0)
+        self.found: KeyValues = [
+            State(none, none) if model.is_delta(layer) else (none, none) for layer in range(model.layers)
+        ]
+
+    def has_previous_state(self, *_: Any) -> bool:
+        return False
+
+    def update_conv_state(self, state: torch.Tensor, layer: int) -> None:
+        self.found[layer] = State(state, self.found[layer][1])
+
+    def update_recurrent_state(self, state: torch.Tensor, layer: int) -> None:
+        self.found[layer] = State(self.found[layer][0], state)
 
     def get_seq_length(self, *_: Any) -> int:
         return 0
 
-    def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        self.found.append((keys, values))
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.found[layer] = keys, values
         return keys, values
 
 
 class _Written:
-    """What transformers' layers take for a cache: one column of the engine's is written, those until it are read."""
+    """What transformers' layers take for a cache: one column of the engine's is written, those until it are read;
+    states go on in their place.
+    """
 
     def __init__(self, cache: KeyValues, column: int) -> None:
         self._cache, self._column = cache, column
+
+    @property
+    def layers(self) -> list[_Layer]:
+        return [_Layer(*layer) for layer in self._cache]
+
+    def has_previous_state(self, *_: Any) -> bool:
+        return True
+
+    def update_recurrent_state(self, state: torch.Tensor, layer: int) -> None:
+        self._cache[layer][1].copy_(state)
 
     def get_seq_length(self, *_: Any) -> int:
         return self._column

@@ -33,7 +33,10 @@ SPARSE = [
 ]
 CASES = [(name, sizes) for name in ("llama", "llama_tied", "qwen2", "qwen3") for sizes in DENSE]
 CASES += [(name, sizes) for name in ("qwen3_moe", "deepseek_v3", "deepseek_plain_query") for sizes in SPARSE]
-CASES += [("glm4_moe", sizes) for sizes in SPARSE] + [(name, SPARSE[1]) for name in ("qwen2_moe", "mixtral")]
+CASES += [("glm4_moe", sizes) for sizes in SPARSE] + [
+    (name, SPARSE[1]) for name in ("qwen2_moe", "qwen3_next", "mixtral")
+]
+CASES += [("qwen3_next", SPARSE[4])]
 
 
 def learner_of(sizes) -> LearnerConfig:

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from pipeline.model import architecture
-from pipeline.model.architecture import FAMILIES, Mla, Moe
+from pipeline.model.architecture import FAMILIES, DeltaNet, Mla, Moe
 from pipeline.model.grid import Grid
 from pipeline.model.layout import tensor_shapes
 from pipeline.model.reading import ModelError
@@ -363,15 +363,82 @@ GLM = {
     "rms_norm_eps": 1e-5,
     "rope_theta": 1000000,
 }
+NEXT = {  # Qwen3-Next-80B-A3B
+    "architectures": ["Qwen3NextForCausalLM"],
+    "model_type": "qwen3_next",
+    "attention_bias": False,
+    "partial_rotary_factor": 0.25,
+    "full_attention_interval": 4,
+    "hidden_size": 2048,
+    "intermediate_size": 5120,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_value_head_dim": 128,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "vocab_size": 151936,
+    "max_position_embeddings": 262144,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000000,
+}
 
 
 @pytest.mark.parametrize(
     ("config", "parameters"),
-    [(V31, 671.03e9), (KIMI_K2, 1026.4e9), (GLM, 352.8e9)],  # those published, without layers that predict ahead
-    ids=["DeepSeek-V3.1", "Kimi-K2", "GLM-4.5"],
+    # those published, without layers that predict ahead
+    [(V31, 671.03e9), (KIMI_K2, 1026.4e9), (GLM, 352.8e9), (NEXT, 79.67e9)],
+    ids=["DeepSeek-V3.1", "Kimi-K2", "GLM-4.5", "Qwen3-Next"],
 )
 def test_models_in_full_size_are_read(config, parameters):
     model = architecture.parse(config)
     assert sum(math.prod(shape) for shape in tensor_shapes(model).values()) == pytest.approx(parameters, rel=1e-3)
-    assert model.extra_layers == config["num_nextn_predict_layers"]
+    assert model.extra_layers == config.get("num_nextn_predict_layers", 0)
     model.check_layout(Grid(tp=8, ep=32, etp=1, dp=32))
+
+
+def test_qwen3_next_has_the_layers_that_config_json_names():
+    named = ["full_attention", "linear_attention"]
+    assert architecture.parse(hf_config("qwen3_next", layer_types=named)).delta.layers == (False, True)
+    assert architecture.parse(hf_config("qwen3_next")).delta.layers == (True, False)
+    bare = {key: value for key, value in hf_config("qwen3_next").items() if not key.startswith(("linear_", "full_"))}
+    model = architecture.parse(bare | {"num_hidden_layers": 4})
+    assert model.delta == DeltaNet((True, True, True, False), 16, 32, 128, 128, 4)  # transformers' defaults
+    assert not model.native
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"layer_types": ["full_attention"]}, r"layer_types=\['full_attention'\] is not supported"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ({"linear_num_value_heads": 6}, "linear_num_value_heads=6 is not a multiple of linear_num_key_heads=4"),
+        ({"linear_conv_kernel_dim": 0}, "linear_conv_kernel_dim=0"),
+        ({"attention_bias": True}, "attention_bias=True"),
+    ],
+)
+def test_delta_nets_that_are_not_built_are_refused(changes, said):
+    with pytest.raises(ModelError, match=said):
+        architecture.parse(hf_config("qwen3_next", **changes))
+
+
+@pytest.mark.parametrize(
+    ("grid", "said"),
+    [
+        (Grid(dp=2, cp=2), "learner.context_parallel_size=2 is not supported for qwen3_next"),
+        (Grid(tp=4), "learner.tensor_model_parallel_size=4 does not divide the model's 2 key heads of delta nets"),
+    ],
+)
+def test_grids_that_delta_nets_cannot_have_are_refused(grid, said):
+    with pytest.raises(ValueError, match=said):
+        architecture.parse(hf_config("qwen3_next", linear_num_key_heads=2)).check_layout(grid)

@@ -93,6 +93,10 @@ def test_multi_token_prediction_is_left_out_and_said_so(tmp_path, caplog):
     (path / "config.json").write_text(json.dumps(hf_config("deepseek_v3")))
     with pytest.raises(ModelError, match="2 tensors that deepseek_v3 does not have"):
         checked(path)
+    path, tensors = write_folder(tmp_path / "next", "qwen3_next")
+    save_file({**tensors, "mtp.fc.weight": torch.ones(2)}, path / "model.safetensors")
+    checked(path)
+    assert f"{path}: 1 tensors of its multi-token-prediction layers are left out" in caplog.text
 
 
 def test_tensors_of_eight_bits_are_refused(tmp_path):

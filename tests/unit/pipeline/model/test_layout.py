@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.model import layout
-from pipeline.model.architecture import FAMILIES, Architecture, Mla, Moe
+from pipeline.model.architecture import FAMILIES, Architecture, DeltaNet, Mla, Moe
 from pipeline.model.grid import Grid
 from pipeline.model.layout import Slice
 
@@ -142,6 +142,9 @@ def models(draw, families=tuple(FAMILIES)):
         deepseek = family == "DeepseekV3ForCausalLM"
         shared = 8 * draw(st.integers(0, 2)) if deepseek else 0
         more["moe"] = Moe(experts, 8, 8 * draw(SMALL), 2, shared_ffn=shared, expert_bias=deepseek)
+    if family == "Qwen3NextForCausalLM":
+        nets = tuple(draw(st.lists(st.booleans(), min_size=layers, max_size=layers)))
+        more["delta"] = DeltaNet(nets, 8, 8 * draw(SMALL), *(draw(SMALL) for _ in range(3)))
     if family == "DeepseekV3ForCausalLM":
         more["mla"] = Mla(draw(st.integers(0, 3)), *(draw(SMALL) for _ in range(4)))
     return architecture(
@@ -197,6 +200,7 @@ def test_an_unused_or_misspelt_condition_does_not_pass():
         "DeepseekV3ForCausalLM",
         moe=Moe((True, True), 2, 8, 1, shared_ffn=8, expert_bias=True),
         mla=Mla(2, 2, 2, 2, 2),
+        delta=DeltaNet((True, False), 1, 1, 2, 2, 4),
     )
     assert {template.when for template in layout.TEMPLATES} == set(layout._CONDITIONS)
     for template in layout.TEMPLATES:

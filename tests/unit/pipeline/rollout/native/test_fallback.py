@@ -11,7 +11,7 @@ from tests.plan_source import Source
 from tests.tiny_folder import ARCHITECTURES, write_folder
 
 transformers = pytest.importorskip("transformers")
-FAMILIES = ("qwen2_moe", "glm4_moe", "deepseek_v3")
+FAMILIES = ("qwen2_moe", "qwen3_next", "glm4_moe", "deepseek_v3")
 
 
 def requests():
@@ -56,8 +56,9 @@ def test_log_probs_are_transformers_before_and_after_an_update(tmp_path, family)
     assert first != [sample.token_ids.tolist() for group in groups for sample in group.samples]
 
 
-def test_samples_do_not_depend_on_batching(tmp_path):
-    folder, _ = write_folder(tmp_path, "glm4_moe")
+@pytest.mark.parametrize("family", ["qwen3_next", "glm4_moe"])
+def test_samples_do_not_depend_on_batching(tmp_path, family):
+    folder, _ = write_folder(tmp_path, family)
     whole, single = NativeEngine(), NativeEngine(max_batch_rows=1)
     for engine in (whole, single):
         engine.start(folder)
