@@ -1,15 +1,15 @@
 """Every benchmark of tools/bench runs, at a size that takes seconds; what it measures there means nothing."""
 
 import json
-import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+from tests.integration.forks import FORKS, isentrope
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "configs/model/pm4-100k"
@@ -54,14 +54,6 @@ def test_every_benchmark_is_listed():
 
 
 @pytest.fixture(scope="module")
-def processes():
-    """Makes processes that have imported already what most benchmarks need."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_ext.learner", "tests.integration.test_benches"])
-    return context
-
-
-@pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     words = [
@@ -71,8 +63,8 @@ def runs(tmp_path_factory):
         "monitoring.progress=false",
     ]
     words += ["evaluation.at_start=false", "evaluation.at_end=false", f"steps={STEPS}", f"run_dir={folder}/pi"]
-    command = [sys.executable, "-m", "launchers.cli.main", "train", "--config", "quickstart.yaml", *words]
-    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL, timeout=280)
+    done = isentrope("train", "--config", "quickstart.yaml", *words, cwd=folder, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
 
@@ -87,7 +79,7 @@ def bench(name: str, words: list[str], out: Path) -> None:
     sys.stdout.flush()
 
 
-def test_the_plan_brings_a_live_server_its_slices_and_no_other_byte(processes, tmp_path):
+def test_the_plan_brings_a_live_server_its_slices_and_no_other_byte(tmp_path):
     pytest.importorskip("sglang")
     words = [
         "--live",
@@ -102,7 +94,7 @@ def test_the_plan_brings_a_live_server_its_slices_and_no_other_byte(processes, t
         "--json",
     ]
     words.append(f"{tmp_path}/figures")
-    process = processes.Process(target=bench, args=("weight_sync", words, tmp_path / "said"))
+    process = FORKS.Process(target=bench, args=("weight_sync", words, tmp_path / "said"))
     process.start()
     process.join(280)
     process.kill()
@@ -115,7 +107,7 @@ def test_the_plan_brings_a_live_server_its_slices_and_no_other_byte(processes, t
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_a_benchmark_runs(name, processes, request, tmp_path):
+def test_a_benchmark_runs(name, request, tmp_path):
     for module in NEEDS.get(name, []):
         pytest.importorskip(module)
     if name == "web_page" and shutil.which("chromium") is None:
@@ -123,7 +115,7 @@ def test_a_benchmark_runs(name, processes, request, tmp_path):
     given = SMALL[name].replace("OUT", str(tmp_path))
     if "RUNS" in given:
         given = given.replace("RUNS", str(request.getfixturevalue("runs")))
-    process = processes.Process(target=bench, args=(name, given.split(), tmp_path / "said"))
+    process = FORKS.Process(target=bench, args=(name, given.split(), tmp_path / "said"))
     process.start()
     process.join(280)
     process.kill()  # one that is still at it; of one that has ended nothing is left to kill
