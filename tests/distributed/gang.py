@@ -16,7 +16,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-MOST_RANKS = 4
+FEWEST = 4  # that are started: few tests need more
 # Of a process, before it is replaced: some process groups outlive their job, and each has threads of gloo's that wake a
 # hundred times a second.
 MOST_THREADS = 300
@@ -69,8 +69,9 @@ class Gang:
         """Results by rank. A rank that raises or hangs fails the test; the processes are then replaced."""
         if any(len(os.listdir(f"/proc/{pid}/task")) > MOST_THREADS for pid, _ in self._members):
             self.close()
-        if not self._members:
-            self._start()
+        if len(self._members) < world:
+            self.close()
+            self._start(max(world, FEWEST))
         results, taken = self._run(function, world, arguments)
         return results if not taken else self.run(function, world, *arguments)
 
@@ -95,8 +96,8 @@ class Gang:
             results.append(value)
         return results, False
 
-    def _start(self) -> None:
-        ours, theirs = zip(*(mp.Pipe() for _ in range(MOST_RANKS)), strict=True)
+    def _start(self, ranks: int) -> None:
+        ours, theirs = zip(*(mp.Pipe() for _ in range(ranks)), strict=True)
         self._parent = mp.get_context("spawn").Process(target=_become_ranks, args=(list(theirs),), daemon=True)
         self._parent.start()
         for pipe in theirs:
