@@ -13,11 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.checkpoints import CheckpointStore
+from pipeline.config.load import load_config
+from pipeline.data.cursor import DataCursor
+from pipeline.data.sources import load_prompts
 from pipeline.data.tokenizer import load_tokenizer
+from pipeline.seeds import sample_seed
+from pipeline.types import Role
 from tests.distributed.tiny_models import hf_model
 from tests.integration.forks import isentrope
 from tests.processes import descendants
 from tests.step_events import essence
+from tools.bench.overlap import write_model
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "configs/model/pm4-100k"
@@ -133,6 +140,41 @@ def test_alpha_zero_is_grpo_bit_for_bit(tmp_path, grpo, actuator):
     zero = train(tmp_path / "zero", *ALPHA_ZERO, f"entropy.actuator={actuator}", "entropy.alpha=0")
     keys = ("entropy", "loss", "grad_norm", "reward")
     assert [[s[k] for k in keys] for s in grpo] == [[s[k] for k in keys] for s in zero]
+
+
+def test_killed_while_answers_are_held_then_resumed_trains_on_each_once(tmp_path):
+    """Time decides at which token an answer is held, and no run repeats; which answers a step trains on is fixed."""
+    write_model(tmp_path / "model", 64, 2, 256)  # its answers end at random, the longest far behind the others
+    run_dir = tmp_path / "run"
+    options = [*INLINE, f"model.hf_path={tmp_path}/model", "rollout.max_new_tokens=192"]
+    options += ["rollout.staleness=2", "rollout.partial=true", "steps=100", "checkpoint.every=1", "evaluation.every=0"]
+    options += ["evaluation.at_start=false", "evaluation.at_end=false", "rollout.samples_per_prompt=2"]
+    process = launch(run_dir, *options, "entropy.controller=none")
+    store, count, held = CheckpointStore(run_dir / "checkpoints", 1), 1, False
+    while not held:
+        count += 1
+        wait_for_steps(process, run_dir, count)
+        process.send_signal(signal.SIGSTOP)  # so that the newest checkpoint stays the newest
+        newest = store.latest()
+        unfinished = [drawn["rest"]["requests"] for drawn in newest.state()["queue"] if drawn["rest"]] if newest else []
+        held = any(request["begun"] for requests in unfinished for request in requests)
+        process.send_signal(signal.SIGKILL if held else signal.SIGCONT)
+    process.wait()
+    last = len(steps(run_dir)) + 2
+    words = command("train", "--resume", str(run_dir), f"steps={last}")
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [(e["step"], e["stale_samples"], e["unjudged"]) for e in steps(run_dir)] == [(i, 0, 0) for i in range(last)]
+    config = load_config(run_dir / "config.yaml", [])
+    prompts = load_prompts(config.data, load_tokenizer(MODEL), max_prompt_tokens=config.rollout.max_prompt_tokens)
+    cursor, versions = DataCursor(prompts.train, config.seed), 0
+    for step, (_, text) in enumerate(samples(run_dir).items()):
+        kept = [json.loads(line) for line in text.splitlines()]
+        seeds = [(p.id, sample_seed(config.seed, step, p.id, step % 2, Role.MAIN)) for p in cursor.take(4)]
+        assert [(line["prompt_id"], line["seed"]) for line in kept] == seeds
+        assert {line["finish_reason"] for line in kept} <= {"stop", "length"}
+        versions = max(versions, *(len(line["weight_versions"]) for line in kept))
+    assert versions > 1
 
 
 @pytest.mark.parametrize(
