@@ -39,7 +39,7 @@ KNOWN: Mapping[str, Known] = {
     "mixtral": Known("Mixtral 8x7B, 8x22B", "places", "untried with SGLang"),
     "qwen2_moe": Known("Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B", "places", "untried with SGLang"),
     "qwen3_moe": Known("Qwen3-30B-A3B, Qwen3-235B-A22B", "places", "places"),
-    "qwen3_next": Known("Qwen3-Next-80B-A3B", "untried", "untried with SGLang"),
+    "qwen3_next": Known("Qwen3-Next-80B-A3B", "places, 1 rank", "untried with SGLang"),
     "glm4_moe": Known("GLM-4.5, GLM-4.5-Air, GLM-4.6", "places", "untried with SGLang"),
     "deepseek_v3": Known("DeepSeek-V3, V3.1, R1, Kimi-K2", "places", "untried with SGLang"),
 }

@@ -12,7 +12,7 @@ the padded vocabulary that no token has are not written.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -70,7 +70,10 @@ def targets(plan: Plan, process: int) -> Mapping[str, Target]:
             name = scale_name(tensor.name)
             dims[name], lengths[name] = tensor.dim, -(-len(span) // BLOCK[tensor.dim])
     experts = plan.model.moe.experts // plan.engines.ep if plan.model.moe else 0
-    return {name: _target(name, dim, lengths, experts) for name, dim in dims.items()}
+    found = {name: _target(name, dim, lengths, experts) for name, dim in dims.items()}
+    if plan.model.delta:  # its layers have the modules of attention themselves
+        found = {name: replace(at, parameter=at.parameter.replace(".self_attn.", ".")) for name, at in found.items()}
+    return found
 
 
 def _target(name: str, dim: int, lengths: Mapping[str, int], experts: int) -> Target:

@@ -56,6 +56,12 @@ def test_a_padded_feed_forward_has_gate_and_up_in_its_halves(fresh, tmp_path):
     assert fresh.submit(different, folder, tensors, 1, padded=True).result() == []
 
 
+def test_delta_nets_land_where_sglang_puts_them(fresh, tmp_path):
+    """On a CPU SGLang builds them only with the heads that it counts for a padded model."""
+    folder, tensors = write_folder(tmp_path / "next", "qwen3_next", vocab_size=100)
+    assert fresh.submit(different, folder, tensors, 1, padded=True).result() == []
+
+
 def test_padded_heads_are_refused(fresh, tmp_path):
     """Two key-value heads on four ranks: four on a CPU, with eight query heads rather than four."""
     folder, tensors = write_folder(tmp_path / "heads", "qwen3")
