@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,15 @@ from pipeline.checkpoints import CheckpointStore
 from pipeline.config.errors import ConfigError, Problem
 from pipeline.config.keys import leaf_keys
 from pipeline.config.load import UNHASHED, load_config
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import LoraConfig, RunConfig
 from pipeline.model.grid import KEYS
 
-# A checkpoint is restored by as many ranks, each with the same part, that wrote it, in the same number format.
-_FIXED = ("model.dtype", *(f"learner.{key}" for key in KEYS.values()), "learner.optimizer.distributed")
+# A checkpoint is restored by as many ranks, each with the same part, that wrote it, in the same number format and with
+# the same adapters.
+_FIXED = (
+    *("model.dtype", *(f"learner.{key}" for key in KEYS.values()), "learner.optimizer.distributed"),
+    *(f"learner.lora.{each.name}" for each in fields(LoraConfig)),
+)
 # What makes it another experiment under the same name.
 _IDENTITY = (
     *("seed", "model.hf_path", "rollout.max_prompt_tokens"),

@@ -37,6 +37,9 @@ def lora_problems(config: RunConfig) -> Iterator[Problem]:
 def lora_model_problems(config: RunConfig, model: Architecture) -> Iterator[Problem]:
     """What the architecture of ``model`` does not allow."""
     lora = config.learner.lora
+    if lora.rank > model.hidden:
+        problem = f"no layer's matrix has a rank above the model's hidden size of {model.hidden}"
+        yield Problem("learner.lora.rank", lora.rank, problem, f"give at most {model.hidden}, e.g. 32")
     if lora.rank and (model.mla or model.delta):
         kind = "latent attention" if model.mla else "delta nets"
         problem = f"adapters of {kind}, which a {model.family.name} model has, are not built"

@@ -81,6 +81,13 @@ def _layout(config: RunConfig, model: Architecture) -> Iterator[Problem]:
             f"the model has experts, which are trained under TP {learner.tensor_model_parallel_size} with it only",
             "set it to true",
         )
+    if model.delta and learner.context_parallel_size > 1:
+        yield Problem(
+            "learner.context_parallel_size",
+            learner.context_parallel_size,
+            f"not built for {model.family.name}: the state of a delta net passes from token to token through a row",
+            "set it to 1",
+        )
     yield from _sglang_experts(config, model)
     yield from _sglang_rotary(config, model)
     yield from _routing(config, model)

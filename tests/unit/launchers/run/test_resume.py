@@ -40,6 +40,7 @@ def test_it_says_where_it_goes_on_and_what_has_changed(run):
         ("learner.tensor_model_parallel_size=1", "learner.tensor_model_parallel_size", "keep learner.tensor"),
         ("model.dtype=bf16", "model.dtype", "keep model.dtype=fp32"),
         ("learner.optimizer.distributed=true", "learner.optimizer.distributed", "convert megatron-to-hf"),
+        ("learner.lora.rank=4", "learner.lora.rank", "keep learner.lora.rank=0"),
         ("seed=1", "seed", "--allow-change"),
         ("data.held_out=0.2", "data.held_out", "--allow-change"),
         ("data.source.task=pm3", "data.source.task", "--allow-change"),

@@ -613,6 +613,14 @@ def test_sglang_builds_experts_in_every_layer_of_qwen3_moe(model, family, keys, 
     assert all(said in problem.problem and "experts in every layer" in problem.remedy for problem in found)
 
 
+def test_delta_nets_are_not_cut_along_a_row(model):
+    (model / "config.json").write_text(json.dumps(hf_config("qwen3_next", max_position_embeddings=4096)))
+    assert problems(model, "rollout.engine=native") == ()
+    (problem,) = problems(model, "rollout.engine=native", "learner.context_parallel_size=2")
+    assert (problem.key, problem.value) == ("learner.context_parallel_size", 2)
+    assert "delta net" in problem.problem
+
+
 def test_a_folder_of_fp8_codes_is_served_in_fp8(model):
     sizes = {"head_dim": 64, "intermediate_size": 512, "num_key_value_heads": 8}
     config = LLAMA | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]} | sizes

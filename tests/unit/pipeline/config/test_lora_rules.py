@@ -24,6 +24,7 @@ BROKEN = {
     "experts": (hf_config("qwen3_moe"), [ON], L + "targets", "experts"),
     "an expert's": (hf_config("qwen3_moe"), [ON, L + "targets=[q_proj, up_proj]"], L + "targets", "experts"),
     "latent": (hf_config("deepseek_v3"), [ON, L + "targets=[q_proj]"], L + "rank", "latent attention"),
+    "rank": (LLAMA, [L + "rank=65"], L + "rank", "hidden size of 64"),
     "router": (
         hf_config("glm4_moe"),
         [ON, L + "targets=[q_proj]", "learner.moe_router_bias_update_rate=0.001"],
@@ -33,7 +34,7 @@ BROKEN = {
 }
 FITTING = {
     "off": (LLAMA, []),
-    "all": (LLAMA, [ON]),
+    "all": (LLAMA, [L + "rank=64"]),
     "some": (LLAMA, [ON, L + "targets=[q_proj, down_proj]", L + "alpha=16"]),
     "attention beside experts": (hf_config("qwen3_moe"), [ON, L + "targets=[q_proj, o_proj]"]),
 }
