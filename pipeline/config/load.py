@@ -241,7 +241,9 @@ def _parse_override(text: str, schema: type) -> Iterator[Assignment]:
     """``dotted.key=value``; a mapping is several assignments, as in a file."""
     name, equals, value = text.partition("=")
     if not equals or not name:
-        raise ConfigError(text, None, "an override is key=value", "write e.g. learner.optimizer.lr=3e-4", COMMAND_LINE)
+        is_file = text.endswith((".yaml", ".yml"))
+        remedy = f"a file is named by --config {text}" if is_file else "write e.g. learner.optimizer.lr=3e-4"
+        raise ConfigError(text, None, "an override is key=value", remedy, COMMAND_LINE)
     try:
         node = compose(value)
     except UnreadableError as error:

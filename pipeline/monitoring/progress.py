@@ -79,7 +79,7 @@ class Progress:
 
     def _line(self, record: StepRecord) -> str:
         name, reason = self._standing(record)
-        state = f"{name}: {reason}" if name == "waiting" else name
+        state = f"{name}: {reason}" if name in ("waiting", "holding") else name
         return (
             f"{self._name} step {record.step + 1}/{self._steps}: entropy {record.entropy:.3f} "
             f"(band {record.band_low:.3f}-{record.band_high:.3f}), {_command(record)}, {state}, "

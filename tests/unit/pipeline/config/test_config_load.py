@@ -136,6 +136,10 @@ def test_malformed_overrides(override):
         load(None, override)
 
 
+def test_a_file_among_the_overrides_is_sent_to_its_option():
+    assert "--config my.yaml" in problem_of(None, "my.yaml").remedy
+
+
 def test_references_resolve_and_broken_ones_are_reported():
     assert load(None, "seed=7", "steps=${seed}").steps == 7
     assert "nowhere" in problem_of(None, "steps=${nowhere}").problem

@@ -276,12 +276,14 @@ def test_progress_shows_the_end(tmp_path, terminal):
     recorder = runs.open_run(tmp_path)
     output = io.StringIO()
     recorder._progress = Progress("mine", 400, console=Console(file=output, force_terminal=terminal, width=120))
-    for step in range(400):
+    for step in range(399):
         runs.record_step(recorder, step)
+    runs.record_step(recorder, 399, state="holding", reason="no positives for 3 steps")
     recorder._progress.close()
     assert "step 400/400" in output.getvalue()
     assert "T+ 1.20 (reweight)" in output.getvalue()
     assert "entropy at the start: 0." in output.getvalue()
+    assert "no positives for 3 steps" in output.getvalue()
     if not terminal:
         assert output.getvalue().count("\n") == 20 + 3  # of the note after the first step
 
