@@ -296,9 +296,15 @@ def _feed_forward(prefix: str, hidden: int, width: int, gate="gate_proj", up="up
 def weights(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: ("norm" in name) * 1.0 + 0.3 * torch.randn(shape, generator=generator)
+        name: _centre(config, name) + 0.3 * torch.randn(shape, generator=generator)
         for name, shape in sorted(shapes(config).items())
     }
+
+
+def _centre(config: dict, name: str) -> float:
+    """Qwen3-Next's norms multiply by 1 + weight, but for those of its delta nets."""
+    zero_centred = config["model_type"] == "qwen3_next" and "linear_attn" not in name
+    return float("norm" in name and not zero_centred)
 
 
 def write(folder: Path, config: dict, tensors: dict[str, torch.Tensor] | None = None, files: int = 1) -> Path:
