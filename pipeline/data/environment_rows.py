@@ -40,9 +40,11 @@ def verifiers_environment(data: DataConfig) -> Any:
 @cache
 def _loaded(name: str, folder: str, params: str) -> Any:
     try:
+        import datasets
         import verifiers
     except ImportError as error:
         raise DataError(f"data.environment.name=verifiers: {error}: pip install 'isentrope[verifiers]'") from error
+    datasets.disable_progress_bars()  # every process would draw its own
     module = name.replace("-", "_").rpartition("/")[2]  # as the library has it
     named = json.loads(params)
     own_function(f"{module}:load_environment", folder, f"environment {name!r}", (), named)

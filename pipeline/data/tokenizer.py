@@ -131,7 +131,8 @@ class Tokenizer:
         try:
             ids = tuple(self._backend.encode(text, add_special_tokens=special).ids)
         except Exception as error:  # the library knows no narrower one
-            raise DataError(f"the tokenizer of {self.folder} cannot encode {text[:60]!r}: {error}") from error
+            reason = f"cannot encode {text[:60]!r}: {error}; use data in words that it knows, or another model"
+            raise DataError(f"the tokenizer of {self.folder} {reason}") from error
         self._check(ids)
         return ids
 
