@@ -197,8 +197,9 @@ def test_secrets_are_in_one_private_file_and_nowhere_else(user, whole):
 
 def test_a_run_cut_by_its_time_limit_ends_in_the_same_bits(user, whole):
     _, uncut = whole
-    # 16 samples of 0.7 s: a step takes 11 s, so that the limit, once lowered, strikes before the twelfth.
-    job, run_dir = user.launch("cut", 'cluster.env={OMP_NUM_THREADS: 1, LAB_SLEEP: "0.7"}')
+    # 16 samples of 1.4 s, judged two at a time: a step takes 11 s, so that the limit, once lowered, strikes before the
+    # twelfth.
+    job, run_dir = user.launch("cut", 'cluster.env={OMP_NUM_THREADS: 1, LAB_SLEEP: "1.4"}')
     user.wait_for_steps(run_dir, 2)
     minutes, _ = map(int, user.lab.job(job)["RunTime"].split(":")[1:])
     user.lab.run(["scontrol", "update", f"JobId={job}", f"TimeLimit={minutes + 2}"])
