@@ -49,6 +49,8 @@ pytestmark = [
     pytest.mark.timeout(1800),
     pytest.mark.xdist_group("slurm"),  # the cluster starts once, and so does the run that nobody interrupts
 ]
+# Tests that are not compared with that run have a cluster of their own, beside it.
+APART = pytest.mark.xdist_group("apart")
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +216,7 @@ def test_a_run_cut_by_its_time_limit_ends_in_the_same_bits(user, whole):
     assert state(run_dir) == state(uncut)
 
 
+@APART
 def test_a_killed_rank_is_survived_and_a_cancelled_run_saves_and_is_resumed(user):
     job, run_dir = user.launch("killed", "steps=500", "checkpoint.every=2")
     user.wait_for_steps(run_dir, 5)
@@ -303,6 +306,7 @@ def test_one_fault_after_the_other_costs_the_unfinished_steps_only(user, whole):
     assert not lab.processes("n2", "ray::"), "the one that stood still neither"
 
 
+@APART
 def test_where_requeueing_is_forbidden_jobs_wait_in_a_chain(user):
     job, run_dir = user.launch("chain", "cluster.requeue=false", "cluster.chain=2")
     first, second = (entry["job_id"] for entry in json.loads(user.isentrope("jobs", "list", "--json").stdout)[-2:])
@@ -313,6 +317,7 @@ def test_where_requeueing_is_forbidden_jobs_wait_in_a_chain(user):
     assert f"all {STEPS} steps were done already" in user.log(run_dir)
 
 
+@APART
 def test_a_local_launch_survives_a_driver_that_hangs_and_a_killed_rank(user):
     run_dir = user.scratch / "runs" / "here"
     words = ["launch", "local", "--config", "quickstart.yaml", *RUN, f"run_dir='{run_dir}'", "checkpoint.every=1"]
@@ -336,6 +341,7 @@ def test_a_local_launch_survives_a_driver_that_hangs_and_a_killed_rank(user):
     assert [step["step"] for step in steps(run_dir)] == list(range(STEPS))
 
 
+@APART
 def test_a_crash_loop_stops_with_its_reason(user):
     (user.scratch / "runs/crash").mkdir(parents=True)
     (user.scratch / "runs/crash/samples").write_text("a file where the run needs a folder")
@@ -347,6 +353,7 @@ def test_a_crash_loop_stops_with_its_reason(user):
     assert user.lab.job(job)["Restarts"] == "2"
 
 
+@APART
 def test_cancel_now_is_scancel(user):
     job, run_dir = user.launch("now", "steps=500")
     user.wait_for_steps(run_dir, 1)
