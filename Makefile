@@ -34,8 +34,8 @@ quickstart: $(VENV)/.ready $(if $(filter sglang,$(ROLLOUT)),$(VENV)/.ready-sglan
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# One test at a time to each of three workers, for those on Slurm, all on one worker, mostly wait. A group goes to one
-# worker as a whole, so that what its tests share (servers, a cluster, a run that others are compared with) starts once.
+# One test at a time to each of three workers, for those on Slurm mostly wait. A group goes to one worker as a whole, so
+# that what its tests share (servers, a cluster, a run that others are compared with) starts once.
 test-integration: $(VENV)/.ready-launch
 	$(BIN)/python -m pytest -n 3 --dist loadgroup tests/integration $(EXTRA_TESTS)
 
