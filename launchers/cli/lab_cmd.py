@@ -67,24 +67,25 @@ def run(
     """
     from launchers.lab.matrix import is_complete, run_matrix  # reads the runs' configurations
     from launchers.lab.report import write_report  # loads matplotlib
-    from launchers.lab.suite import cells, chosen, load_suite
+    from launchers.lab.suite import cells, chosen, load_suite, with_starts
     from pipeline.methods import all_methods
 
     known = {name: method.overrides for name, method in all_methods().items() if not method.missing}
     wanted = chosen(load_suite(suite or "small", known), methods, seeds, known)
     matrix = cells(wanted, known, out)
     workers = workers or os.cpu_count() or 1
-    missing = sum(not is_complete(Path(cell.config.run_dir)) for cell in matrix)
-    say(_announcement(wanted.title, len(matrix), missing, workers, wanted.minutes_per_run), err=True)
+    needed = with_starts(matrix)
+    missing = sum(not is_complete(Path(cell.config.run_dir)) for cell in needed)
+    say(_announcement(wanted.title, len(needed), missing, workers, wanted.minutes_per_run), err=True)
     if missing and not (suite or methods):
         _confirm()
     out.mkdir(parents=True, exist_ok=True)
-    with _Bar(len(matrix)) as bar:
+    with _Bar(len(needed)) as bar:
         outcomes = run_matrix(matrix, workers, bar.show)
     result = write_report(wanted, matrix, outcomes, out)
     say(json.dumps(result) if as_json else (out / "lab.md").read_text())
     if result["failed"]:
-        say(f"{len(result['failed'])} of {len(matrix)} runs failed; start again to resume them", err=True)
+        say(f"{len(result['failed'])} of {len(needed)} runs failed; start again to resume them", err=True)
         raise typer.Exit(1)
 
 

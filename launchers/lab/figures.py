@@ -36,6 +36,7 @@ FIGURES = {
     "pass_at_4": Figure("pass@4", 1),
     "pass_at_16": Figure("pass@16", 1),
     "distinct_correct": Figure("distinct answers", 1),
+    "reached": Figure("reached at step", -1, digits=0),
     "final_entropy": Figure("H at the end"),
     "time_in_band": Figure("time in band", 1, percent=True),
     "rms_error": Figure("RMS error", -1, percent=True),
@@ -73,10 +74,12 @@ def half_width(values: Sequence[float]) -> float:
     return t95(len(values) - 1) * stdev(values) / math.sqrt(len(values))
 
 
-def rows_of(runs: Mapping[str, Sequence[RunHistory]], baseline: str, stopped_at: Sequence[int] = ()) -> list[Row]:
+def rows_of(
+    runs: Mapping[str, Sequence[RunHistory]], baseline: str, stopped_at: Sequence[int] = (), reach: float = 0.0
+) -> list[Row]:
     """The rows of the table: the baseline as if it had stopped early, then the methods in the order of ``runs``.
 
-    ``runs`` holds complete runs only, seed by seed.
+    ``runs`` holds complete runs only, seed by seed. ``reach``: the pass@1 whose first step is shown; 0: none.
 
     A method is *best* in a figure where the 95 % interval of the difference to every other, over the seeds that both
     have, excludes 0.
@@ -86,14 +89,16 @@ def rows_of(runs: Mapping[str, Sequence[RunHistory]], baseline: str, stopped_at:
     for method, histories in runs.items():
         if method == baseline:
             for steps in stopped_at:
-                early = {run.config.seed: measure(run, run, steps) for run in histories}
+                early = {run.config.seed: measure(run, run, steps, reach) for run in histories}
                 table.append(_row(f"{baseline}, {steps} steps", early))
-        found = {run.config.seed: measure(run, budgets.get(run.config.seed)) for run in histories}
+        found = {run.config.seed: measure(run, budgets.get(run.config.seed), reach=reach) for run in histories}
         table.append(_row(method, found))
     return _with_best(table)
 
 
-def measure(run: RunHistory, baseline: RunHistory | None, steps: int | None = None) -> dict[str, float]:
+def measure(
+    run: RunHistory, baseline: RunHistory | None, steps: int | None = None, reach: float = 0.0
+) -> dict[str, float]:
     """The figures of one run; NaN where one does not exist. ``steps``: as if it had been stopped after so many."""
     last = run.steps if steps is None else min(steps, run.steps)
     tokens_before = generated(run)
@@ -112,6 +117,7 @@ def measure(run: RunHistory, baseline: RunHistory | None, steps: int | None = No
     return {
         **{f"pass_at_{k}": within_budget([pass_at(e, k)[0] for e in seen]) for k in (1, 4, 16)},
         "distinct_correct": within_budget([e.get("distinct_correct", math.nan) for e in seen]),
+        "reached": _reached(seen, reach, last) if reach else math.nan,
         "final_entropy": float(np.nanmean(entropies)) if np.isfinite(entropies).any() else math.nan,
         "time_in_band": tracking.time_in_band if steered else math.nan,
         "rms_error": tracking.rms_error if steered else math.nan,
@@ -121,6 +127,17 @@ def measure(run: RunHistory, baseline: RunHistory | None, steps: int | None = No
         "extra_tokens": float(tokens_before[last]) / main - 1 if main else math.nan,
         "seconds": float(np.nansum(run.column("time/total")[:last])),
     }
+
+
+def _reached(evaluations: Sequence[dict[str, Any]], reach: float, last: int) -> float:
+    """The first step, interpolated between evaluations, at which pass@1 is ``reach``; never: the last step."""
+    before: tuple[int, float] | None = None
+    for evaluation in evaluations:
+        step, value = evaluation["step"], pass_at(evaluation, 1)[0]
+        if value >= reach:
+            return float(step) if before is None else float(np.interp(reach, (before[1], value), (before[0], step)))
+        before = step, value
+    return float(last)
 
 
 def _row(method: str, found: Mapping[int, Mapping[str, float]]) -> Row:
@@ -160,14 +177,20 @@ def cell_text(name: str, value: float, width: float) -> str:
     return f"{value * factor:.{digits}f}{spread}{unit}"
 
 
+def columns(table: Sequence[Row]) -> list[str]:
+    """The figures that some row has."""
+    return [name for name in FIGURES if any(row.values[name] for row in table)]
+
+
 def markdown(table: Sequence[Row]) -> str:
     """The table for a page."""
+    shown = columns(table)
     lines = [
-        "| method | seeds | " + " | ".join(figure.title for figure in FIGURES.values()) + " |",
-        "|---|---|" + "---|" * len(FIGURES),
+        "| method | seeds | " + " | ".join(FIGURES[name].title for name in shown) + " |",
+        "|---|---|" + "---|" * len(shown),
     ]
     for row in table:
-        texts = [(name, cell_text(name, *row.estimate(name))) for name in FIGURES]
+        texts = [(name, cell_text(name, *row.estimate(name))) for name in shown]
         cells = [f"**{text}**" if name in row.best else text for name, text in texts]
         lines.append(f"| {row.method} | {row.seeds} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from launchers.lab.figures import FIGURES, Row, cell_text, markdown, rows_of
+from launchers.lab.figures import FIGURES, Row, cell_text, columns, markdown, rows_of
 from launchers.lab.matrix import Outcome, is_complete
 from launchers.lab.suite import Cell, SuiteConfig
 from pipeline.monitoring.charts import BAND, BASELINE, MUTED, SERIES, STYLE, inline_svg
@@ -48,11 +48,11 @@ def write_report(suite: SuiteConfig, cells: Sequence[Cell], outcomes: Sequence[O
     runs = {method: histories for method, histories in runs.items() if histories}
     if suite.baseline not in runs:
         raise ValueError(f"no run of the baseline {suite.baseline!r} is complete: there is nothing to compare with")
-    rows = rows_of(runs, suite.baseline, suite.stopped_at)
+    rows = rows_of(runs, suite.baseline, suite.stopped_at, suite.reach)
     failed = [{"method": o.cell.method, "seed": o.cell.seed, "error": o.error} for o in outcomes if o.error]
     result = {"title": suite.title, "rows": [row.to_dict() for row in rows], "failed": failed}
     (out / "lab.json").write_text(json.dumps(result, indent=1))
-    (out / "lab.md").write_text(f"{markdown(rows)}\n\n{NOTE}\n", encoding="utf-8")
+    (out / "lab.md").write_text(f"{markdown(rows)}\n\n{_note(suite)}\n", encoding="utf-8")
     with mpl.rc_context(STYLE | {"font.size": 8, "axes.titlesize": 9}):
         figure = draw(runs, suite.baseline)
         figure.savefig(out / "lab.png", dpi=110)
@@ -106,21 +106,28 @@ def _pass(axes: Axes, runs: Sequence[RunHistory], baseline: Sequence[RunHistory]
 
 def _page(suite: SuiteConfig, rows: Sequence[Row], failed: Sequence[Mapping[str, Any]], curves: str) -> str:
     title = suite.title or "Methods side by side"
+    shown = columns(rows)
     table = html_table(
-        ["method", "seeds", *(figure.title for figure in FIGURES.values())],
-        [[escape(row.method), str(row.seeds), *_cells(row)] for row in rows],
+        ["method", "seeds", *(FIGURES[name].title for name in shown)],
+        [[escape(row.method), str(row.seeds), *_cells(row, shown)] for row in rows],
     )
     lost = html_list(f"{escape(f['method'])}, seed {f['seed']}: {escape(f['error'])}" for f in failed)
     legend = "Filtered entropy of every seed (blue) in its band, mean pass@16 (orange); the baseline in grey."
     sections = [
         f"<h1>{escape(title)}</h1>{table}",
-        f'<p class="muted">{escape(NOTE)}</p>',
+        f'<p class="muted">{escape(_note(suite))}</p>',
         f"<h2>Failed</h2>{lost}" if failed else "",
         f'<h2>Curves</h2><p class="muted">{legend}</p><figure>{curves}</figure>',
     ]
     return document(title, "".join(sections), CSS)
 
 
-def _cells(row: Row) -> list[str]:
-    texts = [(name, cell_text(name, *row.estimate(name))) for name in FIGURES]
+def _note(suite: SuiteConfig) -> str:
+    if not suite.reach:
+        return NOTE
+    return f"{NOTE} Reached: the step at which pass@1 is {suite.reach:g}, between evaluations (never: the last step)."
+
+
+def _cells(row: Row, shown: Sequence[str]) -> list[str]:
+    texts = [(name, cell_text(name, *row.estimate(name))) for name in shown]
     return [f"<b>{text}</b>" if name in row.best else text for name, text in texts]

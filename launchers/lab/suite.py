@@ -15,9 +15,11 @@ from omegaconf import MISSING
 
 from pipeline.config.check import key_problems
 from pipeline.config.errors import ConfigError, Problem
-from pipeline.config.key import COUNT, NOT_NEGATIVE, key
+from pipeline.config.key import COUNT, NOT_NEGATIVE, Range, key
 from pipeline.config.load import PACKAGED, config_hash, load, load_config
 from pipeline.config.schema import RunConfig
+
+WEIGHTS = "hf"  # in the folder of a run that others start from: its last model
 
 
 @dataclass
@@ -32,6 +34,12 @@ class SuiteConfig:
         {}, "methods of this suite alone: a name, and a list of a method and its further key=value"
     )
     baseline: str = key("grpo", "the method that the others are measured against: its tokens are the budget")
+    first: str = key("", "suite that is run before this one: its runs are what `after` names")
+    after: dict[str, str] = key(
+        {},
+        "methods that start where another has ended: a method here, and the one of `first` whose last model it takes",
+    )
+    reach: float = key(0.0, "pass@1 whose first step the table shows; 0: none", range=Range(0, 1))
     stopped_at: list[int] = key(
         [], "when the baseline is shown as if it had been stopped there", range=COUNT, unit="steps"
     )
@@ -50,6 +58,7 @@ class Cell:
     method: str
     seed: int
     config: RunConfig
+    start: Cell | None = None  # the run whose last model it starts from
 
 
 def load_suite(name: str, known: Mapping[str, Sequence[str]]) -> SuiteConfig:
@@ -90,15 +99,48 @@ def cells(suite: SuiteConfig, known: Mapping[str, Sequence[str]], out: Path) -> 
     A run's folder carries the hash of its configuration: what has been computed once is never computed again, and what
     has changed never taken for it. Raises ``ConfigError`` where a method does not go with the task.
     """
-    known = with_variants(suite, known)
-    return [_cell(suite, method, seed, known, out) for seed in range(suite.seeds) for method in suite.methods]
+    first = load_suite(suite.first, known) if suite.first else None
+    here = with_variants(suite, known)
+
+    def start(method: str, seed: int) -> Cell | None:
+        if first is None or method not in suite.after:
+            return None
+        return _cell(first, suite.after[method], seed, with_variants(first, known), out)
+
+    return [
+        _cell(suite, method, seed, here, out, start(method, seed))
+        for seed in range(suite.seeds)
+        for method in suite.methods
+    ]
 
 
-def _cell(suite: SuiteConfig, method: str, seed: int, known: Mapping[str, Sequence[str]], out: Path) -> Cell:
+def with_starts(cells: Sequence[Cell]) -> list[Cell]:
+    """The cells and the runs that they start from, each once; of each seed first what others start from."""
+    starts = [cell.start for cell in cells if cell.start]
+    ordered = sorted([*starts, *cells], key=lambda cell: cell.seed)
+    return list({cell.config.run_dir: cell for cell in ordered}.values())
+
+
+def _cell(
+    suite: SuiteConfig,
+    method: str,
+    seed: int,
+    known: Mapping[str, Sequence[str]],
+    out: Path,
+    start: Cell | None = None,
+) -> Cell:
     overrides = [*suite.overrides, *known[method], f"seed={seed}", f"name={method}"]
     config = load_config(Path(suite.base), overrides)
+    if start is not None:  # the hash has what was run before, and not where it lies
+        config = _from(config, Path(start.config.run_dir).name)
     folder = out / f"{method}-s{seed}-{config_hash(config)[:10]}"
-    return Cell(method, seed, replace(config, run_dir=str(folder.resolve())))
+    if start is not None:
+        config = _from(config, start.config.run_dir)
+    return Cell(method, seed, replace(config, run_dir=str(folder.resolve())), start)
+
+
+def _from(config: RunConfig, run: str) -> RunConfig:
+    return replace(config, model=replace(config.model, hf_path=f"{run}/{WEIGHTS}"))
 
 
 def _problems(suite: SuiteConfig, known: Mapping[str, Sequence[str]]) -> Iterator[Problem]:
@@ -114,8 +156,23 @@ def _problems(suite: SuiteConfig, known: Mapping[str, Sequence[str]]) -> Iterato
     for name in [*suite.methods, suite.baseline]:
         if name not in known and name not in suite.variants:
             yield _unknown("methods", name, [*known, *suite.variants])
+    yield from _start_problems(suite, known)
     if not suite.methods:
         yield Problem("methods", [], "there is nothing to compare", "name some, e.g. [grpo, isentrope_reweight]")
+
+
+def _start_problems(suite: SuiteConfig, known: Mapping[str, Sequence[str]]) -> Iterator[Problem]:
+    if suite.after and not suite.first:
+        yield Problem(
+            "first", "", "is empty, and `after` needs it", "name the suite whose runs come first, e.g. anneal"
+        )
+        return
+    before = with_variants(load_suite(suite.first, known), known) if suite.after else {}
+    for method, start in suite.after.items():
+        if method not in known and method not in suite.variants:
+            yield _unknown(f"after.{method}", method, [*known, *suite.variants])
+        if start not in before:
+            yield _unknown(f"after.{method}", start, before)
 
 
 def _unknown(place: str, name: str, known: Iterable[str]) -> Problem:

@@ -11,7 +11,7 @@ import pytest
 from launchers.lab.figures import half_width, markdown, measure, rows_of
 from launchers.lab.matrix import is_complete, run_matrix
 from launchers.lab.report import write_report
-from launchers.lab.suite import SuiteConfig, cells, chosen, load_suite
+from launchers.lab.suite import SuiteConfig, cells, chosen, load_suite, with_starts
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import PACKAGED, load_config, to_yaml
 from pipeline.methods import all_methods
@@ -44,8 +44,8 @@ def history(tmp_path):
                 }
                 drawn = dict(zip(("main", "auxiliary"), tokens, strict=True))
                 log.append("step", {"step": step, **figures, "tokens": drawn, "seconds": {"total": 2.0}})
-                estimate = {"value": share, "low": share, "high": share}
-                found = {"time": 0.0, "pass_at_k": {"16": estimate}, "distinct_correct": 3.0}
+                estimate, half = ({"value": v, "low": v, "high": v} for v in (share, share / 2))
+                found = {"time": 0.0, "pass_at_k": {"1": half, "16": estimate}, "distinct_correct": 3.0}
                 log.append("evaluation", {"step": step + 1, **found})
         return read_run(run_dir)
 
@@ -66,9 +66,17 @@ def test_figures_of_one_run_by_hand(history):
         2.0,
     )  # above its target throughout; two steps are none to settle in
     assert found["seconds"] == 4.0
-    assert math.isnan(found["pass_at_1"])
+    assert math.isnan(found["reached"])
     assert math.isnan(measure(baseline, baseline)["time_in_band"])
     assert math.isnan(measure(baseline, baseline)["reward_cost"])
+
+
+def test_the_step_that_reaches_a_pass_at_1(history):
+    run = history(rewards=(0.1, 0.1, 0.1), pass_at_16=(0.2, 0.4, 0.8))  # pass@1 is 0.1, 0.2, 0.4 after step 1, 2, 3
+    reached = [measure(run, None, reach=reach)["reached"] for reach in (0.05, 0.15, 0.3, 0.5)]
+    assert reached == pytest.approx([1, 1.5, 2.5, 3])  # the first evaluation has it; between two; never
+    assert "reached at step" in markdown(rows_of({"pi": [run]}, "pi", reach=0.3))
+    assert "reached at step" not in markdown(rows_of({"pi": [run]}, "pi"))
 
 
 def test_the_interval_is_students():
@@ -192,6 +200,61 @@ def test_a_matrix_runs_once_and_reports(tmp_path):
     assert "tests_nowhere" in page
     assert "<svg" in page
     assert (tmp_path / "lab.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_runs_start_where_others_ended(tmp_path, monkeypatch):
+    """A start is run once, before what needs it; its last model is written once; its failure is named."""
+    suite = SuiteConfig(
+        base="recipe/pm4.yaml",
+        overrides=["data.source.task=pm3", "steps=3"],
+        methods=["fresh", "after", "again"],
+        variants={"fresh": ["grpo"], "after": ["grpo"], "again": ["pi"]},
+        baseline="fresh",
+        first="anneal",
+        after={"after": "grpo", "again": "grpo"},
+        seeds=1,
+    )
+    known = {name: method.overrides for name, method in all_methods().items() if not method.missing} | KNOWN
+    matrix = cells(suite, known, tmp_path)
+    fresh, after, again = matrix
+    assert fresh.start is None
+    assert (after.start.config.steps, after.start.config.data.source.task) == (480, "pm4")
+    assert after.config.model.hf_path == again.config.model.hf_path == f"{after.start.config.run_dir}/hf"
+    assert with_starts(matrix) == [after.start, fresh, after, again]
+    elsewhere = cells(suite, known, tmp_path / "x")
+    assert [Path(c.config.run_dir).name for c in elsewhere] == [Path(c.config.run_dir).name for c in matrix]
+
+    said = []
+
+    def command(words, log):
+        said.append(words[0])
+        if words[0] == "convert":
+            Path(words[-1]).mkdir()
+        return ""
+
+    monkeypatch.setattr("launchers.lab.matrix._isentrope", command)
+    assert not [o.error for o in run_matrix(matrix, 3, lambda outcome: None) if o.error]
+    assert (said.count("train"), said.count("convert")) == (4, 1)
+    Path(after.config.model.hf_path).rmdir()
+    monkeypatch.setattr("launchers.lab.matrix._isentrope", lambda words, log: "no weights")
+    errors = {o.cell.method: o.error for o in run_matrix([after], 1, lambda outcome: None)}
+    assert errors == {"grpo": "no weights", "after": "what it starts from is missing: no weights"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ("after: {grpo: grpo}", r"first(?s:.)*`after` needs it"),
+        ("first: anneal\nafter: {grpo: grpp}", r"after.grpo: 'grpp'(?s:.)*did you mean 'grpo'"),
+        ("first: anneal\nafter: {grpp: grpo}", r"after.grpp: 'grpp'(?s:.)*did you mean 'grpo'"),
+    ],
+)
+def test_starts_are_checked(tmp_path, lines, said):
+    path = tmp_path / "s.yaml"
+    path.write_text(f"base: recipe/pm4.yaml\nmethods: [grpo]\n{lines}\n")
+    known = {name: method.overrides for name, method in all_methods().items() if not method.missing}
+    with pytest.raises(ConfigError, match=said):
+        load_suite(str(path), known)
 
 
 def test_a_long_suite_says_how_long_and_is_not_started_unasked(capsys, tmp_path, monkeypatch):
