@@ -38,11 +38,12 @@ def write_samples(folder: Path, step: int, kept: Sequence[KeptSample], tokenizer
 
 def described(kept: KeptSample, step: int, tokenizer: Tokenizer | None) -> dict[str, object]:
     """The fields of a rollout in its file (docs/events.md). ``pieces`` is empty without a tokenizer."""
-    sample = kept.sample
+    sample, opening = kept.sample, _opening(kept)
+    pieces = tokenizer.pieces(sample.token_ids) if tokenizer else []
     return {
         "step": step,
         "prompt_id": kept.prompt.id,
-        "prompt": kept.prompt.text,
+        "prompt": "".join(pieces[:opening]) or kept.prompt.text,
         "answer": kept.prompt.answer,
         "response": sample.text,
         "extracted": None if sample.finish_reason == "abort" else extracted(kept.prompt.verifier, sample.text),
@@ -51,21 +52,28 @@ def described(kept: KeptSample, step: int, tokenizer: Tokenizer | None) -> dict[
         "temperature": sample.temperature,
         "tokens": sample.drawn_tokens,
         "finish_reason": sample.finish_reason,
-        "weight_versions": [[span.version, span.start, span.end] for span in sample.weight_versions],
+        "weight_versions": [
+            [span.version, span.start - opening, span.end - opening] for span in sample.weight_versions
+        ],
         "verifier_error": sample.verifier_error,
         "seed": sample.seed,
-        "pieces": tokenizer.pieces(sample.token_ids) if tokenizer else [],
-        "log_probs": _at_drawn(sample, sample.of_drawn(sample.log_probs)),
-        **({} if kept.entropies is None else {"entropies": _at_drawn(sample, kept.entropies)}),
-        **_episode(sample),
+        "pieces": pieces[opening:],
+        "log_probs": _at_drawn(sample, sample.of_drawn(sample.log_probs))[opening:],
+        **({} if kept.entropies is None else {"entropies": _at_drawn(sample, kept.entropies)[opening:]}),
+        **_episode(sample, opening),
     }
 
 
-def _episode(sample: Sample) -> dict[str, object]:
+def _opening(kept: KeptSample) -> int:
+    """How many of a sample's tokens are its prompt: those before the first answer, where a client wrote the prompt."""
+    return 0 if kept.prompt.token_ids or not kept.sample.turns else kept.sample.turns[0].start
+
+
+def _episode(sample: Sample, opening: int) -> dict[str, object]:
     """What an episode has beside a single answer's fields."""
     if not sample.stop_reason:
         return {}
-    turns = [[turn.start, turn.end, turn.finish_reason] for turn in sample.turns]
+    turns = [[turn.start - opening, turn.end - opening, turn.finish_reason] for turn in sample.turns]
     return {"turns": turns, "stop_reason": sample.stop_reason}
 
 

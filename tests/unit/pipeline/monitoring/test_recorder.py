@@ -23,7 +23,7 @@ from pipeline.monitoring.progress import Progress
 from pipeline.monitoring.recorder import Recorder
 from pipeline.monitoring.samples import write_samples
 from pipeline.monitoring.step_record import episode_figures, rollout_figures
-from pipeline.types import KeptSample, Role, StepSamples, Turn
+from pipeline.types import KeptSample, Role, StepSamples, Turn, WeightSpan
 
 sys.path.append(str(Path(__file__).parent))
 import run_writer as runs
@@ -200,6 +200,20 @@ def test_samples_hold_every_token_with_its_log_prob_and_entropy(tmp_path):
     assert line["log_probs"] == [-0.693, -1.386, -0.105, 0.0]
     assert line["entropies"] == [0.693, 1.386, 0.405, 0.0]
     assert line["extracted"] == "1+2+3+4"
+
+
+def test_what_a_client_said_first_is_the_prompt_of_its_episode(tmp_path):
+    """As of an OpenEnv server, whose prompts are numbers until it is reset."""
+    tokenizer = load_tokenizer(resolve_path("model/pm4-100k"))
+    mask = np.array([False, False, True, False, True])
+    played = replace(runs.sample(), token_ids=np.array([1, 10, 2, 10, 15]), log_probs=np.log([1, 1, 0.5, 1, 0.25]))
+    played = replace(played, drawn=mask, turns=(Turn(2, 3, "length"), Turn(4, 5, "stop")), stop_reason="done")
+    played = replace(played, weight_versions=(WeightSpan(7, 2, 5),))
+    write_samples(tmp_path, 1, [KeptSample(replace(runs.PROMPT, token_ids=()), played, None)], tokenizer)
+    line = json.loads((tmp_path / "step-000001.jsonl").read_text())
+    assert (line["prompt"], line["pieces"]) == ("1+", ["2", "+", "$"])
+    assert (line["log_probs"], line["weight_versions"]) == ([-0.693, None, -1.386], [[7, 0, 3]])
+    assert line["turns"] == [[0, 1, "length"], [2, 3, "stop"]]
 
 
 def test_samples_say_what_the_verifier_took_for_the_answer(tmp_path):
