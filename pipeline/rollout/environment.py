@@ -17,12 +17,20 @@ A reward is a number in [0, 1], or a list with one number per turn. Those of a l
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
+from typing import Any
 
 from pipeline.config.errors import Problem
+from pipeline.config.load import resolve_path
 from pipeline.config.schema import DataConfig, RunConfig
+from pipeline.data import DataError
+from pipeline.data.sources import template_text
+from pipeline.data.tokenizer import load_tokenizer
 from pipeline.registry import load
+from pipeline.rollout.recording.messages import RequestError, read_tools
+from pipeline.rollout.recording.template import ConversationTemplate
+from pipeline.rollout.recording.tool_calls import ToolCallReader
 from pipeline.types import Prompt
 
 PACKAGE = "pipeline.rollout.environments"
@@ -59,6 +67,23 @@ def environment_problems(config: RunConfig) -> Iterator[Problem]:
         )
     if not missing:
         yield from module.problems(config)
+
+
+def tool_problems(config: RunConfig, tools: Sequence[Mapping[str, Any]]) -> Iterator[Problem]:
+    """Whether the model can be shown an environment's tools, in OpenAI's form, and its calls be read."""
+    if not config.data.chat_template:
+        yield Problem("data.chat_template", False, "the environment has tools", "set data.chat_template=true")
+        return
+    data, folder = config.data, resolve_path(config.model.hf_path)
+    try:
+        template = ConversationTemplate(
+            load_tokenizer(folder), template_text(data.chat_template_file), data.chat_template_kwargs
+        )
+        ToolCallReader(template)
+        template.render([{"role": "user", "content": "?"}], read_tools(tools))
+    except (DataError, RequestError) as error:
+        remedy = "use a model whose chat template shows tools, or an environment without tools"
+        yield Problem("data.environment.name", data.environment.name, str(error), remedy)
 
 
 def reward_of(given: object) -> float:

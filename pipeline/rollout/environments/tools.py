@@ -13,16 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from pipeline.config.errors import Problem
-from pipeline.config.load import resolve_path
 from pipeline.config.schema import DataConfig, RunConfig
-from pipeline.data import DataError
-from pipeline.data.sources import template_text
-from pipeline.data.tokenizer import load_tokenizer
 from pipeline.rewards.verifier import inline, make_verifier
-from pipeline.rollout.recording.messages import RequestError
+from pipeline.rollout.environment import tool_problems
 from pipeline.rollout.recording.recording import Recording
-from pipeline.rollout.recording.template import ConversationTemplate
-from pipeline.rollout.recording.tool_calls import ToolCallReader
 from pipeline.types import Prompt
 
 APART = False
@@ -81,21 +75,7 @@ def problems(config: RunConfig) -> Iterator[Problem]:
             "use one of choice, countdown and exact, or your own environment (data.environment.name=function)",
         )
     if data.chat_template:
-        yield from _template_problems(config)
-
-
-def _template_problems(config: RunConfig) -> Iterator[Problem]:
-    """Whether the model can be shown the tools, and its calls be read."""
-    data, folder = config.data, resolve_path(config.model.hf_path)
-    try:
-        template = ConversationTemplate(
-            load_tokenizer(folder), template_text(data.chat_template_file), data.chat_template_kwargs
-        )
-        ToolCallReader(template)
-        template.render([{"role": "user", "content": "?"}], (CALCULATOR, CHECK))
-    except (DataError, RequestError) as error:
-        remedy = "use a model whose chat template shows tools, or data.environment.name=single"
-        yield Problem("data.environment.name", "tools", str(error), remedy)
+        yield from tool_problems(config, (CALCULATOR, CHECK))
 
 
 async def run(recording: Recording, prompt: Prompt, data: DataConfig) -> object:

@@ -12,11 +12,12 @@ from pipeline.config.errors import Problem
 from pipeline.config.schema import DataConfig, RunConfig
 from pipeline.data import DataError
 from pipeline.data.environment_rows import verifiers_environment
+from pipeline.rollout.environment import tool_problems
 from pipeline.types import Prompt
 
 APART = True
 NEEDS = {"verifiers": "verifiers"}
-PRELOADED = ("verifiers",)
+PRELOADED = ("datasets", "verifiers.clients", "verifiers.utils.env_utils")  # the package itself loads these when asked
 _NO_ANSWER = "EmptyModelResponseError"  # the model said nothing: its own fault, not the environment's
 
 
@@ -36,8 +37,10 @@ def problems(config: RunConfig) -> Iterator[Problem]:
     if environment.requires_group_rollouts:
         remedy = "use rewards that judge one answer; groups are compared by objective.advantage"
         yield Problem("data.environment.id", given.id, "its rubric judges whole groups", remedy)
-    if getattr(environment, "tool_defs", None) and not config.data.chat_template:
-        yield Problem("data.chat_template", False, "the environment has tools", "set data.chat_template=true")
+    if tools := getattr(environment, "tool_defs", None):
+        yield from tool_problems(
+            config, [{"type": "function", "function": tool.model_dump(exclude_none=True)} for tool in tools]
+        )
 
 
 def load(data: DataConfig) -> Any:

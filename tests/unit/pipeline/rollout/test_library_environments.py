@@ -147,6 +147,7 @@ def test_one_that_lies_or_asks_too_often_ends_its_own_episode(tmp_path):
         ({"params": {"judge": 1}}, "data.environment.id", "is called with (judge)"),
         ({"params": {"group": True}}, "data.environment.id", "judges whole groups"),
         ({"template": ""}, "data.chat_template", "the environment has tools"),
+        ({"template": "smollm2"}, "data.environment.name", "shows the model no tools"),
     ],
 )
 def test_a_verifiers_environment_that_cannot_be_played_is_refused(tmp_path, monkeypatch, changes, key, said):
@@ -179,11 +180,9 @@ def test_rows_are_text(tmp_path, monkeypatch, prompt, text):
     assert question.meta == {"info": {"n": 1}, "example_id": 3}
 
 
-@contextmanager
-def openenv_server():
-    """A game: the message must be the number that ``reset`` was given; any other is told ``-=``, three times."""
-    import uvicorn
-    from openenv.core.env_server import Action, Environment, Observation, State, create_fastapi_app
+def game():
+    """The message must be the number that ``reset`` was given; any other is told ``-=``, three times."""
+    from openenv.core.env_server import Action, Environment, Observation, State
 
     class Said(Action):
         message: str
@@ -210,7 +209,51 @@ def openenv_server():
         def state(self):
             return State(episode_id="", step_count=self.steps)
 
-    app = create_fastapi_app(Game, Said, Shown, max_concurrent_envs=8)
+    return Game, Said, Shown
+
+
+def game_of_calls(strange=False):
+    """The number that ``reset`` was given is found by calls of a tool, which fails for 0. Seed 13 shows nothing."""
+    from openenv.core.env_server import Environment, Observation, State
+    from openenv.core.env_server import mcp_types as mcp
+
+    class Shown(Observation):
+        text: str
+
+    schema = {"type": "string"} if strange else {"type": "object", "properties": {"answer": {"type": "string"}}}
+
+    class Game(Environment):
+        SUPPORTS_CONCURRENT_SESSIONS = True
+
+        def reset(self, seed=None, episode_id=None, **given):
+            self.seed = seed
+            return Observation() if seed == 13 else Shown(text=f"Guess {seed}.")
+
+        def step(self, action, timeout_s=None, **given):
+            if isinstance(action, mcp.ListToolsAction):
+                return mcp.ListToolsObservation(tools=[mcp.Tool(name="check", description="", input_schema=schema)])
+            answer = action.arguments["answer"]
+            if answer == "0":
+                failed = mcp.ToolError(error_type="execution_error", message="no zero")
+                return mcp.CallToolObservation(tool_name="check", error=failed)
+            right = answer == str(self.seed)
+            said = "right" if right else "wrong"
+            result = {"content": [{"type": "text", "text": said}], "data": None}
+            return mcp.CallToolObservation(tool_name="check", result=result, reward=float(right), done=right)
+
+        @property
+        def state(self):
+            return State(episode_id="")
+
+    return Game, mcp.CallToolAction, mcp.CallToolObservation
+
+
+@contextmanager
+def openenv_server(*game):
+    import uvicorn
+    from openenv.core.env_server import create_fastapi_app
+
+    app = create_fastapi_app(*game, max_concurrent_envs=8)
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -226,7 +269,7 @@ def openenv_server():
 @needs("openenv")
 def test_an_openenv_server_is_reset_and_stepped(tmp_path):
     shown = {"observation": "text"}
-    with openenv_server() as address:
+    with openenv_server(*game()) as address:
         run = config(tmp_path, name="openenv", id=address, params=shown)
         run.data.source.size, run.data.source.seed, run.data.held_out = 4, 12, 0.0
         assert not list(environment_problems(run))
@@ -245,6 +288,42 @@ def test_an_openenv_server_is_reset_and_stepped(tmp_path):
         assert (answer.key, "use one of message" in answer.remedy) == ("data.environment.params.answer", True)
     (gone,) = environment_problems(config(tmp_path, name="openenv", id=address))
     assert (gone.key, "no OpenEnv server answers" in gone.problem) == ("data.environment.id", True)
+
+
+@needs("openenv")
+def test_an_openenv_server_of_tools_is_called(tmp_path):
+    with openenv_server(*game_of_calls()) as address:
+        run = config(tmp_path, "qwen3", name="openenv", id=address)
+        run.data.source.size, run.data.source.seed, run.data.held_out = 3, 12, 0.0
+        run.data.environment.params = {"observation": "text"}
+        assert not list(environment_problems(run))
+        won, shown_nothing, gave_up = played(
+            run,
+            prompts_of(run).train,
+            scripted(
+                run,
+                **{
+                    "Guess 12": [call("0"), call("1").replace("<|im_end|>", "") + call("12")],
+                    "user\n13": [call("13")],
+                    "Guess 14": ["No.<|im_end|>"],
+                },
+            ),
+        )
+        assert (won.stop_reason, won.reward, len(won.turns)) == ("done", 1.0, 2), won.verifier_error
+        said = load_tokenizer(run.model.hf_path).decode_batch([won.token_ids])[0]
+        assert re.findall(r"<tool_response>\n(.*)", said) == ["error: no zero"]
+        assert (shown_nothing.reward, shown_nothing.stop_reason) == (1.0, "done"), shown_nothing.verifier_error
+        assert (gave_up.reward, gave_up.stop_reason, gave_up.verifier_error) == (0.0, "done", "")
+        run.data.environment.params = {"answer": "message"}
+        (answer,) = environment_problems(run)
+        assert (answer.key, answer.remedy) == ("data.environment.params.answer", "remove it")
+        (plain,) = environment_problems(config(tmp_path / "plain", name="openenv", id=address))
+        assert plain.key == "data.chat_template"
+        (mute,) = environment_problems(config(tmp_path / "mute", "smollm2", name="openenv", id=address))
+        assert (mute.key, "shows the model no tools" in mute.problem) == ("data.environment.name", True)
+    with openenv_server(*game_of_calls(strange=True)) as address:
+        (schema,) = environment_problems(config(tmp_path / "schema", "qwen3", name="openenv", id=address))
+        assert "parameters of check must be a JSON schema of type object" in schema.problem
 
 
 @pytest.mark.parametrize("name", ["verifiers", "openenv"])
