@@ -167,7 +167,7 @@ def build_loop(config: RunConfig, recorder: Recorder, stack: ExitStack) -> Train
     else:
         rollouts = EpisodeRollouts(*given, colocated=colocated, episodes=partial(Episodes, config, tokenizer))
         stack.callback(rollouts.close)
-    cursor = DataCursor(prompts.train, config.seed)
+    cursor = DataCursor(prompts.train, config.seed, shuffled=config.data.order == "shuffled")
     repeated = choose_prompts(prompts.held_out, config.entropy.repeated_prompts)
     queue = RolloutQueue(config, cursor, rollouts, verifier, repeated)
     beside = DrawnBeside(rollouts)

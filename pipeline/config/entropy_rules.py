@@ -171,6 +171,13 @@ def _controller(entropy: EntropyConfig) -> Iterator[Problem]:
 
 def _repeated_prompts(config: RunConfig) -> Iterator[Problem]:
     entropy = config.entropy
+    if entropy.band_of == "repeated":
+        if not entropy.repeated_prompts:
+            remedy = "set entropy.repeated_prompts=32, or band_of=step"
+            yield Problem("entropy.band_of", "repeated", "no prompts are repeated", remedy)
+        if entropy.controller != "pi":
+            problem = f"entropy.controller={entropy.controller} acts on the step's own rows, or on none"
+            yield Problem("entropy.band_of", "repeated", problem, "set controller=pi, or band_of=step")
     if (
         entropy.repeated_prompts
         and config.rollout.engine == "sglang"

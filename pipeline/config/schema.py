@@ -441,6 +441,11 @@ class DataConfig:
     source: SourceConfig = key(SourceConfig(), "prompt source")
     environment: EnvironmentConfig = key(EnvironmentConfig(), "tools and several turns; docs/environments.md")
     held_out: float = key(0.1, "share of the source kept for evaluation, chosen by prompt id", range=SHARE)
+    order: str = key(
+        "shuffled",
+        "order of the training prompts",
+        choices={"shuffled": "anew in every epoch, by the run's seed", "source": "the source's, e.g. easy ones first"},
+    )
     chat_template: bool = key(False, "render prompts with the tokenizer's chat template")
     chat_template_file: str = key(
         "", "Jinja file used in place of the model's own chat template; needs chat_template", path="read"
@@ -816,6 +821,15 @@ class EntropyConfig:
         "where a step's own varies by 5 to 9 %, and the controller acts on it; 0: none; e.g. 32",
         range=NOT_NEGATIVE,
         unit="prompts",
+    )
+    band_of: str = key(
+        "step",
+        "whose entropy the controller holds in the band",
+        choices={
+            "step": "the rows of each step",
+            "repeated": "repeated_prompts, the same at every step: the policy alone moves it, not a mix of prompts that "
+            "grows harder or easier; entropy/mean may then leave the band",
+        },
     )
     auxiliary_prompts: int = key(4, "resample: prompts drawn again at T+ each step", range=COUNT, unit="prompts")
     auxiliary_samples: int = key(16, "resample: samples per auxiliary prompt", range=COUNT, unit="samples")

@@ -27,18 +27,20 @@ class _State(msgspec.Struct):
 
 
 class DataCursor:
-    """Shuffled epochs without replacement; a pure function of the prompts, the seed and how much was taken.
+    """Epochs without replacement, each shuffled or in the order of the prompts; a pure function of the prompts, the
+    seed and how much was taken.
 
     One ``take`` never holds a prompt twice, not even across the end of an epoch: the sampling seeds derive from the
     prompt, so a repetition would draw the same responses again.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], seed: int) -> None:
+    def __init__(self, prompts: Sequence[Prompt], seed: int, *, shuffled: bool = True) -> None:
         if not prompts:
             raise DataError("there are no prompts to train on")
         self._prompts = prompts
         self._seed = seed
-        self._fingerprint = fingerprint(prompts)
+        self._shuffled = shuffled
+        self._fingerprint = fingerprint(prompts) + ("" if shuffled else " in order")
         self._order: list[int] = []
         self._position = 0
         self._begin_epoch(0, [])
@@ -90,7 +92,7 @@ class DataCursor:
                 f"the checkpoint was trained on {state['prompts']} prompts with fingerprint {state['fingerprint']}, "
                 "this run "
                 f"has {len(self._prompts)} with fingerprint {self._fingerprint}: resume with the same data (source, "
-                "held_out, "
+                "held_out, order, "
                 "chat template, tokenizer and rollout.max_prompt_tokens), start a new run, or say --allow-change"
             )
         if saved.seed != self._seed:
@@ -104,9 +106,11 @@ class DataCursor:
         self._position = saved.position
 
     def _begin_epoch(self, epoch: int, deferred: list[int]) -> None:
-        """Shuffle an epoch; ``deferred`` prompts were taken for the batch it begins in, so they go last."""
-        rng = np.random.default_rng([stream_seed(self._seed, "data"), epoch])
-        order = rng.permutation(len(self._prompts)).tolist()
+        """Order an epoch; ``deferred`` prompts were taken for the batch it begins in, so they go last."""
+        order = list(range(len(self._prompts)))
+        if self._shuffled:
+            rng = np.random.default_rng([stream_seed(self._seed, "data"), epoch])
+            order = rng.permutation(len(self._prompts)).tolist()
         late = set(deferred)
         self._order = [index for index in order if index not in late] + [index for index in order if index in late]
         self._epoch, self._position, self._deferred = epoch, 0, deferred

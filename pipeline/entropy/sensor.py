@@ -27,19 +27,21 @@ def usable(reading: EntropyReading) -> bool:
 
 class Sensor(Stateful):
     """Hampel filter, then exponential mean; where there is a repeated reading, that one, brought to the level of the
-    others.
+    others or as it is.
 
     Args:
         ema: weight of the past in the mean; 0: none.
         window: readings the Hampel filter compares with; 0: no filter. A reading further from their median than four
             robust standard deviations plus 2 % of the median is pulled back to that distance.
+        of_repeated: take repeated readings as they are, so that the step's own prompts move nothing.
     """
 
     STATE: ClassVar = {"recent": list[float], "value": float | None, "offset": float, "offsets": Count}
 
-    def __init__(self, ema: float = 0.0, window: int = 0) -> None:
+    def __init__(self, ema: float = 0.0, window: int = 0, *, of_repeated: bool = False) -> None:
         self._ema = ema
         self._window = window
+        self._of_repeated = of_repeated
         self.recent: list[float] = []  # raw, oldest first
         self.value: float | None = None
         self.offset = 0.0  # mean of ln reading - ln repeated reading
@@ -54,8 +56,8 @@ class Sensor(Stateful):
         if self._window:
             self.recent = [*self.recent, entropy][-self._window :]
         if repeated is not None:
-            self.value = self._shifted(max(clean, FLOOR), max(repeated, FLOOR))
-        else:
+            self.value = repeated if self._of_repeated else self._shifted(max(clean, FLOOR), max(repeated, FLOOR))
+        elif self.value is None or not self._of_repeated:  # else the last one holds: the step's own have another level
             self.value = ema(self.value, clean, self._ema)
         return max(self.value, FLOOR)
 

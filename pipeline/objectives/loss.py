@@ -176,13 +176,15 @@ def policy_loss(
 
 
 def reduce_metrics(sums: Mapping[str, float | torch.Tensor]) -> dict[str, float]:
-    """Turn summed metrics into what people read: means and quantiles over main tokens, maxima, shares of the loss as
-    they are.
+    """Turn summed metrics into what people read: means and quantiles over main tokens, the mean entropy of a row over
+    main rows, maxima, shares of the loss as they are.
     """
     values = {name: float(value) for name, value in sums.items()}
     tokens = values.pop("main_tokens")
     values = {name: value for name, value in values.items() if name not in SENSOR_SUMS}
     means = {mean: values.pop(name) / tokens if tokens else float("nan") for name, mean in _TOKEN_MEANS.items()}
+    rows = values.pop("main_rows")
+    means["entropy_sequence_mean"] = values.pop("entropy_row_sum") / rows if rows else float("nan")
     means["covariance"] = influence.covariance([values.pop(name) for name in influence.COVARIANCE_SUMS], tokens)
     counts = [values.pop(name) for name in mismatch.BINS]
     means["mismatch_p99"] = mismatch.quantile(counts, 0.99, values["mismatch_max"])
@@ -241,8 +243,11 @@ def _main_sums(
 ) -> dict[str, torch.Tensor]:
     """Counts and sums over the main tokens."""
     main = ~rows.auxiliary
+    per_row = 1 / rows.row.bincount()[rows.row].double()  # a row's tokens together weigh 1; micro-batches cut no row
     return {
         "main_tokens": _total(main),
+        "main_rows": _total(per_row, main),
+        "entropy_row_sum": _total(outputs.entropy.double() * per_row, main),
         "entropy_sum": _total(outputs.entropy, main),
         "kl_sum": _total(kl, main),
         "ratio_sum": _total(ratio, main),

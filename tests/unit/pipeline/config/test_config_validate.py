@@ -138,6 +138,12 @@ BROKEN = {
         "entropy.repeated_prompts",
         "only in deterministic inference",
     ),
+    "band of nothing": (["entropy.band_of=repeated"], "entropy.band_of", "no prompts are repeated"),
+    "band of readings that the law does not see": (
+        ["entropy.band_of=repeated", "entropy.repeated_prompts=8", "entropy.controller=scope"],
+        "entropy.band_of",
+        "controller=scope acts on the step's own rows",
+    ),
     "min_lr": (["learner.optimizer.min_lr=1"], "learner.optimizer.min_lr", "above"),
     "countdown task": (["data.source.task=pm"], "data.source.task", "countdown"),
     "countdown digits": (["data.source.task=cd6"], "data.source.task", "countdown"),

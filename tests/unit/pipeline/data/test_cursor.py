@@ -49,6 +49,13 @@ def test_the_seed_and_the_epoch_change_the_order():
     assert first.epoch == 1
 
 
+def test_the_order_of_the_source_is_kept_in_every_epoch():
+    cursor = DataCursor(prompts(5), 0, shuffled=False)
+    assert [ids(cursor.take(2)) for _ in range(4)] == [["0", "1"], ["2", "3"], ["4", "0"], ["1", "2"]]
+    with pytest.raises(DataError, match="order"):
+        DataCursor(prompts(5), 0).load_state_dict(cursor.state_dict())
+
+
 def test_other_prompts_or_another_seed_refuse_the_state():
     state = DataCursor(prompts(5), 0).state_dict()
     with pytest.raises(DataError, match=f"{fingerprint(prompts(5))}.*has 6 with fingerprint {fingerprint(prompts(6))}"):

@@ -45,3 +45,11 @@ def test_state_continues_exactly():
         one.filter(0.3 + 0.01 * (k % 3), 0.5)
     two.load_state_dict(one.state_dict())
     assert [one.filter(0.31, h) for h in (0.49, None, 0.52)] == [two.filter(0.31, h) for h in (0.49, None, 0.52)]
+
+
+def test_held_on_repeated_prompts_the_steps_own_move_nothing():
+    sensor = Sensor(0.7, 7, of_repeated=True)
+    assert sensor.filter(0.4, 0.3) == 0.3
+    for own in (0.5, 0.6, 0.7, 0.8):
+        assert sensor.filter(own, 0.3) == 0.3
+    assert sensor.filter(0.9) == 0.3  # a repeated sample was lost

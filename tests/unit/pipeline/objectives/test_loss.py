@@ -145,6 +145,7 @@ def test_auxiliary_rows_enter_no_other_metric():
     assert reduce_metrics(without | {"positive_term": 0.0}) == pytest.approx(
         {
             "entropy": 1.3,
+            "entropy_sequence_mean": 1.3,
             "kl": math.exp(-0.6) - 0.4,
             "ratio": 1.0,
             "clip_fraction": 0.0,
@@ -159,6 +160,14 @@ def test_auxiliary_rows_enter_no_other_metric():
         },
         rel=1e-5,
     )
+
+
+def test_a_long_answer_weighs_more_in_the_token_mean_of_the_entropy_only():
+    three = rows(4, row=[0, 1, 1, 2], auxiliary=[False, False, False, True])
+    _, sums = policy_loss(outputs([-1.0] * 4, [1.0, 0.2, 0.4, 9.0]), three, PPO)
+    means = reduce_metrics(sums)
+    assert means["entropy"] == pytest.approx((1.0 + 0.2 + 0.4) / 3, rel=1e-6)
+    assert means["entropy_sequence_mean"] == pytest.approx((1.0 + 0.3) / 2, rel=1e-6)
 
 
 def test_stale_rows_weigh_the_entropy_by_the_ratio_at_most_two():
