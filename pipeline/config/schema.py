@@ -444,7 +444,10 @@ class DataConfig:
     order: str = key(
         "shuffled",
         "order of the training prompts",
-        choices={"shuffled": "anew in every epoch, by the run's seed", "source": "the source's, e.g. easy ones first"},
+        choices={
+            "shuffled": "anew in every epoch, by the run's seed",
+            "source": "the source's, e.g. easy ones first; countdown: problems of few different digits first",
+        },
     )
     chat_template: bool = key(False, "render prompts with the tokenizer's chat template")
     chat_template_file: str = key(

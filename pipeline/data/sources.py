@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+
 from pipeline.config.schema import DataConfig, RunConfig
 from pipeline.data import DataError
 from pipeline.data.countdown import countdown_task
@@ -114,7 +116,7 @@ def read_questions(config: DataConfig) -> Sequence[Question]:
     """The questions of ``config.source``, in its order. Raises ``DataError``."""
     source = config.source
     if source.kind == "countdown":
-        return _countdown_questions(source.task, config.held_out)
+        return _countdown_questions(source.task, config.held_out, easy_first=config.order == "source")
     if source.kind == "reasoning_gym":
         return generate_questions(source.task, source.size, source.params, source.seed)
     if source.kind == "jsonl":
@@ -124,9 +126,12 @@ def read_questions(config: DataConfig) -> Sequence[Question]:
     raise DataError(f"data.source.kind={source.kind!r} must be countdown, reasoning_gym, jsonl or environment")
 
 
-def _countdown_questions(name: str, share: float) -> list[Question]:
+def _countdown_questions(name: str, share: float, *, easy_first: bool) -> list[Question]:
+    """Every problem of a task, in its own order or those of few different digits first."""
     task = countdown_task(name)
-    problems = [task.problem(index) for index in range(len(task))]
+    different = [len(set(digits)) if easy_first else 0 for digits in task.digits.tolist()]
+    order = np.argsort(different, kind="stable").tolist()
+    problems = [task.problem(index) for index in order]
     return [
         Question(
             id=f"{name}/{problem}",
@@ -136,7 +141,7 @@ def _countdown_questions(name: str, share: float) -> list[Question]:
             meta={"operators": task.operators},
             held_out=bool(apart),
         )
-        for problem, apart in zip(problems, task.held_out(share), strict=True)
+        for problem, apart in zip(problems, task.held_out(share)[order], strict=True)
     ]
 
 

@@ -281,3 +281,12 @@ def test_what_other_data_sets_call_a_key(tokenizer, tmp_path, key, meant):
     path = write(tmp_path / "q.jsonl", {"id": 1, key: "1"})
     with pytest.raises(DataError, match=f"unknown key '{key}', nearest is '{meant}'"):
         load(tokenizer, kind="jsonl", path=path)
+
+
+def test_a_countdown_source_in_its_order_begins_with_few_different_digits(tokenizer):
+    shuffled, ordered = (load(tokenizer, order=order) for order in ("shuffled", "source"))
+    different = [len(set(prompt.text.split(",")[0])) for prompt in ordered.train]
+    assert different == sorted(different)
+    assert (different[0], different[-1]) == (1, 4)
+    for one, other in ((shuffled.train, ordered.train), (shuffled.held_out, ordered.held_out)):
+        assert {prompt.id for prompt in one} == {prompt.id for prompt in other}
