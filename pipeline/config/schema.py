@@ -830,8 +830,8 @@ class EntropyConfig:
         "whose entropy the controller holds in the band",
         choices={
             "step": "the rows of each step",
-            "repeated": "repeated_prompts, the same at every step: the policy alone moves it, not a mix of prompts that "
-            "grows harder or easier; entropy/mean may then leave the band",
+            "repeated": "repeated_prompts, the same at every step: the policy alone moves it, not a mix of prompts "
+            "that grows harder or easier; entropy/mean may then leave the band",
         },
     )
     auxiliary_prompts: int = key(4, "resample: prompts drawn again at T+ each step", range=COUNT, unit="prompts")

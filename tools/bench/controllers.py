@@ -1,6 +1,7 @@
 """Compares the controllers on the simulated plant: every scenario, many seeds.
 
     python -m tools.bench.controllers --seeds 32          # about a minute on one core
+    python -m tools.bench.controllers --reach             # out of reach or slow: what could be told at best
 
 All laws get the same second rollout (actuator ``resample``) and the same limits, T+ from 0.6 to 1.6, so that laws are
 compared and not limits; ``pi, default`` is the default configuration, its own actuator and limits. Prints a Markdown
@@ -11,14 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline.config.schema import EntropyConfig
-from pipeline.entropy.plant import SCENARIOS, Performance, Plant, Scenario, performance, simulate
+from pipeline.entropy.plant import DRIFT_AT, SCENARIOS, Performance, Plant, Scenario, performance, simulate
+from pipeline.entropy.watch import AWAY_STEPS, UNREACHABLE_STEPS
 
 EQUAL: dict[str, Any] = {"actuator": "resample", "command_min": 0.6, "command_max": 1.6}
 CONTROLLERS = {
@@ -40,6 +44,7 @@ STEEP = (
     Scenario("0.30 from 0.20, drift grows", Plant(drift_power=0.5), start=0.2, target=0.3),
     SCENARIOS["rise from 0.15"],
 )
+ROOM = math.log(EQUAL["command_max"])  # u at the upper limit
 FIGURES = tuple(Performance.__dataclass_fields__)
 
 
@@ -79,6 +84,77 @@ def reach_table(seeds: int) -> str:
     return "\n".join(lines)
 
 
+def strangers(count: int) -> tuple[list[Scenario], list[Scenario]]:
+    """Plants drawn at random, on which nothing was tuned: with targets out of reach, and with targets reached slowly.
+
+    At its target the limit's rate is below -0.0005 per step in the first, above 0.0025 in the second.
+    """
+    rng = np.random.default_rng(7)
+    beyond: list[Scenario] = []
+    within: list[Scenario] = []
+    while len(beyond) + len(within) < count:
+        gain, drift, start, target = np.exp(
+            rng.uniform(np.log([5e-3, 1.5e-3, 0.12, 0.2]), np.log([0.03, 8e-3, 0.6, 0.6]))
+        )
+        noise = {"process_noise": rng.uniform(0.003, 0.01), "sensor_noise": rng.uniform(0.03, 0.09)}
+        plant = Plant(gain, -drift, float(rng.choice([0, 0.5, 1, 1.6])), float(rng.choice([0, 0.02])), **noise)
+        case = Scenario(f"stranger {len(beyond) + len(within)}", plant, float(start), float(target), steps=300)
+        rate = rate_at_limit(plant, case.target)
+        if rate < -0.0005:
+            beyond.append(case)
+        elif rate > 0.0025 and start < target:
+            within.append(case)
+    return beyond, within
+
+
+def rate_at_limit(plant: Plant, entropy: np.ndarray | float) -> np.ndarray | float:
+    """Of ln H per step at the upper limit."""
+    fade = entropy / (entropy + plant.knee) if plant.knee else 1.0
+    return plant.gain * fade * ROOM + plant.drift * (entropy / DRIFT_AT) ** plant.drift_power
+
+
+def least(scenario: Scenario, seed: int, controller: str, last: int | None) -> tuple[float, float] | None:
+    """The least that two observers see of ln H per step from 25 steps at the limit on, up to step ``last`` of them.
+
+    One knows the policy's entropy exactly and takes the slope of a line through it. The other knows the plant, and
+    takes its rate. None where the command is not at the limit for so long.
+    """
+    trace = simulate(CONTROLLERS[controller], replace(scenario, steps=300), seed, None)
+    limited = trace.commands >= ROOM - 1e-9
+    if not limited.any():
+        return None
+    first, known = int(np.argmax(limited)), np.log(trace.entropy)
+    found = []
+    for step in range(first + UNREACHABLE_STEPS, len(limited) if last is None else first + last + 1):
+        count = UNREACHABLE_STEPS
+        while count < AWAY_STEPS and limited[step - count]:
+            count += 1
+        if limited[step - count + 1 : step + 1].all():
+            line = np.polyfit(np.arange(count), known[step - count + 1 : step + 1], 1)[0]
+            found.append((line, rate_at_limit(scenario.plant, trace.entropy[step])))
+    return (min(line for line, _ in found), min(float(rate) for _, rate in found)) if found else None
+
+
+def bound_table(seeds: int) -> str:
+    """Markdown: targets out of reach that the observers of ``least`` find within 30 steps, at 10 % false alarms."""
+    lines = ["| plants | controller | by the slope of the exact entropy | by the plant's rate |", "|---|---|---|---|"]
+    groups: dict[str, tuple[Sequence[Scenario], Sequence[Scenario], int]] = {
+        "of the table above": (OUT_OF_REACH, STEEP, seeds),
+        "strangers": (*strangers(400), 1),
+    }
+    for name, (beyond, within, each) in groups.items():
+        for controller in ("pi", "pi, repeated"):
+            missed, climbed = (
+                np.array(
+                    [seen for case in cases for seed in range(each) if (seen := least(case, seed, controller, last))]
+                )
+                for cases, last in ((beyond, 30), (within, None))
+            )
+            found = [(missed[:, by] < np.quantile(climbed[:, by], 0.1)).mean() for by in (0, 1)]
+            lines.append(f"| {name} | {controller} | {found[0]:.0%} | {found[1]:.0%} |")
+    return "\n".join(lines)
+
+
 def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     """Markdown: RMS error and variation per scenario and controller, then the other figures."""
     lines = [
@@ -98,8 +174,12 @@ def main() -> None:
     """Measure all, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=32)
+    parser.add_argument("--reach", action="store_true", help="only what could be told of targets out of reach")
     parser.add_argument("--json", type=Path, default=Path("runs/bench/controllers.json"))
     arguments = parser.parse_args()
+    if arguments.reach:
+        print(reach_table(arguments.seeds), "", bound_table(arguments.seeds), sep="\n")
+        return
     results = {
         scenario: {controller: measure(scenario, controller, arguments.seeds) for controller in CONTROLLERS}
         for scenario in SCENARIOS

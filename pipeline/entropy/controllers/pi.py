@@ -141,4 +141,5 @@ def build(config: EntropyConfig, actuator: Actuator) -> Loop:
     lower, upper = actuator.to_u(limits[0]), actuator.to_u(limits[1])
     pace = QUIET if config.repeated_prompts else NOISY
     law = PiLaw(kp, ki, lower, upper, adapt=pi.adapt, slew=pi.slew, dead_band=pi.dead_band, pace=pace)
-    return Loop(law, limits, Sensor(pi.ema, HAMPEL_WINDOW, of_repeated=config.band_of == "repeated"), SetPoint(pi.setpoint_ramp))
+    sensor = Sensor(pi.ema, HAMPEL_WINDOW, of_repeated=config.band_of == "repeated")
+    return Loop(law, limits, sensor, SetPoint(pi.setpoint_ramp))
