@@ -17,6 +17,8 @@ ARCHITECTURES = {
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "qwen3_next": "Qwen3NextForCausalLM",
+    "qwen3_5_text": "Qwen3_5ForCausalLM",
+    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
 }
@@ -98,6 +100,10 @@ EXTRA = {
         "head_dim": 8,
     },
 }
+EXTRA["qwen3_5_moe_text"] = {key: value for key, value in EXTRA["qwen3_next"].items() if key != "norm_topk_prob"} | {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.25}
+}
+EXTRA["qwen3_5_text"] = {key: value for key, value in EXTRA["qwen3_5_moe_text"].items() if "expert" not in key}
 
 
 def hf_config(family, **changes):
@@ -132,6 +138,7 @@ def tensor_shapes(config):
     if model.moe:
         return shapes
     parts = ("input_", "q_proj.w", "k_proj.w", "v_proj.w", "o_proj", "post_", "gate_", "up_", "down_", "bias", "_norm")
+    parts += ("linear_attn",)
 
     def place(name):
         if not name.startswith("model.layers."):
@@ -144,11 +151,12 @@ def tensor_shapes(config):
 def random_tensors(config, seed):
     """Every parameter of the model, large enough that its next-token distributions are far from uniform."""
     generator = torch.Generator().manual_seed(seed)
+    zero_centred = architecture.parse(config).family.zero_centred
 
     def tensor(name, shape):
         noise = torch.randn(shape, generator=generator)
         if name.endswith("norm.weight"):
-            return 1.0 + 0.3 * noise
+            return float(not zero_centred or "linear_attn" in name) + 0.3 * noise
         return 0.3 * noise if name.endswith("bias") else 1.5 * noise * shape[-1] ** -0.5
 
     return {name: tensor(name, shape) for name, shape in tensor_shapes(config).items()}
@@ -162,3 +170,34 @@ def write_folder(path: Path, family, seed=0, **changes):
     (path / "config.json").write_text(json.dumps(config))
     save_file(tensors, str(path / "model.safetensors"), metadata={"format": "pt"})
     return path, tensors
+
+
+MROPE = {"mrope_interleaved": True, "mrope_section": [1, 1, 0], "rope_type": "default", "rope_theta": 1000.0}
+
+
+def write_seeing_folder(path, experts="each"):
+    """A folder as Qwen3.5's: a model of text within one that sees; ``experts`` "stacked" in a tensor for all."""
+    config = hf_config("qwen3_5_moe_text", rope_parameters=MROPE)
+    tensors = random_tensors(config, 0)
+    stored = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in tensors.items()}
+    stored |= {"model.visual.patch_embed.proj.bias": torch.ones(3), "mtp.norm.weight": torch.ones(2)}
+    for layer in range(config["num_hidden_layers"]) if experts == "stacked" else ():
+        module = f"model.language_model.layers.{layer}.mlp.experts"
+        kinds = (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",)))
+        for kind, parts in kinds:
+            each = [
+                torch.cat([stored.pop(f"{module}.{expert}.{part}.weight") for part in parts])
+                for expert in range(config["num_experts"])
+            ]
+            stored[f"{module}.{kind}"] = torch.stack(each)
+    whole = {
+        "model_type": "qwen3_5_moe",
+        "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+        "text_config": {key: value for key, value in config.items() if key != "architectures"},
+        "vision_config": {"depth": 1},
+        "tie_word_embeddings": False,
+    }
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps(whole))
+    save_file(stored, str(path / "model.safetensors"), metadata={"format": "pt"})
+    return tensors

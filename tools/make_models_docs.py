@@ -40,6 +40,8 @@ KNOWN: Mapping[str, Known] = {
     "qwen2_moe": Known("Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B", "places", "untried with SGLang"),
     "qwen3_moe": Known("Qwen3-30B-A3B, Qwen3-235B-A22B", "places", "places"),
     "qwen3_next": Known("Qwen3-Next-80B-A3B", "places, 1 rank", "untried with SGLang"),
+    "qwen3_5_text": Known("Qwen3.5-27B and smaller, text", "places, 1 rank", "untried with SGLang"),
+    "qwen3_5_moe_text": Known("Qwen3.5-35B-A3B, text", "places, 1 rank", "untried with SGLang"),
     "glm4_moe": Known("GLM-4.5, GLM-4.5-Air, GLM-4.6", "places", "untried with SGLang"),
     "deepseek_v3": Known("DeepSeek-V3, V3.1, R1, Kimi-K2", "places", "untried with SGLang"),
 }
@@ -62,7 +64,7 @@ def table() -> str:
         known = KNOWN[family.name]
         model = architecture.parse(hf_config(family.name))
         cells = [
-            ", ".join(f"`{name}`" for name in (family.name, *family.aliases)),
+            ", ".join(f"`{name}`" for name in (family.name, *family.aliases, family.within) if name),
             known.models,
             "TP, SP, PP, VPP" + (", CP" if model.delta is None else "") + (", EP, expert-TP" if model.moe else ""),
             "own decoder" if model.native else "transformers'",

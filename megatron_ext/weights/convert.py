@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import math
 import os
 import shutil
@@ -26,7 +27,7 @@ from megatron_ext.weights.verify import MANIFEST, in_hf
 from megatron_ext.weights.verify import verify as compare
 from pipeline.config.load import load_config, resolve_path
 from pipeline.model import architecture, fp8, fp8_layout, identity, layout
-from pipeline.model.architecture import Architecture, read_config
+from pipeline.model.architecture import Architecture, read_config, read_whole_config
 from pipeline.model.folder import Files, Folder, check, is_weights
 from pipeline.model.grid import Grid
 from pipeline.model.layout import Piece, Row
@@ -39,6 +40,8 @@ KEPT = "hf"  # folder of a checkpoint: all of the Hugging Face folder it was mad
 FP8 = "fp8"  # of a Hugging Face folder only: matrices in blocks, the rest in bfloat16
 # Kept as they are whatever --dtype: megatron-core and transformers hold these in float32 in every model.
 _EXACT = (".router.expert_bias",)
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # bytes done since the last call, bytes in all
 
@@ -392,7 +395,14 @@ def _copy_rest(hf: Path, folder: Path) -> None:
 
 def _describe_weights(folder: Path, types: set[torch.dtype]) -> None:
     """Make the folder's config.json name the type of the weights and how they are quantised."""
-    config = read_config(folder)
+    whole, config = read_whole_config(folder), read_config(folder)
+    if "text_config" in whole and "text_config" not in config:
+        logger.warning(
+            "%s: model_type %r also sees; its model of text is written alone, as %r",
+            folder,
+            whole["model_type"],
+            config["model_type"],
+        )
     narrowest = str(min(types - {fp8.CODES}, key=lambda dtype: dtype.itemsize)).removeprefix("torch.")
     named = {key: narrowest for key in ("dtype", "torch_dtype") if key in config}
     described = {key: value for key, value in config.items() if key != "quantization_config"} | named
@@ -400,7 +410,7 @@ def _describe_weights(folder: Path, types: set[torch.dtype]) -> None:
         described["num_nextn_predict_layers"] = 0
     if fp8.CODES in types:
         described["quantization_config"] = fp8.quantization_config()
-    if described != config:
+    if described != whole:
         (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
 
 

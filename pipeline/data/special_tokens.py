@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.data import DataError
+from pipeline.model.architecture import of_text
 
 
 def eos_token_ids(folder: Path) -> tuple[int, ...]:
@@ -45,7 +46,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def _token_ids(folder: Path, name: str) -> tuple[int, ...]:
     """Ids of the special token ``name`` ("eos", "pad"); empty when no file names it."""
     for file in ("generation_config.json", "config.json"):
-        value = read_json(folder / file).get(f"{name}_token_id")
+        value = of_text(read_json(folder / file)).get(f"{name}_token_id")
         if value is not None:
             return tuple(value) if isinstance(value, list) else (int(value),)
     token = read_json(folder / "tokenizer_config.json").get(f"{name}_token")

@@ -18,6 +18,7 @@ import tokenizers.decoders
 
 from pipeline.data import DataError
 from pipeline.data.special_tokens import eos_token_ids, pad_token_id, read_json
+from pipeline.model.architecture import of_text
 
 # The byte that each letter of a byte-level vocabulary stands for: printable Latin-1 for itself, the others from 256 on
 # (GPT-2).
@@ -34,7 +35,7 @@ class Tokenizer:
 
     def __init__(self, folder: Path, eos_token_ids: tuple[int, ...], pad_token_id: int) -> None:
         self.folder = folder
-        self._vocabulary = read_json(folder / "config.json").get("vocab_size", sys.maxsize)
+        self._vocabulary = of_text(read_json(folder / "config.json")).get("vocab_size", sys.maxsize)
         self.eos_token_ids = eos_token_ids  # any of these ends a response
         self.pad_token_id = pad_token_id
         self._backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -104,6 +104,8 @@ class Family:
     moe: Callable[[Said, int], Moe] | None = None  # reads the experts, given the number of layers
     delta: Callable[[Said, int], DeltaNet] | None = None  # reads the delta nets, given the number of layers
     ahead: str | None = None  # how names of multi-token-prediction layers begin; None: with the numbers after the last
+    delta_apart: bool = False  # a delta net's gates, and what it multiplies by, have projections of their own
+    within: str | None = None  # model_type of models that also see, and have one of this family as their text_config
 
 
 def _qwen_moe(said: Said, layers: int) -> Moe:
@@ -127,6 +129,11 @@ def _qwen2_moe(said: Said, layers: int) -> Moe:
 
 def _qwen3_next_moe(said: Said, layers: int) -> Moe:
     return replace(_qwen2_moe(said, layers), normalize=bool(said.config.get("norm_topk_prob", True)))
+
+
+def _qwen3_5_moe(said: Said, layers: int) -> Moe:
+    """transformers has experts in every layer, and no key of ``norm_topk_prob``."""
+    return replace(_qwen2_moe(said, layers), layers=(True,) * layers, normalize=True)
 
 
 def _qwen3_next_delta(said: Said, layers: int) -> DeltaNet:
@@ -208,6 +215,20 @@ _MIXTRAL_NAMES = (
     (".down_proj.", ".w2."),
 )
 
+_QWEN3_NEXT = Family(
+    "qwen3_next",
+    qk_norm=True,
+    output_gate=True,
+    zero_centred=True,
+    rope=RopeRules(partial=0.25),
+    head_dim=256,
+    kv_heads=2,
+    renamed=((".shared_experts.", ".shared_expert."),),
+    moe=_qwen3_next_moe,
+    delta=_qwen3_next_delta,
+    ahead="mtp.",
+)
+
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": Family("llama"),
     "MistralForCausalLM": Family("mistral", kv_heads=8, fixed=(_WINDOW,)),
@@ -229,18 +250,12 @@ FAMILIES: Mapping[str, Family] = {
         moe=_qwen2_moe,
     ),
     "Qwen3MoeForCausalLM": Family("qwen3_moe", qk_norm=True, kv_heads=4, moe=_qwen_moe),
-    "Qwen3NextForCausalLM": Family(
-        "qwen3_next",
-        qk_norm=True,
-        output_gate=True,
-        zero_centred=True,
-        rope=RopeRules(partial=0.25),
-        head_dim=256,
-        kv_heads=2,
-        renamed=((".shared_experts.", ".shared_expert."),),
-        moe=_qwen3_next_moe,
-        delta=_qwen3_next_delta,
-        ahead="mtp.",
+    "Qwen3NextForCausalLM": _QWEN3_NEXT,
+    "Qwen3_5ForCausalLM": replace(
+        _QWEN3_NEXT, name="qwen3_5_text", within="qwen3_5", kv_heads=4, moe=None, delta_apart=True
+    ),
+    "Qwen3_5MoeForCausalLM": replace(
+        _QWEN3_NEXT, name="qwen3_5_moe_text", within="qwen3_5_moe", moe=_qwen3_5_moe, delta_apart=True
     ),
     "Glm4MoeForCausalLM": Family(
         "glm4_moe",
@@ -343,6 +358,7 @@ class Architecture:
             values = self.delta.value_heads * self.delta.value_dim
             sizes |= {
                 "delta_in": self.delta.channels + values,
+                "delta_keys": self.delta.key_heads * self.delta.key_dim,
                 "delta_gates": 2 * self.delta.value_heads,
                 "delta_channels": self.delta.channels,
                 "delta_kernel": self.delta.kernel,
@@ -412,6 +428,29 @@ _SIZES = {
 
 
 def read_config(folder: Path) -> dict[str, Any]:
+    """The ``config.json`` of a Hugging Face folder, or what it says of its model of text (:func:`of_text`).
+
+    Raises ``ModelError`` where there is none.
+    """
+    return of_text(read_whole_config(folder))
+
+
+def of_text(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a ``config.json`` says of the model of text: its ``text_config``, where the model also sees.
+
+    What stands beside ``text_config`` counts for the whole model. Any other ``config.json`` is given back.
+    """
+    inner = config.get("text_config")
+    for name, family in FAMILIES.items() if isinstance(inner, Mapping) else ():
+        if family.within is not None and config.get("model_type") == family.within:
+            shared = {key: config[key] for key in ("tie_word_embeddings", "quantization_config") if key in config}
+            named = config.get("architectures")
+            seeing = [name.replace("ForCausalLM", "ForConditionalGeneration")]
+            return {**inner, **shared, "architectures": [name] if named == seeing else named, "model_type": family.name}
+    return dict(config)
+
+
+def read_whole_config(folder: Path) -> dict[str, Any]:
     """The ``config.json`` of a Hugging Face folder as it stands. Raises ``ModelError`` where there is none."""
     path = folder / "config.json"
     where = "a Hugging Face model folder is needed: download or convert the model first"
@@ -442,17 +481,19 @@ def parse(config: Mapping[str, Any]) -> Architecture:
 
     Raises ``ModelError`` with everything that is not supported or not there: key, value and remedy.
     """
+    config = of_text(config)
     family = _family(config)
     said = Said(config)
     said.fixed((*_FIXED, *family.fixed, *(() if family.qkv_bias else (_NO_BIAS,))))
     _refuse_quantised(said)
     if not family.delta:
         _refuse_other_layers(said)
-    layers, hidden, ffn = map(said.count, ("num_hidden_layers", "hidden_size", "intermediate_size"))
+    layers, hidden = map(said.count, ("num_hidden_layers", "hidden_size"))
     heads, vocab, positions = map(said.count, ("num_attention_heads", "vocab_size", "max_position_embeddings"))
     norm_eps = said.number("rms_norm_eps")
     mla = _mla(said) if family.mla else None
     moe = family.moe(said, layers) if family.moe else None
+    ffn = said.count("intermediate_size", 0 if moe and all(moe.layers) else None)  # of the layers without experts
     delta = family.delta(said, layers) if family.delta else None
     said.check()
     kv_heads, head_dim = _heads(said, family, heads, hidden)

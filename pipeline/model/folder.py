@@ -13,9 +13,10 @@ import logging
 import math
 import mmap
 import os
+import re
 import threading
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from pipeline.model import fp8
 from pipeline.model.architecture import Architecture
 from pipeline.model.checksum import head
 from pipeline.model.fp8_layout import scale_name, scale_shape
-from pipeline.model.layout import EMBEDDING, HEAD, Row, ignored, predicts_ahead, renamed
+from pipeline.model.layout import EMBEDDING, HEAD, Row, ignored, predicts_ahead, renamed, sees
 from pipeline.model.reading import ModelError, Refusal
 from pipeline.units import FP8_BLOCK
 
@@ -118,6 +119,8 @@ class Folder:
 
     Reads slices, not files. A matrix stored as FP8 codes with scales of blocks, as DeepSeek-V3's, is read as the
     bfloat16 values that the codes stand for (its own ``fp8_cast_bf16.py`` makes the same); its scales have no name.
+    The model of text within one that also sees has the names that it has by itself, and so have experts that are
+    stored in one tensor for all.
 
     Raises ``ModelError`` where a file is missing, truncated or not safetensors, or where the index is another model's.
     """
@@ -135,6 +138,9 @@ class Folder:
         if index and (apart := sorted(index.keys() ^ self.entries.keys())):
             problem = f"{INDEX} and the files that it names disagree on {', '.join(apart[:3])}"
             raise _error(hf_path, problem, "download the folder again, or remove what is left of another model")
+        self.entries = {
+            name: entry for stored, whole in self.entries.items() for name, entry in _each(stored, whole, self.entries)
+        }
         coded = {name for name, entry in self.entries.items() if entry.dtype == fp8.CODES}
         self._scales = {name: scale for name in coded if (scale := scale_name(name)) in self.entries}
         for name, scale in self._scales.items():
@@ -184,6 +190,25 @@ class Folder:
             return mapped(path, first, entry.dtype, length * row).view(length, *entry.shape[1:])
         whole = mapped(path, entry.start, entry.dtype, math.prod(entry.shape)).view(entry.shape)
         return whole.narrow(dim, start, length)
+
+
+def _each(stored: str, whole: Entry, beside: Mapping[str, Entry]) -> Iterator[tuple[str, Entry]]:
+    """The tensors that one stored tensor holds, by name: itself, or a matrix of every expert.
+
+    gpt-oss has tensors of the same name, of other rows, with biases beside them.
+    """
+    name = re.sub(r"^model\.language_model\.", "model.", stored)
+    module, _, kind = name.rpartition(".")
+    parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(kind)
+    if parts is None or not module.endswith(".experts") or len(whole.shape) != 3 or f"{stored}_bias" in beside:
+        yield name, whole
+        return
+    experts, rows, columns = whole.shape
+    shape = (rows // len(parts), columns)
+    for number in range(experts * len(parts)):
+        expert, part = divmod(number, len(parts))
+        start = whole.start + number * math.prod(shape) * whole.dtype.itemsize
+        yield f"{module}.{expert}.{parts[part]}.weight", Entry(whole.file, start, whole.dtype, shape)
 
 
 def _error(where: Path, problem: str, remedy: str) -> ModelError:
@@ -268,6 +293,8 @@ def check(folder: Folder, rows: Sequence[Row], model: Architecture) -> None:
         _check_tied(folder, model)
     if ahead := sum(predicts_ahead(name, model) for name in present):
         logger.warning("%s: %d tensors of its multi-token-prediction layers are left out", folder.path, ahead)
+    if seeing := sum(sees(name, model) for name in present):
+        logger.warning("%s: %d tensors that turn pictures into embeddings are left out", folder.path, seeing)
 
 
 def _check_tied(folder: Folder, model: Architecture) -> None:

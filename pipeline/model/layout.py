@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pipeline.model.architecture import Architecture
@@ -36,6 +36,7 @@ class Template:
     place: str = "layer"  # "first" stage | every "layer" | "last" stage
     when: str = "always"  # a key of _CONDITIONS: the models, and the layers, that have it
     float32: bool = False  # whatever the type of the model
+    stacked: tuple[tuple[str, ...], ...] = ()  # of each source: lengths of what lies in it end to end; (): one thing
 
 
 _GROUPS: Mapping[str, Callable[[Architecture], int]] = {
@@ -57,6 +58,8 @@ _CONDITIONS: Mapping[str, Callable[[Architecture, int | None], bool]] = {
     "biases": lambda model, layer: model.qkv_bias and not model.is_delta(layer),
     "head norms": lambda model, layer: model.qk_norm and not model.is_delta(layer),
     "delta": lambda model, layer: model.is_delta(layer),
+    "delta, joint": lambda model, layer: model.is_delta(layer) and not model.family.delta_apart,
+    "delta, apart": lambda model, layer: model.is_delta(layer) and model.family.delta_apart,
     "latent": lambda model, layer: model.mla is not None,
     "query compression": lambda model, layer: model.mla is not None and model.mla.q_lora > 0,
     "plain query": lambda model, layer: model.mla is not None and model.mla.q_lora == 0,
@@ -139,13 +142,23 @@ EXPERTS = (
         when="shared gate",
     ),
 )
-DELTA = (  # a gated delta net (arXiv 2412.06464); its input rows are interleaved per key head in Hugging Face's too
+DELTA = (  # a gated delta net (arXiv 2412.06464)
     Template(
-        _ATTENTION + "in_proj.weight",
+        _ATTENTION + "in_proj.weight",  # Qwen3-Next's rows are interleaved per key head in Hugging Face's too
         (_HF_DELTA + "in_proj_qkvz.weight", _HF_DELTA + "in_proj_ba.weight"),
         (("delta_in", "hidden"), ("delta_gates", "hidden")),
         split=0,
         grouped="delta key heads",
+        when="delta, joint",
+    ),
+    Template(
+        _ATTENTION + "in_proj.weight",
+        tuple(_HF_DELTA + f"in_proj_{name}.weight" for name in ("qkv", "z", "b", "a")),
+        (("delta_channels", "hidden"), ("delta_out", "hidden"), ("delta_heads", "hidden"), ("delta_heads", "hidden")),
+        split=0,
+        grouped="delta key heads",
+        when="delta, apart",
+        stacked=(("delta_keys", "delta_keys", "delta_out"), (), (), ()),
     ),
     Template(
         _ATTENTION + "conv_weight",  # whole on every rank: a rank's channels are not neighbours
@@ -236,6 +249,14 @@ class Source:
 
     name: str
     shape: tuple[int, ...]
+    stacked: tuple[int, ...] = ()  # lengths of what lies in it end to end, each divided by itself; (): one thing
+
+    def spans(self, dim: int) -> Iterator[range]:
+        """Where each of those lies along ``dim``."""
+        start = 0
+        for length in self.stacked or (self.shape[dim],):
+            yield range(start, start + length)
+            start += length
 
 
 @dataclass(frozen=True)
@@ -290,7 +311,8 @@ class Row:
     def local_shape(self, tp: int) -> tuple[int, ...]:
         """Shape of the parameter on each of ``tp`` ranks (for an expert, of ``etp``), padding included."""
         shape = list(self.sources[0].shape)
-        shape[self.dim] = self._groups(tp) * sum(self._lengths(tp)) // (tp if self.split is not None else 1)
+        entries = sum(length for _, _, length in self._spans(tp))
+        shape[self.dim] = self._groups(tp) * entries // (tp if self.split is not None else 1)
         return tuple(shape)
 
     def slices(self, tp: int, rank: int) -> tuple[Slice, ...]:
@@ -298,15 +320,15 @@ class Row:
 
         Groups fewer than ranks are cut anywhere, as megatron-core does where key-value heads are fewer than TP.
         """
-        first, lengths = 0, self._lengths(tp)
+        first, spans = 0, self._spans(tp)
         size = self.local_shape(tp)[self.dim]
         window = range(0, size) if self.split is None else range(rank * size, (rank + 1) * size)
         slices = []
         for group in range(self._groups(tp)):
-            for index, (source, length) in enumerate(zip(self.sources, lengths, strict=True)):
+            for index, span, length in spans:
                 start, stop = max(first, window.start), min(first + length, window.stop)
-                source_start = group * length + start - first
-                covered = min(stop - start, source.shape[self.dim] - source_start)
+                source_start = span.start + group * length + start - first
+                covered = min(stop - start, span.stop - source_start)
                 if covered > 0:
                     slices.append(Slice(index, source_start, start - window.start, covered))
                 first += length
@@ -315,9 +337,10 @@ class Row:
     def _groups(self, tp: int) -> int:
         return 1 if self.split is None else self.groups or tp
 
-    def _lengths(self, tp: int) -> list[int]:
-        """Entries of each source in one group, padding included."""
-        return [-(-source.shape[self.dim] // self._groups(tp)) for source in self.sources]
+    def _spans(self, tp: int) -> list[tuple[int, range, int]]:
+        """What is interleaved: a source, where in it, and entries in one group, padding included."""
+        spans = [(index, span) for index, source in enumerate(self.sources) for span in source.spans(self.dim)]
+        return [(index, span, -(-len(span) // self._groups(tp))) for index, span in spans]
 
     def __str__(self) -> str:
         sources = " + ".join(f"{source.name}{list(source.shape)}" for source in self.sources)
@@ -394,7 +417,9 @@ def ignored(name: str, model: Architecture) -> bool:
     """Whether a Hugging Face tensor that no row uses may be passed over."""
     if model.tied and name == renamed(HEAD, model):
         return True
-    return predicts_ahead(name, model) or any(fnmatch.fnmatch(name, pattern) for pattern in _IGNORED)
+    return (
+        predicts_ahead(name, model) or sees(name, model) or any(fnmatch.fnmatch(name, pattern) for pattern in _IGNORED)
+    )
 
 
 def predicts_ahead(name: str, model: Architecture) -> bool:
@@ -403,6 +428,11 @@ def predicts_ahead(name: str, model: Architecture) -> bool:
         return name.startswith(model.family.ahead)
     numbers = range(model.layers, model.layers + model.extra_layers)
     return any(name.startswith(f"model.layers.{number}.") for number in numbers)
+
+
+def sees(name: str, model: Architecture) -> bool:
+    """Whether a tensor belongs to what turns pictures into embeddings, which is left out."""
+    return model.family.within is not None and name.startswith("model.visual.")
 
 
 def _place(template: Template, layer: int | None, stages: Sequence[int], pp: int) -> tuple[int, int]:
@@ -425,8 +455,14 @@ def _row(
     return Row(
         parameter=template.parameter.format(layer=layer, expert=expert),
         sources=tuple(
-            Source(renamed(name, model).format(layer=layer, expert=expert), tuple(sizes[size] for size in shape))
-            for name, shape in zip(template.sources, template.shapes, strict=True)
+            Source(
+                renamed(name, model).format(layer=layer, expert=expert),
+                tuple(sizes[size] for size in shape),
+                tuple(sizes[size] for size in stacked),
+            )
+            for name, shape, stacked in zip(
+                template.sources, template.shapes, template.stacked or ((),) * len(template.sources), strict=True
+            )
         ),
         split=template.split,
         groups=_GROUPS[template.grouped](model),

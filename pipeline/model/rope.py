@@ -124,10 +124,11 @@ def read_rope(said: Said, rules: RopeRules, positions: int, head_dim: int) -> Ro
 
 
 _LISTS = ("short_factor", "long_factor")
+_SAME_FOR_TEXT = ("mrope_section",)  # which entries turn with which axis of a picture; along all a text counts alike
 
 
 def _nested(key: str, value: Any) -> bool:
-    return isinstance(value, dict) or (isinstance(value, list) and key not in _LISTS)
+    return isinstance(value, dict) or (isinstance(value, list) and key not in (*_LISTS, *_SAME_FOR_TEXT))
 
 
 @dataclass(frozen=True)

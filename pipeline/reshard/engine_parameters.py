@@ -4,9 +4,10 @@ No sglang here.
 
 The names are SGLang's (0.5.21, under ``sglang/srt/models``), as ``model.named_parameters()`` of a rank gives them:
 query, key and value rows lie one after the other in ``qkv_proj``, gate and up rows in ``gate_up_proj``, an expert's in
-``w13_weight`` and ``w2_weight`` at the number that the expert has on the rank, and DeepSeek's two down projections in
-``fused_qkv_a_proj_with_mqa``. Everything else has its Hugging Face name. FP8 codes and their scales lie alike. Rows of
-the padded vocabulary that no token has are not written.
+``w13_weight`` and ``w2_weight`` at the number that the expert has on the rank, DeepSeek's two down projections in
+``fused_qkv_a_proj_with_mqa``, and the inputs of Qwen3.5's delta nets in ``in_proj_qkvz`` and ``in_proj_ba``. Everything
+else has its Hugging Face name. FP8 codes and their scales lie alike. Rows of the padded vocabulary that no token has
+are not written.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ _FUSED: _Fused = (  # SGLang's layer, and the Hugging Face layers that it holds,
     ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
     ("gate_up_proj", ("gate_proj", "up_proj")),
     ("fused_qkv_a_proj_with_mqa", ("q_a_proj", "kv_a_proj_with_mqa")),
+    ("in_proj_qkvz", ("in_proj_qkv", "in_proj_z")),  # Qwen3.5's delta nets
+    ("in_proj_ba", ("in_proj_b", "in_proj_a")),
 )
 _PADDED = (".gate_up_proj.", ".w13_", ".down_proj.", ".w2_", "model.embed_tokens.", "lm_head.")
 _FUSED_EXPERT: _Fused = (  # Mixtral's have names of their own

@@ -38,6 +38,8 @@ class LearnerShards:
         for row in rows:
             for cut in row.slices(*part) if (part := row.part(learner, rank)) else ():
                 self._cuts.setdefault(row.sources[cut.source].name, []).append((row, cut))
+        for cuts in self._cuts.values():  # the parameter interleaves what the tensor has end to end
+            cuts.sort(key=lambda held: held[1].source_start)
 
     def read(self, tensor: Tensor, start: int, length: int) -> list[torch.Tensor]:
         """See :class:`Reader`."""

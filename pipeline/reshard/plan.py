@@ -249,7 +249,18 @@ def _tensors(
         fp8 = dtype.startswith("fp8") and quantised(row)
         whose = index if row.groups else 0  # elsewhere all sources of a row are divided alike
         item_size = 4 if row.float32 else ITEM_SIZES[dtype]
-        key = source.shape, row.split, row.groups, whose, row.layer is None, stages, groups, fp8, item_size
+        key = (
+            source.shape,
+            source.stacked,
+            row.split,
+            row.groups,
+            whose,
+            row.layer is None,
+            stages,
+            groups,
+            fp8,
+            item_size,
+        )
         if key not in kinds:
             held = _held(row, index, learner, stages)
             needed = _needed(row, index, engines, experts, placement)
@@ -326,11 +337,12 @@ def _held(row: Row, index: int, learner: Grid, stages: Sequence[int]) -> list[In
     expert = row.expert is not None
     for rank in range(learner.expert_tp if expert else learner.tp):
         runs: list[list[int]] = []
-        for cut in row.slices(learner.expert_tp if expert else learner.tp, rank):
-            if cut.source == index and runs and runs[-1][1] == cut.source_start:
-                runs[-1][1] += cut.length
-            elif cut.source == index:
-                runs.append([cut.source_start, cut.source_start + cut.length])
+        slices = row.slices(learner.expert_tp if expert else learner.tp, rank)
+        for start, length in sorted((cut.source_start, cut.length) for cut in slices if cut.source == index):
+            if runs and runs[-1][1] == start:
+                runs[-1][1] += length
+            else:
+                runs.append([start, start + length])
         for stage in stages:
             if row.ep is not None:
                 owners = [learner.expert_rank(rank, row.ep, replica, stage) for replica in range(learner.expert_dp)]

@@ -37,6 +37,8 @@ CASES = [
     *(("glm4_moe", layout) for layout in EXPERTS if layout != SHARED_HEADS),
     ("glm4_moe_air", "EP2"),
     *(("qwen3_next", layout) for layout in ("TP1", "EP2xPP2", "TP2xEP2", SHARED_HEADS)),
+    *(("qwen3_5", layout) for layout in ("TP2xPP2", SHARED_HEADS)),
+    *(("qwen3_5_moe", layout) for layout in ("TP1", "EP2xPP2", "TP2xEP2")),
     *((name, layout) for name in ("qwen2_moe", "mixtral") for layout in ("TP1", "EP2xPP2", "TP2xEP2")),
     ("llama3_short", "TP1"),
     *(("qwen3_moe", layout) for layout in EXPERTS if layout != SHARED_HEADS),
@@ -116,6 +118,9 @@ PLACED = {
     "Qwen3-Next, PP4": ("qwen3_next", Grid(pp=4), [[[0]], [[1]], [[2]], [[3]]]),
     "Qwen3-Next, EP4": ("qwen3_next", Grid(dp=4, ep=4), [[[0, 1, 2, 3]]] * 4),
     "Qwen3-Next, TP2, EP2, PP2": ("qwen3_next", Grid(tp=2, ep=2, etp=1, pp=2), [[[0, 1]]] * 2 + [[[2, 3]]] * 2),
+    "Qwen3.5, TP4": ("qwen3_5", Grid(tp=4), [[[0, 1, 2, 3]]] * 4),
+    "Qwen3.5, PP4": ("qwen3_5", Grid(pp=4), [[[0]], [[1]], [[2]], [[3]]]),
+    "Qwen3.5 with experts, EP4": ("qwen3_5_moe", Grid(dp=4, ep=4), [[[0, 1, 2, 3]]] * 4),
     "GLM, TP2, EP2, PP2": ("glm4_moe", Grid(tp=2, ep=2, etp=1, pp=2), [[[0, 1]]] * 2 + [[[2, 3]]] * 2),
 }
 

@@ -149,6 +149,15 @@ CONFIGS = {
         },
     },
 }
+CONFIGS["qwen3_5"] = {
+    key: value for key, value in CONFIGS["qwen3_next"].items() if not key.endswith(("_step", "_layers", "_topk_prob"))
+} | {"architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5_text"}
+CONFIGS["qwen3_5_moe"] = CONFIGS["qwen3_5"] | {
+    "architectures": ["Qwen3_5MoeForCausalLM"],
+    "model_type": "qwen3_5_moe_text",
+}
+for key in ("num_experts", "moe_intermediate_size", "shared_expert_intermediate_size", "num_experts_per_tok"):
+    del CONFIGS["qwen3_5"][key]
 CONFIGS["qwen3_moe_raw"] = CONFIGS["qwen3_moe"] | {
     "norm_topk_prob": False,
     "mlp_only_layers": [],
@@ -214,7 +223,7 @@ def shapes(config: dict) -> dict[str, tuple[int, ...]]:
 def _attention(config: dict) -> dict[str, tuple[int, ...]]:
     d, hd = config["hidden_size"], config["head_dim"]
     q, kv = config["num_attention_heads"] * hd, config["num_key_value_heads"] * hd
-    gate = 2 if config["model_type"] == "qwen3_next" else 1
+    gate = 2 if "linear_num_key_heads" in config else 1
     layer = {
         "self_attn.q_proj.weight": (gate * q, d),
         "self_attn.k_proj.weight": (kv, d),
@@ -250,9 +259,12 @@ def _delta_net(config: dict) -> dict[str, tuple[int, ...]]:
     d, heads = config["hidden_size"], config["linear_num_value_heads"]
     keys = config["linear_num_key_heads"] * config["linear_key_head_dim"]
     values = heads * config["linear_value_head_dim"]
+    if config["model_type"] == "qwen3_next":
+        projections = {"qkvz": 2 * keys + 2 * values, "ba": 2 * heads}
+    else:
+        projections = {"qkv": 2 * keys + values, "z": values, "b": heads, "a": heads}
     return {
-        "linear_attn.in_proj_qkvz.weight": (2 * keys + 2 * values, d),
-        "linear_attn.in_proj_ba.weight": (2 * heads, d),
+        **{f"linear_attn.in_proj_{name}.weight": (rows, d) for name, rows in projections.items()},
         "linear_attn.conv1d.weight": (2 * keys + values, 1, config["linear_conv_kernel_dim"]),
         "linear_attn.dt_bias": (heads,),
         "linear_attn.A_log": (heads,),
@@ -266,7 +278,7 @@ def _has_experts(config: dict, layer: int) -> bool:
         return layer >= config["first_k_dense_replace"]
     if config["model_type"] in ("qwen2_moe", "qwen3_moe", "qwen3_next"):
         return layer not in config["mlp_only_layers"] and (layer + 1) % config["decoder_sparse_step"] == 0
-    return config["model_type"] == "mixtral"
+    return config["model_type"] in ("mixtral", "qwen3_5_moe_text")
 
 
 def _experts(config: dict, block: str) -> dict[str, tuple[int, ...]]:
@@ -302,8 +314,8 @@ def weights(config: dict, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def _centre(config: dict, name: str) -> float:
-    """Qwen3-Next's norms multiply by 1 + weight, but for those of its delta nets."""
-    zero_centred = config["model_type"] == "qwen3_next" and "linear_attn" not in name
+    """Norms of a model with delta nets multiply by 1 + weight, but for those of the nets."""
+    zero_centred = "linear_num_key_heads" in config and "linear_attn" not in name
     return float("norm" in name and not zero_centred)
 
 

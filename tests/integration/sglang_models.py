@@ -17,6 +17,8 @@ from pipeline.rollout.sglang import cpu
 from pipeline.rollout.sglang.receiver import _Parameters
 
 UNTOUCHED = 7.0  # of what no tensor is written to
+# Kernels that SGLang's qwen3_5.py names when it is imported on a CPU. PyPI has no CPU build of them: no server runs.
+KERNELS = ("sigmoid_mul", "qk_gemma_rmsnorm", "qk_gemma_rmsnorm_with_gate", "qkvzba_split_reshape_cat_contiguous")
 
 
 def different(folder: Path, tensors, tp: int, ep: int = 1, dtype: str = "fp32", padded: bool = False) -> list[str]:
@@ -83,6 +85,8 @@ def _start(folder: Path, dtype: str):
     """SGLang's configuration of a server of one rank on ``folder``; once a process."""
     os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
     sys.path.insert(0, str(cpu.SHIM_FOLDER))
+    for name in KERNELS:
+        setattr(torch.ops.sgl_kernel, f"fused_{name}_cpu", None)
     from sglang.srt import runtime_context
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.distributed import parallel_state

@@ -56,9 +56,10 @@ def test_a_padded_feed_forward_has_gate_and_up_in_its_halves(fresh, tmp_path):
     assert fresh.submit(different, folder, tensors, 1, padded=True).result() == []
 
 
-def test_delta_nets_land_where_sglang_puts_them(fresh, tmp_path):
+@pytest.mark.parametrize("family", ["qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"])
+def test_delta_nets_land_where_sglang_puts_them(family, fresh, tmp_path):
     """On a CPU SGLang builds them only with the heads that it counts for a padded model."""
-    folder, tensors = write_folder(tmp_path / "next", "qwen3_next", vocab_size=100)
+    folder, tensors = write_folder(tmp_path / family, family, vocab_size=100)
     assert fresh.submit(different, folder, tensors, 1, padded=True).result() == []
 
 

@@ -36,7 +36,7 @@ CASES += [(name, sizes) for name in ("qwen3_moe", "deepseek_v3", "deepseek_plain
 CASES += [("glm4_moe", sizes) for sizes in SPARSE] + [
     (name, SPARSE[1]) for name in ("qwen2_moe", "qwen3_next", "mixtral")
 ]
-CASES += [("qwen3_next", SPARSE[4])]
+CASES += [("qwen3_next", SPARSE[4]), ("qwen3_5_moe", SPARSE[4]), ("qwen3_5", DENSE[1])]
 
 
 def learner_of(sizes) -> LearnerConfig:

@@ -18,11 +18,12 @@ from pipeline.model import architecture, fp8, identity, layout
 from pipeline.model import folder as safetensors_io
 from pipeline.model.grid import Grid
 from tests.decoding import quantised_names
+from tests.tiny_folder import write_seeing_folder
 
-FAMILIES = ["llama", "llama_tied", "mistral", "qwen2", "qwen3", "qwen3_moe", "deepseek_v3"]
+FAMILIES = ["llama", "llama_tied", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen3_5_moe", "deepseek_v3"]
 DENSE = [(1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 4, 1), (2, 2, 1), (4, 4, 1)]  # kv groups: 2
 EXPERT = [(1, 1, 2), (1, 1, 4), (2, 1, 2), (2, 2, 4), (4, 2, 2), (1, 4, 4)]
-MOE = ("qwen3_moe", "deepseek_v3")
+MOE = ("qwen3_moe", "qwen3_5_moe", "deepseek_v3")
 
 
 def folder(path: Path, name: str = "llama", files: int = 1, **changes) -> tuple[Path, dict]:
@@ -54,6 +55,18 @@ def test_round_trip_is_bitwise_at_every_layout(tmp_path, name):
         convert.megatron_to_hf(megatron, hf, back, workers=2)
         assert same(read(back), tensors)
         assert not list(tmp_path.glob(".*"))
+
+
+def test_of_a_model_that_also_sees_the_model_of_text_is_written(tmp_path, caplog):
+    tensors = write_seeing_folder(tmp_path / "hf", "stacked")
+    convert.hf_to_megatron(tmp_path / "hf", tmp_path / "m", Grid(tp=2, dp=2, ep=2))
+    convert.megatron_to_hf(tmp_path / "m", convert.model_of(tmp_path / "m"), tmp_path / "back")
+    assert same(read(tmp_path / "back"), tensors)
+    config = json.loads((tmp_path / "back/config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("qwen3_5_moe_text", ["Qwen3_5MoeForCausalLM"])
+    assert "vision_config" not in config
+    assert architecture.read(tmp_path / "back") == architecture.read(tmp_path / "hf")
+    assert "its model of text is written alone, as 'qwen3_5_moe_text'" in caplog.text
 
 
 @pytest.mark.parametrize("dtype", [None, "bf16"])

@@ -393,12 +393,48 @@ NEXT = {  # Qwen3-Next-80B-A3B
     "rope_theta": 10000000,
 }
 
+QWEN3_5 = {  # Qwen3.5-35B-A3B
+    "architectures": ["Qwen3_5MoeForConditionalGeneration"],
+    "model_type": "qwen3_5_moe",
+    "tie_word_embeddings": False,
+    "vision_config": {"depth": 27},
+    "text_config": {
+        "model_type": "qwen3_5_moe_text",
+        "attention_bias": False,
+        "full_attention_interval": 4,
+        "hidden_size": 2048,
+        "moe_intermediate_size": 512,
+        "shared_expert_intermediate_size": 512,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "head_dim": 256,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": 128,
+        "linear_num_key_heads": 16,
+        "linear_num_value_heads": 32,
+        "linear_value_head_dim": 128,
+        "num_experts": 256,
+        "num_experts_per_tok": 8,
+        "vocab_size": 248320,
+        "max_position_embeddings": 262144,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {
+            "mrope_interleaved": True,
+            "mrope_section": [11, 11, 10],
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 10000000,
+            "rope_type": "default",
+        },
+    },
+}
+
 
 @pytest.mark.parametrize(
     ("config", "parameters"),
     # those published, without layers that predict ahead
-    [(V31, 671.03e9), (KIMI_K2, 1026.4e9), (GLM, 352.8e9), (NEXT, 79.67e9)],
-    ids=["DeepSeek-V3.1", "Kimi-K2", "GLM-4.5", "Qwen3-Next"],
+    [(V31, 671.03e9), (KIMI_K2, 1026.4e9), (GLM, 352.8e9), (NEXT, 79.67e9), (QWEN3_5, 34.66e9)],
+    ids=["DeepSeek-V3.1", "Kimi-K2", "GLM-4.5", "Qwen3-Next", "Qwen3.5"],
 )
 def test_models_in_full_size_are_read(config, parameters):
     model = architecture.parse(config)
@@ -415,6 +451,17 @@ def test_qwen3_next_has_the_layers_that_config_json_names():
     model = architecture.parse(bare | {"num_hidden_layers": 4})
     assert model.delta == DeltaNet((True, True, True, False), 16, 32, 128, 128, 4)  # transformers' defaults
     assert not model.native
+
+
+def test_a_model_that_also_sees_is_its_model_of_text():
+    model = architecture.parse(QWEN3_5)
+    assert (model.family.name, model.rotary_dim, model.tied, model.delta.per_key) == ("qwen3_5_moe_text", 64, False, 2)
+    assert architecture.parse(QWEN3_5 | {"tie_word_embeddings": True}).tied
+    assert architecture.parse(architecture.of_text(QWEN3_5)) == model
+    with pytest.raises(ModelError, match=r"architectures \['Qwen3_5MoeForSequenceClassification'\] is not supported"):
+        architecture.parse(QWEN3_5 | {"architectures": ["Qwen3_5MoeForSequenceClassification"]})
+    with pytest.raises(ModelError, match="model_type 'qwen3_5_moe' is not supported"):
+        architecture.parse({key: value for key, value in QWEN3_5.items() if key != "text_config"})
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from pipeline.model.folder import INDEX, Folder, check, is_weights, write_index
 from pipeline.model.fp8 import quantise_tensors, quantization_config, values
 from pipeline.model.reading import ModelError
 from tests.decoding import quantised_names
-from tests.tiny_folder import hf_config, write_folder
+from tests.tiny_folder import hf_config, write_folder, write_seeing_folder
 
 
 def checked(path):
@@ -97,6 +97,17 @@ def test_multi_token_prediction_is_left_out_and_said_so(tmp_path, caplog):
     save_file({**tensors, "mtp.fc.weight": torch.ones(2)}, path / "model.safetensors")
     checked(path)
     assert f"{path}: 1 tensors of its multi-token-prediction layers are left out" in caplog.text
+
+
+@pytest.mark.parametrize("experts", ["each", "stacked"])
+def test_the_model_of_text_is_read_out_of_one_that_also_sees(experts, tmp_path, caplog):
+    tensors = write_seeing_folder(tmp_path / "seeing", experts)
+    with caplog.at_level(logging.WARNING):
+        folder = checked(tmp_path / "seeing")
+    assert "1 tensors that turn pictures into embeddings are left out" in caplog.text
+    assert folder.names() - tensors.keys() == {"model.visual.patch_embed.proj.bias", "mtp.norm.weight"}
+    assert all(torch.equal(folder.tensor(name), tensor) for name, tensor in tensors.items())
+    assert architecture.read(tmp_path / "seeing") == architecture.parse(hf_config("qwen3_5_moe_text"))
 
 
 def test_tensors_of_eight_bits_are_refused(tmp_path):

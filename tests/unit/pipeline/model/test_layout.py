@@ -142,7 +142,7 @@ def models(draw, families=tuple(FAMILIES)):
         deepseek = family == "DeepseekV3ForCausalLM"
         shared = 8 * draw(st.integers(0, 2)) if deepseek else 0
         more["moe"] = Moe(experts, 8, 8 * draw(SMALL), 2, shared_ffn=shared, expert_bias=deepseek)
-    if family == "Qwen3NextForCausalLM":
+    if family in ("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM"):
         nets = tuple(draw(st.lists(st.booleans(), min_size=layers, max_size=layers)))
         more["delta"] = DeltaNet(nets, 8, 8 * draw(SMALL), *(draw(SMALL) for _ in range(3)))
     if family == "DeepseekV3ForCausalLM":

@@ -11,7 +11,7 @@ from tests.plan_source import Source
 from tests.tiny_folder import ARCHITECTURES, write_folder
 
 transformers = pytest.importorskip("transformers")
-FAMILIES = ("qwen2_moe", "qwen3_next", "glm4_moe", "deepseek_v3")
+FAMILIES = ("qwen2_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "glm4_moe", "deepseek_v3")
 
 
 def requests():
