@@ -441,7 +441,9 @@ def of_text(config: Mapping[str, Any]) -> dict[str, Any]:
     What stands beside ``text_config`` counts for the whole model. Any other ``config.json`` is given back.
     """
     inner = config.get("text_config")
-    for name, family in FAMILIES.items() if isinstance(inner, Mapping) else ():
+    if not isinstance(inner, Mapping):
+        return dict(config)
+    for name, family in FAMILIES.items():
         if family.within is not None and config.get("model_type") == family.within:
             shared = {key: config[key] for key in ("tie_word_embeddings", "quantization_config") if key in config}
             named = config.get("architectures")
