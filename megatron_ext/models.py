@@ -172,6 +172,8 @@ def transformer_config(
         **_recompute_config(options),
         **_moe_config(model.moe, options),
         **_mla_config(model),
+        # Only read where a checkpoint is written: layers that are not alike are not stacked.
+        linear_attention_freq=[int(net) for net in model.delta.layers] if model.delta else None,
     )
     if magnitude != 1:
         _multiply_rotary(config, magnitude)

@@ -82,11 +82,12 @@ class Stored:
 def stored(row: Row, model: Architecture, stacked: bool | None = None) -> Stored:
     """Where megatron-core's ``sharded_state_dict`` puts a row of ``model``.
 
-    Dense layers are ``stacked``; those of a model with a list of expert layers (``moe_layer_freq``, as ``models`` sets
-    it) are not.
+    Dense layers are ``stacked``; those of a model with a list of expert layers or of delta nets (``moe_layer_freq``,
+    ``linear_attention_freq``, as ``models`` sets them) are not.
     """
     name, leading = row.parameter, []
-    if row.layer is not None and (model.moe is None if stacked is None else stacked):
+    alike = model.moe is None and model.delta is None
+    if row.layer is not None and (alike if stacked is None else stacked):
         name = name.replace(f"decoder.layers.{row.layer}.", "decoder.layers.", 1)
         leading.append((row.layer, model.layers))
     if row.expert is not None and model.moe is not None:

@@ -108,9 +108,6 @@ def _routing(config: RunConfig, model: Architecture) -> Iterator[Problem]:
     elif replay == "routes" and model.moe and model.moe.top_k < 2:
         problem = "a token has one expert (config.json: num_experts_per_tok); replay needs two or more"
         yield Problem("learner.routing_replay", replay, problem, remedy)
-    elif replay != "off" and config.rollout.engine == "native" and not model.native:
-        problem = f"the native engine records no routes of {model.family.name} models"
-        yield Problem("learner.routing_replay", replay, problem, "set it to off, or rollout.engine=sglang")
 
 
 def _sglang_rotary(config: RunConfig, model: Architecture) -> Iterator[Problem]:

@@ -14,7 +14,7 @@ from pipeline.model.grid import Grid
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "qwen2", "qwen3", "qwen3_moe", "qwen3_next", "deepseek_v3", "deepseek_plain_query"]
+    "name", ["llama", "qwen2", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5", "deepseek_v3", "deepseek_plain_query"]
 )
 def test_stored_as_megatron_stores_it(gang, tmp_path, name):
     folder = tiny_models.write(tmp_path / "hf", tiny_models.config(name))

@@ -35,6 +35,8 @@ CASES = {
         {"dtype": "bf16", "lora": LoraConfig(rank=2, targets=["q_proj", "down_proj"]), **OVERLAP},
     ),
     "EP2, latent attention": ("deepseek_v3", 2, 1, 1, {"sizes": {"ep": 2}}),
+    "TP2 x SP, delta nets": ("qwen3_5", 2, 2, 1, {"sequence_parallel": True}),
+    "EP2, delta nets, distributed optimizer": ("qwen3_next", 2, 1, 1, {"sizes": {"ep": 2}, **OVERLAP}),
     "EP2 x PP2, bf16, distributed optimizer": ("qwen3_moe", 4, 1, 2, {"sizes": {"ep": 2}, "dtype": "bf16", **OVERLAP}),
 }
 

@@ -83,9 +83,6 @@ class NativeEngine(RolloutEngine):
         """Load a Hugging Face folder as version 0. Raises ``EngineError`` naming what the folder lacks."""
         try:
             model = architecture.read(hf_path)
-            if self._record_routes and not model.native:
-                problem = f"it records no routes of {model.family.name} models"
-                raise EngineError(f"native engine: {problem}; set learner.routing_replay to off")
             folder = model_folder.Folder(hf_path)
             model_folder.check(folder, layout.rows(model), model)
         except ModelError as error:

@@ -53,17 +53,24 @@ class TransformersDecoder:
         if lost := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
             raise EngineError(f"native engine: transformers' {type(made).__name__} has other tensors: {lost[:5]}")
         self._causal = made.eval()
+        self._chosen = _Chosen()
+        for name, module in made.named_modules():
+            if name.endswith(".experts"):
+                module.register_forward_pre_hook(self._chosen)
 
     def reserve(self, positions: int) -> None:
         """It has no tables."""
 
     def prefill(self, tokens: torch.Tensor, routes: Routes | None = None) -> tuple[torch.Tensor, KeyValues]:
-        """As :meth:`Decoder.prefill`; routes are not recorded."""
+        """As :meth:`Decoder.prefill`."""
         length = tokens.shape[1]
         cache = _Appended(self.model)
         later = torch.ones(length, length, dtype=torch.bool).triu(1)
         mask = torch.zeros(length, length).masked_fill_(later, -torch.inf)
-        hidden = self._run(tokens, torch.arange(length)[None], mask.expand(len(tokens), 1, -1, -1), cache)
+        heard: Routes = []
+        hidden = self._run(tokens, torch.arange(length)[None], mask.expand(len(tokens), 1, -1, -1), cache, heard)
+        if routes is not None:
+            routes += [layer.unflatten(0, tokens.shape) for layer in heard]
         return hidden, cache.found
 
     def step(
@@ -75,24 +82,38 @@ class TransformersDecoder:
         padding: torch.Tensor | None,
         routes: Routes | None = None,
     ) -> torch.Tensor:
-        """As :meth:`Decoder.step`; routes are not recorded."""
+        """As :meth:`Decoder.step`."""
         rows = len(tokens)
         mask = torch.zeros(rows, 1, 1, column + 1) if padding is None else padding[:, None, None, : column + 1]
-        hidden = self._run(tokens[:, None], positions[:, None], mask, _Written(cache, column))
+        hidden = self._run(tokens[:, None], positions[:, None], mask, _Written(cache, column), routes)
         return self.logits(hidden[:, 0])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Head of the final hidden states: ``[..., hidden]`` -> ``[..., vocab]``."""
         return self._causal.lm_head(hidden)
 
-    def _run(self, tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: Any) -> torch.Tensor:
+    def _run(
+        self, tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: Any, routes: Routes | None
+    ) -> torch.Tensor:
         """Hidden states before the head, ``[rows, length, hidden]``; ``mask`` ``[rows, 1, length, columns]`` is
-        added to the scores.
+        added to the scores. ``routes`` gets the experts of every token, ``[rows * length, top_k]`` by layer.
         """
+        self._chosen.routes = routes
         found = self._causal.model(
             input_ids=tokens, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
         )
         return found.last_hidden_state
+
+
+class _Chosen:
+    """Hears what experts are chosen. It knows nothing of the model: one that is replaced is freed at once."""
+
+    routes: Routes | None = None  # where choices are added
+
+    def __call__(self, _: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        """Every family's experts are given hidden states, the chosen experts ``[tokens, top_k]``, and their shares."""
+        if self.routes is not None:
+            self.routes.append(given[1])
 
 
 class _Layer(NamedTuple):

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.model import architecture
 from pipeline.rollout.engine import EngineError
 from pipeline.rollout.native.engine import NativeEngine
+from pipeline.rollout.native.fallback import TransformersDecoder
 from pipeline.types import GenerateRequest, Prompt, Role
 from tests.plan_source import Source
 from tests.tiny_folder import ARCHITECTURES, write_folder
@@ -56,6 +58,23 @@ def test_log_probs_are_transformers_before_and_after_an_update(tmp_path, family)
     assert first != [sample.token_ids.tolist() for group in groups for sample in group.samples]
 
 
+@pytest.mark.parametrize("family", ["qwen3_next", "glm4_moe", "deepseek_v3"])
+def test_samples_carry_the_experts_that_read_them(tmp_path, family):
+    """Routers of softmax and of sigmoid with biases, shared experts, layers without any."""
+    folder, tensors = write_folder(tmp_path, family)
+    model, engine = architecture.read(folder), NativeEngine(record_routes=True)
+    engine.start(folder)
+    decoder = TransformersDecoder(model, folder, tensors)
+    for group, asked in zip(engine.generate(requests()), requests(), strict=True):
+        for sample in group.samples:
+            routes = []
+            with torch.inference_mode():
+                decoder.prefill(torch.tensor([[*asked.prompt.token_ids, *sample.token_ids.tolist()][:-1]]), routes)
+            expected = torch.stack([layer[0] for layer in routes], dim=1).sort(-1).values
+            assert expected.shape[1:] == (sum(model.moe.layers), model.moe.top_k)
+            assert np.array_equal(np.sort(sample.routes), expected)
+
+
 @pytest.mark.parametrize("family", ["qwen3_next", "glm4_moe"])
 def test_samples_do_not_depend_on_batching(tmp_path, family):
     folder, _ = write_folder(tmp_path, family)
@@ -77,9 +96,6 @@ def test_other_names_of_a_family_run(tmp_path):
 
 
 def test_a_model_that_transformers_makes_of_other_tensors_is_refused(tmp_path):
-    from pipeline.model import architecture
-    from pipeline.rollout.native.fallback import TransformersDecoder
-
     folder, tensors = write_folder(tmp_path, "glm4_moe")
     lost = "model.layers.0.self_attn.q_norm.weight"
     del tensors[lost]
