@@ -1,24 +1,26 @@
 """Episodes over HTTP with real engines: the log-probs of what was drawn are those of another computation of the model.
 
-The model is random: what it draws is no text that a tokenizer would have written so. Any token that was guessed from
-its text, or put into the wrong place, shows.
+That is transformers' for the native engine, and the learner's in a run that trains on episodes of an SGLang server. The
+model is random: what it draws is no text that a tokenizer would have written so. Any token that was guessed from its
+text, or put into the wrong place, shows.
 """
 
 import asyncio
 import importlib.util
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from pipeline.config.schema import RolloutConfig, SglangConfig
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.rollout.native.engine import NativeEngine
 from pipeline.rollout.recording.recording import Limits, Recording
 from pipeline.rollout.recording.template import ConversationTemplate
 from tests.chat_folder import write_chat_folder
+from tests.integration.forks import isentrope
 from tests.scripted_model import CHECK, NO_PROMPT, text_of, user
 from tests.tiny_folder import write_folder
 
@@ -36,22 +38,6 @@ def folder(tmp_path_factory):
     return write_folder(path, "llama", **keep, max_position_embeddings=2048)[0]
 
 
-@pytest.fixture(params=["native", "sglang"])
-def engine(request, folder, tmp_path):
-    if request.param == "native":
-        engine = NativeEngine()
-    else:
-        if importlib.util.find_spec("sglang") is None:
-            pytest.skip("needs the sglang extra")
-        from pipeline.rollout.sglang.engine import SglangEngine
-
-        config = RolloutConfig(engine="sglang", sglang=SglangConfig(max_total_tokens=16384))
-        engine = SglangEngine(config, index=3, log_dir=tmp_path, seed=1)
-    engine.start(folder)
-    yield engine
-    engine.close()
-
-
 async def play(client):
     """An agent that goes on whatever the model says."""
     messages = [user("What is 6 * 7?")]
@@ -60,9 +46,11 @@ async def play(client):
         messages += [answer.choices[0].message, user("That is wrong: try again.")]
 
 
-def test_drawn_tokens_are_trained_on_as_they_were_drawn(engine, folder):
+def test_drawn_tokens_are_trained_on_as_they_were_drawn(folder):
     from pipeline.rollout.recording.endpoint import Endpoint
 
+    engine = NativeEngine()
+    engine.start(folder)
     template = ConversationTemplate(load_tokenizer(folder))
     endpoint = Endpoint("policy")
     url = endpoint.start()
@@ -100,6 +88,51 @@ def test_drawn_tokens_are_trained_on_as_they_were_drawn(engine, folder):
             ids = sample.token_ids[turn.start : turn.end]
             rewritten += list(template.tokenizer.encode_rendered(text_of(template, ids))) != ids.tolist()
     assert rewritten > EPISODES, "tokens guessed from the text would have been others"
-    if not isinstance(engine, NativeEngine):
-        cached = [record.sample("done").cached_tokens for record in records]
-        assert min(cached) > 0, "what was read for one answer is in the cache for the next"
+
+
+AGENT = """
+MESSAGES = [{"role": "user", "content": "What is 6 * 7?"}, {"role": "user", "content": "That is wrong: try again."}]
+CHECK = CHECK_TOOL
+
+async def run(client, prompt, meta):
+    messages, said = MESSAGES[:1], ""
+    for _ in range(TURNS):
+        answer = await client.chat.completions.create(model="policy", messages=messages, tools=[CHECK])
+        said += answer.choices[0].message.content or ""
+        messages += [answer.choices[0].message, MESSAGES[1]]
+    return float(len(said) % 2)
+"""
+RUN = """
+steps: 2
+runtime: inline
+model: {hf_path: MODEL}
+learner: {tensor_model_parallel_size: 1, micro_batch_size: 4, optimizer: {lr: 1.0e-3}}
+rollout:
+  engine: sglang
+  sglang: {max_total_tokens: 16384, dtype: float32}
+  prompts_per_step: 2
+  samples_per_prompt: 4
+  max_prompt_tokens: 256
+  max_new_tokens: 24
+data:
+  chat_template: true
+  environment: {name: function, id: "agent:run", max_turns: TURNS, max_tokens: 1024, concurrency: 2}
+evaluation: {every: 0, at_start: false, at_end: false}
+checkpoint: {every: 0}
+monitoring: {progress: false}
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="needs the sglang extra")
+def test_a_run_trains_on_episodes_of_a_server(folder, tmp_path):
+    (tmp_path / "agent.py").write_text(AGENT.replace("TURNS", str(TURNS)).replace("CHECK_TOOL", repr(CHECK)))
+    (tmp_path / "run.yaml").write_text(RUN.replace("TURNS", str(TURNS)).replace("MODEL", str(folder)))
+    done = isentrope("train", "--config", "run.yaml", "run_dir=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    events = [json.loads(line) for line in Path(tmp_path / "run/events.jsonl").read_text().splitlines()]
+    first, second = [event for event in events if event["kind"] == "step"]
+    for step in (first, second):
+        assert (step["episodes"]["turns"], step["episodes"]["done"]) == (TURNS, 1.0)
+        assert step["episodes"]["given_tokens"] > 50, "the learner reads more than the model drew"
+        assert step["metrics"]["mismatch_max"] < 1e-4, "the second step's server has the learner's new weights"
+        assert step["prefix_cache"]["share"] > 0.5, "what was read for one answer is in the cache for the next"

@@ -93,7 +93,10 @@ def assert_entropies_of_the_start(run_dir: Path) -> list[dict]:
         with torch.no_grad():
             logits = model(tokens).logits[0, len(prompt) - 1 : -1]
         exact = torch.special.entr(logits.softmax(-1)).sum(-1)
-        assert line["entropies"] == pytest.approx(exact.tolist(), abs=6e-4)  # three decimals are kept
+        drawn = [value is not None for value in line["log_probs"]]
+        assert [value is not None for value in line["entropies"]] == drawn
+        told = [value for value in line["entropies"] if value is not None]
+        assert told == pytest.approx(exact[torch.tensor(drawn)].tolist(), abs=6e-4)  # three decimals are kept
     return kept
 
 
@@ -180,7 +183,7 @@ def test_killed_while_answers_are_held_then_resumed_trains_on_each_once(tmp_path
 @pytest.mark.parametrize(
     "more",
     [
-        ["entropy.actuator=reweight"],
+        ["entropy.actuator=reweight", "data.environment={name: tools, max_turns: 3}"],
         ["entropy.actuator=resample"],
         ["entropy.actuator=resample", "rollout.staleness=3", "entropy.repeated_prompts=8"],
         ["entropy.actuator=resample", "rollout.staleness=3", "rollout.partial=true", "rollout.deterministic=true"],
@@ -199,6 +202,7 @@ def test_killed_between_steps_then_resumed_continues_bit_for_bit(tmp_path, more)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [essence(s) for s in steps(run_dir)] == [essence(s) for s in whole]
     assert samples(run_dir) == samples(tmp_path / "whole")
+    assert ("episodes that played after step" in done.stderr) == ("environment" in str(more))
     kept = assert_entropies_of_the_start(run_dir)
     if "entropy.actuator=resample" in more:
         assert any(line["role"] == "auxiliary" and line["reward"] < 1 for line in kept), "no row of the batch"
