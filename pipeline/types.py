@@ -88,7 +88,7 @@ class Turn:
 
     start: int
     end: int
-    finish_reason: str  # "stop" | "length" | "abort"
+    finish_reason: str  # "stop" | "length" | "tool_calls"
 
 
 @dataclass(frozen=True)

@@ -119,13 +119,16 @@ def _verifier_folder(assignments: Sequence[Assignment], path: Path) -> Iterator[
     """
     last = {given.key: given for given in assignments}
     given = {name: last[name].value for name in last if name.startswith("data.")}
-    key = "data.environment.id" if ":" in str(given.get("data.environment.id", "")) else "data.verifier"
+    environment = str(given.get("data.environment.id", ""))
+    own = ":" in environment or bool(environment and given.get("data.environment.name") == "verifiers")
+    key = "data.environment.id" if own else "data.verifier"
     named = str(given.get(key, "auto"))
-    may_be_own = ":" in named or (named == "auto" and given.get("data.source.kind") == "jsonl")
+    own = own or ":" in named
+    may_be_own = own or (named == "auto" and given.get("data.source.kind") == "jsonl")
     if may_be_own and not given.get("data.verifier_folder"):
-        by = last[key].source if ":" in named else COMMAND_LINE
+        by = last[key].source if own else COMMAND_LINE
         file = path if by == COMMAND_LINE else Path(by)
-        if ":" in named or not file.is_relative_to(PACKAGED):
+        if own or not file.is_relative_to(PACKAGED):
             yield Assignment("data.verifier_folder", str(file.parent), str(file))
 
 

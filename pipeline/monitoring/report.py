@@ -246,7 +246,10 @@ def _sample_row(sample: Mapping[str, Any]) -> list[str]:
 
 def _conversation(sample: Mapping[str, Any]) -> str:
     """The turns of an episode, what the model did not draw set apart, and why the episode ended."""
-    starts = {turn[0]: number for number, turn in enumerate(sample["turns"], 1)}
+    starts = {
+        first: f"{number}, tool call" if ended == "tool_calls" else str(number)
+        for number, (first, _, ended) in enumerate(sample["turns"], 1)
+    }
     drawn = [value is not None for value in sample["log_probs"]]
     parts = []
     for at, (piece, own) in enumerate(zip(sample["pieces"], drawn, strict=False)):

@@ -299,7 +299,8 @@ def test_tokens_are_coloured_by_entropy_or_by_log_prob_as_the_reader_chooses(bro
 def test_a_run_that_recorded_no_entropies_shows_log_probs(browser, run_dir, tmp_path):
     shutil.copytree(run_dir, tmp_path / "run")
     path = tmp_path / "run" / "samples" / "step-000059.jsonl"
-    line = json.loads(path.read_text()) | {"log_probs": [-3.0, -1.5, 0.0, 0.0]}
+    line = json.loads(path.read_text()) | {"log_probs": [-3.0, -1.5, None, 0.0], "stop_reason": "done"}
+    line["turns"] = [[0, 2, "tool_calls"], [3, 4, "stop"]]  # an episode, whose third token is a tool's
     del line["entropies"]
     path.write_text(json.dumps(line) + "\n")
     (tmp_path / "run" / "samples" / "step-000060.jsonl").unlink()
@@ -307,7 +308,9 @@ def test_a_run_that_recorded_no_entropies_shows_log_probs(browser, run_dir, tmp_
         page.wait_for_selector("#sample .measure:has-text('the entropy is recorded every tenth step')")
         assert page.get_by_role("group", name="Colour tokens by").get_by_role("button", name="entropy").is_disabled()
         page.keyboard.press("c")
-        assert shades(page) == ["1", "0.5", "0", "0"]
+        assert shades(page) == ["1", "0.5", "", "0"]
+        assert page.locator("#sample .tokens .turn").all_inner_texts() == ["turn 1, a tool call", "turn 2"]
+        assert page.locator("#sample .tokens .given").all_inner_texts() == [line["pieces"][2]]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -70,6 +70,12 @@ class _Said:
     messages: tuple[Message, ...]  # of a chat, the answer included
     length: int  # tokens, up to the answer's end
 
+    @property
+    def finish_reason(self) -> str:
+        """Why the answer ended, as a client is told."""
+        calls = bool(self.messages and self.messages[-1].get("tool_calls"))
+        return "tool_calls" if calls and self.drawn.finish_reason == "stop" else self.drawn.finish_reason
+
     def path(self) -> list[_Said]:
         """The answers from the first to this one."""
         found, last = [self], self.before
@@ -164,7 +170,7 @@ class Recording:
             ids += [context, said.drawn.token_ids]
             log_probs += [np.zeros(len(context), np.float32), said.drawn.log_probs]
             mask += [np.zeros(len(context), bool), np.ones(count, bool)]
-            turns.append(Turn(at, at + count, said.drawn.finish_reason))
+            turns.append(Turn(at, at + count, said.finish_reason))
             spans += [WeightSpan(span.version, at + span.start, at + span.end) for span in said.drawn.weight_versions]
             at += count
         return Sample(
@@ -282,9 +288,8 @@ class Recording:
 
     def _completion(self, text: str, calls: tuple[ToolCall, ...], ids: tuple[str, ...]) -> Completion:
         newest = self._said[-1]
-        reason = "tool_calls" if calls and newest.drawn.finish_reason == "stop" else newest.drawn.finish_reason
         count = newest.length - len(newest.drawn.token_ids)
-        return Completion(text, calls, ids, reason, count, newest.drawn)
+        return Completion(text, calls, ids, newest.finish_reason, count, newest.drawn)
 
     def _text(self, drawn: Sample) -> str:
         return self._template.tokenizer.decode_batch([drawn.token_ids])[0]

@@ -267,6 +267,10 @@ def test_own_verifiers_belong_to_the_folder_of_the_file_that_names_them(tmp_path
     saved = tmp_path / "config.yaml"
     saved.write_text(to_yaml(load_config(base)))
     assert folder(saved) == str(base.parent)
+    for environment in ("{name: function, id: 'mine:run', max_turns: 2}", "{name: verifiers, id: mine, max_turns: 2}"):
+        base.write_text(f"defaults: [quickstart.yaml]\ndata: {{environment: {environment}}}\n")
+        top.write_text(f"defaults: [{base}]\n")
+        assert folder(top) == str(base.parent)
 
 
 @pytest.mark.parametrize(

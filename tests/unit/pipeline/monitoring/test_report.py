@@ -239,8 +239,16 @@ def test_samples_tell_their_mean_entropy_where_it_was_recorded(tmp_path):
     assert "<td>1.000</td><td>0.750</td>" in page  # mean of 0, 0.5, 1 and 1.5
     path = tmp_path / "run" / "samples" / "step-000029.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    path.write_text("".join(json.dumps({k: v for k, v in line.items() if k != "entropies"}) + "\n" for line in lines))
-    assert "<td>1.000</td><td>-</td>" in build(tmp_path / "run")
+    episode = {"turns": [[0, 1, "tool_calls"], [2, 3, "stop"]], "stop_reason": "done", "pieces": ["a", "<b>", "c"]}
+    episode["log_probs"] = [-1.0, None, -1.0]
+    path.write_text("".join(json.dumps(without(line, "entropies") | episode) + "\n" for line in lines))
+    page = build(tmp_path / "run")
+    assert "<td>1.000</td><td>-</td>" in page
+    assert '<b>[1, tool call]</b> a<span class="given">&lt;b&gt;</span><b>[2]</b> c <i>done</i>' in page
+
+
+def without(line, name):
+    return {key: value for key, value in line.items() if key != name}
 
 
 def build(run_dir):

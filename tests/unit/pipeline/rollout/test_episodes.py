@@ -266,6 +266,26 @@ def test_a_wave_holds_the_turn_of_every_episode_that_plays():
     assert waves == [[1, 2, 3], [1, 1]]
 
 
+def test_a_long_turn_holds_up_no_other_episode():
+    long = threading.Event()
+
+    def stream(asked):
+        for number, request in sorted(enumerate(asked), key=lambda each: each[1].seeds == (1,)):
+            assert request.seeds != (1,) or long.wait(10)
+            yield [(number, SampleGroup(request.prompt, (_sample(request),), request.role))]
+
+    turns = Turns(stream, patience_s=0.01, together=2)
+    request = requests(1, 1)[0]
+    with turns.playing(2):
+        slow = turns.ask(replace(request, seeds=(1,)))
+        for turn in range(3):
+            assert turns.ask(replace(request, seeds=(2 + turn,))).result(5).seed == 2 + turn
+        assert not slow.done()
+        long.set()
+        assert slow.result(5).seed == 1
+    turns.close()
+
+
 def _sample(request):
     one = np.ones(1, np.int64)
     return Sample(one, -one.astype(np.float32), 1.0, request.seeds[0], request.role, "stop", (WeightSpan(0, 0, 1),))

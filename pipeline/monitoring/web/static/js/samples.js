@@ -221,9 +221,9 @@ function response(sample, colour) {
   }
   const values = { entropy: sample.entropies, "log-prob": sample.log_probs.map((value) => value === null ? null : -value) };
   const tokens = sample.pieces.map((piece, index) => token(piece, sample, index));
-  const turns = new Map((sample.turns ?? []).map(([start], number) => [start, number + 1]));
+  const turns = new Map((sample.turns ?? []).map(([start, , ended], number) => [start, turnName(number + 1, ended)]));
   const shown = tokens.flatMap((span, index) =>
-    turns.has(index) ? [element("b", { class: "turn" }, `turn ${turns.get(index)}`), span] : [span],
+    turns.has(index) ? [element("b", { class: "turn" }, turns.get(index)), span] : [span],
   );
   const buttons = Object.keys(MEASURES).map((name) => button(name, values[name], colour));
   const told = element("span", { class: "measure" });
@@ -241,6 +241,10 @@ function response(sample, colour) {
     told,
   );
   return { parts: [element("pre", { class: "tokens" }, ...shown), legend], paint };
+}
+
+function turnName(number, ended) {
+  return `turn ${number}${ended === "tool_calls" ? ", a tool call" : ""}`;
 }
 
 function button(measure, values, colour) {
