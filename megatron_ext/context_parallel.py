@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.utils import is_layer_window_attention
 
 from pipeline.objectives.loss import PolicyOutputs
 
@@ -86,12 +88,14 @@ class GatheredAttention(MegatronModule):
 
     For where Transformer Engine, which passes keys and values around in a ring, is not at hand: exact, on any device,
     with the memory of all keys. Values may be of another width than keys (multi-head latent attention). Packed rows are
-    attended to one by one, so that neither a mask nor scores are made outside of them.
+    attended to one by one, so that neither a mask nor scores are made outside of them. Windows and sinks are as
+    megatron-core's attention has them.
     """
 
     def __init__(
         self,
         config: TransformerConfig,
+        layer_number: int = 1,
         *_: Any,
         softmax_scale: float | None = None,
         pg_collection: ProcessGroupCollection,
@@ -100,6 +104,13 @@ class GatheredAttention(MegatronModule):
         super().__init__(config=config)
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self._group = pg_collection.cp
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self._window = config.window_size[0] if windowed else None  # tokens before itself that a token sees
+        self.softmax_offset: torch.nn.Parameter | None = None
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // pg_collection.tp.size()
+            device = torch.cuda.current_device()
+            self.softmax_offset = torch.nn.Parameter(torch.empty(heads, device=device, dtype=config.params_dtype))
 
     def forward(
         self,
@@ -129,16 +140,35 @@ class GatheredAttention(MegatronModule):
         """``query`` ``[seq / cp, rows, heads, width]``; ``keys`` and ``values`` ``[cp, seq / cp, rows, ...]``."""
         size, length = self._group.size(), len(query)
         places = torch.stack([_positions(length, rank, size, query.device) for rank in range(size)])
-        visible = places.flatten()[None, :] <= places[self._group.rank()][:, None]
+        own, others = places[self._group.rank()][:, None], places.flatten()[None, :]
+        visible = others <= own
+        if self._window is not None:
+            visible &= others >= own - self._window
+        keys, values = keys.flatten(0, 1), values.flatten(0, 1)
+        if self.softmax_offset is not None:
+            visible, keys, values = _with_sink(self.softmax_offset, visible, keys, values)
         context = torch.nn.functional.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
-            keys.flatten(0, 1).permute(1, 2, 0, 3),
-            values.flatten(0, 1).permute(1, 2, 0, 3),
+            keys.permute(1, 2, 0, 3),
+            values.permute(1, 2, 0, 3),
             attn_mask=visible,
             scale=self.softmax_scale,
-            enable_gqa=query.shape[2] != keys.shape[3],
+            enable_gqa=query.shape[2] != keys.shape[2],
         )
         return context.permute(2, 0, 1, 3)
+
+
+def _with_sink(
+    sinks: torch.Tensor, visible: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A mask that is added to the scores, ``[heads, queries, keys + 1]``, keys and values, each with one more: zeros,
+    so that the mask alone is its score and it adds nothing.
+    """
+    hidden = torch.zeros_like(visible, dtype=keys.dtype).masked_fill(~visible, -torch.inf)
+    scores = sinks.to(keys.dtype)[:, None, None].expand(-1, len(visible), 1)
+    mask = torch.cat([hidden.expand(len(sinks), -1, -1), scores], dim=-1)
+    keys, values = (F.pad(each, (0, 0) * (each.dim() - 1) + (0, 1)) for each in (keys, values))
+    return mask, keys, values
 
 
 def _positions(length: int, rank: int, size: int, device: torch.device | None = None) -> torch.Tensor:

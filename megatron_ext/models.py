@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.post_training.modelopt.layers import Linear
-from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
+from megatron.core.tensor_parallel import RowParallelLinear, set_tensor_model_parallel_attributes
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
@@ -63,6 +64,11 @@ def build(
     if dtype not in DTYPES:
         raise ValueError(f"model.dtype={dtype!r} is not known; choose one of {', '.join(DTYPES)}")
     model.check_layout(topology.grid)
+    if model.family.biases and topology.grid.expert_tp > 1:
+        raise ValueError(
+            f"expert tensor-parallel size (etp)={topology.grid.expert_tp} is not supported for {model.family.name}: "
+            "megatron-core adds an expert's biases on every rank that has a part of it; use 1"
+        )
     if model.delta:
         delta_net.require_kernels(topology.device)
     numerics = transformer_engine.resolve(options, topology.device)
@@ -89,22 +95,37 @@ def build(
     transformer_engine.place(gpt, topology.device, DTYPES[dtype])
     if numerics.emulated:
         emulate.install(gpt, numerics.precision)
+    if model.family.biases:
+        _leave_sums_out(gpt)
     parameters, grid = global_parameters(gpt), topology.grid
     for row in layout.rows(model, grid):
         parameter = parameters.get(row.parameter)
         if parameter is not None and row.float32:
             parameter.data = parameter.data.float()
         # Without initialisation megatron leaves weights unmarked; the gradient norm would then count rank 0's part
-        # only.
-        if parameter is not None and row.split is not None and not hasattr(parameter, "tensor_model_parallel"):
-            set_tensor_model_parallel_attributes(parameter, True, row.split, 1)
+        # only. Of experts it is added up over the ranks that hold different ones.
+        parted = row.split is not None or row.expert is not None
+        if parameter is not None and parted and not hasattr(parameter, "tensor_model_parallel"):
+            set_tensor_model_parallel_attributes(parameter, True, row.dim, 1)
         # megatron 0.16 reduces experts over the wrong ranks where only their TP is another (later versions do as here).
         if parameter is not None and row.expert is not None:
             parameter.allreduce = grid.ep == 1 and grid.expert_tp == grid.tp  # type: ignore[attr-defined]
+            # An expert sees all of its tokens; megatron would add up the gradients of its biases over TP ranks again.
+            parameter.sequence_parallel = False  # type: ignore[attr-defined]
     if options.lora.rank:
         specs = adapters(model, grid, options.lora)
         lora.attach(gpt, _names(gpt), specs, options.lora.scale, topology)
     return gpt
+
+
+def _leave_sums_out(gpt: GPTModel) -> None:
+    """Have experts, each of which is whole on its rank, not add up their outputs over that rank alone.
+
+    megatron-core adds their biases in place (core/transformer/mlp.py, 0.16 to 0.19), which torch refuses of such a sum.
+    """
+    for module in gpt.modules():
+        if isinstance(module, RowParallelLinear) and module.is_expert:
+            module.explicit_expert_comm = True
 
 
 def transformer_config(
@@ -144,9 +165,10 @@ def transformer_config(
         attention_output_gate=model.family.output_gate,
         qk_layernorm=model.qk_norm or model.mla is not None,
         add_qkv_bias=model.qkv_bias,
-        add_bias_linear=False,
+        add_bias_linear=model.family.biases,
         gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu,
+        **_activation(model),
+        **_sights(model),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         attention_softmax_in_fp32=True,
@@ -178,6 +200,22 @@ def transformer_config(
     if magnitude != 1:
         _multiply_rotary(config, magnitude)
     return config
+
+
+def _activation(model: Architecture) -> dict[str, Any]:
+    """What a feed-forward does with its gate and up halves; gpt-oss's numbers are those of transformers' class."""
+    if not model.family.clamped:
+        return {"activation_func": F.silu}
+    return {"activation_func": quick_gelu, "activation_func_clamp_value": 7.0, "glu_linear_offset": 1.0}
+
+
+def _sights(model: Architecture) -> dict[str, Any]:
+    """What a token attends to, if not all tokens before it and nothing else."""
+    sights: dict[str, Any] = {"softmax_type": "learnable"} if model.family.sinks else {}
+    if model.window:
+        sights["window_size"] = (model.window.tokens - 1, 0)
+        sights["window_attn_skip_freq"] = [int(layer) for layer in model.window.layers]
+    return sights
 
 
 def _multiply_rotary(config: TransformerConfig, magnitude: float) -> None:
@@ -314,6 +352,9 @@ def _spec(
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=engine, normalization="RMSNorm", vp_stage=chunk)
     if not engine:
         _own_modules(spec, config)
+    elif config.context_parallel_size > 1 and (model.family.sinks or model.window):  # its ring has not both
+        for layer in spec.layer_specs:
+            layer.submodules.self_attention.submodules.core_attention = GatheredAttention
     for layer in spec.layer_specs if engine and unfused else ():
         _unfuse(layer.submodules)
     layers = topology.grid.chunks(model.layers)[topology.grid.place(topology.rank).pp][chunk or 0]

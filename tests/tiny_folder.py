@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from pipeline.model import architecture, layout
+from pipeline.model import architecture, layout, stacked
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -19,6 +19,7 @@ ARCHITECTURES = {
     "qwen3_next": "Qwen3NextForCausalLM",
     "qwen3_5_text": "Qwen3_5ForCausalLM",
     "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
 }
@@ -65,6 +66,17 @@ EXTRA = {
         "norm_topk_prob": True,
         "mlp_only_layers": [],
         "decoder_sparse_step": 1,
+    },
+    "gpt_oss": {
+        "sliding_window": 4,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "truncate": False,
+            "original_max_position_embeddings": 128,
+        },
     },
     "qwen3_next": {
         "partial_rotary_factor": 0.25,
@@ -163,12 +175,13 @@ def random_tensors(config, seed):
 
 
 def write_folder(path: Path, family, seed=0, **changes):
-    """A model folder; returns its path and its tensors."""
+    """A model folder; returns its path and its tensors, of which a folder may hold some as parts of others."""
     config = hf_config(family, **changes)
     tensors = random_tensors(config, seed)
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(config))
-    save_file(tensors, str(path / "model.safetensors"), metadata={"format": "pt"})
+    stored = stacked.stack(tensors, architecture.parse(config))
+    save_file(stored, str(path / "model.safetensors"), metadata={"format": "pt"})
     return path, tensors
 
 

@@ -6,7 +6,7 @@ A test keeps it up to date, and fails where a family has no line in ``KNOWN``.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from pipeline.model import architecture  # noqa: E402
-from pipeline.model.architecture import FAMILIES  # noqa: E402
+from pipeline.model.architecture import FAMILIES, Architecture  # noqa: E402
 from pipeline.model.rope import ANY_ROPE  # noqa: E402
 from tests.tiny_folder import hf_config  # noqa: E402
 
@@ -27,7 +27,7 @@ class Known(NamedTuple):
     """What the code does not say of a family."""
 
     models: str  # that people know
-    sglang: str  # what was tried of live updates: "server" | "places"
+    sglang: str  # what was tried of live updates: "server" | "places" | "refused"
     fp8: str  # rollouts in FP8: what was tried
 
 
@@ -42,6 +42,7 @@ KNOWN: Mapping[str, Known] = {
     "qwen3_next": Known("Qwen3-Next-80B-A3B", "places, 1 rank", "untried with SGLang"),
     "qwen3_5_text": Known("Qwen3.5-27B and smaller, text", "places, 1 rank", "untried with SGLang"),
     "qwen3_5_moe_text": Known("Qwen3.5-35B-A3B, text", "places, 1 rank", "untried with SGLang"),
+    "gpt_oss": Known("gpt-oss-20b, gpt-oss-120b", "refused", "native only"),
     "glm4_moe": Known("GLM-4.5, GLM-4.5-Air, GLM-4.6", "places", "untried with SGLang"),
     "deepseek_v3": Known("DeepSeek-V3, V3.1, R1, Kimi-K2", "places", "untried with SGLang"),
 }
@@ -66,7 +67,7 @@ def table() -> str:
         cells = [
             ", ".join(f"`{name}`" for name in (family.name, *family.aliases, family.within) if name),
             known.models,
-            "TP, SP, PP, VPP" + (", CP" if model.delta is None else "") + (", EP, expert-TP" if model.moe else ""),
+            ", ".join(_sizes(model)),
             "own decoder" if model.native else "transformers'",
             known.sglang,
             "all" if family.rope.kinds == ANY_ROPE.kinds else ", ".join(family.rope.kinds),
@@ -74,6 +75,14 @@ def table() -> str:
         ]
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows) + "\n"
+
+
+def _sizes(model: Architecture) -> Iterator[str]:
+    yield "TP, SP, PP, VPP"
+    if model.delta is None:
+        yield "CP"
+    if model.moe:
+        yield "EP" if model.family.biases else "EP, expert-TP"
 
 
 def unknown() -> set[str]:

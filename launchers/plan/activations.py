@@ -205,7 +205,7 @@ def _attention(work: Work, index: int) -> _Attention:
     own_queries = groups > 1  # those of several groups are reshaped, those of one are a view of the projection
     if model.qk_norm:
         inputs += tokens * (heads + groups) * _FLOAT  # inverse deviations
-    if not work.transformer_engine:
+    if not work.transformer_engine or (work.cp > 1 and (model.family.sinks or model.window)):
         return _local_attention(work, inputs, heads, groups, own_queries=own_queries)
     if model.qk_norm and own_queries:
         inputs += q * size
@@ -231,6 +231,8 @@ def _local_attention(work: Work, inputs: float, heads: float, groups: float, *, 
         outside += (q + kv) * _FLOAT if size < _FLOAT else q * size * own_queries
     if gathered:
         core = 2 * kv * work.cp * size + tokens * heads * _FLOAT + work.length**2 / work.cp * size  # and a mask
+        if model.family.sinks:  # torch then computes it step by step, in float32
+            core = (q + 2 * kv * work.cp * heads / groups + tokens * heads * (work.length + 1)) * _FLOAT
         again = core + q * size
     else:
         core = again = _matrix(work, heads) + 2 * q * size * repeated
@@ -250,9 +252,10 @@ def _flash(work: Work, outside: float, output: float, sums: float, linear: float
 
 
 def _matrix(work: Work, heads: float) -> float:
-    """The softmax's output, in float32 and again in the model's type, and the causal mask."""
+    """The softmax's output, in float32 and again in the model's type, and the causal mask; sinks are a column more."""
     entry = _FLOAT + (work.itemsize if work.itemsize < _FLOAT else 0)
-    return work.tokens * work.length * heads * entry + work.length**2 / work.cp
+    sinks = work.tokens * heads * _FLOAT * work.model.family.sinks
+    return work.tokens * work.length * heads * entry + sinks + work.length**2 / work.cp
 
 
 def _latent_attention(work: Work, mla: Mla) -> _Attention:
@@ -279,8 +282,11 @@ def _gated(work: Work, index: int, width: int, inputs: float) -> float:
 
 
 def _gate(work: Work) -> int:
-    """Entries that the gated SiLU keeps per entry of its result: its two inputs; unfused also silu(gate) and up + 0."""
-    return 2 if work.transformer_engine else 4
+    """Entries that the gated SiLU keeps per entry of its result: its two inputs; unfused also silu(gate) and up + 0.
+
+    gpt-oss's keeps, unfused, its clamped gate and the sigmoid of that too.
+    """
+    return 2 if work.transformer_engine else 6 if work.model.family.clamped else 4
 
 
 def _experts(work: Work, moe: Moe, index: int) -> float:

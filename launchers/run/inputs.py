@@ -60,7 +60,7 @@ def _model(config: RunConfig) -> Iterator[Problem]:
     path = resolve_path(config.model.hf_path)
     try:
         architecture = read(path)
-        check(Folder(path), rows(architecture), architecture)
+        check(Folder(path, architecture), rows(architecture), architecture)
     except ModelError as error:
         for refusal in error.refusals:
             yield Problem("model.hf_path", config.model.hf_path, f"{path}: {refusal.problem}", refusal.remedy)

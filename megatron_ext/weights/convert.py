@@ -26,7 +26,7 @@ from megatron_ext.weights.parts import Budget, ConversionError, Work
 from megatron_ext.weights.verify import MANIFEST, in_hf
 from megatron_ext.weights.verify import verify as compare
 from pipeline.config.load import load_config, resolve_path
-from pipeline.model import architecture, fp8, fp8_layout, identity, layout
+from pipeline.model import architecture, fp8, fp8_layout, identity, layout, stacked
 from pipeline.model.architecture import Architecture, read_config, read_whole_config
 from pipeline.model.folder import Files, Folder, check, is_weights
 from pipeline.model.grid import Grid
@@ -91,7 +91,7 @@ def hf_to_megatron(
     grid = _with_end_stages(grid or Grid(), model.layers)
     model.check_layout(grid)
     rows = [row for row in layout.rows(model, grid) if row.exported]
-    folder = Folder(hf)
+    folder = Folder(hf, model)
     check(folder, rows, model)
     types = {row.parameter: _type_of(row, folder, dtype) for row in rows}
     part_bytes = part_bytes or _part_bytes(sum(_nbytes(row.local_shape(1), types[row.parameter]) for row in rows))
@@ -251,6 +251,10 @@ def megatron_to_hf(
     directory = torch_dist.find(checkpoint)
     model = architecture.read(hf)
     identity.check(directory, model, str(hf / "config.json"))
+    if dtype == FP8 and model.family.stacked:
+        raise ValueError(
+            f"--dtype fp8 is not supported for {model.family.name}, whose experts share tensors: use bf16 or fp32"
+        )
     rows = [row for row in layout.rows(model) if row.exported]
     source = torch_dist.Checkpoint(directory, model, rows)
     types = {row.parameter: _type_in_hf(row, source, dtype) for row in rows}
@@ -272,7 +276,7 @@ def megatron_to_hf(
     with Work(out, settings) as work:
         resumed = len(work.finished)
         places = {name: place for tensor in tensors for name, place in tensor.places.items()}
-        files = Files(work.folder, places, shard_bytes)
+        files = Files(work.folder, places, shard_bytes, stacked.parts(model))
         _allocate(work, files, resumed)
         with closing(files):
             results = work.run(

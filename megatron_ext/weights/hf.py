@@ -25,7 +25,7 @@ def load(
     ``rows`` are those of the whole model, so that every rank refuses a folder with missing, misshapen or unknown
     tensors. Raises ``ValueError`` that names the tensor, both shapes and the layout row.
     """
-    folder = Folder(hf_path)
+    folder = Folder(hf_path, model)
     check(folder, rows, model)
     mine = {row: part for row in rows if (part := row.part(topology.grid, topology.rank))}
     if unmatched := set(parameters) ^ {row.parameter for row in mine}:

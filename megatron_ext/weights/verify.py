@@ -32,7 +32,7 @@ def verify(
 
     The logits of small models too. Raises ``ConversionError`` that names the tensors that differ.
     """
-    folder, checkpoint = Folder(hf), torch_dist.Checkpoint(directory, model, rows)
+    folder, checkpoint = Folder(hf, model), torch_dist.Checkpoint(directory, model, rows)
     entries = json.loads((written / MANIFEST).read_text())["tensors"]
     by_row = {row.parameter: row for row in rows}
 
@@ -42,7 +42,7 @@ def verify(
             with budget.hold(2 * math.prod(source.shape) * folder.dtype(source.name).itemsize):
                 ours = checkpoint.read(row, number)
                 if written == hf:  # the source in the type of what was written
-                    made = in_hf(source.name, ours, folder.entries[source.name].dtype)
+                    made = in_hf(source.name, ours, folder.stored(source.name).dtype)
                     pairs = {name: (folder.stored(name), values) for name, values in made.items()}
                 else:
                     pairs = {source.name: (folder.tensor(source.name).to(ours.dtype), ours)}
@@ -64,7 +64,7 @@ def verify(
         raise ConversionError(f"{len(wrong)} tensors of {written} differ from the source: {', '.join(wrong[:5])}")
     size = sum(entry.nbytes for entry in folder.entries.values())
     types = {entry.dtype for entry in folder.entries.values()} | {checkpoint.dtype(row) for row in rows}
-    if size > SMALL_MODEL or fp8.CODES in types:
+    if size > SMALL_MODEL or types & {fp8.CODES, torch.uint8}:
         return "tensors"
     from megatron_ext.weights import logits  # megatron, transformers: only for small models
 

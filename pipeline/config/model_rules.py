@@ -81,6 +81,15 @@ def _layout(config: RunConfig, model: Architecture) -> Iterator[Problem]:
             f"the model has experts, which are trained under TP {learner.tensor_model_parallel_size} with it only",
             "set it to true",
         )
+    expert_tp = learner.expert_tensor_parallel_size
+    if model.family.biases and (expert_tp or learner.tensor_model_parallel_size) > 1:
+        yield Problem(
+            "learner.expert_tensor_parallel_size",
+            expert_tp,
+            f"experts of a {model.family.name} model have biases, which megatron-core adds on every rank that has a "
+            "part of an expert",
+            "set it to 1",
+        )
     if model.delta and learner.context_parallel_size > 1:
         yield Problem(
             "learner.context_parallel_size",
@@ -90,6 +99,7 @@ def _layout(config: RunConfig, model: Architecture) -> Iterator[Problem]:
         )
     yield from _sglang_experts(config, model)
     yield from _sglang_rotary(config, model)
+    yield from _sglang_sinks(config, model)
     yield from _routing(config, model)
 
 
@@ -121,6 +131,15 @@ def _sglang_rotary(config: RunConfig, model: Architecture) -> Iterator[Problem]:
     if isinstance(rope, (Yarn, LongRope)) and rope.explicit:
         problem = f"attention_factor={rope.attention_factor:g} of the model's rotary scaling is not read by SGLang"
         yield Problem("rollout.engine", "sglang", problem, remedy)
+
+
+def _sglang_sinks(config: RunConfig, model: Architecture) -> Iterator[Problem]:
+    """Where an update's slices belong in SGLang 0.5.21's ``GptOssForCausalLM`` is not built; no CPU backend of its
+    attention takes sinks.
+    """
+    if config.rollout.engine == "sglang" and model.family.sinks:
+        problem = f"live updates of {model.family.name} models are not built for SGLang"
+        yield Problem("rollout.engine", "sglang", problem, "set rollout.engine=native")
 
 
 def _sglang_experts(config: RunConfig, model: Architecture) -> Iterator[Problem]:

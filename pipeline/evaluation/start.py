@@ -46,7 +46,8 @@ def measure(folder: Path, prompts: Sequence[Prompt], *, samples: int, max_new_to
     ]
     groups = engine.generate(requests)
     engine.close()
-    model, stored = architecture.read(folder), Folder(folder)
+    model = architecture.read(folder)
+    stored = Folder(folder, model)
     decoder = decoder_of(model, folder, {name: stored.tensor(name) for name in layout.tensor_shapes(model)})
     total, drawn = 0.0, [sample for group in groups for sample in group.samples]
     for group in groups:

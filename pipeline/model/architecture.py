@@ -71,6 +71,14 @@ class DeltaNet:
 
 
 @dataclass(frozen=True)
+class Window:
+    """Sliding-window attention: in some layers a token sees the last tokens only."""
+
+    layers: tuple[bool, ...]  # by layer: a window (True) or the whole row
+    tokens: int  # that a token sees, itself among them
+
+
+@dataclass(frozen=True)
 class Switch:
     """A key of ``config.json`` that says whether a model has something."""
 
@@ -94,6 +102,10 @@ class Family:
     qk_norm: bool | Switch = False  # RMSNorm over each query and key head
     output_gate: bool = False  # attention's output is multiplied by a gate's sigmoid, which the query projection has
     zero_centred: bool = False  # norms multiply by 1 + weight
+    biases: bool = False  # on attention's output, the router and the experts too
+    sinks: bool = False  # each head attends to a learnt score beside the tokens'
+    clamped: bool = False  # feed-forwards are gpt-oss's: both halves clamped, x sigmoid(1.702 x) of one, 1 + the other
+    stacked: bool = False  # a folder has one tensor for all experts of a layer (pipeline.model.stacked)
     rope: RopeRules = ANY_ROPE
     head_dim: int | None = None  # where config.json has none; None: hidden_size / num_attention_heads
     kv_heads: int | None = None  # where config.json has none; None: as many as query heads
@@ -103,6 +115,7 @@ class Family:
     mla: bool = False  # latent attention
     moe: Callable[[Said, int], Moe] | None = None  # reads the experts, given the number of layers
     delta: Callable[[Said, int], DeltaNet] | None = None  # reads the delta nets, given the number of layers
+    window: Callable[[Said, int], Window] | None = None  # reads the sliding window, given the number of layers
     ahead: str | None = None  # how names of multi-token-prediction layers begin; None: with the numbers after the last
     delta_apart: bool = False  # a delta net's gates, and what it multiplies by, have projections of their own
     within: str | None = None  # model_type of models that also see, and have one of this family as their text_config
@@ -153,6 +166,19 @@ def _qwen3_next_delta(said: Said, layers: int) -> DeltaNet:
     if values % keys:
         said.refuse(f"linear_num_value_heads={values} is not a multiple of linear_num_key_heads={keys}")
     return DeltaNet(tuple(kind == "linear_attention" for kind in kinds), keys, values, key_dim, value_dim, kernel)
+
+
+def _gpt_oss_window(said: Said, layers: int) -> Window:
+    kinds = said.config.get("layer_types")
+    if kinds is None:
+        kinds = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)]
+    if not isinstance(kinds, list) or len(kinds) != layers or {*kinds} - {"full_attention", "sliding_attention"}:
+        said.refuse(
+            f"layer_types={kinds!r} is not supported: it needs one of full_attention and sliding_attention for each of "
+            f"num_hidden_layers={layers}"
+        )
+        kinds = ["full_attention"] * layers
+    return Window(tuple(kind == "sliding_attention" for kind in kinds), said.count("sliding_window", 128))
 
 
 def _mixtral_moe(said: Said, layers: int) -> Moe:
@@ -208,6 +234,10 @@ _DEEPSEEK = (
     Fixed("moe_layer_freq", 1, "transformers has experts in every layer from first_k_dense_replace on"),
 )
 _WINDOW = Fixed("sliding_window", None, "sliding-window attention is not built", absent=4096)
+_GPT_OSS = (
+    Fixed("attention_bias", True, "attention is built with its biases"),
+    Fixed("swiglu_limit", 7.0, "transformers clamps feed-forwards at 7, whatever this says"),
+)
 _MIXTRAL_NAMES = (
     ("mlp.", "block_sparse_moe."),
     (".gate_proj.", ".w1."),
@@ -257,6 +287,21 @@ FAMILIES: Mapping[str, Family] = {
     "Qwen3_5MoeForCausalLM": replace(
         _QWEN3_NEXT, name="qwen3_5_moe_text", within="qwen3_5_moe", moe=_qwen3_5_moe, delta_apart=True
     ),
+    "GptOssForCausalLM": Family(
+        "gpt_oss",
+        qkv_bias=True,
+        biases=True,
+        sinks=True,
+        clamped=True,
+        stacked=True,
+        rope=RopeRules(theta=150_000.0, required=True),
+        head_dim=64,
+        kv_heads=8,
+        fixed=_GPT_OSS,
+        renamed=((".mlp.gate.", ".mlp.router."),),
+        moe=_mixtral_moe,
+        window=_gpt_oss_window,
+    ),
     "Glm4MoeForCausalLM": Family(
         "glm4_moe",
         qkv_bias=Switch("attention_bias"),
@@ -298,6 +343,7 @@ class Architecture:
     moe: Moe | None = None
     mla: Mla | None = None
     delta: DeltaNet | None = None
+    window: Window | None = None
     qkv_bias: bool = False
     qk_norm: bool = False
     partial_rotary: float = 1.0  # share of a head that is rotated, its first entries
@@ -312,9 +358,11 @@ class Architecture:
     def native(self) -> bool:
         """Whether the native engine has a decoder of its own for it.
 
-        That takes heads that are rotated whole, and experts that are chosen by their softmax alone.
+        That takes heads that are rotated whole and see the whole row, and experts that are chosen by their softmax
+        alone.
         """
-        moe, whole = self.moe, self.mla is None and self.delta is None and self.partial_rotary == 1
+        moe, plain = self.moe, self.mla is None and self.delta is None and self.window is None
+        whole = plain and self.partial_rotary == 1 and not self.family.sinks
         return whole and (moe is None or not (moe.sigmoid or moe.shared_ffn or moe.groups > 1))
 
     @property
@@ -329,6 +377,10 @@ class Architecture:
     def is_delta(self, layer: int | None) -> bool:
         """Whether a layer has a delta net, not attention."""
         return self.delta is not None and layer is not None and self.delta.layers[layer]
+
+    def is_windowed(self, layer: int | None) -> bool:
+        """Whether a layer's tokens see a sliding window only."""
+        return self.window is not None and layer is not None and self.window.layers[layer]
 
     @property
     def attention_layers(self) -> int:
@@ -351,6 +403,7 @@ class Architecture:
             "q": self.heads * self.head_dim,
             "kv": self.kv_heads * self.head_dim,
             "head_dim": self.head_dim,
+            "heads": self.heads,
         }
         if self.moe:
             sizes |= {"experts": self.moe.experts, "expert_ffn": self.moe.ffn, "shared_ffn": self.moe.shared_ffn}
@@ -487,8 +540,8 @@ def parse(config: Mapping[str, Any]) -> Architecture:
     family = _family(config)
     said = Said(config)
     said.fixed((*_FIXED, *family.fixed, *(() if family.qkv_bias else (_NO_BIAS,))))
-    _refuse_quantised(said)
-    if not family.delta:
+    _refuse_quantised(said, family)
+    if not family.delta and not family.window:
         _refuse_other_layers(said)
     layers, hidden = map(said.count, ("num_hidden_layers", "hidden_size"))
     heads, vocab, positions = map(said.count, ("num_attention_heads", "vocab_size", "max_position_embeddings"))
@@ -497,6 +550,7 @@ def parse(config: Mapping[str, Any]) -> Architecture:
     moe = family.moe(said, layers) if family.moe else None
     ffn = said.count("intermediate_size", 0 if moe and all(moe.layers) else None)  # of the layers without experts
     delta = family.delta(said, layers) if family.delta else None
+    window = family.window(said, layers) if family.window else None
     said.check()
     kv_heads, head_dim = _heads(said, family, heads, hidden)
     rope = read_rope(said, family.rope, positions, mla.rope_dim if mla else head_dim)
@@ -520,6 +574,7 @@ def parse(config: Mapping[str, Any]) -> Architecture:
         moe=moe,
         mla=mla,
         delta=delta,
+        window=window if window and any(window.layers) else None,
         qkv_bias=_has(family.qkv_bias, config),
         qk_norm=_has(family.qk_norm, config),
         partial_rotary=rope.partial,
@@ -543,15 +598,20 @@ def _family(config: Mapping[str, Any]) -> Family:
     return FAMILIES[known[kind]]
 
 
-def _refuse_quantised(said: Said) -> None:
-    """Of quantised folders those are read whose matrices are FP8 codes in blocks, as DeepSeek-V3's."""
+def _refuse_quantised(said: Said, family: Family) -> None:
+    """Of quantised folders those are read whose matrices are FP8 codes in blocks, as DeepSeek-V3's, or whose stacked
+    experts are MXFP4 codes, as gpt-oss's.
+    """
     quantised = said.config.get("quantization_config")
-    if quantised is not None and not stored_in_fp8(said.config):
+    read = stored_in_mxfp4(said.config) if family.stacked else stored_in_fp8(said.config)
+    if quantised is not None and not read:
         described = quantised if isinstance(quantised, dict) else {"quant_method": quantised}
         named = ", ".join(f"{key} {described.get(key)!r}" for key in ("quant_method", "weight_block_size"))
+        codes = f"FP8 codes (quant_method 'fp8') in blocks of [{FP8_BLOCK}, {FP8_BLOCK}]"
+        if family.stacked:
+            codes = "MXFP4 codes (quant_method 'mxfp4') of experts"
         said.refuse(
-            f"quantization_config ({named}) is not supported: weights in 16 or 32 bits are read, and FP8 codes "
-            f"(quant_method 'fp8') in blocks of [{FP8_BLOCK}, {FP8_BLOCK}]",
+            f"quantization_config ({named}) is not supported: weights in 16 or 32 bits are read, and {codes}",
             "give the folder of the same model in 16 or 32 bits; where its tensors are that, "
             "remove quantization_config",
         )
@@ -571,6 +631,12 @@ def stored_in_fp8(config: Mapping[str, Any]) -> bool:
         and quantised.get("quant_method") == "fp8"
         and quantised.get("weight_block_size") == [FP8_BLOCK, FP8_BLOCK]
     )
+
+
+def stored_in_mxfp4(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` says that its folder holds experts as MXFP4 codes."""
+    quantised = config.get("quantization_config")
+    return isinstance(quantised, dict) and quantised.get("quant_method") == "mxfp4"
 
 
 def _heads(said: Said, family: Family, heads: int, hidden: int) -> tuple[int, int]:

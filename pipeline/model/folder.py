@@ -22,12 +22,13 @@ from pathlib import Path
 
 import torch
 
-from pipeline.model import fp8
+from pipeline.model import fp8, mxfp4
 from pipeline.model.architecture import Architecture
-from pipeline.model.checksum import head
+from pipeline.model.checksum import checksum, head
 from pipeline.model.fp8_layout import scale_name, scale_shape
 from pipeline.model.layout import EMBEDDING, HEAD, Row, ignored, predicts_ahead, renamed, sees
 from pipeline.model.reading import ModelError, Refusal
+from pipeline.model.stacked import Part, parts
 from pipeline.units import FP8_BLOCK
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -36,6 +37,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
+    "U8": torch.uint8,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _BLOCK = 2**20  # bytes
@@ -83,16 +85,17 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def mapped(path: Path, start: int, dtype: torch.dtype, count: int) -> torch.Tensor:
+def mapped(path: Path, start: int, dtype: torch.dtype, count: int, *, write: bool = False) -> torch.Tensor:
     """``count`` entries of a file from byte ``start``: its own pages, read when touched and unmapped with the tensor.
 
-    Writing to the tensor leaves the file alone.
+    Writing to the tensor leaves the file alone, unless it is asked to ``write``.
     """
     if count == 0:
         return torch.empty(0, dtype=dtype)
     page = start - start % mmap.ALLOCATIONGRANULARITY
-    with path.open("rb") as file:
-        pages = mmap.mmap(file.fileno(), start - page + count * dtype.itemsize, access=mmap.ACCESS_COPY, offset=page)
+    access = mmap.ACCESS_WRITE if write else mmap.ACCESS_COPY
+    with path.open("r+b" if write else "rb") as file:
+        pages = mmap.mmap(file.fileno(), start - page + count * dtype.itemsize, access=access, offset=page)
     return torch.frombuffer(pages, dtype=dtype, count=count, offset=start - page)
 
 
@@ -118,14 +121,15 @@ class Folder:
     """The tensors of a Hugging Face folder: one ``model.safetensors`` or the files of its index.
 
     Reads slices, not files. A matrix stored as FP8 codes with scales of blocks, as DeepSeek-V3's, is read as the
-    bfloat16 values that the codes stand for (its own ``fp8_cast_bf16.py`` makes the same); its scales have no name.
-    The model of text within one that also sees has the names that it has by itself, and so have experts that are
-    stored in one tensor for all.
+    bfloat16 values that the codes stand for (its own ``fp8_cast_bf16.py`` makes the same); its scales have no name. So
+    are MXFP4 codes, as gpt-oss's. The model of text within one that also sees has the names that it has by itself, and
+    so have experts that are stored in one tensor for all: end to end, or gpt-oss's otherwise (``stacked``).
 
     Raises ``ModelError`` where a file is missing, truncated or not safetensors, or where the index is another model's.
     """
 
-    def __init__(self, hf_path: Path) -> None:
+    def __init__(self, hf_path: Path, model: Architecture | None = None) -> None:
+        """``model`` says which tensors are parts of others; without it every name is a file's own."""
         self.path = hf_path
         self.entries: dict[str, Entry] = {}
         index = _index(hf_path)
@@ -149,17 +153,46 @@ class Folder:
                 problem = f"{scale} is {entry.dtype} {list(entry.shape)}, not float32 {list(wanted)}"
                 raise _error(hf_path, problem, "give a folder of FP8 codes in blocks of 128x128, or one in 16 bits")
 
+        self._parts = self._find_parts(parts(model)) if model else {}
+
+    def _find_parts(self, wanted: Mapping[str, Part]) -> dict[str, Part]:
+        """Those of ``wanted`` whose whole is there, in one of its two forms, and of the right shape."""
+        found = {}
+        for name, part in wanted.items():
+            codes, scales = part.whole + mxfp4.BLOCKS, part.whole + mxfp4.SCALES
+            if part.whole in self.entries:
+                shapes = {part.whole: part.shape}
+            elif {codes, scales} <= self.entries.keys():
+                experts, width, out = part.shape
+                groups = experts, out, width // mxfp4.GROUP
+                shapes = {codes: (*groups, mxfp4.GROUP // 2), scales: groups}
+            else:
+                continue
+            for stored, shape in shapes.items():
+                if (has := self.entries[stored].shape) != shape:
+                    problem = f"{stored} has shape {list(has)}, config.json asks for {list(shape)}"
+                    raise _error(self.path, problem, "restore the folder, or its config.json")
+            found[name] = part
+        return found
+
     def names(self) -> set[str]:
         """Names of all tensors."""
-        return self.entries.keys() - set(self._scales.values())
+        wholes = {part.whole for part in self._parts.values()}
+        apart = {whole + end for whole in wholes for end in ("", mxfp4.BLOCKS, mxfp4.SCALES)}
+        return (self.entries.keys() - set(self._scales.values()) - apart) | self._parts.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Full shape of a tensor."""
+        if part := self._parts.get(name):
+            _, *inner, last = part.shape
+            return last // part.step, *inner
         return self.entries[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of a tensor's values."""
-        return torch.bfloat16 if name in self._scales else self.entries[name].dtype
+        stored = part.whole if (part := self._parts.get(name)) else name
+        coded = name in self._scales or (part is not None and stored not in self.entries)
+        return torch.bfloat16 if coded else self.entries[stored].dtype
 
     def tensor(self, name: str) -> torch.Tensor:
         """A whole tensor: a view of the file, or values of its codes."""
@@ -167,6 +200,8 @@ class Folder:
 
     def stored(self, name: str) -> torch.Tensor:
         """A whole tensor as the file has it, codes and scales included: a view of the file."""
+        if part := self._parts.get(name):
+            return self._part(part).contiguous()
         return self._view(name, 0, 0, self.shape(name)[0])
 
     def read(self, name: str, dim: int, start: int, length: int) -> torch.Tensor:
@@ -174,6 +209,8 @@ class Folder:
 
         A view of the file, contiguous for ``dim`` 0; of codes a new tensor, made of the blocks that are touched.
         """
+        if part := self._parts.get(name):
+            return self._part(part).narrow(dim, start, length)
         if name not in self._scales:
             return self._view(name, dim, start, length)
         first, last = start // FP8_BLOCK, -(-(start + length) // FP8_BLOCK)
@@ -181,6 +218,15 @@ class Folder:
         codes = self._view(name, dim, begin, end - begin)
         scales = self._view(self._scales[name], dim, first, last - first)
         return fp8.dequantise(codes, scales, dtype=torch.bfloat16).narrow(dim, start - begin, length)
+
+    def _part(self, part: Part) -> torch.Tensor:
+        """An expert's tensor: a view of the file, or values of its codes."""
+        if part.whole in self.entries:
+            return part.of(self._view(part.whole, 0, 0, part.shape[0]))
+        blocks, scales = (
+            part.within(self._view(part.whole + end, 0, part.expert, 1)[0]) for end in (mxfp4.BLOCKS, mxfp4.SCALES)
+        )
+        return mxfp4.dequantise(blocks, scales)
 
     def _view(self, name: str, dim: int, start: int, length: int) -> torch.Tensor:
         entry = self.entries[name]
@@ -319,9 +365,21 @@ def _check_tied(folder: Folder, model: Architecture) -> None:
 class Files:
     """The safetensors files of a folder to be written: every tensor's place is known before its values are."""
 
-    def __init__(self, folder: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], limit: int) -> None:
-        """``tensors`` in the order of the files, each of at most ``limit`` bytes or one larger tensor."""
-        self.folder = folder
+    def __init__(
+        self,
+        folder: Path,
+        tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
+        limit: int,
+        stacked: Mapping[str, Part] = {},
+    ) -> None:
+        """``tensors`` in the order of the files, each of at most ``limit`` bytes or one larger tensor; those of
+        ``stacked`` are written as parts of others.
+        """
+        self.folder, self._stacked = folder, stacked
+        tensors = {
+            part.whole if (part := stacked.get(name)) else name: (dtype, part.shape if part else shape)
+            for name, (dtype, shape) in tensors.items()
+        }
         groups: list[list[str]] = []
         size = 0
         for name, (dtype, shape) in tensors.items():
@@ -373,10 +431,22 @@ class Files:
 
     def write(self, name: str, tensor: torch.Tensor) -> int:
         """Put a contiguous tensor in its place; returns its checksum. Safe to call from several threads."""
+        if part := self._stacked.get(name):
+            return self._write_part(name, part, tensor)
         entry = self.entries[name]
         if (tensor.dtype, tuple(tensor.shape)) != (entry.dtype, entry.shape):
             raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, its place is {entry}")
         return put(self._descriptor(entry.file), entry.start, name, tensor)
+
+    def _write_part(self, name: str, part: Part, tensor: torch.Tensor) -> int:
+        entry = self.entries[part.whole]
+        whole = mapped(self.folder / entry.file, entry.start, entry.dtype, math.prod(entry.shape), write=True)
+        place = part.of(whole.view(entry.shape))
+        if (tensor.dtype, tensor.shape) != (place.dtype, place.shape):
+            raise ValueError(f"{name} is {tensor.dtype} {list(tensor.shape)}, its place is a part of {entry}")
+        place.copy_(tensor)
+        self._descriptor(entry.file)  # so that it is flushed
+        return checksum({name: tensor})
 
     def flush(self) -> None:
         """Force what was written onto the disk."""

@@ -56,6 +56,9 @@ _CONDITIONS: Mapping[str, Callable[[Architecture, int | None], bool]] = {
     "shared gate": lambda model, layer: model.moe is not None and model.is_moe(layer) and model.moe.shared_gate,
     "heads": lambda model, layer: model.mla is None and not model.is_delta(layer),
     "biases": lambda model, layer: model.qkv_bias and not model.is_delta(layer),
+    "output bias": lambda model, layer: model.family.biases,
+    "sinks": lambda model, layer: model.family.sinks,
+    "moe biases": lambda model, layer: model.family.biases and model.is_moe(layer),
     "head norms": lambda model, layer: model.qk_norm and not model.is_delta(layer),
     "delta": lambda model, layer: model.is_delta(layer),
     "delta, joint": lambda model, layer: model.is_delta(layer) and not model.family.delta_apart,
@@ -119,6 +122,8 @@ QKV_BIAS = (
         grouped="key-value heads",
     ),
 )
+OUTPUT_BIAS = (Template(_ATTENTION + "linear_proj.bias", (_HF_ATTENTION + "o_proj.bias",), (("hidden",),)),)
+SINKS = (Template(_ATTENTION + "core_attention.softmax_offset", (_HF_ATTENTION + "sinks",), (("heads",),), split=0),)
 QK_NORM = (
     Template(_ATTENTION + "q_layernorm.weight", (_HF_ATTENTION + "q_norm.weight",), (("head_dim",),)),
     Template(_ATTENTION + "k_layernorm.weight", (_HF_ATTENTION + "k_norm.weight",), (("head_dim",),)),
@@ -141,6 +146,17 @@ EXPERTS = (
         (("one", "hidden"),),
         when="shared gate",
     ),
+)
+_EXPERT, _HF_EXPERT = _LAYER + "mlp.experts.local_experts.{expert}.", _HF + "mlp.experts.{expert}."
+MOE_BIASES = (
+    Template(_LAYER + "mlp.router.bias", (_HF + "mlp.gate.bias",), (("experts",),)),
+    Template(
+        _EXPERT + "linear_fc1.bias",
+        (_HF_EXPERT + "gate_proj.bias", _HF_EXPERT + "up_proj.bias"),
+        (("expert_ffn",), ("expert_ffn",)),
+        split=0,
+    ),
+    Template(_EXPERT + "linear_fc2.bias", (_HF_EXPERT + "down_proj.bias",), (("hidden",),)),
 )
 DELTA = (  # a gated delta net (arXiv 2412.06464)
     Template(
@@ -225,8 +241,11 @@ TEMPLATES = (
     *_when("latent", MLA),
     *DENSE,
     *_when("biases", QKV_BIAS),
+    *_when("output bias", OUTPUT_BIAS),
+    *_when("sinks", SINKS),
     *_when("head norms", QK_NORM),
     *EXPERTS,
+    *_when("moe biases", MOE_BIASES),
 )
 
 # Transformer Engine's modules name some of the same parameters otherwise: norms fused into the linear layer that
@@ -236,7 +255,7 @@ ALIASES = (
     (r"\.mlp\.linear_fc1\.layer_norm_weight$", ".pre_mlp_layernorm.weight"),
     (r"\.linear_q_up_proj\.layer_norm_weight$", ".q_layernorm.weight"),
     (r"\.linear_kv_up_proj\.layer_norm_weight$", ".kv_layernorm.weight"),
-    (r"\.mlp\.experts\.(linear_fc[12])\.weight(\d+)$", r".mlp.experts.local_experts.\2.\1.weight"),
+    (r"\.mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)$", r".mlp.experts.local_experts.\3.\1.\2"),
 )
 
 # Tensors that some checkpoints carry beside the parameters: recomputed buffers.

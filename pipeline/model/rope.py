@@ -84,6 +84,7 @@ class RopeRules:
     partial: float | None = None  # partial_rotary_factor where config.json has none; None: whole heads are rotated
     latent: bool = False  # computed by megatron-core's latent attention
     theta: float = 10_000.0  # base of the frequencies where config.json has none
+    required: bool = False  # config.json must say something of it
 
 
 ANY_ROPE = RopeRules()
@@ -108,6 +109,9 @@ def read_rope(said: Said, rules: RopeRules, positions: int, head_dim: int) -> Ro
     given: dict[str, Any] = {
         key: said.config[key] for key in ("rope_scaling", "rope_parameters") if said.config.get(key)
     }
+    if rules.required and not given:
+        said.refuse("rope_scaling and rope_parameters are absent, and the family has no plain rotary embedding")
+        return nothing
     for key, rope in given.items():
         if not isinstance(rope, dict) or any(map(_nested, rope, rope.values())):
             said.refuse(f"{key}={rope!r} is not supported: one set of numbers for all layers is built")

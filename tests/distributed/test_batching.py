@@ -31,7 +31,7 @@ def folders(tmp_path_factory):
         tensors = {key: value if "norm" in key else value / 4 for key, value in tiny_models.weights(config).items()}
         return tiny_models.write(tmp_path_factory.mktemp(name), config, tensors)
 
-    return {name: write(name) for name in ("llama_tied", "qwen3", "qwen3_moe", "qwen3_next", "deepseek_v3")}
+    return {name: write(name) for name in ("llama_tied", "qwen3", "qwen3_moe", "qwen3_next", "gpt_oss", "deepseek_v3")}
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +78,22 @@ CASES = {
     "delta nets, PP2, by tokens": ("qwen3_next", 2, 1, 2, TOKENS),
     "delta nets, PP2 x VPP2, packed": ("qwen3_next", 2, 1, 2, PACKED | {"sizes": {"vpp": 2}}),
     "delta nets, EP2, packed": ("qwen3_next", 2, 1, 1, PACKED | {"sizes": {"ep": 2}}),
+    "sinks and windows, packed": ("gpt_oss", 1, 1, 1, PACKED),
+    "sinks and windows, CP2 x PP2 x VPP2, packed": ("gpt_oss", 4, 1, 2, PACKED | {"cp": 2, "sizes": {"vpp": 2}}),
+    "sinks and windows, CP2 x TP2 x SP, EP2, by tokens": (
+        "gpt_oss",
+        4,
+        2,
+        1,
+        TOKENS | {"cp": 2, "sizes": {"ep": 2, "etp": 1}, "sequence_parallel": True},
+    ),
+    "sinks and windows, TP2 x SP, by tokens": (
+        "gpt_oss",
+        2,
+        2,
+        1,
+        TOKENS | {"sizes": {"etp": 1}, "sequence_parallel": True},
+    ),
     "latent attention, by tokens": ("deepseek_v3", 1, 1, 1, TOKENS),
     "latent attention, packed": ("deepseek_v3", 1, 1, 1, PACKED),
     "TP2, by tokens": ("qwen3", 2, 2, 1, TOKENS),

@@ -14,7 +14,8 @@ from pipeline.model.grid import Grid
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "qwen2", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5", "deepseek_v3", "deepseek_plain_query"]
+    "name",
+    ["llama", "qwen2", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5", "gpt_oss", "deepseek_v3", "deepseek_plain_query"],
 )
 def test_stored_as_megatron_stores_it(gang, tmp_path, name):
     folder = tiny_models.write(tmp_path / "hf", tiny_models.config(name))
@@ -29,6 +30,7 @@ LAYOUTS = {  # name, written for tp, pp, ep; loaded at tp, pp, dp, ep, etp
     "expert tensor parallel": ("qwen3_moe", (1, 1, 1), (2, 1, 1, 1, 2)),
     "expert parallel over TP": ("qwen3_moe", (4, 1, 1), (2, 1, 1, 2, 1)),
     "delta nets": ("qwen3_next", (2, 2, 2), (4, 1, 1, 1, 1)),
+    "experts with biases": ("gpt_oss", (2, 2, 2), (2, 1, 1, 2, 1)),
     "latent attention": ("deepseek_v3", (4, 2, 2), (1, 2, 2, 2, None)),
 }
 

@@ -74,6 +74,8 @@ CASES = {
     "llama, CP2": ("llama", 2, 1, 1, {"cp": 2}),
     "qwen3, bf16, CP2": ("qwen3", 2, 1, 1, {"cp": 2, "dtype": "bf16"}),
     "experts, TP2, EP2, ETP1": ("qwen3_moe", 2, 2, 1, {"sequence_parallel": True, "sizes": {"ep": 2, "etp": 1}}),
+    "sinks, windows and biases": ("gpt_oss", 1, 1, 1, {}),
+    "sinks, windows and biases, bf16, CP2": ("gpt_oss", 2, 1, 1, {"cp": 2, "dtype": "bf16"}),
     "latent attention, TP2": ("deepseek_v3", 2, 2, 1, {"sequence_parallel": True}),
     "latent attention": ("deepseek_v3", 1, 1, 1, {}),
     "llama, TP2, logits never whole": ("llama", 2, 2, 1, {"log_prob_kernel": "fused"}),

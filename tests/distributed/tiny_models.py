@@ -117,6 +117,24 @@ CONFIGS = {
         "routed_scaling_factor": 2.5,
         "norm_topk_prob": True,
     },
+    "gpt_oss": {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "tie_word_embeddings": False,
+        "attention_bias": True,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": 3,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 16,
+        },
+    },
     "deepseek_v3": {
         "architectures": ["DeepseekV3ForCausalLM"],
         "model_type": "deepseek_v3",
@@ -232,6 +250,8 @@ def _attention(config: dict) -> dict[str, tuple[int, ...]]:
     }
     if config["model_type"] in ("qwen2", "qwen2_moe") or config.get("attention_bias"):
         layer |= {"self_attn.q_proj.bias": (q,), "self_attn.k_proj.bias": (kv,), "self_attn.v_proj.bias": (kv,)}
+    if config["model_type"] == "gpt_oss":
+        layer |= {"self_attn.o_proj.bias": (d,), "self_attn.sinks": (config["num_attention_heads"],)}
     if config["model_type"].startswith("qwen3") or config.get("use_qk_norm"):
         layer |= {"self_attn.q_norm.weight": (hd,), "self_attn.k_norm.weight": (hd,)}
     return layer
@@ -278,10 +298,40 @@ def _has_experts(config: dict, layer: int) -> bool:
         return layer >= config["first_k_dense_replace"]
     if config["model_type"] in ("qwen2_moe", "qwen3_moe", "qwen3_next"):
         return layer not in config["mlp_only_layers"] and (layer + 1) % config["decoder_sparse_step"] == 0
-    return config["model_type"] in ("mixtral", "qwen3_5_moe_text")
+    return config["model_type"] in ("mixtral", "qwen3_5_moe_text", "gpt_oss")
+
+
+def _stacked_experts(config: dict) -> dict[str, tuple[int, ...]]:
+    count, d, width = config["num_local_experts"], config["hidden_size"], config["intermediate_size"]
+    return {
+        "mlp.router.weight": (count, d),
+        "mlp.router.bias": (count,),
+        "mlp.experts.gate_up_proj": (count, d, 2 * width),
+        "mlp.experts.gate_up_proj_bias": (count, 2 * width),
+        "mlp.experts.down_proj": (count, width, d),
+        "mlp.experts.down_proj_bias": (count, d),
+    }
+
+
+def as_sent(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A folder's tensors as an engine takes them: those that all experts share, by expert."""
+    sent = {}
+    for name, tensor in tensors.items():
+        module, _, own = name.rpartition(".")
+        if not module.endswith(".experts"):
+            sent[name] = tensor
+            continue
+        kind = "bias" if own.endswith("_bias") else "weight"
+        for expert, whole in enumerate(tensor):
+            halves = {"gate_proj": whole[..., 0::2], "up_proj": whole[..., 1::2]}
+            for layer, values in (halves if "gate_up" in own else {"down_proj": whole}).items():
+                sent[f"{module}.{expert}.{layer}.{kind}"] = values.T if kind == "weight" else values
+    return sent
 
 
 def _experts(config: dict, block: str) -> dict[str, tuple[int, ...]]:
+    if config["model_type"] == "gpt_oss":
+        return _stacked_experts(config)
     d, mixtral = config["hidden_size"], block != "mlp."
     width = config["intermediate_size" if mixtral else "moe_intermediate_size"]
     count = next(config[key] for key in ("n_routed_experts", "num_experts", "num_local_experts") if key in config)

@@ -141,8 +141,9 @@ class _Rank:
         self.rank, self.grid = rank, inputs.learner
         self.store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
         self.participant = Participant()
-        self.rows = rows(architecture.read(Path(inputs.model_path)), self.grid)
-        self.parameters = _parameters(self.rows, self.grid, rank, Folder(Path(inputs.model_path)), inputs.dtype)
+        model = architecture.read(Path(inputs.model_path))
+        self.rows, folder = rows(model, self.grid), Folder(Path(inputs.model_path), model)
+        self.parameters = _parameters(self.rows, self.grid, rank, folder, inputs.dtype)
         world = self.grid.world_size
         dist.init_process_group("gloo", store=PrefixStore("learner", self.store), rank=rank, world_size=world)
         groups = sorted({_holders(row, self.grid) for row in self.rows})

@@ -83,7 +83,7 @@ class NativeEngine(RolloutEngine):
         """Load a Hugging Face folder as version 0. Raises ``EngineError`` naming what the folder lacks."""
         try:
             model = architecture.read(hf_path)
-            folder = model_folder.Folder(hf_path)
+            folder = model_folder.Folder(hf_path, model)
             model_folder.check(folder, layout.rows(model), model)
         except ModelError as error:
             raise EngineError(f"native engine: {error}") from error

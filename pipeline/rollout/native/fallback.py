@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipeline.model import architecture
+from pipeline.model import architecture, stacked
 from pipeline.model.architecture import Architecture
 from pipeline.rollout.engine import EngineError
 from pipeline.rollout.native.decoder import AnyDecoder, Decoder, KeyValues, Routes, State
@@ -42,12 +42,13 @@ class TransformersDecoder:
         # model_type may be a name of the same computation that transformers does not know.
         config = transformers.AutoConfig.for_model(**said | {"model_type": model.family.name})
         logging.disable_progress_bar()
+        copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
         made, report = getattr(transformers, said["architectures"][0]).from_pretrained(
             None,
             config=config,
-            state_dict={name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()},
+            state_dict=stacked.stack(copies, model),
             dtype=torch.float32,
-            attn_implementation="sdpa",
+            attn_implementation="eager" if model.family.sinks else "sdpa",
             output_loading_info=True,
         )
         if lost := sorted({*report["missing_keys"], *report["unexpected_keys"]}):
@@ -67,8 +68,8 @@ class TransformersDecoder:
         cache = _Appended(self.model)
         later = torch.ones(length, length, dtype=torch.bool).triu(1)
         mask = torch.zeros(length, length).masked_fill_(later, -torch.inf)
-        heard: Routes = []
-        hidden = self._run(tokens, torch.arange(length)[None], mask.expand(len(tokens), 1, -1, -1), cache, heard)
+        places, heard = torch.arange(length), Routes()
+        hidden = self._run(tokens, places[None], mask.expand(len(tokens), 1, -1, -1), places, cache, heard)
         if routes is not None:
             routes += [layer.unflatten(0, tokens.shape) for layer in heard]
         return hidden, cache.found
@@ -85,7 +86,8 @@ class TransformersDecoder:
         """As :meth:`Decoder.step`."""
         rows = len(tokens)
         mask = torch.zeros(rows, 1, 1, column + 1) if padding is None else padding[:, None, None, : column + 1]
-        hidden = self._run(tokens[:, None], positions[:, None], mask, _Written(cache, column), routes)
+        place = torch.tensor([column])
+        hidden = self._run(tokens[:, None], positions[:, None], mask, place, _Written(cache, column), routes)
         return self.logits(hidden[:, 0])
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -93,14 +95,25 @@ class TransformersDecoder:
         return self._causal.lm_head(hidden)
 
     def _run(
-        self, tokens: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: Any, routes: Routes | None
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        mask: torch.Tensor,
+        places: torch.Tensor,
+        cache: Any,
+        routes: Routes | None,
     ) -> torch.Tensor:
         """Hidden states before the head, ``[rows, length, hidden]``; ``mask`` ``[rows, 1, length, columns]`` is
-        added to the scores. ``routes`` gets the experts of every token, ``[rows * length, top_k]`` by layer.
+        added to the scores of tokens in the columns ``places``. ``routes`` gets the experts of every token,
+        ``[rows * length, top_k]`` by layer.
         """
         self._chosen.routes = routes
+        masks: Any = mask
+        if window := self.model.window:  # a row's tokens stand in neighbouring columns
+            gone = torch.arange(mask.shape[-1]) <= places[:, None] - window.tokens
+            masks = {"full_attention": mask, "sliding_attention": mask.masked_fill(gone, -torch.inf)}
         found = self._causal.model(
-            input_ids=tokens, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True
+            input_ids=tokens, position_ids=positions, attention_mask=masks, past_key_values=cache, use_cache=True
         )
         return found.last_hidden_state
 

@@ -105,7 +105,7 @@ class SglangEngine(RolloutEngine):
             )
         try:
             model, stored = architecture.read(hf_path), architecture.read_config(hf_path)
-            model_folder.check(model_folder.Folder(hf_path), layout.rows(model), model)
+            model_folder.check(model_folder.Folder(hf_path, model), layout.rows(model), model)
         except ModelError as error:
             raise EngineError(f"{self._name}: {error}") from error
         self._eos = eos_token_ids(hf_path)

@@ -37,6 +37,7 @@ CASES += [("glm4_moe", sizes) for sizes in SPARSE] + [
     (name, SPARSE[1]) for name in ("qwen2_moe", "qwen3_next", "mixtral")
 ]
 CASES += [("qwen3_next", SPARSE[4]), ("qwen3_5_moe", SPARSE[4]), ("qwen3_5", DENSE[1])]
+CASES += [("gpt_oss", sizes) for sizes in (SPARSE[0], SPARSE[1], SPARSE[3])]
 
 
 def learner_of(sizes) -> LearnerConfig:

@@ -20,10 +20,10 @@ from pipeline.model.grid import Grid
 from tests.decoding import quantised_names
 from tests.tiny_folder import write_seeing_folder
 
-FAMILIES = ["llama", "llama_tied", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen3_5_moe", "deepseek_v3"]
+FAMILIES = ["llama", "llama_tied", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen3_5_moe", "gpt_oss", "deepseek_v3"]
 DENSE = [(1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 4, 1), (2, 2, 1), (4, 4, 1)]  # kv groups: 2
 EXPERT = [(1, 1, 2), (1, 1, 4), (2, 1, 2), (2, 2, 4), (4, 2, 2), (1, 4, 4)]
-MOE = ("qwen3_moe", "qwen3_5_moe", "deepseek_v3")
+MOE = ("qwen3_moe", "qwen3_5_moe", "gpt_oss", "deepseek_v3")
 
 
 def folder(path: Path, name: str = "llama", files: int = 1, **changes) -> tuple[Path, dict]:

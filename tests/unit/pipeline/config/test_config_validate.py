@@ -626,6 +626,18 @@ def test_delta_nets_are_not_cut_along_a_row(model):
     assert "delta net" in problem.problem
 
 
+def test_experts_with_biases_are_whole_on_a_rank_and_their_engine_is_native(model):
+    (model / "config.json").write_text(json.dumps(hf_config("gpt_oss", max_position_embeddings=4096)))
+    tp2 = ("learner.tensor_model_parallel_size=2", "learner.sequence_parallel=true")
+    whole = "learner.expert_tensor_parallel_size=1"
+    assert problems(model, "rollout.engine=native", *tp2, whole) == ()
+    (problem,) = problems(model, "rollout.engine=native", *tp2)
+    assert (problem.key, problem.remedy) == ("learner.expert_tensor_parallel_size", "set it to 1")
+    (problem,) = problems(model, "rollout.engine=sglang", *tp2, whole)
+    assert (problem.key, problem.remedy) == ("rollout.engine", "set rollout.engine=native")
+    assert "live updates of gpt_oss models" in problem.problem
+
+
 def test_a_folder_of_fp8_codes_is_served_in_fp8(model):
     sizes = {"head_dim": 64, "intermediate_size": 512, "num_key_value_heads": 8}
     config = LLAMA | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]} | sizes

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from pipeline.model import architecture
-from pipeline.model.architecture import FAMILIES, DeltaNet, Mla, Moe
+from pipeline.model.architecture import FAMILIES, DeltaNet, Mla, Moe, Window
 from pipeline.model.grid import Grid
 from pipeline.model.layout import tensor_shapes
 from pipeline.model.reading import ModelError
@@ -430,17 +430,77 @@ QWEN3_5 = {  # Qwen3.5-35B-A3B
 }
 
 
+OSS = {  # gpt-oss-20b
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "attention_bias": True,
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_local_experts": 32,
+    "num_experts_per_tok": 4,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "vocab_size": 201088,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 150000,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
+    "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+}
+
+
 @pytest.mark.parametrize(
     ("config", "parameters"),
     # those published, without layers that predict ahead
-    [(V31, 671.03e9), (KIMI_K2, 1026.4e9), (GLM, 352.8e9), (NEXT, 79.67e9), (QWEN3_5, 34.66e9)],
-    ids=["DeepSeek-V3.1", "Kimi-K2", "GLM-4.5", "Qwen3-Next", "Qwen3.5"],
+    [(V31, 671.03e9), (KIMI_K2, 1026.4e9), (GLM, 352.8e9), (NEXT, 79.67e9), (QWEN3_5, 34.66e9), (OSS, 20.91e9)],
+    ids=["DeepSeek-V3.1", "Kimi-K2", "GLM-4.5", "Qwen3-Next", "Qwen3.5", "gpt-oss"],
 )
 def test_models_in_full_size_are_read(config, parameters):
     model = architecture.parse(config)
     assert sum(math.prod(shape) for shape in tensor_shapes(model).values()) == pytest.approx(parameters, rel=1e-3)
     assert model.extra_layers == config.get("num_nextn_predict_layers", 0)
     model.check_layout(Grid(tp=8, ep=32, etp=1, dp=32))
+
+
+def test_gpt_oss_has_a_window_in_every_other_layer_or_where_config_json_says():
+    model = architecture.parse(OSS)
+    assert model.window == Window((True, False) * 12, 128)
+    assert model.rope_scaling.truncate is False
+    assert not model.native
+    named = ["full_attention", "sliding_attention"]
+    assert architecture.parse(hf_config("gpt_oss", layer_types=named)).window == Window((False, True), 4)
+    bare = architecture.parse(OSS | dict.fromkeys(("layer_types", "sliding_window", "num_key_value_heads", "head_dim")))
+    assert bare.window == model.window
+    assert architecture.parse(OSS | {"layer_types": ["full_attention"] * 24}).window is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"layer_types": ["full_attention"]}, r"layer_types=\['full_attention'\] is not supported"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
+        ({"sliding_window": 0}, "sliding_window=0 is not a whole number"),
+        ({"attention_bias": False}, "attention_bias=False"),
+        ({"swiglu_limit": 5.0}, "swiglu_limit=5.0"),
+        ({"rope_scaling": None}, "rope_scaling and rope_parameters are absent"),
+        ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, "MXFP4 codes"),
+    ],
+)
+def test_what_gpt_oss_cannot_be_is_refused(changes, said):
+    with pytest.raises(ModelError, match=said):
+        architecture.parse(hf_config("gpt_oss", **changes))
 
 
 def test_qwen3_next_has_the_layers_that_config_json_names():

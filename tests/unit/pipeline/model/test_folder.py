@@ -7,11 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from pipeline.model import architecture, layout
+from megatron_ext.weights import convert
+from pipeline.model import architecture, layout, stacked
 from pipeline.model.folder import INDEX, Folder, check, is_weights, write_index
 from pipeline.model.fp8 import quantise_tensors, quantization_config, values
+from pipeline.model.grid import Grid
 from pipeline.model.reading import ModelError
 from tests.decoding import quantised_names
 from tests.tiny_folder import hf_config, write_folder, write_seeing_folder
@@ -19,7 +21,7 @@ from tests.tiny_folder import hf_config, write_folder, write_seeing_folder
 
 def checked(path):
     model = architecture.read(path)
-    folder = Folder(path)
+    folder = Folder(path, model)
     check(folder, layout.rows(model), model)
     return folder
 
@@ -150,6 +152,58 @@ def test_any_slice_of_codes_is_that_of_their_values(tmp_path_factory, data):
     start = data.draw(st.integers(0, expected[name].shape[dim] - 1))
     length = data.draw(st.integers(1, expected[name].shape[dim] - start))
     assert torch.equal(folder.read(name, dim, start, length), expected[name].narrow(dim, start, length))
+
+
+def _in_mxfp4(path):
+    """A folder as gpt-oss's: random codes of experts; its model, what is in it, and what transformers makes of them."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    config = {"hidden_size": 64, "intermediate_size": 96, "quantization_config": {"quant_method": "mxfp4"}}
+    path, tensors = write_folder(path, "gpt_oss", **config)
+    model, generator = architecture.read(path), torch.Generator().manual_seed(1)
+    stored = {name: tensor.bfloat16() for name, tensor in stacked.stack(tensors, model).items()}
+    values = dict(stored)
+    for name in [name for name in stored if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, width, out = stored.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, out, width // 32, 16), dtype=torch.uint8, generator=generator)
+        scales = torch.randint(110, 130, (experts, out, width // 32), dtype=torch.uint8, generator=generator)
+        stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        values[name] = convert_moe_packed_tensors(blocks, scales)
+    save_file(stored, path / "model.safetensors")
+    return path, model, stored, values
+
+
+def test_mxfp4_codes_are_read_as_their_values_and_written_as_bfloat16(tmp_path):
+    path, model, _, expected = _in_mxfp4(tmp_path / "codes")
+    folder = Folder(path, model)
+    check(folder, layout.rows(model), model)
+    assert folder.names() == layout.tensor_shapes(model).keys()
+    read = {name: folder.tensor(name) for name in folder.names()}
+    assert {folder.dtype(name) for name in read} == {torch.bfloat16}
+    assert all(folder.shape(name) == tuple(tensor.shape) for name, tensor in read.items())
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in stacked.stack(read, model).items())
+    up = "model.layers.1.mlp.experts.3.up_proj.weight"
+    assert torch.equal(read[up], expected["model.layers.1.mlp.experts.gate_up_proj"][3, :, 1::2].T)
+    assert torch.equal(folder.read(up, 1, 5, 40), read[up][:, 5:45])
+    convert.hf_to_megatron(path, tmp_path / "m", Grid(tp=2))
+    convert.megatron_to_hf(tmp_path / "m", path, tmp_path / "back", part_bytes=5000)
+    assert "quantization_config" not in architecture.read_config(tmp_path / "back")
+    written = load_file(tmp_path / "back" / "model.safetensors")
+    assert written.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in written.items())
+    with pytest.raises(ValueError, match="--dtype fp8 is not supported for gpt_oss"):
+        convert.megatron_to_hf(tmp_path / "m", path, tmp_path / "again", "fp8")
+
+
+def test_experts_of_another_shape_and_codes_without_scales_are_refused(tmp_path):
+    path, model, stored, _ = _in_mxfp4(tmp_path)
+    name = "model.layers.1.mlp.experts.down_proj_"
+    save_file(stored | {name + "scales": stored[name + "scales"][:, :3].contiguous()}, path / "model.safetensors")
+    with pytest.raises(ModelError, match=rf"{name}scales has shape \[4, 3, 3\], config.json asks for \[4, 64, 3\]"):
+        Folder(path, model)
+    save_file({key: tensor for key, tensor in stored.items() if key != name + "scales"}, path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"lacks the tensor model\.layers\.1\.mlp\.experts\.0\.down_proj\.weight"):
+        checked(path)
 
 
 def test_scales_of_other_blocks_are_refused(tmp_path):

@@ -137,7 +137,7 @@ def models(draw, families=tuple(FAMILIES)):
     family = draw(st.sampled_from(families))
     kv_heads, layers = draw(st.sampled_from([1, 2, 4, 8])), 4 * draw(st.integers(1, 2))
     more = {}
-    if family in ("Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM"):
+    if family in ("Qwen3MoeForCausalLM", "GptOssForCausalLM", "DeepseekV3ForCausalLM"):
         experts = tuple(draw(st.lists(st.booleans(), min_size=layers, max_size=layers)))
         deepseek = family == "DeepseekV3ForCausalLM"
         shared = 8 * draw(st.integers(0, 2)) if deepseek else 0

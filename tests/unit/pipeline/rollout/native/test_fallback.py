@@ -13,7 +13,7 @@ from tests.plan_source import Source
 from tests.tiny_folder import ARCHITECTURES, write_folder
 
 transformers = pytest.importorskip("transformers")
-FAMILIES = ("qwen2_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "glm4_moe", "deepseek_v3")
+FAMILIES = ("qwen2_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "gpt_oss", "glm4_moe", "deepseek_v3")
 
 
 def requests():
@@ -58,7 +58,7 @@ def test_log_probs_are_transformers_before_and_after_an_update(tmp_path, family)
     assert first != [sample.token_ids.tolist() for group in groups for sample in group.samples]
 
 
-@pytest.mark.parametrize("family", ["qwen3_next", "glm4_moe", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["qwen3_next", "gpt_oss", "glm4_moe", "deepseek_v3"])
 def test_samples_carry_the_experts_that_read_them(tmp_path, family):
     """Routers of softmax and of sigmoid with biases, shared experts, layers without any."""
     folder, tensors = write_folder(tmp_path, family)
@@ -75,7 +75,7 @@ def test_samples_carry_the_experts_that_read_them(tmp_path, family):
             assert np.array_equal(np.sort(sample.routes), expected)
 
 
-@pytest.mark.parametrize("family", ["qwen3_next", "glm4_moe"])
+@pytest.mark.parametrize("family", ["qwen3_next", "gpt_oss", "glm4_moe"])
 def test_samples_do_not_depend_on_batching(tmp_path, family):
     folder, _ = write_folder(tmp_path, family)
     whole, single = NativeEngine(), NativeEngine(max_batch_rows=1)
