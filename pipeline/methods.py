@@ -15,7 +15,8 @@ from functools import cache
 from pipeline.registry import load, names
 
 GRPO = ("entropy.controller=none",)
-OFF_POLICY = (*GRPO, "learner.updates_per_step=2")  # without, every ratio is 1 and nothing is clipped
+OFF_POLICY_STEP = "learner.updates_per_step=2"  # with one update every ratio is 1 and nothing is clipped
+OFF_POLICY = (*GRPO, OFF_POLICY_STEP)
 
 # How well a rule is known.
 EVIDENCE = {
@@ -77,11 +78,13 @@ def controller_method(
     return Method(name, kind, source, rule, evidence, (f"entropy.controller={controller or name}", *more))
 
 
-def pi_method(actuator: str, rule: str) -> Method:
-    """An actuator under our own controller, the one PI law on all of them. ``rule``: what the actuator does."""
+def pi_method(actuator: str, rule: str, *more: str) -> Method:
+    """An actuator under our own controller, the one PI law on all of them. ``rule``: what the actuator does; ``more``:
+    further overrides.
+    """
     switch = f"entropy.actuator={actuator}"
     name, rule = f"isentrope_{actuator}", f"PI on ln H, {rule}"
-    return controller_method(name, "this project", rule, "ours", switch, controller="pi")
+    return controller_method(name, "this project", rule, "ours", switch, *more, controller="pi")
 
 
 def _absent(name: str, kind: str, source: str, rule: str, evidence: str, missing: str) -> Method:
@@ -128,8 +131,8 @@ def _not_offered() -> Iterator[Method]:
         "engines serve one model; this needs a second, frozen one beside it",
     )  # fmt: skip
     yield _absent(
-        "adapo", "controller", "-", "clip_high grows while H is low and shrinks while it is high", "summary",
-        "the sizes of its steps were not found",
+        "adapo", "controller", "2603.11682", "clip_high grows while H is low and shrinks while it is high", "summary",
+        "the sizes of its steps were not found; adaptive_clip moves the same bound by published steps",
     )  # fmt: skip
     yield _absent(
         "heal", "sampler", "2604.17928", "general-domain prompts chosen by (1 - 2 |accuracy - .5|) times the mean of "
@@ -137,8 +140,9 @@ def _not_offered() -> Iterator[Method]:
         "it trains on 384 general-domain prompts beside the task's, and a run has one source of prompts",
     )  # fmt: skip
     yield _absent(
-        "uec_rl", "sampler", "2604.14646", "a group without a correct sample is drawn again, hotter, for its positives",
-        "summary", "how much hotter, how many samples and how often positives are replayed was not found",
+        "uec_rl", "sampler", "2604.14646", "a group without a correct sample is drawn again, 20 times at T = 1.1, for "
+        "its samples of A > .5; every 5 steps those of A > 1 of the last steps are trained on once more", "code",
+        "no round draws single prompts again at another temperature, and rows of older weights are not kept",
     )  # fmt: skip
     for name in ("papo", "aem", "gcpo", "oger", "gxpo", "sps", "imax", "longact", "aer"):
         yield _absent(name, "-", "-", "-", "abstract", "its formula is not public beyond the abstract")

@@ -18,6 +18,7 @@ def entropy_problems(config: RunConfig) -> Iterator[Problem]:
     yield from controller_problems(config.entropy, config.rollout.prompts_per_step)
     yield from _repeated_prompts(config)
     yield from _constant(config)
+    yield from _off_policy(config)
 
 
 def controller_problems(entropy: EntropyConfig, prompts_per_step: int) -> Iterator[Problem]:
@@ -213,6 +214,27 @@ def _constant(config: RunConfig) -> Iterator[Problem]:
     if load(ACTUATORS, entropy.actuator).ACTUATOR.share and entropy.command > 1:
         share = f"{entropy.actuator}'s command is a share of tokens"
         yield Problem("entropy.command", entropy.command, share, "use at most 1")
+
+
+def _off_policy(config: RunConfig) -> Iterator[Problem]:
+    """An actuator that moves the clip range needs ratios that a loss clips."""
+    entropy, loss = config.entropy, config.objective.loss
+    if entropy.controller == "none" or not load(ACTUATORS, entropy.actuator).ACTUATOR.off_policy:
+        return
+    if config.learner.updates_per_step == 1 and config.rollout.staleness == 0:
+        yield Problem(
+            "entropy.actuator",
+            entropy.actuator,
+            "with learner.updates_per_step=1 and rollout.staleness=0 every ratio is exactly 1, so nothing is clipped",
+            "set learner.updates_per_step to 2 or more, or choose another actuator",
+        )
+    if loss == "kl_cov":
+        yield Problem(
+            "entropy.actuator",
+            entropy.actuator,
+            f"loss {loss} clips no ratio",
+            "choose another actuator, or objective.loss=ppo",
+        )
 
 
 def _auxiliary(entropy: EntropyConfig, prompts: int) -> Iterator[Problem]:

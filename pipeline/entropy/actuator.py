@@ -36,6 +36,7 @@ class Actuator:
     positive_term: bool = False  # scaled by ``entropy.alpha``: with alpha 0 it does nothing
     signed: bool = False  # the command may be below 0
     share: bool = False  # the command is a share of tokens, at most 1
+    off_policy: bool = False  # does nothing while every ratio is 1
 
     @property
     def ki(self) -> float:

@@ -30,13 +30,14 @@ Actuators, with ``u`` the command, ``c`` in {0, 1} the row's correctness, ``pi_T
   theirs alone.
 - ``surprisal``: A <- A max(0, 1 - u sign(A) log pi) (REPO-R, 2603.11682).
 - ``clip_cov``: ``token_weights`` takes the tokens of highest covariance out of the surrogate (2505.22617).
+- ``clip_high``: the surrogate clips ratios above 1 + clip_high + u (MAI-Thinking-1; ADAPO, 2603.11682).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -134,6 +135,8 @@ def policy_loss(
         (to be maximised; alpha included) are shares of the loss, already normalised. All others count main tokens only.
     """
     log_probs = outputs.log_probs
+    if rows.actuation.kind == "clip_high":
+        objective = replace(objective, clip_high=objective.clip_high + rows.actuation.command)
     old = log_probs.detach() if rows.old_log_probs is None else rows.old_log_probs
     ratio = ratio_of(log_probs - old)
     clipped = ratio.clamp(1 - objective.clip_low, 1 + objective.clip_high)

@@ -19,7 +19,8 @@ def shape(tokens: Tokens, config: RunConfig, step: int) -> Tokens:
     surprisal -log pi among the tokens with A > 0, and ``negative`` on the same share among those with A < 0.
 
     arXiv 2606.19236, section 4 (public code read). Defaults: target 0.3, fraction 0.1, positive 1.1, negative 1 (the
-    paper's variant O1; 0.9 is C2). The adaptive schedule of its section 4.4, off in its own script, is not offered.
+    paper's variant O1; 0.9 is C2). The adaptive schedule of its section 4.4 is not offered: it is off in the paper's
+    own script, and a note on the paper says that it scored below the fixed weights there.
     """
     parameters = config.objective.stare
     if not tokens.entropy.mean() < parameters.target:

@@ -28,6 +28,12 @@ BROKEN = {
         "clips whole sequences",
     ),
     "opefo off-policy": ([TWO, "objective.token_shaping=[opefo]"], "learner.updates_per_step", "strictly on-policy"),
+    "clip range on-policy": (["entropy.actuator=clip_high"], "entropy.actuator", "every ratio is exactly 1"),
+    "clip range of a loss without": (
+        [TWO, "entropy.actuator=clip_high", "objective.loss=kl_cov"],
+        "entropy.actuator",
+        "clips no ratio",
+    ),
     "old log-probs of fresh rows": (["objective.old_log_probs=learner"], "objective.old_log_probs", "no effect"),
     "stale rows as if fresh": (
         ["objective.old_log_probs=learner", "rollout.staleness=1"],

@@ -130,7 +130,10 @@ def test_published_coefficient_laws_through_the_loop():
     assert [d.command for d in aent] == pytest.approx([1e-5, 1.1e-4, 1.1e-4, 1e-5])
     pic = feed(controller(controller="entropic", actuator="high_prob"), [TARGET - 0.1, TARGET - 0.1, TARGET + 2])
     assert [d.command for d in pic] == pytest.approx([0.1, 0.101, -1.0])
-    assert {d.temperature for d in sky + aent + pic} == {1.0}
+    readings = [TARGET - 0.1, TARGET - 0.2, TARGET + 0.1, *[0.01] * 11]
+    clip = feed(controller(controller="adaptive_clip", actuator="clip_high"), readings)
+    assert [d.command for d in clip] == pytest.approx([0.25, 0.5, *(0.25 * k for k in range(1, 11)), 2.5, 2.5])
+    assert {d.temperature for d in sky + aent + pic + clip} == {1.0}
 
 
 @given(st.lists(st.booleans(), max_size=60))
@@ -382,6 +385,7 @@ def test_wrong_sign_plant_raises_the_alarm():
 READING = st.one_of(st.floats(0, 3), st.floats(), st.just(NAN))
 LAWS = [("pi", a) for a in ACTUATORS] + [(c, a) for c in ("scope", "bang_bang") for a in ("resample", "reweight", "fc")]
 LAWS += [("skywork", "entropy_bonus"), ("aent", "entropy_bonus"), ("entropic", "high_prob"), ("repo_r", "surprisal")]
+LAWS += [("adaptive_clip", "clip_high")]
 LIMITS = {
     "scope": (0.8, 1.2),
     "bang_bang": (0.8, 1.2),
@@ -389,6 +393,7 @@ LIMITS = {
     "aent": (0, 0.01),
     "entropic": (-1, 1),
     "repo_r": (-0.05, 0.05),
+    "adaptive_clip": (0, 2.5),
 }
 
 

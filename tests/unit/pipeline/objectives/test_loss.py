@@ -220,6 +220,25 @@ def test_surprisal_scales_advantages_and_keeps_their_sign(command):
     assert grad == pytest.approx([-a for a in up + down], rel=1e-6)
 
 
+@pytest.mark.parametrize("loss", ["ppo", "cispo", "ce_gppo"])
+def test_clip_high_lets_ratios_grow_further(loss):
+    """Ratios of 1.4 and 2 with A = 2, of 2 with A = -2; 1.28 + 0.5 = 1.78 is the bound.
+
+    Beyond it PPO has no gradient, CISPO one of the bound's size, and so has CE-GPPO where beta_high is 1.
+    """
+    ratios, slopes = [1.4, 2.0, 2.0], {"ppo": [-2.8, 0.0, 4.0], "cispo": [-2.8, -3.56, 3.56]}
+    old = torch.tensor([-2.0 - math.log(ratio) for ratio in ratios])
+    objective = replace(PPO, loss=loss)
+    for command, expected in ((0.5, slopes.get(loss, [-2.8, -3.56, 4.0])), (0.0, None)):
+        token_rows = rows(3, advantages=[2.0, 2.0, -2.0], actuation=Actuation("clip_high", command))
+        _, grad, sums = loss_and_grad(outputs([-2.0] * 3), replace(token_rows, old_log_probs=old), objective)
+        if expected is None:
+            plain = replace(token_rows, old_log_probs=old, actuation=Actuation())
+            expected = loss_and_grad(outputs([-2.0] * 3), plain, objective)[1]
+        assert grad == pytest.approx(expected, rel=1e-5)
+        assert sums["clip_sum"].item() == {"ppo": 1, "cispo": 2, "ce_gppo": 1}[loss] + (command == 0)
+
+
 def test_fc_adds_the_centred_ratio_to_the_advantage():
     act = Actuation("fc", 2.0, 0.5)
     token_rows = rows(3, advantages=[1.0, 1.0, -1.0], correct=[True, True, False], actuation=act)

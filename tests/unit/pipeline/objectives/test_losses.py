@@ -69,26 +69,32 @@ def test_cispo_truncates_the_weight_and_keeps_the_gradient():
     assert values(replace(objective, clip_low=0.2), [0.1], [1.0])[1] == approx([-0.8])
 
 
-@pytest.mark.parametrize("loss", ["ppo", "gspo", "cispo", "ce_gppo", "htpo"])
+@pytest.mark.parametrize(
+    ("loss", "advantage", "dual_clip"),
+    [(name, 9.0, 0.0) for name in ("ppo", "gspo", "cispo", "ce_gppo", "htpo", "mcpo")]
+    + [(name, -9.0, 10.0) for name in ("ppo", "htpo", "mcpo")]
+    + [(name, -9.0, 0.0) for name in ("cispo", "ce_gppo")],
+)
 @pytest.mark.parametrize("log_ratio", [87.0, 89.0, 500.0])
-def test_a_huge_ratio_where_a_loss_is_bounded_gives_a_finite_gradient(loss, log_ratio):
-    """A > 0 above the range: the loss is bounded there, and so must be its gradient."""
+def test_a_huge_ratio_where_a_loss_is_bounded_gives_a_finite_gradient(loss, advantage, dual_clip, log_ratio):
+    """A > 0 above the range, or A < 0 where the loss or dual clip bounds it: the gradient must be bounded too."""
     log_probs = torch.tensor([0.0], requires_grad=True)
     old = torch.tensor([-log_ratio])
     rows = TokenRows(
         row=torch.tensor([0]),
         weights=torch.tensor([1.0]),
-        advantages=torch.tensor([1.0]),
+        advantages=torch.tensor([advantage]),
         auxiliary=torch.tensor([False]),
         correct=torch.tensor([True]),
         behavior_log_probs=old,
         actuation=Actuation(),
         old_log_probs=old,
     )
-    total, _ = policy_loss(PolicyOutputs(log_probs, torch.tensor([0.3])), rows, replace(RANGE, loss=loss))
+    objective = replace(RANGE, loss=loss, dual_clip=dual_clip)
+    total, _ = policy_loss(PolicyOutputs(log_probs, torch.tensor([0.3])), rows, objective)
     total.backward()
     assert torch.isfinite(total)
-    assert torch.isfinite(log_probs.grad).all()
+    assert log_probs.grad.abs().item() <= 9 * 10
 
 
 def test_ce_gppo_keeps_a_bounded_gradient_of_clipped_tokens():
