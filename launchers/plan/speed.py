@@ -14,6 +14,7 @@ from launchers.plan.parameters import stored_in_fp8
 from launchers.plan.schedule import bubble
 from launchers.plan.work import Work, table
 from pipeline.model.layout import Row
+from pipeline.model.lora import Adapter
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,12 @@ class Forward:
     experts: float  # those of them that are in experts
     attention: float
     output: float  # output layer, at the targets
+    adapters: float = 0.0
 
     @property
     def total(self) -> float:
         """All of it."""
-        return self.linear + self.attention + self.output
+        return self.linear + self.attention + self.output + self.adapters
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Matrices:
     all: float
     fp8: float  # those of them that are in FP8
     experts: float  # those of them that are in experts
+    adapters: float = 0.0  # beside ``all``
 
 
 def matrices(work: Work, stage: int) -> Matrices:
@@ -78,7 +81,8 @@ def matrices(work: Work, stage: int) -> Matrices:
         everything += entries
         fp8 += entries if stored_in_fp8(work, row) else 0.0
         experts += entries if row.expert is not None else 0.0
-    return Matrices(everything, fp8, experts)
+    adapters = sum(_adapter_entries(each) for each in work.adapters.values() if each.base.stage == stage)
+    return Matrices(everything, fp8, experts, adapters)
 
 
 def forward(work: Work, stage: int, weights: Matrices, count: float, length: float) -> Forward:
@@ -97,6 +101,7 @@ def forward(work: Work, stage: int, weights: Matrices, count: float, length: flo
         experts=operations * weights.experts,
         attention=attention,
         output=output,
+        adapters=operations * weights.adapters,
     )
 
 
@@ -143,11 +148,19 @@ def _entries(work: Work, row: Row) -> float:
     return entries * work.model.moe.top_k / work.model.moe.experts
 
 
+def _adapter_entries(adapter: Adapter) -> int:
+    """Of both matrices; the second meets what the first makes for every source that has an adapter."""
+    inner = sum(source.shape[0] for source in adapter.a.sources)
+    return sum(math.prod(source.shape) for source in adapter.a.sources) + inner * sum(
+        source.shape[0] for source in adapter.b.sources
+    )
+
+
 def _operations(work: Work, stage: int, once: Forward, *, train: bool) -> Forward:
     """Of one micro-batch: forward and, in training, backward and what is computed again."""
     if not train:
         return once
-    linear, attention = 3.0, 3.0
+    linear, attention, adapters = 3.0, 3.0, 3.0
     learner = work.learner
     if learner.recompute_granularity == "selective":
         attention += 1
@@ -157,12 +170,17 @@ def _operations(work: Work, stage: int, once: Forward, *, train: bool) -> Forwar
             spans = work.grid.chunks(work.model.layers)[stage]
             again = sum(min(len(span), learner.recompute_num_layers) for span in spans)
             share = again / max(1, sum(len(span) for span in spans))
-        linear, attention = linear + share, attention + share
+        linear, attention, adapters = linear + share, attention + share, adapters + share
     output = 4.0 if work.kernel == "fused" else 3.0  # its backward pass multiplies again
-    if work.adapters:  # whose own operations are not counted
+    if work.adapters:  # the model's own weights have no gradients
         linear, output = linear - 1, output - 1
     return Forward(
-        once.linear * linear, once.fp8 * linear, once.experts * linear, once.attention * attention, once.output * output
+        once.linear * linear,
+        once.fp8 * linear,
+        once.experts * linear,
+        once.attention * attention,
+        once.output * output,
+        once.adapters * adapters,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -18,6 +17,7 @@ import torch
 
 from launchers.placement import PlacementError, place
 from launchers.run.inputs import check_start
+from launchers.run.resume import check_restorable
 from launchers.supervise.sidecar import Sidecar
 from launchers.supervise.watchdog import Others, Watchdog
 from pipeline.checkpoints import STATE, Checkpoint, CheckpointError, CheckpointStore
@@ -131,8 +131,11 @@ def serve(config: RunConfig, run: Path | None, stack: ExitStack) -> tuple[Engine
 
     Returns them and the number of updates behind the weights.
 
-    Weights are served at the model's own precision. Raises ``CheckpointError`` when ``run`` has no complete checkpoint.
+    Weights are served at the model's own precision. Raises ``CheckpointError`` when ``run`` has no complete checkpoint,
+    ``ConfigError`` when ``config`` cannot read it.
     """
+    if run is not None:
+        check_restorable(run, config)
     config = replace(config, rollout=replace(config.rollout, weight_dtype="auto"))
     checkpoint = newest_checkpoint(run, "evaluate")
     logs = Path(stack.enter_context(TemporaryDirectory()))
@@ -315,7 +318,7 @@ def plan_inputs(config: RunConfig) -> PlanInputs:
     inputs = PlanInputs(
         model_path=str(hf_path(config)),
         learner=grid_of(layout),
-        engines=EngineGrid(ranks, 1 if whole else expert_groups(rollout.sglang.extra_args), rollout.engines),
+        engines=EngineGrid(ranks, 1 if whole else rollout.sglang.expert_groups, rollout.engines),
         placement=Placement(len(learners), rollout.engines * ranks, colocated=colocated, nodes=(*learners, *own)),
         bucket_bytes=layout.bucket_mib << 20,
         dtype=_sent_type(config),
@@ -342,13 +345,6 @@ def weight_sync(config: RunConfig, inputs: PlanInputs, learner: Learner, engines
         backend="nccl" if on_gpus else "gloo",
         probe=rollout.engine == "sglang",
     )
-
-
-def expert_groups(arguments: Sequence[str]) -> int:
-    """Into how many groups SGLang's own arguments have a server divide experts."""
-    parser = ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--ep-size", "--expert-parallel-size", "--ep", dest="ep", type=int, default=1)
-    return parser.parse_known_args(arguments)[0].ep
 
 
 def _sent_type(config: RunConfig) -> str:

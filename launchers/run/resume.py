@@ -82,6 +82,12 @@ def _steps(config: RunConfig, step: int) -> Iterator[Problem]:
         yield Problem("steps", config.steps, f"the run has done {step} steps already", f"give more than {step}")
 
 
+def check_restorable(run: Path, config: RunConfig) -> None:
+    """Raise ``ConfigError`` where ``config`` differs from ``run``'s in what its checkpoints can only be read with."""
+    if problems := list(_restorable(_changed(load_config(run / "config.yaml", check=False), config))):
+        raise ConfigError.of(problems)
+
+
 def _restorable(changed: dict[str, tuple[Any, Any]]) -> Iterator[Problem]:
     for key in (key for key in changed if key in _FIXED):
         old, new = changed[key]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pipeline.config.errors import Problem
-from pipeline.config.schema import ALL_LINEAR, LoraConfig, RunConfig
+from pipeline.config.schema import ALL_LINEAR, LORA_MODULES, LoraConfig, RunConfig
 from pipeline.model.architecture import Architecture
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -25,6 +25,10 @@ def lora_problems(config: RunConfig) -> Iterator[Problem]:
     if ALL_LINEAR in lora.targets and len(lora.targets) > 1:
         problem = f"{ALL_LINEAR} names the others already"
         yield Problem("learner.lora.targets", lora.targets, problem, f"give [{ALL_LINEAR}], or the others alone")
+    named = [name for name in LORA_MODULES if name in lora.targets]
+    if set(lora.targets) == set(named) and lora.targets != named:
+        problem = "each layer is named once, in the order of the model: else equal adapters would seem to differ"
+        yield Problem("learner.lora.targets", lora.targets, problem, f"give [{', '.join(named)}]")
     frozen = f"with learner.lora.rank={lora.rank}, which leaves the model's own weights as they are"
     if learner.precision.fp8 != "none":
         problem = f"FP8 is not built {frozen}"

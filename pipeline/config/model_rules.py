@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentError
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -97,6 +98,7 @@ def _layout(config: RunConfig, model: Architecture) -> Iterator[Problem]:
             f"not built for {model.family.name}: the state of a delta net passes from token to token through a row",
             "set it to 1",
         )
+    yield from _sglang_ranks(config, model)
     yield from _sglang_experts(config, model)
     yield from _sglang_rotary(config, model)
     yield from _sglang_sinks(config, model)
@@ -118,6 +120,25 @@ def _routing(config: RunConfig, model: Architecture) -> Iterator[Problem]:
     elif replay == "routes" and model.moe and model.moe.top_k < 2:
         problem = "a token has one expert (config.json: num_experts_per_tok); replay needs two or more"
         yield Problem("learner.routing_replay", replay, problem, remedy)
+
+
+def _sglang_ranks(config: RunConfig, model: Architecture) -> Iterator[Problem]:
+    """Whether the ranks of a server can take slices of the model; by disk, they divide whole tensors themselves."""
+    rollout, arguments = config.rollout, config.rollout.sglang.extra_args
+    tp = rollout.tensor_parallel_size
+    if rollout.engine != "sglang" or rollout.weight_transport == "disk" or tp < 1 or model.heads % tp:
+        return  # the last two are refused by themselves
+    try:
+        ep = rollout.sglang.expert_groups
+    except ArgumentError as error:
+        yield Problem("rollout.sglang.extra_args", arguments, str(error), "give a whole number")
+        return
+    for size, problem in model.engine_limits(tp, ep):
+        if size == "tp":
+            remedy = "choose another, or set rollout.weight_transport=disk"
+            yield Problem("rollout.tensor_parallel_size", tp, problem, remedy)
+        else:
+            yield Problem("rollout.sglang.extra_args", arguments, problem, "change --ep-size")
 
 
 def _sglang_rotary(config: RunConfig, model: Architecture) -> Iterator[Problem]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from dataclasses import dataclass
 from typing import Any
 
@@ -274,6 +275,13 @@ class SglangConfig:
         unit="seconds",
     )
     extra_args: list[str] = key([], "further arguments of sglang.launch_server, e.g. ['--log-level', 'info']")
+
+    @property
+    def expert_groups(self) -> int:
+        """Into how many groups of ranks a server divides experts, by its own arguments."""
+        parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        parser.add_argument("--ep-size", "--expert-parallel-size", "--ep", dest="ep", type=int, default=1)
+        return parser.parse_known_args(self.extra_args)[0].ep
 
 
 @dataclass

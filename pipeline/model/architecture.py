@@ -18,6 +18,8 @@ from pipeline.model.reading import Fixed, ModelError, Refusal, Said
 from pipeline.model.rope import ANY_ROPE, LongRope, RopeRules, Scaling, read_rope
 from pipeline.units import FP8_BLOCK
 
+VOCAB_MULTIPLE = 64  # to which SGLang pads a vocabulary
+
 
 @dataclass(frozen=True)
 class Moe:
@@ -452,6 +454,39 @@ class Architecture:
             yield "tp", tp, self.moe.shared_ffn, "shared experts' columns"
             yield "etp", expert_tp, self.moe.ffn, "feed-forward columns of an expert"
             yield "ep", ep, self.moe.experts, "experts"
+
+    def engine_limits(self, tp: int, ep: int) -> Iterator[tuple[str, str]]:
+        """Why the ``tp`` ranks of an SGLang server cannot hold the model, its experts on ``ep`` groups of them.
+
+        Each as (name of the size, problem). The rules are those of ``pipeline.reshard.engine_grid``.
+        """
+        if ep < 1 or tp % ep:
+            yield "ep", f"ep={ep} does not divide tp={tp}: choose a divisor of tp"
+            return
+        padded = -(-self.vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        parts = [
+            ("tp", tp, "num_attention_heads", self.heads),
+            ("tp", tp, f"the vocabulary padded to a multiple of {VOCAB_MULTIPLE}", padded),
+        ]
+        if not all(self.is_moe(layer) for layer in range(self.layers)):
+            parts.append(("tp", tp, "intermediate_size", self.ffn))
+        if self.moe:
+            parts += [
+                ("ep", ep, "the number of experts", self.moe.experts),
+                ("tp / ep", tp // ep, "moe_intermediate_size", self.moe.ffn),
+                ("tp", tp, "the width of the shared experts", self.moe.shared_ffn),
+            ]
+        elif ep > 1:
+            yield "ep", f"ep={ep}: the model has no experts; leave ep out"
+        for name, parts_of, what, size in parts:
+            if size % parts_of:
+                yield name, f"{name}={parts_of} does not divide {what}={size}: choose a divisor"
+        if self.delta and tp > 1:
+            problem = "SGLang divides the convolution of a delta net into parts of its queries, keys and values"
+            yield "tp", f"tp={tp}: {problem}, and an update brings it whole; use tp=1"
+        if not self.mla and tp % self.kv_heads and self.kv_heads % tp:
+            problem = f"neither a divisor nor a multiple of num_key_value_heads={self.kv_heads}"
+            yield "tp", f"tp={tp} is {problem}: choose one"
 
     def check_layout(self, grid: Grid) -> None:
         """Raise ``ValueError`` where the model cannot be cut so."""

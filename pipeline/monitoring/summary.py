@@ -227,5 +227,6 @@ def _cost(method: str, baseline: str, summaries: Sequence[dict[str, Any]], metho
 
 def _none_if_nan(value: Any) -> Any:
     if isinstance(value, tuple):
-        return [_none_if_nan(entry) for entry in value]
+        entries = [_none_if_nan(entry) for entry in value]
+        return None if set(entries) == {None} else entries
     return None if isinstance(value, float) and math.isnan(value) else value

@@ -20,10 +20,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.model.architecture import Architecture
+from pipeline.model.architecture import VOCAB_MULTIPLE, Architecture
 from pipeline.model.layout import Row
-
-VOCAB_MULTIPLE = 64
 
 
 @dataclass(frozen=True)
@@ -76,33 +74,8 @@ class EngineGrid:
 
     def check(self, model: Architecture) -> None:
         """Raise ``ValueError`` where SGLang would refuse to divide ``model`` so."""
-        padded = -(-model.vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-        parts = [
-            ("tp", self.tp, "num_attention_heads", model.heads),
-            ("tp", self.tp, f"the vocabulary padded to a multiple of {VOCAB_MULTIPLE}", padded),
-        ]
-        if not all(model.is_moe(layer) for layer in range(model.layers)):
-            parts.append(("tp", self.tp, "intermediate_size", model.ffn))
-        if model.moe:
-            parts += [
-                ("ep", self.ep, "the number of experts", model.moe.experts),
-                ("tp / ep", self.tp // self.ep, "moe_intermediate_size", model.moe.ffn),
-                ("tp", self.tp, "the width of the shared experts", model.moe.shared_ffn),
-            ]
-        elif self.ep > 1:
-            raise ValueError(f"ep={self.ep}: the model has no experts; leave ep out")
-        for name, parts_of, what, size in parts:
-            if size % parts_of:
-                raise ValueError(f"{name}={parts_of} does not divide {what}={size}: choose a divisor")
-        if model.delta and self.tp > 1:
-            raise ValueError(
-                f"tp={self.tp} is not supported for {model.family.name}: SGLang divides the convolution of a delta "
-                "net into parts of its queries, keys and values, and an update brings it whole; use tp=1"
-            )
-        if not model.mla and self.tp % model.kv_heads and model.kv_heads % self.tp:
-            raise ValueError(
-                f"tp={self.tp} is neither a divisor nor a multiple of num_key_value_heads={model.kv_heads}: choose one"
-            )
+        for _, problem in model.engine_limits(self.tp, self.ep):
+            raise ValueError(problem)
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,19 @@ def test_a_step_on_one_gpu(plan, keys, linear, attention, output):
     assert found.tokens_per_second == pytest.approx(2000 / found.seconds)
 
 
+def test_adapters_work_and_leave_the_gradients_of_other_weights_out(plan):
+    """Each layer: an A of rank 8 for every linear, and B for all columns that the fused ones make."""
+    work = plan("qwen3-32b", *ONE_ROW, "learner.log_prob_kernel=torch", "learner.lora.rank=8")
+    (passed,) = once(work)
+    assert passed.linear == 2 * 1000 * 64 * LAYER
+    layer = 3 * 8 * (5120 + 8192 + 2 * 1024) + 8 * (8192 + 5120) + 2 * 8 * (5120 + 2 * 25600) + 8 * (25600 + 5120)
+    assert passed.adapters == 2 * 1000 * 64 * layer
+    executed = 2 * (2 * passed.linear + 3 * passed.attention + 2 * passed.output + 3 * passed.adapters)
+    assert speed(work, MACHINE).executed_flops == pytest.approx(executed)
+    stages = once(plan("qwen3-32b", *ONE_ROW, "learner.lora.rank=8", "learner.pipeline_model_parallel_size=4"))
+    assert sum(each.adapters for each in stages) == passed.adapters
+
+
 def test_a_pipeline_waits_for_its_slowest_stage(plan):
     keys = (*ONE_ROW, "learner.pipeline_model_parallel_size=2", "learner.log_prob_kernel=torch")
     work = plan("qwen3-32b", *keys)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launchers.run.assemble import expert_groups, plan_inputs
+from launchers.run.assemble import plan_inputs
 from pipeline.config.errors import ConfigError
 from pipeline.config.schema import ModelConfig, RolloutConfig, RunConfig, SglangConfig
 from pipeline.reshard.engine_grid import EngineGrid
@@ -25,7 +25,7 @@ def config(folder, **rollout):
     [([], 1), (["--ep-size", "2", "--log-level", "info"], 2), (["--expert-parallel-size=4"], 4)],
 )
 def test_expert_groups_are_read_from_the_servers_own_arguments(arguments, groups):
-    assert expert_groups(arguments) == groups
+    assert SglangConfig(extra_args=arguments).expert_groups == groups
 
 
 def test_engines_take_slices_but_whole_tensors_by_disk(folder):

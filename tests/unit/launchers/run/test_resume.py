@@ -54,6 +54,14 @@ def test_what_cannot_go_on_is_refused(run, override, key, remedy):
     assert remedy in error.value.problems[0].remedy
 
 
+def test_evaluate_refuses_what_cannot_read_the_checkpoints(run, capsys):
+    code, _, said = call(capsys, "evaluate", "--run", str(run), "learner.lora.rank=4", "seed=1")
+    assert code == 2
+    assert "learner.lora.rank: 4" in said
+    assert "keep learner.lora.rank=0" in said
+    assert "seed" not in said
+
+
 def test_another_experiment_is_allowed_when_asked_for(run):
     assert given(run, "seed=1", allow_change=True).changed == {"seed": (0, 1)}
     with pytest.raises(ConfigError, match="can only be restored so"):

@@ -638,6 +638,28 @@ def test_experts_with_biases_are_whole_on_a_rank_and_their_engine_is_native(mode
     assert "live updates of gpt_oss models" in problem.problem
 
 
+RANKS = "rollout.tensor_parallel_size"
+EXTRA = "rollout.sglang.extra_args"
+
+
+@pytest.mark.parametrize(
+    ("family", "keys", "key", "said"),
+    [
+        ("qwen3_next", [f"{RANKS}=2"], RANKS, "tp=2: SGLang divides the convolution of a delta net"),
+        ("qwen3_next", [f"{RANKS}=2", "rollout.weight_transport=disk"], "", ""),
+        ("qwen3_moe", [f"{RANKS}=4"], "", ""),
+        ("qwen3_moe", [f"{EXTRA}=[--ep-size, 2]"], EXTRA, "ep=2 does not divide tp=1"),
+        ("qwen3_moe", [f"{RANKS}=4", f"{EXTRA}=[--ep-size, two]"], EXTRA, "invalid int value: 'two'"),
+        ("llama", [f"{RANKS}=2", f"{EXTRA}=[--ep-size=2]"], EXTRA, "ep=2: the model has no experts"),
+    ],
+)
+def test_ranks_of_servers_that_cannot_take_slices_are_refused(model, family, keys, key, said):
+    (model / "config.json").write_text(json.dumps(hf_config(family, max_position_embeddings=4096)))
+    found = problems(model, "rollout.engine=sglang", *keys)
+    assert [problem.key for problem in found] == ([key] if key else [])
+    assert all(said in problem.problem and problem.remedy for problem in found)
+
+
 def test_a_folder_of_fp8_codes_is_served_in_fp8(model):
     sizes = {"head_dim": 64, "intermediate_size": 512, "num_key_value_heads": 8}
     config = LLAMA | {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]} | sizes

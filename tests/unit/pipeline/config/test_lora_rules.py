@@ -14,6 +14,8 @@ BROKEN = {
     "alpha alone": (LLAMA, [L + "alpha=16"], L + "alpha", "no effect"),
     "no targets": (LLAMA, [ON, L + "targets=[]"], L + "targets", "no layer"),
     "twice": (LLAMA, [ON, L + "targets=[all-linear, q_proj]"], L + "targets", "already"),
+    "one of them twice": (LLAMA, [ON, L + "targets=[q_proj, v_proj, q_proj]"], L + "targets", "give [q_proj, v_proj]"),
+    "in another order": (LLAMA, [ON, L + "targets=[v_proj, q_proj]"], L + "targets", "give [q_proj, v_proj]"),
     "unknown": (LLAMA, [ON, L + "targets=[lm_head]"], L + "targets", "lm_head"),
     "FP8": (
         LLAMA,

@@ -125,6 +125,7 @@ def test_a_running_run_can_be_reported(tmp_path, steps):
     result = build_report([tmp_path / "run"], tmp_path / "report.html", tmp_path / "report.png")
     (summary,) = result["runs"]
     assert (summary["status"], summary["steps"], summary["pass_at_1"]) == ("unfinished", steps, None)
+    assert summary["pass_at_16_interval"] is None
     assert result["cost"] == []
     assert "<p>Nothing.</p>" in (tmp_path / "report.html").read_text()
 

@@ -13,6 +13,7 @@ from pipeline.clock import StepClock
 from pipeline.config.load import load_config
 from pipeline.data.cursor import DataCursor
 from pipeline.rollout.engine import EngineError
+from pipeline.rollout.holding import ClosedError
 from pipeline.rollout.parts import joined, remainder
 from pipeline.step.queue import RolloutQueue
 from pipeline.step.waiting import drawn_of, plain_of
@@ -239,7 +240,30 @@ def test_closing_ends_what_is_being_drawn():
     assert time.monotonic() - began < 10
 
 
-@pytest.mark.parametrize("more", [(), ("rollout.deterministic=true",)], ids=["by the clock", "by count"])
+HELD = pytest.mark.parametrize("more", [(), ("rollout.deterministic=true",)], ids=["by the clock", "by count"])
+
+
+@HELD
+def test_a_run_that_ends_between_two_steps_asks_nothing_more(more):
+    """Engines are paused then: threads that hold answers end, and a checkpoint would find the answers as they were."""
+    engine = Interrupted(token_s=0.0)
+    drawing = queue(engine, 1, PARTIAL, *more, "steps=9", longest=60)
+    drawing.next(0, DECISION, StepClock())
+    drawing.settle()
+    engine.token_s = 0.005
+    drawing.next(1, DECISION, StepClock())
+    drawing.settle()
+    held, engine.stream = drawing.held, None  # to ask would raise a TypeError
+    ending = threading.Thread(target=drawing.close, daemon=True)
+    ending.start()
+    ending.join(20)
+    assert not ending.is_alive()
+    assert drawing.held == held > 0
+    ends = {type(each.future.exception(20)) for each in drawing._waiting}
+    assert ends - {type(None)} == {ClosedError}
+
+
+@HELD
 @pytest.mark.parametrize("staleness", [1, 4])
 def test_held_answers_go_on_and_every_one_is_trained_on_once(staleness, more):
     """The same prompts and seeds as without: weights alone change."""
