@@ -219,6 +219,19 @@ def test_a_bad_environment_ends_its_own_episode_alone(played, monkeypatch, run, 
     assert [(each.stop_reason, each.reward, each.correct) for each in others] == [("done", 1.0, True)] * 3
 
 
+def test_the_time_of_all_turns_together_is_limited_too(played, monkeypatch):
+    async def slow(recording, given, data):
+        said = await recording.complete(given.token_ids)
+        await asyncio.sleep(0.3)
+        await recording.complete((*given.token_ids, *said.drawn.token_ids.tolist(), SYMBOLS.index("=")))
+        await asyncio.sleep(60)
+
+    monkeypatch.setattr(module, "environment_of", lambda data: environment(slow))
+    (group,) = played(config(turn_timeout_s=60.0, timeout_s=0.5)).generate(requests(1, 1))
+    assert (group.samples[0].stop_reason, len(group.samples[0].turns)) == ("timeout", 2)
+    assert "0.5 s of its own (data.environment.timeout_s)" in group.samples[0].verifier_error
+
+
 def test_an_episode_without_an_answer_is_left_out_of_training(played, monkeypatch):
     monkeypatch.setattr(module, "environment_of", lambda data: environment(_silent))
     (group,) = played(config()).generate(requests(1))
