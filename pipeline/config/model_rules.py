@@ -101,7 +101,7 @@ def _layout(config: RunConfig, model: Architecture) -> Iterator[Problem]:
     yield from _sglang_ranks(config, model)
     yield from _sglang_experts(config, model)
     yield from _sglang_rotary(config, model)
-    yield from _sglang_sinks(config, model)
+    yield from _sglang_sights(config, model)
     yield from _routing(config, model)
 
 
@@ -154,13 +154,19 @@ def _sglang_rotary(config: RunConfig, model: Architecture) -> Iterator[Problem]:
         yield Problem("rollout.engine", "sglang", problem, remedy)
 
 
-def _sglang_sinks(config: RunConfig, model: Architecture) -> Iterator[Problem]:
+def _sglang_sights(config: RunConfig, model: Architecture) -> Iterator[Problem]:
     """Where an update's slices belong in SGLang 0.5.21's ``GptOssForCausalLM`` is not built; no CPU backend of its
-    attention takes sinks.
+    attention takes sinks. Its ``LlamaForCausalLM``, which serves Mistral too, and its Mixtral know no sliding window.
     """
-    if config.rollout.engine == "sglang" and model.family.sinks:
+    if config.rollout.engine != "sglang":
+        return
+    remedy = "set rollout.engine=native"
+    if model.family.sinks:
         problem = f"live updates of {model.family.name} models are not built for SGLang"
-        yield Problem("rollout.engine", "sglang", problem, "set rollout.engine=native")
+        yield Problem("rollout.engine", "sglang", problem, remedy)
+    elif model.window:
+        problem = f"SGLang's {model.family.name} models see whole rows, not a sliding window of {model.window.tokens}"
+        yield Problem("rollout.engine", "sglang", f"{problem} tokens", remedy)
 
 
 def _sglang_experts(config: RunConfig, model: Architecture) -> Iterator[Problem]:

@@ -117,7 +117,7 @@ class Family:
     mla: bool = False  # latent attention
     moe: Callable[[Said, int], Moe] | None = None  # reads the experts, given the number of layers
     delta: Callable[[Said, int], DeltaNet] | None = None  # reads the delta nets, given the number of layers
-    window: Callable[[Said, int], Window] | None = None  # reads the sliding window, given the number of layers
+    window: Callable[[Said, int], Window | None] | None = None  # reads the sliding window, given the number of layers
     ahead: str | None = None  # how names of multi-token-prediction layers begin; None: with the numbers after the last
     delta_apart: bool = False  # a delta net's gates, and what it multiplies by, have projections of their own
     within: str | None = None  # model_type of models that also see, and have one of this family as their text_config
@@ -168,6 +168,19 @@ def _qwen3_next_delta(said: Said, layers: int) -> DeltaNet:
     if values % keys:
         said.refuse(f"linear_num_value_heads={values} is not a multiple of linear_num_key_heads={keys}")
     return DeltaNet(tuple(kind == "linear_attention" for kind in kinds), keys, values, key_dim, value_dim, kernel)
+
+
+def _mistral_window(said: Said, layers: int) -> Window | None:
+    """Of all layers; absent, 4096 tokens."""
+    return None if said.config.get("sliding_window", 4096) is None else _all_windows(said, layers)
+
+
+def _mixtral_window(said: Said, layers: int) -> Window | None:
+    return None if said.config.get("sliding_window") is None else _all_windows(said, layers)
+
+
+def _all_windows(said: Said, layers: int) -> Window:
+    return Window((True,) * layers, said.count("sliding_window", 4096))
 
 
 def _gpt_oss_window(said: Said, layers: int) -> Window:
@@ -223,7 +236,7 @@ def _deepseek_moe(said: Said, layers: int) -> Moe:
 _FIXED = (
     Fixed("hidden_act", "silu", "only the gated SiLU feed-forward is built"),
     Fixed("mlp_bias", False, "feed-forward biases are not built"),
-    Fixed("use_sliding_window", False, "sliding-window attention is not built"),
+    Fixed("use_sliding_window", False, "Qwen's sliding windows are not built"),
 )
 _NO_BIAS = Fixed("attention_bias", False, "biases of attention's output are not built")
 _ROUTER = (
@@ -235,7 +248,6 @@ _DEEPSEEK = (
     Fixed("rope_interleave", True, "megatron-core's latent attention takes rotary pairs interleaved"),
     Fixed("moe_layer_freq", 1, "transformers has experts in every layer from first_k_dense_replace on"),
 )
-_WINDOW = Fixed("sliding_window", None, "sliding-window attention is not built", absent=4096)
 _GPT_OSS = (
     Fixed("attention_bias", True, "attention is built with its biases"),
     Fixed("swiglu_limit", 7.0, "transformers clamps feed-forwards at 7, whatever this says"),
@@ -263,14 +275,14 @@ _QWEN3_NEXT = Family(
 
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": Family("llama"),
-    "MistralForCausalLM": Family("mistral", kv_heads=8, fixed=(_WINDOW,)),
+    "MistralForCausalLM": Family("mistral", kv_heads=8, window=_mistral_window),
     "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True, kv_heads=32),
     "Qwen3ForCausalLM": Family("qwen3", qk_norm=True, head_dim=128, kv_heads=32),
     "MixtralForCausalLM": Family(
         "mixtral",
         rope=RopeRules(theta=1e6),
         kv_heads=8,
-        fixed=(replace(_WINDOW, absent=None),),
+        window=_mixtral_window,
         renamed=_MIXTRAL_NAMES,
         moe=_mixtral_moe,
     ),
@@ -576,7 +588,7 @@ def parse(config: Mapping[str, Any]) -> Architecture:
     said = Said(config)
     said.fixed((*_FIXED, *family.fixed, *(() if family.qkv_bias else (_NO_BIAS,))))
     _refuse_quantised(said, family)
-    if not family.delta and not family.window:
+    if not family.delta and not family.sinks:
         _refuse_other_layers(said)
     layers, hidden = map(said.count, ("num_hidden_layers", "hidden_size"))
     heads, vocab, positions = map(said.count, ("num_attention_heads", "vocab_size", "max_position_embeddings"))
@@ -609,7 +621,7 @@ def parse(config: Mapping[str, Any]) -> Architecture:
         moe=moe,
         mla=mla,
         delta=delta,
-        window=window if window and any(window.layers) else None,
+        window=window if window and any(window.layers) and window.tokens < positions else None,
         qkv_bias=_has(family.qkv_bias, config),
         qk_norm=_has(family.qk_norm, config),
         partial_rotary=rope.partial,

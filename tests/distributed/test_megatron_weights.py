@@ -35,6 +35,7 @@ CASES = [
     ("llama_yarn", "TP2xPP2"),
     ("qwen3_longrope", "TP2"),
     ("mistral_dynamic", "TP1"),
+    ("mistral_window", "TP2xPP2"),
     ("glm4_moe_yarn", "TP1"),
     *(("glm4_moe", layout) for layout in EXPERTS if layout not in (SHARED_HEADS, WHOLE_EXPERTS)),
     ("glm4_moe_air", "EP2"),

@@ -199,6 +199,7 @@ CONFIGS["glm4_moe_yarn"] = (
     | CONFIGS["llama_yarn"]
     | {key: CONFIGS["glm4_moe"][key] for key in ("architectures", "model_type")}
 )
+CONFIGS["mistral_window"] = CONFIGS["mistral"] | {"sliding_window": 4}
 CONFIGS["llama_linear"] = CONFIGS["llama"] | {"rope_scaling": {"type": "linear", "factor": 3.0}}
 CONFIGS["llama3_short"] = CONFIGS["llama"] | {  # numbers that megatron-core's own Llama 3 scaling does not have
     "rope_scaling": LLAMA3_ROPE

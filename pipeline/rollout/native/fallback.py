@@ -111,7 +111,9 @@ class TransformersDecoder:
         masks: Any = mask
         if window := self.model.window:  # a row's tokens stand in neighbouring columns
             gone = torch.arange(mask.shape[-1]) <= places[:, None] - window.tokens
-            masks = {"full_attention": mask, "sliding_attention": mask.masked_fill(gone, -torch.inf)}
+            masks = mask.masked_fill(gone, -torch.inf)
+            if not all(window.layers):
+                masks = {"full_attention": mask, "sliding_attention": masks}
         found = self._causal.model(
             input_ids=tokens, position_ids=positions, attention_mask=masks, past_key_values=cache, use_cache=True
         )

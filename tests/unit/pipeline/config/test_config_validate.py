@@ -473,8 +473,6 @@ UNSUPPORTED = {
     "groups": ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide"),
     "su": ({"rope_scaling": {"type": "su", "factor": 4.0}}, "rope_type='su'"),
     "yarn without factor": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "has factor=None"),
-    "Mistral's sliding window": (MISTRAL | {"sliding_window": 4096}, "sliding_window=4096"),
-    "Mistral's sliding window, by default": (MISTRAL, "sliding_window, which is absent and then 4096,"),
     "llama3 frequency": ({"rope_scaling": ROPE | {"low_freq_factor": 5.0}}, "low_freq_factor=5"),
     "llama3 without factor": ({"rope_scaling": {"rope_type": "llama3"}}, "has factor=None"),
     "two ropes": ({"rope_scaling": ROPE, "rope_parameters": {"rope_type": "default"}}, "contradict one another"),
@@ -624,6 +622,14 @@ def test_delta_nets_are_not_cut_along_a_row(model):
     (problem,) = problems(model, "rollout.engine=native", "learner.context_parallel_size=2")
     assert (problem.key, problem.value) == ("learner.context_parallel_size", 2)
     assert "delta net" in problem.problem
+
+
+def test_sglang_knows_no_sliding_window(model):
+    (model / "config.json").write_text(json.dumps(LLAMA | MISTRAL | {"sliding_window": 512}))
+    assert problems(model, "rollout.engine=native") == ()
+    (problem,) = problems(model, "rollout.engine=sglang")
+    assert (problem.key, problem.remedy) == ("rollout.engine", "set rollout.engine=native")
+    assert "not a sliding window of 512 tokens" in problem.problem
 
 
 def test_experts_with_biases_are_whole_on_a_rank_and_their_engine_is_native(model):

@@ -189,8 +189,7 @@ def test_deepseek_v3_s_rotary_scaling(rope):
 @pytest.mark.parametrize(
     ("family", "change", "message"),
     [
-        ("mistral", {"sliding_window": ...}, "sliding_window, which is absent and then 4096, is not supported"),
-        ("mistral", {"sliding_window": 4096}, "sliding_window=4096 is not supported.*sliding_window is null"),
+        ("mistral", {"sliding_window": 0}, "sliding_window=0 is not a whole number"),
         ("qwen3_moe", {"num_experts": None, "num_local_experts": ...}, "does not say num_experts"),
         ("qwen3_moe", {"moe_intermediate_size": ...}, "does not say moe_intermediate_size"),
         ("deepseek_v3", {"n_group": ..., "kv_lora_rank": ...}, "does not say kv_lora_rank, n_group"),
@@ -472,6 +471,24 @@ def test_models_in_full_size_are_read(config, parameters):
     assert sum(math.prod(shape) for shape in tensor_shapes(model).values()) == pytest.approx(parameters, rel=1e-3)
     assert model.extra_layers == config.get("num_nextn_predict_layers", 0)
     model.check_layout(Grid(tp=8, ep=32, etp=1, dp=32))
+
+
+@pytest.mark.parametrize(
+    ("family", "said", "tokens"),
+    [
+        ("mistral", 100, 100),
+        ("mistral", ..., 4096),
+        ("mistral", None, None),
+        ("mistral", 8192, None),
+        ("mixtral", 100, 100),
+        ("mixtral", ..., None),
+    ],
+)
+def test_windows_of_all_layers_count_where_rows_may_be_longer(family, said, tokens):
+    config = hf_config(family, max_position_embeddings=8192) | {"sliding_window": said}
+    model = architecture.parse({key: value for key, value in config.items() if value is not ...})
+    assert model.window == (Window((True, True), tokens) if tokens else None)
+    assert model.native is (tokens is None)
 
 
 def test_gpt_oss_has_a_window_in_every_other_layer_or_where_config_json_says():

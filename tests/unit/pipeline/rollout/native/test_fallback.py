@@ -75,6 +75,16 @@ def test_samples_carry_the_experts_that_read_them(tmp_path, family):
             assert np.array_equal(np.sort(sample.routes), expected)
 
 
+def test_a_window_of_all_layers_is_kept(tmp_path):
+    folder, _ = write_folder(tmp_path, "mistral", sliding_window=4)
+    engine = NativeEngine()
+    engine.start(folder)
+    for group, asked in zip(engine.generate(requests()), requests(), strict=True):
+        for sample in group.samples:
+            expected = exact(folder, asked.prompt.token_ids, sample)
+            np.testing.assert_allclose(sample.log_probs, expected, atol=2e-5)
+
+
 @pytest.mark.parametrize("family", ["qwen3_next", "gpt_oss", "glm4_moe"])
 def test_samples_do_not_depend_on_batching(tmp_path, family):
     folder, _ = write_folder(tmp_path, family)
