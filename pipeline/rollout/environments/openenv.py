@@ -82,11 +82,12 @@ def _action_fields(address: str) -> set[str]:
 def _listed_tools(data: DataConfig) -> list[dict[str, Any]]:
     """The tools that a server lists, in OpenAI's form. Raises ``DataError``."""
     from openenv.core.generic_client import GenericEnvClient
+    from websockets.exceptions import WebSocketException
 
     try:
         with GenericEnvClient(base_url=data.environment.id, message_timeout_s=_ASKING_S).sync() as server:
             return _offered(server.step(_LIST_TOOLS).observation)
-    except (OSError, RuntimeError, KeyError, TypeError) as error:
+    except (OSError, RuntimeError, KeyError, TypeError, WebSocketException) as error:
         raise DataError(f"the server cannot list its tools ({type(error).__name__}: {error})") from error
 
 
