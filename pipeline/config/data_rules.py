@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pipeline.config.errors import Problem
@@ -87,10 +87,10 @@ def _beside_training(config: RunConfig) -> Iterator[Problem]:
         yield Problem(place, True, problem, "set evaluation.every, or remove it")
 
 
-def data_file_problems(config: RunConfig) -> Iterator[Problem]:
-    """Whether the files of the data are on this machine."""
+def data_file_problems(config: RunConfig, found: Callable[[str], Path]) -> Iterator[Problem]:
+    """Whether the files of the data are on this machine, where ``found`` says that they lie."""
     source, template = config.data.source, config.data.chat_template_file
-    if template and not Path(template).is_file():
+    if template and not found(template).is_file():
         yield Problem("data.chat_template_file", template, "no such file", "give the path of a Jinja file")
-    if source.kind == "jsonl" and not Path(source.path).is_file():
+    if source.kind == "jsonl" and not found(source.path).is_file():
         yield Problem("data.source.path", source.path, "no such file", "give the path of a JSONL file of prompts")

@@ -65,7 +65,7 @@ def load_config(
         if not check:
             return []
         folder = (model_elsewhere or resolve_path)(config.model.hf_path)
-        return problems_of(config, folder, files_here=model_elsewhere is None)
+        return problems_of(config, folder, None if model_elsewhere else resolve_path)
 
     return load(RunConfig, path, overrides, rules, here=model_elsewhere is None)
 

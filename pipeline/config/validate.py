@@ -33,7 +33,7 @@ RULES: tuple[Callable[[RunConfig], Iterator[Problem]], ...] = (
 )
 
 
-def problems_of(config: RunConfig, model_folder: Path, *, files_here: bool = True) -> list[Problem]:
+def problems_of(config: RunConfig, model_folder: Path, found: Callable[[str], Path] | None) -> list[Problem]:
     """Every rule that ``config`` breaks.
 
     Rules on combinations speak only when each value is possible by itself.
@@ -41,10 +41,10 @@ def problems_of(config: RunConfig, model_folder: Path, *, files_here: bool = Tru
     Args:
         config: the run.
         model_folder: ``model.hf_path``, resolved.
-        files_here: whether the data are on this machine.
+        found: where a file that it names lies; None: the data are not on this machine.
     """
     problems = list(key_problems(config))
     if not problems:
         problems = [problem for rule in RULES for problem in rule(config)]
-        problems += data_file_problems(config) if files_here else ()
+        problems += data_file_problems(config, found) if found else ()
     return problems + list(model_problems(config, model_folder))

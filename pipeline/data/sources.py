@@ -6,10 +6,10 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 
+from pipeline.config.load import resolve_path
 from pipeline.config.schema import DataConfig, RunConfig
 from pipeline.data import DataError
 from pipeline.data.countdown import countdown_task
@@ -108,7 +108,7 @@ def examine_questions(config: DataConfig) -> tuple[Sequence[Question], list[Faul
     if config.verifier != "auto":
         check_verifier(config.verifier, config.verifier_folder)
     if config.source.kind == "jsonl":
-        return examine_jsonl(config.source.path, config)
+        return examine_jsonl(resolve_path(config.source.path), config)
     return read_questions(config), []
 
 
@@ -120,7 +120,7 @@ def read_questions(config: DataConfig) -> Sequence[Question]:
     if source.kind == "reasoning_gym":
         return generate_questions(source.task, source.size, source.params, source.seed)
     if source.kind == "jsonl":
-        return read_jsonl(source.path, config)
+        return read_jsonl(resolve_path(source.path), config)
     if source.kind == "environment":
         return environment_questions(config)
     raise DataError(f"data.source.kind={source.kind!r} must be countdown, reasoning_gym, jsonl or environment")
@@ -179,7 +179,7 @@ def _conversation(question: Question, config: DataConfig) -> tuple[Message, ...]
 def template_text(path: str) -> str:
     """The text of ``data.chat_template_file``; "" where none is named. Raises ``DataError``."""
     try:
-        return Path(path).read_text(encoding="utf-8") if path else ""
+        return resolve_path(path).read_text(encoding="utf-8") if path else ""
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data.chat_template_file={path}: cannot be read ({error}): give a Jinja file") from error
 

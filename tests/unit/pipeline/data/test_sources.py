@@ -5,7 +5,7 @@ import pytest
 
 from pipeline.config.schema import DataConfig, EntropyConfig, EvaluationConfig, RolloutConfig, RunConfig, SourceConfig
 from pipeline.data import DataError
-from pipeline.data.sources import PromptSet, check_prompts, load_prompts
+from pipeline.data.sources import PromptSet, check_prompts, load_prompts, template_text
 from pipeline.data.tokenizer import load_tokenizer
 from pipeline.rewards.verifier import UnknownVerifierError, make_verifier
 
@@ -263,6 +263,11 @@ def test_reasoning_gym_errors(byte_tokenizer):
         gym(size=0)
     with pytest.raises(DataError, match="JSON cannot carry"):
         gym("rearc")
+
+
+def test_a_packaged_chat_template_is_read_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "<|im_start|>" in template_text("recipe/smollm2_chain_sum.j2")
 
 
 def test_a_chat_template_file_and_its_variables_reach_the_prompt(byte_tokenizer, tmp_path):
