@@ -1,8 +1,10 @@
-"""Takes the pictures of the web page in docs/, of the quickstart's runs as `make quickstart` leaves them.
+"""Takes the pictures of the web page in docs/.
 
-    python tools/monitor_screenshots.py [--runs runs/quickstart]
+    python tools/monitor_screenshots.py --one RUN [--runs runs/quickstart]
 
-Needs chromium and requirements/browser.txt.
+The light one shows ``--one``, a run whose engines draw beside the training, as the timeline tells: in docs/ that is
+seed 0 of `isentrope lab run --suite staleness -m partial_2`. The dark one compares the quickstart's runs, as
+`make quickstart` leaves them; without them only the first is taken. Needs chromium and requirements/browser.txt.
 """
 
 from __future__ import annotations
@@ -42,16 +44,18 @@ def picture(browser: Browser, runs: list[Path], out: Path, scheme: str, width: i
 def main() -> None:
     """Both pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--one", type=Path, required=True, help="run folder of the light picture")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quickstart", help="folder of grpo, pi and scope")
     parser.add_argument("--chromium", default=shutil.which("chromium") or "chromium", help="the browser's program")
     arguments = parser.parse_args()
-    grpo, pi, scope = (arguments.runs / name for name in ("grpo", "pi", "scope"))
+    compared = [arguments.runs / name for name in ("grpo", "pi", "scope")]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=arguments.chromium, args=["--no-sandbox", "--disable-gpu", "--font-render-hinting=none"]
         )
-        picture(browser, [pi], ROOT / "docs" / "monitor_web.png", "light", 1440, 2170, 0.61)
-        picture(browser, [grpo, pi, scope], ROOT / "docs" / "monitor_web_dark.png", "dark", 1440, 1150, 0.61)
+        picture(browser, [arguments.one], ROOT / "docs" / "monitor_web.png", "light", 1440, 2560, 0.61)
+        if all(run.is_dir() for run in compared):
+            picture(browser, compared, ROOT / "docs" / "monitor_web_dark.png", "dark", 1440, 1150, 0.61)
         browser.close()
 
 

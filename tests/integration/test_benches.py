@@ -28,6 +28,7 @@ SMALL = {
     "event_log": "--steps 300 --out OUT/event_log",
     "fp8_effect": f"--config quickstart.yaml --model {MODEL} --prompts 1 --samples 1 --new-tokens 4",
     "frontier": "RUNS --temperatures 1.0 --workers 1",
+    "held": "--rounds 1 --groups 1 --samples 2 --prompt 4 --tokens 24 --json OUT/held.json",
     "logprobs": "--rounds 1 --shrink 64",
     "monitoring_cost": "--pairs 1 --steps 2 --sinks tensorboard",
     "overlap": "--steps 3 --hidden 64 --layers 1 --prompts 2 --samples 2 --new-tokens 8 --json OUT/overlap.json",
@@ -40,6 +41,7 @@ NEEDS = {
     "client": ["aiohttp"],
     "episodes": ["aiohttp"],
     "event_log": ["tensorboard"],
+    "held": ["sglang"],
     "monitoring_cost": ["tensorboard"],
     "overlap": ["sglang"],
 }
