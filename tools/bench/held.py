@@ -45,6 +45,7 @@ from tools.bench.overlap import family, write_model
 MODES = ("ask_again", "retract", "in_place")
 _BATCH = re.compile(r"Prefill batch.*?#new-token: (\d+), #cached-token: (\d+)")
 _TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+_LONGEST_S = 900.0
 _SETTLED_S = 0.3  # in which the last tokens before a pause have arrived
 
 
@@ -111,9 +112,10 @@ class Server:
 
 
 async def until(reached: Sequence[tuple[Answer, int]]) -> None:
-    """Wait until every answer has more tokens than that."""
-    while any(len(answer.tokens) <= count for answer, count in reached):
-        await asyncio.sleep(0.002)
+    """Wait until every answer has more tokens than that. Raises ``TimeoutError`` where the server stands still."""
+    async with asyncio.timeout(_LONGEST_S):
+        while any(len(answer.tokens) <= count for answer, count in reached):
+            await asyncio.sleep(0.002)
 
 
 async def round_of(
