@@ -23,7 +23,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.utils import is_layer_window_attention
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 
 from pipeline.objectives.loss import PolicyOutputs
 
@@ -103,7 +103,7 @@ class GatheredAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         self.softmax_scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
-        self._group = pg_collection.cp
+        self._group, self._tp_group = pg_collection.cp, pg_collection.tp
         windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
         self._window = config.window_size[0] if windowed else None  # tokens before itself that a token sees
         self.softmax_offset: torch.nn.Parameter | None = None
@@ -130,6 +130,14 @@ class GatheredAttention(MegatronModule):
         keys, values = (self._gathered(tensor[:, None]).split(lengths, dim=1) for tensor in (key, value))
         rows = zip(query[:, None].split(lengths), keys, values, strict=True)
         return torch.cat([self._attend(*row) for row in rows]).squeeze(1)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """As megatron-core's attention: each TP rank has the sinks of its own heads."""
+        sinks = self.state_dict(prefix="", keep_vars=True)
+        groups = {"tp_group": self._tp_group, "dp_cp_group": (metadata or {})["dp_cp_group"]}
+        return make_sharded_tensors_for_checkpoint(sinks, prefix, {"softmax_offset": 0}, sharded_offsets, **groups)
 
     def _gathered(self, own: torch.Tensor) -> torch.Tensor:
         """``[cp, seq / cp, ...]`` of all ranks, from each one's ``[seq / cp, ...]``."""

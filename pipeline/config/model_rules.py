@@ -155,8 +155,9 @@ def _sglang_rotary(config: RunConfig, model: Architecture) -> Iterator[Problem]:
 
 
 def _sglang_sights(config: RunConfig, model: Architecture) -> Iterator[Problem]:
-    """Where an update's slices belong in SGLang 0.5.21's ``GptOssForCausalLM`` is not built; no CPU backend of its
-    attention takes sinks. Its ``LlamaForCausalLM``, which serves Mistral too, and its Mixtral know no sliding window.
+    """Where an update's slices belong in SGLang 0.5.21's ``GptOssForCausalLM`` is not built; it refuses to start with
+    ``torch_native`` attention. Its ``LlamaForCausalLM``, which serves Mistral too, and its Mixtral know no sliding
+    window.
     """
     if config.rollout.engine != "sglang":
         return

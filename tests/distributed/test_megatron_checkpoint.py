@@ -37,6 +37,7 @@ CASES = {
     "EP2, latent attention": ("deepseek_v3", 2, 1, 1, {"sizes": {"ep": 2}}),
     "TP2 x SP, delta nets": ("qwen3_5", 2, 2, 1, {"sequence_parallel": True}),
     "EP2, delta nets, distributed optimizer": ("qwen3_next", 2, 1, 1, {"sizes": {"ep": 2}, **OVERLAP}),
+    "CP2 x TP2 x SP, sinks": ("gpt_oss", 4, 2, 1, {"cp": 2, "sizes": {"etp": 1}, "sequence_parallel": True}),
     "EP2 x PP2, bf16, distributed optimizer": ("qwen3_moe", 4, 1, 2, {"sizes": {"ep": 2}, "dtype": "bf16", **OVERLAP}),
 }
 
