@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from tests.distributed.tiny_models import hf_model
 from tests.integration.forks import isentrope
 from tests.processes import descendants
 from tests.step_events import essence
+from tests.tiny_folder import write_folder
 from tools.bench.overlap import write_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -381,6 +383,17 @@ def test_every_actuator_and_objective_trains(tmp_path, overrides):
     # With the band above the entropy, the command has left rest by the last step.
     rest = {"tok": 0.0, "clip_cov": 0.0, "entropy_bonus": 0.0}.get(done[-1]["actuator"], 1.0)
     assert done[-1]["command"] > rest
+
+
+def test_routes_are_replayed_in_a_whole_run(tmp_path):
+    """Of routers that transformers' model has on the native engine; a learner that gets no routes refuses the step."""
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    write_folder(folder, "glm4_moe", vocab_size=16, max_position_embeddings=64, eos_token_id=15)
+    more = ["steps=2", f"model.hf_path={folder}", "learner.routing_replay=routes", "evaluation.at_start=false"]
+    done = train(tmp_path / "run", *INLINE, *more)
+    assert [len(done), done[-1]["weight_version"]] == [2, 1]
+    assert max(step["metrics"]["mismatch_max"] for step in done) < 1e-4
 
 
 def test_rollouts_in_fp8_show_as_a_small_mismatch(tmp_path):
