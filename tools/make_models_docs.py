@@ -38,7 +38,7 @@ KNOWN: Mapping[str, Known] = {
     "qwen3": Known("Qwen3", "server", "places"),
     "mixtral": Known("Mixtral 8x7B, 8x22B", "places", "untried with SGLang"),
     "qwen2_moe": Known("Qwen1.5-MoE-A2.7B, Qwen2-57B-A14B", "places", "untried with SGLang"),
-    "qwen3_moe": Known("Qwen3-30B-A3B, Qwen3-235B-A22B", "places", "places"),
+    "qwen3_moe": Known("Qwen3-30B-A3B, Qwen3-235B-A22B", "server", "places"),
     "qwen3_next": Known("Qwen3-Next-80B-A3B", "places, 1 rank", "untried with SGLang"),
     "qwen3_5_text": Known("Qwen3.5-27B and smaller, text", "places, 1 rank", "untried with SGLang"),
     "qwen3_5_moe_text": Known("Qwen3.5-35B-A3B, text", "places, 1 rank", "untried with SGLang"),
