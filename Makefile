@@ -55,7 +55,7 @@ docs: $(VENV)/.ready-docs
 bench: $(VENV)/.ready
 	$(BIN)/python -m tools.bench.logprobs --json runs/bench/logprobs.json
 	$(BIN)/python tools/bench/batching.py
-	$(BIN)/python tools/bench/step_time.py
+	$(BIN)/python -m tools.bench.step_time
 
 # megatron-bridge, in an environment of its own that sees the packages of $(VENV): for
 # tests/integration/test_bridge_oracle.py and tools/bench/conversion.py --bridge-python $(BRIDGE)/bin/python

@@ -295,9 +295,10 @@ class EngineProcess:
 class RayEngine(RolloutEngine):
     """``RolloutEngine`` over one actor, made by ``spawn`` at every ``start``.
 
-    The beginning of an update, what it receives and their verification are one call; so an update takes two round
-    trips, all of it and then ``commit_update``. Each phase may take ``timeout_s``
-    (``rollout.weight_sync_timeout_s``) and a little grace; a process that does not answer by then is not alive.
+    The beginning of an update, what it receives and their verification are one call, and its driver waits for that one
+    alone: ``commit_update`` is done while the driver goes on, and ``stream`` waits for it. Each phase may take
+    ``timeout_s`` (``rollout.weight_sync_timeout_s``) and a little grace; a process that does not answer by then is not
+    alive.
     """
 
     def __init__(self, spawn: Callable[[], Any], name: str, timeout_s: float) -> None:
@@ -305,6 +306,7 @@ class RayEngine(RolloutEngine):
         self.process: Any = None
         self.begun: tuple[str, int] | None = None  # the beginning of an update, yet to be sent
         self.verified: int | None = None  # version
+        self.committed: Callable[[], None] | None = None  # returns when the update is, or raises
         self.stuck = ""
 
     @property
@@ -319,15 +321,17 @@ class RayEngine(RolloutEngine):
 
     def start(self, hf_path: Path) -> None:
         """See ``pipeline.rollout.engine.RolloutEngine``."""
-        self.process, self.begun, self.verified, self.stuck = self.spawn(), None, None, ""
+        self.process, self.begun, self.verified, self.committed, self.stuck = self.spawn(), None, None, None, ""
         ROLL_CALL.add(self.name.replace(" ", "-"), self.process)
         self._call("start", hf_path)
 
     def stream(self, requests: Sequence[GenerateRequest]) -> Iterator[Finished]:
         """See ``pipeline.rollout.engine.RolloutEngine``. One call for each of its items; the first has the requests.
 
-        The engine goes on with the next while the caller uses one.
+        The engine goes on with the next while the caller uses one. Raises what kept the update before from being
+        committed.
         """
+        self._await_commit()
         name, left = uuid4().hex, len(requests)
         reply = self.actor.draw.remote(name, requests) if left else None
         while left:
@@ -342,39 +346,53 @@ class RayEngine(RolloutEngine):
 
     def begin_update(self, version: int) -> None:
         """Done by ``receive``, which raises what goes wrong in it."""
-        self.begun, self.verified = ("begin_update", version), None
+        self.begun, self.verified, self.committed = ("begin_update", version), None, None
 
     def receive(self, order: Order, engine: int = 0) -> None:
         """See ``pipeline.rollout.engine.RolloutEngine``. What arrived is verified too."""
         begun, self.begun = self.begun, None
         phases = [("receive", order, engine), ("verify_update", order.version)]
-        self._perform([begun, *phases] if begun else phases)
+        self._perform([begun, *phases] if begun else phases)()
         self.verified = order.version
 
     def verify_update(self, version: int) -> None:
         """See ``pipeline.rollout.engine.RolloutEngine``."""
         if version != self.verified:
-            self._perform([("verify_update", version)])
+            self._perform([("verify_update", version)])()
 
     def commit_update(self, version: int) -> None:
-        """See ``pipeline.rollout.engine.RolloutEngine``."""
-        self._perform([("commit_update", version)])
+        """Queue it: what goes wrong in it is raised by ``stream``."""
+        self.committed = self._perform([("commit_update", version)])
+
+    def _await_commit(self) -> None:
+        if (committed := self.committed) is not None:  # kept until it is done: several threads may wait
+            committed()
+            if self.committed is committed:
+                self.committed = None
 
     def abort_update(self) -> None:
         """Queue the end of the update, behind whatever of it still runs."""
-        self.begun = self.verified = None
+        self.begun = self.verified = self.committed = None
         if self.process is not None:
             self.process.perform.remote([("abort_update",)])
 
-    def _perform(self, phases: Sequence[tuple[Any, ...]]) -> None:
-        """Have the process go through phases, each with its arguments, in one call; the first failure is raised."""
+    def _perform(self, phases: Sequence[tuple[Any, ...]]) -> Callable[[], None]:
+        """Have the process go through phases, each with its arguments, in one call.
+
+        What is returned waits for their end; the first failure is raised.
+        """
         limit = len(phases) * (self.timeout_s + min(self.timeout_s, GRACE_S))
         names = ", ".join(phase for phase, *_ in phases)
-        try:
-            answer(self.actor.perform.remote(phases), f"{self.name}: {names}", limit)
-        except EngineTimeoutError as error:
-            self.stuck = f"{error}; if it is merely slow, raise rollout.weight_sync_timeout_s ({self.timeout_s:g})"
-            raise WeightUpdateError(self.stuck) from error
+        reply = self.actor.perform.remote(phases)
+
+        def ended() -> None:
+            try:
+                answer(reply, f"{self.name}: {names}", limit)
+            except EngineTimeoutError as error:
+                self.stuck = f"{error}; if it is merely slow, raise rollout.weight_sync_timeout_s ({self.timeout_s:g})"
+                raise WeightUpdateError(self.stuck) from error
+
+        return ended
 
     def abort(self) -> None:
         """See ``pipeline.rollout.engine.RolloutEngine``."""
@@ -382,6 +400,8 @@ class RayEngine(RolloutEngine):
 
     def health(self) -> EngineHealth:
         """See ``pipeline.rollout.engine.RolloutEngine``."""
+        with suppress(EngineError):  # ``stream`` raises it
+            self._await_commit()
         if self.stuck:
             return EngineHealth(alive=False, weight_version=None, detail=self.stuck)
         try:

@@ -85,6 +85,33 @@ def test_a_sender_that_does_not_come_is_named_before_any_commit(pool, tmp_path):
     assert [engine.health().weight_version for engine in pool._engines] == [None, None]
 
 
+def test_a_driver_goes_on_while_an_engine_commits(pool, tmp_path):
+    sync = sync_of(pool, tmp_path / "model")
+    order = sync._order(1)
+    pool.begin_update(1)
+    sync._transfer(order)
+    pool.verify_update(1)
+    pid = pool._engines[1]._call("pid")
+    os.kill(pid, signal.SIGSTOP)
+    pool.commit_update(1)
+    os.kill(pid, signal.SIGCONT)
+    assert pool.health().weight_version == 1
+    assert all(sample.drawn_with(1) for group in pool.generate([REQUEST, REQUEST]) for sample in group.samples)
+
+
+def test_a_process_that_stands_still_as_it_commits_is_named_when_it_is_to_draw(pool, tmp_path):
+    sync = sync_of(pool, tmp_path / "model")
+    order = sync._order(1)
+    pool.begin_update(1)
+    sync._transfer(order)
+    pool.verify_update(1)
+    os.kill(pool._engines[1]._call("pid"), signal.SIGSTOP)
+    pool.commit_update(1)
+    with pytest.raises(WeightUpdateError, match="engine 1: commit_update: its process did not answer within 4 s"):
+        pool.generate([REQUEST, REQUEST])
+    assert not pool._engines[1].health().alive
+
+
 def test_a_process_that_stands_still_is_named_and_started_again(pool, tmp_path):
     still = pool._engines[1]
     pid = still._call("pid")

@@ -13,7 +13,7 @@ from tests.integration.forks import FORKS, isentrope
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "configs/model/pm4-100k"
-LIBRARIES = {"alert_traces", "layouts", "live_sync", "logprob_peers"}  # used by other benchmarks, not run
+LIBRARIES = {"alert_traces", "layouts", "live_sync", "logprob_peers", "step_peers"}  # used by other benchmarks, not run
 ELSEWHERE = {"bridge"}  # run by test_bridge_oracle, in the environment that has megatron-bridge
 # OUT is a folder of the test's own, RUNS holds a finished run.
 SMALL = {
@@ -33,7 +33,7 @@ SMALL = {
     "monitoring_cost": "--pairs 1 --steps 2 --sinks tensorboard",
     "overlap": "--steps 3 --hidden 64 --layers 1 --prompts 2 --samples 2 --new-tokens 8 --json OUT/overlap.json",
     "reading_noise": "RUNS",
-    "step_time": "RUNS/pi",
+    "step_time": "--sides inline --rounds 1 --threads 1",
     "web_page": "--steps 200",
     "weight_sync": "--only apart",
 }
