@@ -142,7 +142,7 @@ def turn(side: str, process: BaseProcess, connection: Connection) -> Times:
     try:
         connection.send(None)
         return connection.recv(), computed_by(process) - before
-    except (EOFError, BrokenPipeError) as error:
+    except (EOFError, OSError) as error:
         raise SystemExit(f"{side}: failed") from error
 
 
