@@ -69,9 +69,9 @@ def test_a_learner_s_process_is_not_niced_and_has_its_variables_from_the_start(c
     assert found == {"CUDA_DEVICE_MAX_CONNECTIONS": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
 
-def sync_of(pool, folder):
+def sync_of(pool, folder, timeout_s=2.0):
     source = Source(folder, lambda version: random_tensors(hf_config("llama"), version), EngineGrid(count=2))
-    return source.sync(pool, 2.0)
+    return source.sync(pool, timeout_s)
 
 
 def test_a_sender_that_does_not_come_is_named_before_any_commit(pool, tmp_path):
@@ -86,7 +86,7 @@ def test_a_sender_that_does_not_come_is_named_before_any_commit(pool, tmp_path):
 
 
 def test_a_driver_goes_on_while_an_engine_commits(pool, tmp_path):
-    sync = sync_of(pool, tmp_path / "model")
+    sync = sync_of(pool, tmp_path / "model", 60.0)
     order = sync._order(1)
     pool.begin_update(1)
     sync._transfer(order)
@@ -100,7 +100,7 @@ def test_a_driver_goes_on_while_an_engine_commits(pool, tmp_path):
 
 
 def test_a_process_that_stands_still_as_it_commits_is_named_when_it_is_to_draw(pool, tmp_path):
-    sync = sync_of(pool, tmp_path / "model")
+    sync = sync_of(pool, tmp_path / "model", 60.0)
     order = sync._order(1)
     pool.begin_update(1)
     sync._transfer(order)
