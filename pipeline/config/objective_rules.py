@@ -94,6 +94,14 @@ def _correction(config: RunConfig) -> Iterator[Problem]:
             "has no effect with objective.correction.kind=tis, which truncates large weights only",
             "set it to 0, or objective.correction.kind=mis",
         )
+    if correction.kind != "none" and config.rollout.staleness and config.objective.old_log_probs == "engine":
+        yield Problem(
+            "objective.correction.kind",
+            correction.kind,
+            "has no effect on stale rows, whose ratio is already taken to what the engine told (rollout.staleness="
+            f"{config.rollout.staleness}, objective.old_log_probs=engine)",
+            "set objective.old_log_probs=learner, or objective.correction.kind=none",
+        )
 
 
 def _old_log_probs(config: RunConfig) -> Iterator[Problem]:

@@ -61,7 +61,6 @@ _TOKEN_MEANS = {
     "kl_sum": "kl",
     "ratio_sum": "ratio",
     "clip_sum": "clip_fraction",
-    **mismatch.MEANS,
 }
 
 
@@ -166,7 +165,9 @@ def policy_loss(
         kl = torch.exp(gap) - gap - 1
         term = term + objective.kl_coef * rows.weights * kl
     sums = _main_sums(outputs, rows, ratio, bounded, kl)
-    sums |= mismatch.mismatch_sums(log_ratio, main) | corrected
+    sums |= corrected
+    if not (rows.stale and objective.old_log_probs == "engine"):  # there nobody knows the learner's at equal weights
+        sums |= mismatch.mismatch_sums(log_ratio, main)
     if rows.stale:
         sums |= _sensor_sums(outputs, rows)
     sums["policy_loss"] = _total(policy, main)
@@ -189,8 +190,10 @@ def reduce_metrics(sums: Mapping[str, float | torch.Tensor]) -> dict[str, float]
     rows = values.pop("main_rows")
     means["entropy_sequence_mean"] = values.pop("entropy_row_sum") / rows if rows else float("nan")
     means["covariance"] = influence.covariance([values.pop(name) for name in influence.COVARIANCE_SUMS], tokens)
-    counts = [values.pop(name) for name in mismatch.BINS]
-    means["mismatch_p99"] = mismatch.quantile(counts, 0.99, values["mismatch_max"])
+    if "mismatch_max" in values:
+        means |= {mean: values.pop(name) / tokens if tokens else float("nan") for name, mean in mismatch.MEANS.items()}
+        counts = [values.pop(name) for name in mismatch.BINS]
+        means["mismatch_p99"] = mismatch.quantile(counts, 0.99, values["mismatch_max"])
     corrected = {name: values.pop(name) for name in correction.SUMS & values.keys()}
     return {**means, **correction.metrics(corrected), **values}
 

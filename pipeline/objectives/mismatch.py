@@ -1,9 +1,9 @@
 """How far engine and learner disagree about the same tokens at equal weights.
 
 ``d = log pi_learner - log pi_engine`` of every main token, both at T=1, the learner's at the weights that drew the
-token. Equal weights give unequal probabilities where precision, kernels or parallel layout differ, and every token is
-then off-policy by ``exp(d)`` (Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL
-training", fengyao.notion.site).
+token; of stale rows nobody has it, so their steps have none of these figures. Equal weights give unequal probabilities
+where precision, kernels or parallel layout differ, and every token is then off-policy by ``exp(d)`` (Yao et al. 2025,
+"Your efficient RL framework secretly brings you off-policy RL training", fengyao.notion.site).
 
 Everything is a sum over tokens, so micro-batches and ranks add up; a quantile of |d| comes from counts in log-spaced
 bins, as in DDSketch (Masson, Rim, Lee 2019, arXiv 1908.10693): bounded relative error, and merging is exact.

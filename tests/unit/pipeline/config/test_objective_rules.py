@@ -34,6 +34,11 @@ BROKEN = {
         "entropy.actuator",
         "clips no ratio",
     ),
+    "a correction of stale rows to the engine's own log-probs": (
+        ["objective.correction.kind=tis", "rollout.staleness=1"],
+        "objective.correction.kind",
+        "no effect on stale rows",
+    ),
     "old log-probs of fresh rows": (["objective.old_log_probs=learner"], "objective.old_log_probs", "no effect"),
     "stale rows as if fresh": (
         ["objective.old_log_probs=learner", "rollout.staleness=1"],
