@@ -68,7 +68,10 @@ def _run(cell: Cell, start: Future[Outcome] | None) -> Outcome:
             return Outcome(cell, computed=False, error=f"what it starts from is missing: {error}")
     (run_dir / CONFIG).write_text(to_yaml(cell.config))
     source = ["--resume", str(run_dir)] if begun(run_dir) else ["--config", str(run_dir / CONFIG)]
-    return Outcome(cell, computed=True, error=_isentrope(["train", *source], run_dir / LOG))
+    error = _isentrope(["train", *source], run_dir / LOG)
+    if not error and not is_complete(run_dir):  # asked to stop, it saves its state and ends well
+        error = "it was stopped before its last step"
+    return Outcome(cell, computed=True, error=error)
 
 
 def _write_weights(run_dir: Path, log: Path) -> str:

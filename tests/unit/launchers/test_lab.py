@@ -224,21 +224,25 @@ def test_runs_start_where_others_ended(tmp_path, monkeypatch):
     elsewhere = cells(suite, known, tmp_path / "x")
     assert [Path(c.config.run_dir).name for c in elsewhere] == [Path(c.config.run_dir).name for c in matrix]
 
-    said = []
+    said, ended = [], []
 
     def command(words, log):
         said.append(words[0])
+        if words[0] == "train":
+            ended.append(Path(words[-1]).parent)
         if words[0] == "convert":
             Path(words[-1]).mkdir()
         return ""
 
     monkeypatch.setattr("launchers.lab.matrix._isentrope", command)
+    monkeypatch.setattr("launchers.lab.matrix.is_complete", lambda run_dir: run_dir in ended)
     assert not [o.error for o in run_matrix(matrix, 3, lambda outcome: None) if o.error]
     assert (said.count("train"), said.count("convert")) == (4, 1)
-    Path(after.config.model.hf_path).rmdir()
-    monkeypatch.setattr("launchers.lab.matrix._isentrope", lambda words, log: "no weights")
+    ended.clear()
+    monkeypatch.setattr("launchers.lab.matrix._isentrope", lambda words, log: "")  # stopped, it ends well
     errors = {o.cell.method: o.error for o in run_matrix([after], 1, lambda outcome: None)}
-    assert errors == {"grpo": "no weights", "after": "what it starts from is missing: no weights"}
+    stopped = "it was stopped before its last step"
+    assert errors == {"grpo": stopped, "after": f"what it starts from is missing: {stopped}"}
 
 
 @pytest.mark.parametrize(
