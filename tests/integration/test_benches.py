@@ -14,7 +14,8 @@ from tests.integration.forks import FORKS, isentrope
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "configs/model/pm4-100k"
 LIBRARIES = {"alert_traces", "layouts", "live_sync", "logprob_peers", "step_peers"}  # used by other benchmarks, not run
-ELSEWHERE = {"bridge"}  # run by test_bridge_oracle, in the environment that has megatron-bridge
+# Run by test_bridge_oracle, in the environment that has megatron-bridge; by tests/unit/tools/test_target_regret.
+ELSEWHERE = {"bridge", "target_regret"}
 # OUT is a folder of the test's own, RUNS holds a finished run.
 SMALL = {
     "alert_quality": "--seeds 1 --recorded RUNS/pi",
