@@ -29,7 +29,7 @@ def engines(folders, tmp_path_factory):
         config = RolloutConfig(engine="sglang", tensor_parallel_size=ranks, sglang=settings)
         return SglangEngine(config, index=index, log_dir=logs, seed=1)
 
-    started = {"llama": engine(0, 1), "qwen3": engine(1, 1), "llama tp2": engine(2, 2)}
+    started = {"llama": engine(0, 1), "qwen3_moe": engine(1, 1), "llama tp2": engine(2, 2)}
     with ThreadPoolExecutor() as threads:  # the servers must outlive the threads that start them
         list(threads.map(lambda name: started[name].start(folders[name.split()[0]]), started))
     groups = [server_pid(engine) for engine in started.values()]

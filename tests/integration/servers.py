@@ -13,7 +13,7 @@ from tests.decoding import token_log_probs
 from tests.plan_source import Source
 from tests.tiny_folder import hf_config, random_tensors
 
-FAMILIES = ("llama", "qwen3")
+FAMILIES = ("llama", "qwen3_moe")
 TOLERANCE = 0.02  # nats
 
 

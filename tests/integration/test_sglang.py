@@ -366,7 +366,7 @@ def test_a_pool_mixes_engines(engines, folders):
 
 
 def test_a_killed_server_is_reported_and_revived(engines, folders):
-    engine = engines["qwen3"]
+    engine = engines["qwen3_moe"]
     pool = EnginePool([engine])
     pool._consistent = True  # it is started
     group = server_pid(engine)
@@ -382,12 +382,12 @@ def test_a_killed_server_is_reported_and_revived(engines, folders):
     assert "sglang-1.log" in health.detail
     with pytest.raises(WeightUpdateError, match="has ended"):
         engine.begin_update(70)
-    assert pool.revive(folders["qwen3"]) == [0]
-    assert pool.revive(folders["qwen3"]) == []
+    assert pool.revive(folders["qwen3_moe"]) == [0]
+    assert pool.revive(folders["qwen3_moe"]) == []
     with pytest.raises(EngineError, match="push the weights again"):
         pool.generate(REQUESTS)
-    push(pool, "qwen3", 70)
+    push(pool, "qwen3_moe", 70)
     groups = pool.generate(REQUESTS)
     assert all(sample.drawn_with(70) for group in groups for sample in group.samples)
-    assert_agrees(groups, decoder_of("qwen3", 70))
+    assert_agrees(groups, decoder_of("qwen3_moe", 70))
     assert engine._log_path.read_text().count("--- server starts") == 2
