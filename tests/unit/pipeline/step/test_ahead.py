@@ -199,6 +199,32 @@ def test_the_controller_is_told_the_age_as_measured():
         assert told[1:] == pytest.approx([min(step, 4) - fresher for step in range(1, 8)], abs=0.04)
 
 
+@pytest.mark.parametrize("staleness", [0, 2])
+@pytest.mark.parametrize("actuator", ["resample", "reweight"])
+def test_samples_are_trained_under_the_command_that_drew_them(actuator, staleness):
+    """A second rollout was drawn at a temperature of its time; where nothing was, the newest command holds."""
+
+    class AsAsked(Simulated):
+        def group(self, request):
+            whole = super().group(request)
+            return replace(whole, samples=tuple(replace(s, temperature=request.temperature) for s in whole.samples))
+
+    commands = [round(1.1 + 0.1 * step, 1) for step in range(6)]
+    words = ["entropy.controller=pi", f"entropy.actuator={actuator}"]
+    engine = AsAsked()
+    drawing = queue(engine, staleness, "steps=6", *words, "entropy.auxiliary_prompts=2")
+    again = 2 if actuator == "resample" else 0
+    for step, command in enumerate(commands):
+        drawn = drawing.next(step, ControlDecision(command, command, again, "tracking", ""), StepClock())
+        drawing.settle()
+        engine.version = step + 1
+        then = commands[max(0, step - staleness)] if actuator == "resample" else command
+        assert drawn.decision.command == then
+        asked = {sample.temperature for group in drawn.samples.auxiliary for sample in group.samples}
+        assert asked == ({then} if actuator == "resample" else set())
+    drawing.close()
+
+
 def test_drawing_and_training_take_place_at_once():
     """A step takes about as long as the longer of the two; in turns it takes the sum."""
 
@@ -250,7 +276,7 @@ def test_a_run_that_ends_between_two_steps_asks_nothing_more(more):
     drawing = queue(engine, 1, PARTIAL, *more, "steps=9", longest=60)
     drawing.next(0, DECISION, StepClock())
     drawing.settle()
-    engine.token_s = 0.005
+    engine.token_s = 0.005 if more else 1.0  # by the clock none may end before it is held, however busy the machine is
     drawing.next(1, DECISION, StepClock())
     drawing.settle()
     held, engine.stream = drawing.held, None  # to ask would raise a TypeError
