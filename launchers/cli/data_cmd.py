@@ -44,10 +44,11 @@ def check(
 
     if file is None and config is None:
         raise typer.BadParameter("give a FILE, a --config, or both")
+    path = str(file.absolute()) if file else ""
     if file is not None:
-        overrides = [*overrides, "data.source.kind=jsonl", override("data.source.path", file.absolute())]
+        overrides = [*overrides, "data.source.kind=jsonl", override("data.source.path", path)]
     if config is None:
-        source = SourceConfig(kind="jsonl", path=str(file))
+        source = SourceConfig(kind="jsonl", path=path)
         settings, tokenizer = RunConfig(data=DataConfig(source=source)), None
     else:
         from pipeline.data.tokenizer import load_tokenizer

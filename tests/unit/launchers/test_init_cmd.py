@@ -52,7 +52,7 @@ def test_the_data_are_read_once(capsys, monkeypatch, tmp_path, data):
         monkeypatch.setattr(module, "examine_jsonl", look)
     words = ["--no-measure", "--verifier", "exact", "--out", str(tmp_path / "my.yaml")]
     assert call(capsys, "init", str(PM4), str(data), *words)[0] == 0
-    assert looks == [str(data)]
+    assert looks == [data]
 
 
 def test_a_verifier_of_ones_own_is_looked_for_beside_what_is_written(capsys, tmp_path, data):
