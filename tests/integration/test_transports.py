@@ -56,7 +56,7 @@ def pool_of(*engines):
     return pool
 
 
-@pytest.mark.parametrize("name", ["llama", "llama tp2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "llama tp2", "qwen3_moe"])
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("colocated", [False, True], ids=["apart", "colocated"])
 def test_every_rank_receives_its_slices_and_no_other_byte(engines, name, grid, colocated):
