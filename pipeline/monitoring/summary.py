@@ -120,7 +120,7 @@ def summarize_run(run: RunHistory) -> dict[str, Any]:
         "seed": run.config.seed,
         "steps": run.steps,
         "status": run.status,
-        "final_entropy": _final(run, "entropy/mean"),
+        "final_entropy": final_mean(run, "entropy/mean"),
         **asdict(of_series(run.series)),
         "pass_at_1": pass_at(last, 1)[0],
         "pass_at_16": pass_at(last, 16)[0],
@@ -128,7 +128,7 @@ def summarize_run(run: RunHistory) -> dict[str, Any]:
         "pass_at_16_interval": pass_at(last, 16)[1:],
         "distinct_correct": last.get("distinct_correct", math.nan),
         "evaluation_step": last.get("step"),
-        "reward": _final(run, "reward/mean"),
+        "reward": final_mean(run, "reward/mean"),
         "mismatch": {name: _over_steps(run, name) for name in MISMATCH},
         "seconds": totals(run, "time/") | {"evaluation": sum(e.get("seconds", 0.0) for e in run.evaluations)},
         "tokens": {key: int(total) for key, total in totals(run, "tokens/").items()},
@@ -189,7 +189,7 @@ def cost_sentences(runs: Sequence[RunHistory], summaries: Sequence[dict[str, Any
     ]
 
 
-def _final(run: RunHistory, name: str) -> float:
+def final_mean(run: RunHistory, name: str) -> float:
     """Mean of a figure over the last steps; NaN without one."""
     values = run.column(name, max(0, run.steps - FINAL_STEPS))
     return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan

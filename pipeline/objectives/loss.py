@@ -186,12 +186,13 @@ def reduce_metrics(sums: Mapping[str, float | torch.Tensor]) -> dict[str, float]
     values = {name: float(value) for name, value in sums.items()}
     tokens = values.pop("main_tokens")
     values = {name: value for name, value in values.items() if name not in SENSOR_SUMS}
-    means = {mean: values.pop(name) / tokens if tokens else float("nan") for name, mean in _TOKEN_MEANS.items()}
+    compared = "mismatch_max" in values
+    averaged = _TOKEN_MEANS | (mismatch.MEANS if compared else {})
+    means = {mean: values.pop(name) / tokens if tokens else float("nan") for name, mean in averaged.items()}
     rows = values.pop("main_rows")
     means["entropy_sequence_mean"] = values.pop("entropy_row_sum") / rows if rows else float("nan")
     means["covariance"] = influence.covariance([values.pop(name) for name in influence.COVARIANCE_SUMS], tokens)
-    if "mismatch_max" in values:
-        means |= {mean: values.pop(name) / tokens if tokens else float("nan") for name, mean in mismatch.MEANS.items()}
+    if compared:
         counts = [values.pop(name) for name in mismatch.BINS]
         means["mismatch_p99"] = mismatch.quantile(counts, 0.99, values["mismatch_max"])
     corrected = {name: values.pop(name) for name in correction.SUMS & values.keys()}

@@ -85,12 +85,17 @@ def test_a_sender_that_does_not_come_is_named_before_any_commit(pool, tmp_path):
     assert [engine.health().weight_version for engine in pool._engines] == [None, None]
 
 
-def test_a_driver_goes_on_while_an_engine_commits(pool, tmp_path):
+def verified(pool, tmp_path):
+    """An update that every engine has, and none has committed."""
     sync = sync_of(pool, tmp_path / "model", 60.0)
     order = sync._order(1)
     pool.begin_update(1)
     sync._transfer(order)
     pool.verify_update(1)
+
+
+def test_a_driver_goes_on_while_an_engine_commits(pool, tmp_path):
+    verified(pool, tmp_path)
     pid = pool._engines[1]._call("pid")
     os.kill(pid, signal.SIGSTOP)
     pool.commit_update(1)
@@ -100,11 +105,7 @@ def test_a_driver_goes_on_while_an_engine_commits(pool, tmp_path):
 
 
 def test_a_process_that_stands_still_as_it_commits_is_named_when_it_is_to_draw(pool, tmp_path):
-    sync = sync_of(pool, tmp_path / "model", 60.0)
-    order = sync._order(1)
-    pool.begin_update(1)
-    sync._transfer(order)
-    pool.verify_update(1)
+    verified(pool, tmp_path)
     os.kill(pool._engines[1]._call("pid"), signal.SIGSTOP)
     pool.commit_update(1)
     with pytest.raises(WeightUpdateError, match="engine 1: commit_update: its process did not answer within 4 s"):

@@ -40,11 +40,10 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.config.schema import RolloutConfig, SglangConfig
 from pipeline.rollout.sglang.engine import SglangEngine
-from tools.bench.overlap import family, write_model
+from tools.bench.overlap import computed_s, write_model
 
 MODES = ("ask_again", "retract", "in_place")
 _BATCH = re.compile(r"Prefill batch.*?#new-token: (\d+), #cached-token: (\d+)")
-_TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 _LONGEST_S = 900.0
 _SETTLED_S = 0.3  # in which the last tokens before a pause have arrived
 
@@ -62,7 +61,7 @@ class Answer:
 
 
 class Server:
-    """A server and its clock of CPU seconds."""
+    """A server and its log."""
 
     def __init__(self, engine: SglangEngine, log: Path) -> None:
         self.url, self.log = engine._running.url, log
@@ -98,13 +97,6 @@ class Server:
                 spans = [(int(each["version"]), at + each["start"], at + each["end"]) for each in given]
                 answer.spans = begun[2] + spans
 
-    def cpu_s(self) -> float:
-        """Of this process and the server's."""
-        stats = (
-            Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split() for process in family(os.getpid())
-        )
-        return sum(int(fields[11]) + int(fields[12]) for fields in stats) * _TICK_S
-
     def read(self) -> tuple[int, int]:
         """Tokens that the server has read since it began: computed, and known from the cache."""
         found = [(int(new), int(cached)) for new, cached in _BATCH.findall(self.log.read_text())]
@@ -135,12 +127,12 @@ async def round_of(
     for answer in answers:
         answer.stood_at = len(answer.tokens)
     await server.load(folders[1], 2, flush=mode != "in_place")
-    begun, cpu_s, read = time.monotonic(), server.cpu_s(), server.read()
+    begun, cpu_s, read = time.monotonic(), computed_s(os.getpid()), server.read()
     await server.post("/continue_generation")
     if mode == "ask_again":
         running = [asyncio.create_task(server.draw(answer, tokens)) for answer in answers if answer.stood_at < tokens]
     await until([(answer, min(answer.stood_at, tokens - 1)) for answer in answers])
-    resume_s, resume_cpu_s = time.monotonic() - begun, server.cpu_s() - cpu_s
+    resume_s, resume_cpu_s = time.monotonic() - begun, computed_s(os.getpid()) - cpu_s
     await asyncio.gather(*running)
     new, cached = (after - before for after, before in zip(server.read(), read, strict=True))
     held = sum(answer.stood_at for answer in answers)

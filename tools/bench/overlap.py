@@ -23,7 +23,7 @@ import multiprocessing
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -95,6 +95,15 @@ def family(process: int) -> list[int]:
         for children in Path(f"/proc/{each}/task").glob("*/children"):
             found += map(int, children.read_text().split())
     return found
+
+
+def computed_s(process: int) -> float:
+    """Seconds for which a process and its descendants, those that live, have computed."""
+    ticks = 0
+    for each in family(process):
+        with suppress(OSError):  # it has just ended
+            ticks += sum(map(int, Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()[11:13]))
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def train(config: RunConfig, cores: Sequence[int]) -> None:

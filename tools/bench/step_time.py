@@ -23,7 +23,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from importlib.util import find_spec
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -37,7 +37,7 @@ from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
 from pipeline.monitoring.events import read_events
 from pipeline.monitoring.recorder import Recorder
-from tools.bench.overlap import family
+from tools.bench.overlap import computed_s
 
 Times = tuple[float, float]  # seconds that passed, and in which processes computed
 PEERS = ("torch", "trl")
@@ -138,21 +138,12 @@ def by_turns(sides: Sequence[str], configs: Mapping[str, RunConfig], rounds: int
 
 def turn(side: str, process: BaseProcess, connection: Connection) -> Times:
     """Have a side take its step. Raises ``SystemExit`` when it has failed."""
-    before = computed_by(process)
+    before = computed_s(process.pid or 0)
     try:
         connection.send(None)
-        return connection.recv(), computed_by(process) - before
+        return connection.recv(), computed_s(process.pid or 0) - before
     except (EOFError, OSError) as error:
         raise SystemExit(f"{side}: failed") from error
-
-
-def computed_by(process: BaseProcess) -> float:
-    """Seconds for which a process and its descendants, those that live, have computed."""
-    ticks = 0
-    for each in family(process.pid or 0):
-        with suppress(OSError):  # it has just ended
-            ticks += sum(map(int, Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()[11:13]))
-    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def compared(times: Mapping[str, Sequence[Times]]) -> dict[str, dict[str, float]]:
