@@ -103,11 +103,20 @@ def test_samples_wait_for_their_turn(two_at_once):
     assert_agrees(groups, decoder_of("llama", 0))
 
 
-def test_a_short_group_does_not_wait_for_a_long_one(engines):
+def test_a_short_group_does_not_wait_for_a_long_one(engines, monkeypatch):
     engine = engines["llama"]
     push(engine, "llama", 1, seed=0)
+    body = engine._body
+
+    def without_end(request, place):  # an end of text would make the long group a short one
+        asked = json.loads(body(request, place))
+        asked["sampling_params"]["ignore_eos"] = True
+        return json.dumps(asked).encode()
+
+    monkeypatch.setattr(engine, "_body", without_end)
     long, short = generate_request([4], 1, temperature=0.05, new=450), generate_request([5], 2, new=2)
-    assert [[number for number, _ in some] for some in engine.stream([long, short])] == [[1], [0]]
+    finished = [some for groups in engine.stream([long, short]) for some in groups]
+    assert [(number, len(group.samples[0].token_ids)) for number, group in finished] == [(1, 2), (0, 450)]
 
 
 def test_in_flight_goes_by_the_servers_figures(engines):
