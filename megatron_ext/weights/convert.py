@@ -276,7 +276,7 @@ def megatron_to_hf(
     with Work(out, settings) as work:
         resumed = len(work.finished)
         places = {name: place for tensor in tensors for name, place in tensor.places.items()}
-        files = Files(work.folder, places, shard_bytes, stacked.parts(model))
+        files = Files(work.folder, places, shard_bytes, stacked.written(model))
         _allocate(work, files, resumed)
         with closing(files):
             results = work.run(

@@ -16,7 +16,7 @@ import os
 import re
 import threading
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +42,7 @@ DTYPES: Mapping[str, torch.dtype] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _BLOCK = 2**20  # bytes
 _TIED_ROWS = 4096  # compared at a time
+_SEEING = re.compile(r"^model\.language_model\.")  # before names of the model of text within one that also sees
 _HEADER_LIMIT = 100_000_000  # bytes; as safetensors' own reader
 INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -123,13 +124,13 @@ class Folder:
     Reads slices, not files. A matrix stored as FP8 codes with scales of blocks, as DeepSeek-V3's, is read as the
     bfloat16 values that the codes stand for (its own ``fp8_cast_bf16.py`` makes the same); its scales have no name. So
     are MXFP4 codes, as gpt-oss's. The model of text within one that also sees has the names that it has by itself, and
-    so have experts that are stored in one tensor for all: end to end, or gpt-oss's otherwise (``stacked``).
+    so have experts that are stored in one tensor for all (``stacked``).
 
     Raises ``ModelError`` where a file is missing, truncated or not safetensors, or where the index is another model's.
     """
 
-    def __init__(self, hf_path: Path, model: Architecture | None = None) -> None:
-        """``model`` says which tensors are parts of others; without it every name is a file's own."""
+    def __init__(self, hf_path: Path, model: Architecture) -> None:
+        """``model`` says which tensors may be parts of others."""
         self.path = hf_path
         self.entries: dict[str, Entry] = {}
         index = _index(hf_path)
@@ -142,9 +143,7 @@ class Folder:
         if index and (apart := sorted(index.keys() ^ self.entries.keys())):
             problem = f"{INDEX} and the files that it names disagree on {', '.join(apart[:3])}"
             raise _error(hf_path, problem, "download the folder again, or remove what is left of another model")
-        self.entries = {
-            name: entry for stored, whole in self.entries.items() for name, entry in _each(stored, whole, self.entries)
-        }
+        self.entries = {_SEEING.sub("model.", name): entry for name, entry in self.entries.items()}
         coded = {name for name, entry in self.entries.items() if entry.dtype == fp8.CODES}
         self._scales = {name: scale for name in coded if (scale := scale_name(name)) in self.entries}
         for name, scale in self._scales.items():
@@ -153,7 +152,7 @@ class Folder:
                 problem = f"{scale} is {entry.dtype} {list(entry.shape)}, not float32 {list(wanted)}"
                 raise _error(hf_path, problem, "give a folder of FP8 codes in blocks of 128x128, or one in 16 bits")
 
-        self._parts = self._find_parts(parts(model)) if model else {}
+        self._parts = self._find_parts(parts(model))
 
     def _find_parts(self, wanted: Mapping[str, Part]) -> dict[str, Part]:
         """Those of ``wanted`` whose whole is there, in one of its two forms, and of the right shape."""
@@ -161,9 +160,9 @@ class Folder:
         for name, part in wanted.items():
             codes, scales = part.whole + mxfp4.BLOCKS, part.whole + mxfp4.SCALES
             if part.whole in self.entries:
-                shapes = {part.whole: part.shape}
-            elif {codes, scales} <= self.entries.keys():
-                experts, width, out = part.shape
+                shapes = {part.whole: part.whole_shape}
+            elif part.turned and {codes, scales} <= self.entries.keys():
+                experts, width, out = part.whole_shape
                 groups = experts, out, width // mxfp4.GROUP
                 shapes = {codes: (*groups, mxfp4.GROUP // 2), scales: groups}
             else:
@@ -183,10 +182,7 @@ class Folder:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Full shape of a tensor."""
-        if part := self._parts.get(name):
-            _, *inner, last = part.shape
-            return last // part.step, *inner
-        return self.entries[name].shape
+        return (self._parts.get(name) or self.entries[name]).shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of a tensor's values."""
@@ -222,9 +218,9 @@ class Folder:
     def _part(self, part: Part) -> torch.Tensor:
         """An expert's tensor: a view of the file, or values of its codes."""
         if part.whole in self.entries:
-            return part.of(self._view(part.whole, 0, 0, part.shape[0]))
+            return part.within(self._view(part.whole, 0, part.expert, 1)[0])
         blocks, scales = (
-            part.within(self._view(part.whole + end, 0, part.expert, 1)[0]) for end in (mxfp4.BLOCKS, mxfp4.SCALES)
+            self._view(part.whole + end, 0, part.expert, 1)[0][part.rows] for end in (mxfp4.BLOCKS, mxfp4.SCALES)
         )
         return mxfp4.dequantise(blocks, scales)
 
@@ -236,25 +232,6 @@ class Folder:
             return mapped(path, first, entry.dtype, length * row).view(length, *entry.shape[1:])
         whole = mapped(path, entry.start, entry.dtype, math.prod(entry.shape)).view(entry.shape)
         return whole.narrow(dim, start, length)
-
-
-def _each(stored: str, whole: Entry, beside: Mapping[str, Entry]) -> Iterator[tuple[str, Entry]]:
-    """The tensors that one stored tensor holds, by name: itself, or a matrix of every expert.
-
-    gpt-oss has tensors of the same name, of other rows, with biases beside them.
-    """
-    name = re.sub(r"^model\.language_model\.", "model.", stored)
-    module, _, kind = name.rpartition(".")
-    parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(kind)
-    if parts is None or not module.endswith(".experts") or len(whole.shape) != 3 or f"{stored}_bias" in beside:
-        yield name, whole
-        return
-    experts, rows, columns = whole.shape
-    shape = (rows // len(parts), columns)
-    for number in range(experts * len(parts)):
-        expert, part = divmod(number, len(parts))
-        start = whole.start + number * math.prod(shape) * whole.dtype.itemsize
-        yield f"{module}.{expert}.{parts[part]}.weight", Entry(whole.file, start, whole.dtype, shape)
 
 
 def _error(where: Path, problem: str, remedy: str) -> ModelError:
@@ -377,7 +354,7 @@ class Files:
         """
         self.folder, self._stacked = folder, stacked
         tensors = {
-            part.whole if (part := stacked.get(name)) else name: (dtype, part.shape if part else shape)
+            part.whole if (part := stacked.get(name)) else name: (dtype, part.whole_shape if part else shape)
             for name, (dtype, shape) in tensors.items()
         }
         groups: list[list[str]] = []

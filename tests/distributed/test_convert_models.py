@@ -9,6 +9,7 @@ import torch
 
 from launchers.cli.main import run
 from megatron_ext.weights import convert
+from pipeline.model import architecture
 from pipeline.model import folder as safetensors_io
 from pipeline.model.grid import Grid
 
@@ -69,7 +70,7 @@ def test_a_runs_checkpoint_equals_the_learners_export(gang, tmp_path, tp, pp, dt
         with pytest.raises(SystemExit) as ended:
             run(["convert", "megatron-to-hf", "--checkpoint", str(place), "--out", str(out), "--json"])
         assert ended.value.code == 0
-        written = safetensors_io.Folder(out)
+        written = safetensors_io.Folder(out, architecture.read(out))
         assert written.names() == set(expected)
         for name, tensor in expected.items():
             assert torch.equal(written.read(name, 0, 0, tensor.shape[0]), tensor)

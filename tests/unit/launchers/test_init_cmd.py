@@ -122,7 +122,8 @@ def test_the_entropy_that_is_measured_is_the_policys():
 
     prompt = Prompt("p", (1, 2, 3, 4, 14, 1, 0, 13), "", None, "exact")
     found = measure(PM4, [prompt], samples=1, max_new_tokens=1)
-    model, stored = architecture.read(PM4), Folder(PM4)
+    model = architecture.read(PM4)
+    stored = Folder(PM4, model)
     decoder = Decoder(model, {name: stored.tensor(name) for name in layout.tensor_shapes(model)})
     hidden, _ = decoder.prefill(torch.tensor([prompt.token_ids]))
     first = torch.distributions.Categorical(logits=decoder.logits(hidden[:, -1])).entropy()

@@ -33,7 +33,7 @@ def folder(path: Path, name: str = "llama", files: int = 1, **changes) -> tuple[
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:
-    source = safetensors_io.Folder(path)
+    source = safetensors_io.Folder(path, architecture.read(path))
     return {name: source.stored(name) for name in source.entries}
 
 
@@ -196,7 +196,8 @@ def test_every_rank_reads_only_its_own_bytes(tmp_path, name, grid):
             return values
 
     hf, tensors = folder(tmp_path / "hf", name)
-    model, source = architecture.read(hf), Counting(hf)
+    model = architecture.read(hf)
+    source = Counting(hf, model)
     types = {row.parameter: torch.float32 for row in layout.rows(model, grid)}
     parts = convert._parts(layout.rows(model, grid), grid, types, 50_000)
     assert len(parts) > grid.world_size / 2

@@ -52,7 +52,7 @@ def test_a_damaged_index_is_refused(tmp_path, text, message):
     path, _ = write_folder(tmp_path, "llama")
     (path / INDEX).write_text(text)
     with pytest.raises(ModelError, match=rf"index\.json: {message}.*download it again"):
-        Folder(path)
+        Folder(path, architecture.read(path))
 
 
 def test_an_index_of_other_tensors_is_refused(tmp_path):
@@ -60,11 +60,11 @@ def test_an_index_of_other_tensors_is_refused(tmp_path):
     (path / "model.safetensors").rename(path / "a.safetensors")
     write_index(path, dict.fromkeys(tensors.keys() - {"model.norm.weight"}, "a.safetensors"), 0)
     with pytest.raises(ModelError, match=r"disagree on model\.norm\.weight"):
-        Folder(path)
+        Folder(path, architecture.read(path))
     save_file({"model.norm.weight": tensors["model.norm.weight"]}, path / "b.safetensors")
     write_index(path, dict.fromkeys(tensors, "a.safetensors") | {"model.norm.weight": "b.safetensors"}, 0)
     with pytest.raises(ModelError, match=r"model\.norm\.weight is in a\.safetensors and in b\.safetensors"):
-        Folder(path)
+        Folder(path, architecture.read(path))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -211,7 +211,7 @@ def test_scales_of_other_blocks_are_refused(tmp_path):
     scale = "model.layers.0.mlp.up_proj.weight_scale_inv"
     save_file(stored | {scale: stored[scale][:1].contiguous()}, path / "model.safetensors")
     with pytest.raises(ModelError, match=rf"{scale} is torch.float32 \[1, 2\], not float32 \[3, 2\].*128x128"):
-        Folder(path)
+        Folder(path, architecture.read(path))
 
 
 def test_which_files_are_weights(tmp_path):

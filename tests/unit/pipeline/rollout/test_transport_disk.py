@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline.model.architecture import read_config
+from pipeline.model import architecture
 from pipeline.model.folder import Folder
 from pipeline.model.grid import Grid
 from pipeline.rollout.engine import EngineError, EngineTimeoutError
@@ -90,11 +90,11 @@ def test_the_folder_is_complete_when_it_gets_its_name_and_gone_after_the_commit(
     shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
     assert seen["files"] == sorted(["config.json", "model.safetensors.index.json", "tokenizer.json", *shards])
     expected = random_tensors(hf_config("llama"), 7)
-    stored = Folder(written)
+    stored = Folder(written, architecture.read(written))
     found = {name: stored.tensor(name) for name in stored.names()}
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert read_config(written) == hf_config("llama")
+    assert architecture.read_config(written) == hf_config("llama")
     index = json.loads((written / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in expected.values())
     transport.commit()
