@@ -64,11 +64,6 @@ def build(
     if dtype not in DTYPES:
         raise ValueError(f"model.dtype={dtype!r} is not known; choose one of {', '.join(DTYPES)}")
     model.check_layout(topology.grid)
-    if model.family.biases and topology.grid.expert_tp > 1:
-        raise ValueError(
-            f"expert tensor-parallel size (etp)={topology.grid.expert_tp} is not supported for {model.family.name}: "
-            "megatron-core adds an expert's biases on every rank that has a part of it; use 1"
-        )
     if model.delta:
         delta_net.require_kernels(topology.device)
     numerics = transformer_engine.resolve(options, topology.device)

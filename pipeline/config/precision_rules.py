@@ -6,6 +6,7 @@ Whether Transformer Engine and the chip are there is asked on the machine that r
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 from pipeline.config.errors import Problem
 from pipeline.config.schema import PrecisionConfig, RunConfig
 from pipeline.model.architecture import Architecture
+from pipeline.model.fp8_layout import quantised
+from pipeline.model.layout import rows
 
 _SECTION = "learner.precision"
 _DELAYED_ONLY = ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo")
@@ -107,19 +110,26 @@ def precision_model_problems(config: RunConfig, model: Architecture) -> Iterator
             yield _problem(
                 name, getattr(precision, name), f"a pipeline stage has {stage} layers", f"use at most {stage}"
             )
-    if precision.emulate:
-        return
-    multiple, tensor = 32 if precision.fp8_recipe == "mxfp8" else 16, max(1, learner.tensor_model_parallel_size)
-    rows = {
-        "hidden_size": model.hidden,
-        "feed-forward columns of a rank": model.ffn // tensor,
-        "attention columns of a rank": model.heads * model.head_dim // tensor,
-        "query, key and value rows of a rank": (model.heads + 2 * model.kv_heads) * model.head_dim // tensor,
-    }
-    for what, number in rows.items():
-        if number % multiple:
-            problem = f"the model's {number} {what} are not a multiple of {multiple}, which FP8 products need"
-            yield _problem("fp8_recipe", precision.fp8_recipe, problem, "use a smaller TP, fp8=none, or emulate=true")
+    if not precision.emulate:
+        yield from _products(config, model)
+
+
+def _products(config: RunConfig, model: Architecture) -> Iterator[Problem]:
+    """Transformer Engine's products want widths of whole groups (``pytorch/utils.py``, ``assert_dim_for_fp8_exec``).
+
+    They are of a weight as of its transpose, in the backward pass: both of its widths count.
+    """
+    learner, recipe = config.learner, config.learner.precision.fp8_recipe
+    multiple, tensor = 32 if recipe == "mxfp8" else 16, max(1, learner.tensor_model_parallel_size)
+    misfits = {}
+    for row in filter(quantised, rows(model)):
+        shape = row.local_shape(tensor if row.expert is None else learner.expert_tensor_parallel_size or tensor)
+        if any(width % multiple for width in shape):
+            misfits[re.sub(r"^decoder\.layers\.\d+\.|local_experts\.\d+\.", "", row.parameter)] = list(shape)
+    if misfits:
+        held = ", ".join(f"{name} {shape}" for name, shape in misfits.items())
+        problem = f"FP8 products take widths of multiples of {multiple}, but a rank holds {held}"
+        yield _problem("fp8_recipe", recipe, problem, "use a smaller TP, fp8=none, or emulate=true")
 
 
 def _without_effect(precision: PrecisionConfig, names: Any, where: str, remedy: str) -> Iterator[Problem]:

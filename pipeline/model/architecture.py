@@ -392,10 +392,6 @@ class Architecture:
         """Whether a layer has a delta net, not attention."""
         return self.delta is not None and layer is not None and self.delta.layers[layer]
 
-    def is_windowed(self, layer: int | None) -> bool:
-        """Whether a layer's tokens see a sliding window only."""
-        return self.window is not None and layer is not None and self.window.layers[layer]
-
     @property
     def attention_layers(self) -> int:
         """Layers that have attention."""

@@ -1,7 +1,5 @@
 """What each SGLang rank holds of each Hugging Face tensor, and which node each rank runs on. Pure data, no sglang here.
 
-No sglang here.
-
 The rules are SGLang's own (0.5.21, under ``sglang/srt``):
 
 - embedding and output layer: vocabulary padded to a multiple of 64, then divided
@@ -28,7 +26,7 @@ from pipeline.model.layout import Row
 class EngineGrid:
     """``count`` engines of ``tp`` ranks, each of which divides experts over ``ep`` groups.
 
-    Raises ``ValueError`` on misfits.
+    Raises ``ValueError`` on a size below 1; :meth:`check` holds them against a model.
     """
 
     tp: int = 1
@@ -39,8 +37,6 @@ class EngineGrid:
         for name in ("tp", "ep", "count"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.tp % self.ep:
-            raise ValueError(f"ep={self.ep} does not divide tp={self.tp}: choose a divisor of tp")
 
     @property
     def world_size(self) -> int:

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import load_config
-from tests.tiny_folder import LLAMA
+from tests.tiny_folder import LLAMA, hf_config
 
 P = "learner.precision."
 ON = [P + "fp8=hybrid", "model.dtype=bf16"]
@@ -101,15 +101,21 @@ def test_what_the_rules_let_pass(problems, overrides):
 def test_dimensions_that_fp8_products_take(problems):
     (found,) = problems(*ON, intermediate_size=184)
     assert (found.key, found.value) == (P + "fp8_recipe", "blockwise")
-    assert "184 feed-forward columns of a rank are not a multiple of 16" in found.problem
+    assert found.problem.endswith("multiples of 16, but a rank holds mlp.linear_fc2.weight [64, 184]")
     assert problems(*ON, intermediate_size=176) == ()
     (found,) = problems(*ON, P + "fp8_recipe=mxfp8", intermediate_size=176)
-    assert "176 feed-forward columns of a rank are not a multiple of 32" in found.problem
+    assert found.problem.endswith("multiples of 32, but a rank holds mlp.linear_fc2.weight [64, 176]")
     assert problems(*EMULATED, intermediate_size=184) == ()
     tp4 = [*ON, "learner.tensor_model_parallel_size=4"]
     assert problems(*tp4, intermediate_size=192) == ()
-    halves = problems(*tp4, P + "fp8_recipe=mxfp8", intermediate_size=192)
-    assert [problem.problem.split(" of a rank")[0] for problem in halves] == [
-        "the model's 48 feed-forward columns",
-        "the model's 16 attention columns",
-    ]
+    (found,) = problems(*tp4, P + "fp8_recipe=mxfp8", intermediate_size=192)
+    assert found.problem.endswith("self_attention.linear_proj.weight [64, 16], mlp.linear_fc2.weight [64, 48]")
+
+
+def test_experts_and_latent_attention_have_dimensions_too(problems):
+    fits = hf_config("deepseek_v3", q_lora_rank=32, qk_rope_head_dim=16)
+    short = [*ON, "rollout.max_prompt_tokens=16", "rollout.max_new_tokens=16"]
+    assert problems(*short, **fits) == ()
+    (found,) = problems(*short, **fits | {"moe_intermediate_size": 24, "q_lora_rank": 24})
+    assert "linear_q_up_proj.weight [128, 24], " in found.problem
+    assert "mlp.shared_experts.linear_fc2.weight [64, 24], mlp.experts.linear_fc2.weight [64, 24]" in found.problem
