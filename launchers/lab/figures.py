@@ -110,8 +110,8 @@ def measure(
         return float(np.interp(theirs[-1], tokens, values)) if seen else math.nan
 
     main = float(np.nansum(run.column("tokens/main")[:last]))
-    entropies = run.column("entropy/mean")[max(0, last - FINAL_STEPS) : last]
-    bands = (run.column(name)[:last] for name in ("entropy/mean", "entropy/band_low", "entropy/band_high"))
+    entropies = run.column("entropy/controlled")[max(0, last - FINAL_STEPS) : last]
+    bands = (run.column(name)[:last] for name in ("entropy/controlled", "entropy/band_low", "entropy/band_high"))
     tracking = track(*bands)
     steered = not run.is_baseline
     return {

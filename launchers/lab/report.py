@@ -84,13 +84,13 @@ def draw(runs: Mapping[str, Sequence[RunHistory]], baseline: str) -> Figure:
 
 def _entropy(axes: Axes, runs: Sequence[RunHistory], baseline: Sequence[RunHistory]) -> None:
     for run in baseline:
-        axes.plot(filtered(run.column("entropy/mean")), color=BASELINE, linewidth=0.8, alpha=0.5)
+        axes.plot(filtered(run.column("entropy/controlled")), color=BASELINE, linewidth=0.8, alpha=0.5)
     first = runs[0]
     if not first.is_baseline:
         low, high = first.column("entropy/band_low"), first.column("entropy/band_high")
         axes.fill_between(range(first.steps), low, high, color=BAND, alpha=0.2, linewidth=0)
     for run in runs:
-        axes.plot(filtered(run.column("entropy/mean")), color=SERIES[0], linewidth=1.3)
+        axes.plot(filtered(run.column("entropy/controlled")), color=SERIES[0], linewidth=1.3)
     axes.set_ylim(bottom=0)
     axes.tick_params(labelbottom=False)
 

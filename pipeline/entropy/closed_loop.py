@@ -95,19 +95,18 @@ class ClosedLoop(Stateful):
         if not usable(reading):
             return self._without_reading(reading, step)
         self.bad_readings = 0
-        self._band.observe(reading.mean)
         entropy = self._sensor.filter(reading.mean, reading.repeated)
+        single = self._sensor.controlled(reading)
+        self._band.observe(single)
         goal = self._set_point.toward(self._band.target(step), entropy)
-        above = reading.mean > EXPLOSION * goal
+        above = single > EXPLOSION * goal
         self.within = self.within or entropy < WITHIN * goal
         self.explosion = self.explosion + 1 if above and self.within else 0
         self.no_positives = 0 if positives > 0 else self.no_positives + 1
         if self.explosion >= EXPLOSION_STEPS:
             self.u = self._lower
             self._law.forget()
-            reason = (
-                f"entropy explodes: H={reading.mean:.3g} above {EXPLOSION:g} x {goal:.3g} for {self.explosion} steps"
-            )
+            reason = f"entropy explodes: H={single:.3g} above {EXPLOSION:g} x {goal:.3g} for {self.explosion} steps"
             return self._decision("exploding", reason, goal, entropy)
         if self.no_positives:
             return self._without_positives(goal, entropy)

@@ -47,6 +47,10 @@ class Sensor(Stateful):
         self.offset = 0.0  # mean of ln reading - ln repeated reading
         self.offsets = 0  # pairs of readings seen
 
+    def controlled(self, reading: EntropyReading) -> float:
+        """The reading that the band is of, not filtered; of a repeated one that was lost the last that was not."""
+        return self.value if self._of_repeated and self.value is not None else reading.mean
+
     def filter(self, entropy: float, repeated: float | None = None) -> float:
         """The filtered entropy, at least ``FLOOR``.
 

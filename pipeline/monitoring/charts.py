@@ -99,12 +99,14 @@ def entropy_chart(axes: Axes, runs: Sequence[RunHistory]) -> None:
         edges = (band[name]["mean"] for name in ("entropy/band_low", "entropy/band_high"))
         axes.fill_between(band["step"], *edges, color=colour, alpha=0.2, linewidth=0, label=label)
     for run in runs:
-        chart, colour = run.series.read(["entropy/mean"]), colour_of(run, runs)
-        raw = chart["entropy/mean"]
+        chart, colour = run.series.read(["entropy/controlled"]), colour_of(run, runs)
+        raw = chart["entropy/controlled"]
         axes.plot(chart["step"], raw["mean"], color=colour, linewidth=0.7, alpha=0.35)
         axes.fill_between(chart["step"], raw["low"], raw["high"], color=colour, alpha=0.1, linewidth=0)
-        axes.plot(*_filtered(run, "entropy/mean"), color=colour, linewidth=2, label=_label(run, runs))
-    axes.set(title="Policy entropy", ylabel="nats per token, T=1", xlabel="step")
+        axes.plot(*_filtered(run, "entropy/controlled"), color=colour, linewidth=2, label=_label(run, runs))
+    repeated = sorted({run.label for run in runs if run.config.entropy.band_of == "repeated"})
+    whose = f" (of the repeated prompts: {', '.join(repeated)})" if repeated else ""
+    axes.set(title=f"Policy entropy{whose}", ylabel="nats per token, T=1", xlabel="step")
     _bottom_at_zero(axes)
     _legend(axes)
 

@@ -16,6 +16,7 @@ from msgspec import Meta
 
 SCHEMA = 1
 T = TypeVar("T")
+Number = float | None  # null: not finite
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class StepRecord:
     grad_norm: float
     learning_rate: float
     weight_version: int  # version that drew this step's samples
+    band_of: str = "step"  # whose entropy the band is of, see ``controlled``
     held: int = 0  # responses that this step's weight update held, to go on with the next weights (rollout.partial)
     unjudged: float = 0.0  # share of all samples, auxiliary ones included, that no verifier could judge
     gain: float = math.nan  # of ln H per unit of the controller's u and step, as the law learnt it; NaN: none
@@ -71,10 +73,27 @@ class StepRecord:
         """Nats per token; NaN when no token was seen."""
         return self.entropy_sum / self.entropy_count if self.entropy_count > 0 else math.nan
 
+    @property
+    def controlled(self) -> float:
+        """The reading that the band is of, nats per token; NaN where this step has none."""
+        found = controlled(self.to_dict())
+        return math.nan if found is None else found
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form; ``entropy`` is added. Numbers that are not finite become null when the event is written."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
         return plain | {"entropy": self.entropy}
+
+
+def controlled(event: Mapping[str, Any]) -> Number:
+    """Of a ``step`` event: the reading that the band is of, before the controller filters it. None, NaN: lost.
+
+    The repeated prompts' where ``entropy.band_of=repeated``, else the entropy of the step's own rows. Everything that
+    is compared with a band reads this one: tracking figures, alerts, charts, reports.
+    """
+    if event.get("band_of") == "repeated":
+        return event.get("metrics", {}).get("entropy_repeated")
+    return event["entropy"]
 
 
 class DamagedLineError(ValueError):
@@ -83,7 +102,6 @@ class DamagedLineError(ValueError):
 
 # Updates done, or of an update; more are no number of steps but damage, and readers keep a row for each.
 Step = Annotated[int, Meta(ge=0, le=1_000_000)]
-Number = float | None  # null: not finite
 Figures = dict[str, Number]
 # In an event each field of StepRecord has the type of its JSON form.
 _JSON: dict[Any, Any] = {

@@ -83,7 +83,11 @@ def _band(run: RunHistory) -> str:
     if not len(known):
         return "-"
     first, last = known[0], known[-1]
-    text = f"{low[first]:.3g} to {high[first]:.3g} nats per token, entropy at T=1 over the tokens the policy drew"
+    rows = "repeated prompts, the same at every step" if run.config.entropy.band_of == "repeated" else "step's own rows"
+    text = (
+        f"{low[first]:.3g} to {high[first]:.3g} nats per token, entropy at T=1 over the tokens the policy drew for the "
+        f"{rows}"
+    )
     if (low[first], high[first]) != (low[last], high[last]):
         text += f"; {low[last]:.3g} to {high[last]:.3g} at the end"
     return f"{text} (schedule {run.config.entropy.band.schedule})"

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
+from pipeline.monitoring.event_kinds import controlled
+
 # Fields of a step event and their names; mappings of a step event keep their keys below a prefix.
 STEP_FIELDS = {
     "entropy": "entropy/mean",
@@ -76,8 +78,9 @@ def _step(event: Mapping[str, Any]) -> dict[str, Any]:
 
 def _derived(event: Mapping[str, Any]) -> dict[str, float | None]:
     """The figures of a step that follow from its fields."""
-    low, entropy, high = event["band_low"], event["entropy"], event["band_high"]
+    low, entropy, high = event["band_low"], controlled(event), event["band_high"]
     return {
+        "entropy/controlled": entropy,
         "control/in_band": float(low <= entropy <= high) if _finite(low, entropy, high) else None,
         "control/saturated": float(event["state"] == "saturated"),
         "train/not_finite": sum(not _finite(event.get(name, 0.0)) for name in ("entropy", "loss", "grad_norm")),

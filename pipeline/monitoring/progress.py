@@ -51,7 +51,7 @@ class Progress:
         """Show a step, if it is time to."""
         if record.step == 0 and record.entropy_count:
             self.say(start_note(record))
-        self._entropies += [record.entropy] if self._waits else []
+        self._entropies += [record.controlled] if self._waits else []
         last = record.step + 1 == self._steps
         if self._live is not None:
             now = time.monotonic()
@@ -81,7 +81,7 @@ class Progress:
         name, reason = self._standing(record)
         state = f"{name}: {reason}" if name in ("waiting", "holding") else name
         return (
-            f"{self._name} step {record.step + 1}/{self._steps}: entropy {record.entropy:.3f} "
+            f"{self._name} step {record.step + 1}/{self._steps}: entropy {record.controlled:.3f} "
             f"(band {record.band_low:.3f}-{record.band_high:.3f}), {_command(record)}, {state}, "
             f"reward {record.reward:.3f}, {record.seconds.get('total', 0.0):.2f} s, {self._remaining(record)} left"
         )
@@ -97,10 +97,10 @@ class Progress:
             f"{total:.2f} s/step, {self._remaining(record)} left",
         )
         state, reason = self._standing(record)
-        inside = record.band_low <= record.entropy <= record.band_high
+        inside = record.band_low <= record.controlled <= record.band_high
         entropy = Text.assemble(
             "entropy ",
-            (f"{record.entropy:.3f}", "green" if inside else "yellow"),
+            (f"{record.controlled:.3f}", "green" if inside else "yellow"),
             f"  band {record.band_low:.3f}-{record.band_high:.3f}  {_command(record)}  ",
             (state, STATE_STYLES.get(state, "dim")),
             (f"  {reason}", "dim"),

@@ -145,7 +145,7 @@ class Recorder:
     def step(self, outcome: StepOutcome) -> None:
         """Record one step: its event, the samples to keep, the progress line. ``clock`` has counted its seconds."""
         started = time.perf_counter()
-        record = step_record(outcome, self._config.entropy.actuator, self._clock, self._own_seconds)
+        record = step_record(outcome, self._config.entropy, self._clock, self._own_seconds)
         self.event("step", **record.to_dict())
         self._done = outcome.step + 1
         write_samples(self.run_dir / "samples", outcome.step, outcome.kept, self._tokenizer)

@@ -14,7 +14,7 @@ def start_note(record: StepRecord) -> str:
     """Three lines; ``record`` is the first step's, whose samples the untrained model drew."""
     slow, fast = (round(math.log(2) / drift, -1) for drift in DRIFT)
     low, high = record.band_low, record.band_high
-    start = record.entropy
+    start = record.controlled
     if record.state != "off":
         place = "above" if start > high else "below" if start < low else "in"
         band = f"the run starts {place} its band, {low:.3g} to {high:.3g}"

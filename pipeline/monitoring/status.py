@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.monitoring.event_kinds import controlled
 from pipeline.monitoring.series import TIME, Series
 from pipeline.monitoring.tracking import Tracking, of_series, waiting
 
@@ -23,6 +24,7 @@ LAST = (
     "step",
     "entropy",
     "entropy_filtered",
+    "band_of",
     "band_low",
     "band_high",
     "target",
@@ -62,14 +64,15 @@ def status(run_dir: Path) -> dict[str, Any]:
 def status_of(series: Series) -> dict[str, Any]:
     """How a run stands as of the last ``series.update()``: a JSON object, null for what there is not (yet).
 
-    ``LAST`` are the last step's, as docs/events.md has them (``step`` is its number; ``state`` is ``waiting`` where the
-    controller is ready to track but the entropy has not come to the band yet); ``AVERAGED`` and ``seconds`` (by phase)
-    are means over the last ``RECENT`` steps; tracking figures (``time_in_band``, ``rms_error``, ...) those of
-    ``tracking.Tracking``. ``steps`` is the goal; ``status`` is running, silent (no event for long: stalled or killed),
-    completed, stopped or failed, ``silent_seconds`` since the last event; ``alerts`` are those in force, oldest first:
-    dicts with ``step``, ``rule``, ``severity``, ``reason`` and ``active``; ``pass_at_k`` {k: value} and
-    ``evaluation_step`` are of the last evaluation; ``eta_seconds`` counts evaluations and checkpoints in;
-    ``damaged_lines`` of the log were skipped, ``damage`` says what is wrong with the first.
+    ``LAST`` are the last step's, as docs/events.md has them (``step`` is its number; ``entropy_controlled`` is the
+    reading that the band is of; ``state`` is ``waiting`` where the controller is ready to track but the entropy has
+    not come to the band yet); ``AVERAGED`` and ``seconds`` (by phase) are means over the last ``RECENT`` steps;
+    tracking figures (``time_in_band``, ``rms_error``, ...) those of ``tracking.Tracking``. ``steps`` is the goal;
+    ``status`` is running, silent (no event for long: stalled or killed), completed, stopped or failed,
+    ``silent_seconds`` since the last event; ``alerts`` are those in force, oldest first: dicts with ``step``,
+    ``rule``, ``severity``, ``reason`` and ``active``; ``pass_at_k`` {k: value} and ``evaluation_step`` are of the
+    last evaluation; ``eta_seconds`` counts evaluations and checkpoints in; ``damaged_lines`` of the log were
+    skipped, ``damage`` says what is wrong with the first.
     """
     events = series.events
     starts = [event for event in events if event["kind"] in ("run_start", "resume")]
@@ -84,6 +87,7 @@ def status_of(series: Series) -> dict[str, Any]:
         "steps": goal,
         **_life(events, last, pace),
         **{name: last.get(name) for name in LAST},
+        "entropy_controlled": controlled(last) if last else None,
         **asdict(tracking := of_series(series)),
         **_standing(series, last, tracking),
         **{name: _recent(series, metric) for name, metric in AVERAGED.items()},
@@ -123,7 +127,7 @@ def _standing(series: Series, last: Mapping[str, Any], tracking: Tracking) -> di
     low, high = last.get("band_low"), last.get("band_high")
     if last.get("state") != "tracking" or tracking.entry_step is not None or low is None or high is None:
         return {}
-    said = waiting(series.column("entropy/mean"), low, high)
+    said = waiting(series.column("entropy/controlled"), low, high)
     return {"state": "waiting", "reason": said} if said else {}
 
 

@@ -9,16 +9,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.clock import StepClock
+from pipeline.config.schema import EntropyConfig
 from pipeline.monitoring.event_kinds import StepRecord
 from pipeline.monitoring.memory import resident_gib
 from pipeline.monitoring.timeline import timeline
 from pipeline.types import SampleGroup, StepOutcome, StepSamples
 
 
-def step_record(outcome: StepOutcome, actuator: str, clock: StepClock, outside: float) -> StepRecord:
+def step_record(outcome: StepOutcome, entropy: EntropyConfig, clock: StepClock, outside: float) -> StepRecord:
     """The record of a step that has just ended.
 
-    ``actuator``: the configured one. ``outside``: seconds that ``clock``, the step's, has not seen.
+    ``entropy``: the run's. ``outside``: seconds that ``clock``, the step's, has not seen.
     """
     stats, decision, following = outcome.stats, outcome.decision, outcome.following
     low, high = outcome.band
@@ -34,7 +35,8 @@ def step_record(outcome: StepOutcome, actuator: str, clock: StepClock, outside: 
         target=following.target,
         temperature=decision.temperature,
         command=decision.command,
-        actuator="none" if following.state == "off" else actuator,
+        actuator="none" if following.state == "off" else entropy.actuator,
+        band_of=entropy.band_of,
         state=following.state,
         reason=following.reason,
         positives=outcome.positives,

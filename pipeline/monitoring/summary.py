@@ -120,7 +120,7 @@ def summarize_run(run: RunHistory) -> dict[str, Any]:
         "seed": run.config.seed,
         "steps": run.steps,
         "status": run.status,
-        "final_entropy": final_mean(run, "entropy/mean"),
+        "final_entropy": final_mean(run, "entropy/controlled"),
         **asdict(of_series(run.series)),
         "pass_at_1": pass_at(last, 1)[0],
         "pass_at_16": pass_at(last, 16)[0],

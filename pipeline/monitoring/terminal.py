@@ -83,7 +83,7 @@ def _charts(
     """The entropy over its band, what happened, then the command."""
     first, last = 0, max(1, series.steps - 1)
     ascii_only, colour = console.options.ascii_only, console.color_system is not None and not console.no_color
-    names = ["entropy/mean", "entropy/band_low", "entropy/band_high", "control/command"]
+    names = ["entropy/controlled", "entropy/band_low", "entropy/band_high", "control/command"]
     chart = series.read(names, points=max(8, 2 * columns))
     steps = chart["step"]
     if not len(steps):
@@ -93,8 +93,9 @@ def _charts(
     big = TextChart(columns, rows, first, last, ascii_only=ascii_only, colour=colour)
     raw = [Line(steps, entropy, "bright_black")] if colour else []  # without colours the two cannot be told apart
     band = Area(steps, low, high, "dark_green")
+    whose = " of the repeated prompts" if found["band_of"] == "repeated" else ""
     parts: list[RenderableType] = [
-        Text("entropy, nats per token; band shaded", "dim"),
+        Text(f"entropy{whose}, nats per token; band shaded", "dim"),
         *big.draw([*raw, Line(steps, smooth, "bold bright_white" if colour else "")], band),
         _marks(series, big),
     ]
@@ -154,6 +155,7 @@ def figures(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     band = f"{found['band_low']:.3g}-{found['band_high']:.3g}" if found["band_low"] is not None else ""
     return [
         ("entropy", _number(found["entropy"])),
+        ("repeated", _number(found["entropy_controlled"]) if found["band_of"] == "repeated" else ""),
         ("filtered", _number(found["entropy_filtered"])),
         ("band", band),
         ("in band", _percent(found["time_in_band"] if _done(found) else None)),

@@ -3,8 +3,8 @@
 All figures but ``settling_step`` and those of T+ and the state speak of the steps from *entry* on: the first step whose
 filtered entropy lies in the band (a run that starts outside is not blamed for the way there, and a run that later
 leaves the band is). The filter is an EMA with weight 0.8 on the past, the same for every method, whatever its
-controller uses. The target is the band's geometric middle, the one that the controllers steer to. Errors are relative:
-H / target - 1.
+controller uses. The entropy is the one that the band is of (``event_kinds.controlled``). The target is the band's
+geometric middle, the one that the controllers steer to. Errors are relative: H / target - 1.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def waiting(entropies: Floats, low: float, high: float) -> str:
 
 def of_series(series: Series) -> Tracking:
     """The figures of all steps in force."""
-    names = ("entropy/mean", "entropy/band_low", "entropy/band_high", "control/temperature")
+    names = ("entropy/controlled", "entropy/band_low", "entropy/band_high", "control/temperature")
     entropy, low, high, temperature = (series.column(name) for name in names)
     return track(entropy, low, high, temperature, series.in_state("saturated"))
 

@@ -189,7 +189,7 @@ def test_every_metric_that_is_shipped_is_one_that_is_exported(watched):
     patterns = {name for name in used if name.endswith("_")}  # of __name__=~"..."
     assert used - patterns - exported_names == set()
     assert all(any(known.startswith(pattern) for known in exported_names) for pattern in patterns)
-    assert exported("entropy/mean") in used
+    assert exported("entropy/controlled") in used
 
 
 def test_every_panel_of_the_dashboard_has_something_to_show(watched):

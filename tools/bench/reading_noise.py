@@ -52,7 +52,7 @@ def in_band(run: RunHistory) -> tuple[float, float]:
     acted = run.column("entropy/filtered")
     inside = (acted >= edges[0]) & (acted <= edges[1])
     later = inside[int(np.argmax(inside)) :] if inside.any() else inside
-    return track(run.column("entropy/mean"), *edges).time_in_band, float(later.mean())
+    return track(run.column("entropy/controlled"), *edges).time_in_band, float(later.mean())
 
 
 def _less_its_mean(log: np.ndarray) -> np.ndarray:

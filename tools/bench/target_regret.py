@@ -35,7 +35,7 @@ def value(run: RunHistory, k: int) -> float:
 
 def entropy(run: RunHistory) -> float:
     """Mean of the last steps, nats per token."""
-    return final_mean(run, "entropy/mean")
+    return final_mean(run, "entropy/controlled")
 
 
 def regrets(runs: Sequence[RunHistory], k: int) -> list[Found]:

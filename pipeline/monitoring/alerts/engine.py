@@ -216,7 +216,7 @@ class AlertEngine:
         return bool(config.settle) and step <= config.settle
 
     def _enter(self, figures: Mapping[str, float]) -> None:
-        memory, entropy = self._memory, figures.get("entropy/mean")
+        memory, entropy = self._memory, figures.get("entropy/controlled")
         if entropy is None:
             return
         memory.smooth = ema(memory.smooth, entropy, EMA)

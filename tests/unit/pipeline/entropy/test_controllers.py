@@ -32,6 +32,21 @@ def feed(control, readings, positives=5, start=0):
     return [control.update(EntropyReading(h * 100, 100, start + k), positives) for k, h in enumerate(readings)]
 
 
+def test_of_repeated_prompts_the_guards_and_the_watch_for_a_band_read_those():
+    keys = {"repeated_prompts": 8, "band_of": "repeated"}
+    own, repeated = (
+        [EntropyReading(100 * h, 100, k, repeated=r) for k in range(4)] for h, r in ((2.0, 0.3), (0.3, 2.0))
+    )
+    held, exploding = controller(**keys), controller(**keys)
+    assert [held.update(reading, 5).state for reading in own] == ["tracking"] * 4
+    exploding.update(EntropyReading(30, 100, 0, repeated=0.3), 5)
+    assert [exploding.update(reading, 5).state for reading in repeated][-1] == "exploding"
+    config = EntropyConfig(band=BandConfig(0.1, 0.12, schedule="auto"), **keys)
+    band = build_band(config.band, 300)
+    build_controller(config, band, 16).update(own[0], 5)
+    assert band.recent == [0.3]
+
+
 # --- what it asks for in good weather
 
 

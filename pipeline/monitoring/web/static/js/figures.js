@@ -17,7 +17,8 @@ const FIGURES = [
     "Entropy",
     "Filtered policy entropy, nats per token at T = 1",
     ({ status }) => fixed(3)(status.entropy_filtered ?? status.entropy),
-    ({ status }) => `band ${fixed(2)(status.band_low)} to ${fixed(2)(status.band_high)}`,
+    ({ status }) =>
+      `band ${fixed(2)(status.band_low)} to ${fixed(2)(status.band_high)}${status.band_of === "repeated" ? ", repeated prompts" : ""}`,
   ],
   [
     "Command",

@@ -23,7 +23,7 @@ export const BAND = [
     height: 320,
     format: fixed(4),
     names: ["entropy/filtered", "entropy/target", "entropy/band_low", "entropy/band_high", "control/saturated"],
-    spread: ["entropy/mean"],
+    spread: ["entropy/controlled"],
     build: entropy,
   },
   {
@@ -186,9 +186,9 @@ function lines({ names, labels = [], smooth = false, either = false, compared = 
 /** Entropy of every run, as measured (with the spread of what one pixel stands for) and filtered; the band of the run looked at. */
 function entropy({ runs, focus, marks }) {
   const [x, values] = aligned(runs, (run) => [
-    run.low("entropy/mean"),
-    run.high("entropy/mean"),
-    run.mean("entropy/mean"),
+    run.low("entropy/controlled"),
+    run.high("entropy/controlled"),
+    run.mean("entropy/controlled"),
     filtered(run, runs),
     ...(run === focus ? ["entropy/band_low", "entropy/band_high", "entropy/target"].map((name) => run.mean(name)) : []),
   ]);
@@ -222,14 +222,16 @@ function entropy({ runs, focus, marks }) {
         : []),
     ];
   });
-  return { x, columns, overlay: { bands, marks, shaded: focus.saturated() } };
+  const repeated = focus.status.band_of === "repeated";
+  const note = repeated ? `${ofOne(runs, focus)}Of the repeated prompts, whose entropy the band is of.` : "";
+  return { x, columns, overlay: { bands, marks, shaded: focus.saturated() }, note };
 }
 
 /** What the controller acted on; without one, and where runs are compared, the same filter for all. */
 function filtered(run, runs) {
   return runs.length === 1 && run.has("entropy/filtered")
     ? run.mean("entropy/filtered")
-    : smoothed(run.mean("entropy/mean"));
+    : smoothed(run.mean("entropy/controlled"));
 }
 
 function command({ runs, focus, marks }) {

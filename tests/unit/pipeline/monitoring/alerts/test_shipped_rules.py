@@ -42,6 +42,17 @@ def test_out_of_band_after_twenty_steps_until_ten_back_in():
     assert said(events) == [(5 + 1 + 19, "out_of_band", "begin"), (45 + 5 + 9, "out_of_band", "end")]
 
 
+@pytest.mark.parametrize("band_of", ["step", "repeated"])
+def test_only_the_reading_that_the_band_is_of_can_leave_it(band_of):
+    """The step's own rows leave the band, then the repeated prompts do."""
+    own = steps(60, 5, entropy=0.4, metrics={"entropy_repeated": 0.3}, band_of=band_of)
+    policy = steps(60, 65, metrics={"entropy_repeated": 0.4}, band_of=band_of)
+    begun = [
+        step for step, rule, state in said([*steps(5), *own, *policy]) if (rule, state) == ("out_of_band", "begin")
+    ]
+    assert begun == ([5 + 1 + 19] if band_of == "step" else [65 + 1 + 19])
+
+
 def test_the_way_into_the_band_is_not_blamed():
     assert said(steps(400, entropy=0.5)) == []
     assert said(steps(520, entropy=0.5)) == [(499, "out_of_band", "begin")], "but after 500 steps it is"
