@@ -5,10 +5,8 @@ from __future__ import annotations
 import socket
 
 
-def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port of ``host``, an address of this machine, that nobody listens on now; another may still take it before
-    the caller does.
-    """
+def free_port() -> int:
+    """A TCP port of 127.0.0.1 that nobody listens on now; another may still take it before the caller does."""
     with socket.socket() as sock:
-        sock.bind((host, 0))
+        sock.bind(("127.0.0.1", 0))
         return int(sock.getsockname()[1])

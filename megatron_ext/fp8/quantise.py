@@ -52,12 +52,9 @@ class Quantised:
         return blocks.multiply(self.codes, self.scale_inv, self.block, dtype)
 
 
-def tensorwise(x: torch.Tensor, dtype: torch.dtype, amax: torch.Tensor | None = None) -> Quantised:
-    """Current scaling: one scale per tensor, from its own largest magnitude (``amax``: over all ranks that hold a part
-    of it).
-    """
-    scale = scale_of(amax_of(x, None) if amax is None else amax, dtype)
-    return _quantised(x, dtype, scale, None)
+def tensorwise(x: torch.Tensor, dtype: torch.dtype) -> Quantised:
+    """Current scaling: one scale per tensor, from its own largest magnitude."""
+    return _quantised(x, dtype, scale_of(amax_of(x, None), dtype), None)
 
 
 def blockwise(x: torch.Tensor, dtype: torch.dtype, block: Block) -> Quantised:

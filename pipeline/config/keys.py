@@ -79,7 +79,7 @@ def leaf_keys(schema: type = RunConfig) -> dict[str, Key]:
     return {name: key for name, key in schema_keys(schema).items() if not key.is_section}
 
 
-def free_form_key(name: str, schema: type = RunConfig) -> Key | None:
+def free_form_key(name: str, schema: type) -> Key | None:
     """The key whose mapping ``name`` is an entry of, if there is one."""
     keys = schema_keys(schema).values()
     return next((key for key in keys if key.free_form and name.startswith(f"{key.name}.")), None)

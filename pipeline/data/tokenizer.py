@@ -73,7 +73,6 @@ class Tokenizer:
     def render_chat(
         self,
         messages: Sequence[Message],
-        system: str = "",
         template: str = "",
         variables: Mapping[str, Any] = MappingProxyType({}),
         *,
@@ -82,14 +81,13 @@ class Tokenizer:
     ) -> str:
         """The conversation as the model's chat template writes it, ready for the assistant's turn.
 
-        ``system``, if any, goes before ``messages`` as a system message. ``template`` (Jinja): used in place of the
-        model's. ``variables``: what the template reads beside the messages. ``tools``: functions that the model may
-        call, in OpenAI's form. ``answer_next``: whether the assistant's next turn is begun. Raises ``DataError`` when
-        there is no chat template or the template refuses these messages.
+        ``template`` (Jinja): used in place of the model's. ``variables``: what the template reads beside the messages.
+        ``tools``: functions that the model may call, in OpenAI's form. ``answer_next``: whether the assistant's next
+        turn is begun. Raises ``DataError`` when there is no chat template or the template refuses these messages.
         """
         import jinja2
 
-        conversation = ([{"role": "system", "content": system}] if system else []) + [dict(m) for m in messages]
+        conversation = [dict(message) for message in messages]
         if not (template or self.has_template):
             raise DataError(
                 f"{self.folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json; "

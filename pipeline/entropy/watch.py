@@ -38,7 +38,7 @@ class ResponseWatch(Stateful):
         "highest": float | None,
     }
 
-    def __init__(self, lower: float, upper: float, saturation_steps: int, standstill: float = STANDSTILL) -> None:
+    def __init__(self, lower: float, upper: float, saturation_steps: int, standstill: float) -> None:
         self._lower, self._upper, self._standstill = lower, upper, standstill
         self._saturation_steps = saturation_steps
         self.at_limit = 0  # consecutive steps at the limit in the error's direction

@@ -9,6 +9,8 @@ from statistics import NormalDist
 
 import numpy as np
 
+_LEVEL = 0.95  # of intervals
+
 
 def pass_at_k(correct: np.ndarray, n: int, k: int) -> float:
     """Unbiased chance that at least one of ``k`` samples is correct, averaged over questions.
@@ -61,10 +63,8 @@ def distinct_correct(answers: Sequence[Sequence[str]], correct: np.ndarray) -> f
     return float(np.mean(counts))
 
 
-def pass_interval(
-    correct: np.ndarray, n: int, k: int, *, seed: int, resamples: int = 1000, level: float = 0.95
-) -> tuple[float, float]:
-    """Interval of ``pass_at_k`` by the bootstrap: questions are drawn again, then the samples of each.
+def pass_interval(correct: np.ndarray, n: int, k: int, *, seed: int, resamples: int = 1000) -> tuple[float, float]:
+    """95 % interval of ``pass_at_k`` by the bootstrap: questions are drawn again, then the samples of each.
 
     Single answers (``n`` = 1), and questions that all pass or all fail, have ``wilson``'s interval over the questions:
     of 30 in 30 the bootstrap would say (1, 1).
@@ -74,19 +74,19 @@ def pass_interval(
     """
     estimate = pass_at_k(correct, n, k)
     if n == 1 or estimate in (0.0, 1.0):
-        return wilson(estimate, len(correct), level)
+        return wilson(estimate, len(correct))
     rng = np.random.default_rng(seed)
     questions = rng.integers(len(correct), size=(resamples, len(correct)))
     redrawn = rng.binomial(n, np.asarray(correct)[questions] / n)
     estimates = _pass_table(n, k)[redrawn].mean(axis=1)
-    tail = (1 - level) / 2
+    tail = (1 - _LEVEL) / 2
     low, middle, high = np.quantile(estimates, [tail, 0.5, 1 - tail])
     return max(0.0, float(estimate + low - middle)), min(1.0, float(estimate + high - middle))
 
 
-def wilson(share: float, count: int, level: float) -> tuple[float, float]:
-    """Interval of a share of ``count`` independent yes-or-no answers (Wilson 1927, JASA 22(158)), also at 0 and 1."""
-    z2 = NormalDist().inv_cdf((1 + level) / 2) ** 2
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """95 % interval of a share of ``count`` yes-or-no answers, also at 0 and 1 (Wilson 1927, JASA 22(158))."""
+    z2 = NormalDist().inv_cdf((1 + _LEVEL) / 2) ** 2
     middle, half = share + z2 / (2 * count), math.sqrt(z2 * (share * (1 - share) + z2 / (4 * count)) / count)
     low, high = ((middle + side * half) / (1 + z2 / count) for side in (-1, 1))
     return min(max(0.0, low), share), max(min(1.0, high), share)

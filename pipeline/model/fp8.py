@@ -2,9 +2,8 @@
 
 As in DeepSeek-V3's checkpoints and SGLang's loader: a matrix is ``float8_e4m3fn`` codes and float32 scales, ``code *
 scale`` being its value. One scale for each 128x128 block (``*.weight_scale_inv``, arXiv 2412.19437, section 3.3.2;
-"inv" because it is what undoes the scaling), or one for the whole tensor (``*.weight_scale``). Blocks are counted from
-the first row and column; the last may be smaller. ``fp8_layout`` says which tensors these are, and their scales' names
-and shapes.
+"inv" because it is what undoes the scaling). Blocks are counted from the first row and column; the last may be smaller.
+``fp8_layout`` says which tensors these are, and their scales' names and shapes.
 
 Training rounds by Transformer Engine's rules instead (``megatron_ext.fp8.quantise``). Pure torch: CPU and CUDA give the
 same bits.
@@ -29,7 +28,7 @@ _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 _SOURCES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def quantization_config(block: Block | None = BLOCK) -> dict[str, Any]:
+def quantization_config() -> dict[str, Any]:
     """The ``quantization_config`` of ``config.json`` that makes SGLang and transformers read the tensors as FP8.
 
     Activations are scaled as they come: a static scheme needs scales from calibration, which training does not have.
@@ -38,12 +37,12 @@ def quantization_config(block: Block | None = BLOCK) -> dict[str, Any]:
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
-        "weight_block_size": None if block is None else list(block),
+        "weight_block_size": list(BLOCK),
     }
 
 
 def dequantise(
-    codes: torch.Tensor, scale: torch.Tensor, block: Block | None = BLOCK, dtype: torch.dtype = torch.float32
+    codes: torch.Tensor, scale: torch.Tensor, block: Block = BLOCK, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """``code * scale``, computed in float32 and rounded to ``dtype``.
 
@@ -86,34 +85,25 @@ def values(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-def quantise(
-    weight: torch.Tensor, block: Block | None = BLOCK, amax: torch.Tensor | None = None, name: str = "the tensor"
-) -> tuple[torch.Tensor, torch.Tensor]:
+def quantise(weight: torch.Tensor, block: Block = BLOCK, name: str = "the tensor") -> tuple[torch.Tensor, torch.Tensor]:
     """Codes (shape of ``weight``) and float32 scale (``scale_shape``) of a matrix in bf16, fp16 or float32.
 
     ``scale = amax / 448`` and ``code = weight / scale``, both rounded to nearest even, so the largest entry of each
     block gets the largest code. ``code * scale`` differs from ``weight`` by at most ``max(2**-4 * |weight|, 2**-10 *
     scale)``, that is by at most ``amax / 28`` (half the distance of the two largest codes); no code is NaN.
 
-    ``amax`` is for a shard of a tensor with one scale (``block=None``): its largest magnitude over all shards, see
-    :func:`largest`. ``name`` is for errors: ``ValueError`` for a NaN or infinite entry, another shape or another type.
+    ``name`` is for errors: ``ValueError`` for a NaN or infinite entry, another shape or another type.
     """
     if weight.ndim != 2 or weight.dtype not in _SOURCES or 0 in weight.shape:
         raise ValueError(
             f"{name} is {weight.dtype} of shape {list(weight.shape)}: only matrices in bf16, fp16 or fp32 become FP8"
         )
-    if amax is not None and block is not None:
-        raise ValueError(f"{name}: amax is for one scale per tensor (block=None); blocks have their own")
-    found = blocks.largest(weight, block)
-    if not bool(found.isfinite().all()):
+    largest = blocks.largest(weight, block)
+    if not bool(largest.isfinite().all()):
         raise ValueError(
             f"{name} holds NaN or infinite entries: FP8 cannot hold them; look at the step that wrote them"
         )
-    if amax is not None and bool(amax < found):
-        raise ValueError(
-            f"{name}: amax={amax.item():g} is below the largest entry {found.item():g}: reduce it over all shards"
-        )
-    scale = _scale(found if amax is None else amax)
+    scale = _scale(largest)
     codes = torch.empty(weight.shape, dtype=CODES, device=weight.device)
     for source, target, divisor in blocks.bands(weight, codes, scale, block):
         # No clamp: |source| <= amax and scale >= amax / 448 * (1 - 2**-24), and below 464 every torch rounds to 448.
@@ -121,29 +111,16 @@ def quantise(
     return codes, scale
 
 
-def largest(weight: torch.Tensor) -> torch.Tensor:
-    """Largest magnitude of a tensor, float32 of shape ``[]``; NaN where an entry is.
-
-    Reduce it over shards with a maximum.
-    """
-    return blocks.largest(weight, None)
-
-
-def quantise_tensors(
-    tensors: Mapping[str, torch.Tensor],
-    names: Collection[str],
-    block: Block | None = BLOCK,
-    amax: Mapping[str, torch.Tensor] | None = None,
-) -> dict[str, torch.Tensor]:
+def quantise_tensors(tensors: Mapping[str, torch.Tensor], names: Collection[str]) -> dict[str, torch.Tensor]:
     """Tensors by Hugging Face name; those in ``names`` are replaced by codes, each followed by its scale.
 
-    ``amax`` by name, where ``tensors`` are shards and ``block`` is ``None``. Errors are those of :func:`quantise`.
+    Errors are those of :func:`quantise`.
     """
     found: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
         if name in names:
-            codes, scale = quantise(tensor, block, amax[name] if amax is not None else None, name)
-            found |= {name: codes, scale_name(name, block): scale}
+            codes, scale = quantise(tensor, name=name)
+            found |= {name: codes, scale_name(name): scale}
         else:
             found[name] = tensor
     return found

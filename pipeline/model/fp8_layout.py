@@ -1,14 +1,10 @@
 """Says which weights travel in FP8, and the names and number of their scales, from the layout alone.
 
-No tensors, no torch.
-
-A shard whose edges lie on block edges may be quantised before it is sent, at a half of the bytes; any other is
-quantised after it was gathered. :func:`aligned` says which. ``fp8`` has the format and computes codes and scales.
+No tensors, no torch; ``fp8`` has the format and computes codes and scales.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TypeAlias
 
 from pipeline.model.layout import Row
@@ -18,9 +14,9 @@ Block: TypeAlias = tuple[int, int]  # rows, columns; None where it is optional: 
 BLOCK: Block = (FP8_BLOCK, FP8_BLOCK)
 
 
-def scale_name(name: str, block: Block | None = BLOCK) -> str:
-    """Hugging Face name of the scale of the tensor ``name``, which ends in ``.weight``."""
-    return name + ("_scale" if block is None else "_scale_inv")
+def scale_name(name: str) -> str:
+    """Hugging Face name of the scales of the tensor ``name``, which ends in ``.weight``."""
+    return name + "_scale_inv"
 
 
 def scale_shape(shape: tuple[int, ...], block: Block | None = BLOCK) -> tuple[int, ...]:
@@ -40,22 +36,3 @@ def quantised(row: Row) -> bool:
     """
     kept = row.parameter.endswith(("router.weight", "gate_weight", "in_proj.weight"))
     return row.layer is not None and len(row.sources[0].shape) == 2 and not kept
-
-
-def aligned(row: Row, tp: int, block: Block | None = BLOCK) -> bool:
-    """Whether every one of ``tp`` ranks (for an expert, of ``etp``) may quantise its own shard before it is sent.
-
-    True: codes and scales of the shards, put together, are bitwise those of the whole tensors (with one scale per
-    tensor, given an ``amax`` reduced over the shards). False: gather first.
-    """
-    if block is None or row.split is None:
-        return True
-    return all(start % block[row.dim] == 0 for rank in range(tp) for start in _starts(row, tp, rank))
-
-
-def _starts(row: Row, tp: int, rank: int) -> Iterable[int]:
-    """Where the rank's part of each source begins; it ends where another rank's begins, or at the tensor's edge."""
-    starts: dict[int, int] = {}
-    for piece in row.slices(tp, rank):
-        starts.setdefault(piece.source, piece.source_start)
-    return starts.values()

@@ -47,14 +47,14 @@ class Tracking:
     saturation: float  # share of all steps in the controller state "saturated"
 
 
-def filtered(values: Floats, weight: float = EMA) -> np.ndarray:
+def filtered(values: Floats) -> np.ndarray:
     """Exponential moving average, float64 [n].
 
     Starts at the first finite value; one that is not finite repeats the last.
     """
     raw = np.asarray(values, dtype=float)
     finite = np.isfinite(raw)
-    smooth = accumulate(raw[finite].tolist(), lambda last, value: ema(last, value, weight))
+    smooth = accumulate(raw[finite].tolist(), lambda last, value: ema(last, value, EMA))
     known = np.array([math.nan, *smooth])  # a long run has a million of them: no NumPy in the loop
     return known[np.cumsum(finite)]
 

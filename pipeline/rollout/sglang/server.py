@@ -32,6 +32,7 @@ _ROOT = Path(__file__).resolve().parents[3]
 _GUARD = Path(__file__).with_name("guard.py")
 _PORT_ATTEMPTS = 3
 _CLOSE_TIMEOUT_S = 30.0
+_TAIL_LINES = 25
 _CLASH = "address already in use"
 
 
@@ -128,12 +129,12 @@ class SglangServer:
         except httpx.HTTPError:
             return False
 
-    def log_tail(self, lines: int = 25) -> str:
+    def log_tail(self) -> str:
         """The last lines that the server wrote since its latest start."""
         if not self.log_path.is_file():
             return ""
         written = self.log_path.read_bytes()[self._log_offset :]
-        return "\n".join(written.decode(errors="replace").splitlines()[-lines:])
+        return "\n".join(written.decode(errors="replace").splitlines()[-_TAIL_LINES:])
 
     def close(self) -> None:
         """End the server and its children, and wait for that. Idempotent."""

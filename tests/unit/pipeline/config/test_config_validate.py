@@ -562,16 +562,6 @@ def test_experts(model, family):
     assert problems(model, *EXPERTS, "rollout.engine=native", "learner.routing_replay=routes") == ()
 
 
-@pytest.mark.parametrize(("expert_tp", "refused"), [("0", True), ("2", True), ("1", False)])
-def test_experts_with_biases_are_whole_on_a_rank(model, expert_tp, refused):
-    (model / "config.json").write_text(json.dumps(hf_config("gpt_oss")))
-    key, tp = "learner.expert_tensor_parallel_size", "learner.tensor_model_parallel_size=2"
-    found = problems(
-        model, *EXPERTS, "rollout.engine=native", tp, "learner.sequence_parallel=true", f"{key}={expert_tp}"
-    )
-    assert [problem.key for problem in found] == [key] * refused
-
-
 @pytest.mark.parametrize(
     ("config", "key", "said"),
     [

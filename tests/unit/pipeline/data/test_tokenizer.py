@@ -75,13 +75,16 @@ def test_missing_and_broken_files_are_named(folder, tmp_path):
         load_tokenizer(folder)
 
 
+SYSTEM_FIRST = [{"role": "system", "content": "9"}, {"role": "user", "content": "1+2"}]
+
+
 def test_chat_template(folder):
     with pytest.raises(DataError, match="no chat template"):
         load_tokenizer(folder).render_chat([{"role": "user", "content": "1"}])
     template = "{% for m in messages %}{{ m.role | length }}{{ m.content }}{% endfor %}="
     edit(folder / "tokenizer_config.json", chat_template=template)
     tokenizer = load_tokenizer(folder)
-    assert tokenizer.render_chat([{"role": "user", "content": "1+2"}], "9") == "6941+2="
+    assert tokenizer.render_chat(SYSTEM_FIRST) == "6941+2="
     assert tokenizer.encode_rendered("6941+2=") == (6, 9, 4, 1, 10, 2, 13)
 
 
@@ -129,7 +132,7 @@ def test_a_token_without_an_embedding_is_refused_when_it_is_first_met(folder):
 def test_a_refusing_chat_template_is_an_error_naming_the_roles(folder):
     edit(folder / "tokenizer_config.json", chat_template="{{ raise_exception('no system role') }}")
     with pytest.raises(DataError, match=r"roles \['system', 'user'\]: no system role"):
-        load_tokenizer(folder).render_chat([{"role": "user", "content": "1"}], "9")
+        load_tokenizer(folder).render_chat(SYSTEM_FIRST)
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +168,6 @@ def test_a_template_of_ones_own_with_variables(folder):
     """No template in the folder is needed then."""
     template = "{% for m in messages %}{{ m.content }}{% endfor %}{{ sign }}"
     tokenizer = load_tokenizer(folder)
-    assert tokenizer.render_chat([{"role": "user", "content": "1+2"}], "", template, {"sign": "="}) == "1+2="
+    assert tokenizer.render_chat([{"role": "user", "content": "1+2"}], template, {"sign": "="}) == "1+2="
     with pytest.raises(DataError, match=r"data\.chat_template_file refuses messages with roles \['user'\]: no"):
-        tokenizer.render_chat([{"role": "user", "content": "1"}], "", "{{ raise_exception('no') }}")
+        tokenizer.render_chat([{"role": "user", "content": "1"}], "{{ raise_exception('no') }}")
