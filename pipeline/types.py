@@ -210,9 +210,10 @@ class Actuation:
     """What the controller's command does to the loss of one step.
 
     ``kind`` is an actuator name (``none``, ``resample``, ``reweight``, ``fc``, ``dcpo``, ``tok``, ``entropy_bonus``,
-    ``high_prob``, ``surprisal``, ``clip_cov``, ``clip_high``); ``command`` is in that actuator's unit: a temperature
-    for ``resample``, ``reweight``, ``fc`` and ``dcpo``, a coefficient for ``tok``, ``entropy_bonus``, ``high_prob`` and
-    ``surprisal``, a fraction of tokens for ``clip_cov``, a ratio for ``clip_high``. ``alpha`` scales the positive term.
+    ``high_prob``, ``surprisal``, ``stare``, ``clip_cov``, ``clip_high``); ``command`` is in that actuator's unit: a
+    temperature for ``resample``, ``reweight``, ``fc`` and ``dcpo``, a coefficient for ``tok``, ``entropy_bonus``,
+    ``high_prob``, ``surprisal`` and ``stare``, a fraction of tokens for ``clip_cov``, a ratio for ``clip_high``.
+    ``alpha`` scales the positive term.
     """
 
     kind: str = "none"

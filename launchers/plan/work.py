@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.config.schema import LearnerConfig, RunConfig
+from pipeline.entropy.actuator import acting
 from pipeline.model.architecture import Architecture
 from pipeline.model.grid import Grid, grid_of
 from pipeline.model.layout import Row, rows
@@ -161,8 +162,9 @@ def _passes(config: RunConfig) -> int:
     The teacher of ``rlrt`` is counted as if all rows had one.
     """
     objective, entropy, stale = config.objective, config.entropy, config.rollout.staleness > 0
-    clip_cov = entropy.controller != "none" and entropy.actuator == "clip_cov"
-    statistics = clip_cov or bool(objective.token_shaping) or objective.loss in ("kl_cov", "htpo", "mcpo")
+    actuator = acting(entropy)
+    ranked = actuator is not None and actuator.statistics
+    statistics = ranked or bool(objective.token_shaping) or objective.loss in ("kl_cov", "htpo", "mcpo")
     told = stale and objective.old_log_probs == "engine"
     old = config.learner.updates_per_step > 1 and not statistics and not told
     return sum((objective.kl_coef > 0, old, statistics, "rlrt" in objective.token_shaping))

@@ -183,12 +183,13 @@ def _shaping(config: RunConfig) -> Iterator[Problem]:
             "what comes after opefo upsets the balance that it makes",
             "name opefo last",
         )
-    if "clip_cov" in names and config.entropy.controller != "none" and config.entropy.actuator == "clip_cov":
+    actuator = config.entropy.actuator
+    if actuator in names and config.entropy.controller != "none":
         yield Problem(
             "entropy.actuator",
-            "clip_cov",
-            "detaches tokens by covariance, as objective.token_shaping=[clip_cov] does already",
-            "remove clip_cov from objective.token_shaping, or choose another actuator",
+            actuator,
+            f"weighs the tokens that objective.token_shaping=[{actuator}] weighs already",
+            f"remove {actuator} from objective.token_shaping, or choose another actuator",
         )
     if "clip_cov" in names and objective.clip_cov.low >= objective.clip_cov.high:
         yield Problem(

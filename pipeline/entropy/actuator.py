@@ -37,6 +37,7 @@ class Actuator:
     signed: bool = False  # the command may be below 0
     share: bool = False  # the command is a share of tokens, at most 1
     off_policy: bool = False  # does nothing while every ratio is 1
+    statistics: bool = False  # chooses among all tokens of the step, for which the learner makes a forward pass
 
     @property
     def ki(self) -> float:

@@ -30,6 +30,7 @@ Actuators, with ``u`` the command, ``c`` in {0, 1} the row's correctness, ``pi_T
   theirs alone.
 - ``surprisal``: A <- A max(0, 1 - u sign(A) log pi) (REPO-R, 2603.11682).
 - ``clip_cov``: ``token_weights`` takes the tokens of highest covariance out of the surrogate (2505.22617).
+- ``stare``: ``token_weights`` is 1 + u on the most surprising tokens of rows with A > 0 (STARE, 2606.19236).
 - ``clip_high``: the surrogate clips ratios above 1 + clip_high + u (MAI-Thinking-1; ADAPO, 2603.11682).
 """
 

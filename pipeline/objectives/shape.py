@@ -17,16 +17,19 @@ import torch
 
 from pipeline.config.schema import RunConfig
 from pipeline.objectives.shaping.clip_cov import detach_top
+from pipeline.objectives.shaping.stare import amplify
 from pipeline.objectives.tokens import Tokens
 from pipeline.registry import load
 from pipeline.types import TrainBatch
 
 Shaping = Callable[[Tokens, RunConfig, int], Tokens]
+# Actuators with ``statistics``: what they do to the tokens at a command.
+ACTUATORS: dict[str, Callable[[Tokens, float], Tokens]] = {"clip_cov": detach_top, "stare": amplify}
 
 
 def shapes_tokens(config: RunConfig, batch: TrainBatch) -> bool:
     """Whether ``batch`` must go through :func:`shape_tokens`."""
-    return bool(config.objective.token_shaping) or _marker(config) is not None or _detaches(batch)
+    return bool(config.objective.token_shaping) or _marker(config) is not None or _acts(batch)
 
 
 def shape_tokens(batch: TrainBatch, found: Mapping[str, torch.Tensor], config: RunConfig, step: int) -> TrainBatch:
@@ -46,8 +49,8 @@ def shape_tokens(batch: TrainBatch, found: Mapping[str, torch.Tensor], config: R
     mark = _marker(config)
     if mark is not None:
         tokens = mark(tokens, config, step)
-    if _detaches(batch):
-        tokens = detach_top(tokens, batch.actuation.command)
+    if _acts(batch):
+        tokens = ACTUATORS[batch.actuation.kind](tokens, batch.actuation.command)
     row = batch.row_of_target
     main = ~batch.auxiliary[row]
     changed: dict[str, Any] = {}
@@ -66,9 +69,9 @@ def _marker(config: RunConfig) -> Shaping | None:
     return getattr(load("pipeline.objectives.losses", config.objective.loss), "mark", None)
 
 
-def _detaches(batch: TrainBatch) -> bool:
-    """Whether the actuator Clip-Cov is asked to detach any token."""
-    return batch.actuation.kind == "clip_cov" and batch.actuation.command > 0
+def _acts(batch: TrainBatch) -> bool:
+    """Whether the actuator is one of ``ACTUATORS``, and not at rest."""
+    return batch.actuation.kind in ACTUATORS and batch.actuation.command > 0
 
 
 def _filled(base: torch.Tensor, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -9,5 +9,5 @@ from __future__ import annotations
 from pipeline.entropy.actuator import Actuator
 from pipeline.methods import pi_method
 
-ACTUATOR = Actuator("clip_cov", 0.0, 0.2, 0.0, 0.08, share=True)
+ACTUATOR = Actuator("clip_cov", 0.0, 0.2, 0.0, 0.08, share=True, statistics=True)
 METHOD = pi_method("clip_cov", "no loss on the share of tokens of highest covariance")

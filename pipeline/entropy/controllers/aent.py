@@ -28,7 +28,9 @@ class AentLaw(Law):
 
     For the actuator ``entropy_bonus``. Published: band [0.1, 0.5], lr = 1e-3, box [1e-5, 0.01]. Only the coefficient is
     AEnt's here: its bonus, and its reading, are the entropy clamped to the likeliest 1 - p of the vocabulary (p = 0.2),
-    which the learner's kernel does not compute; bonus and reading are the full entropy.
+    which the learner's kernel does not compute: the vocabulary is divided over tensor-parallel ranks, and which columns
+    are its likeliest share is known to none of them. Bonus and reading are the full entropy. The public code begins to
+    move beta after some steps (29 in its example), this law at the first.
     """
 
     STATE: ClassVar = {"coefficient": float}

@@ -31,9 +31,9 @@ class SkyworkLaw(Law):
 
     STATE: ClassVar = {"coefficient": float}
 
-    def __init__(self, step: float, upper: float) -> None:
+    def __init__(self, step: float, upper: float, start: float = 0.0) -> None:
         self._step, self._upper = step, upper
-        self.coefficient = 0.0
+        self.coefficient = start
 
     def propose(self, entropy: float, goal: float, last: float, staleness: float, course: Course = ANY) -> float:
         """See ``Law``."""

@@ -129,6 +129,7 @@ DECOUPLED = ("objective.old_log_probs=learner", "objective.correction.kind=tis")
         (("objective.token_shaping=[stare]",), 1),
         (("objective.token_shaping=[rlrt]",), 2),  # and what the teacher says
         (("entropy.controller=pi", "entropy.actuator=clip_cov"), 1),
+        (("entropy.controller=stare", "entropy.actuator=stare"), 1),
         (("rollout.staleness=2", "learner.updates_per_step=2"), 0),  # the engines tell the old ones
         (("rollout.staleness=2", "learner.updates_per_step=2", *DECOUPLED), 1),
         (("rollout.staleness=2", "objective.loss=htpo"), 1),  # which tokens it marks is of the weights that train

@@ -65,7 +65,7 @@ BROKEN = {
     "two Clip-Covs": (
         ["objective.token_shaping=[clip_cov]", "entropy.actuator=clip_cov"],
         "entropy.actuator",
-        "detaches tokens by covariance",
+        "weighs the tokens that objective.token_shaping=[clip_cov] weighs already",
     ),
     "clip_cov limits": (
         ["objective.token_shaping=[clip_cov]", "objective.clip_cov.low=5"],

@@ -148,7 +148,12 @@ def test_published_coefficient_laws_through_the_loop():
     readings = [TARGET - 0.1, TARGET - 0.2, TARGET + 0.1, *[0.01] * 11]
     clip = feed(controller(controller="adaptive_clip", actuator="clip_high"), readings)
     assert [d.command for d in clip] == pytest.approx([0.25, 0.5, *(0.25 * k for k in range(1, 11)), 2.5, 2.5])
-    assert {d.temperature for d in sky + aent + pic + clip} == {1.0}
+    stare = feed(controller(controller="stare", actuator="stare"), [0.2, 0.2, 0.5, 0.2, *[0.1] * 50])
+    assert [d.command for d in stare[:4]] == pytest.approx(
+        [0.11, 0.12, 0.0, 0.12]
+    )  # W - 1: 1.1, + .01 + .01 - .01 + .01
+    assert stare[-1].command == 0.5
+    assert {d.temperature for d in sky + aent + pic + clip + stare} == {1.0}
 
 
 @given(st.lists(st.booleans(), max_size=60))
@@ -400,7 +405,7 @@ def test_wrong_sign_plant_raises_the_alarm():
 READING = st.one_of(st.floats(0, 3), st.floats(), st.just(NAN))
 LAWS = [("pi", a) for a in ACTUATORS] + [(c, a) for c in ("scope", "bang_bang") for a in ("resample", "reweight", "fc")]
 LAWS += [("skywork", "entropy_bonus"), ("aent", "entropy_bonus"), ("entropic", "high_prob"), ("repo_r", "surprisal")]
-LAWS += [("adaptive_clip", "clip_high")]
+LAWS += [("adaptive_clip", "clip_high"), ("stare", "stare")]
 LIMITS = {
     "scope": (0.8, 1.2),
     "bang_bang": (0.8, 1.2),
@@ -409,6 +414,7 @@ LIMITS = {
     "entropic": (-1, 1),
     "repo_r": (-0.05, 0.05),
     "adaptive_clip": (0, 2.5),
+    "stare": (0, 0.5),
 }
 
 

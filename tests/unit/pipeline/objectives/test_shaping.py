@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 
 from pipeline.config.schema import SHAPINGS as NAMES
 from pipeline.config.schema import ClipCovConfig, KlCovConfig, RunConfig
+from pipeline.entropy.actuator import PACKAGE, actuator_called
 from pipeline.objectives.losses import htpo, kl_cov, mcpo
-from pipeline.objectives.shape import shape_tokens, shapes_tokens
-from pipeline.objectives.shaping import clip_cov, rlrt
+from pipeline.objectives.shape import ACTUATORS, shape_tokens, shapes_tokens
+from pipeline.objectives.shaping import clip_cov, rlrt, stare
 from pipeline.objectives.tokens import Tokens
-from pipeline.registry import load
+from pipeline.registry import load, names
 from pipeline.step.prepare import prepare
 from pipeline.types import Actuation
 from tests.grids import ragged, rows_of
@@ -127,6 +128,13 @@ def test_stare_acts_below_its_target_only():
     shaped = SHAPINGS["stare"](replace(t, entropy=t.entropy * 0.1), run, 0)
     # positives are tokens 0-2 and 4-7, negatives 3, 8, 9: the ceil(.3 x 7) and ceil(.3 x 3) most surprising
     assert shaped.scale.tolist() == approx([1, 1, 1, 1, 1, 1.1, 1.1, 1.1, 1, 0.9])
+
+
+def test_the_actuator_stare_weighs_the_most_surprising_tenth_of_positives():
+    t = tokens(log_probs=-torch.arange(10.0, dtype=torch.float64))
+    # positives are tokens 0-2 and 4-7: ceil(.1 x 7) of them, whatever the entropy
+    assert stare.amplify(t, 0.3).scale.tolist() == approx([1] * 7 + [1.3, 1, 1])
+    assert {name for name in names(PACKAGE) if actuator_called(name).statistics} == set(ACTUATORS)
 
 
 def test_opefo_cancels_the_predicted_entropy_change():
@@ -321,6 +329,7 @@ def test_nothing_is_computed_where_nobody_asked():
     assert not shapes_tokens(config(), plain)
     assert not shapes_tokens(config(), replace(plain, actuation=Actuation("clip_cov", 0.0)))
     assert shapes_tokens(config(), replace(plain, actuation=Actuation("clip_cov", 0.1)))
+    assert shapes_tokens(config(), replace(plain, actuation=Actuation("stare", 0.1)))
     assert shapes_tokens(config("stare"), plain)
     assert shapes_tokens(config(loss="kl_cov"), plain)
     assert not shapes_tokens(config(loss="cispo"), plain)

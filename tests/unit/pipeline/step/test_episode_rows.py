@@ -106,7 +106,7 @@ CASES = (
     + [{"aggregation": name} for name in ("token_mean", "sequence_mean", "dr_grpo")]
     + [
         {"actuator": name}
-        for name in ("reweight", "fc", "dcpo", "tok", "entropy_bonus", "clip_cov", "surprisal", "clip_high")
+        for name in ("reweight", "fc", "dcpo", "tok", "entropy_bonus", "clip_cov", "surprisal", "stare", "clip_high")
     ]
     + [{"positive_mean": name} for name in ("positives", "samples", "main")]
     + [{"overlong": OverlongConfig(buffer=6)}, {"overlong": OverlongConfig(filter=True)}, {"kl_coef": 0.1}]
