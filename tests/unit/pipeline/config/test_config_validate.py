@@ -8,7 +8,6 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.key import Range
 from pipeline.config.keys import leaf_keys
 from pipeline.config.load import load_config
-from pipeline.model import architecture
 from pipeline.model.fp8 import quantization_config
 from tests.tiny_folder import LLAMA, hf_config
 
@@ -459,68 +458,14 @@ def test_model_folders_that_cannot_be_used(tmp_path, files, words):
     assert words in problem.problem
 
 
-ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-MISTRAL = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
-UNSUPPORTED = {
-    "architecture": ({"architectures": ["LlamaForSequenceClassification"]}, "'LlamaForSequenceClassification'"),
-    "no architecture": ({"architectures": None}, "None"),
-    "activation": ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-    "feed-forward biases": ({"mlp_bias": True}, "mlp_bias=True"),
-    "sliding window": ({"use_sliding_window": True}, "use_sliding_window=True"),
-    "output bias": ({"attention_bias": True}, "attention_bias=True"),
-    "dimensions": ({"hidden_size": None, "vocab_size": None}, "does not say hidden_size, vocab_size"),
-    "epsilon": ({"rms_norm_eps": None}, "does not say rms_norm_eps"),
-    "groups": ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide"),
-    "su": ({"rope_scaling": {"type": "su", "factor": 4.0}}, "rope_type='su'"),
-    "yarn without factor": ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "has factor=None"),
-    "llama3 frequency": ({"rope_scaling": ROPE | {"low_freq_factor": 5.0}}, "low_freq_factor=5"),
-    "llama3 without factor": ({"rope_scaling": {"rope_type": "llama3"}}, "has factor=None"),
-    "two ropes": ({"rope_scaling": ROPE, "rope_parameters": {"rope_type": "default"}}, "contradict one another"),
-    "quantised": (
-        {"quantization_config": {"quant_method": "fp8"}},
-        "quantization_config (quant_method 'fp8', weight_block_size None)",
-    ),
-}
-for name, change, words in (
-    ("choice of experts", {"topk_method": "greedy"}, "topk_method='greedy'"),
-    ("scores not normalised", {"norm_topk_prob": False}, "norm_topk_prob=False with num_experts_per_tok=2"),
-    ("groups of experts", {"n_group": 2, "topk_group": 2}, "n_group=2, topk_group=2"),
-    ("latent attention", {"kv_lora_rank": None}, "does not say kv_lora_rank"),
-    ("llama3 rope of another family", {"rope_scaling": ROPE}, "rope_type='llama3'"),
-):
-    UNSUPPORTED[f"DeepSeek, {name}"] = (hf_config("deepseek_v3") | change, words)
-UNSUPPORTED["no experts"] = (hf_config("qwen3_moe") | {"num_experts": None}, "does not say num_experts")
-SUPPORTED = {
-    "plain": {},
-    "llama3": {"rope_scaling": ROPE},
-    "linear": {"rope_scaling": {"type": "linear", "factor": 2.0}},
-    "yarn": {"rope_scaling": {"type": "yarn", "factor": 4.0}},
-    "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
-    "default rope, transformers 5": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-    "qwen2 biases": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "attention_bias": True},
-    "qwen3": {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 16},
-    "mistral": MISTRAL | {"sliding_window": None},
-}
-
-
-@pytest.mark.parametrize("case", UNSUPPORTED)
-def test_models_that_the_learner_refuses_are_refused_here(model, case):
-    change, words = UNSUPPORTED[case]
-    description = {key: value for key, value in (LLAMA | change).items() if value is not None}
-    with pytest.raises((ValueError, KeyError)):
-        architecture.parse(description)
-    (model / "config.json").write_text(json.dumps(description))
-    (problem,) = problems(model)
-    assert problem.key == "model.hf_path"
-    assert words in problem.problem
-    assert problem.remedy
-
-
-@pytest.mark.parametrize("case", SUPPORTED)
-def test_models_that_the_learner_takes_pass(model, case):
-    architecture.parse(LLAMA | SUPPORTED[case])
-    (model / "config.json").write_text(json.dumps(LLAMA | SUPPORTED[case]))
-    assert problems(model) == ()
+def test_every_refusal_of_the_model_is_a_problem(model):
+    """What is refused: tests/unit/pipeline/model/test_architecture.py."""
+    (model / "config.json").write_text(json.dumps(LLAMA | {"hidden_act": "gelu", "mlp_bias": True}))
+    found = problems(model)
+    assert [problem.key for problem in found] == ["model.hf_path"] * 2
+    for problem, words in zip(found, ("hidden_act='gelu'", "mlp_bias=True"), strict=True):
+        assert words in problem.problem
+        assert problem.remedy
 
 
 def test_key_value_heads_and_ranks_divide_one_another(model):
@@ -537,9 +482,7 @@ EXPERTS = ["rollout.engine=sglang", "rollout.max_prompt_tokens=16", "rollout.max
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
 def test_experts(model, family):
     """What a model with experts asks beyond a dense one's rules."""
-    config = hf_config(family)
-    architecture.parse(config)
-    (model / "config.json").write_text(json.dumps(config))
+    (model / "config.json").write_text(json.dumps(hf_config(family)))
     assert problems(model, *EXPERTS) == ()
     layout = ["learner.tensor_model_parallel_size=2", "learner.expert_model_parallel_size=2"]
     layout.append("learner.expert_tensor_parallel_size=1")
@@ -625,7 +568,8 @@ def test_delta_nets_are_not_cut_along_a_row(model):
 
 
 def test_sglang_knows_no_sliding_window(model):
-    (model / "config.json").write_text(json.dumps(LLAMA | MISTRAL | {"sliding_window": 512}))
+    mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 512}
+    (model / "config.json").write_text(json.dumps(LLAMA | mistral))
     assert problems(model, "rollout.engine=native") == ()
     (problem,) = problems(model, "rollout.engine=sglang")
     assert (problem.key, problem.remedy) == ("rollout.engine", "set rollout.engine=native")

@@ -193,7 +193,6 @@ def test_deepseek_v3_s_rotary_scaling(rope):
         ("qwen3_moe", {"num_experts": None, "num_local_experts": ...}, "does not say num_experts"),
         ("qwen3_moe", {"moe_intermediate_size": ...}, "does not say moe_intermediate_size"),
         ("deepseek_v3", {"n_group": ..., "kv_lora_rank": ...}, "does not say kv_lora_rank, n_group"),
-        ("deepseek_v3", {"kv_lora_rank": ...}, "does not say kv_lora_rank"),
         ("deepseek_v3", {"topk_method": "greedy"}, "topk_method='greedy'.*'noaux_tc'"),
         ("deepseek_v3", {"scoring_func": "softmax"}, "scoring_func='softmax'.*'sigmoid'"),
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave=False"),
