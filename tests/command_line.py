@@ -9,7 +9,7 @@ def call(capsys, *words):
     """Exit code, standard output, standard error."""
     code = 0
     try:
-        run(words)
+        run([str(word) for word in words])
     except SystemExit as ended:
         code = ended.code
     captured = capsys.readouterr()

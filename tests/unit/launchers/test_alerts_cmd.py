@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.cli.main import run
+from tests.command_line import call
 
 sys.path.append(str(Path(__file__).parents[1] / "pipeline" / "monitoring"))
 import run_writer as runs
@@ -17,13 +17,6 @@ import run_writer as runs
 @pytest.fixture(autouse=True)
 def _restore_hook(monkeypatch):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-
-
-def call(capsys, *words):
-    with pytest.raises(SystemExit) as ended:
-        run([str(word) for word in words])
-    captured = capsys.readouterr()
-    return ended.value.code, captured.out, captured.err
 
 
 @pytest.fixture

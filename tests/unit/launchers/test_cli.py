@@ -9,16 +9,9 @@ from pathlib import Path
 import pytest
 
 from launchers.cli import main
-from launchers.cli.main import run
+from tests.command_line import call
 
 ROOT = Path(__file__).resolve().parents[3]
-
-
-def call(capsys, *words):
-    with pytest.raises(SystemExit) as ended:
-        run(words)
-    captured = capsys.readouterr()
-    return ended.value.code, captured.out, captured.err
 
 
 @pytest.fixture(autouse=True)

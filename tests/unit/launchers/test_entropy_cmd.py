@@ -7,22 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from launchers.cli.main import run
 from pipeline.config.schema import EntropyConfig
 from pipeline.entropy.plant import Plant, Scenario, simulate
 from pipeline.types import ControlDecision, EntropyReading, StepSamples, StepStats
+from tests.command_line import call
 
 sys.path.append(str(Path(__file__).parents[1] / "pipeline" / "monitoring"))
 import run_writer as runs
 
 PLANT = Plant(gain=0.025, drift=-0.009, lag=1, process_noise=0.005, sensor_noise=0.05)
-
-
-def call(capsys, *words):
-    with pytest.raises(SystemExit) as ended:
-        run(words)
-    captured = capsys.readouterr()
-    return ended.value.code, captured.out, captured.err
 
 
 def write_simulated(run_dir, *overrides):

@@ -1,11 +1,7 @@
 """``learner.lora``: what it cannot be combined with is refused with key, value and remedy."""
 
-import json
-
 import pytest
 
-from pipeline.config.errors import ConfigError
-from pipeline.config.load import load_config
 from tests.tiny_folder import LLAMA, hf_config
 
 L = "learner.lora."
@@ -42,25 +38,21 @@ FITTING = {
 }
 
 
-def problems(folder, config, keys):
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
-    experts = ["rollout.engine=native"] if config.get("model_type") != "llama" else []
-    try:
-        load_config(None, [f"model.hf_path={folder}", *experts, *keys])
-    except ConfigError as error:
-        return error.problems
-    return ()
+def served(config):
+    """What a model of this ``config.json`` needs beside the keys of adapters."""
+    return ["rollout.engine=native"] if config["model_type"] != "llama" else []
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_refused(tmp_path, case):
+def test_refused(problems, case):
     config, keys, key, said = BROKEN[case]
-    (problem,) = problems(tmp_path, config, keys)
+    (problem,) = problems(*served(config), *keys, **config | {"max_position_embeddings": 4096})
     assert problem.key == key
     assert said in problem.render()
     assert problem.remedy
 
 
 @pytest.mark.parametrize("case", FITTING)
-def test_accepted(tmp_path, case):
-    assert problems(tmp_path, *FITTING[case]) == ()
+def test_accepted(problems, case):
+    config, keys = FITTING[case]
+    assert problems(*served(config), *keys, **config | {"max_position_embeddings": 4096}) == ()
