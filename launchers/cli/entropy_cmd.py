@@ -13,6 +13,7 @@ from launchers.cli.terminal import say
 
 if TYPE_CHECKING:
     from pipeline.config.schema import RunConfig
+    from pipeline.monitoring.summary import RunHistory
 
 app = typer.Typer(
     name="entropy", help="Measure what moves a model's entropy; calibrate its controller.", no_args_is_help=True
@@ -165,18 +166,19 @@ def target(
     try:
         found = recommend(points, k)
     except ValueError as error:
-        raise typer.BadParameter(
-            f"RUN {run}: {error}; train it with evaluation.every={max(1, history.config.steps // 12)} "
-            f"and {k} in evaluation.k={history.config.evaluation.k}"
-        ) from error
+        raise typer.BadParameter(f"RUN {run}: {error}; {_more_evaluations(history, k)}") from error
     schedule = annealed(found, singles, history.config.steps)
     if as_json:
-        _print_json({"run": str(run), **asdict(found), "points": points, "schedule": schedule})
+        state = {"status": history.status, "steps": history.steps, "pays": found.pays}
+        _print_json({"run": str(run), **state, **asdict(found), "points": points, "schedule": schedule})
         return
     for line in found.evidence(points):
         say(line)
     say(found.verdict())
-    say(f"use: entropy.band.low={found.low:.3g} entropy.band.high={found.high:.3g}")
+    if history.status != "completed":
+        say(f"the run is {history.status}: this is of {history.steps} of its {history.config.steps} steps")
+    word = "use:" if found.pays else "to hold it all the same:"
+    say(f"{word} entropy.band.low={found.low:.3g} entropy.band.high={found.high:.3g}")
     if schedule is not None:
         say(
             f"pass@1 gained {schedule.gain:.3f} more on the way to H={schedule.entropy:.3g}: hold this band for the "
@@ -225,6 +227,20 @@ def law(
         )
         if result["controlled"]:
             say("  a controller was acting: the law is known for runs without one, choose no target by it")
+
+
+def _more_evaluations(history: RunHistory, k: int) -> str:
+    """What to do about a run with too few evaluations of pass@``k``."""
+    measured = {int(each) for event in history.evaluations for each in event["pass_at_k"]}
+    if measured and k not in measured:
+        known = ", ".join(map(str, sorted(measured)))
+        return f"its evaluations measured pass@k for k = {known}: give --k one of these, or train with evaluation.k={k}"
+    if history.status == "unfinished":
+        return (
+            f"{history.steps} of its {history.config.steps} steps are done: ask again later, or train one with "
+            f"evaluation.every={max(1, history.config.steps // 12)}"
+        )
+    return f"train one with evaluation.every={max(1, history.config.steps // 12)}"
 
 
 def _resolved(config: Path | None, run: Path | None, overrides: list[str]) -> RunConfig:

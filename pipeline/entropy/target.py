@@ -53,9 +53,9 @@ class Recommendation:
 
     def evidence(self, points: Sequence[Measured]) -> list[str]:
         """A table with a bar for each evaluation, and a mark at the one chosen. ``points``: those recommended from."""
-        floor = min(point.low for point in points)
-        span = max(point.high for point in points) - floor or 1.0
-        lines = [f"  step  H (nats)  pass@{self.k:<4} 95 % interval"]
+        floor, top = min(point.low for point in points), max(point.high for point in points)
+        span = top - floor or 1.0
+        lines = [f"  step  H (nats)  pass@{self.k:<4} 95 % interval    bars from {floor:.2f} to {top:.2f}"]
         for point in points:
             bar = "#" * round(BAR * (point.value - floor) / span)
             mark = f"  <- keeps pass@{self.k}" if point.step == self.step else ""
@@ -67,7 +67,8 @@ class Recommendation:
         """What the evidence says, in a sentence or two."""
         text = (
             f"pass@{self.k} is kept down to H={self.entropy:.3g}, at step {self.step}: {self.value:.3f} there, "
-            f"{self.best:.3f} at best; a standard error is {self.error:.3f} (means of three evaluations)."
+            f"{self.best:.3f} at best (each averaged with the evaluations before and after it); one "
+            f"evaluation's standard error is {self.error:.3f}."
         )
         if self.kept_to_the_end:
             return text + " That is the end of this run: control is not needed for it, unless the run is longer."
@@ -77,6 +78,11 @@ class Recommendation:
             text + f" What it lost after that ({self.lost:.3f}) is within noise: control is not shown to pay "
             f"for pass@{self.k} over a run of this length."
         )
+
+    @property
+    def pays(self) -> bool:
+        """Whether the run shows that holding the band would keep what it lost."""
+        return self.loss_is_seen and not self.kept_to_the_end
 
     @property
     def loss_is_seen(self) -> bool:
@@ -92,7 +98,7 @@ def recommend(points: Sequence[Measured], k: int) -> Recommendation:
     """
     points = [point for point in points if math.isfinite(point.value) and math.isfinite(point.entropy)]
     if len(points) < LEAST_POINTS:
-        raise ValueError(f"{len(points)} evaluations with pass@{k} and an entropy: at least {LEAST_POINTS} are needed")
+        raise ValueError(f"evaluations with pass@{k} and an entropy: {len(points)}, at least {LEAST_POINTS} are needed")
     smooth = smoothed([point.value for point in points])
     best = int(np.argmax(smooth))
     error = _typical_error(points)

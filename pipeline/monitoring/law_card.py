@@ -1,7 +1,7 @@
 """The law card of a run: what was steered, how strongly it answers, how well it was held, what that cost, what failed.
 
-Read from the run's events alone. A row is a question and its answer in words and figures, for a page that somebody else
-shall be able to check.
+Read from the run's folder alone: its configuration and its events. A row is a question and its answer in words and
+figures, for a page that somebody else shall be able to check.
 """
 
 from __future__ import annotations
@@ -10,21 +10,25 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from pipeline.config.load import config_hash
 from pipeline.entropy.actuator import Actuator, acting, actuator_of
 from pipeline.entropy.identify import IdentificationError, Identified, Record, identify
 from pipeline.entropy.law import Loop
 from pipeline.monitoring.naming import counted
-from pipeline.monitoring.plant_data import record_of
+from pipeline.monitoring.plant_data import readings_of, record_of
 from pipeline.monitoring.price import ROLES, reward_cost
-from pipeline.monitoring.summary import RunHistory, pass_at
+from pipeline.monitoring.summary import FINAL_STEPS, RunHistory, pass_at
 from pipeline.monitoring.tracking import Tracking, of_series
 from pipeline.registry import load
 
 RECENT = 2000  # steps that the plant is identified from, the newest: the fit's time grows with them
-PLANT = "ln H(k+1) = ln H(k) + b u(k-s) + d + noise"
+PLANT = "ln H(k+1) = ln H(k) + b u(k-s) + d + noise at step k"
+HOTTER = 1.1  # the rise of a temperature that the gain is also told for
+GOALS = "95 % of the steps in band, RMS error 5 %, overshoot 10 %, 20 steps in the band in a row"  # docs/lab.md
 Rows = dict[str, str]
 
 
@@ -56,17 +60,29 @@ def law_card(run: RunHistory, others: Sequence[RunHistory] = ()) -> Rows:
     steered = _Steered(run, actuator, limits, of_series(run.series), plant, why_not)
     baseline = next((other for other in others if other.is_baseline and other.config.seed == run.config.seed), None)
     return {
+        "Run": _run(run),
         "Band": _band(run),
         "Plant": _plant_in_words(steered),
         "Gain b": _gain(steered),
-        "Drift d": "-" if plant is None else f"{plant.drift:+.3g} {_interval(plant.drift_interval)} of ln H per step",
+        "Drift d": _drift(plant),
         "Noise": _noise(plant),
         "Command that holds the entropy": _rest(steered),
         "What the controller did": _did(steered),
-        "Tracking": _tracked(steered.tracking),
+        "Tracking": _tracked(steered),
         "Price": _price(run, baseline),
-        "Not reached": "; ".join(_not_reached(steered)) or "nothing",
+        "Not reached": "; ".join(_not_reached(steered)) or f"nothing (goals: {GOALS})",
     }
+
+
+def _run(run: RunHistory) -> str:
+    config = run.config
+    learner, rollout = config.learner, config.rollout
+    return (
+        f"{config.name}, seed {config.seed}: {counted(run.steps, 'step')} of {config.steps}, {run.status}; model "
+        f"{Path(config.model.hf_path).name}, {rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} answers "
+        f"and {counted(learner.updates_per_step, 'update')} a step, advantage {config.objective.advantage}; one run, "
+        f"so no interval here is over seeds; configuration {config_hash(config)[:12]}"
+    )
 
 
 def _plant(run: RunHistory) -> tuple[Identified | None, str]:
@@ -90,18 +106,21 @@ def _band(run: RunHistory) -> str:
     )
     if (low[first], high[first]) != (low[last], high[last]):
         text += f"; {low[last]:.3g} to {high[last]:.3g} at the end"
-    return f"{text} (schedule {run.config.entropy.band.schedule})"
+    return f"{text} (schedule {run.config.entropy.band.schedule}); the target is its geometric middle"
 
 
 def _plant_in_words(steered: _Steered) -> str:
-    unit = "ln T" if steered.actuator.temperature else "the command"
-    model = f"{PLANT}, u = {unit} of {steered.actuator.name}"
+    unit = "ln T+" if steered.actuator.temperature else "the command"
+    model = (
+        f"{PLANT}; H is the entropy in nats, u = {unit} of {steered.actuator.name}, 0 where it had nothing to act on"
+    )
     if steered.plant is None:
         return f"{model}; not identified: {steered.why_not}"
     plant = steered.plant
     low, high = plant.delay_interval
-    delay = f"delay s {plant.delay} [{low}, {high}] steps, the optimizer's momentum included"
-    return f"{model}; one plant for {plant.steps:,} steps, intervals 95 %; {delay}"
+    delay = f"delay s = {plant.delay} [{low}, {high}] steps, the optimizer's momentum included"
+    fit = f"fitted by least squares on a Kalman filter's innovations, to {readings_of(steered.run)}"
+    return f"{model}; one plant for {plant.steps:,} steps, {fit}, intervals 95 %; {delay}"
 
 
 def _gain(steered: _Steered) -> str:
@@ -112,13 +131,30 @@ def _gain(steered: _Steered) -> str:
         return "-" + own
     low, high = steered.plant.gain_interval
     sign = "" if low > 0 or high < 0 else ", so its sign is not known"
-    return f"{steered.plant.gain:+.3g} {_interval((low, high))} of ln H per u and step{sign}{own}"
+    text = f"{steered.plant.gain:+.3g} {_interval((low, high))} of ln H per unit of u and step{sign}"
+    if steered.actuator.temperature:
+        text += f" (T+ higher by a tenth: {steered.plant.gain * math.log(HOTTER):+.2%} of H per step)"
+    return text + own
+
+
+def _drift(plant: Identified | None) -> str:
+    if plant is None:
+        return "-"
+    low, high = plant.drift_interval
+    text = f"{plant.drift:+.3g} {_interval((low, high))} of ln H per step"
+    if low <= 0 <= high:
+        return f"{text}, so its sign is not known"
+    way = "halves" if plant.drift < 0 else "doubles"
+    return f"{text}: at u = 0 H {way} in {math.log(2) / abs(plant.drift):,.0f} steps"
 
 
 def _noise(plant: Identified | None) -> str:
     if plant is None:
         return "-"
-    return f"a reading {plant.sensor_noise:.1%}, the policy {plant.process_noise:.1%} per step (standard deviations)"
+    return (
+        f"standard deviations of ln H: a single reading {plant.sensor_noise:.1%} around the policy's entropy, the "
+        f"policy {plant.process_noise:.1%} per step"
+    )
 
 
 def _rest(steered: _Steered) -> str:
@@ -145,32 +181,47 @@ def _did(steered: _Steered) -> str:
     if not len(commands):
         return text
     u = np.array([steered.actuator.to_u(command) for command in commands])
-    moved = f", {np.abs(np.diff(u)).mean():.2g} of u per step" if len(u) > 1 else ""
-    text += f"; command {commands.min():.3g} to {commands.max():.3g}, median {np.median(commands):.3g}{moved}"
+    moved = f", moved by {np.abs(np.diff(u)).mean():.2g} of u a step on average" if len(u) > 1 else ""
+    name = "T+" if steered.actuator.temperature else "command"
+    text += f"; {name} {commands.min():.3g} to {commands.max():.3g}, median {np.median(commands):.3g}{moved}"
     if steered.limits is None:
         return text
     low, high = (np.isclose(commands, limit, rtol=1e-9, atol=0).mean() for limit in steered.limits)
-    return f"{text}; at its lower limit in {low:.0%}, at its upper in {high:.0%}"
+    return f"{text}; at its lower limit in {low:.0%} of the steps, at its upper in {high:.0%}"
 
 
-def _tracked(tracking: Tracking) -> str:
+def _tracked(steered: _Steered) -> str:
+    tracking, readings = steered.tracking, steered.run.column("entropy/controlled")
+    readings = readings[np.isfinite(readings)]
+    start = f"of H filtered with weight 0.8 on the past, errors in units of the target; {_ends(readings)}"
     if tracking.entry_step is None:
-        return "the band was never entered"
+        return f"{start}; the band was never entered"
     settled = "never settled" if tracking.settling_step is None else f"settled at {tracking.settling_step}"
     return (
-        f"entered at step {tracking.entry_step}, {settled}; from entry on in band {tracking.time_in_band:.1%}, "
-        f"RMS error {tracking.rms_error:.1%} (single readings {tracking.rms_error_raw:.1%}), "
-        f"bias {tracking.bias:+.1%}, overshoot {tracking.overshoot:.1%}"
+        f"{start}; entered at step {tracking.entry_step}, {settled} (20 steps in a row); from entry on in band "
+        f"{tracking.time_in_band:.1%}, RMS error {tracking.rms_error:.1%} (single readings "
+        f"{tracking.rms_error_raw:.1%}), bias {tracking.bias:+.1%}, overshoot {tracking.overshoot:.1%}, "
+        f"{tracking.oscillation:.1f} crossings of the target per 100 steps"
     )
+
+
+def _ends(readings: np.ndarray) -> str:
+    if not len(readings):
+        return "no reading"
+    return f"first reading {readings[0]:.3g} nats, mean of the last {FINAL_STEPS} {readings[-FINAL_STEPS:].mean():.3g}"
 
 
 def _price(run: RunHistory, baseline: RunHistory | None) -> str:
     tokens = {role: float(np.nansum(run.column(f"tokens/{role}"))) for role in ROLES}
     extra = (tokens["auxiliary"] + tokens["repeated"]) / tokens["main"] if tokens["main"] else 0.0
-    more = f"{extra:.1%} more response tokens"
+    more = f"{extra:.1%} more response tokens a step for its readings and second rollout"
     if baseline is None:
         return f"reward not known: no run without control and with seed {run.config.seed} stands beside it; {more}"
-    text = f"{reward_cost(run, baseline):.1%} less reward than {baseline.title} over as many tokens; {more}"
+    cost = reward_cost(run, baseline)
+    text = (
+        f"{abs(cost):.1%} {'less' if cost >= 0 else 'more'} training reward than {baseline.title} over as many tokens"
+    )
+    text += f" (no interval: one run each); {more}"
     if not (run.evaluations and baseline.evaluations):
         return text
     last, other = run.evaluations[-1], baseline.evaluations[-1]
@@ -178,7 +229,7 @@ def _price(run: RunHistory, baseline: RunHistory | None) -> str:
         (value, *interval), (theirs, *their_interval) = pass_at(last, k), pass_at(other, k)
         if math.isfinite(value) and math.isfinite(theirs):
             text += f"; pass@{k} {value:.3f} {_interval(interval)} against {theirs:.3f} {_interval(their_interval)}"
-    return f"{text} (evaluated after {last['step']:,} and {other['step']:,} steps)"
+    return f"{text} (held-out prompts, 95 % intervals; evaluated after {last['step']:,} and {other['step']:,} steps)"
 
 
 def _not_reached(steered: _Steered) -> list[str]:

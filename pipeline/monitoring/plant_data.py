@@ -21,6 +21,13 @@ def record_of(run: RunHistory) -> Record:
     actuator = actuator_of(run.config.entropy)
     commands, positives = run.column("control/command"), run.column("control/positives")
     acted = [actuator.to_u(command) if used > 0 else 0.0 for command, used in zip(commands, positives, strict=True)]
-    repeated = run.column("entropy/repeated")
-    entropy = repeated if np.isfinite(repeated).any() else run.column("entropy/mean")
-    return Record(entropy, np.array(acted))
+    return Record(run.column(f"entropy/{'repeated' if _repeats(run) else 'mean'}"), np.array(acted))
+
+
+def readings_of(run: RunHistory) -> str:
+    """Which readings ``record_of`` takes, in words: repeated ones where there are any, since their noise is less."""
+    return "the repeated prompts' readings" if _repeats(run) else "the step's own readings"
+
+
+def _repeats(run: RunHistory) -> bool:
+    return bool(np.isfinite(run.column("entropy/repeated")).any())

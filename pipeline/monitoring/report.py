@@ -44,6 +44,7 @@ MISMATCH = {
     "correction_ess": "effective samples",
 }
 PERCENT = ("time_in_band", "rms_error")
+COUNTS = ("steps", "settling_step")
 SHOWN_SAMPLES = 6
 HAPPENED = ("restart", "alert", "fault", "stall", "end")
 SHOWN_EVENTS = 100  # the newest of a run
@@ -202,7 +203,9 @@ def _differences(runs: Sequence[RunHistory], summaries: Sequence[Mapping[str, An
 def _change(name: str, change: float | None) -> str:
     if change is None:
         return ""
-    return f" ({change:+.1%})" if name in PERCENT else f" ({change:+.3f})"
+    if name in PERCENT:
+        return f" ({change:+.1%})"
+    return f" ({change:+.0f})" if name in COUNTS else f" ({change:+.3f})"
 
 
 def _happened(runs: Sequence[RunHistory]) -> str:

@@ -78,18 +78,24 @@ def test_a_folder_that_is_no_run_is_one_clear_line(capsys, tmp_path):
     assert str(tmp_path / "none") in err
 
 
-def write_evaluated(run_dir, *overrides):
+def write_evaluated(run_dir, *overrides, finish=True, pass_at_16=lambda step: 0.95 - (step / 10 - 2) ** 2 / 40):
     recorder = runs.open_run(run_dir, *overrides)
     for step in range(60):
         if step % 10 == 0:
-            recorder.evaluation(step, runs.evaluation(0.3 + step / 150, 0.95 - (step / 10 - 2) ** 2 / 40))
+            recorder.evaluation(step, runs.evaluation(0.3 + step / 150, pass_at_16(step)))
         runs.record_step(recorder, step, 1.0 - step / 80)
-    recorder.finish(completed=True)
+    if finish:
+        recorder.finish(completed=True)
     return run_dir
 
 
-def test_target_reads_a_band_from_the_fall_of_a_run_without_control(capsys, tmp_path):
-    run_dir = write_evaluated(tmp_path / "grpo", "entropy.controller=none", "steps=60")
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    return write_evaluated(tmp_path_factory.mktemp("runs") / "grpo", "entropy.controller=none", "steps=60")
+
+
+def test_target_reads_a_band_from_the_fall_of_a_run_without_control(capsys, evaluated):
+    run_dir = evaluated
     code, out, _ = call(capsys, "entropy", "target", str(run_dir), "--k", "16")
     assert code == 0
     assert "<- keeps pass@16" in out
@@ -107,4 +113,42 @@ def test_target_refuses_what_says_nothing(capsys, folder, tmp_path):
     runs.write_run(tmp_path / "grpo", "entropy.controller=none", entropy=runs.collapsing)
     code, _, err = call(capsys, "entropy", "target", str(tmp_path / "grpo"))
     assert code == 2
-    assert "evaluation.every=" in err
+    assert (
+        "evaluations with pass@16 and an entropy: 2, at least 5 are needed; train one with evaluation.every="
+        in said(err)
+    )
+
+
+def said(err):
+    """What a box of the command line says, in one line."""
+    return " ".join(err.replace("│", " ").split())
+
+
+def test_target_says_what_to_do_about_a_k_that_was_not_measured(capsys, evaluated):
+    code, _, err = call(capsys, "entropy", "target", str(evaluated), "--k", "7")
+    assert code == 2
+    assert "its evaluations measured pass@k for k = 1, 16: give --k one of these" in said(err)
+
+
+def test_target_of_a_run_still_going_says_of_how_many_steps_it_is(capsys, tmp_path):
+    run_dir = write_evaluated(tmp_path / "grpo", "entropy.controller=none", "steps=100", finish=False)
+    code, out, _ = call(capsys, "entropy", "target", str(run_dir))
+    assert code == 0
+    assert "the run is unfinished: this is of 60 of its 100 steps" in out
+    code, out, _ = call(capsys, "entropy", "target", str(run_dir), "--json")
+    found = json.loads(out)
+    assert (found["status"], found["steps"], found["pays"]) == ("unfinished", 60, True)
+    short = runs.open_run(tmp_path / "short", "entropy.controller=none", "steps=100")
+    runs.record_step(short, 0, 1.0)
+    short.evaluation(1, runs.evaluation(0.3, 0.9))
+    code, _, err = call(capsys, "entropy", "target", str(tmp_path / "short"))
+    assert code == 2
+    assert "and an entropy: 1, at least 5 are needed; 1 of its 100 steps are done: ask again later" in said(err)
+
+
+def test_a_band_that_is_not_shown_to_pay_is_not_called_for(capsys, tmp_path):
+    run_dir = write_evaluated(tmp_path / "grpo", "entropy.controller=none", "steps=60", pass_at_16=lambda step: 0.9)
+    code, out, _ = call(capsys, "entropy", "target", str(run_dir))
+    assert code == 0
+    assert "use:" not in out
+    assert "to hold it all the same: entropy.band.low=" in out

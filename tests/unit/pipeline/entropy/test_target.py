@@ -66,7 +66,7 @@ def test_noise_does_not_choose_a_target_far_from_the_truth():
 
 
 def test_too_few_evaluations_are_refused():
-    with pytest.raises(ValueError, match="4 evaluations with pass@16"):
+    with pytest.raises(ValueError, match="pass@16 and an entropy: 4, at least 5 are needed"):
         recommend(curve([0.1, 0.2, 0.3, 0.4]), 16)
     with pytest.raises(ValueError, match="at least 5"):
         recommend(curve([0.1, 0.2, 0.3, 0.4, float("nan")]), 16)

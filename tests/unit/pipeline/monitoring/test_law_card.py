@@ -1,5 +1,6 @@
 """The law card against runs whose plant is known."""
 
+import math
 import re
 import sys
 from dataclasses import replace
@@ -79,8 +80,10 @@ def test_the_plant_is_found_within_its_interval(cards):
 
 def test_the_price_is_against_the_run_of_the_same_seed_without_control(cards):
     assert cards[1]["Price"] == (
-        "0.0% less reward than grpo over as many tokens; 0.0% more response tokens; pass@1 0.500 [0.45, 0.55] against "
-        "0.600 [0.55, 0.65]; pass@16 0.900 [0.85, 0.95] against 0.800 [0.75, 0.85] (evaluated after 150 and 150 steps)"
+        "0.0% less training reward than grpo over as many tokens (no interval: one run each); 0.0% more response "
+        "tokens a step for its readings and second rollout; pass@1 0.500 [0.45, 0.55] against 0.600 [0.55, 0.65]; "
+        "pass@16 0.900 [0.85, 0.95] against 0.800 [0.75, 0.85] (held-out prompts, 95 % intervals; evaluated after 150 "
+        "and 150 steps)"
     )
     assert cards[2]["Price"].startswith("reward not known: no run without control and with seed 1 stands beside it")
 
@@ -98,7 +101,21 @@ def test_a_command_that_never_moved_tells_no_plant(tmp_path):
     card = law_card(read_run(tmp_path / "run"))
     assert "not identified: the command never varied" in card["Plant"]
     assert (card["Drift d"], card["Command that holds the entropy"]) == ("-", "not known")
-    assert card["Not reached"] == "nothing"
+    assert card["Not reached"].startswith("nothing (goals: 95 % of the steps in band")
+
+
+def test_a_card_says_what_run_it_is_of_and_what_its_figures_mean(cards):
+    held = cards[1]
+    assert re.match(
+        r"pi, seed 0: 150 steps of \d+, completed; model pm4-100k, 16 prompts x 16 answers and 1 update a ", held["Run"]
+    )
+    assert "to the step's own readings, intervals 95 %" in held["Plant"]
+    gain, drift = numbers(held["Gain b"])[0], numbers(held["Drift d"])[0]
+    assert f"(T+ higher by a tenth: {gain * math.log(1.1):+.2%}"[:28] in held["Gain b"]
+    steps = int(re.search(r"H halves in (\d+) steps", held["Drift d"])[1])
+    assert steps == pytest.approx(math.log(2) / -drift, rel=0.02)
+    assert "first reading 0.4" in held["Tracking"]
+    assert "crossings of the target per 100 steps" in held["Tracking"]
 
 
 def test_the_report_has_every_card(folders, tmp_path):
