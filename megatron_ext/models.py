@@ -126,27 +126,8 @@ def _leave_sums_out(gpt: GPTModel) -> None:
 def transformer_config(
     model: Architecture, topology: Topology, dtype: str, options: LearnerConfig, numerics: Numerics
 ) -> TransformerConfig:
-    """megatron-core's configuration.
-
-    Fusions are off but with Transformer Engine: they need its kernels or Apex's, on any device.
-    """
+    """megatron-core's configuration."""
     grid, parameter_dtype = topology.grid, DTYPES[dtype]
-    fused: dict[str, Any] = dict.fromkeys(
-        (
-            "gradient_accumulation_fusion",
-            "masked_softmax_fusion",
-            "bias_activation_fusion",
-            "bias_dropout_fusion",
-            "apply_rope_fusion",
-            "persist_layer_norm",
-        ),
-        False,
-    ) | numerics.transformer_fields(mla=model.mla is not None, moe=model.moe is not None)
-    if options.routing_replay != "off" and fused.get("moe_router_fusion"):
-        fused["moe_router_fusion"] = False  # the fused kernel chooses by itself
-    magnitude = 1.0 if model.mla else attention_factor(model)
-    if magnitude != 1:  # which the fused kernel for packed rows leaves out
-        fused["apply_rope_fusion"] = False
     config = (MLATransformerConfig if model.mla else TransformerConfig)(
         num_layers=model.layers,
         hidden_size=model.hidden,
@@ -184,7 +165,7 @@ def transformer_config(
         bf16=dtype == "bf16",
         use_cpu_initialization=topology.device.type == "cpu",
         perform_initialization=False,
-        **fused,
+        **_fusions(model, options, numerics),
         **_schedule_config(grid),
         **_recompute_config(options),
         **_moe_config(model.moe, options),
@@ -192,9 +173,34 @@ def transformer_config(
         # Only read where a checkpoint is written: layers that are not alike are not stacked.
         linear_attention_freq=[int(net) for net in model.delta.layers] if model.delta else None,
     )
-    if magnitude != 1:
+    if (magnitude := _rotary_magnitude(model)) != 1:
         _multiply_rotary(config, magnitude)
     return config
+
+
+def _fusions(model: Architecture, options: LearnerConfig, numerics: Numerics) -> dict[str, Any]:
+    """Off but with Transformer Engine: they need its kernels or Apex's, on any device."""
+    fused: dict[str, Any] = dict.fromkeys(
+        (
+            "gradient_accumulation_fusion",
+            "masked_softmax_fusion",
+            "bias_activation_fusion",
+            "bias_dropout_fusion",
+            "apply_rope_fusion",
+            "persist_layer_norm",
+        ),
+        False,
+    ) | numerics.transformer_fields(mla=model.mla is not None, moe=model.moe is not None)
+    if options.routing_replay != "off" and fused.get("moe_router_fusion"):
+        fused["moe_router_fusion"] = False  # the fused kernel chooses by itself
+    if _rotary_magnitude(model) != 1:  # which the fused kernel for packed rows leaves out
+        fused["apply_rope_fusion"] = False
+    return fused
+
+
+def _rotary_magnitude(model: Architecture) -> float:
+    """What rotary embeddings are multiplied by outside megatron-core, which does latent attention's itself."""
+    return 1.0 if model.mla else attention_factor(model)
 
 
 def _activation(model: Architecture) -> dict[str, Any]:

@@ -14,20 +14,14 @@ from pipeline.config.key import ANY, MOST
 from pipeline.config.keys import Key, leaf_keys
 
 
-def key_problems(config: Any, section: str = "") -> Iterator[Problem]:
-    """Every value that its key does not permit.
-
-    Args:
-        config: a dataclass of ``key.key`` fields, of any schema.
-        section: what stands before the names of its keys, e.g. "entropy."; "" for a whole configuration.
-    """
+def key_problems(config: Any) -> Iterator[Problem]:
+    """Every value of ``config``, a dataclass of ``key.key`` fields of any schema, that its key does not permit."""
     for key in leaf_keys(type(config)).values():
         value: Any = config
         for part in key.name.split("."):
             value = getattr(value, part)
         for entry in _entries(value):
-            found = _of_text(key, entry) if isinstance(entry, str) else _of_number(key, entry)
-            yield from (replace(problem, key=section + problem.key) for problem in found)
+            yield from _of_text(key, entry) if isinstance(entry, str) else _of_number(key, entry)
 
 
 def _entries(value: Any) -> Iterator[str | float]:

@@ -15,17 +15,12 @@ ACTUATORS, CONTROLLERS = "pipeline.entropy.actuators", "pipeline.entropy.control
 def entropy_problems(config: RunConfig) -> Iterator[Problem]:
     """Every combination of entropy keys that cannot work, or in which one of them would have no effect."""
     yield from _band(config)
-    yield from controller_problems(config.entropy, config.rollout.prompts_per_step)
+    yield from _limits(config.entropy)
+    yield from _controller(config.entropy)
+    yield from _auxiliary(config.entropy, config.rollout.prompts_per_step)
     yield from _repeated_prompts(config)
     yield from _constant(config)
     yield from _off_policy(config)
-
-
-def controller_problems(entropy: EntropyConfig, prompts_per_step: int) -> Iterator[Problem]:
-    """Why no controller can be built of ``entropy``, each of whose values is possible by itself."""
-    yield from _limits(entropy)
-    yield from _controller(entropy)
-    yield from _auxiliary(entropy, prompts_per_step)
 
 
 def _band(config: RunConfig) -> Iterator[Problem]:

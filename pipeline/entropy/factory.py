@@ -7,9 +7,6 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from pipeline.config.check import key_problems
-from pipeline.config.entropy_rules import controller_problems
-from pipeline.config.errors import ConfigError
 from pipeline.config.schema import EntropyConfig
 from pipeline.entropy.actuator import Actuator, acting, actuator_of
 from pipeline.entropy.band import Band
@@ -27,16 +24,10 @@ def build_controller(config: EntropyConfig, band: Band, prompts_per_step: int) -
     """The configured controller, whose saved state only fits the same configuration.
 
     Args:
-        config: the ``entropy`` section.
+        config: the ``entropy`` section, checked.
         band: where it steers.
         prompts_per_step: most auxiliary prompts there can be.
-
-    Raises:
-        ConfigError: a controller, actuator or limit that is unknown or does not go with the rest.
     """
-    problems = [*key_problems(config, "entropy.")] or [*controller_problems(config, prompts_per_step)]
-    if problems:
-        raise ConfigError.of(problems)
     actuator, acts = actuator_of(config), acting(config) is not None
     built = load(CONTROLLERS, config.controller if acts else "none").build(config, actuator)
     prompts = _prompts(config, actuator, prompts_per_step) if acts else (0, 0)

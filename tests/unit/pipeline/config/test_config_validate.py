@@ -225,6 +225,11 @@ BROKEN = {
     ),
     "limits": (["entropy.command_min=2", "entropy.command_max=1"], "entropy.command_min", "not below"),
     "T range": (["entropy.command_min=1.1", "entropy.command_max=1.5"], "entropy.command_min", "does not contain 1"),
+    "T below 0": (
+        ["entropy.actuator=resample", "entropy.command_max=1.3"],
+        "entropy.command_min",
+        "is a temperature, which is above 0",
+    ),
     "rest": (
         ["entropy.actuator=tok", "entropy.command_min=1", "entropy.command_max=3"],
         "entropy.command_min",

@@ -64,11 +64,7 @@ def test_low_entropy_raises_the_command_high_entropy_lowers_it(actuator):
     rest = actuator_called(actuator).neutral
     low, high = feed(controller(actuator=actuator), [0.28])[0], feed(controller(actuator=actuator), [0.4])[0]
     assert low.command > rest
-    assert (
-        high.command == pytest.approx(max(math.exp(-1), actuator_called(actuator).lower))
-        or high.command < rest
-        or high.command == rest
-    )
+    assert high.command < rest or rest == actuator_called(actuator).lower == high.command
     assert low.temperature == (low.command if actuator_called(actuator).temperature else 1.0)
     assert low.state == "tracking"
     assert low.filtered_entropy == 0.28
@@ -458,32 +454,6 @@ def test_an_actuator_of_both_signs_takes_limits_of_both():
     assert load_config(Path("recipe/pm4.yaml"), overrides).entropy.command_min == -0.5
     commands = [d.command for d in feed(controller(controller="entropic", **limits), [1.3, 1e-3])]
     assert (min(commands), max(commands)) == (-0.5, 0.25)
-
-
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        (
-            {"actuator": "tok", "command_min": -1.0, "command_max": 1.0},
-            r"entropy.command_min: -1.0(?s:.)*tok takes no negative",
-        ),
-        ({"actuator": "clip_cov", "command_max": 2.0}, "entropy.command_max: 2.0"),
-        ({"actuator": "resample", "command_min": 1.1, "command_max": 1.3}, "contain 1"),
-        ({"actuator": "resample", "command_max": 1.3}, "is a temperature, which is above 0"),
-        ({"actuator": "lever"}, "entropy.actuator: 'lever'(?s:.)*choose one of clip_cov"),
-        ({"controller": "pid"}, "entropy.controller: 'pid'(?s:.)*did you mean 'pi'"),
-        (
-            {"controller": "scope", "actuator": "tok"},
-            "entropy.actuator: 'tok'(?s:.)*controller scope commands a temperature",
-        ),
-        ({"actuator": "tok", "pi": PiConfig(split_range=True)}, "entropy.pi.split_range"),
-        ({"actuator": "resample", "auxiliary_prompts": 17}, "entropy.auxiliary_prompts: 17(?s:.)*use at most 16"),
-        ({"actuator": "resample", "auxiliary_prompts": 0}, "entropy.auxiliary_prompts: 0(?s:.)*at least 1"),
-    ],
-)
-def test_impossible_settings_are_refused(keys, message):
-    with pytest.raises(ValueError, match=message):
-        controller(**keys)
 
 
 # --- state
