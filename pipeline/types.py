@@ -252,9 +252,8 @@ class TrainBatch:
     staleness: float = 0  # mean age of the main rows' tokens: updates since the weights that drew them
     # uint8 or uint16 [tokens, expert layers, top_k], 0 at a row's last token: experts to replay; None: routers choose
     routes: torch.Tensor | None = None
-    positive_weights: torch.Tensor | None = (
-        None  # float32 [rows], ``reweight``: as ``weights``, of a main row's positive term
-    )
+    # float32 [rows], ``reweight``: as ``weights``, of a main row's positive term
+    positive_weights: torch.Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -308,9 +307,8 @@ class Share:
     """
 
     batch: TrainBatch  # these rows only
-    micro_batches: Sequence[
-        Sequence[int]
-    ]  # rows of each micro-batch, by mini-batch (optimizer step); 0 where rows are too few
+    # rows of each micro-batch, by mini-batch (optimizer step); 0 where rows are too few
+    micro_batches: Sequence[Sequence[int]]
     starts: torch.Tensor  # int64 [rows], where each row's targets begin among those of the whole batch
     total: int  # targets of the whole batch
 

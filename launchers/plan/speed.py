@@ -22,9 +22,8 @@ class Machine:
     """What one GPU is assumed to do."""
 
     tflops: float = 989.0  # dense bf16 peak, 10^12 operations a second; 989: H100 SXM's data sheet
-    utilization: float = (
-        0.45  # share of it that a GPU reaches while it computes; communication in its way is part of it
-    )
+    # share of it that a GPU reaches while it computes; communication in its way is part of it
+    utilization: float = 0.45
     fp8_speedup: float = 1.3  # of products in FP8 over bf16, casts included
 
 

@@ -35,9 +35,8 @@ CLOSE_TIMEOUT_S = 60.0
 SENT_BYTES = 64 << 10  # what is smaller goes with the call: through shared memory it takes 3 ms longer
 GRACE_S = 10.0  # what an engine gets above its own deadline, so that its own words arrive
 
-BuildRank = Callable[
-    [int, tuple[str, int]], Learner
-]  # rank, address at which the ranks meet -> the learner of that rank
+# rank, address at which the ranks meet -> the learner of that rank
+BuildRank = Callable[[int, tuple[str, int]], Learner]
 
 
 def answer(replies: Any, who: str, timeout_s: float | None = None) -> Any:

@@ -32,18 +32,16 @@ class Tracking:
     """
 
     entry_step: int | None  # first step with the filtered entropy in the band; None: not yet
-    settling_step: (
-        int | None
-    )  # first step from which the filtered entropy stays in the band for 20 steps; None: not yet
+    # first step from which the filtered entropy stays in the band for 20 steps; None: not yet
+    settling_step: int | None
     time_in_band: float  # share of the steps from entry on with the filtered entropy in the band; 0 if it never entered
     rms_error: float  # root mean square of the filtered entropy's relative error, from entry on
     rms_error_raw: float  # the same of the unfiltered entropy
     bias: float  # mean relative error of the filtered entropy, from entry on
     overshoot: float  # largest relative error beyond the target, on the side away from the start, from entry on; >= 0
     oscillation: float  # sign changes of the filtered error per 100 steps, from entry on
-    temperature_variation: (
-        float  # mean |ln T_k - ln T_{k-1}| per step over the whole run; 0 for actuators that are no temperature
-    )
+    # mean |ln T_k - ln T_{k-1}| per step over the whole run; 0 for actuators that are no temperature
+    temperature_variation: float
     saturation: float  # share of all steps in the controller state "saturated"
 
 

@@ -14,9 +14,8 @@ class Alert:
     rule: str
     severity: str  # info | warning | critical
     state: str  # begin | end
-    step: (
-        int  # last one done; the one in progress where a fault, a stall or time began it: a resume there supersedes it
-    )
+    # last one done; the one in progress where a fault, a stall or time began it: a resume there supersedes it
+    step: int
     time: float  # Unix seconds
     reason: str  # at the beginning what is wrong and the remedy, at the end for how long it was so
 

@@ -9,6 +9,7 @@ Nothing is fetched from elsewhere.
                               [&points=1000]: RunView.read()
     GET /api/marks            ?run=0: {"marks": RunView.marks()}
     GET /api/law              ?run=0[&first=0][&last=99]: RunView.law()
+    GET /api/timeline         ?run=0[&first=0][&last=99]: {"steps": RunView.timeline()}
     GET /api/samples          ?run=0[&before=step][&text=...][&role=main]: samples.list_samples()
     GET /api/sample           ?run=0&step=3&index=0: samples.read_sample()
     GET /api/events           server-sent events: {"run": 0, "status": RunView.status()} whenever a run's log grew

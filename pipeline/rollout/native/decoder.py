@@ -29,9 +29,8 @@ class State(NamedTuple):
     recurrent: torch.Tensor  # [rows, heads, key, value]
 
 
-KeyValues = list[
-    tuple[torch.Tensor, torch.Tensor] | State
-]  # by layer; keys and values [rows, heads, columns, head_dim]
+# by layer; keys and values [rows, heads, columns, head_dim]
+KeyValues = list[tuple[torch.Tensor, torch.Tensor] | State]
 
 
 class AnyDecoder(Protocol):
