@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pipeline.data.check import DataReport
 
 app = typer.Typer(help="Data files: what a run would make of them.", no_args_is_help=True)
-SHOWN, FAULTS_SHOWN = 5, 100  # prompts of a kind, and lines that cannot be used, that are named
+SHOWN, FAULTS_SHOWN = 5, 100  # prompts of a kind, and reasons why lines cannot be used, that are named
 _FILE = typer.Argument(None, metavar="[FILE]", help="JSONL file; default: the data source of --config.")
 _SET = typer.Option([], "--set", metavar="KEY=VALUE", help="Overrides of the configuration.")
 
@@ -35,21 +35,20 @@ def check(
 
     Examples:
 
-      isentrope data check math.jsonl
+      isentrope data check math.jsonl --set data.verifier=math
 
       isentrope data check math.jsonl --config my.yaml --set data.system_prompt="Answer in a box."
     """
     from pipeline.config.load import load_config, override, resolve_path
-    from pipeline.config.schema import DataConfig, RunConfig, SourceConfig
 
     if file is None and config is None:
         raise typer.BadParameter("give a FILE, a --config, or both")
-    path = str(file.absolute()) if file else ""
     if file is not None:
+        path = str(file.absolute())
         overrides = [*overrides, "data.source.kind=jsonl", override("data.source.path", path)]
     if config is None:
-        source = SourceConfig(kind="jsonl", path=path)
-        settings, tokenizer = RunConfig(data=DataConfig(source=source)), None
+        unread = override("model.hf_path", ".")  # without a configuration, no model is looked at
+        settings, tokenizer = load_config(None, [unread, *overrides], check=False), None
     else:
         from pipeline.data.tokenizer import load_tokenizer
 
@@ -98,10 +97,12 @@ def grade(
 
 
 def _lines(report: DataReport, settings: RunConfig) -> Iterator[str]:
+    from pipeline.data.jsonl import described
+
     limit, path = settings.rollout.max_prompt_tokens, settings.data.source.path
     if report.faults:
         yield f"lines that cannot be used: {len(report.faults)}; mend or remove:"
-        yield from _some((f"  {path}:{fault.line}: {fault.problem}" for fault in report.faults), FAULTS_SHOWN)
+        yield from described(path, report.faults, FAULTS_SHOWN)
     if report.not_rendered:
         yield f"prompts that the model cannot take: {len(report.not_rendered)}"
         yield from _some((f"  {problem}" for problem in report.not_rendered.values()), FAULTS_SHOWN)

@@ -7,6 +7,7 @@ Every malformed line is found before anything else happens, and reported with fi
 from __future__ import annotations
 
 import difflib
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +45,8 @@ class Fault:
 def read_jsonl(path: Path | str, config: DataConfig) -> list[Question]:
     """The questions of a file.
 
-    Raises ``DataError`` listing the lines that cannot be used (ten in full, then their number), or when the file is
-    missing or empty.
+    Raises ``DataError`` listing the lines that cannot be used (ten reasons in full, then the number of lines left), or
+    when the file is missing or empty.
     """
     questions, faults = examine_jsonl(path, config)
     if faults:
@@ -107,8 +108,10 @@ def _question(line: bytes, config: DataConfig) -> Question:
         if key not in _KEYS:
             nearest = _MEANT.get(key) or difflib.get_close_matches(key, _KEYS, n=1, cutoff=0.0)[0]
             raise DataError(f"unknown key {key!r}, nearest is {nearest!r}; put further data under 'meta'")
-    if not isinstance(item.get("id"), str | int) or isinstance(item["id"], bool) or item["id"] == "":
-        raise DataError(f"'id' must be a non-empty string or an integer, not {item.get('id')!r}")
+    if "id" not in item:
+        raise DataError("'id' is missing: give each line a text or an integer that no other line has")
+    if not isinstance(item["id"], str | int) or isinstance(item["id"], bool) or item["id"] == "":
+        raise DataError(f"'id' must be a non-empty string or an integer, not {item['id']!r}")
     if "answer" not in item:
         raise DataError("'answer' is missing")
     if not isinstance(item.get("meta", {}), dict):
@@ -155,8 +158,18 @@ def _verifier(item: dict[str, Any], config: DataConfig) -> str:
 
 
 def _report(path: Path, faults: list[Fault]) -> str:
-    shown = [f"  {path}:{fault.line}: {fault.problem}" for fault in faults[:_REPORTED]]
-    if len(faults) > len(shown):
-        shown.append(f"  ... and {len(faults) - len(shown)} more")
     lines = "1 malformed line" if len(faults) == 1 else f"{len(faults)} malformed lines"
-    return "\n".join([f"data.source.path={path}: {lines}; mend or remove:", *shown])
+    return "\n".join([f"data.source.path={path}: {lines}; mend or remove:", *described(path, faults, _REPORTED)])
+
+
+def described(path: Path | str, faults: Sequence[Fault], shown: int) -> list[str]:
+    """A line for each reason, ``shown`` at most: the first line of the file that has it, and how many more have it."""
+    lines = defaultdict[str, list[int]](list)
+    for fault in faults:
+        lines[fault.problem].append(fault.line)
+    told = []
+    for problem, (first, *others) in list(lines.items())[:shown]:
+        more = f" (and {len(others)} more lines, the last {others[-1]})" if others else ""
+        told.append(f"  {path}:{first}: {problem}{more}")
+    left = sum(map(len, list(lines.values())[shown:]))
+    return [*told, f"  ... and {left} more"] if left else told

@@ -15,8 +15,11 @@ def json_object(line: bytes) -> dict[str, Any]:
     surrogate), which no tokenizer takes and no file can hold.
     """
     try:
-        item = json.loads(line, object_pairs_hook=_once)
+        item = json.loads(line.decode("utf-8-sig").rstrip(), object_pairs_hook=_once)
         json.dumps(item, ensure_ascii=False).encode()
+    except UnicodeDecodeError as error:
+        what = f"not UTF-8: byte 0x{line[error.start]:02x} at position {error.start}"
+        raise DataError(f"{what}; save the file as UTF-8 text") from error
     except UnicodeEncodeError as error:
         raise DataError(
             f"holds half a character, {error.object[error.start]!r}: write it whole, or remove it"
@@ -25,8 +28,10 @@ def json_object(line: bytes) -> dict[str, Any]:
         raise DataError("not JSON that can be read: too many levels, one inside the other") from error
     except DataError:
         raise
-    except ValueError as error:  # not JSON, not UTF-8, or a number of more digits than Python reads
-        raise DataError(f"not JSON: {str(error).partition('; use sys')[0]}") from error
+    except ValueError as error:  # not JSON, or a number of more digits than Python reads
+        raise DataError(
+            f"not JSON: {str(error).partition('; use sys')[0]}; every line must be one whole object"
+        ) from error
     if not isinstance(item, dict):
         raise DataError(f"must be a JSON object, not {type(item).__name__}")
     return item

@@ -44,11 +44,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _token_ids(folder: Path, name: str) -> tuple[int, ...]:
-    """Ids of the special token ``name`` ("eos", "pad"); empty when no file names it."""
+    """Ids of the special token ``name`` ("eos", "pad"); empty when no file names it. Raises ``DataError``."""
     for file in ("generation_config.json", "config.json"):
         value = of_text(read_json(folder / file)).get(f"{name}_token_id")
         if value is not None:
-            return tuple(value) if isinstance(value, list) else (int(value),)
+            ids = tuple(value) if isinstance(value, list) else (value,)
+            if not all(type(each) is int for each in ids):
+                raise DataError(f"{folder / file}: {name}_token_id={value!r} must be a token's id, or a list of ids")
+            return tuple(each for each in ids if each >= 0)  # Llama's first folders have a padding id of -1
     token = read_json(folder / "tokenizer_config.json").get(f"{name}_token")
     content = token.get("content") if isinstance(token, dict) else token
     added = read_json(folder / "tokenizer.json").get("added_tokens", [])

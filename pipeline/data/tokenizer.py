@@ -38,12 +38,12 @@ class Tokenizer:
         self._vocabulary = of_text(read_json(folder / "config.json")).get("vocab_size", sys.maxsize)
         self.eos_token_ids = eos_token_ids  # any of these ends a response
         self.pad_token_id = pad_token_id
-        self._backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._backend = _backend(folder / "tokenizer.json")
         # Left in the file by whoever last used the tokenizer. Obeyed, they would cut or pad prompts in silence.
         self._backend.no_truncation()
         self._backend.no_padding()
         self._ends = frozenset((*eos_token_ids, pad_token_id))
-        self._check(tuple(self._ends))
+        self.check(tuple(self._ends))
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a plain text, with the special tokens (e.g. a BOS) that the model expects around it."""
@@ -132,10 +132,10 @@ class Tokenizer:
         except Exception as error:  # the library knows no narrower one
             reason = f"cannot encode {text[:60]!r}: {error}; use data in words that it knows, or another model"
             raise DataError(f"the tokenizer of {self.folder} {reason}") from error
-        self._check(ids)
+        self.check(ids)
         return ids
 
-    def _check(self, ids: tuple[int, ...]) -> None:
+    def check(self, ids: tuple[int, ...]) -> None:
         """Raise ``DataError`` where the model has no embedding for one of ``ids``."""
         if ids and max(ids) >= self._vocabulary:
             token = max(ids)
@@ -175,6 +175,13 @@ class Tokenizer:
         from transformers import PreTrainedTokenizerFast
 
         return PreTrainedTokenizerFast.from_pretrained(str(self.folder), local_files_only=True)
+
+
+def _backend(file: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(file))
+    except Exception as error:  # the library knows no narrower one
+        raise DataError(f"model.hf_path={file.parent}: tokenizer.json cannot be read ({error}): restore it") from error
 
 
 def load_tokenizer(hf_path: Path | str) -> Tokenizer:

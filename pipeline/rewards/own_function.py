@@ -105,4 +105,4 @@ def _place(module: ModuleType) -> str:
 
 def _nearest(attribute: str, module: ModuleType) -> str:
     near = difflib.get_close_matches(attribute, [name for name, value in vars(module).items() if callable(value)], n=1)
-    return f": did you mean {near[0]!r}?" if near else ""
+    return f": did you mean {near[0]!r}?" if near else ": write it there, or name another as module:function"

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
 from types import ModuleType
 from typing import Any
 
@@ -90,10 +91,9 @@ def reward_of(given: object) -> float:
     """The reward that an environment's answer stands for. Raises ``RewardError`` saying what it is instead."""
     parts: list[float] = []
     for part in given if isinstance(given, list | tuple) else [given]:
-        if isinstance(part, int | float):
-            parts.append(float(part))
-        else:
+        if not isinstance(part, Real):  # numpy's scalars are among them
             raise RewardError(f"the environment gave a {type(part).__name__} as reward: give a number in [0, 1]")
+        parts.append(float(part))
     total = sum(parts)
     if not 0.0 <= total <= 1.0:
         raise RewardError(f"reward {total} is outside [0, 1]")

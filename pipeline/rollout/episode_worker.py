@@ -36,7 +36,7 @@ def play(data: DataConfig, prompt: Prompt, url: str, key: str) -> float | str:
         return reward_of(asyncio.run(_played(data, prompt, url, key)))
     except RewardError as error:
         return str(error)
-    except (Exception, SystemExit) as error:  # noqa: BLE001  an environment may raise anything
+    except BaseException as error:  # noqa: BLE001  an environment may raise anything; this process has no other task
         error.traceback = traceback.format_exc()  # type: ignore[union-attr]  # as pebble leaves it for ``describe``
         return describe(error)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import SupportsFloat
 
 from pipeline.types import Prompt
 
@@ -23,5 +24,8 @@ class Verifier:
         return ""
 
     def score(self, prompt: Prompt, text: str) -> float:
-        """Whatever the function says."""
-        return float(self._function(prompt, text))
+        """The number that the function returns, one of numpy or torch too. Raises ``TypeError`` where it is none."""
+        given: object = self._function(prompt, text)
+        if not isinstance(given, SupportsFloat):
+            raise TypeError(f"the verifier gave a {type(given).__name__} as reward: give a number in [0, 1]")
+        return float(given)

@@ -126,7 +126,7 @@ class Endpoint:
         recording.check_size(len(text))
         try:
             body = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RequestError(f"the body is not JSON: {error}") from error
         wire.check_request(body)
         for name, value in wire.unused(body).items():

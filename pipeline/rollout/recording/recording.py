@@ -235,6 +235,7 @@ class Recording:
         tokenizer = self._template.tokenizer
         rest = key[len(before.key) :] if before else key
         if not isinstance(rest, str):
+            tokenizer.check(tuple(rest))
             return tuple(rest)
         if before:
             return self._template.continuing(rest, int(before.drawn.token_ids[-1]))

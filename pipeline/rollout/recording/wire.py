@@ -118,6 +118,8 @@ def check_request(body: Any) -> None:
         )
     if (body.get("response_format") or {"type": "text"}) != {"type": "text"}:
         raise RequestError("response_format must be text: a forced form is not drawn from the policy")
+    if not isinstance(body.get("stream_options") or {}, Mapping):
+        raise RequestError('stream_options must be an object, e.g. {"include_usage": true}')
     for name, other in (("functions", "tools"), ("function_call", "tool_choice")):
         if body.get(name):
             raise RequestError(f"{name} is out of date: use {other}")
@@ -127,7 +129,7 @@ def read_prompt(prompt: Any) -> str | list[int]:
     """The one prompt of a completions request. Raises ``RequestError``."""
     if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
         prompt = prompt[0]
-    ids = isinstance(prompt, list) and all(isinstance(token, int) and token >= 0 for token in prompt)
+    ids = isinstance(prompt, list) and all(type(token) is int and token >= 0 for token in prompt)
     if not prompt or not (isinstance(prompt, str) or ids):
         raise RequestError("prompt must be one text, or one list of token ids")
     return prompt

@@ -58,7 +58,7 @@ def test_bad_lines_end_it_with_2(file, capsys):
 def test_every_line_that_cannot_be_used_is_in_the_report(tmp_path, capsys):
     path = tmp_path / "questions.jsonl"
     good = json.dumps(LINES[0])
-    bad = [json.dumps(LINES[0] | {"id": f"bad{i}", "answer": None}) for i in range(12)]
+    bad = [json.dumps(LINES[0] | {"id": f"bad{i}", "answer": i}) for i in range(12)]
     path.write_text("\n".join([good, *bad, "{", good]))
     code, out, err = call(capsys, "data", "check", str(path), "--json")
     found = json.loads(out)
@@ -71,8 +71,21 @@ def test_every_line_that_cannot_be_used_is_in_the_report(tmp_path, capsys):
     assert f"{path}:13: " in out
     path.write_text("\n".join(bad))
     assert call(capsys, "data", "check", str(path))[0] == 2  # nothing is left to show
-    path.write_text("\n".join(json.dumps(LINES[0] | {"id": i, "answer": None}) for i in range(300)))
+    path.write_text("\n".join(json.dumps(LINES[0] | {"id": i, "answer": i}) for i in range(300)))
     assert "  ... and 200 more" in call(capsys, "data", "check", str(path))[1]
+
+
+def test_a_reason_is_said_once_and_the_verifier_may_be_named_without_a_configuration(tmp_path, capsys):
+    path = tmp_path / "questions.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": "1=", "answer": "1"}) for _ in range(40)))
+    code, out, _ = call(capsys, "data", "check", str(path))
+    (told,) = (line for line in out.splitlines() if line.startswith("  "))
+    assert code == 2
+    assert told.startswith(f"  {path}:1: 'id' is missing: give each line a text or an integer")
+    assert told.endswith(" (and 39 more lines, the last 40)")
+    path.write_text("\n".join(json.dumps({"id": n, "prompt": "1=", "answer": "1"}) for n in range(40)))
+    assert "'verifier' is missing" in call(capsys, "data", "check", str(path))[1]
+    assert answer(capsys, "data", "check", str(path), "--set", "data.verifier=exact")["verifiers"] == {"exact": 40}
 
 
 def test_prompts_that_the_model_cannot_take_are_in_the_report(file, capsys):

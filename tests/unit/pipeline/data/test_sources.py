@@ -133,7 +133,8 @@ def test_examples_are_earlier_turns(byte_tokenizer, tmp_path):
 
 MALFORMED = [
     ("{", "not JSON"),
-    (b"\xff\xfe", "not JSON"),
+    (b"\xff\xfe", "not UTF-8: byte 0xff at position 0; save the file as UTF-8"),
+    (json.dumps(question(1)).encode("utf-16-be"), "not JSON"),  # Python's reader would guess
     ("[1]", "must be a JSON object, not list"),
     (question(1, id=""), "'id' must be"),
     (question(1, id=None), "'id' must be"),
@@ -171,13 +172,16 @@ def test_malformed_lines_are_reported_with_file_and_line(tokenizer, tmp_path, li
 
 
 def test_ten_malformed_lines_are_described_and_the_rest_counted(tokenizer, tmp_path):
-    path = write(tmp_path / "a.jsonl", question(0), *["{"] * 14)
+    path = write(tmp_path / "a.jsonl", question(0), *(f'{{"x{n}": 1}}' for n in range(14)))
     with pytest.raises(DataError) as error:
         load(tokenizer, kind="jsonl", path=path)
     lines = str(error.value).splitlines()
     assert "14 malformed lines" in lines[0]
     assert len(lines) == 12
     assert lines[-1] == "  ... and 4 more"
+    path = write(tmp_path / "a.jsonl", question(0), *["{"] * 14)
+    with pytest.raises(DataError, match=r"a\.jsonl:2: not JSON: .* \(and 13 more lines, the last 15\)$"):
+        load(tokenizer, kind="jsonl", path=path)
 
 
 def test_prompts_that_cannot_carry_the_run(tokenizer):

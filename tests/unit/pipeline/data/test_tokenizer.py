@@ -129,6 +129,27 @@ def test_a_token_without_an_embedding_is_refused_when_it_is_first_met(folder):
         load_tokenizer(folder)
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("tokenizer.json", "{}", "tokenizer.json cannot be read"),
+        ("generation_config.json", '{"eos_token_id": "$"}', "eos_token_id='$' must be a token's id"),
+        ("generation_config.json", '{"eos_token_id": [15, null]}', "must be a token's id, or a list of ids"),
+        ("generation_config.json", '{"eos_token_id": -1}', "no end-of-sequence token"),
+    ],
+)
+def test_a_damaged_tokenizer_is_a_data_error_that_names_the_folder(folder, file, text, said):
+    (folder / file).write_text(text)
+    with pytest.raises(DataError) as raised:
+        load_tokenizer(folder)
+    assert (said in str(raised.value), str(folder) in str(raised.value)) == (True, True)
+
+
+def test_a_padding_id_below_0_is_none(folder):
+    edit(folder / "generation_config.json", pad_token_id=-1)
+    assert load_tokenizer(folder).pad_token_id == 15
+
+
 def test_a_refusing_chat_template_is_an_error_naming_the_roles(folder):
     edit(folder / "tokenizer_config.json", chat_template="{{ raise_exception('no system role') }}")
     with pytest.raises(DataError, match=r"roles \['system', 'user'\]: no system role"):

@@ -24,6 +24,8 @@ def judge(prompt, text):
     if text == "3": ctypes.string_at(0)
     if text == "4": return 7.0
     if text == "5": return float("nan")
+    if text == "9": return "1.0"
+    if text == "+": raise KeyboardInterrupt
     return 0.25 if text == "7" else 1.0
 
 class Odd(Exception):
@@ -125,7 +127,7 @@ def test_math_and_reasoning_gym_run_apart(stage):
 
 
 def test_hanging_raising_and_crashing_calls_cost_only_their_own_sample(stage, own):
-    texts = ["0", "6", "1", "2", "3", "4", "5", "7", "8"]
+    texts = ["0", "6", "1", "2", "3", "4", "5", "7", "8", "9", "+"]
     (judged,) = stage.verify([group("own_judge:judge", "", texts)])
     by_text = {s.text: s for s in judged.samples}
     assert {text: s.verifier_error for text, s in by_text.items()} == {
@@ -138,6 +140,8 @@ def test_hanging_raising_and_crashing_calls_cost_only_their_own_sample(stage, ow
         "5": "reward nan is outside [0, 1]",
         "7": "",
         "8": "",
+        "9": "TypeError: the verifier gave a str as reward: give a number in [0, 1] (_function.py, line 30)",
+        "+": "KeyboardInterrupt:  (own_judge.py, line 12)",
     }
     assert {text: s.reward for text, s in by_text.items() if s.reward} == {"0": 1.0, "7": 0.25, "8": 1.0}
     assert {s.text for s in judged.samples if s.correct} == {"0", "8"}
@@ -146,7 +150,7 @@ def test_hanging_raising_and_crashing_calls_cost_only_their_own_sample(stage, ow
 def test_an_exception_that_cannot_be_printed_costs_its_own_sample(stage, own):
     (judged,) = stage.verify([group("own_judge:mute", "", ["1"])])
     assert verdicts(judged) == [
-        ("1", 0.0, False, "Mute: its text cannot be read (RuntimeError) (own_judge.py, line 20)")
+        ("1", 0.0, False, "Mute: its text cannot be read (RuntimeError) (own_judge.py, line 22)")
     ]
 
 

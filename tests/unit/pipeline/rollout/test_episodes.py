@@ -304,7 +304,10 @@ def _sample(request):
     return Sample(one, -one.astype(np.float32), 1.0, request.seeds[0], request.role, "stop", (WeightSpan(0, 0, 1),))
 
 
-@pytest.mark.parametrize(("given", "reward"), [(1, 1.0), (True, 1.0), (0.5, 0.5), ([0.5, 0.25], 0.75), ([], 0.0)])
+@pytest.mark.parametrize(
+    ("given", "reward"),
+    [(1, 1.0), (True, 1.0), (0.5, 0.5), ([0.5, 0.25], 0.75), ([], 0.0), (np.float32(0.5), 0.5), ([np.int64(1)], 1.0)],
+)
 def test_rewards_of_turns_are_added(given, reward):
     assert reward_of(given) == reward
 

@@ -32,6 +32,14 @@ async def run(client, prompt, meta):
     do = meta["do"]
     if do == "raise":
         raise KeyError("inside")
+    if do == "interrupt":
+        raise KeyboardInterrupt  # as of a Ctrl-C that some library sends itself
+    if do == "unknown":
+        class Unknown(BaseException):
+            pass
+        raise Unknown("no Exception")
+    if do == "ids":
+        await client.completions.create(model="policy", prompt=[999])
     if do == "hang":
         os.system("sleep 61 &")  # goes with the process
         time.sleep(60)
@@ -75,6 +83,9 @@ def test_whatever_it_does_ends_its_own_episode_alone(tmp_path):
     engine.start(FOLDER)
     cases = [
         ({"do": "raise"}, "environment_error", "KeyError: 'inside' (own.py, line 11)", 0.0),
+        ({"do": "interrupt"}, "environment_error", "KeyboardInterrupt:  (own.py, line 13)", 0.0),
+        ({"do": "unknown"}, "environment_error", "Unknown: no Exception (own.py, line 17)", 0.0),
+        ({"do": "ids"}, "environment_error", "has id 999, beyond the model's vocabulary of 16", 0.0),
         ({"do": "hang"}, "timeout", "turn_timeout_s", 0.0),
         ({"do": "die"}, "environment_error", "process died (exit code 3)", 0.0),
         ({"do": "endless"}, "turn_limit", "", 0.0),

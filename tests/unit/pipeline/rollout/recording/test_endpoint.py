@@ -127,7 +127,9 @@ def with_schema(parameters):
     ("body", "message"),
     [
         (b"{", "not JSON"),
+        (b"[" * 50_000, "not JSON"),
         (b"[]", "must be a JSON object, not list"),
+        ({**ASK, "stream": True, "stream_options": "usage"}, "stream_options must be an object"),
         ({**ASK, "n": 2}, "n=2 answers at once"),
         ({**ASK, "tool_choice": "required"}, "a forced call is not drawn from the policy"),
         ({**ASK, "response_format": {"type": "json_object"}}, "response_format must be text"),
