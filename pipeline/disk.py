@@ -27,7 +27,7 @@ def reserved(folder: Path) -> Iterator[None]:
     """
     path = folder / RESERVE
     try:
-        with path.open("ab") as file:
+        with naming(path), path.open("ab") as file:
             os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
         yield
     except DiskFullError:

@@ -41,7 +41,7 @@ class Recorder:
     """The sink of one run; a context manager that closes the log whatever happens.
 
     One thread records; a watchdog may call ``tick``, ``stall`` and ``heartbeat`` from its own. Raises ``ConfigError``
-    when ``run_dir`` already holds a run that is not being resumed.
+    when ``run_dir`` cannot be made, or already holds a run that is not being resumed.
     """
 
     def __init__(self, run_dir: Path, config: RunConfig, *, resumed: bool = False) -> None:
@@ -61,7 +61,11 @@ class Recorder:
         self._tokenizer: Tokenizer | None = None
         self._alerts = AlertEngine(rules_of(config), constants_of(config))
         self._own_seconds = 0.0  # what recording the step before took; counted as "other" of the next
-        (run_dir / "samples").mkdir(parents=True, exist_ok=True)
+        try:
+            (run_dir / "samples").mkdir(parents=True, exist_ok=True)
+        except OSError as error:  # what a file system refuses only when it is asked
+            what = f"cannot be made: {error.strerror}"
+            raise ConfigError("run_dir", str(run_dir), what, "choose another run_dir") from error
         self._lock = _lock(run_dir)
 
     def __enter__(self) -> Self:

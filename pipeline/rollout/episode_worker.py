@@ -37,7 +37,7 @@ def play(data: DataConfig, prompt: Prompt, url: str, key: str) -> float | str:
     except RewardError as error:
         return str(error)
     except BaseException as error:  # noqa: BLE001  an environment may raise anything; this process has no other task
-        error.traceback = traceback.format_exc()  # type: ignore[union-attr]  # as pebble leaves it for ``describe``
+        error.traceback = traceback.format_exc()  # type: ignore[attr-defined]  # as pebble leaves it for ``describe``
         return describe(error)
 
 

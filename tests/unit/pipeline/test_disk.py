@@ -27,6 +27,16 @@ def test_the_reserve_is_there_during_the_block_only(tmp_path):
     assert not (tmp_path / RESERVE).exists()
 
 
+def test_a_limit_on_the_size_of_files_names_the_file(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (RESERVE_BYTES // 2, hard))
+    try:
+        with pytest.raises(OSError, match=f"File too large: .*{RESERVE}"), reserved(tmp_path):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
 def test_lack_of_space_leaves_the_block_with_folder_bytes_and_remedy(tmp_path):
     with pytest.raises(DiskFullError, match="make room, then resume") as error, reserved(tmp_path):
         fill(tmp_path)

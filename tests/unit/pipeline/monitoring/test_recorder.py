@@ -48,6 +48,11 @@ def test_a_run_folder(tmp_path):
     assert (summary["method"], summary["steps"], summary["status"]) == ("mine", 3, "completed")
 
 
+def test_a_folder_that_cannot_be_made_is_refused_by_its_key():
+    with pytest.raises(ConfigError, match=r"run_dir: '/proc/run'\n.*cannot be made: .*\n.*choose another run_dir"):
+        runs.open_run(Path("/proc/run"))
+
+
 def test_a_second_run_does_not_write_into_the_first(tmp_path):
     runs.open_run(tmp_path)
     with pytest.raises(ConfigError, match="already holds a run"):
