@@ -2,8 +2,12 @@
 
 A linear layer's output gets ``scale * B (A x)`` added (LoRA, arXiv 2106.09685). Under tensor parallelism the ranks
 exchange the small ``A x``. Beside a column-parallel layer ``A`` is whole and ``B`` divided; beside a row-parallel one
-``A`` is divided and ``B`` whole. What is whole sees a rank's own tokens alone under sequence parallelism; megatron-core
-then adds its gradient up over the ranks.
+``A`` is divided and ``B`` whole; beside a layer that every rank has (latent attention's down-projections) both are
+whole. What is whole sees a rank's own tokens alone under sequence parallelism; megatron-core then adds its gradient up
+over the ranks.
+
+Beside a routed expert nothing is exchanged: the dispatcher has brought all tokens to each of the expert's ranks, and
+adds up what those make of them. There the gradient of what is whole is added up as it is computed.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from megatron_ext.topology import Topology
 from megatron_ext.weights.merge import merge
 from pipeline import seeds
 from pipeline.model import lora
+from pipeline.model.layout import Row
 
 _NAME = ".lora."  # of adapters among a model's parameters
 
@@ -41,33 +46,52 @@ class Adapter(torch.nn.Module):
     def __init__(self, spec: lora.Adapter, linear: Any, scale: float, topology: Topology) -> None:
         super().__init__()
         self.spec, self.scale, self.enabled = spec, scale, True
-        self._part = topology.grid.tp, topology.tp_rank
-        self._group, self._column = topology.tp_group, spec.base.split == 0
-        self._sequence_parallel = bool(linear.config.sequence_parallel)
+        grid, place, self._split = topology.grid, topology.place, spec.base.split
+        self._expert = spec.base.expert is not None
+        self._part = (grid.expert_tp, place.etp) if self._expert else (grid.tp, place.tp)
+        self._group = topology.expert_tp_group if self._expert else topology.tp_group
+        self._sequence_parallel = bool(linear.config.sequence_parallel) and not self._expert
         self.A, self.B = (
-            torch.nn.Parameter(linear.weight.new_empty(row.local_shape(topology.tp_size))) for row in (spec.a, spec.b)
+            torch.nn.Parameter(linear.weight.new_empty(row.local_shape(self._part[0]))) for row in (spec.a, spec.b)
         )
-        divided, whole, dim = (self.B, self.A, 0) if self._column else (self.A, self.B, 1)
-        set_tensor_model_parallel_attributes(divided, True, dim, 1)
-        whole.sequence_parallel = self._sequence_parallel  # type: ignore[attr-defined]
+        for parameter, row in ((self.A, spec.a), (self.B, spec.b)):
+            self._mark(parameter, row, linear.weight)
         # Which source's A each row of B is multiplied with, [out, sources].
         owners = linear.weight.new_zeros(len(self.B), len(spec.sources))
         for source, start, length in spec.outputs(*self._part):
             owners[start : start + length, source] = 1
         self.register_buffer("_owners", owners, persistent=False)
 
+    def _mark(self, parameter: torch.nn.Parameter, row: Row, weight: torch.Tensor) -> None:
+        """Tell megatron-core over which ranks a gradient is added up, and which ranks' count in the gradient's norm."""
+        given: Any = parameter
+        given.allreduce = getattr(weight, "allreduce", True)
+        given.sequence_parallel = self._sequence_parallel and row.split is None
+        if row.split is not None or self._expert:  # experts of other ranks are others
+            set_tensor_model_parallel_attributes(parameter, True, row.dim, 1)
+            given.shared = row.split is None and self._part[1] > 0  # counted once
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """What is added to the linear layer's output, of its input."""
-        inner = torch.nn.functional.linear(x, self.A)
-        if self._column and self._sequence_parallel:
-            inner = gather_from_sequence_parallel_region(inner, tensor_parallel_output_grad=True, group=self._group)
-        elif self._column:
-            inner = copy_to_tensor_model_parallel_region(inner, group=self._group)
-        elif self._sequence_parallel:
-            inner = reduce_scatter_to_sequence_parallel_region(inner, group=self._group)
-        else:
-            inner = reduce_from_tensor_model_parallel_region(inner, group=self._group)
-        return torch.nn.functional.linear(inner, self.blocks()) * self.scale
+        a, b = self.A, self.blocks()
+        if self._expert and self._split == 0:
+            a = copy_to_tensor_model_parallel_region(a, group=self._group)
+        elif self._expert:
+            b = copy_to_tensor_model_parallel_region(b, group=self._group)
+        inner = torch.nn.functional.linear(x, a)
+        if self._split is not None and not self._expert:
+            inner = self._exchanged(inner)
+        return torch.nn.functional.linear(inner, b) * self.scale
+
+    def _exchanged(self, inner: torch.Tensor) -> torch.Tensor:
+        """``A x`` as ``B`` takes it, under tensor parallelism."""
+        if self._split == 0 and self._sequence_parallel:
+            return gather_from_sequence_parallel_region(inner, tensor_parallel_output_grad=True, group=self._group)
+        if self._split == 0:
+            return copy_to_tensor_model_parallel_region(inner, group=self._group)
+        if self._sequence_parallel:
+            return reduce_scatter_to_sequence_parallel_region(inner, group=self._group)
+        return reduce_from_tensor_model_parallel_region(inner, group=self._group)
 
     def blocks(self) -> torch.Tensor:
         """``B`` with the rows of each source in columns of its own, ``[out, sources * rank]``."""
@@ -88,11 +112,12 @@ class Adapter(torch.nn.Module):
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
         """As megatron-core's linear layers describe their own parameters."""
-        axes = {"B": 0} if self._column else {"A": 1}
+        divided = {"A": self.spec.a.split, "B": self.spec.b.split}
+        axes = {name: dim for name, dim in divided.items() if dim is not None}
         groups = {"tp_group": self._group, "dp_cp_group": (metadata or {})["dp_cp_group"]}
         tensors = self.state_dict(keep_vars=True)
         state = make_sharded_tensors_for_checkpoint(tensors, prefix, axes, sharded_offsets, **groups)
-        if self._column and not self.spec.base.groups:  # gate and up, one below the other on every rank
+        if len(self.spec.b.sources) > 1 and not self.spec.b.groups:  # gate and up, one below the other on every rank
             state[prefix + "B"] = apply_swiglu_sharded_factory(state[prefix + "B"], sharded_offsets)
         return state
 

@@ -191,6 +191,10 @@ def _fusions(model: Architecture, options: LearnerConfig, numerics: Numerics) ->
         ),
         False,
     ) | numerics.transformer_fields(mla=model.mla is not None, moe=model.moe is not None)
+    if "moe_grouped_gemm" in fused and any(
+        each.base.expert is not None for each in adapters(model, Grid(), options.lora)
+    ):
+        fused["moe_grouped_gemm"] = False  # an adapter is beside the linear layer of one expert
     if options.routing_replay != "off" and fused.get("moe_router_fusion"):
         fused["moe_router_fusion"] = False  # the fused kernel chooses by itself
     if _rotary_magnitude(model) != 1:  # which the fused kernel for packed rows leaves out
@@ -400,7 +404,12 @@ def _unfuse(block: Any) -> None:
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
 
     block.input_layernorm = TENorm
-    block.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+    attention = block.self_attention.submodules
+    if isinstance(attention, MLASelfAttentionSubmodules):
+        attention.q_layernorm = attention.kv_layernorm = TENorm
+        attention.linear_q_up_proj = attention.linear_kv_up_proj = TEColumnParallelLinear
+    else:
+        attention.linear_qkv = TEColumnParallelLinear
     if block.pre_mlp_layernorm is IdentityOp:
         block.pre_mlp_layernorm = TENorm
         block.mlp.submodules.linear_fc1 = TEColumnParallelLinear

@@ -50,6 +50,11 @@ class Topology:
         return self.grid.place(self.rank)
 
     @property
+    def expert_tp_group(self) -> dist.ProcessGroup:
+        """Ranks over which each expert of this rank is divided."""
+        return parallel_state.get_expert_tensor_parallel_group()
+
+    @property
     def first_stage(self) -> bool:
         """Whether this rank holds the embedding."""
         return self.pp_rank == 0

@@ -82,13 +82,24 @@ def _adapters(work: Work, index: int, where: str) -> float:
     Beside them the layer is counted as if it were trained: what its norms keep less is not subtracted.
     """
     total = 0.0
-    for each in work.adapters.values():
-        if each.base.layer == index and where in each.base.parameter:
+    for each in work.layer_adapters.get(index, ()):
+        if where in each.base.parameter:
             tokens = work.tokens if each.base.split == 0 else work.norm_tokens
+            parts = work.tp
+            if each.base.expert is not None and work.model.moe:
+                tokens, parts = (
+                    _dispatched(work, work.model.moe) * work.grid.ep / work.model.moe.experts,
+                    work.grid.expert_tp,
+                )
             width = len(each.sources) * work.learner.lora.rank
-            blocks = each.b.local_shape(work.tp)[0] if len(each.base.sources) > 1 else 0
+            blocks = each.b.local_shape(parts)[0] if len(each.base.sources) > 1 else 0
             total += (tokens + blocks) * width * work.itemsize
     return total
+
+
+def _dispatched(work: Work, moe: Moe) -> float:
+    """Tokens that the experts of one rank get, each as often as it chose one of them."""
+    return work.norm_tokens * moe.top_k * work.grid.expert_tp * work.imbalance
 
 
 def final_norm(work: Work) -> float:
@@ -307,4 +318,4 @@ def _experts(work: Work, moe: Moe, index: int) -> float:
     shared = tokens * (router + dispatch)
     if moe.shared_ffn:
         shared += _gated(work, index, moe.shared_ffn, 0.0 if linear == size else work.norm_tokens)
-    return shared + tokens * moe.top_k * work.grid.expert_tp * work.imbalance * routed
+    return shared + _dispatched(work, moe) * routed

@@ -80,7 +80,7 @@ def matrices(work: Work, stage: int) -> Matrices:
         everything += entries
         fp8 += entries if stored_in_fp8(work, row) else 0.0
         experts += entries if row.expert is not None else 0.0
-    adapters = sum(_adapter_entries(each) for each in work.adapters.values() if each.base.stage == stage)
+    adapters = sum(_adapter_entries(work, each) for each in work.adapters.values() if each.base.stage == stage)
     return Matrices(everything, fp8, experts, adapters)
 
 
@@ -141,18 +141,22 @@ def speed(work: Work, machine: Machine) -> Speed:
 
 def _entries(work: Work, row: Row) -> float:
     """Of a matrix, on average over tokens."""
-    entries = sum(math.prod(source.shape) for source in row.sources)
-    if row.expert is None or work.model.moe is None:
-        return entries
-    return entries * work.model.moe.top_k / work.model.moe.experts
+    return sum(math.prod(source.shape) for source in row.sources) * _share(work, row)
 
 
-def _adapter_entries(adapter: Adapter) -> int:
-    """Of both matrices; the second meets what the first makes for every source that has an adapter."""
+def _share(work: Work, row: Row) -> float:
+    """Of all tokens, those that a parameter meets: an expert's, on average, those that choose it."""
+    moe = work.model.moe
+    return 1.0 if row.expert is None or moe is None else moe.top_k / moe.experts
+
+
+def _adapter_entries(work: Work, adapter: Adapter) -> float:
+    """Of both matrices, on average over tokens; the second meets what the first makes for every source that has an
+    adapter.
+    """
     inner = sum(source.shape[0] for source in adapter.a.sources)
-    return sum(math.prod(source.shape) for source in adapter.a.sources) + inner * sum(
-        source.shape[0] for source in adapter.b.sources
-    )
+    outer = inner * sum(source.shape[0] for source in adapter.b.sources)
+    return (sum(math.prod(source.shape) for source in adapter.a.sources) + outer) * _share(work, adapter.base)
 
 
 def _operations(work: Work, stage: int, once: Forward, *, train: bool) -> Forward:

@@ -63,6 +63,15 @@ class Work:
         """By the parameter that each is of; none where all weights are trained."""
         return {each.base.parameter: each for each in adapters(self.model, self.grid, self.learner.lora)}
 
+    @functools.cached_property
+    def layer_adapters(self) -> Mapping[int | None, list[Adapter]]:
+        """By layer, those that one rank holds: of experts, the first expert-parallel rank's."""
+        found: dict[int | None, list[Adapter]] = {}
+        for each in self.adapters.values():
+            if not each.base.ep:
+                found.setdefault(each.base.layer, []).append(each)
+        return found
+
     @property
     def fp8(self) -> bool:
         """Whether matrices are multiplied in FP8 (``emulate`` only rounds: it stores what bf16 does)."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from megatron_ext import lora, models, topology
 from pipeline.config.schema import LearnerConfig
@@ -39,7 +40,8 @@ def _megatron(checkpoint: Path, model: Architecture, tokens: torch.Tensor, dtype
     try:
         options = LearnerConfig(transformer_impl="local", lora=recorded(checkpoint))
         gpt = models.build(model, alone, options=options).eval()
-        state = gpt.sharded_state_dict()
+        # Not the layers' extra states: latent attention's down-projections have some at TP 1 alone.
+        state = {name: part for name, part in gpt.sharded_state_dict().items() if not isinstance(part, ShardedObject)}
         gpt.load_state_dict(dist_checkpointing.load(state, str(checkpoint)), strict=False)
         parameters, adapters = models.global_parameters(gpt), lora.find([gpt])
         for name, weight in lora.Merged(parameters, adapters).items():

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pipeline.config.errors import Problem
 from pipeline.config.schema import ALL_LINEAR, LORA_MODULES, LoraConfig, RunConfig
 from pipeline.model.architecture import Architecture
+from pipeline.model.lora import available
 
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_TOGETHER = (("gate_proj", "up_proj"), ("w1", "w3"))  # one tensor of an expert in transformers 5
 
 
 def lora_problems(config: RunConfig) -> Iterator[Problem]:
@@ -44,10 +45,11 @@ def lora_model_problems(config: RunConfig, model: Architecture) -> Iterator[Prob
     if lora.rank > model.hidden:
         problem = f"no layer's matrix has a rank above the model's hidden size of {model.hidden}"
         yield Problem("learner.lora.rank", lora.rank, problem, f"give at most {model.hidden}, e.g. 32")
-    if lora.rank and (model.mla or model.delta):
-        kind = "latent attention" if model.mla else "delta nets"
-        problem = f"adapters of {kind}, which a {model.family.name} model has, are not built"
-        yield Problem("learner.lora.rank", lora.rank, problem, "set it to 0")
-    elif lora.rank and model.moe and not set(lora.targets) <= set(_ATTENTION):
-        problem = f"adapters of experts, which a {model.family.name} model has, are not built"
-        yield Problem("learner.lora.targets", lora.targets, problem, f"give names of [{', '.join(_ATTENTION)}] alone")
+    possible = available(model)
+    if lora.rank and (absent := [name for name in LORA_MODULES if name in lora.targets and name not in possible]):
+        problem = f"a {model.family.name} model has no linear layer {', '.join(absent)} that can have an adapter"
+        yield Problem("learner.lora.targets", lora.targets, problem, f"give names of [{', '.join(possible)}]")
+    for pair in _TOGETHER if lora.rank and model.moe else ():
+        if len(alone := set(pair) & set(lora.targets)) == 1:
+            problem = f"{alone.pop()} alone: PEFT has {' and '.join(pair)} of experts as one"
+            yield Problem("learner.lora.targets", lora.targets, problem, "name both, or neither")

@@ -105,7 +105,16 @@ class PrecisionConfig:
 
 
 # Hugging Face names of the linear layers that can have an adapter.
-LORA_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LORA_MODULES = (
+    *("q_proj", "k_proj", "v_proj"),
+    *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),  # latent attention
+    "o_proj",
+    *("in_proj_qkvz", "in_proj_ba"),  # delta nets: Qwen3-Next's,
+    *("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a"),  # and Qwen3.5's
+    "out_proj",
+    *("gate_proj", "up_proj", "down_proj"),  # of dense layers, and of routed and shared experts
+    *("w1", "w3", "w2"),  # Mixtral's names of these
+)
 ALL_LINEAR = "all-linear"
 
 
@@ -118,7 +127,7 @@ class LoraConfig:
     targets: list[str] = key(
         [ALL_LINEAR],
         "Hugging Face names of the linear layers that get one",
-        choices={ALL_LINEAR: "all of the following", **dict.fromkeys(LORA_MODULES, "")},
+        choices={ALL_LINEAR: "those of the following that the model has", **dict.fromkeys(LORA_MODULES, "")},
     )
 
     @property

@@ -413,6 +413,13 @@ def rows(model: Architecture, grid: Grid = _ALONE) -> tuple[Row, ...]:
     return tuple(row for _, row in sorted(found, key=lambda item: item[0]))
 
 
+def names(model: Architecture) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Each line of the table that ``model`` has: Megatron's name and Hugging Face's, without numbers."""
+    for template in TEMPLATES:
+        if any(_CONDITIONS[template.when](model, layer) for layer in range(model.layers)):
+            yield template.parameter, tuple(renamed(name, model) for name in template.sources)
+
+
 def canonical(name: str) -> str:
     """The layout's name of a Megatron parameter that may be named as in Transformer Engine's layers."""
     for pattern, replacement in ALIASES:

@@ -4,6 +4,10 @@ An adapter is of one Megatron parameter, which may be several Hugging Face tenso
 Each of those has its own pair of matrices, as in PEFT: ``A`` ``[rank, in]`` and ``B`` ``[out, rank]``. The parameter's
 ``A`` is theirs one below the other, its ``B`` has the parameter's own rows. Both are rows of the layout table's kind,
 so that filling, checkpoints, export and estimates read them as they read all others. No torch and no megatron here.
+
+Every line of the layout table can have an adapter whose Hugging Face tensors are weights of ``LORA_MODULES``. Routed
+experts are among them, unless the family's folders have one tensor for all experts of a layer: PEFT's names are by
+linear layer.
 """
 
 from __future__ import annotations
@@ -16,11 +20,9 @@ from pathlib import Path
 from pipeline.config.schema import ALL_LINEAR, LORA_MODULES, LoraConfig
 from pipeline.model.architecture import Architecture
 from pipeline.model.grid import Grid
-from pipeline.model.layout import Row, Source, rows
+from pipeline.model.layout import Row, Source, names, rows
 
 FILE = "lora.json"  # beside a checkpoint: the configuration that its adapters were made with
-_ATTENTION = (".self_attention.linear_qkv.weight", ".self_attention.linear_proj.weight")
-_FEED_FORWARD = (".mlp.linear_fc1.weight", ".mlp.linear_fc2.weight")  # not of experts
 
 
 @dataclass(frozen=True)
@@ -44,24 +46,28 @@ class Adapter:
                 yield self.sources.index(cut.source), cut.start, cut.length
 
 
-def modules(config: LoraConfig) -> tuple[str, ...]:
-    """Hugging Face modules that have an adapter; none without LoRA."""
-    if not config.rank:
-        return ()
-    return (
-        LORA_MODULES if ALL_LINEAR in config.targets else tuple(each for each in LORA_MODULES if each in config.targets)
-    )
+def available(model: Architecture) -> tuple[str, ...]:
+    """Hugging Face modules of ``model`` that can have an adapter."""
+    lines = (sources for parameter, sources in names(model) if _adaptable(model, "{expert}" in parameter))
+    found = {_module(source) for sources in lines for source in sources}
+    return tuple(each for each in LORA_MODULES if each in found)
+
+
+def _adaptable(model: Architecture, expert: bool) -> bool:
+    return not (expert and model.family.stacked)
+
+
+def _module(source: str) -> str:
+    """The linear layer that a Hugging Face tensor is the weight of; empty where it is none's."""
+    return source.split(".")[-2] if source.endswith(".weight") else ""
 
 
 def adapters(model: Architecture, grid: Grid, config: LoraConfig) -> tuple[Adapter, ...]:
     """Every adapter of ``model`` on the ranks of ``grid``, in the order of the layout table."""
-    names, places = modules(config), _ATTENTION + (() if model.moe else _FEED_FORWARD)
-    found = []
-    for row in rows(model, grid) if names else ():
-        if not row.parameter.endswith(places):
-            continue
-        adapted = tuple(i for i, source in enumerate(row.sources) if source.name.split(".")[-2] in names)
-        if adapted:
+    chosen, found = LORA_MODULES if ALL_LINEAR in config.targets else config.targets, []
+    for row in rows(model, grid) if config.rank else ():
+        adapted = tuple(i for i, source in enumerate(row.sources) if _module(source.name) in chosen)
+        if adapted and _adaptable(model, row.expert is not None):
             found.append(_adapter(row, adapted, config.rank))
     return tuple(found)
 
@@ -69,15 +75,15 @@ def adapters(model: Architecture, grid: Grid, config: LoraConfig) -> tuple[Adapt
 def _adapter(row: Row, adapted: tuple[int, ...], rank: int) -> Adapter:
     module = row.parameter.removesuffix("weight")
     inner = tuple(_source(row.sources[i], "lora_A", (rank, row.sources[i].shape[1])) for i in adapted)
-    outer = tuple(_source(source, "lora_B", (source.shape[0], rank)) for source in row.sources)
-    a = Row(module + "lora.A", inner, split=1 if row.split == 1 else None, groups=0, stage=row.stage, layer=row.layer)
+    outer = tuple(_source(each, "lora_B", (each.shape[0], rank), each.stacked) for each in row.sources)
+    a = replace(row, parameter=module + "lora.A", sources=inner, split=1 if row.split == 1 else None, groups=0)
     b = replace(row, parameter=module + "lora.B", sources=outer, split=0 if row.split == 0 else None)
     return Adapter(row, a, b, adapted)
 
 
-def _source(source: Source, name: str, shape: tuple[int, int]) -> Source:
+def _source(source: Source, name: str, shape: tuple[int, int], stacked: tuple[int, ...] = ()) -> Source:
     """Under the name that PEFT gives it in ``adapter_model.safetensors``."""
-    return Source(f"base_model.model.{source.name.removesuffix('weight')}{name}.weight", shape)
+    return Source(f"base_model.model.{source.name.removesuffix('weight')}{name}.weight", shape, stacked)
 
 
 def record(directory: Path, config: LoraConfig) -> None:

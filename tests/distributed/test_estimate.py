@@ -32,6 +32,13 @@ CASES = {
         1,
         {"dtype": "bf16", "sequence_parallel": True, "lora": LoraConfig(rank=4)},
     ),
+    "latent attention and experts, TP2, EP2, adapters": (
+        "deepseek_v3",
+        2,
+        2,
+        1,
+        {"sequence_parallel": True, "sizes": {"ep": 2, "etp": 1}, "lora": LoraConfig(rank=4)},
+    ),
     "qwen2, TP2": ("qwen2", 2, 2, 1, {}),
     "qwen3, PP2, 3 micro-batches": ("qwen3", 2, 1, 2, {"micro_batch_size": 2}),
     "qwen3, DP2, distributed optimizer": ("qwen3", 2, 1, 1, {"optimizer": SHARED}),

@@ -17,12 +17,21 @@ OVERLAP = {"optimizer": {**ADAM, "distributed": True, "overlap_grad_reduce": Tru
 FULL = {"recompute_granularity": "full"}
 LAYOUTS = {  # processes, TP, PP, the rest
     "TP2": ("qwen2", 2, 2, 1, {}),
-    "TP2 x SP x PP2": ("qwen2", 4, 2, 2, SP),
     "TP4 x SP, two ranks per key-value head, full recompute": ("qwen3", 4, 4, 1, {**SP, **FULL}),
     "DP2 x PP2 x VPP2, overlap": ("qwen2", 4, 1, 2, {"sizes": {"vpp": 2}, "micro_batch_size": 1, **OVERLAP}),
     "CP2 x TP2 x SP, full recompute": ("qwen3", 4, 2, 1, {"cp": 2, **SP, **FULL}),
+    "TP2 x SP x PP2, latent attention": ("deepseek_v3", 4, 2, 2, SP),
+    "EP2 x expert-TP2": ("deepseek_v3", 4, 1, 1, {"sizes": {"ep": 2, "etp": 2}}),
+    "TP2, delta nets": ("qwen3_5", 2, 2, 1, SP),
 }
-EXPERTS = {"lora": LoraConfig(rank=2, targets=["q_proj", "v_proj", "o_proj"])}
+ATTENTION = {  # of other families than Llama's kind
+    "deepseek_v3": ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
+    "qwen3_5": (
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"),
+    ),
+}
+EXPERTS = {"lora": LoraConfig(rank=2, targets=["q_proj", "o_proj", "gate_proj", "up_proj"])}
 
 
 def batches():
@@ -77,7 +86,8 @@ def test_layout_changes_nothing(gang, alone, layout):
     found = gang.run(*job(world, folder, tp, pp, config))
     for each in found:
         assert torch.allclose(each.before, one.before, rtol=0, atol=2e-5)
-        assert torch.allclose(each.after, one.after, rtol=0, atol=1e-4)
+        # As in the test of all weights, where last digits count for more.
+        assert torch.allclose(each.after, one.after, rtol=0, atol=3e-4 if name == "qwen3_5" else 1e-4)
         for ours, theirs in zip(each.stats, one.stats, strict=True):
             assert ours.loss == pytest.approx(theirs.loss, rel=1e-5, abs=1e-6)
             assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-4)
@@ -92,7 +102,9 @@ def test_layout_changes_nothing(gang, alone, layout):
             assert torch.allclose(got[key], gradient, rtol=0, atol=2e-5 * float(gradient.abs().max())), key
 
 
-@pytest.mark.parametrize(("name", "config"), [("qwen2", {}), ("qwen3_moe", EXPERTS)])
+@pytest.mark.parametrize(
+    ("name", "config"), [("qwen2", {}), ("qwen3_moe", EXPERTS), ("deepseek_v3", {}), ("qwen3_5", {})]
+)
 def test_starts_as_the_base_and_sends_what_it_computes(gang, alone, tmp_path, name, config):
     """At the start to the bit; with random adapters, a learner of the merged weights has the same log-probs."""
     folder, one = alone(name, config)
@@ -101,7 +113,8 @@ def test_starts_as_the_base_and_sends_what_it_computes(gang, alone, tmp_path, na
     same(one.sent_at_start, weights, 0)
     merged = tiny_models.write(tmp_path / "merged", tiny_models.config(name), one.sent)
     log_probs, _ = gang.run(lora_ranks.whole_model, 1, merged, batches()[0])[0]
-    assert torch.allclose(one.before, log_probs, rtol=0, atol=1e-5)
+    # A delta net's log-probs change by up to 7e-5 where its weights do in their last digit.
+    assert torch.allclose(one.before, log_probs, rtol=0, atol=3e-5 if name == "qwen3_5" else 1e-5)
     assert not torch.allclose(one.before, one.start, rtol=0, atol=1e-2)
     targets = config["lora"].targets if config else ["proj"]
     changed = {key for key in one.sent if not torch.equal(one.sent[key], weights[key])}
@@ -130,7 +143,15 @@ def test_checkpoint_of_other_adapters_is_refused(gang, tmp_path):
     assert "was saved with 4" in said
 
 
-@pytest.mark.parametrize(("name", "layout"), [("qwen2", (2, 2, 1, SP)), ("qwen3", (2, 1, 2, {"dtype": "bf16"}))])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("qwen2", (2, 2, 1, SP)),
+        ("qwen3", (2, 1, 2, {"dtype": "bf16"})),
+        ("deepseek_v3", (2, 2, 1, SP)),
+        ("qwen3_5", (2, 2, 1, SP)),
+    ],
+)
 def test_checkpoint_becomes_a_merged_folder_and_a_peft_folder(gang, tmp_path, name, layout):
     world, tp, pp, config = layout
     folder = tiny_models.write(tmp_path / "hf", tiny_models.config(name))
@@ -141,8 +162,10 @@ def test_checkpoint_becomes_a_merged_folder_and_a_peft_folder(gang, tmp_path, na
     same(merged, sent, 1e-6 if "dtype" not in config else 1e-2)
     adapters = load_file(f"{report.adapter}/adapter_model.safetensors")
     said = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
-    modules = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    modules = (*ATTENTION.get(name, ("q_proj", "k_proj", "v_proj", "o_proj")), "gate_proj", "up_proj", "down_proj")
     assert (said["r"], said["lora_alpha"], tuple(said["target_modules"])) == (4, 6.0, modules)
+    beside = [f"{block}.{module}.weight" for block in ("mlp", "shared_experts") for module in sorted(modules[-3:])]
+    assert said.get("target_parameters", []) == (beside if name == "deepseek_v3" else [])
     assert said["base_model_name_or_path"] == str(folder)
     for key, weight in load_file(folder / "model.safetensors").items():
         if key.split(".")[-2] in modules and key.endswith("weight"):

@@ -35,6 +35,13 @@ CASES = {
         {"dtype": "bf16", "lora": LoraConfig(rank=2, targets=["q_proj", "down_proj"]), **OVERLAP},
     ),
     "EP2, latent attention": ("deepseek_v3", 2, 1, 1, {"sizes": {"ep": 2}}),
+    "TP2 x SP, EP2, latent attention, adapters, distributed optimizer": (
+        "deepseek_v3",
+        2,
+        2,
+        1,
+        {"sizes": {"ep": 2, "etp": 1}, "sequence_parallel": True, "lora": LoraConfig(rank=2), **OVERLAP},
+    ),
     "TP2 x SP, delta nets": ("qwen3_5", 2, 2, 1, {"sequence_parallel": True}),
     "EP2, delta nets, distributed optimizer": ("qwen3_next", 2, 1, 1, {"sizes": {"ep": 2}, **OVERLAP}),
     "CP2 x TP2 x SP, sinks": ("gpt_oss", 4, 2, 1, {"cp": 2, "sizes": {"etp": 1}, "sequence_parallel": True}),

@@ -89,10 +89,16 @@ def test_every_rank_is_built_as_planned_without_a_distributed_optimizer(name, si
         assert differences(work, plan, build(rank)) == []
 
 
-@pytest.mark.parametrize("distributed", [True, False])
-def test_adapters_are_built_as_planned(tmp_path, distributed):
-    model, run = model_of("qwen2", tmp_path), run_of((2, 1, 2, 2, 1, 1, 0), distributed=distributed)
-    run.learner.lora = LoraConfig(rank=3, targets=["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"])
+@pytest.mark.parametrize(
+    ("name", "sizes", "targets", "distributed"),
+    [
+        ("qwen2", (2, 1, 2, 2, 1, 1, 0), ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"], False),
+        ("deepseek_v3", SPARSE[1], ["all-linear"], True),
+    ],
+)
+def test_adapters_are_built_as_planned(tmp_path, name, sizes, targets, distributed):
+    model, run = model_of(name, tmp_path), run_of(sizes, distributed=distributed)
+    run.learner.lora = LoraConfig(rank=3, targets=targets)
     work = from_config(model, run)
     for rank in kinds(work.grid):
         built = rehearsal.build(model, run.learner, "bf16", rank)

@@ -19,9 +19,12 @@ BROKEN = {
         "learner.precision.fp8",
         "FP8",
     ),
-    "experts": (hf_config("qwen3_moe"), [ON], L + "targets", "experts"),
-    "an expert's": (hf_config("qwen3_moe"), [ON, L + "targets=[q_proj, up_proj]"], L + "targets", "experts"),
-    "latent": (hf_config("deepseek_v3"), [ON, L + "targets=[q_proj]"], L + "rank", "latent attention"),
+    "half of an expert's": (hf_config("qwen3_moe"), [ON, L + "targets=[q_proj, up_proj]"], L + "targets", "as one"),
+    "half of Mixtral's": (hf_config("mixtral"), [ON, L + "targets=[w3, w2]"], L + "targets", "w1 and w3"),
+    "Mixtral has other names": (hf_config("mixtral"), [ON, L + "targets=[down_proj]"], L + "targets", "w1, w3, w2]"),
+    "stacked experts": (hf_config("gpt_oss"), [ON, L + "targets=[q_proj, down_proj]"], L + "targets", "down_proj"),
+    "latent": (hf_config("deepseek_v3"), [ON, L + "targets=[q_proj]"], L + "targets", "give names of [q_a_proj, q_b"),
+    "no delta net": (LLAMA, [ON, L + "targets=[q_proj, out_proj]"], L + "targets", "linear layer out_proj"),
     "rank": (LLAMA, [L + "rank=65"], L + "rank", "hidden size of 64"),
     "router": (
         hf_config("glm4_moe"),
@@ -35,6 +38,7 @@ FITTING = {
     "all": (LLAMA, [L + "rank=64"]),
     "some": (LLAMA, [ON, L + "targets=[q_proj, down_proj]", L + "alpha=16"]),
     "attention beside experts": (hf_config("qwen3_moe"), [ON, L + "targets=[q_proj, o_proj]"]),
+    **{f"all of {name}": (hf_config(name), [ON]) for name in ("qwen3_moe", "deepseek_v3", "gpt_oss", "qwen3_5_text")},
 }
 
 
