@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -41,6 +42,7 @@ def trained(tmp_path_factory):
     return folder / "own"
 
 
+@pytest.mark.xdist_group("sglang")  # with test_convert_and_serve: the run is made once
 def test_own_reward(trained):
     steps = [event for event in api.events(trained) if event["kind"] == "step"]
     assert len(steps) == 2
@@ -65,7 +67,16 @@ def stop_reasons(run_dir):
 
 
 def test_check_tool(tmp_path):
-    run(tmp_path, "isentrope", "train", "--config", str(EXAMPLES / "check_tool/check_tool.yaml"), "run_dir=t", *SMOKE)
+    run(
+        tmp_path,
+        "isentrope",
+        "train",
+        "--config",
+        str(EXAMPLES / "check_tool/check_tool.yaml"),
+        "run_dir=t",
+        *SMOKE,
+        *INLINE,
+    )
     told = stop_reasons(tmp_path / "t")
     assert len(told) == 2
     assert all(1 < step["turns"] < 3 and step["done"] + step["turn_limit"] == pytest.approx(1) for step in told)
@@ -84,7 +95,7 @@ def test_chat_data(tmp_path):
     config, data = EXAMPLES / "chat_data/chat_data.yaml", EXAMPLES / "chat_data/conversations.jsonl"
     checked = json.loads(run(tmp_path, "isentrope", "data", "check", str(data), "--config", str(config), "--json"))
     assert checked["example"]["prompt"] == "1111,00="
-    run(tmp_path, "isentrope", "train", "--config", str(config), "run_dir=chat", *SMOKE)
+    run(tmp_path, "isentrope", "train", "--config", str(config), "run_dir=chat", *SMOKE, *INLINE)
     assert (tmp_path / "chat/report.html").is_file()
 
 
@@ -102,16 +113,21 @@ def test_from_python(tmp_path):
     assert api.summary(tmp_path / "py")["steps"] == 2
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/first_run.md"])
-def test_the_commands_of_the_first_own_run(tmp_path, page):
-    """As they stand there, in a copy of what they touch; fewer steps, and the browser's page is not opened."""
+def commands(page: str) -> list[list[str]]:
+    """The words of those of our first own run."""
     text = (ROOT / page).read_text().partition("our first own run\n")[2]
-    first, then = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    lines = "".join(re.findall(r"```bash\n(.*?)```", text, re.DOTALL)[:2]).splitlines()
+    return [line.partition("#")[0].split() for line in lines]
+
+
+def test_the_commands_of_the_first_own_run(tmp_path):
+    """In a copy of what they touch; fewer steps, and the browser's page is not opened."""
+    (activate, *told) = commands("docs/first_run.md")
+    assert (activate[0], len(told)) == ("source", 7)
+    assert commands("README.md") == [activate, *told[:-1], told[-1][:-1]], "the same, but --verify at the end"
     shutil.copytree(EXAMPLES, tmp_path / "examples")
     shutil.copytree(ROOT / "configs/model/pm4-100k", tmp_path / "configs/model/pm4-100k")
-    commands = [line for line in (first + then).splitlines() if not line.startswith("source ")]
-    assert len(commands) == 7
-    script = "\n".join(commands).replace("steps=60", " ".join(SMOKE)).replace("--web", "--once")
+    script = "\n".join(map(shlex.join, told)).replace("steps=60", " ".join(SMOKE)).replace("--web", "--once")
     run(tmp_path, "bash", "-euc", script)
     assert (tmp_path / "runs/my/report.html").is_file()
     assert (tmp_path / "models/my/model.safetensors").is_file()

@@ -8,17 +8,17 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.integration.forks import Done, Elsewhere
 from tests.integration.slurm_lab import PACKAGES, SlurmLab, missing
-from tests.integration.test_slurm import ROOT, User, attempts, steps
+from tests.integration.test_slurm import ONE_NODE, ROOT, User, attempts, steps, submitted
 
 MORE = ("sshd", "ssh-keygen", "rsync")
 DATABASE = ("slurmdbd", "mariadbd", "mariadb-install-db")
-SHORT = ["learner.data_parallel_size=1", "rollout.engines=1", "cluster.nodes=1", "steps=3"]
+SHORT = [*ONE_NODE, "steps=3"]
 PREEMPTION = """PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SlurmctldParameters=preempt_send_user_signal
@@ -51,13 +51,17 @@ def lab(small, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def user(lab, tmp_path_factory):
-    return User(lab, tmp_path_factory.mktemp("user"))
+    user = User(lab, tmp_path_factory.mktemp("user"))
+    yield user
+    user.close()
 
 
 @pytest.fixture(scope="module")
 def remote(lab, user, tmp_path_factory):
     """The same user on a laptop that has no Slurm, with a cluster file that names the login node."""
-    return Remote(lab, user, tmp_path_factory.mktemp("remote"))
+    remote = Remote(lab, user, tmp_path_factory.mktemp("remote"))
+    yield remote
+    remote.close()
 
 
 @pytest.fixture(autouse=True)
@@ -80,16 +84,18 @@ class Remote:
         login = {"host": "127.0.0.1", "port": port, "user": "root", "identity": str(key), "job_dir": str(root / "jobs")}
         self.cluster = user.here / "remote.yaml"
         self.cluster.write_text("\n".join([*lines, f"ssh: {json.dumps(login)}"]))
+        hide = f'mount -t tmpfs tmpfs "{self.site}"; mount -t tmpfs tmpfs "{user.scratch}"; exec "$@"'
+        enter = lab.command(["unshare", "--mount", "sh", "-c", hide, "sh"])
+        variables = user.environment | {"NEMORUN_HOME": str(self.home), "SLURM_CONF": "/nowhere/slurm.conf"}
+        self._elsewhere = Elsewhere(enter, user.here, variables)
+        self.close = self._elsewhere.close
 
-    def isentrope(self, *words: str, code: int = 0) -> subprocess.CompletedProcess:
-        hide = f'mount -t tmpfs tmpfs "{self.site}"; mount -t tmpfs tmpfs "{self.user.scratch}"; exec "$@"'
-        command = ["unshare", "--mount", "sh", "-c", hide, "sh", sys.executable, "-m", "launchers.cli.main", *words]
-        environment = self.user.environment | {"NEMORUN_HOME": str(self.home), "SLURM_CONF": "/nowhere/slurm.conf"}
-        done = self.lab.run(command, check=False, timeout=600, cwd=self.user.here, env=environment)
+    def isentrope(self, *words: str, code: int = 0) -> Done:
+        done = self._elsewhere.isentrope(*words)
         assert done.returncode == code, done.stdout + done.stderr
         return done
 
-    def launch(self, run_dir: Path, *more: str, code: int = 0) -> subprocess.CompletedProcess:
+    def launch(self, run_dir: Path, *more: str, code: int = 0) -> Done:
         words = ["launch", "slurm", "--config", "quickstart.yaml", "--cluster", "remote.yaml", "--detach", *SHORT]
         own = [f"model.hf_path='{self.site}/a model'", "data.verifier=auto", f"run_dir='{run_dir}'"]
         return self.isentrope(*words, *own, *more, code=code)
@@ -97,10 +103,10 @@ class Remote:
 
 def test_a_run_is_submitted_and_resumed_over_ssh(remote, user):
     run_dir = user.scratch / "runs" / "over ssh"
-    said = remote.launch(run_dir).stdout
-    assert "versions: torch" in said
-    assert "code: commit" in said
-    job = re.search(r"submitted: job (\d+)", said)[1]
+    done = remote.launch(run_dir)
+    assert "versions: torch" in done.stdout
+    assert "code: commit" in done.stdout
+    job = submitted(done)
     user.end(job, "COMPLETED", run_dir=run_dir)
     status = json.loads(remote.isentrope("jobs", "status", job, "--json").stdout)
     assert (status["state"], status["step_events"]) == ("COMPLETED", 3)
@@ -139,31 +145,43 @@ def test_what_is_not_there_is_said_before_anything_is_sent(remote, user, more, s
     assert user.lab.run(["squeue", "-h"]).stdout == ""
 
 
-def test_a_preempted_run_saves_where_it_is_warned_and_goes_on_where_it_is_not(user):
-    more = [*SHORT, "steps=8", "checkpoint.every=2", 'cluster.env={OMP_NUM_THREADS: 1, LAB_SLEEP: "0.2"}']
-    job, run_dir = user.launch("preempted", *more)
-    for grace, reached in ((300, 2), (0, 5)):
+@pytest.fixture(scope="module")
+def preempted(user):
+    """A run from which urgent jobs took the nodes twice, at first with a warning."""
+
+    def take_nodes(grace: int) -> str:
         user.lab.run(["scontrol", "update", "PartitionName=batch", f"GraceTime={grace}"])
-        user.wait_for_steps(run_dir, reached)
         words = ["--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
-        urgent = user.lab.run(["sbatch", "--parsable", *words]).stdout.strip()
-        user.lab.wait(urgent, "COMPLETED", timeout=600)
+        return user.lab.run(["sbatch", "--parsable", *words]).stdout.strip()
+
+    job, run_dir = user.launch("preempted", *SHORT, "steps=6", "checkpoint.every=2", steps=2)
+    user.wait_for_steps(run_dir, 2)
+    urgent = take_nodes(300)
+    user.wait_for_log(run_dir, ": saving")
+    user.go_on(run_dir, 4)
+    user.lab.wait(urgent, "COMPLETED")
+    user.lab.wait(take_nodes(0), "COMPLETED", timeout=600)
+    user.hold(run_dir)
     user.end(job, "COMPLETED", run_dir=run_dir)
+    return job, run_dir
+
+
+def test_a_preempted_run_saves_where_it_is_warned_and_goes_on_where_it_is_not(user, preempted):
+    job, run_dir = preempted
     saved, lost, last = attempts(run_dir)
     assert (saved["end"], last["end"]) == ("saved", "completed"), user.log(run_dir)
     assert lost["end"] in ("lost", "again")
-    assert lost["first_step"] == saved["last_step"] < 8, "nothing of the first is repeated"
+    assert lost["first_step"] == saved["last_step"] == 3, "nothing of the first is repeated"
     assert user.lab.job(job)["Restarts"] == "2"
-    assert [step["step"] for step in steps(run_dir)] == list(range(8))
+    assert [step["step"] for step in steps(run_dir)] == list(range(6))
 
 
 def test_a_disk_that_fills_up_loses_nothing(user, small):
-    more = ["cluster.nodes=1", *SHORT, "checkpoint.every=2", "steps=6", f"run_dir={small}/run"]
-    job, _ = user.launch("full", *more, 'cluster.env={OMP_NUM_THREADS: 1, LAB_SLEEP: "0.3"}')
-    run_dir = small / "run"
+    job, run_dir = user.launch(small / "run", *SHORT, "checkpoint.every=2", "steps=6", steps=3)
     user.wait_for_steps(run_dir, 3)
     free = os.statvfs(small).f_bavail * os.statvfs(small).f_frsize
     (small / "ballast").write_bytes(bytes(free - 500_000))
+    user.hold(run_dir)
     user.end(job, "FAILED", run_dir=run_dir)
     (only,) = attempts(run_dir)
     words = (
@@ -177,7 +195,7 @@ def test_a_disk_that_fills_up_loses_nothing(user, small):
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step-00000002"]
     (small / "ballast").unlink()
     words = ["launch", "slurm", "--resume", str(run_dir), "--cluster", "cluster.yaml", "cluster.nodes=1", "--detach"]
-    job = re.search(r"submitted: job (\d+)", user.isentrope(*words).stdout)[1]
+    job = submitted(user.isentrope(*words))
     user.end(job, "COMPLETED", run_dir=run_dir)
     assert [step["step"] for step in steps(run_dir)] == list(range(6))
 
@@ -185,9 +203,9 @@ def test_a_disk_that_fills_up_loses_nothing(user, small):
 @pytest.mark.skipif(
     bool(missing(DATABASE)), reason=f"needs {missing(DATABASE)}; Debian packages: slurmdbd, mariadb-server"
 )
-def test_jobs_that_slurm_has_forgotten_are_read_from_its_accounts(user):
-    job, run_dir = user.launch("accounted", *SHORT, "cluster.nodes=1")
-    user.end(job, "COMPLETED", run_dir=run_dir)
+def test_jobs_that_slurm_has_forgotten_are_read_from_its_accounts(user, preempted):
+    job, _ = preempted
+    nodes = user.lab.job(job)["NodeList"]
     other, other_dir = user.launch("cancelled", "cluster.sbatch={begin: now+1hour}")
     user.isentrope("jobs", "cancel", other)
     user.end(other, "CANCELLED", run_dir=other_dir)
@@ -195,5 +213,5 @@ def test_jobs_that_slurm_has_forgotten_are_read_from_its_accounts(user):
     listed = {entry["job_id"]: entry["state"] for entry in json.loads(user.isentrope("jobs", "list", "--json").stdout)}
     assert (listed[job], listed[other]) == ("COMPLETED", "CANCELLED")
     status = json.loads(user.isentrope("jobs", "status", job, "--json").stdout)
-    assert (status["state"], status["nodes"], status["limit"]) == ("COMPLETED", "n1", "01:00:00")
+    assert (status["state"], status["nodes"], status["limit"]) == ("COMPLETED", nodes, "01:00:00")
     assert re.fullmatch(r"00:\d\d:\d\d", status["elapsed"])

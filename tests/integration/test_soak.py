@@ -9,10 +9,11 @@ import os
 import signal
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+
+import pytest
 
 from launchers.supervise.attempts import begun
 from pipeline.monitoring.events import read_events
@@ -118,15 +119,19 @@ def kept(run_dir: Path) -> dict:
     }
 
 
-def soaked(folder: Path, name: str) -> int:
-    """Runs that are killed and resumed until they are complete, against one undisturbed; how many kills there were."""
+def log_of(run_dir: Path) -> str:
+    return Path(f"{run_dir}.log").read_text()[-2000:]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_random_kills_change_nothing(tmp_path, name):
+    """Runs that are killed and resumed until they are complete, against one undisturbed."""
     wanted, options = RUNS[name]
-    folder.mkdir()
-    assert run_attempt(folder / "whole", options, None) == 0, log_of(folder / "whole")
-    undisturbed = kept(folder / "whole")
+    assert run_attempt(tmp_path / "whole", options, None) == 0, log_of(tmp_path / "whole")
+    undisturbed = kept(tmp_path / "whole")
     rng, met = Random(name), []
     while len(met) < wanted:
-        run_dir, codes = folder / f"killed-{len(met)}", [-signal.SIGKILL]
+        run_dir, codes = tmp_path / f"killed-{len(met)}", [-signal.SIGKILL]
         while codes[-1] == -signal.SIGKILL:
             kill = Kill.drawn(rng) if len(met) < wanted else None
             codes.append(run_attempt(run_dir, options, kill))
@@ -135,14 +140,3 @@ def soaked(folder: Path, name: str) -> int:
         mine = kept(run_dir)
         for what, value in undisturbed.items():
             assert mine[what] == value, f"{name}, after {met}: {what}"
-    return len(met)
-
-
-def log_of(run_dir: Path) -> str:
-    return Path(f"{run_dir}.log").read_text()[-2000:]
-
-
-def test_thirty_random_kills_change_nothing(tmp_path):
-    """Two runs at a time: one waits for its disk and for its children now and then."""
-    with ThreadPoolExecutor(2) as pool:
-        assert sum(pool.map(lambda name: soaked(tmp_path / name.replace(" ", "-"), name), RUNS)) == 30

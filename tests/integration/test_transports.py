@@ -36,6 +36,7 @@ from tests.plan_source import Source, local_parameters
 pytestmark = pytest.mark.xdist_group("sglang")  # the servers start once
 
 GRIDS = {"TP2": Grid(tp=2), "PP2": Grid(pp=2), "TP2 PP2": Grid(tp=2, pp=2), "DP2": Grid(dp=2)}
+TIMEOUT_S = 10.0  # of an update; it is waited for where a process stands still
 
 
 @pytest.fixture
@@ -126,17 +127,21 @@ def in_the_second_exchange(monkeypatch, sabotage):
     monkeypatch.setattr(Group, "exchange", spoilt)
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 @pytest.mark.parametrize(
-    ("victim", "learner"),
-    [("head", None), ("rank", None), ("rank", Grid(tp=2))],
-    ids=["head", "rank", "colocated rank"],
+    ("victim", "number", "learner"),
+    [
+        ("head", signal.SIGKILL, None),
+        ("head", signal.SIGSTOP, None),
+        ("rank", signal.SIGKILL, None),
+        ("rank", signal.SIGSTOP, Grid(tp=2)),
+    ],
+    ids=["head lost", "head stopped", "rank lost", "colocated rank stopped"],
 )
 def test_a_server_lost_or_stopped_in_mid_update_is_revived_with_one_version(
     engines, folders, monkeypatch, victim, learner, number
 ):
     engine = engines["llama tp2"]
-    monkeypatch.setattr(engine._config, "weight_sync_timeout_s", 6.0)
+    monkeypatch.setattr(engine._config, "weight_sync_timeout_s", TIMEOUT_S)
     given = source(engine, "llama", learner=learner, colocated=learner is not None)
 
     def sabotage():
@@ -147,7 +152,7 @@ def test_a_server_lost_or_stopped_in_mid_update_is_revived_with_one_version(
     in_the_second_exchange(monkeypatch, sabotage)
     faults = []
     pool = pool_of(engine)
-    rollouts = Rollouts(pool, given, given.sync(pool, 6.0), folders["llama"], faults.append)
+    rollouts = Rollouts(pool, given, given.sync(pool, TIMEOUT_S), folders["llama"], faults.append)
     rollouts.push(120)
     (fault,) = faults
     assert "engine 0 was started again: push of weight version 120 failed in receive" in fault
@@ -157,7 +162,7 @@ def test_a_server_lost_or_stopped_in_mid_update_is_revived_with_one_version(
     assert_agrees(groups, decoder_of("llama", 120))
 
 
-def send_as_a_process(order, rank, folder, pipe):
+def send_as_a_process(pipe):
     """A learner rank of its own; it says that it is in the middle of an update, and then takes a while."""
     from pipeline.reshard.participant import Participant
     from tests.tiny_folder import hf_config, random_tensors
@@ -172,11 +177,13 @@ def send_as_a_process(order, rank, folder, pipe):
         exchange(self, sends, receives)
 
     Group.exchange = slow
+    pipe.send("ready")
+    order = pipe.recv()
     plan = order.inputs.plan()
     full = random_tensors(hf_config("llama"), order.version)
-    shards = local_parameters(plan.model, order.inputs.learner, rank, full)
-    reader = LearnerShards(rows(plan.model, order.inputs.learner), order.inputs.learner, rank, shards)
-    Participant().send(order, rank, reader)
+    shards = local_parameters(plan.model, order.inputs.learner, 1, full)
+    reader = LearnerShards(rows(plan.model, order.inputs.learner), order.inputs.learner, 1, shards)
+    Participant().send(order, 1, reader)
 
 
 class HalfAProcess(Source):
@@ -184,20 +191,24 @@ class HalfAProcess(Source):
 
     number = None
 
+    def strike_with(self, number):
+        """Start that process, and wait until it has imported what it needs."""
+        self.number = number
+        self.pipe, theirs = multiprocessing.Pipe()
+        self.process = multiprocessing.get_context("spawn").Process(target=send_as_a_process, args=(theirs,))
+        self.process.start()
+        assert self.pipe.recv() == "ready"
+
     def send(self, order):
         if self.number is None:
             return super().send(order)
         number, self.number = self.number, None
         self.sent.append(order)
-        ours, theirs = multiprocessing.Pipe()
-        process = multiprocessing.get_context("spawn").Process(
-            target=send_as_a_process, args=(order, 1, self.inputs.model_path, theirs)
-        )
-        process.start()
+        self.pipe.send(order)
 
         def strike():
-            ours.recv()
-            os.kill(process.pid, number)
+            self.pipe.recv()
+            os.kill(self.process.pid, number)
 
         threading.Thread(target=strike, daemon=True).start()
         full = self.weights(order.version)
@@ -206,12 +217,11 @@ class HalfAProcess(Source):
         try:
             self.ranks[0].send(order, 0, reader)
         finally:
-            if number == signal.SIGKILL:
-                process.join()
-                raise EngineError("learner: its process died")
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
-            raise EngineError("learner: its process did not answer")
+            if number == signal.SIGSTOP:
+                os.kill(self.process.pid, signal.SIGKILL)
+            self.process.join()
+            how = "died" if number == signal.SIGKILL else "did not answer"
+            raise EngineError(f"learner: its process {how}")
 
 
 @pytest.mark.parametrize("colocated", [False, True], ids=["apart", "colocated"])
@@ -225,8 +235,8 @@ def test_a_learner_rank_lost_or_stopped_in_mid_update_leaves_engines_that_refuse
     given = HalfAProcess(
         Path(plain.inputs.model_path), plain.weights, plain.inputs.engines, Grid(tp=2), colocated=colocated
     )
-    given.number = number
-    sync = given.sync(engine, 25.0)
+    given.strike_with(number)
+    sync = given.sync(engine, TIMEOUT_S)
     with pytest.raises(WeightUpdateError, match="push of weight version 130 failed in receive: learner: its process"):
         sync.push(130)
     assert engine.health().alive

@@ -268,9 +268,8 @@ def test_references_tried_together_are_told_apart():
     try:
         answers = [rf"\{{{i}, x\}}" for i in range(30)]
         answers[7] = "10^{10^{10}}"
-        answers[9] = "2^{3^{4^{5^{6}}}}"
         asked = [Prompt(f"q{i}", (1,), "", answer, "math", {}) for i, answer in enumerate(answers)]
         refused = {i: reason for i, reason in enumerate(pool.refusals(asked)) if reason}
-        assert set(refused) <= {7, 9}
+        assert set(refused) <= {7}
     finally:
         pool.close()
