@@ -56,7 +56,7 @@ class FailingEngine(NativeEngine):
         self._fail_in("close")
 
 
-def sync_of(pool, folder, timeout_s=20.0):
+def sync_of(pool, folder, timeout_s=60.0):
     """Pushes weights of seed = version into every engine of ``pool``."""
     source = Source(folder, lambda version: random_tensors(hf_config("llama"), version), EngineGrid(count=len(pool)))
     return source.sync(pool, timeout_s)
@@ -276,7 +276,7 @@ def test_one_failing_engine_makes_the_pool_refuse_until_a_push_succeeds(folder, 
     started_at = time.monotonic()
     with pytest.raises(WeightUpdateError, match=rf"version 1 failed in {phase}.*broken cable"):
         sync.push(1)
-    assert time.monotonic() - started_at < 10, "nobody waits for an engine that has said no"
+    assert time.monotonic() - started_at < 40, "nobody waits for an engine that has said no"
     with pytest.raises(EngineError, match="push the weights again"):
         pool.generate(REQUESTS)
     assert pool.health().weight_version is None
@@ -301,7 +301,7 @@ def test_an_engine_that_was_started_again_in_mid_update_refuses_the_order_at_onc
     sync, started_at = sync_of(pool, folder), time.monotonic()
     with pytest.raises(WeightUpdateError, match="receive outside an update; call begin_update"):
         sync.push(1)
-    assert time.monotonic() - started_at < 10, "nobody waits for it"
+    assert time.monotonic() - started_at < 40, "nobody waits for it"
     with pytest.raises(EngineError, match="push the weights again"):
         pool.generate(REQUESTS)
     sync.push(2)

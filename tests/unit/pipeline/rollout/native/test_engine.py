@@ -449,14 +449,14 @@ def held_batch(engine, monkeypatch):
 
     def step(self, *args):
         inside.set()
-        proceed.wait(5)
+        proceed.wait(60)
         return original(self, *args)
 
     monkeypatch.setattr(Decoder, "step", step)
     result = []
     generation = threading.Thread(target=lambda: result.extend(engine.generate([request([5, 6], range(8), new=4)])))
     generation.start()
-    inside.wait(5)
+    inside.wait(60)
     return result, proceed, generation
 
 
@@ -469,7 +469,7 @@ def test_a_batch_that_does_not_end_is_named(folder, source, monkeypatch):
     ):
         engine.begin_update(3)
     proceed.set()
-    generation.join(5)
+    generation.join(60)
     assert all(sample.drawn_with(0) for sample in result[0].samples)
     source.sync(engine).push(4)
     assert engine.health().weight_version == 4
@@ -482,8 +482,8 @@ def test_an_update_waits_for_the_running_batch(engine, monkeypatch):
     update.join(0.05)
     assert update.is_alive()
     proceed.set()
-    generation.join(5)
-    update.join(5)
+    generation.join(60)
+    update.join(60)
     assert all(s.drawn_with(0) for s in result[0].samples)
     assert engine.health().weight_version is None
 

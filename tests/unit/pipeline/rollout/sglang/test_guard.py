@@ -30,7 +30,7 @@ def gone(pid):
         return True
 
 
-def eventually(condition, seconds=10):
+def eventually(condition, seconds=60):
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -60,7 +60,7 @@ def test_terminate_ends_the_whole_group_and_removes_its_files(scratch):
         assert Path(line.split()[2]).exists()
         assert line.split()[3] == str(scratch)
         guard.terminate()
-        guard.wait(10)
+        guard.wait(60)
     assert eventually(lambda: all_gone(line))
 
 
@@ -77,7 +77,7 @@ def test_the_death_of_the_owner_ends_it(scratch):
 def test_the_end_of_the_server_ends_the_guard_with_its_children(scratch):
     with subprocess.Popen(guard_command(os.getpid(), scratch, 2), stdout=subprocess.PIPE, text=True) as guard:
         line = guard.stdout.readline()
-        assert guard.wait(10) == 0
+        assert guard.wait(60) == 0
     assert eventually(lambda: all_gone(line))
 
 

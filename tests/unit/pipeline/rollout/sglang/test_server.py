@@ -99,7 +99,7 @@ def test_a_stuck_guard_is_killed_and_its_server_with_it(tmp_path, monkeypatch):
     os.kill(guard.pid, signal.SIGSTOP)  # SIGTERM does not reach it now
     server.close()
     assert guard.returncode == -signal.SIGKILL
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while server.answers("/health", 1) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not server.answers("/health", 1)
@@ -143,7 +143,7 @@ def test_a_server_that_dies_is_seen_on_a_kept_connection(tmp_path):
     assert server.answers("/health", 5)
     with pytest.raises(EngineError, match=r"the server (has ended|runs but does not answer)"):
         server.post("/generate")
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while server.alive and time.monotonic() < deadline:
         time.sleep(0.02)
     with pytest.raises(EngineError, match="the server has ended"):
