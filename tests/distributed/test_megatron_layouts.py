@@ -66,21 +66,20 @@ def vpp(**sizes):
 
 # Layout: (processes, TP, PP, the rest), and the families it is tried with.
 LAYOUTS = {
-    "TP2": ((2, 2, 1, {}), DENSE),
-    "PP2": ((2, 1, 2, {}), DENSE),
-    "DP2": ((2, 1, 1, {}), ("llama", "qwen3_moe")),
-    "DP2, distributed optimizer": ((2, 1, 1, DISTRIBUTED), ("qwen2",)),
+    "TP2": ((2, 2, 1, {}), ("qwen2",)),
+    "PP2": ((2, 1, 2, {}), ("llama",)),
+    "DP2": ((2, 1, 1, {}), ("qwen3_moe",)),
     "DP2, distributed optimizer, overlap": ((2, 1, 1, OVERLAP), ("qwen3",)),
     "DP2, overlap of gradients": ((2, 1, 1, {"optimizer": {**ADAM, "overlap_grad_reduce": True}}), ("llama",)),
     "TP2 x PP2": ((4, 2, 2, {}), DENSE),
-    "micro-batches of 3": ((1, 1, 1, {"micro_batch_size": 3}), DENSE),
+    "micro-batches of 3": ((1, 1, 1, {"micro_batch_size": 3}), ("qwen2",)),
     "DP2 x PP2, micro-batches of 2": ((4, 1, 2, {"micro_batch_size": 2}), ("llama",)),
     "TP2 x SP x PP2": ((4, 2, 2, SP), ("qwen2",)),
     "TP4 x SP, two ranks per key-value head": ((4, 4, 1, SP), ("qwen3",)),
     "PP2 x VPP2": ((2, 1, 2, vpp()), ("qwen3", "deepseek_v3")),
     "DP2 x PP2 x VPP2, overlap": ((4, 1, 2, {"micro_batch_size": 1, **vpp(), **OVERLAP}), ("qwen2",)),
     "PP3, uneven": ((3, 1, 3, {"sizes": {"first": 1, "last": 1}}), ("qwen2",)),
-    "CP2": ((2, 1, 1, {"cp": 2}), ("llama", "qwen2")),
+    "CP2": ((2, 1, 1, {"cp": 2}), ("llama",)),
     "CP2 x TP2 x SP": ((4, 2, 1, {"cp": 2, **SP}), ("qwen3",)),
     "CP2 x PP2 x VPP2, distributed optimizer": ((4, 1, 2, {"cp": 2, **vpp(), **DISTRIBUTED}), ("qwen2",)),
     "full recompute, PP2": ((2, 1, 2, {"recompute_granularity": "full"}), ("qwen2",)),
@@ -89,7 +88,6 @@ LAYOUTS = {
         ("qwen3_moe",),
     ),
     "selective recompute, CP2": ((2, 1, 1, {"cp": 2, "recompute_granularity": "selective"}), ("qwen3", "deepseek_v3")),
-    "EP2": ((2, 1, 1, {"sizes": {"ep": 2}}), ("deepseek_v3",)),
     "EP2, distributed optimizer, overlap": ((2, 1, 1, {"sizes": {"ep": 2}, **OVERLAP}), ("qwen3_moe",)),
     "TP2 x SP": ((2, 2, 1, SP), ("deepseek_v3",)),
     "TP2 x SP, whole experts": ((2, 2, 1, {"sizes": {"etp": 1}, **SP}), ("qwen3_moe",)),
@@ -99,7 +97,7 @@ LAYOUTS = {
     "EP2 x PP2 x VPP2": ((4, 1, 2, vpp(ep=2)), ("qwen3_moe",)),
     "TP2 x SP x PP2, no experts in the first": ((4, 2, 2, SP), ("deepseek_plain_query",)),
     "logits kept whole": ((1, 1, 1, {"log_prob_kernel": "torch"}), ("qwen2",)),
-    "TP2 x SP, logits kept whole": ((2, 2, 1, {"log_prob_kernel": "torch", **SP}), ("llama", "qwen2")),
+    "TP2 x SP, logits kept whole": ((2, 2, 1, {"log_prob_kernel": "torch", **SP}), ("llama",)),
 }
 
 

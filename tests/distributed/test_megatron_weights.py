@@ -21,7 +21,6 @@ DENSE = {"TP1": (1, 1, 1, 1, None), "TP2": (2, 2, 1, 1, None), "TP2xPP2": (4, 2,
 SHARED_HEADS = "TP4, two ranks per key-value head"
 WHOLE_EXPERTS = "TP2xEP2xPP2, whole experts"
 EXPERTS = DENSE | {
-    "PP2": (2, 1, 2, 1, None),
     "EP2": (2, 1, 1, 2, None),
     "TP2, experts EP2": (2, 2, 1, 2, 1),
     "TP2xEP2": (4, 2, 1, 2, 2),
@@ -29,22 +28,26 @@ EXPERTS = DENSE | {
     WHOLE_EXPERTS: (4, 2, 2, 2, 1),
     SHARED_HEADS: (4, 4, 1, 1, None),
 }
+MIXED = ("TP2xPP2", "EP2xPP2", "TP2xEP2", "TP2, experts EP2")
 CASES = [
-    *((name, layout) for name in ("llama", "llama_tied", "mistral", "qwen2", "qwen3") for layout in DENSE),
+    *(("llama", layout) for layout in DENSE),
+    *(("llama_tied", layout) for layout in ("TP1", "TP2xPP2")),
+    ("qwen2", "TP2xPP2"),
+    ("qwen3", "TP2xPP2"),
     ("llama_linear", "TP2xPP2"),
     ("llama_yarn", "TP2xPP2"),
     ("qwen3_longrope", "TP2"),
     ("mistral_dynamic", "TP1"),
     ("mistral_window", "TP2xPP2"),
     ("glm4_moe_yarn", "TP1"),
-    *(("glm4_moe", layout) for layout in EXPERTS if layout not in (SHARED_HEADS, WHOLE_EXPERTS)),
+    *(("glm4_moe", layout) for layout in MIXED),
     ("glm4_moe_air", "EP2"),
     *(("qwen3_next", layout) for layout in ("TP1", "EP2xPP2", "TP2xEP2", SHARED_HEADS)),
     *(("qwen3_5", layout) for layout in ("TP2xPP2", SHARED_HEADS)),
     *(("qwen3_5_moe", layout) for layout in ("TP1", "EP2xPP2", "TP2xEP2")),
     *((name, layout) for name in ("qwen2_moe", "mixtral") for layout in ("TP1", "EP2xPP2", "TP2xEP2")),
     ("llama3_short", "TP1"),
-    *(("qwen3_moe", layout) for layout in EXPERTS if layout not in (SHARED_HEADS, WHOLE_EXPERTS)),
+    *(("qwen3_moe", layout) for layout in ("TP1", *MIXED)),
     ("qwen3_moe_raw", "TP1"),
     *(("deepseek_v3", layout) for layout in ("TP1", "EP2", "EP2xPP2", "TP2, experts EP2")),
     ("deepseek_plain_query", "TP1"),
