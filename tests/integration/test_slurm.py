@@ -329,7 +329,8 @@ def test_one_fault_after_the_other_costs_the_unfinished_steps_only(user, whole):
     lab.start_node("n2")
     user.end(job, "COMPLETED", run_dir=run_dir)
 
-    killed, unplugged, stalled, dark, last = attempts(run_dir)
+    # Slurm may end the attempt after a node's failure, too: what it could not tell the node before, it tells it then.
+    killed, unplugged, stalled, dark, *_, last = attempts(run_dir)
     assert [attempt["end"] for attempt in (killed, stalled, last)] == ["again", "again", "completed"]
     assert "SIGKILL" in killed["reason"]
     assert unplugged["reason"], "whoever noticed first that Ray was gone"
@@ -348,10 +349,10 @@ def test_one_fault_after_the_other_costs_the_unfinished_steps_only(user, whole):
     assert status["stall"]["silent"] == ["learner-1"]
     resumed = [event["step"] for event in events(run_dir, "resume")]
     begun = [attempt["first_step"] for attempt in attempts(run_dir)[1:]]
-    assert begun == [2, 5, 8, 9]
-    assert [lost for a, b in zip(begun, resumed, strict=True) if (lost := a - b) not in (0, 1)] == [], (
-        "a step each at most"
-    )
+    assert begun[:3] == [2, 5, 8]
+    assert {*begun[3:]} == {9}, "Slurm may have ended an attempt before it resumed"
+    assert len(resumed) in (4, len(begun))
+    assert {a - b for a, b in zip(begun, resumed, strict=False)} <= {0, 1}, "a step each at most"
     assert steps(run_dir) == steps(undisturbed)
     assert state(run_dir) == state(undisturbed)
 
