@@ -111,7 +111,7 @@ def test_a_run_is_submitted_and_resumed_over_ssh(remote, user):
     status = json.loads(remote.isentrope("jobs", "status", job, "--json").stdout)
     assert (status["state"], status["step_events"]) == ("COMPLETED", 3)
     assert "completed: 3 steps" in remote.isentrope("jobs", "logs", job).stdout
-    words = ["launch", "slurm", "--resume", str(run_dir), "--cluster", "remote.yaml", "steps=5"]
+    words = ["launch", "slurm", "--resume", str(run_dir), "--cluster", "remote.yaml", "steps=5", "cluster.nodes=1"]
     assert "COMPLETED" in remote.isentrope(*words).stderr, "it is followed to its end"
     assert [step["step"] for step in steps(run_dir)] == list(range(5))
 
@@ -145,10 +145,7 @@ def test_what_is_not_there_is_said_before_anything_is_sent(remote, user, more, s
     assert user.lab.run(["squeue", "-h"]).stdout == ""
 
 
-@pytest.fixture(scope="module")
-def preempted(user):
-    """A run from which urgent jobs took the nodes twice, at first with a warning."""
-
+def test_a_preempted_run_saves_where_it_is_warned_and_goes_on_where_it_is_not(user):
     def take_nodes(grace: int) -> str:
         user.lab.run(["scontrol", "update", "PartitionName=batch", f"GraceTime={grace}"])
         words = ["--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
@@ -163,11 +160,6 @@ def preempted(user):
     user.lab.wait(take_nodes(0), "COMPLETED", timeout=600)
     user.hold(run_dir)
     user.end(job, "COMPLETED", run_dir=run_dir)
-    return job, run_dir
-
-
-def test_a_preempted_run_saves_where_it_is_warned_and_goes_on_where_it_is_not(user, preempted):
-    job, run_dir = preempted
     saved, lost, last = attempts(run_dir)
     assert (saved["end"], last["end"]) == ("saved", "completed"), user.log(run_dir)
     assert lost["end"] in ("lost", "again")
@@ -203,9 +195,9 @@ def test_a_disk_that_fills_up_loses_nothing(user, small):
 @pytest.mark.skipif(
     bool(missing(DATABASE)), reason=f"needs {missing(DATABASE)}; Debian packages: slurmdbd, mariadb-server"
 )
-def test_jobs_that_slurm_has_forgotten_are_read_from_its_accounts(user, preempted):
-    job, _ = preempted
-    nodes = user.lab.job(job)["NodeList"]
+def test_jobs_that_slurm_has_forgotten_are_read_from_its_accounts(user):
+    job, run_dir = user.launch("accounted", *SHORT, "steps=1")
+    user.end(job, "COMPLETED", run_dir=run_dir)
     other, other_dir = user.launch("cancelled", "cluster.sbatch={begin: now+1hour}")
     user.isentrope("jobs", "cancel", other)
     user.end(other, "CANCELLED", run_dir=other_dir)
@@ -213,5 +205,5 @@ def test_jobs_that_slurm_has_forgotten_are_read_from_its_accounts(user, preempte
     listed = {entry["job_id"]: entry["state"] for entry in json.loads(user.isentrope("jobs", "list", "--json").stdout)}
     assert (listed[job], listed[other]) == ("COMPLETED", "CANCELLED")
     status = json.loads(user.isentrope("jobs", "status", job, "--json").stdout)
-    assert (status["state"], status["nodes"], status["limit"]) == ("COMPLETED", nodes, "01:00:00")
+    assert (status["state"], status["nodes"], status["limit"]) == ("COMPLETED", "n1", "01:00:00")
     assert re.fullmatch(r"00:\d\d:\d\d", status["elapsed"])
