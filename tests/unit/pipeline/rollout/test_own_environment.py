@@ -95,7 +95,7 @@ def test_whatever_it_does_ends_its_own_episode_alone(tmp_path):
         ({"do": "", "reward": "1.0"}, "environment_error", "gave a str as reward", 0.0),
         ({"do": ""}, "done", "", 1.0),
     ]
-    episodes = Episodes(config(tmp_path, turn_timeout_s=8.0), load_tokenizer(FOLDER), engine.stream)
+    episodes = Episodes(config(tmp_path, turn_timeout_s=15.0), load_tokenizer(FOLDER), engine.stream)
     started = time.monotonic()
     try:
         groups = episodes.generate([asked(**meta) for meta, *_ in cases])
