@@ -112,6 +112,19 @@ def test_no_signal():
     assert said(events) == [(19, "no_signal", "begin"), (31, "no_signal", "end")]
 
 
+@pytest.mark.parametrize(("term", "alerts"), [(1.0, [(48, "begin"), (96, "end")]), (0.1, []), (0.0, [])])
+def test_few_positives_matter_where_the_term_is_their_mean(term, alerts):
+    """0.1: the mean is over all answers; 0: there is no such term."""
+    metrics = {"mismatch_kl": 5e-4, "positive_term": term}
+    events = [
+        steps(40, metrics=metrics),
+        steps(40, 40, metrics=metrics, positives=3),
+        steps(40, 80, metrics=metrics, positives=9),
+    ]
+    # below 6 with the 9th 3 among twenty; above 8 with the 17th 9
+    assert said(sum(events, [])) == [(step, "few_positives", state) for step, state in alerts]
+
+
 def test_unjudged():
     events = [*steps(10, unjudged=0.05), *steps(3, 10, unjudged=0.06), *steps(20, 13, unjudged=0.0)]
     assert said(events) == [(10, "unjudged", "begin"), (22, "unjudged", "end")]
