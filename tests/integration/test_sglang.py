@@ -200,6 +200,21 @@ def test_an_engine_that_has_left_its_memory_serves_again_after_the_next_update(e
     assert_agrees(engine.generate(REQUESTS), decoder_of(family, 10))
 
 
+def test_the_memory_is_left_once_nothing_runs(endless):
+    engine = endless
+    push(engine, "llama", 11)
+    groups = []
+    running = threading.Thread(target=lambda: groups.extend(engine.generate([generate_request([4], 1, new=450)])))
+    running.start()
+    while not running_on(engine):
+        time.sleep(0.05)
+    engine.release()
+    running.join(200)
+    assert len(groups[0].samples[0].token_ids) == 450
+    push(engine, "llama", 12)
+    assert_agrees(engine.generate(REQUESTS), decoder_of("llama", 12))
+
+
 def test_a_sample_that_lives_through_an_update_carries_spans(endless):
     engine = endless
     push(engine, "llama", 20)

@@ -170,12 +170,18 @@ class SglangEngine(RolloutEngine):
                     yield finished
 
     def release(self) -> None:
-        """Have the server leave its GPU memory (SGLang's memory saver). What its weights were is lost."""
+        """Have the server leave its GPU memory (SGLang's memory saver), once nothing runs. Its weights are lost.
+
+        Asked in the moment between its last reply and its next look at the queue, SGLang would end on an assertion
+        (``release_memory_occupation`` in srt/managers/scheduler_components/weight_updater.py). Flushing the cache waits.
+        """
         if self._released:
             return
         self._version, self._session = None, None
         with self._phase("release"):
-            self._up[0].post("/release_memory_occupation", tags=_MEMORY, timeout_s=self._deadline().remaining_s())
+            server, deadline = self._up[0], self._deadline()
+            server.post(f"/flush_cache?timeout={deadline.remaining_s():.3f}", timeout_s=deadline.remaining_s())
+            server.post("/release_memory_occupation", tags=_MEMORY, timeout_s=deadline.remaining_s())
             self._released = list(_MEMORY)
 
     def begin_update(self, version: int) -> None:
