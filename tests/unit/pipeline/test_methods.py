@@ -126,8 +126,8 @@ import json, sys
 import pipeline.entropy.actuators, pipeline.entropy.controllers
 pipeline.entropy.actuators.__path__.append(sys.argv[1] + "/actuators")
 pipeline.entropy.controllers.__path__.append(sys.argv[1] + "/controllers")
-from pipeline.config.schema import ACTUATORS, CONTROLLERS, EntropyConfig
-from pipeline.config.entropy_rules import controller_problems
+from pipeline.config.schema import ACTUATORS, CONTROLLERS, EntropyConfig, RunConfig
+from pipeline.config.entropy_rules import entropy_problems
 from pipeline.entropy.plant import SCENARIOS, simulate
 from pipeline.methods import all_methods
 
@@ -135,13 +135,13 @@ def commands(controller):
     trace = simulate(EntropyConfig(controller=controller, actuator="toy_actuator"), SCENARIOS["nominal"], 0)
     return [float(command) for command in trace.commands]
 
-strange = EntropyConfig(controller="toy_controller", actuator="tok")
+strange = RunConfig(entropy=EntropyConfig(controller="toy_controller", actuator="tok"))
 print(json.dumps({
     "choices": [*ACTUATORS, *CONTROLLERS],
     "rules": {name: method.rule for name, method in all_methods().items()},
     "toy": commands("toy_controller"),
     "pi": commands("pi"),
-    "problems": [problem.remedy for problem in controller_problems(strange, 8)],
+    "problems": [problem.remedy for problem in entropy_problems(strange)],
 }))
 """
 
