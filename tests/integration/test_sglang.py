@@ -164,7 +164,7 @@ def test_a_server_at_work_answers_every_look_and_its_figures_move(endless):
     figures = []
     while running.is_alive():
         assert liveness.look() == ""
-        assert liveness._silent_s == 0
+        assert liveness._silent_s < 20, "a busy machine may miss a look or two, not all"
         figures.append(liveness._figures[0])
     running.join()
     assert max(load["num_running_reqs"] for load in figures) > 0

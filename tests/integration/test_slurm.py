@@ -393,9 +393,8 @@ def test_a_local_launch_survives_a_driver_that_hangs(user):
 
 @APART
 def test_a_crash_loop_stops_with_its_reason(user):
-    user.run_dir("crash").mkdir(parents=True)
-    (user.run_dir("crash") / "samples").write_text("a file where the run needs a folder")
-    job, run_dir = user.launch("crash", "cluster.attempts_without_progress=2", *ONE_NODE)
+    broken = "cluster.env={OMP_NUM_THREADS: 1, GLOO_SOCKET_IFNAME: nowhere}"
+    job, run_dir = user.launch("crash", "cluster.attempts_without_progress=2", broken, *ONE_NODE)
     user.end(job, "FAILED", run_dir=run_dir)
     assert [attempt["end"] for attempt in attempts(run_dir)] == ["again", "again"]
     assert "2 attempts in a row did not get beyond step 0:" in user.log(run_dir)

@@ -283,16 +283,14 @@ def test_ctrl_c_while_the_run_starts_ends_in_its_first_checkpoint(tmp_path):
     assert (run_dir / "checkpoints/step-00000000/manifest.json").is_file()
 
 
-@pytest.mark.parametrize(
-    ("number", "runtime"), [(signal.SIGTERM, INLINE), (signal.SIGINT, [])], ids=["SIGTERM", "ctrl-C"]
-)
-def test_a_signal_ends_a_local_launch_in_a_checkpoint(tmp_path, number, runtime):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "ctrl-C"])
+def test_a_signal_ends_a_local_launch_in_a_checkpoint(tmp_path, number):
     """SIGTERM goes to the command alone, ctrl-C to every process of the terminal's job.
 
     Neither is answered by a new attempt.
     """
     run_dir = tmp_path / "run"
-    process = launch(run_dir, "steps=2000", *runtime, by=("launch", "local"), start_new_session=True)
+    process = launch(run_dir, "steps=2000", by=("launch", "local"), start_new_session=True)
     wait_for_steps(process, run_dir, 2)
     (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
     output, _ = process.communicate(timeout=240)
