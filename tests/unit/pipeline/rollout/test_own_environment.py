@@ -110,7 +110,10 @@ def test_whatever_it_does_ends_its_own_episode_alone(tmp_path):
         assert bool(error) == bool(sample.verifier_error)
         assert group.prompt.token_ids == ()
         assert not sample.drawn[0]  # the conversation is there from its first token on
-    assert "sleep 61" not in os.popen("ps -eo args").read().replace("grep", "")
+    deadline = time.monotonic() + 30  # a guard kills what a dead process left, in its turn
+    while "sleep 61" in os.popen("ps -eo args").read():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
     (plain,) = engine.generate([asked(do="")])
     first = groups[-1].samples[0]
     assert first.token_ids.tolist() == [*asked().prompt.token_ids, *plain.samples[0].token_ids.tolist()]
