@@ -172,8 +172,9 @@ class SglangEngine(RolloutEngine):
     def release(self) -> None:
         """Have the server leave its GPU memory (SGLang's memory saver), once nothing runs. Its weights are lost.
 
-        Asked in the moment between its last reply and its next look at the queue, SGLang would end on an assertion
-        (``release_memory_occupation`` in srt/managers/scheduler_components/weight_updater.py). Flushing the cache waits.
+        Asked between its last reply and its next look at the queue, SGLang would end on an assertion
+        (``release_memory_occupation`` in srt/managers/scheduler_components/weight_updater.py). A flush of its cache
+        waits.
         """
         if self._released:
             return

@@ -117,12 +117,12 @@ def test_few_positives_matter_where_the_term_is_their_mean(term, alerts):
     """0.1: the mean is over all answers; 0: there is no such term."""
     metrics = {"mismatch_kl": 5e-4, "positive_term": term}
     events = [
-        steps(40, metrics=metrics),
-        steps(40, 40, metrics=metrics, positives=3),
-        steps(40, 80, metrics=metrics, positives=9),
+        *steps(40, metrics=metrics),
+        *steps(40, 40, metrics=metrics, positives=3),
+        *steps(40, 80, metrics=metrics, positives=9),
     ]
     # below 6 with the 9th 3 among twenty; above 8 with the 17th 9
-    assert said(sum(events, [])) == [(step, "few_positives", state) for step, state in alerts]
+    assert said(events) == [(step, "few_positives", state) for step, state in alerts]
 
 
 def test_unjudged():
