@@ -254,7 +254,7 @@ def test_abort_returns_partial_samples(request, endless, waiting):
     running.join(200)
     assert not running.is_alive()
     samples = [sample for group in groups for sample in group.samples]
-    assert any(sample.finish_reason == "abort" for sample in samples)
+    assert any(sample.finish_reason == "abort" and len(sample.token_ids) < 450 for sample in samples)
     assert len(samples) == 16 * count
     if waiting:
         unsent = [sample for sample in samples if len(sample.token_ids) == 0]
@@ -263,8 +263,7 @@ def test_abort_returns_partial_samples(request, endless, waiting):
         version = engine.health().weight_version
         assert {sample.weight_versions[0].version for sample in samples} == {version}
     for sample in samples:
-        assert sample.finish_reason != "abort" or len(sample.token_ids) < 450
-        assert len(sample.token_ids) == len(sample.log_probs)
+        assert len(sample.token_ids) == len(sample.log_probs) <= 450
     assert engine.generate(REQUESTS)[0].samples[0].finish_reason != "abort"
 
 
