@@ -48,7 +48,8 @@ NEEDS = {
 }
 STEPS = 45  # reading_noise looks at windows of 20
 
-pytestmark = pytest.mark.xdist_group("benches")
+# overlap starts three servers, 80 s on an idle machine and 300 s beside two other workers
+pytestmark = [pytest.mark.xdist_group("benches"), pytest.mark.timeout(600)]
 
 
 def test_every_benchmark_is_listed():
@@ -99,7 +100,7 @@ def test_the_plan_brings_a_live_server_its_slices_and_no_other_byte(tmp_path):
     words.append(f"{tmp_path}/figures")
     process = FORKS.Process(target=bench, args=("weight_sync", words, tmp_path / "said"))
     process.start()
-    process.join(280)
+    process.join(560)
     process.kill()
     process.join()
     assert process.exitcode == 0, (tmp_path / "said").read_text()[-3000:]
@@ -120,7 +121,7 @@ def test_a_benchmark_runs(name, request, tmp_path):
         given = given.replace("RUNS", str(request.getfixturevalue("runs")))
     process = FORKS.Process(target=bench, args=(name, given.split(), tmp_path / "said"))
     process.start()
-    process.join(280)
+    process.join(560)
     process.kill()  # one that is still at it; of one that has ended nothing is left to kill
     process.join()
     said = (tmp_path / "said").read_text()
