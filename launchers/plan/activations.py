@@ -81,16 +81,13 @@ def _adapters(work: Work, index: int, where: str) -> float:
 
     Beside them the layer is counted as if it were trained: what its norms keep less is not subtracted.
     """
-    total = 0.0
+    total, moe = 0.0, work.model.moe
     for each in work.layer_adapters.get(index, ()):
         if where in each.base.parameter:
-            tokens = work.tokens if each.base.split == 0 else work.norm_tokens
-            parts = work.tp
-            if each.base.expert is not None and work.model.moe:
-                tokens, parts = (
-                    _dispatched(work, work.model.moe) * work.grid.ep / work.model.moe.experts,
-                    work.grid.expert_tp,
-                )
+            if moe is not None and each.base.expert is not None:
+                tokens, parts = _dispatched(work, moe) * work.grid.ep / moe.experts, work.grid.expert_tp
+            else:
+                tokens, parts = work.tokens if each.base.split == 0 else work.norm_tokens, work.tp
             width = len(each.sources) * work.learner.lora.rank
             blocks = each.b.local_shape(parts)[0] if len(each.base.sources) > 1 else 0
             total += (tokens + blocks) * width * work.itemsize

@@ -76,7 +76,7 @@ class StepRecord:
     @property
     def controlled(self) -> float:
         """The reading that the band is of, nats per token; NaN where this step has none."""
-        found = controlled(self.to_dict())
+        found = _controlled(self.band_of, self.entropy, self.metrics)
         return math.nan if found is None else found
 
     def to_dict(self) -> dict[str, Any]:
@@ -91,9 +91,11 @@ def controlled(event: Mapping[str, Any]) -> Number:
     The repeated prompts' where ``entropy.band_of=repeated``, else the entropy of the step's own rows. Everything that
     is compared with a band reads this one: tracking figures, alerts, charts, reports.
     """
-    if event.get("band_of") == "repeated":
-        return event.get("metrics", {}).get("entropy_repeated")
-    return event["entropy"]
+    return _controlled(event.get("band_of", "step"), event["entropy"], event.get("metrics", {}))
+
+
+def _controlled(band_of: str, entropy: Number, metrics: Mapping[str, Number]) -> Number:
+    return metrics.get("entropy_repeated") if band_of == "repeated" else entropy
 
 
 class DamagedLineError(ValueError):
