@@ -86,26 +86,23 @@ def _auto(config: RunConfig) -> Iterator[Problem]:
 
 
 def _limits(entropy: EntropyConfig) -> Iterator[Problem]:
+    actuator = load(ACTUATORS, entropy.actuator).ACTUATOR
     low, high = entropy.command_min, entropy.command_max
     if low == 0 and high == 0:
         return
-    actuator = load(ACTUATORS, entropy.actuator).ACTUATOR
+    if not actuator.signed:  # 0 is no limit that one chooses: it stands for the actuator's own
+        low, high = low or actuator.lower, high or actuator.upper
+    span = f"[{low:g}, {high:g}]"
     if low >= high:
+        remedy = f"set both, e.g. command_min={actuator.lower:g} and command_max={actuator.upper:g}, which are its own"
         yield Problem(
-            "entropy.command_min", low, f"not below entropy.command_max ({high:g})", "swap or widen the limits"
+            "entropy.command_min", entropy.command_min, f"{entropy.actuator}'s limits {span} leave no room", remedy
         )
-    elif actuator.temperature and low <= 0:
+    elif actuator.temperature and not 0 < low <= 1 <= high:
         yield Problem(
             "entropy.command_min",
             low,
-            f"{entropy.actuator}'s command is a temperature, which is above 0",
-            "choose limits with 0 < command_min <= 1 <= command_max, e.g. 0.8 and 1.2",
-        )
-    elif actuator.temperature and not low <= 1 <= high:
-        yield Problem(
-            "entropy.command_min",
-            low,
-            f"the temperature range [{low:g}, {high:g}] does not contain 1, the actuator's rest",
+            f"the temperature range {span} is not above 0 or does not contain 1, the rest of {entropy.actuator}",
             "choose limits with 0 < command_min <= 1 <= command_max, e.g. 0.8 and 1.2",
         )
     elif not (actuator.temperature or actuator.signed) and low < 0:

@@ -830,11 +830,11 @@ class EntropyConfig:
     command: float = key(0.0, "controller=constant: the actuator's command, in its own unit", range=NOT_NEGATIVE)
     command_min: float = key(
         0.0,
-        "lower limit of the command, below 0 for high_prob and surprisal only; 0 with command_max 0: "
-        "default of the actuator",
+        "lower limit of the command, below 0 for high_prob and surprisal only; 0: the law's or the actuator's own "
+        "(for those two: only if command_max is 0 too, else 0 is the limit)",
         range=Range(-1),
     )
-    command_max: float = key(0.0, "upper limit of the command", range=NOT_NEGATIVE)
+    command_max: float = key(0.0, "upper limit of the command; 0: as for command_min", range=NOT_NEGATIVE)
     repeated_prompts: int = key(
         0,
         "held-out prompts answered once at every step with the same seeds: their entropy varies by 1 % "

@@ -85,6 +85,11 @@ def acting(config: EntropyConfig) -> Actuator | None:
 
 
 def command_limits(config: EntropyConfig, default: tuple[float, float]) -> tuple[float, float]:
-    """Configured limits of the command, or ``default`` where both keys are 0; ``entropy_rules`` has checked them."""
-    given = (config.command_min, config.command_max)
-    return default if given == (0, 0) else given
+    """Limits of the command: those configured, and ``default``'s where a key is 0. ``entropy_rules`` checked them.
+
+    For a ``signed`` actuator 0 is a limit like any other, unless both keys are 0.
+    """
+    lower, upper = config.command_min, config.command_max
+    if actuator_of(config).signed and (lower or upper):
+        return lower, upper
+    return lower or default[0], upper or default[1]

@@ -223,12 +223,19 @@ BROKEN = {
         "entropy.band.points",
         "do not increase",
     ),
-    "limits": (["entropy.command_min=2", "entropy.command_max=1"], "entropy.command_min", "not below"),
+    "limits": (["entropy.command_min=2", "entropy.command_max=1"], "entropy.command_min", "leave no room"),
+    "limits beside the actuator's own": (["entropy.command_min=7"], "entropy.command_min", "[7, 6]"),
+    "a limit that is 0": (
+        ["entropy.actuator=high_prob", "entropy.command_min=0.5"],
+        "entropy.command_min",
+        "limits [0.5, 0] leave no room",
+    ),
+    "fc does not cool": (["entropy.actuator=fc", "entropy.command_max=1"], "entropy.command_min", "[1, 1]"),
     "T range": (["entropy.command_min=1.1", "entropy.command_max=1.5"], "entropy.command_min", "does not contain 1"),
     "T below 0": (
-        ["entropy.actuator=resample", "entropy.command_max=1.3"],
+        ["entropy.actuator=resample", "entropy.command_min=-1"],
         "entropy.command_min",
-        "is a temperature, which is above 0",
+        "is not above 0",
     ),
     "rest": (
         ["entropy.actuator=tok", "entropy.command_min=1", "entropy.command_max=3"],

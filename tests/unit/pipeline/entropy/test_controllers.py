@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.config.load import load_config
 from pipeline.config.schema import ACTUATORS, BandConfig, EntropyConfig, PiConfig
-from pipeline.entropy.actuator import actuator_called
+from pipeline.entropy.actuator import actuator_called, actuator_of, command_limits
 from pipeline.entropy.band import build_band
 from pipeline.entropy.factory import build_controller
 from pipeline.types import EntropyReading
@@ -442,6 +442,25 @@ def test_configured_limits_bind():
         assert min(commands) == 0.9 or law == "pi"
         assert max(commands) == 1.1
         assert min(commands) >= 0.9
+
+
+@pytest.mark.parametrize(
+    ("given", "limits"),
+    [
+        ({"command_min": 0.5}, (0.5, 6.0)),
+        ({"command_max": 3.0}, (1.0, 3.0)),
+        ({"actuator": "tok", "command_max": 6.0}, (0.0, 6.0)),
+        ({"actuator": "high_prob"}, (-1.0, 1.0)),
+        ({"actuator": "high_prob", "command_max": 0.5}, (0.0, 0.5)),
+        ({"actuator": "surprisal", "command_min": -0.01}, (-0.01, 0.0)),
+    ],
+)
+def test_a_limit_that_is_not_set_is_the_actuators_own(given, limits):
+    """But for the two whose command has a sign: there 0 is a limit."""
+    overrides = [f"entropy.{key}={value}" for key, value in given.items()]
+    entropy = load_config(Path("recipe/pm4.yaml"), ["entropy.actuator=reweight", *overrides]).entropy
+    actuator = actuator_of(entropy)
+    assert command_limits(entropy, (actuator.lower, actuator.upper)) == limits
 
 
 def test_an_actuator_of_both_signs_takes_limits_of_both():
