@@ -81,8 +81,12 @@ def leaf_keys(schema: type = RunConfig) -> dict[str, Key]:
 
 def free_form_key(name: str, schema: type) -> Key | None:
     """The key whose mapping ``name`` is an entry of, if there is one."""
-    keys = schema_keys(schema).values()
-    return next((key for key in keys if key.free_form and name.startswith(f"{key.name}.")), None)
+    return next((key for key in _free_form_keys(schema) if name.startswith(f"{key.name}.")), None)
+
+
+@lru_cache
+def _free_form_keys(schema: type) -> tuple[Key, ...]:
+    return tuple(key for key in schema_keys(schema).values() if key.free_form)
 
 
 def _walk(section: Any, prefix: str) -> Iterator[Key]:

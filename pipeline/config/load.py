@@ -10,9 +10,9 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import pickle
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import asdict, dataclass, is_dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -257,28 +257,22 @@ def _parse_override(text: str, schema: type) -> Iterator[Assignment]:
 
 def _build(assignments: Sequence[Assignment], schema: type) -> Any:
     """Apply the assignments in order to the schema's defaults."""
-    tree = deepcopy(_defaults(schema))
+    tree: DictConfig = pickle.loads(_defaults(schema))
     problems = [problem for assignment in assignments if (problem := _apply(tree, assignment, schema)) is not None]
     if problems:
         raise ConfigError.of(problems)
     try:
-        missing = sorted(OmegaConf.missing_keys(tree))
-        config = None if missing else OmegaConf.to_object(tree)
+        config = OmegaConf.to_object(tree)
     except (OmegaConfBaseException, RecursionError) as error:
-        raise _bad_reference(error, assignments) from error
-    if missing:
-        keys = schema_keys(schema)
-        raise ConfigError.of(
-            [Problem(key, None, "a value is required", f"set {key}: {keys[key].help}") for key in missing]
-        )
+        raise _incomplete(tree, assignments, schema) or _bad_reference(error, assignments) from error
     assert isinstance(config, schema)
     return config
 
 
 @lru_cache
-def _defaults(schema: type) -> DictConfig:
-    """The schema's defaults. Making them takes 45 ms, copying them 6."""
-    return OmegaConf.structured(schema)
+def _defaults(schema: type) -> bytes:
+    """The schema's defaults, pickled. Making them takes 45 ms, unpickling them 1.4, and ``deepcopy`` would take 7."""
+    return pickle.dumps(OmegaConf.structured(schema))
 
 
 def _apply(tree: DictConfig, assignment: Assignment, schema: type) -> Problem | None:
@@ -309,6 +303,17 @@ def _apply(tree: DictConfig, assignment: Assignment, schema: type) -> Problem | 
         remedy = "refer to another key as ${other.key}, or write \\${ for the two characters themselves"
         return Problem(key, value, "holds ${, which begins a reference, and is none", remedy, source)
     return None
+
+
+def _incomplete(tree: DictConfig, assignments: Sequence[Assignment], schema: type) -> ConfigError | None:
+    """Every value that is required and not given, or a reference on the way to one that leads nowhere."""
+    try:
+        missing = sorted(OmegaConf.missing_keys(tree))
+    except (OmegaConfBaseException, RecursionError) as error:
+        return _bad_reference(error, assignments)
+    keys = schema_keys(schema)
+    problems = [Problem(key, None, "a value is required", f"set {key}: {keys[key].help}") for key in missing]
+    return ConfigError.of(problems) if problems else None
 
 
 def _bad_reference(error: Exception, assignments: Sequence[Assignment]) -> ConfigError:

@@ -111,7 +111,8 @@ class Recorder:
 
         ``checkpoint``: what the run resumes from, if there is one. From here on config.yaml is this run's.
         """
-        self._write_config()
+        known_by = config_hash(self._config)
+        self._write_config(known_by)
         opened, self._done = EventLog(self.run_dir / FILE_NAME), step
         past = in_force(event for event in EventReader(opened.path) if event["kind"] != "step")
         saved = [event["step"] for event in past if event["kind"] == "checkpoint"]
@@ -128,7 +129,7 @@ class Recorder:
             name=self._config.name,
             seed=self._config.seed,
             steps=self._config.steps,
-            config_hash=config_hash(self._config),
+            config_hash=known_by,
             prompts=self._prompts,
             versions=versions(),
             attempt=len(starts) + 1,
@@ -208,8 +209,8 @@ class Recorder:
                 self._log.close()
                 self._log = None
 
-    def _write_config(self) -> None:
-        header = f"# Resolved configuration. Hash (without name and run_dir): {config_hash(self._config)}\n"
+    def _write_config(self, known_by: str) -> None:
+        header = f"# Resolved configuration. Hash (without name and run_dir): {known_by}\n"
         written = self.run_dir / ".config.yaml"
         written.write_text(header + to_yaml(self._config))
         written.replace(self.run_dir / "config.yaml")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def load_rules(config: AlertsConfig) -> tuple[Rule, ...]:
     rules, problems = {}, []
     for name, path in sorted(paths.items()):
         try:
-            rules[name] = Rule(name, load(RuleConfig, path, (), lambda rule: list(problems_of(rule))), path)
+            rules[name] = _shipped(path) if path.is_relative_to(SHIPPED) else _read(path)
         except ConfigError as error:
             problems += [_from_file(problem, path) for problem in error.problems]
     problems += [_unknown_name("monitoring.alerts.off", name, paths, "") for name in config.off if name not in paths]
@@ -87,6 +87,13 @@ def load_rules(config: AlertsConfig) -> tuple[Rule, ...]:
     if problems:
         raise ConfigError.of(problems)
     return _in_order({name: rule for name, rule in rules.items() if name not in config.off})
+
+
+def _read(path: Path) -> Rule:
+    return Rule(path.stem, load(RuleConfig, path, (), lambda rule: list(problems_of(rule))), path)
+
+
+_shipped = lru_cache(_read)  # they never change; reading them all takes half a second
 
 
 def _user_files(folder: str) -> list[Path]:
