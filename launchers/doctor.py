@@ -2,8 +2,6 @@
 
 No configuration is needed.
 
-Needs no configuration.
-
 Imports nothing of Isentrope: a launch sends this file alone to the cluster's Python (``launchers.plan.site``).
 """
 

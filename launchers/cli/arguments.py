@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -29,7 +30,14 @@ MEAN_RESPONSE = typer.Option(
     min=0,
     help="Average response tokens, for the predicted times; 0: 0.3 x rollout.max_new_tokens.",
 )
+NODES = typer.Option(None, "--nodes", min=1, help="Nodes; default: the cluster file's, or as many as the run needs.")
 JSON = typer.Option(False, "--json", help="Print one JSON document on stdout.")
+
+
+def either(config: Path | None, run: Path | None, option: str = "--run RUN") -> None:
+    """Raise ``BadParameter`` unless one of ``--config`` and ``option`` is given."""
+    if (config is None) == (run is None):
+        raise typer.BadParameter(f"give either --config FILE or {option}")
 
 
 def print_result(result: Mapping[str, Any], as_json: bool) -> None:

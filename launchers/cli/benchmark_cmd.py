@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import typer
 from rich.table import Table
 
-from launchers.cli.arguments import CONFIG, JSON
+from launchers.cli.arguments import CONFIG, JSON, either
 from launchers.cli.terminal import say
 from pipeline.monitoring.console import CleanConsole
 
@@ -99,8 +101,7 @@ def run(
     from pipeline.evaluation.benchmark_run import DECODINGS
     from pipeline.evaluation.benchmarks import benchmark
 
-    if (config is None) == (of_run is None):
-        raise typer.BadParameter("give either --config FILE or --run RUN")
+    either(config, of_run)
     if decoding not in DECODINGS:
         raise typer.BadParameter(f"--decoding {decoding}: use {' or '.join(DECODINGS)}")
     for name in names:
@@ -116,8 +117,8 @@ def run(
         part = Shard.parse(shard)
     except ValueError:
         raise typer.BadParameter(f"--shard {shard}: must read I/N with 0 <= I < N, e.g. 0/4") from None
-    with _Progress() as progress:
-        answer_benchmarks(names, resolved, of_run, data, out, decoding, samples, part, progress.show)
+    with _bars() as show:
+        answer_benchmarks(names, resolved, of_run, data, out, decoding, samples, part, show)
     _print([entry for entry in results(out) if entry["benchmark"] in names], as_json)
 
 
@@ -134,27 +135,22 @@ def report(out: Path = OUT, as_json: bool = JSON) -> None:
     _print(results(out), as_json)
 
 
-class _Progress:
-    """One bar per benchmark, on stderr."""
+@contextmanager
+def _bars() -> Iterator[Callable[[str, int, int], None]]:
+    """One bar per benchmark, on stderr; the function is told the name, how many questions are answered, and of how
+    many.
+    """
+    from rich.progress import Progress
 
-    def __init__(self) -> None:
-        from rich.progress import Progress
+    with Progress(console=CleanConsole(stderr=True)) as bars:
+        tasks: dict[str, Any] = {}
 
-        self._bars = Progress(console=CleanConsole(stderr=True))
-        self._tasks: dict[str, Any] = {}
+        def show(name: str, done: int, count: int) -> None:
+            if name not in tasks:
+                tasks[name] = bars.add_task(name, total=count)
+            bars.update(tasks[name], completed=done)
 
-    def __enter__(self) -> _Progress:
-        self._bars.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bars.stop()
-
-    def show(self, name: str, done: int, count: int) -> None:
-        """``done`` of ``count`` questions of ``name`` are answered."""
-        if name not in self._tasks:
-            self._tasks[name] = self._bars.add_task(name, total=count)
-        self._bars.update(self._tasks[name], completed=done)
+        yield show
 
 
 def _print(entries: list[dict[str, Any]], as_json: bool) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import typer
 
-from launchers.cli.arguments import JSON, print_result
+from launchers.cli.arguments import JSON, USAGE_ERROR, print_result
 from launchers.cli.terminal import say
 from pipeline.units import GIB
 
@@ -121,7 +121,7 @@ def _usage_errors() -> Iterator[None]:
         for key, option in _OPTIONS.items():
             message = message.replace(key, option)
         say(f"error: {message}", err=True)
-        raise typer.Exit(2) from error
+        raise typer.Exit(USAGE_ERROR) from error
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from launchers.cli.arguments import CONFIG, JSON, OVERRIDES
+from launchers.cli.arguments import CONFIG, JSON, OVERRIDES, either
 from launchers.cli.terminal import say
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def probe(
       isentrope entropy probe --config configs/quickstart.yaml runtime=inline learner.tensor_model_parallel_size=1 \\
         -t 0.8 -t 1.2
     """
+    either(config, run)
     resolved = _resolved(config, run, overrides)
     if min(temperatures) <= 0:
         raise typer.BadParameter(f"--temperatures {min(temperatures):g}: must be above 0")
@@ -246,8 +247,6 @@ def _more_evaluations(history: RunHistory, k: int) -> str:
 def _resolved(config: Path | None, run: Path | None, overrides: list[str]) -> RunConfig:
     from pipeline.config.load import load_config
 
-    if (config is None) == (run is None):
-        raise typer.BadParameter("give either --config FILE or a run folder")
     return load_config(run / "config.yaml" if run else config, overrides)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from launchers.cli.arguments import CONFIG, JSON, OVERRIDES, print_result
+from launchers.cli.arguments import CONFIG, JSON, OVERRIDES, either, print_result
 
 
 def evaluate(
@@ -25,8 +25,7 @@ def evaluate(
     """
     from pipeline.config.load import load_config
 
-    if (config is None) == (run is None):
-        raise typer.BadParameter("give either --config FILE or --run RUN")
+    either(config, run)
     resolved = load_config(run / "config.yaml" if run else config, overrides)
     from launchers.run import assemble  # torch, Ray: only once the configuration is known to be good
 

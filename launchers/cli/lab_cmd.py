@@ -6,6 +6,8 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -80,8 +82,8 @@ def run(
     if missing and not (suite or methods):
         _confirm()
     out.mkdir(parents=True, exist_ok=True)
-    with _Bar(len(needed)) as bar:
-        outcomes = run_matrix(matrix, workers, bar.show)
+    with _bar(len(needed)) as done:
+        outcomes = run_matrix(matrix, workers, done)
     result = write_report(wanted, matrix, outcomes, out)
     say(json.dumps(result) if as_json else (out / "lab.md").read_text())
     if result["failed"]:
@@ -109,34 +111,26 @@ def _confirm() -> None:
         raise typer.Exit
 
 
-class _Bar:
-    """Runs done, on stderr; a line for each that failed."""
+@contextmanager
+def _bar(count: int) -> Iterator[Callable[[Outcome], None]]:
+    """Runs done, on stderr, and a line for each that failed; the function is told of each that has ended."""
+    from rich.progress import (  # takes as long to load as all else of the command line
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    def __init__(self, count: int) -> None:
-        from rich.progress import (  # takes as long to load as all else of the command line
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+    columns = TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=CleanConsole(stderr=True)) as bar:
+        task = bar.add_task("runs", total=count)
 
-        columns = TextColumn("runs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-        self._bar = Progress(*columns, console=CleanConsole(stderr=True))
-        self._task = self._bar.add_task("runs", total=count)
+        def done(outcome: Outcome) -> None:
+            if outcome.error:
+                failed = f"{outcome.cell.method}, seed {outcome.cell.seed}: {outcome.error}"
+                bar.console.print(failed, markup=False, soft_wrap=True)
+            bar.advance(task)
 
-    def __enter__(self) -> _Bar:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.stop()
-
-    def show(self, outcome: Outcome) -> None:
-        """One more has ended."""
-        if outcome.error:
-            self._bar.console.print(
-                f"{outcome.cell.method}, seed {outcome.cell.seed}: {outcome.error}", markup=False, soft_wrap=True
-            )
-        self._bar.advance(self._task)
+        yield done

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from launchers.cli.arguments import CONFIG, MEAN_RESPONSE, OVERRIDES
+from launchers.cli.arguments import CONFIG, MEAN_RESPONSE, NODES, OVERRIDES, either
 from launchers.cli.jobs_cmd import follow
 from launchers.cli.terminal import say
 from pipeline.config.errors import ConfigError
@@ -30,9 +30,7 @@ def slurm(
     config: Path | None = CONFIG,
     overrides: list[str] = OVERRIDES,
     cluster: Path = typer.Option(..., "--cluster", help="Cluster file, e.g. a copy of configs/cluster/plain.yaml."),
-    nodes: int | None = typer.Option(
-        None, "--nodes", min=1, help="Nodes; default: the cluster file's, or as many as the run needs."
-    ),
+    nodes: int | None = NODES,
     resume: Path | None = RESUME,
     dry_run: bool = DRY_RUN,
     mean_response: int = MEAN_RESPONSE,
@@ -59,7 +57,7 @@ def slurm(
 
     of_run, of_cluster = split_overrides(overrides)
     described = load_cluster(cluster, of_cluster)
-    _one_of(config, resume)
+    either(config, resume, "--resume RUN")
     with prepared(
         config, of_run, described, nodes=nodes, resume=resume, submits=not dry_run, mean_response=mean_response
     ) as setting:
@@ -104,7 +102,7 @@ def local(
     from launchers.supervise.local import supervise
     from pipeline.config.load import to_yaml
 
-    _one_of(config, resume)
+    either(config, resume, "--resume RUN")
     with prepared(config, overrides, None, resume=resume, submits=not dry_run) as setting:
         _show(setting)
     resolved, run_dir = setting.config, setting.run_dir
@@ -117,11 +115,6 @@ def local(
         say(f"go on with: isentrope launch local --resume {shlex.quote(str(run_dir))}", err=True)
     if verdict in ("failed", "cancelled"):
         raise typer.Exit(1)
-
-
-def _one_of(config: Path | None, resume: Path | None) -> None:
-    if (config is None) == (resume is None):
-        raise typer.BadParameter("give either --config FILE or --resume RUN")
 
 
 def _show(setting: Setting) -> None:

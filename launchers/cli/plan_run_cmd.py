@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from launchers.cli.arguments import MEAN_RESPONSE, OVERRIDES
+from launchers.cli.arguments import MEAN_RESPONSE, NODES, OVERRIDES
 from launchers.cli.terminal import say
 
 
@@ -16,9 +16,7 @@ def run(
     ),
     overrides: list[str] = OVERRIDES,
     cluster: Path | None = typer.Option(None, "--cluster", help="Cluster file; without it, this machine."),
-    nodes: int | None = typer.Option(
-        None, "--nodes", min=1, help="Nodes; default: the cluster file's, or as many as the run needs."
-    ),
+    nodes: int | None = NODES,
     mean_response: int = MEAN_RESPONSE,
 ) -> None:
     """Say in words what a run will do, step by step and node by node, and check that it can. Exits with 2 if it cannot.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from launchers.cli.arguments import CONFIG, JSON, OVERRIDES, print_result
+from launchers.cli.arguments import CONFIG, JSON, OVERRIDES, either, print_result
 from launchers.cli.terminal import say
 from launchers.supervise.signals import stop_requested
 
@@ -32,8 +32,7 @@ def train(
     """
     from pipeline.config.load import load_config
 
-    if (config is None) == (resume is None):
-        raise typer.BadParameter("give either --config FILE or --resume RUN")
+    either(config, resume, "--resume RUN")
     if resume is not None:
         from launchers.run.resume import resumption, run_to_resume
 

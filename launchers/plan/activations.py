@@ -149,9 +149,8 @@ def _linear_size(work: Work, index: int) -> float:
     """Bytes of an entry of a linear layer's input: Transformer Engine keeps it in FP8, without a copy in bf16."""
     precision = work.learner.precision
     inside = not precision.in_bf16(index, work.model.layers)
-    scales = {"blockwise": 4 / FP8_BLOCK, "mxfp8": 1 / 32}.get(
-        precision.fp8_recipe, 0.0
-    )  # per entry, 1 x 128 and 1 x 32
+    per_entry = {"blockwise": 4 / FP8_BLOCK, "mxfp8": 1 / 32}  # 1 x 128 and 1 x 32
+    scales = per_entry.get(precision.fp8_recipe, 0.0)
     return 1 + scales if work.fp8 and inside else work.itemsize
 
 

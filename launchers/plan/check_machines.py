@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from launchers.placement import PlacementError
 from launchers.plan.setting import Setting
 from launchers.plan.words import count
+from launchers.plan.work import resamples
 from pipeline.config.errors import Problem
 
 
@@ -29,8 +30,8 @@ def batch(setting: Setting) -> Iterator[str | Problem]:
         yield f"{words} = {count(math.ceil(per_rank / size), 'micro-batch')} of {size}"
     length = setting.config.longest_row
     yield f"tokens: at most {rows:,} x {length:,} = {rows * length:,} a step, prompts included"
-    if setting.config.entropy.actuator == "resample" and setting.config.entropy.controller != "none":
-        entropy = setting.config.entropy
+    entropy = setting.config.entropy
+    if resamples(entropy):
         more = f"{entropy.auxiliary_prompts} prompts x {entropy.auxiliary_samples}"
         yield f"auxiliary: {more} = {entropy.auxiliary_prompts * entropy.auxiliary_samples:,} further samples at T+"
 

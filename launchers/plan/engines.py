@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from launchers.plan.work import ITEM_SIZES
+from launchers.plan.work import ITEM_SIZES, resamples
 from pipeline.config.schema import RunConfig
 from pipeline.model.architecture import Architecture
 from pipeline.model.fp8_layout import quantised
@@ -92,7 +92,6 @@ class Rollout:
     concurrent: int  # of them at a time
     prefill_seconds: float
     decode_seconds: float
-    memory_bound: bool  # whether decoding waits for memory
     speeds: Speeds
 
     @property
@@ -131,7 +130,6 @@ def rollout(model: Architecture, config: RunConfig, gpu: Gpu, free_gib: float, m
         concurrent=concurrent,
         prefill_seconds=prompts * of.prefill(settings.max_prompt_tokens),
         decode_seconds=passes * of.decode(concurrent, context),
-        memory_bound=of.by_memory(concurrent, context) >= of.by_arithmetic(concurrent, context),
         speeds=of,
     )
 
@@ -142,7 +140,7 @@ def speeds(model: Architecture, config: RunConfig, gpu: Gpu, held: Weights) -> S
     return Speeds(
         dense=held.dense / tp,
         experts=held.experts / tp,
-        unchosen=1 - model.moe.top_k / model.moe.experts if model.moe else 1.0,
+        unchosen=1 - model.moe.chosen if model.moe else 1.0,
         kv_token_bytes=kv_token_bytes(model, tp, _item_size(config)),
         operations=held.operations,
         attention=_attention(model, 1.0),
@@ -158,12 +156,11 @@ def weights(model: Architecture, config: RunConfig) -> Weights:
     experts = [row for row in table if row.expert is not None]
     lookup = [row for row in table if row.parameter.startswith("embedding") and not model.tied]
     dense = [row for row in table if row.expert is None and row not in lookup]
-    chosen = model.moe.top_k / model.moe.experts if model.moe else 0.0
     return Weights(
         dense=_bytes(dense, size, fp8),
         experts=_bytes(experts, size, fp8),
         lookup=_bytes(lookup, size, fp8),
-        operations=2 * (_entries(dense) + _entries(experts) * chosen),
+        operations=2 * (_entries(dense) + _entries(experts) * (model.moe.chosen if model.moe else 0.0)),
     )
 
 
@@ -187,7 +184,7 @@ def _busiest(config: RunConfig) -> tuple[int, int]:
     settings, entropy = config.rollout, config.entropy
     prompts = math.ceil(settings.prompts_per_step / settings.engines)
     samples = prompts * settings.samples_per_prompt
-    if entropy.controller != "none" and entropy.actuator == "resample":
+    if resamples(entropy):
         again = math.ceil(entropy.auxiliary_prompts / settings.engines)
         return samples + again * entropy.auxiliary_samples, prompts + again
     return samples, prompts
@@ -200,8 +197,8 @@ def _attention(model: Architecture, context: float) -> float:
 
 
 def _bytes(part: Iterable[Row], size: int, fp8: bool) -> float:
-    return float(sum(_entries([row]) * (1 if fp8 and quantised(row) else size) for row in part))
+    return float(sum(row.entries * (1 if fp8 and quantised(row) else size) for row in part))
 
 
 def _entries(part: Iterable[Row]) -> int:
-    return sum(math.prod(source.shape) for row in part for source in row.sources)
+    return sum(row.entries for row in part)

@@ -5,7 +5,6 @@ Estimates at stated speeds, not measurements.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import dataclass
 
@@ -113,7 +112,7 @@ def forecast(
 
 def checkpoint_bytes(model: Architecture, config: RunConfig) -> int:
     """Bytes of one checkpoint: weights, optimizer and, with ``objective.kl_coef``, the reference policy."""
-    parameters = sum(math.prod(source.shape) for row in rows(model) for source in row.sources)
+    parameters = sum(row.entries for row in rows(model))
     reference = ITEM_SIZES[config.model.dtype] if config.objective.kl_coef > 0 else 0
     return parameters * (CHECKPOINT_BYTES[config.model.dtype] + reference)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -151,11 +150,7 @@ def _sync(work: Work, stage: int) -> float:
     Engines that share the GPU get theirs through a buffer of what both stages of a bucket bring
     (``pipeline.reshard.handover``), at most about the model.
     """
-    held = sum(
-        math.prod(source.shape) * (_FLOAT if row.float32 else work.itemsize)
-        for row in table(work.model, work.grid)[stage]
-        for source in row.sources
-    )
+    held = sum(row.entries * (_FLOAT if row.float32 else work.itemsize) for row in table(work.model, work.grid)[stage])
     bucket = work.learner.bucket_mib << 20
     handover = min(held * work.grid.pp, 2 * bucket) if work.colocated else 0
     adapted = (entries(work, each.base) for each in work.adapters.values() if each.base.stage == stage)

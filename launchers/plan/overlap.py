@@ -24,6 +24,7 @@ from statistics import NormalDist
 import numpy as np
 
 from launchers.plan.engines import Rollout
+from launchers.plan.work import resamples
 from pipeline.config.schema import RunConfig
 
 SIGMA = 0.8  # of the logarithm of the responses' lengths: a heavy tail; an assumption
@@ -56,7 +57,6 @@ class Prediction:
     step_seconds: float
     learner_waits: float  # share of the time in which the learner neither trains nor sends weights
     engines_wait: float  # share of the engines' time in which they neither decode nor read prompts
-    age: float  # updates between the weights that began a group and those that it was trained on
 
 
 def predict(plant: Plant, lengths: Lengths, staleness: int, *, partial: bool) -> Prediction:
@@ -66,12 +66,10 @@ def predict(plant: Plant, lengths: Lengths, staleness: int, *, partial: bool) ->
     first, idle, busy = run.now, run.learner_waited, run.busy()
     run.until(_WARM_UP + _STEPS)
     seconds = run.now - first
-    ages = run.ages[_WARM_UP * len(plant.groups) :]
     return Prediction(
         step_seconds=seconds / _STEPS,
         learner_waits=(run.learner_waited - idle) / seconds,
         engines_wait=1 - (run.busy() - busy) / seconds / plant.engines,
-        age=sum(ages) / len(ages),
     )
 
 
@@ -79,7 +77,7 @@ def plant(config: RunConfig, rollouts: Rollout, train: float, sync: float) -> Pl
     """A run's, from what ``forecast`` predicts of its phases."""
     settings, entropy = config.rollout, config.entropy
     groups = [settings.samples_per_prompt] * settings.prompts_per_step
-    if entropy.controller != "none" and entropy.actuator == "resample":
+    if resamples(entropy):
         groups += [entropy.auxiliary_samples] * entropy.auxiliary_prompts
     return Plant(
         engines=settings.engines,
@@ -121,7 +119,6 @@ class _Group:
     """A prompt and its samples."""
 
     left: int  # samples that have not ended
-    version: int = -1  # of the weights that began the first
 
 
 @dataclass
@@ -159,7 +156,7 @@ class _Engine:
         self._foresee()
         return group
 
-    def begin(self, version: int) -> None:
+    def begin(self) -> None:
         """Begin waiting samples, in order, while the cache has room."""
         plant = self.plant
         while self.waiting:
@@ -169,7 +166,6 @@ class _Engine:
             if self.running and (full or self.reserved + tokens > plant.kv_tokens):
                 break
             self.waiting.popleft()
-            group.version = version if group.version < 0 else group.version
             self.free = max(self.free, self.now) + (plant.prefill(to_read) if to_read else 0.0)
             heapq.heappush(self.running, (self.clock + response, self.number, tokens, group))
             self.number += 1
@@ -204,9 +200,7 @@ class _Run:
         self.plant, self.lengths, self.staleness, self.partial = plant, lengths, staleness, partial
         self.engines = [_Engine(plant) for _ in range(plant.engines)]
         self.now = self.learner_waited = 0.0
-        self.version = self.started = 0
-        self.finished: deque[_Group] = deque()
-        self.ages: list[int] = []
+        self.version = self.started = self.finished = 0  # updates; groups
         self.phase = "waits"  # the learner: waits | trains | drains (for answers to end) | syncs
         self.phase_ends = math.inf
         self._admit()
@@ -241,24 +235,24 @@ class _Run:
             self.started += 1
         for engine in self.engines:
             engine.advance(self.now)
-            engine.begin(self.version)
+            engine.begin()
 
     def _end_sample(self, engine: _Engine) -> None:
         group = engine.end_one()
         group.left -= 1
         if not group.left:
-            self.finished.append(group)
+            self.finished += 1
             self._train()
         if self.phase != "drains":
-            engine.begin(self.version)
+            engine.begin()
         elif not any(each.running for each in self.engines):
             self._sync()
 
     def _train(self) -> None:
         """Train, if nothing else is under way and there is enough to train on."""
         step = len(self.plant.groups)
-        if self.phase == "waits" and len(self.finished) >= step:
-            self.ages += [self.version - self.finished.popleft().version for _ in range(step)]
+        if self.phase == "waits" and self.finished >= step:
+            self.finished -= step
             self.phase, self.phase_ends = "trains", self.now + self.plant.train
 
     def _end_phase(self) -> None:

@@ -16,7 +16,7 @@ from pipeline.config.keys import leaf_keys
 from pipeline.config.load import load_config
 from pipeline.evaluation.start import Start
 from pipeline.model.architecture import Architecture
-from pipeline.model.layout import tensor_shapes
+from pipeline.model.layout import rows
 from pipeline.units import GIB
 
 SIZES = (1, 2, 4, 8)  # TP and PP that are tried
@@ -42,7 +42,7 @@ class Facts:
     @property
     def parameters(self) -> int:
         """Of the whole model."""
-        return sum(math.prod(shape) for shape in tensor_shapes(self.model).values())
+        return sum(row.entries for row in rows(self.model))
 
 
 def keys(facts: Facts) -> dict[str, Any]:

@@ -66,8 +66,7 @@ class Setting:
 
         Raises ``PlacementError`` where no number would do.
         """
-        together = self.config.rollout.placement == "colocated"
-        return self.stated_nodes or least_nodes(*self.processes, self.gpus_per_node, colocated=together)
+        return self.stated_nodes or least_nodes(*self.processes, self.gpus_per_node, colocated=self._colocated)
 
     @property
     def gpus_per_node(self) -> int:
@@ -76,8 +75,11 @@ class Setting:
 
     def placed(self) -> Placement:
         """Which node every process is on. Raises ``PlacementError``."""
-        together = self.config.rollout.placement == "colocated"
-        return place(*self.processes, [self.gpus_per_node] * self.nodes, colocated=together)
+        return place(*self.processes, [self.gpus_per_node] * self.nodes, colocated=self._colocated)
+
+    @property
+    def _colocated(self) -> bool:
+        return self.config.rollout.placement == "colocated"
 
     @property
     def response(self) -> int:

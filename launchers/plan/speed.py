@@ -1,13 +1,12 @@
 """Counts the operations of a step, and predicts the seconds that they take at a stated speed.
 
-A multiplication and an addition are two operations. The backward pass costs twice the forward pass, once
-where weights are not trained (adapters). Attention is
-causal: half of the products of queries and keys count (arXiv 2205.05198, appendix A, with that half).
+A multiplication and an addition are two operations. The backward pass costs twice the forward pass, once where weights
+are not trained (adapters). Attention is causal: half of the products of queries and keys count (arXiv 2205.05198,
+appendix A, with that half).
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from launchers.plan.parameters import stored_in_fp8
@@ -76,7 +75,7 @@ def matrices(work: Work, stage: int) -> Matrices:
     for row in table(work.model, work.grid)[stage]:
         if row.layer is None or len(row.sources[0].shape) != 2:
             continue
-        entries = _entries(work, row)
+        entries = row.entries * _share(work, row)
         everything += entries
         fp8 += entries if stored_in_fp8(work, row) else 0.0
         experts += entries if row.expert is not None else 0.0
@@ -139,15 +138,10 @@ def speed(work: Work, machine: Machine) -> Speed:
     )
 
 
-def _entries(work: Work, row: Row) -> float:
-    """Of a matrix, on average over tokens."""
-    return sum(math.prod(source.shape) for source in row.sources) * _share(work, row)
-
-
 def _share(work: Work, row: Row) -> float:
     """Of all tokens, those that a parameter meets: an expert's, on average, those that choose it."""
     moe = work.model.moe
-    return 1.0 if row.expert is None or moe is None else moe.top_k / moe.experts
+    return 1.0 if row.expert is None or moe is None else moe.chosen
 
 
 def _adapter_entries(work: Work, adapter: Adapter) -> float:
@@ -156,7 +150,7 @@ def _adapter_entries(work: Work, adapter: Adapter) -> float:
     """
     inner = sum(source.shape[0] for source in adapter.a.sources)
     outer = inner * sum(source.shape[0] for source in adapter.b.sources)
-    return (sum(math.prod(source.shape) for source in adapter.a.sources) + outer) * _share(work, adapter.base)
+    return (adapter.a.entries + outer) * _share(work, adapter.base)
 
 
 def _operations(work: Work, stage: int, once: Forward, *, train: bool) -> Forward:

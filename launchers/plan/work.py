@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pipeline.config.schema import LearnerConfig, RunConfig
+from pipeline.config.schema import EntropyConfig, LearnerConfig, RunConfig
 from pipeline.entropy.actuator import acting
 from pipeline.model.architecture import Architecture
 from pipeline.model.grid import Grid, grid_of
@@ -16,8 +16,7 @@ from pipeline.model.lora import Adapter, adapters
 
 ITEM_SIZES = {"fp32": 4, "bf16": 2}
 # Of ``rollout.max_new_tokens``: the length of an average response where nobody states one. An assumption, not a
-# measurement: about
-# 2,500 tokens at a limit of 8,192.
+# measurement: about 2,500 tokens at a limit of 8,192.
 EXPECTED_SHARE = 0.3
 
 
@@ -125,6 +124,11 @@ def expected_response(config: RunConfig) -> int:
     return max(1, round(EXPECTED_SHARE * config.rollout.max_new_tokens))
 
 
+def resamples(entropy: EntropyConfig) -> bool:
+    """Whether a step draws auxiliary samples beside its own."""
+    return entropy.controller != "none" and entropy.actuator == "resample"
+
+
 def from_config(model: Architecture, config: RunConfig, mean_response: int = 0, imbalance: float = 1.0) -> Work:
     """The work of a run's step. ``mean_response``: expected response tokens; 0: all as long as they may be.
 
@@ -135,7 +139,7 @@ def from_config(model: Architecture, config: RunConfig, mean_response: int = 0, 
     grid = grid_of(learner)
     model.check_layout(grid)
     step_rows = rollout.prompts_per_step * rollout.samples_per_prompt
-    if entropy.controller != "none" and entropy.actuator == "resample":
+    if resamples(entropy):
         prompts = entropy.auxiliary_prompts
         if entropy.pi.split_range:
             prompts = entropy.auxiliary_max_prompts or rollout.prompts_per_step

@@ -16,9 +16,8 @@ from pipeline.config.key import COUNT, NOT_NEGATIVE, Form, Range, key
 from pipeline.config.load import load
 
 _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASS|PWD|CREDENTIAL|AUTH|WEBHOOK|COOKIE", re.I)
-_SECRET_VALUE = re.compile(
-    r"://[^/\s@]*:[^/\s@]+@|://hooks\.|/webhooks?/|PRIVATE KEY", re.I
-)  # passwords in URLs, webhooks
+# Passwords in URLs, webhooks.
+_SECRET_VALUE = re.compile(r"://[^/\s@]*:[^/\s@]+@|://hooks\.|/webhooks?/|PRIVATE KEY", re.I)
 OVERRIDE = "cluster."  # prefix of an override that means the cluster, not the run
 VARIABLE = Form(r"[A-Za-z_]\w*", "not the name of an environment variable", "use letters, digits and '_'")
 

@@ -88,8 +88,6 @@ def find(name: str | None) -> Job:
     """The newest job with this id, or whose run folder has this name or path; None: the newest of all.
 
     Raises ``ConfigError``.
-
-    Raises ``ConfigError``.
     """
     jobs = known()
     fits = [job for job in jobs if name is None or name in (job.job_id, job.run_dir, Path(job.run_dir).name)]

@@ -55,9 +55,8 @@ class RollCall:
         _on_nodes(_kill, self._silent)
 
 
-ROLL_CALL = (
-    RollCall()
-)  # of this process: as there is one connection to Ray, there is one list of who is at its other end
+# Of this process: as there is one connection to Ray, there is one list of who is at its other end.
+ROLL_CALL = RollCall()
 
 
 def whereabouts() -> Whereabouts:

@@ -79,8 +79,6 @@ def _question(row: Mapping[str, Any], name: str, data: DataConfig, *, held_out: 
     if not all(isinstance(message.get("content", ""), str) for message in messages):
         raise DataError(f"row {name} of data.environment.id has more than text: the model reads text only")
     asked: dict[str, Any] = {"messages": tuple(messages)}
-    if not data.chat_template:
-        asked = {
-            "text": "\n\n".join(message.get("content", "") for message in messages)
-        }  # as the library's own client does
+    if not data.chat_template:  # as the library's own client does
+        asked = {"text": "\n\n".join(message.get("content", "") for message in messages)}
     return Question(name, row.get("answer", ""), "exact", meta=rest, held_out=held_out, **asked)

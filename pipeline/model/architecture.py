@@ -38,6 +38,11 @@ class Moe:
     groups: int = 1  # experts are chosen within the best top_groups of these
     top_groups: int = 1
 
+    @property
+    def chosen(self) -> float:
+        """Share of the experts that a token goes through."""
+        return self.top_k / self.experts
+
 
 @dataclass(frozen=True)
 class Mla:

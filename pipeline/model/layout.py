@@ -13,6 +13,7 @@ tensors are called.
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -310,6 +311,11 @@ class Row:
     def dim(self) -> int:
         """Dimension along which slices run."""
         return self.split or 0
+
+    @property
+    def entries(self) -> int:
+        """Numbers in the whole parameter, without padding."""
+        return sum(math.prod(source.shape) for source in self.sources)
 
     def part(self, grid: Grid, rank: int) -> tuple[int, int] | None:
         """``(n, i)`` where global rank ``rank`` holds the ``i``-th of ``n`` parts.

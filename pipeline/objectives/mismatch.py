@@ -20,9 +20,8 @@ import torch
 RELATIVE_ERROR = 0.05  # of a quantile between the two limits below
 SMALLEST, LARGEST = 1e-6, 100.0  # nats: what is less counts as 0, of what is more only the maximum is known
 _GROWTH = (1 + RELATIVE_ERROR) / (1 - RELATIVE_ERROR)
-_EDGES = tuple(
-    SMALLEST * _GROWTH**i for i in range(math.ceil(math.log(LARGEST / SMALLEST) / math.log(_GROWTH)) + 1)
-)  # bin i holds _EDGES[i - 1] < |d| <= _EDGES[i]
+# Bin i holds _EDGES[i - 1] < |d| <= _EDGES[i].
+_EDGES = tuple(SMALLEST * _GROWTH**i for i in range(math.ceil(math.log(LARGEST / SMALLEST) / math.log(_GROWTH)) + 1))
 
 # Names of the counts: |d| up to SMALLEST, the bins between, and above the last edge.
 BINS = tuple(f"mismatch_bin_{i:03d}" for i in range(len(_EDGES) + 1))

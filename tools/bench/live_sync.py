@@ -215,7 +215,7 @@ class _Broadcast:
         for number, row in enumerate(self._rows):
             if row.exported:
                 holders = _holders(row, self._grid)
-                size = sum(torch.Size(source.shape).numel() for source in row.sources) * 2
+                size = row.entries * 2
                 if holders not in found or sizes[holders] + size > _BUCKET_BYTES:
                     found.setdefault(holders, []).append([])
                     sizes[holders] = 0

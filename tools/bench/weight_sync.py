@@ -112,7 +112,7 @@ class GatherBroadcast:
         self.received = size = 0
         bucket: list[Row] = []
         for row in self.rows:
-            size += 2 * sum(torch.Size(source.shape).numel() for source in row.sources)
+            size += 2 * row.entries
             bucket.append(row)
             if size > BUCKET_BYTES:
                 self._bucket(bucket, parameters, shards)

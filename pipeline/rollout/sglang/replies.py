@@ -36,9 +36,8 @@ class _Meta(msgspec.Struct):
     finish_reason: _Reason
     weight_version: int = -1  # said where no spans are
     weight_versions: list[_Span] | None = None
-    output_token_logprobs: msgspec.Raw = msgspec.Raw(
-        b"[]"
-    )  # read by itself, so that only one sample's tokens are objects
+    # Read by itself, so that only one sample's tokens are objects.
+    output_token_logprobs: msgspec.Raw = msgspec.Raw(b"[]")
     cached_tokens: int = 0  # of the prompt
     routed_experts: str | None = None  # base64 of int32 [tokens - 1, layers, top_k]
 
