@@ -161,9 +161,7 @@ class MegatronLearner:
             _require_finite(norms[-1], "gradient norm", step)
             self._optimizer.step()
             totals = _merge([totals, sums]) if totals else sums
-        if (
-            self._config.optimizer.overlap_param_gather
-        ):  # left to the next forward pass, but an export may come before it
+        if self._config.optimizer.overlap_param_gather:  # left to the next forward pass; an export may come before it
             for model in self._models:
                 model.start_param_sync(force_sync=True)
         balance = self._routing.balance(self._config.moe_router_bias_update_rate)

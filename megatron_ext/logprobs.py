@@ -171,9 +171,8 @@ class _Job:
         if self.inverse_temperature is not None:
             tempered = target * self.inverse_temperature - tempered_total.log()
         moment = target.new_empty(0)
-        if (
-            self.moment
-        ):  # log pi + H = x - (sum x e^x) / S: no difference of large numbers where one token has nearly all
+        if self.moment:
+            # log pi + H = x - (sum x e^x) / S: no difference of large numbers where one token has nearly all.
             squares, weighted_squares = sums[4:]
             moment = (weighted_squares - weighted / total * squares) / total.square()
         return target - log_total, log_total - weighted / total, tempered, moment, maximum, log_total

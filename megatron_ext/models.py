@@ -92,25 +92,31 @@ def build(
         emulate.install(gpt, numerics.precision)
     if model.family.biases:
         _leave_sums_out(gpt)
-    parameters, grid = global_parameters(gpt), topology.grid
+    _mark(global_parameters(gpt), model, topology.grid)
+    if options.lora.rank:
+        specs = adapters(model, topology.grid, options.lora)
+        lora.attach(gpt, _names(gpt), specs, options.lora.scale, topology)
+    return gpt
+
+
+def _mark(parameters: Mapping[str, torch.Tensor], model: Architecture, grid: Grid) -> None:
+    """Give parameters the types of the layout, and the marks by which megatron reduces gradients and their norm."""
     for row in layout.rows(model, grid):
         parameter = parameters.get(row.parameter)
-        if parameter is not None and row.float32:
+        if parameter is None:
+            continue
+        if row.float32:
             parameter.data = parameter.data.float()
         # Without initialisation megatron leaves weights unmarked; the gradient norm would then count rank 0's part
         # only. Of experts it is added up over the ranks that hold different ones.
         parted = row.split is not None or row.expert is not None
-        if parameter is not None and parted and not hasattr(parameter, "tensor_model_parallel"):
+        if parted and not hasattr(parameter, "tensor_model_parallel"):
             set_tensor_model_parallel_attributes(parameter, True, row.dim, 1)
         # megatron 0.16 reduces experts over the wrong ranks where only their TP is another (later versions do as here).
-        if parameter is not None and row.expert is not None:
+        if row.expert is not None:
             parameter.allreduce = grid.ep == 1 and grid.expert_tp == grid.tp  # type: ignore[attr-defined]
             # An expert sees all of its tokens; megatron would add up the gradients of its biases over TP ranks again.
             parameter.sequence_parallel = False  # type: ignore[attr-defined]
-    if options.lora.rank:
-        specs = adapters(model, grid, options.lora)
-        lora.attach(gpt, _names(gpt), specs, options.lora.scale, topology)
-    return gpt
 
 
 def _leave_sums_out(gpt: GPTModel) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.monitoring.price import generated, reward_cost
-from pipeline.monitoring.summary import FINAL_STEPS, RunHistory, pass_at
+from pipeline.monitoring.series import LAST_STEPS
+from pipeline.monitoring.summary import RunHistory, pass_at
 from pipeline.monitoring.tracking import track
 from pipeline.student import t95
 
@@ -110,7 +111,7 @@ def measure(
         return float(np.interp(theirs[-1], tokens, values)) if seen else math.nan
 
     main = float(np.nansum(run.column("tokens/main")[:last]))
-    entropies = run.column("entropy/controlled")[max(0, last - FINAL_STEPS) : last]
+    entropies = run.column("entropy/controlled")[max(0, last - LAST_STEPS) : last]
     bands = (run.column(name)[:last] for name in ("entropy/controlled", "entropy/band_low", "entropy/band_high"))
     tracking = track(*bands)
     steered = not run.is_baseline

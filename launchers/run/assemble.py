@@ -353,10 +353,9 @@ def _sent_type(config: RunConfig) -> str:
         return "fp8 fp32" if config.rollout.engine == "native" and config.model.dtype == "fp32" else "fp8"
     if config.rollout.engine == "native" or config.model.dtype == "bf16":
         return config.model.dtype
-    stored = architecture.read_config(hf_path(config))
     served = config.rollout.sglang.dtype
     if served == "auto":
-        served = str(stored.get("dtype") or stored.get("torch_dtype") or "bfloat16")
+        served = architecture.stored_dtype(architecture.read_config(hf_path(config)))
     return "fp32" if served == "float32" else "bf16"
 
 

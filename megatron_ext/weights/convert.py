@@ -28,7 +28,7 @@ from megatron_ext.weights.verify import verify as compare
 from pipeline.config.load import load_config, resolve_path
 from pipeline.model import architecture, fp8, fp8_layout, identity, layout, stacked
 from pipeline.model.architecture import Architecture, read_config, read_whole_config
-from pipeline.model.folder import Files, Folder, check, is_weights
+from pipeline.model.folder import Files, Folder, check, in_groups, is_weights, nbytes_of
 from pipeline.model.grid import Grid
 from pipeline.model.layout import Piece, Row
 from pipeline.units import GIB
@@ -94,7 +94,7 @@ def hf_to_megatron(
     folder = Folder(hf, model)
     check(folder, rows, model)
     types = {row.parameter: _type_of(row, folder, dtype) for row in rows}
-    part_bytes = part_bytes or _part_bytes(sum(_nbytes(row.local_shape(1), types[row.parameter]) for row in rows))
+    part_bytes = part_bytes or _part_bytes(sum(nbytes_of(types[row.parameter], row.local_shape(1)) for row in rows))
     parts = _parts(rows, grid, types, part_bytes)
     settings = {
         "source": str(hf.resolve()),
@@ -152,15 +152,11 @@ def _parts(rows: Sequence[Row], grid: Grid, types: Mapping[str, torch.dtype], li
             held.setdefault(rank, []).extend(torch_dist.chunks(row, len(ranks), index))
     parts = []
     for rank, chunks in sorted(held.items()):
-        sizes = [_nbytes(chunk.shape, types[chunk.row.parameter]) for chunk in chunks]
-        for number, group in enumerate(_groups(sizes, limit)):
+        sizes = [nbytes_of(types[chunk.row.parameter], chunk.shape) for chunk in chunks]
+        for number, group in enumerate(in_groups(sizes, limit)):
             name = f"__{rank}_{number}.distcp"  # as torch.distributed.checkpoint names them
             parts.append(_Part(name, tuple(chunks[i] for i in group), sum(sizes[i] for i in group)))
     return parts
-
-
-def _nbytes(shape: Sequence[int], dtype: torch.dtype) -> int:
-    return math.prod(shape) * dtype.itemsize
 
 
 def _held(shape: Sequence[int], dtype: torch.dtype, source: torch.dtype) -> int:
@@ -172,19 +168,6 @@ def _part_bytes(total: int) -> int:
     """Size of a part: the model's alone decides, so that any number of workers can take up the work of any other."""
     least, most = PART_BYTES
     return min(most, max(least, total // 16))
-
-
-def _groups(sizes: Sequence[int], limit: int) -> list[list[int]]:
-    """Indices of ``sizes`` in order, grouped so that each group is at most ``limit`` or a single one."""
-    groups: list[list[int]] = []
-    total = 0
-    for index, size in enumerate(sizes):
-        if not groups or total + size > limit:
-            groups.append([])
-            total = 0
-        groups[-1].append(index)
-        total += size
-    return groups
 
 
 def _write_part(
@@ -261,7 +244,7 @@ def megatron_to_hf(
     tensors = [_Tensor(row, number, types[row.parameter]) for row in rows for number in range(len(row.sources))]
     total = sum(tensor.nbytes for tensor in tensors)
     part_bytes = part_bytes or _part_bytes(total)
-    parts = [[tensors[i] for i in group] for group in _groups([tensor.nbytes for tensor in tensors], part_bytes)]
+    parts = [[tensors[i] for i in group] for group in in_groups([tensor.nbytes for tensor in tensors], part_bytes)]
     settings = {
         "source": str(directory.resolve()),
         "files": _stamps([*directory.glob("*.distcp"), directory / ".metadata"]),
@@ -312,7 +295,7 @@ class _Tensor(Piece):
 
     @property
     def nbytes(self) -> int:
-        return sum(_nbytes(shape, dtype) for dtype, shape in self.places.values())
+        return sum(nbytes_of(*place) for place in self.places.values())
 
 
 def model_of(checkpoint: Path) -> Path:

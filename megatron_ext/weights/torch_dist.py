@@ -139,7 +139,6 @@ def _position(row: Row, part: Slice) -> int:
 
 
 # --- writing
-# -----------------------------------------------------------------------------------------------------------
 
 
 def write(descriptor: int, start: int, name: str, tensor: torch.Tensor, leading: int) -> tuple[int, int]:
@@ -233,7 +232,6 @@ def _extra_state(place: Stored) -> str | None:
 
 
 # --- reading
-# -----------------------------------------------------------------------------------------------------------
 
 
 def find(path: Path) -> Path:
@@ -381,12 +379,11 @@ def _described(path: Path, offset: int, length: int) -> tuple[int, int, int, tup
     strides.
     """
     page = offset - offset % mmap.ALLOCATIONGRANULARITY
+    # What torch.save writes: a pickle beside the storage, stored uncompressed.
     with (
         path.open("rb") as file,
         _Pages(file.fileno(), offset - page + length, access=mmap.ACCESS_READ, offset=page) as pages,
-        zipfile.ZipFile(
-            cast("IO[bytes]", pages)
-        ) as archive,  # torch.save: a pickle beside the storage, stored uncompressed
+        zipfile.ZipFile(cast("IO[bytes]", pages)) as archive,
     ):
         infos = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         begin = {name: _body(pages, infos[name].header_offset) for name in ("data.pkl", "data/0")}

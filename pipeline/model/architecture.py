@@ -570,6 +570,11 @@ def read_whole_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def stored_dtype(config: Mapping[str, Any]) -> str:
+    """The type that a ``config.json`` names for its weights, e.g. "float32"; of one that names none, bfloat16."""
+    return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+
+
 def read(folder: Path) -> Architecture:
     """The architecture of a Hugging Face folder; see :func:`parse`."""
     config = read_config(folder)

@@ -71,6 +71,24 @@ def write_index(folder: Path, files: Mapping[str, str], nbytes: int) -> None:
     (folder / INDEX).write_text(json.dumps(index, indent=2))
 
 
+def nbytes_of(dtype: torch.dtype, shape: Sequence[int]) -> int:
+    """Bytes of a tensor."""
+    return math.prod(shape) * dtype.itemsize
+
+
+def in_groups(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Indices of ``sizes`` in order, grouped so that each group is at most ``limit`` or a single one."""
+    groups: list[list[int]] = []
+    total = 0
+    for index, size in enumerate(sizes):
+        if not groups or total + size > limit:
+            groups.append([])
+            total = 0
+        groups[-1].append(index)
+        total += size
+    return groups
+
+
 @dataclass(frozen=True)
 class Entry:
     """One tensor of a file."""
@@ -83,7 +101,7 @@ class Entry:
     @property
     def nbytes(self) -> int:
         """Size."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return nbytes_of(self.dtype, self.shape)
 
 
 def mapped(path: Path, start: int, dtype: torch.dtype, count: int, *, write: bool = False) -> torch.Tensor:
@@ -151,7 +169,6 @@ class Folder:
             if (entry.dtype, entry.shape) != (torch.float32, wanted):
                 problem = f"{scale} is {entry.dtype} {list(entry.shape)}, not float32 {list(wanted)}"
                 raise _error(hf_path, problem, "give a folder of FP8 codes in blocks of 128x128, or one in 16 bits")
-
         self._parts = self._find_parts(parts(model))
 
     def _find_parts(self, wanted: Mapping[str, Part]) -> dict[str, Part]:
@@ -357,22 +374,14 @@ class Files:
             part.whole if (part := stacked.get(name)) else name: (dtype, part.whole_shape if part else shape)
             for name, (dtype, shape) in tensors.items()
         }
-        groups: list[list[str]] = []
-        size = 0
-        for name, (dtype, shape) in tensors.items():
-            nbytes = math.prod(shape) * dtype.itemsize
-            if not groups or size + nbytes > limit:
-                groups.append([])
-                size = 0
-            groups[-1].append(name)
-            size += nbytes
+        names, groups = list(tensors), in_groups([nbytes_of(dtype, shape) for dtype, shape in tensors.values()], limit)
         self.entries: dict[str, Entry] = {}
         self._headers: dict[str, bytes] = {}
-        for number, names in enumerate(groups, 1):
+        for number, group in enumerate(groups, 1):
             single = len(groups) == 1
             file = _SINGLE if single else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
             # As safetensors' own writer: the widest types first, so that every tensor is aligned.
-            order = sorted(names, key=lambda name: -tensors[name][0].itemsize)
+            order = sorted((names[index] for index in group), key=lambda name: -tensors[name][0].itemsize)
             self._headers[file] = self._place(file, {name: tensors[name] for name in order})
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()
@@ -383,7 +392,7 @@ class Files:
         start, starts = 0, {}
         for name, (dtype, shape) in tensors.items():
             starts[name] = start
-            start += math.prod(shape) * dtype.itemsize
+            start += nbytes_of(dtype, shape)
             header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [starts[name], start]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)

@@ -107,7 +107,7 @@ def entropy_chart(axes: Axes, runs: Sequence[RunHistory]) -> None:
     repeated = sorted({run.label for run in runs if run.config.entropy.band_of == "repeated"})
     whose = f" (of the repeated prompts: {', '.join(repeated)})" if repeated else ""
     axes.set(title=f"Policy entropy{whose}", ylabel="nats per token, T=1", xlabel="step")
-    _bottom_at_zero(axes)
+    axes.set_ylim(bottom=0)
     _legend(axes)
 
 
@@ -252,10 +252,6 @@ def _label(run: RunHistory, runs: Sequence[RunHistory]) -> str | None:
     """A legend entry per method: its first run carries it."""
     first = next(other for other in runs if other.label == run.label)
     return run.label if run is first else None
-
-
-def _bottom_at_zero(axes: Axes) -> None:
-    axes.set_ylim(bottom=0)
 
 
 def _legend(axes: Axes) -> None:

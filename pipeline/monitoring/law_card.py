@@ -21,7 +21,8 @@ from pipeline.entropy.law import Loop
 from pipeline.monitoring.naming import counted
 from pipeline.monitoring.plant_data import readings_of, record_of
 from pipeline.monitoring.price import ROLES, reward_cost
-from pipeline.monitoring.summary import FINAL_STEPS, RunHistory, pass_at
+from pipeline.monitoring.series import LAST_STEPS
+from pipeline.monitoring.summary import RunHistory, pass_at
 from pipeline.monitoring.tracking import Tracking, of_series
 from pipeline.registry import load
 
@@ -208,7 +209,7 @@ def _tracked(steered: _Steered) -> str:
 def _ends(readings: np.ndarray) -> str:
     if not len(readings):
         return "no reading"
-    return f"first reading {readings[0]:.3g} nats, mean of the last {FINAL_STEPS} {readings[-FINAL_STEPS:].mean():.3g}"
+    return f"first reading {readings[0]:.3g} nats, mean of the last {LAST_STEPS} {readings[-LAST_STEPS:].mean():.3g}"
 
 
 def _price(run: RunHistory, baseline: RunHistory | None) -> str:

@@ -87,6 +87,11 @@ def _derived(event: Mapping[str, Any]) -> dict[str, float | None]:
     }
 
 
+def none_if_not_finite(value: Any) -> Any:
+    """``value`` for JSON, which has neither NaN nor infinity: None instead of these."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def learner_metric(key: str) -> str:
     """The name of what the learner reported as ``key``: ``mismatch_mean`` is ``mismatch/mean``."""
     return _named("train/", key)

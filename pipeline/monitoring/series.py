@@ -5,6 +5,7 @@ Memory: 8 bytes for each figure of each step (100,000 steps of 64 figures: 50 MB
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,6 +18,7 @@ from pipeline.monitoring.events import FILE_NAME, EventReader, in_force
 from pipeline.monitoring.metrics import scalars, step_columns
 from pipeline.monitoring.naming import counted
 
+LAST_STEPS = 20  # steps that a figure "now", or at the end of a run, is the mean of
 CHUNK = 1 << 18  # bytes of the log that are parsed at a time: few live objects cost the garbage collector little
 # Columns beside those of metrics.py: Unix seconds, where the event begins in the log, the controller's state as a
 # number.
@@ -95,6 +97,11 @@ class Series:
         rows = self._table.between(first, last)
         values[self._table.steps[rows] - first] = self._table.column(name)[rows]
         return values
+
+    def recent_mean(self, name: str) -> float:
+        """Mean of a figure over the last ``LAST_STEPS`` steps; NaN without one."""
+        values = self.column(name, max(0, self.steps - LAST_STEPS))
+        return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
 
     def states(self) -> list[str]:
         """The controller's states, by the number that stands for them in the column ``state``."""

@@ -6,17 +6,16 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 
 from pipeline.monitoring.event_kinds import controlled
-from pipeline.monitoring.series import TIME, Series
+from pipeline.monitoring.metrics import none_if_not_finite
+from pipeline.monitoring.series import LAST_STEPS, TIME, Series
 from pipeline.monitoring.tracking import Tracking, of_series, waiting
 
-RECENT = 20  # steps that "recent" figures average
 PACE = 100  # steps that the time left is judged by
 SILENT_STEPS, SILENT_SECONDS = 20, 60.0  # without an event for so many step times, and for so long: silent
 # Fields of the last step event that are shown as they are.
@@ -56,17 +55,12 @@ AVERAGED = {
 }
 
 
-def status(run_dir: Path) -> dict[str, Any]:
-    """How the run in a folder stands. Raises ``EventLogError`` where there is no readable run; see ``status_of``."""
-    return status_of(Series(run_dir))
-
-
 def status_of(series: Series) -> dict[str, Any]:
     """How a run stands as of the last ``series.update()``: a JSON object, null for what there is not (yet).
 
     ``LAST`` are the last step's, as docs/events.md has them (``step`` is its number; ``entropy_controlled`` is the
     reading that the band is of; ``state`` is ``waiting`` where the controller is ready to track but the entropy has
-    not come to the band yet); ``AVERAGED`` and ``seconds`` (by phase) are means over the last ``RECENT`` steps;
+    not come to the band yet); ``AVERAGED`` and ``seconds`` (by phase) are means over the last ``LAST_STEPS`` steps;
     tracking figures (``time_in_band``, ``rms_error``, ...) those of ``tracking.Tracking``. ``steps`` is the goal;
     ``status`` is running, silent (no event for long: stalled or killed), completed, stopped or failed,
     ``silent_seconds`` since the last event; ``alerts`` are those in force, oldest first: dicts with ``step``,
@@ -90,8 +84,8 @@ def status_of(series: Series) -> dict[str, Any]:
         "entropy_controlled": controlled(last) if last else None,
         **asdict(tracking := of_series(series)),
         **_standing(series, last, tracking),
-        **{name: _recent(series, metric) for name, metric in AVERAGED.items()},
-        "seconds": _recent_group(series, "time/"),
+        **{name: series.recent_mean(metric) for name, metric in AVERAGED.items()},
+        "seconds": _recent_seconds(series),
         "pass_at_k": {k: v["value"] for k, v in evaluations[-1]["pass_at_k"].items()} if evaluations else {},
         "evaluation_step": evaluations[-1]["step"] if evaluations else None,
         "restarts": [event["step"] for event in events if event["kind"] == "resume"],
@@ -103,7 +97,7 @@ def status_of(series: Series) -> dict[str, Any]:
     }
     left = max(0, goal - series.steps)
     found["eta_seconds"] = left * pace if found["status"] == "running" and pace else None
-    return {name: _none_if_nan(value) for name, value in found.items()}
+    return {name: none_if_not_finite(value) for name, value in found.items()}
 
 
 def alerts(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -149,21 +143,13 @@ def _pace(series: Series, starts: Sequence[Mapping[str, Any]]) -> float:
     times = times[np.isfinite(times)]
     if len(times) > 1:
         return float(times[-1] - times[0]) / (len(times) - 1)
-    totals = series.column("time/total", max(0, series.steps - RECENT))
+    totals = series.column("time/total", max(0, series.steps - LAST_STEPS))
     totals = totals[np.isfinite(totals)]
     return float(median(totals)) if len(totals) else 0.0
 
 
-def _recent(series: Series, name: str) -> float:
-    values = series.column(name, max(0, series.steps - RECENT))
-    return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
-
-
-def _recent_group(series: Series, prefix: str) -> dict[str, float]:
-    names = [name for name in series.names() if name.startswith(prefix)]
-    found = {name.removeprefix(prefix): _recent(series, name) for name in names}
+def _recent_seconds(series: Series) -> dict[str, float]:
+    """Of the phases of a step, by phase."""
+    names = [name for name in series.names() if name.startswith("time/")]
+    found = {name.removeprefix("time/"): series.recent_mean(name) for name in names}
     return {name: value for name, value in found.items() if math.isfinite(value)}
-
-
-def _none_if_nan(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,12 +13,11 @@ import numpy as np
 
 from pipeline.config.load import config_hash, load_config
 from pipeline.config.schema import RunConfig
-from pipeline.monitoring.metrics import learner_metric
+from pipeline.monitoring.metrics import learner_metric, none_if_not_finite
 from pipeline.monitoring.naming import counted, titles
 from pipeline.monitoring.series import Series
 from pipeline.monitoring.tracking import of_series
 
-FINAL_STEPS = 20  # steps that final_entropy averages
 # Metrics of engine against learner, and of its correction: what a run's figure is made of its steps' by.
 MISMATCH: dict[str, Callable[[np.ndarray], Any]] = {
     "mismatch_mean": np.mean,
@@ -120,7 +119,7 @@ def summarize_run(run: RunHistory) -> dict[str, Any]:
         "seed": run.config.seed,
         "steps": run.steps,
         "status": run.status,
-        "final_entropy": final_mean(run, "entropy/controlled"),
+        "final_entropy": run.series.recent_mean("entropy/controlled"),
         **asdict(of_series(run.series)),
         "pass_at_1": pass_at(last, 1)[0],
         "pass_at_16": pass_at(last, 16)[0],
@@ -128,7 +127,7 @@ def summarize_run(run: RunHistory) -> dict[str, Any]:
         "pass_at_16_interval": pass_at(last, 16)[1:],
         "distinct_correct": last.get("distinct_correct", math.nan),
         "evaluation_step": last.get("step"),
-        "reward": final_mean(run, "reward/mean"),
+        "reward": run.series.recent_mean("reward/mean"),
         "mismatch": {name: _over_steps(run, name) for name in MISMATCH},
         "seconds": totals(run, "time/") | {"evaluation": sum(e.get("seconds", 0.0) for e in run.evaluations)},
         "tokens": {key: int(total) for key, total in totals(run, "tokens/").items()},
@@ -139,7 +138,7 @@ def summarize_run(run: RunHistory) -> dict[str, Any]:
         "config_hash": config_hash(run.config),
         "run_dir": str(run.run_dir),
     }
-    return {key: _none_if_nan(value) for key, value in figures.items()}
+    return {key: _plain(value) for key, value in figures.items()}
 
 
 def pass_at(evaluation: dict[str, Any], k: int) -> tuple[float, float, float]:
@@ -189,12 +188,6 @@ def cost_sentences(runs: Sequence[RunHistory], summaries: Sequence[dict[str, Any
     ]
 
 
-def final_mean(run: RunHistory, name: str) -> float:
-    """Mean of a figure over the last steps; NaN without one."""
-    values = run.column(name, max(0, run.steps - FINAL_STEPS))
-    return float(np.nanmean(values)) if np.isfinite(values).any() else math.nan
-
-
 def _over_steps(run: RunHistory, metric: str) -> float | None:
     """A learner's metric over all steps that have it; None if none does."""
     values = run.column(learner_metric(metric))
@@ -225,8 +218,8 @@ def _cost(method: str, baseline: str, summaries: Sequence[dict[str, Any]], metho
     )
 
 
-def _none_if_nan(value: Any) -> Any:
+def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
-        entries = [_none_if_nan(entry) for entry in value]
+        entries = [_plain(entry) for entry in value]
         return None if set(entries) == {None} else entries
-    return None if isinstance(value, float) and math.isnan(value) else value
+    return none_if_not_finite(value)

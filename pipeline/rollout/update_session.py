@@ -42,3 +42,10 @@ class UpdateSession:
 
     def _error(self, what: str) -> WeightUpdateError:
         return WeightUpdateError(f"{self._engine}: update to version {self.version}: {what}")
+
+
+def opened(session: UpdateSession | None, engine: str, operation: str) -> UpdateSession:
+    """``session``, which ``operation`` needs. Raises ``WeightUpdateError`` where no update is in progress."""
+    if session is None:
+        raise WeightUpdateError(f"{engine}: {operation} outside an update; call begin_update (again) first")
+    return session

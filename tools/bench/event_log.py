@@ -128,9 +128,9 @@ def read_series(run: str) -> int:
 
 def read_status(run: str) -> int:
     """What ``isentrope monitor --json`` prints: band tracking over all steps."""
-    from pipeline.monitoring.status import status
+    from pipeline.monitoring.status import status_of
 
-    return int(status(Path(run))["step"])
+    return int(status_of(Series(Path(run)))["step"])
 
 
 def _accumulate(folder: str, size: int) -> int:

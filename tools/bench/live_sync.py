@@ -54,8 +54,8 @@ def run(folder: Path, learner: Grid, engines: EngineGrid, repeat: int, *, coloca
         pool = EnginePool(servers)
         stack.callback(pool.close)
         pool.start(folder)
-        stored = architecture.read_config(folder)
-        dtype = "fp32" if str(stored.get("dtype") or stored.get("torch_dtype")) == "float32" else "bf16"
+        stored = architecture.stored_dtype(architecture.read_config(folder))
+        dtype = "fp32" if stored == "float32" else "bf16"
         placement = Placement.consecutive(learner.world_size, engines.world_size, colocated)
         inputs = PlanInputs(str(folder), learner, engines, placement, _BUCKET_BYTES, dtype)
         ranks = _Ranks(inputs)

@@ -21,7 +21,7 @@ import numpy as np
 
 from launchers.lab.figures import half_width
 from pipeline.entropy.target import recommend
-from pipeline.monitoring.summary import RunHistory, final_mean, pass_at, read_run
+from pipeline.monitoring.summary import RunHistory, pass_at, read_run
 from pipeline.monitoring.target_data import measured
 
 KS = (1, 4, 16)
@@ -35,7 +35,7 @@ def value(run: RunHistory, k: int) -> float:
 
 def entropy(run: RunHistory) -> float:
     """Mean of the last steps, nats per token."""
-    return final_mean(run, "entropy/controlled")
+    return run.series.recent_mean("entropy/controlled")
 
 
 def regrets(runs: Sequence[RunHistory], k: int) -> list[Found]:

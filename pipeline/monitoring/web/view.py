@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.entropy.reward_law import BLOCKS, fit_reward_law
+from pipeline.monitoring.metrics import none_if_not_finite
 from pipeline.monitoring.series import Series
 from pipeline.monitoring.status import status_of
 from pipeline.monitoring.timeline import timed
@@ -88,7 +89,7 @@ class RunView:
             entropy, reward = (self._series.column(name, first, last) for name in names)
         try:
             fit = {
-                name: _finite(value)
+                name: none_if_not_finite(value)
                 for name, value in asdict(fit_reward_law(entropy.tolist(), reward.tolist())).items()
             }
         except ValueError:
@@ -99,7 +100,3 @@ class RunView:
 
 def _numbers(values: np.ndarray) -> list[float | None]:
     return [float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None for value in values.tolist()]
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

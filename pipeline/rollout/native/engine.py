@@ -26,7 +26,7 @@ from pipeline.rollout.native.decoder import AnyDecoder
 from pipeline.rollout.native.fair_lock import FairLock
 from pipeline.rollout.native.fallback import decoder_of
 from pipeline.rollout.native.response_end import ResponseEnd
-from pipeline.rollout.update_session import UpdateSession
+from pipeline.rollout.update_session import UpdateSession, opened
 from pipeline.types import EngineHealth, GenerateRequest, Sample, SampleGroup, WeightSpan
 from pipeline.units import GIB
 
@@ -152,7 +152,7 @@ class NativeEngine(RolloutEngine):
 
     def receive(self, order: Order, engine: int = 0) -> None:
         """Take whole tensors; on ``WeightUpdateError`` the whole update must start again."""
-        session, self._session = self._open_session("receive"), None
+        session, self._session = opened(self._session, "native engine", "receive"), None
         session.expects(order)
         places = HostPlaces()
         report = self._participant.receive(order, engine, places)
@@ -162,7 +162,7 @@ class NativeEngine(RolloutEngine):
 
     def verify_update(self, version: int) -> None:
         """Make the decoder; every tensor's bytes were compared with their senders' digests on arrival."""
-        session, self._session = self._open_session("verify_update"), None
+        session, self._session = opened(self._session, "native engine", "verify_update"), None
         session.received(version)
         assert self._model is not None  # begin_update saw to it
         self._verified = decoder_of(self._model, self._hf_path, fp8.values(self._arrived))
@@ -172,7 +172,7 @@ class NativeEngine(RolloutEngine):
 
     def commit_update(self, version: int) -> None:
         """Serve ``version``."""
-        session, self._session = self._open_session("commit_update"), None
+        session, self._session = opened(self._session, "native engine", "commit_update"), None
         session.commit(version)
         self._decoder, self._version, self._verified = self._verified, version, None
 
@@ -199,11 +199,6 @@ class NativeEngine(RolloutEngine):
         self._model = None
         self._participant.close()
         self.abort_update()
-
-    def _open_session(self, operation: str) -> UpdateSession:
-        if self._session is None:
-            raise WeightUpdateError(f"native engine: {operation} outside an update; call begin_update (again) first")
-        return self._session
 
     def _refusal(self) -> str:
         if self._model is None:

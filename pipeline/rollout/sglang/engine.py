@@ -31,7 +31,7 @@ from pipeline.rollout.sglang.server import SglangServer
 from pipeline.rollout.sglang.slices import SliceTransport
 from pipeline.rollout.transport import Deadline, WeightTransport
 from pipeline.rollout.transport_disk import DiskTransport
-from pipeline.rollout.update_session import UpdateSession
+from pipeline.rollout.update_session import UpdateSession, opened
 from pipeline.types import EngineHealth, GenerateRequest, Role, Sample, SampleGroup
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class SglangEngine(RolloutEngine):
         self._model = model
         dtype = self._config.sglang.dtype
         if dtype == "auto":  # said outright, because SGLang's own auto makes float16 of float32
-            dtype = str(stored.get("dtype") or stored.get("torch_dtype") or "bfloat16")
+            dtype = architecture.stored_dtype(stored)
             # FP8 layers have 16-bit activations, and the learner has no float16 to send.
             dtype = "bfloat16" if dtype == "float16" or (self._fp8 and dtype == "float32") else dtype
         served = sglang_fp8.make_folder(hf_path, self._fp8_folder) if self._fp8 else hf_path
@@ -199,7 +199,7 @@ class SglangEngine(RolloutEngine):
 
     def receive(self, order: Order, engine: int = 0) -> None:
         """Have the server's ranks take their slices. On ``WeightUpdateError`` the whole update must start again."""
-        session, self._session = self._open_session("receive"), None
+        session, self._session = opened(self._session, self._name, "receive"), None
         session.expects(order)
         with self._phase("receive", order.version):
             _, transport = self._up
@@ -208,7 +208,7 @@ class SglangEngine(RolloutEngine):
 
     def verify_update(self, version: int) -> None:
         """Let the server finish loading, and verify what it holds. It stays paused."""
-        session, self._session = self._open_session("verify_update"), None
+        session, self._session = opened(self._session, self._name, "verify_update"), None
         order = session.received(version)
         with self._phase("verify_update", version):
             server, transport = self._up
@@ -221,7 +221,7 @@ class SglangEngine(RolloutEngine):
 
     def commit_update(self, version: int) -> None:
         """Let the server continue."""
-        session, self._session = self._open_session("commit_update"), None
+        session, self._session = opened(self._session, self._name, "commit_update"), None
         session.commit(version)
         with self._phase("commit_update", version):
             server, transport = self._up
@@ -396,11 +396,6 @@ class SglangEngine(RolloutEngine):
         if kind in self._released:
             self._running.post("/resume_memory_occupation", tags=[kind], timeout_s=deadline.remaining_s())
             self._released.remove(kind)
-
-    def _open_session(self, operation: str) -> UpdateSession:
-        if self._session is None:
-            raise WeightUpdateError(f"{self._name}: {operation} outside an update; call begin_update (again) first")
-        return self._session
 
     @property
     def _up(self) -> tuple[SglangServer, WeightTransport]:

@@ -14,7 +14,7 @@ from pipeline.monitoring.law_card import law_card
 from pipeline.monitoring.progress import Progress
 from pipeline.monitoring.report import build_report
 from pipeline.monitoring.series import Series
-from pipeline.monitoring.status import status
+from pipeline.monitoring.status import status_of
 from pipeline.monitoring.summary import read_run, summarize_run
 from pipeline.monitoring.terminal import view
 from pipeline.monitoring.tracking import of_series
@@ -54,7 +54,7 @@ def test_the_same_readings_are_outside_the_band_where_it_is_of_the_steps_own_row
 
 
 def test_status_and_terminal(folder):
-    found = status(folder)
+    found = status_of(Series(folder))
     assert (found["entropy"], found["entropy_controlled"], found["band_of"]) == (0.6, 0.3, "repeated")
     assert found["state"] == "tracking", "not waiting for the step's own rows to come to the band"
     console = Console(file=io.StringIO(), width=80, height=40, legacy_windows=False)

@@ -14,7 +14,7 @@ from rich.console import Console
 from pipeline.monitoring.console import CleanConsole, CleanFormatter, clean
 from pipeline.monitoring.events import EventLog
 from pipeline.monitoring.series import Series
-from pipeline.monitoring.status import alerts, status
+from pipeline.monitoring.status import alerts, status_of
 from pipeline.monitoring.terminal import size, view
 from tests.command_line import answer, call
 
@@ -86,7 +86,7 @@ def test_the_time_left_counts_what_lies_between_steps(tmp_path):
         log.append("resume", {"time": now - 60, "step": 2, "steps": 50})
         for step in (2, 3, 4):
             log.append("step", {"time": now - 40 + 10 * step, "step": step, **plain})
-    found = status(tmp_path)
+    found = status_of(Series(tmp_path))
     assert found["eta_seconds"] == pytest.approx(45 * 10)
     assert found["restarts"] == [2]
 
@@ -94,7 +94,7 @@ def test_the_time_left_counts_what_lies_between_steps(tmp_path):
 def test_a_run_that_says_nothing_for_long_is_silent(tmp_path):
     with EventLog(tmp_path / "events.jsonl") as log:
         log.append("run_start", {"time": time.time() - 3600, "step": 0, "steps": 50})
-    found = status(tmp_path)
+    found = status_of(Series(tmp_path))
     assert (found["status"], found["step"], found["eta_seconds"]) == ("silent", None, None)
     assert found["silent_seconds"] == pytest.approx(3600, abs=60)
     assert "silent for 1:00:0" in rendered(tmp_path)
