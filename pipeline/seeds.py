@@ -17,6 +17,11 @@ def sample_seed(run_seed: int, step: int, prompt_id: str, index: int, role: Role
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
 
 
+def sample_seeds(run_seed: int, step: int, prompt_id: str, count: int, role: Role) -> tuple[int, ...]:
+    """Of samples 0 to ``count`` - 1 of a prompt: see ``sample_seed``."""
+    return tuple(sample_seed(run_seed, step, prompt_id, index, role) for index in range(count))
+
+
 def turn_seed(seed: int, turn: int) -> int:
     """63-bit seed of turn ``turn`` of the sample with seed ``seed``; turn 0 is drawn under the sample's own."""
     if turn == 0:

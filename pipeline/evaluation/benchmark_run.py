@@ -21,7 +21,7 @@ from pipeline.evaluation.metrics import distinct_correct, maj_at_k, pass_at_k, p
 from pipeline.monitoring.events import cut_torn_line
 from pipeline.rewards.answers import grouped_answers
 from pipeline.rewards.stage import VerifierStage, stop_if_none_was_judged
-from pipeline.seeds import sample_seed
+from pipeline.seeds import sample_seeds
 from pipeline.types import GenerateRequest, Prompt, Role, SampleGroup
 
 SAMPLES_PER_CALL = 4096  # what an engine is given at once; a run that is broken off loses at most these
@@ -125,10 +125,7 @@ def figures(lines: Sequence[Mapping[str, Any]], ks: Sequence[int]) -> dict[str, 
 
 
 def _request(prompt: Prompt, settings: Settings) -> GenerateRequest:
-    seeds = tuple(
-        sample_seed(settings.seed, settings.step, prompt.id, index, Role.EVALUATION)
-        for index in range(settings.samples)
-    )
+    seeds = sample_seeds(settings.seed, settings.step, prompt.id, settings.samples, Role.EVALUATION)
     return GenerateRequest(
         prompt, seeds, settings.temperature, settings.max_new_tokens, Role.EVALUATION, top_p=settings.top_p
     )

@@ -14,7 +14,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.evaluation.metrics import distinct_correct, maj_at_k, pass_at_k, pass_interval
 from pipeline.rewards.answers import grouped_answers
 from pipeline.rewards.stage import VerifierStage, stop_if_none_was_judged
-from pipeline.seeds import sample_seed, stream_seed
+from pipeline.seeds import sample_seeds, stream_seed
 from pipeline.types import GenerateRequest, Prompt, Role, SampleGroup
 
 
@@ -77,8 +77,7 @@ def evaluation_requests(prompts: Sequence[Prompt], config: RunConfig, step: int)
     settings = config.evaluation
 
     def request(prompt: Prompt) -> GenerateRequest:
-        draws = range(settings.samples)
-        seeds = tuple(sample_seed(config.seed, step, prompt.id, index, Role.EVALUATION) for index in draws)
+        seeds = sample_seeds(config.seed, step, prompt.id, settings.samples, Role.EVALUATION)
         return GenerateRequest(prompt, seeds, settings.temperature, config.rollout.max_new_tokens, Role.EVALUATION)
 
     return [request(prompt) for prompt in choose_prompts(prompts, settings.prompts)]

@@ -22,7 +22,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.learner import Learner
 from pipeline.rewards.stage import VerifierStage
 from pipeline.rollout.weight_sync import WeightSync
-from pipeline.seeds import sample_seed
+from pipeline.seeds import sample_seeds
 from pipeline.step.batch import build_batch, usable
 from pipeline.types import ControlDecision, GenerateRequest, Prompt, Role, SampleGroup, TrainBatch
 
@@ -166,17 +166,9 @@ class Probe:
         self, prompts: Sequence[Prompt], samples: int, temperature: float, repeat: int, role: Role
     ) -> Sequence[SampleGroup]:
         limit, seed = self._config.rollout.max_new_tokens, self._config.seed
+        seeds = (sample_seeds(seed, repeat, prompt.id, samples, role) for prompt in prompts)
         return self._generated(
-            [
-                GenerateRequest(
-                    prompt,
-                    tuple(sample_seed(seed, repeat, prompt.id, index, role) for index in range(samples)),
-                    temperature,
-                    limit,
-                    role,
-                )
-                for prompt in prompts
-            ]
+            [GenerateRequest(prompt, own, temperature, limit, role) for prompt, own in zip(prompts, seeds, strict=True)]
         )
 
     def _draw(self, temperature: float, repeat: int, count: int) -> list[SampleGroup]:

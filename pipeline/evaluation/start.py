@@ -13,7 +13,7 @@ from pipeline.model.folder import Folder
 from pipeline.rollout.native.decoder import token_entropies
 from pipeline.rollout.native.engine import NativeEngine
 from pipeline.rollout.native.fallback import decoder_of
-from pipeline.seeds import sample_seed
+from pipeline.seeds import sample_seeds
 from pipeline.types import GenerateRequest, Prompt, Role
 
 
@@ -36,11 +36,7 @@ def measure(folder: Path, prompts: Sequence[Prompt], *, samples: int, max_new_to
     engine.start(folder)
     requests = [
         GenerateRequest(
-            prompt,
-            tuple(sample_seed(seed, 0, prompt.id, index, Role.EVALUATION) for index in range(samples)),
-            1.0,
-            max_new_tokens,
-            Role.EVALUATION,
+            prompt, sample_seeds(seed, 0, prompt.id, samples, Role.EVALUATION), 1.0, max_new_tokens, Role.EVALUATION
         )
         for prompt in prompts
     ]

@@ -106,8 +106,8 @@ class EngineShards:
         shards = {}
         for index, span in plan.needs(process).items():
             tensor = plan.tensors[index]
-            shape = [len(span) if dim == tensor.dim else size for dim, size in enumerate(tensor.shape)]
-            shards[tensor.name] = span.start, torch.empty(shape, dtype=DTYPES[tensor.item_size], device=device)
+            shape, dtype = tensor.part_shape(len(span)), DTYPES[tensor.item_size]
+            shards[tensor.name] = span.start, torch.empty(shape, dtype=dtype, device=device)
         return cls(shards)
 
     def read(self, tensor: Tensor, start: int, length: int) -> list[torch.Tensor]:

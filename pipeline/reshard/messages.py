@@ -49,7 +49,7 @@ class Piece:
     @property
     def shape(self) -> list[int]:
         """Of these entries."""
-        return [self.length if dim == self.tensor.dim else size for dim, size in enumerate(self.tensor.shape)]
+        return self.tensor.part_shape(self.length)
 
     def cut(self, most: int) -> Iterator[Piece]:
         """Itself in parts of at most ``most`` bytes, or of one entry each where an entry is larger."""

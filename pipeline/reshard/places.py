@@ -32,7 +32,7 @@ class Places:
         for index, span in plan.needs(process).items():
             tensor = plan.tensors[index]
             name, kept = tensor.name, DTYPES[tensor.item_size]
-            shape = [len(span) if dim == tensor.dim else size for dim, size in enumerate(tensor.shape)]
+            shape = tensor.part_shape(len(span))
             if tensor.quantise == "after":
                 scales = scale_shape(tuple(shape))
                 self._waiting[name] = torch.empty(shape, dtype=kept, device=self._device)

@@ -68,6 +68,10 @@ class Tensor:
         """Bytes of one entry along ``dim``."""
         return prod(self.shape) // self.length * self.item_size
 
+    def part_shape(self, length: int) -> list[int]:
+        """Shape of ``length`` entries along ``dim``."""
+        return [*self.shape[: self.dim], length, *self.shape[self.dim + 1 :]]
+
 
 @dataclass(frozen=True)
 class Tasks:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pipeline.config.schema import RunConfig
-from pipeline.seeds import sample_seed
+from pipeline.seeds import sample_seeds
 from pipeline.types import ControlDecision, Cuts, GenerateRequest, Prompt, Role, SampleGroup
 
 ALWAYS = 0  # the step that repeated samples take their seeds from
@@ -20,7 +20,7 @@ def step_requests(
     cuts = _cuts(config)
 
     def request(prompt: Prompt, role: Role, count: int, temperature: float) -> GenerateRequest:
-        seeds = tuple(sample_seed(config.seed, step, prompt.id, index, role) for index in range(count))
+        seeds = sample_seeds(config.seed, step, prompt.id, count, role)
         rule = cuts if role is Role.MAIN else None
         return GenerateRequest(prompt, seeds, temperature, config.rollout.max_new_tokens, role, cuts=rule)
 
@@ -34,7 +34,7 @@ def repeated_requests(prompts: Sequence[Prompt], config: RunConfig) -> list[Gene
     """One sample at T=1 of each prompt, with the same seeds at every step."""
 
     def request(prompt: Prompt) -> GenerateRequest:
-        seeds = (sample_seed(config.seed, ALWAYS, prompt.id, 0, Role.REPEATED),)
+        seeds = sample_seeds(config.seed, ALWAYS, prompt.id, 1, Role.REPEATED)
         return GenerateRequest(prompt, seeds, 1.0, config.rollout.max_new_tokens, Role.REPEATED)
 
     return [request(prompt) for prompt in prompts]

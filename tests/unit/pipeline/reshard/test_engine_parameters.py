@@ -19,7 +19,7 @@ def arrivals(plan, process):
     """Shape of what arrives of every tensor that has a place, FP8 codes and scales of what arrived whole included."""
     for index, span in plan.needs(process).items():
         tensor = plan.tensors[index]
-        shape = tuple(len(span) if dim == tensor.dim else size for dim, size in enumerate(tensor.shape))
+        shape = tuple(tensor.part_shape(len(span)))
         yield tensor.name, shape
         if tensor.quantise == "after":
             yield scale_name(tensor.name), scale_shape(shape)
