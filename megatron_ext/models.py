@@ -61,8 +61,6 @@ def build(
     where the layout does not fit the model, or FP8 the device.
     """
     options = options or LearnerConfig(transformer_impl="local")
-    if dtype not in DTYPES:
-        raise ValueError(f"model.dtype={dtype!r} is not known; choose one of {', '.join(DTYPES)}")
     model.check_layout(topology.grid)
     if model.delta:
         delta_net.require_kernels(topology.device)

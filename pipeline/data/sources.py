@@ -40,8 +40,6 @@ def load_prompts(config: DataConfig, tokenizer: Tokenizer, *, max_prompt_tokens:
     """
     if config.verifier != "auto":
         check_verifier(config.verifier, config.verifier_folder)
-    if config.examples and not config.chat_template:
-        raise DataError("data.examples are turns of a conversation: set data.chat_template=true, or remove them")
     questions = read_questions(config)
     fixed = {question.id: question.held_out for question in questions if question.held_out is not None}
     prompts = (to_prompt(question, config, tokenizer) for question in questions)
@@ -121,9 +119,7 @@ def read_questions(config: DataConfig) -> Sequence[Question]:
         return generate_questions(source.task, source.size, source.params, source.seed)
     if source.kind == "jsonl":
         return read_jsonl(resolve_path(source.path), config)
-    if source.kind == "environment":
-        return environment_questions(config)
-    raise DataError(f"data.source.kind={source.kind!r} must be countdown, reasoning_gym, jsonl or environment")
+    return environment_questions(config)
 
 
 def _countdown_questions(name: str, share: float, *, easy_first: bool) -> list[Question]:
@@ -185,11 +181,9 @@ def template_text(path: str) -> str:
 
 
 def _example_turns(config: DataConfig) -> Iterator[Message]:
-    for example in config.examples:
-        if len(example) != 2:
-            raise DataError(f"data.examples: each must be [question, answer], not {example!r}")
-        yield {"role": "user", "content": example[0]}
-        yield {"role": "assistant", "content": example[1]}
+    for question, answer in config.examples:
+        yield {"role": "user", "content": question}
+        yield {"role": "assistant", "content": answer}
 
 
 def _held_out(prompt_id: str, share: float) -> bool:

@@ -237,8 +237,6 @@ def _tensors(
     model: Architecture, learner: Grid, engines: EngineGrid, placement: Placement, dtype: str
 ) -> tuple[tuple[Tensor, ...], list[_Kind]]:
     """Every tensor in the order in which it is sent, and the kinds they fall into."""
-    if dtype not in ITEM_SIZES:
-        raise ValueError(f"dtype={dtype!r} is unknown: choose one of {', '.join(ITEM_SIZES)}")
     everything = rows(model, learner)
     copies = {row.sources[0].name: row.stage for row in everything if not row.exported}
     experts = model.moe.experts if model.moe else 0

@@ -156,30 +156,23 @@ def _mean_weights(lengths: np.ndarray, over: np.ndarray, config: RunConfig) -> n
     """
     if not len(over):
         return np.zeros(len(lengths))
-    match config.objective.aggregation:
-        case "token_mean":
-            return np.full(len(lengths), 1 / over.sum())
-        case "sequence_mean":
-            return 1 / (len(over) * lengths)
-        case "dr_grpo":
-            return np.full(len(lengths), 1 / (len(over) * config.rollout.max_new_tokens))
-        case other:
-            raise ValueError(f"objective.aggregation={other!r}: use token_mean, sequence_mean or dr_grpo")
+    if config.objective.aggregation == "token_mean":
+        return np.full(len(lengths), 1 / over.sum())
+    if config.objective.aggregation == "sequence_mean":
+        return 1 / (len(over) * lengths)
+    return np.full(len(lengths), 1 / (len(over) * config.rollout.max_new_tokens))  # dr_grpo
 
 
 def _positive_weights(
     lengths: np.ndarray, correct: np.ndarray, main: np.ndarray, alpha: float, config: RunConfig
 ) -> np.ndarray:
     """Float32 ``[rows]``, 0 on incorrect ones. ``main``: lengths of the main rows that count."""
-    match config.entropy.positive_mean:
-        case "positives":
-            each = np.full(len(lengths), 1 / max(1, lengths[correct].sum()))
-        case "samples":
-            each = 1 / (len(lengths) * lengths)
-        case "main":
-            each = _mean_weights(lengths, main, config)
-        case other:
-            raise ValueError(f"entropy.positive_mean={other!r}: use positives, samples or main")
+    if config.entropy.positive_mean == "positives":
+        each = np.full(len(lengths), 1 / max(1, lengths[correct].sum()))
+    elif config.entropy.positive_mean == "samples":
+        each = 1 / (len(lengths) * lengths)
+    else:
+        each = _mean_weights(lengths, main, config)
     return np.where(correct, alpha * each, 0.0).astype(np.float32)
 
 
