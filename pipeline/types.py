@@ -72,6 +72,11 @@ class GenerateRequest:
     begun: tuple[Sample, ...] = ()
     pause_at: int | None = None  # tokens at which a response is held; None: when the engine is told to
 
+    @property
+    def usual(self) -> int:
+        """How many of the responses are not drawn by CUTS; they come first."""
+        return len(self.seeds) - (self.cuts.samples if self.cuts else 0)
+
 
 @dataclass(frozen=True)
 class WeightSpan:

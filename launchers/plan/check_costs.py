@@ -158,7 +158,7 @@ def overlap(setting: Setting) -> Iterator[str]:
     Nothing where engines compute on the CPU, share the learner's GPUs, or have no room; ``memory`` reports that.
     """
     forecast, rollout = setting.forecast, setting.config.rollout
-    if forecast is None or forecast.rollouts is None or rollout.placement == "colocated":
+    if forecast is None or forecast.rollouts is None or rollout.colocated:
         return
     drawn = forecast.rollouts
     if drawn.kv_tokens < setting.config.longest_row:

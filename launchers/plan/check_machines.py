@@ -48,7 +48,7 @@ def machines(setting: Setting) -> Iterator[str | Problem]:
     shown = " x ".join(f"{name} {size}" for name, size in layout.items() if size > 1 or name == "TP")
     yield f"learner: {shown} = {count(learner.world_size, 'process')}"
     server = f" of TP {rollout.tensor_parallel_size}" if rollout.engine == "sglang" else ""
-    shared = ", on the learner's GPUs" if rollout.placement == "colocated" else ""
+    shared = ", on the learner's GPUs" if rollout.colocated else ""
     yield f"engines: {rollout.engines} {rollout.engine}{server}{shared}"
     if cluster is None:
         return

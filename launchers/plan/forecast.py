@@ -88,7 +88,7 @@ def forecast(
     stages = memory.stages(from_config(model, config))
     steady = max(stage.steady for stage in stages) / GIB
     learner = max(stage.total for stage in stages) / GIB
-    colocated = config.rollout.placement == "colocated"
+    colocated = config.rollout.colocated
     # An engine starts when the learner has all but Adam's moments, which come with the first update.
     before = max(stage.parts["parameters"] + stage.parts["gradients"] + stage.parts["context"] for stage in stages)
     free = cluster.gpu_gib - (before / GIB if colocated else 0.0)

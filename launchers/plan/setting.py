@@ -66,7 +66,9 @@ class Setting:
 
         Raises ``PlacementError`` where no number would do.
         """
-        return self.stated_nodes or least_nodes(*self.processes, self.gpus_per_node, colocated=self._colocated)
+        return self.stated_nodes or least_nodes(
+            *self.processes, self.gpus_per_node, colocated=self.config.rollout.colocated
+        )
 
     @property
     def gpus_per_node(self) -> int:
@@ -75,11 +77,8 @@ class Setting:
 
     def placed(self) -> Placement:
         """Which node every process is on. Raises ``PlacementError``."""
-        return place(*self.processes, [self.gpus_per_node] * self.nodes, colocated=self._colocated)
-
-    @property
-    def _colocated(self) -> bool:
-        return self.config.rollout.placement == "colocated"
+        gpus = [self.gpus_per_node] * self.nodes
+        return place(*self.processes, gpus, colocated=self.config.rollout.colocated)
 
     @property
     def response(self) -> int:

@@ -165,7 +165,7 @@ def from_config(model: Architecture, config: RunConfig, mean_response: int = 0, 
         mean_length=mean_length,
         mean_targets=response,
         imbalance=imbalance if model.moe and grid.ep > 1 else 1.0,
-        colocated=rollout.placement == "colocated",
+        colocated=rollout.colocated,
     )
 
 

@@ -162,7 +162,7 @@ def build_loop(config: RunConfig, recorder: Recorder, stack: ExitStack) -> Train
     inputs = plan_inputs(config)
     learner = start_learner(config, stack)
     engines = start_engines(config, recorder.run_dir / "logs", stack, learner)
-    colocated = config.rollout.placement == "colocated"
+    colocated = config.rollout.colocated
     sync = weight_sync(config, inputs, learner, engines)
     given = (engines, learner, sync, hf_path(config), recorder.fault)
     if config.data.environment.name == "single":
@@ -258,38 +258,12 @@ def start_engines(config: RunConfig, log_dir: Path, stack: ExitStack, learner: L
 
     Raises ``ConfigError`` where they are to share GPUs and there are none.
     """
-    colocated = config.rollout.placement == "colocated"
-    if colocated and not torch.cuda.is_available():
+    if config.rollout.colocated and not torch.cuda.is_available():
         remedy = "set rollout.placement=disaggregated"
         raise ConfigError("rollout.placement", "colocated", "no CUDA device is visible here", remedy)
     builders = [partial(build_engine, config, index, log_dir) for index in range(config.rollout.engines)]
-    if config.runtime == "inline":
-        engines = [build() for build in builders]
-    else:
-        from launchers.run.actors import EngineProcess, RayEngine, RayLearner
-        from launchers.run.ray_cluster import variables
-
-        nodes, placement = _placed(config)
-        own_gpus = {
-            "num_cpus": 0,
-            "num_gpus": engine_gpus(config),
-            "runtime_env": {"env_vars": variables(learner=False)},
-        }
-        options: list[dict[str, Any]] = [own_gpus] * config.rollout.engines
-        if colocated and isinstance(learner, RayLearner):
-            options = shared_gpus(learner.gpus(), config.rollout.engines, config.rollout.tensor_parallel_size)
-        timeout_s = config.rollout.weight_sync_timeout_s
-        on_nodes = placement.engine_nodes(max(1, engine_gpus(config)))
-        homes = [
-            EngineProcess.options(  # type: ignore[attr-defined]  # Ray makes an actor class of it
-                **option, scheduling_strategy=nodes[node].affinity()
-            )
-            for option, node in zip(options, on_nodes, strict=True)
-        ]
-        engines = [
-            RayEngine(partial(home.remote, build), f"engine {i}", timeout_s)
-            for i, (home, build) in enumerate(zip(homes, builders, strict=True))
-        ]
+    inline = config.runtime == "inline"
+    engines = [build() for build in builders] if inline else _ray_engines(config, builders, learner)
     # SGLang takes minutes to start again; the native engine seconds, and then its samples are the same to the bit: so
     # they are as long as who draws which depends on nobody's speed.
     sglang = config.rollout.engine == "sglang"
@@ -297,6 +271,32 @@ def start_engines(config: RunConfig, log_dir: Path, stack: ExitStack, learner: L
     stack.callback(pool.close)
     pool.start(hf_path(config))
     return pool
+
+
+def _ray_engines(
+    config: RunConfig, builders: Sequence[Callable[[], RolloutEngine]], learner: Learner | None
+) -> list[RolloutEngine]:
+    """Engines in processes of their own, on GPUs of their own or on those of ``learner``."""
+    from launchers.run.actors import EngineProcess, RayEngine, RayLearner
+    from launchers.run.ray_cluster import variables
+
+    rollout = config.rollout
+    nodes, placement = _placed(config)
+    own_gpus = {"num_cpus": 0, "num_gpus": engine_gpus(config), "runtime_env": {"env_vars": variables(learner=False)}}
+    options: list[dict[str, Any]] = [own_gpus] * rollout.engines
+    if rollout.colocated and isinstance(learner, RayLearner):
+        options = shared_gpus(learner.gpus(), rollout.engines, rollout.tensor_parallel_size)
+    on_nodes = placement.engine_nodes(max(1, engine_gpus(config)))
+    homes = [
+        EngineProcess.options(  # type: ignore[attr-defined]  # Ray makes an actor class of it
+            **option, scheduling_strategy=nodes[node].affinity()
+        )
+        for option, node in zip(options, on_nodes, strict=True)
+    ]
+    return [
+        RayEngine(partial(home.remote, build), f"engine {i}", rollout.weight_sync_timeout_s)
+        for i, (home, build) in enumerate(zip(homes, builders, strict=True))
+    ]
 
 
 def plan_inputs(config: RunConfig) -> PlanInputs:
@@ -307,7 +307,7 @@ def plan_inputs(config: RunConfig) -> PlanInputs:
     """
     rollout, layout = config.rollout, config.learner
     whole = rollout.engine == "native" or rollout.weight_transport == "disk"  # taken by the engine's own process
-    colocated = rollout.placement == "colocated" and not whole
+    colocated = rollout.colocated and not whole
     ranks = 1 if whole else rollout.tensor_parallel_size
     learners: tuple[int, ...] = (0,)
     homes: tuple[int, ...] = (0,) * rollout.engines
@@ -419,8 +419,8 @@ def _placed(config: RunConfig) -> tuple[list[Node], Placement]:
     layout, rollout = config.learner, config.rollout
     tensor_parallel, engine = layout.tensor_model_parallel_size, engine_gpus(config)
     try:
-        together = rollout.placement == "colocated"
-        return nodes, place(layout.world_size, tensor_parallel, rollout.engines, engine, gpus, colocated=together)
+        processes = layout.world_size, tensor_parallel, rollout.engines, engine
+        return nodes, place(*processes, gpus, colocated=rollout.colocated)
     except PlacementError as error:
         remedy = "use more nodes, a smaller layout, or fewer rollout.engines or rollout.tensor_parallel_size"
         raise ConfigError("learner.tensor_model_parallel_size", tensor_parallel, str(error), remedy) from error

@@ -79,7 +79,7 @@ def _evaluation(config: RunConfig) -> Iterator[Problem]:
 
 def _beside_training(config: RunConfig) -> Iterator[Problem]:
     place = "evaluation.beside_training"
-    if config.rollout.placement == "colocated":
+    if config.rollout.colocated:
         problem = "engines on the learner's GPUs cannot draw while it trains"
         yield Problem(place, True, problem, "set it to false, or rollout.placement=disaggregated")
     if not (config.evaluation.every or config.evaluation.at_start):

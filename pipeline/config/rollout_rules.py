@@ -53,7 +53,7 @@ def _stop(config: RunConfig) -> Iterator[Problem]:
 
 def _colocated(config: RunConfig) -> Iterator[Problem]:
     rollout, learner = config.rollout, config.learner
-    if rollout.placement == "disaggregated":
+    if not rollout.colocated:
         return
     if rollout.engine == "native":
         yield Problem(

@@ -383,6 +383,11 @@ class RolloutConfig:
     )
     sglang: SglangConfig = key(SglangConfig(), "settings of engine=sglang")
 
+    @property
+    def colocated(self) -> bool:
+        """Whether engines share the learner's GPUs."""
+        return self.placement == "colocated"
+
 
 @dataclass
 class SourceConfig:

@@ -157,9 +157,7 @@ class Episodes:
 def _apart_by_sample(request: GenerateRequest) -> Iterator[GenerateRequest]:
     """A request for each sample; the last ones of a group are those that are cut."""
     for number, seed in enumerate(request.seeds, start=1):
-        cuts = request.cuts
-        if cuts is not None:
-            cuts = replace(cuts, samples=1) if number > len(request.seeds) - cuts.samples else None
+        cuts = replace(request.cuts, samples=1) if request.cuts and number > request.usual else None
         yield replace(request, seeds=(seed,), cuts=cuts)
 
 

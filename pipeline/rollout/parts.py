@@ -21,7 +21,7 @@ def remainder(request: GenerateRequest) -> GenerateRequest:
         seeds=tuple(request.seeds[i] for i in places),
         begun=tuple(request.begun[i] for i in places) if request.begun else (),
         max_new_tokens=most,
-        cuts=request.cuts and replace(request.cuts, samples=sum(i >= _usual(request) for i in places)),
+        cuts=request.cuts and replace(request.cuts, samples=sum(i >= request.usual for i in places)),
         pause_at=None,
     )
 
@@ -46,11 +46,6 @@ def joined(request: GenerateRequest, group: SampleGroup) -> SampleGroup:
 def _unfinished(request: GenerateRequest) -> list[int]:
     """Places of the responses that are yet to be drawn, or to go on."""
     return [i for i in range(len(request.seeds)) if not request.begun or request.begun[i].held]
-
-
-def _usual(request: GenerateRequest) -> int:
-    """Responses of a request that are not drawn by CUTS; they come first."""
-    return len(request.seeds) - (request.cuts.samples if request.cuts else 0)
 
 
 def _continued(begun: Sample, new: Sample) -> Sample:

@@ -219,9 +219,8 @@ class NativeEngine(RolloutEngine):
 
 def _rows(request: GenerateRequest) -> list[Row]:
     given = request.prompt.token_ids, request.temperature, request.max_new_tokens, request.top_p
-    usual = len(request.seeds) - (request.cuts.samples if request.cuts else 0)
     rows = [
-        Row(given[0], seed, *given[1:], None if index < usual else request.cuts)
+        Row(given[0], seed, *given[1:], None if index < request.usual else request.cuts)
         for index, seed in enumerate(request.seeds)
     ]
     return [_from(row, sample) for row, sample in zip(rows, request.begun, strict=True)] if request.begun else rows

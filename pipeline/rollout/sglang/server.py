@@ -105,12 +105,9 @@ class SglangServer:
 
     def check(self, response: httpx.Response) -> Any:
         """The decoded body of a reply, which must have status 200."""
-        self._require_ok(response)
-        return response.json() if "json" in response.headers.get("content-type", "") else response.text
-
-    def _require_ok(self, response: httpx.Response) -> None:
         if response.status_code != HTTPStatus.OK:
             raise self.refused(str(response.url), response.status_code, response.text[:500])
+        return response.json() if "json" in response.headers.get("content-type", "") else response.text
 
     def refused(self, url: str, status: int, said: str) -> EngineError:
         """The error that a reply of another status than 200 is."""
@@ -175,7 +172,7 @@ class SglangServer:
             *(("--max-total-tokens", str(settings.max_total_tokens)) if settings.max_total_tokens else ()),
             *(("--attention-backend", backend) if backend else ()),
             *(sglang_cpu.ARGUMENTS if on_cpu else ()),
-            *(("--enable-memory-saver",) if config.placement == "colocated" and not on_cpu else ()),
+            *(("--enable-memory-saver",) if config.colocated and not on_cpu else ()),
             *settings.extra_args,
         ]
 
