@@ -49,6 +49,7 @@ class Recommendation:
     error: float  # standard error of pass@k there
     lost: float  # pass@k that the run lost from its best to its end, smoothed
     kept_to_the_end: bool  # a longer run might name a lower entropy
+    highest: float  # entropy of the first evaluation whose pass@k is within that error of the best
     smooth: tuple[float, ...]
 
     def evidence(self, points: Sequence[Measured]) -> list[str]:
@@ -64,20 +65,27 @@ class Recommendation:
         return lines
 
     def verdict(self) -> str:
-        """What the evidence says, in a sentence or two."""
+        """What the evidence says, in a few sentences."""
         text = (
             f"pass@{self.k} is kept down to H={self.entropy:.3g}, at step {self.step}: {self.value:.3f} there, "
             f"{self.best:.3f} at best (each averaged with the evaluations before and after it); one "
             f"evaluation's standard error is {self.error:.3f}."
         )
         if self.kept_to_the_end:
-            return text + " That is the end of this run: control is not needed for it, unless the run is longer."
-        if self.loss_is_seen:
-            return text + f" Without control the run then lost {self.lost:.3f}."
-        return (
-            text + f" What it lost after that ({self.lost:.3f}) is within noise: control is not shown to pay "
-            f"for pass@{self.k} over a run of this length."
-        )
+            text += " That is the end of this run: control is not needed for it, unless the run is longer."
+        elif self.loss_is_seen:
+            text += f" Without control the run then lost {self.lost:.3f}."
+        else:
+            text += (
+                f" What it lost after that ({self.lost:.3f}) is within noise: control is not shown to pay "
+                f"for pass@{self.k} over a run of this length."
+            )
+        if self.highest > (1 + WIDTH) * self.entropy:
+            text += (
+                f" Within that error pass@{self.k} was as high from H={self.highest:.3g} on. The lowest band costs "
+                f"the least pass@1; held at a higher one, pass@{self.k} may go on growing, which this run cannot show."
+            )
+        return text
 
     @property
     def pays(self) -> bool:
@@ -102,8 +110,8 @@ def recommend(points: Sequence[Measured], k: int) -> Recommendation:
     smooth = smoothed([point.value for point in points])
     best = int(np.argmax(smooth))
     error = _typical_error(points)
-    lower = (i for i in range(best, len(points)) if smooth[i] < smooth[best] - error)
-    chosen = next(lower, len(points)) - 1
+    kept = [value >= smooth[best] - error for value in smooth]
+    chosen = next((i for i in range(best, len(points)) if not kept[i]), len(points)) - 1
     entropy = float(points[chosen].entropy)
     return Recommendation(
         k=k,
@@ -116,6 +124,7 @@ def recommend(points: Sequence[Measured], k: int) -> Recommendation:
         error=error,
         lost=smooth[best] - smooth[-1],
         kept_to_the_end=chosen == len(points) - 1,
+        highest=float(points[kept.index(True)].entropy),
         smooth=tuple(smooth),
     )
 

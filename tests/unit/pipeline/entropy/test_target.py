@@ -19,6 +19,8 @@ def test_the_last_within_one_standard_error_of_the_best_is_chosen():
     assert found.loss_is_seen
     assert not found.kept_to_the_end
     assert "lost 0.107" in found.verdict()
+    assert found.highest == points[4].entropy  # smoothed .943; one evaluation before .927
+    assert "pass@16 was as high from H=0.644 on" in found.verdict()
 
 
 def test_a_run_that_gains_to_its_end_needs_no_control():
