@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,9 @@ class Window:
     tokens: int  # that a token sees, itself among them
 
 
+_ReadWindow = Callable[[Said, int], Window | None]
+
+
 @dataclass(frozen=True)
 class Switch:
     """A key of ``config.json`` that says whether a model has something."""
@@ -122,7 +126,7 @@ class Family:
     mla: bool = False  # latent attention
     moe: Callable[[Said, int], Moe] | None = None  # reads the experts, given the number of layers
     delta: Callable[[Said, int], DeltaNet] | None = None  # reads the delta nets, given the number of layers
-    window: Callable[[Said, int], Window | None] | None = None  # reads the sliding window, given the number of layers
+    window: _ReadWindow | None = None  # reads the sliding window, given the number of layers
     ahead: str | None = None  # how names of multi-token-prediction layers begin; None: with the numbers after the last
     delta_apart: bool = False  # a delta net's gates, and what it multiplies by, have projections of their own
     within: str | None = None  # model_type of models that also see, and have one of this family as their text_config
@@ -157,48 +161,76 @@ def _qwen3_5_moe(said: Said, layers: int) -> Moe:
 
 
 def _qwen3_next_delta(said: Said, layers: int) -> DeltaNet:
-    kinds = said.config.get("layer_types")
-    if kinds is None:
-        interval = said.count("full_attention_interval", 4)
-        kinds = ["full_attention" if (layer + 1) % interval == 0 else "linear_attention" for layer in range(layers)]
-    if not isinstance(kinds, list) or len(kinds) != layers or {*kinds} - {"full_attention", "linear_attention"}:
-        said.refuse(
-            f"layer_types={kinds!r} is not supported: it needs one of full_attention and linear_attention for each of "
-            f"num_hidden_layers={layers}"
-        )
-        kinds = ["full_attention"] * layers
+    interval = said.count("full_attention_interval", 4)
+    usual = tuple((layer + 1) % interval != 0 for layer in range(layers))
+    nets = _layers_of(said, "linear_attention", usual)
     defaults = {"num_key_heads": 16, "num_value_heads": 32, "key_head_dim": 128, "value_head_dim": 128}
     keys, values, key_dim, value_dim = (said.count(f"linear_{key}", absent) for key, absent in defaults.items())
     kernel = said.count("linear_conv_kernel_dim", 4)
     if values % keys:
         said.refuse(f"linear_num_value_heads={values} is not a multiple of linear_num_key_heads={keys}")
-    return DeltaNet(tuple(kind == "linear_attention" for kind in kinds), keys, values, key_dim, value_dim, kernel)
+    return DeltaNet(nets, keys, values, key_dim, value_dim, kernel)
 
 
-def _mistral_window(said: Said, layers: int) -> Window | None:
-    """Of all layers; absent, 4096 tokens."""
-    return None if said.config.get("sliding_window", 4096) is None else _all_windows(said, layers)
+def _layers_of(said: Said, kind: str, usual: tuple[bool, ...]) -> tuple[bool, ...]:
+    """Whether each layer is of ``kind`` and not of full attention; ``usual``: where there is no ``layer_types``."""
+    kinds = said.config.get("layer_types")
+    if kinds is None:
+        return usual
+    if not isinstance(kinds, list) or len(kinds) != len(usual) or {*kinds} - {"full_attention", kind}:
+        said.refuse(
+            f"layer_types={kinds!r} is not supported: it needs one of full_attention and {kind} for each of "
+            f"num_hidden_layers={len(usual)}"
+        )
+        return usual
+    return tuple(each == kind for each in kinds)
 
 
-def _mixtral_window(said: Said, layers: int) -> Window | None:
-    return None if said.config.get("sliding_window") is None else _all_windows(said, layers)
+def _window_of_all(said: Said, layers: int, absent: int | None) -> Window | None:
+    """The same in all layers; ``absent``: its tokens where the key is absent."""
+    _refuse_other_layers(said)
+    if said.config.get("sliding_window", absent) is None:
+        return None
+    return Window((True,) * layers, said.count("sliding_window", absent))
 
 
-def _all_windows(said: Said, layers: int) -> Window:
-    return Window((True,) * layers, said.count("sliding_window", 4096))
+def _if_used(read: _ReadWindow) -> _ReadWindow:
+    """Qwen's switch ``use_sliding_window``, off where it is absent."""
+
+    def window(said: Said, layers: int) -> Window | None:
+        if said.config.get("use_sliding_window") and said.config.get("sliding_window", 4096) is not None:
+            return read(said, layers)
+        _refuse_other_layers(said)
+        return None
+
+    return window
+
+
+@_if_used
+def _qwen_window(said: Said, layers: int) -> Window:
+    """Of the layers from ``max_window_layers`` on."""
+    first = said.count("max_window_layers", 28, least=0)
+    usual = tuple(layer >= first for layer in range(layers))
+    return Window(_layers_of(said, "sliding_attention", usual), said.count("sliding_window", 4096))
+
+
+@_if_used
+def _qwen2_moe_window(said: Said, layers: int) -> Window:
+    """Of every other layer before ``max_window_layers``: so it stands in transformers."""
+    end = said.count("max_window_layers", 28, least=0)
+    usual = tuple(layer % 2 == 0 and layer < end for layer in range(layers))
+    return Window(_layers_of(said, "sliding_attention", usual), said.count("sliding_window", 4096))
+
+
+@_if_used
+def _qwen3_moe_window(said: Said, layers: int) -> Window | None:
+    """transformers does not read ``max_window_layers`` here."""
+    return _window_of_all(said, layers, 4096)
 
 
 def _gpt_oss_window(said: Said, layers: int) -> Window:
-    kinds = said.config.get("layer_types")
-    if kinds is None:
-        kinds = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(layers)]
-    if not isinstance(kinds, list) or len(kinds) != layers or {*kinds} - {"full_attention", "sliding_attention"}:
-        said.refuse(
-            f"layer_types={kinds!r} is not supported: it needs one of full_attention and sliding_attention for each of "
-            f"num_hidden_layers={layers}"
-        )
-        kinds = ["full_attention"] * layers
-    return Window(tuple(kind == "sliding_attention" for kind in kinds), said.count("sliding_window", 128))
+    usual = tuple(layer % 2 == 0 for layer in range(layers))
+    return Window(_layers_of(said, "sliding_attention", usual), said.count("sliding_window", 128))
 
 
 def _mixtral_moe(said: Said, layers: int) -> Moe:
@@ -241,8 +273,8 @@ def _deepseek_moe(said: Said, layers: int) -> Moe:
 _FIXED = (
     Fixed("hidden_act", "silu", "only the gated SiLU feed-forward is built"),
     Fixed("mlp_bias", False, "feed-forward biases are not built"),
-    Fixed("use_sliding_window", False, "Qwen's sliding windows are not built"),
 )
+_NO_WINDOW = Fixed("use_sliding_window", False, "a sliding window of this family is not built")
 _NO_BIAS = Fixed("attention_bias", False, "biases of attention's output are not built")
 _ROUTER = (
     Fixed("topk_method", "noaux_tc", "other ways of choosing experts are not built"),
@@ -280,14 +312,14 @@ _QWEN3_NEXT = Family(
 
 FAMILIES: Mapping[str, Family] = {
     "LlamaForCausalLM": Family("llama"),
-    "MistralForCausalLM": Family("mistral", kv_heads=8, window=_mistral_window),
-    "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True, kv_heads=32),
-    "Qwen3ForCausalLM": Family("qwen3", qk_norm=True, head_dim=128, kv_heads=32),
+    "MistralForCausalLM": Family("mistral", kv_heads=8, window=partial(_window_of_all, absent=4096)),
+    "Qwen2ForCausalLM": Family("qwen2", qkv_bias=True, kv_heads=32, window=_qwen_window),
+    "Qwen3ForCausalLM": Family("qwen3", qk_norm=True, head_dim=128, kv_heads=32, window=_qwen_window),
     "MixtralForCausalLM": Family(
         "mixtral",
         rope=RopeRules(theta=1e6),
         kv_heads=8,
-        window=_mixtral_window,
+        window=partial(_window_of_all, absent=None),
         renamed=_MIXTRAL_NAMES,
         moe=_mixtral_moe,
     ),
@@ -297,8 +329,9 @@ FAMILIES: Mapping[str, Family] = {
         kv_heads=16,
         renamed=((".shared_experts.", ".shared_expert."),),
         moe=_qwen2_moe,
+        window=_qwen2_moe_window,
     ),
-    "Qwen3MoeForCausalLM": Family("qwen3_moe", qk_norm=True, kv_heads=4, moe=_qwen_moe),
+    "Qwen3MoeForCausalLM": Family("qwen3_moe", qk_norm=True, kv_heads=4, moe=_qwen_moe, window=_qwen3_moe_window),
     "Qwen3NextForCausalLM": _QWEN3_NEXT,
     "Qwen3_5ForCausalLM": replace(
         _QWEN3_NEXT, name="qwen3_5_text", within="qwen3_5", kv_heads=4, moe=None, delta_apart=True
@@ -592,9 +625,10 @@ def parse(config: Mapping[str, Any]) -> Architecture:
     config = of_text(config)
     family = _family(config)
     said = Said(config)
-    said.fixed((*_FIXED, *family.fixed, *(() if family.qkv_bias else (_NO_BIAS,))))
+    absent = (*(() if family.qkv_bias else (_NO_BIAS,)), *(() if family.window else (_NO_WINDOW,)))
+    said.fixed((*_FIXED, *family.fixed, *absent))
     _refuse_quantised(said, family)
-    if not family.delta and not family.sinks:
+    if not family.delta and not family.window:
         _refuse_other_layers(said)
     layers, hidden = map(said.count, ("num_hidden_layers", "hidden_size"))
     heads, vocab, positions = map(said.count, ("num_attention_heads", "vocab_size", "max_position_embeddings"))

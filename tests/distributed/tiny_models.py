@@ -200,6 +200,12 @@ CONFIGS["glm4_moe_yarn"] = (
     | {key: CONFIGS["glm4_moe"][key] for key in ("architectures", "model_type")}
 )
 CONFIGS["mistral_window"] = CONFIGS["mistral"] | {"sliding_window": 4}
+for name in ("qwen2", "qwen2_moe", "qwen3_moe_raw"):  # its layers 2 and 3, its layer 0, all layers
+    CONFIGS[f"{name}_window"] = CONFIGS[name] | {
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "max_window_layers": 2,
+    }
 CONFIGS["llama_linear"] = CONFIGS["llama"] | {"rope_scaling": {"type": "linear", "factor": 3.0}}
 CONFIGS["llama3_short"] = CONFIGS["llama"] | {  # numbers that megatron-core's own Llama 3 scaling does not have
     "rope_scaling": LLAMA3_ROPE

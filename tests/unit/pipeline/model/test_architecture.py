@@ -106,7 +106,7 @@ def test_both_spellings_of_rotary_scaling(rope):
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, r"one set of numbers for all layers"),
         ({"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5"),
         ({"mlp_bias": True}, r"mlp_bias=True"),
-        ({"use_sliding_window": True}, r"use_sliding_window=True"),
+        ({"use_sliding_window": True}, r"use_sliding_window=True"),  # only Qwen's classes read it
         ({"attention_bias": True}, r"attention_bias=True"),
         ({"num_key_value_heads": 3}, r"num_key_value_heads=3 does not divide num_attention_heads=8"),
         ({"rope_scaling": {"type": "su", "factor": 4}}, r"rope_type='su'.*default or linear or .*longrope"),

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.model import architecture
+from pipeline.model.architecture import Window
 from pipeline.model.reading import ModelError
 from pipeline.model.rope import LinearScaling, Llama3Scaling, Yarn
 from pipeline.model.rotary import attention_factor, frequencies
@@ -40,6 +41,38 @@ def test_what_an_absent_key_means_is_not_quoted_as_if_it_were_there():
         ModelError, match=r"num_key_value_heads \(absent, so 32\) does not divide num_attention_heads=16"
     ):
         architecture.parse(config)
+
+
+WINDOWS = [
+    {},
+    {"max_window_layers": 3},
+    {"max_window_layers": 0, "sliding_window": 7},
+    {"max_window_layers": 99},
+    {"sliding_window": 1000},  # as long as a row may be
+    {"use_sliding_window": False, "max_window_layers": 1},
+]
+NAMED = {"layer_types": ["full_attention"] * 5 + ["sliding_attention"]}
+
+
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [
+        *((family, said) for family in ("qwen2", "qwen3", "qwen2_moe") for said in [*WINDOWS, NAMED]),
+        *(("qwen3_moe", said) for said in WINDOWS),
+    ],
+    ids=str,
+)
+def test_qwens_windows_are_those_of_transformers(transformers, family, said):
+    """``max_window_layers`` means something else in every class."""
+    values = {"num_hidden_layers": 6, "use_sliding_window": True, "max_position_embeddings": 1000, "sliding_window": 9}
+    config = hf_config(family) | values | said
+    theirs = transformers.AutoConfig.for_model(
+        family, **{key: value for key, value in config.items() if key != "model_type"}
+    )
+    kinds = theirs.to_dict().get("layer_types") or ["sliding_attention"] * 6
+    layers = tuple(kind == "sliding_attention" for kind in kinds)
+    used = theirs.sliding_window and theirs.sliding_window < 1000 and any(layers)
+    assert architecture.parse(config).window == (Window(layers, theirs.sliding_window) if used else None)
 
 
 NUMBERS = {

@@ -75,8 +75,11 @@ def test_samples_carry_the_experts_that_read_them(tmp_path, family):
             assert np.array_equal(np.sort(sample.routes), expected)
 
 
-def test_a_window_of_all_layers_is_kept(tmp_path):
-    folder, _ = write_folder(tmp_path, "mistral", sliding_window=4)
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen2_moe", "qwen3_moe"])
+def test_windows_are_kept(tmp_path, family):
+    """Of all layers, of the last one (Qwen2), of the first one (Qwen2-MoE)."""
+    used = {} if family == "mistral" else {"use_sliding_window": True, "max_window_layers": 1}
+    folder, _ = write_folder(tmp_path, family, sliding_window=4, **used)
     engine = NativeEngine()
     engine.start(folder)
     for group, asked in zip(engine.generate(requests()), requests(), strict=True):
