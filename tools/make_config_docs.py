@@ -30,7 +30,8 @@ file itself wins over them, and `key=value` on the command line wins over all:
 Every key must exist and fit its type. A value or a combination that cannot work is refused before anything starts. The
 error has the key, its value, what is wrong and the remedy (exit code 2). `isentrope config show` prints the resolved
 configuration with meaning, choices, unit and range of every key. `isentrope config validate` only checks the
-configuration. An integer without an upper limit of its own ends at 10^9.
+configuration. Keys of `entropy` that the chosen controller and actuator do not look at are told, not refused, since a
+recipe is often run under another controller. An integer without an upper limit of its own ends at 10^9.
 
 Files and values follow YAML 1.2. `010` is 10 and `0o17` is 15. `12:00:00`, `on` and `no` are texts; only `true` and
 `false` are true and false. A key of type text keeps a number as you wrote it (`name: 007`).

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from collections.abc import Iterator
 from operator import attrgetter
 from pathlib import Path
 
 from pipeline.config.errors import ConfigError, Problem
+from pipeline.config.idle import idle_keys
 from pipeline.config.load import resolve_path
 from pipeline.config.schema import RunConfig
 from pipeline.data.sources import check_prompts, load_prompts
@@ -20,13 +22,20 @@ from pipeline.model.reading import ModelError
 from pipeline.monitoring.sinks.factory import problems as sink_problems
 from pipeline.rollout.environment import environment_problems
 
+log = logging.getLogger(__name__)
+
 
 def check_start(config: RunConfig) -> None:
-    """Raise ``ConfigError`` with every reason why a run on this machine could not start; data are not read."""
+    """Raise ``ConfigError`` with every reason why a run on this machine could not start; data are not read.
+
+    The log tells which keys have no effect.
+    """
     problems = [*_packages(config), *_run_dir(config), *_model(config), *sink_problems(config)]
     problems += environment_problems(config)
     if problems:
         raise ConfigError.of(problems)
+    for sentence in idle_keys(config.entropy):
+        log.warning(sentence)
 
 
 def check_inputs(config: RunConfig) -> None:

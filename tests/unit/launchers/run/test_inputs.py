@@ -36,6 +36,11 @@ def absent(model):
     (model / "model.safetensors").unlink()
 
 
+def test_keys_without_effect_are_told(model, caplog):
+    check_start(config(model, "entropy.controller=none", "entropy.actuator=clip_high"))
+    assert "entropy.actuator=clip_high has no effect with entropy.controller=none: remove, or set" in caplog.text
+
+
 @pytest.mark.parametrize("damage", [truncated, absent])
 def test_a_damaged_model_is_refused(model, damage, capsys):
     damage(model)
