@@ -16,7 +16,7 @@ import msgspec
 import torch
 
 from launchers.placement import PlacementError, place
-from launchers.run.inputs import check_start
+from launchers.run.inputs import check_start, model_errors
 from launchers.run.resume import check_restorable
 from launchers.supervise.sidecar import Sidecar
 from launchers.supervise.watchdog import Others, Watchdog
@@ -83,7 +83,8 @@ def train(
             if config.data.environment.name != "single":
                 log.warning("episodes that played after step %d begin again, under their seeds", loop.step)
         else:
-            loop.learner.load(hf_path(config))
+            with model_errors(config):
+                loop.learner.load(hf_path(config))
         recorder.start(loop.step, checkpoint)
         sidecar.start()
         loop.run(stop_requested)

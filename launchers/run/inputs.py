@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from operator import attrgetter
 from pathlib import Path
 
@@ -71,5 +72,19 @@ def _model(config: RunConfig) -> Iterator[Problem]:
         architecture = read(path)
         check(Folder(path, architecture), rows(architecture), architecture)
     except ModelError as error:
-        for refusal in error.refusals:
-            yield Problem("model.hf_path", config.model.hf_path, f"{path}: {refusal.problem}", refusal.remedy)
+        yield from _refusals(config, error)
+
+
+@contextmanager
+def model_errors(config: RunConfig) -> Iterator[None]:
+    """Turn what is wrong with the model's folder into a ``ConfigError`` of ``model.hf_path``."""
+    try:
+        yield
+    except ModelError as error:
+        raise ConfigError.of(list(_refusals(config, error))) from error
+
+
+def _refusals(config: RunConfig, error: ModelError) -> Iterator[Problem]:
+    path = resolve_path(config.model.hf_path)
+    for refusal in error.refusals:
+        yield Problem("model.hf_path", config.model.hf_path, f"{path}: {refusal.problem}", refusal.remedy)

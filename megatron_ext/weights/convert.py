@@ -28,9 +28,9 @@ from megatron_ext.weights.verify import verify as compare
 from pipeline.config.load import load_config, resolve_path
 from pipeline.model import architecture, fp8, fp8_layout, identity, layout, stacked
 from pipeline.model.architecture import Architecture, read_config, read_whole_config
-from pipeline.model.folder import Files, Folder, check, in_groups, is_weights, nbytes_of
+from pipeline.model.folder import Files, Folder, check, finite, in_groups, is_weights, nbytes_of
 from pipeline.model.grid import Grid
-from pipeline.model.layout import Piece, Row
+from pipeline.model.layout import Piece, Row, Slice
 from pipeline.units import GIB
 
 PART_BYTES = 64 * 2**20, GIB  # least and most; between, a sixteenth of the model
@@ -198,16 +198,20 @@ def _write_part(
 
 
 def _values(folder: Folder, chunk: torch_dist.Chunk, dtype: torch.dtype) -> torch.Tensor:
-    """A chunk's values, contiguous: the file's own pages where it is one unchanged slice of one tensor."""
+    """A chunk's values, contiguous and finite: the file's own pages where it is one unchanged slice of one tensor."""
     row = chunk.row
-    views = (
-        folder.read(row.sources[part.source].name, row.dim, part.source_start, part.length) for part in chunk.slices
-    )
+
+    def view(part: Slice) -> torch.Tensor:
+        name = row.sources[part.source].name
+        values = folder.read(name, row.dim, part.source_start, part.length)
+        folder.require_finite(name, values)
+        return values
+
     if len(chunk.slices) == 1:
-        return next(views).to(dtype).contiguous()
+        return view(chunk.slices[0]).to(dtype).contiguous()
     values = torch.empty(chunk.shape, dtype=dtype)
-    for part, view in zip(chunk.slices, views, strict=True):
-        values.narrow(row.dim, part.start, part.length).copy_(view)
+    for part in chunk.slices:
+        values.narrow(row.dim, part.start, part.length).copy_(view(part))
     return values
 
 
@@ -333,6 +337,8 @@ def _write_tensors(
         with budget.hold(_held(tensor.shape, tensor.dtype, source.dtype(tensor.row))):
             made = in_hf(tensor.name, source.read(tensor.row, tensor.source), tensor.dtype)
             for name, values in made.items():
+                if values.dtype.itemsize > 1 and not finite(values):
+                    raise ValueError(f"{name} holds NaN or infinite values: convert an earlier checkpoint of the run")
                 entry = {"name": name, "shape": list(values.shape), "dtype": str(values.dtype)}
                 entries.append(entry | {"checksum": files.write(name, values)})
             del made, values

@@ -23,7 +23,8 @@ def load(
     """Fill this rank's ``parameters`` (under layout names) from a Hugging Face folder, padding with zeros.
 
     ``rows`` are those of the whole model, so that every rank refuses a folder with missing, misshapen or unknown
-    tensors. Raises ``ValueError`` that names the tensor, both shapes and the layout row.
+    tensors. NaN and infinite values are refused by the rank that reads them. Raises ``ValueError`` that names the
+    tensor, with both shapes and the layout row, or with its file.
     """
     folder = Folder(hf_path, model)
     check(folder, rows, model)
@@ -36,5 +37,6 @@ def load(
             raise ValueError(f"{row}: the model has {list(parameter.shape)}, the table {list(row.local_shape(count))}")
         parameter.zero_()
         for piece in row.slices(count, index):
-            values = folder.read(row.sources[piece.source].name, row.dim, piece.source_start, piece.length)
-            parameter.narrow(row.dim, piece.start, piece.length).copy_(values)
+            name, place = row.sources[piece.source].name, parameter.narrow(row.dim, piece.start, piece.length)
+            place.copy_(folder.read(name, row.dim, piece.source_start, piece.length))
+            folder.require_finite(name, place)  # where the parameter is: a GPU reads it again in no time

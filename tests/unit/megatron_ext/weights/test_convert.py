@@ -1,6 +1,7 @@
 """Hugging Face folders to torch_dist checkpoints and back, without Megatron: bits, bytes, memory, kills, bad input."""
 
 import json
+import math
 import shutil
 import struct
 import subprocess
@@ -355,6 +356,28 @@ def test_a_bad_folder_is_refused_with_exit_code_2(tmp_path, capsys, kind):
     said = capsys.readouterr().err
     assert all(part in said for part in MESSAGES[kind]), said
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_values_that_are_not_finite_are_refused_in_both_directions(tmp_path, capsys):
+    hf, tensors = folder(tmp_path / "hf", files=2)
+    convert.hf_to_megatron(hf, tmp_path / "sound")
+    spoilt = "model.layers.2.mlp.down_proj.weight"
+    tensors[spoilt][3, 4] = math.nan
+    tiny_models.write(hf, tiny_models.config("llama", vocab_size=1000), tensors, 2)
+    assert run_to_end(["convert", "hf-to-megatron", "--hf", str(hf), "--out", str(tmp_path / "m")]) == 2
+    said = capsys.readouterr().err
+    file = f"model-{list(tensors).index(spoilt) % 2}.safetensors"
+    assert f"the tensor {spoilt} in {file} holds NaN or infinite values: download {file} again" in said
+    assert not (tmp_path / "m").exists()
+
+    weights, number = (
+        tmp_path / "sound" / "__0_0.distcp",
+        tensors["model.embed_tokens.weight"][:1, :4].numpy().tobytes(),
+    )
+    weights.write_bytes(weights.read_bytes().replace(number, struct.pack("<ffff", 0, math.inf, 0, 0)))
+    words = ["convert", "megatron-to-hf", "--checkpoint", str(tmp_path / "sound"), "--out", str(tmp_path / "back")]
+    assert run_to_end(words) == 2
+    assert "holds NaN or infinite values: convert an earlier checkpoint" in capsys.readouterr().err
 
 
 def test_impossible_requests_exit_with_2(tmp_path, capsys):

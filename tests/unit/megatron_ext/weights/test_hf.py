@@ -1,3 +1,4 @@
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -67,6 +68,10 @@ def test_recomputed_buffers_are_passed_over(tmp_path):
         (
             lambda t: t.update({"model.layers.0.self_attn.q_norm.weight": torch.ones(2)}),
             r"holds 1 tensors that qwen2 does not have: model\.layers\.0\.self_attn\.q_norm\.weight",
+        ),
+        (
+            lambda t: t["model.layers.1.mlp.up_proj.weight"].view(-1)[-1:].fill_(-math.inf),
+            r"the tensor model\.layers\.1\.mlp\.up_proj\.weight in model\.safetensors holds NaN or infinite values",
         ),
     ],
 )
