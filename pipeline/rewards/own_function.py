@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import reprlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
@@ -71,6 +72,14 @@ def own_function(
     except ValueError:  # a function of C that does not tell its arguments
         pass
     return cast("Callable[..., Any]", function)
+
+
+def returned(name: str, function: Callable[..., Any], given: object, wanted: str) -> str:
+    """What to say of ``function``, called ``name``, that did not return what is ``wanted``: what, and where it is."""
+    code = getattr(inspect.unwrap(function), "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    place = f" ({Path(code.co_filename).name}, line {code.co_firstlineno})" if code else ""
+    shown = " ".join(reprlib.repr(given).split())
+    return f"{name}{place} returned {shown} ({type(given).__name__}): return {wanted}"
 
 
 def _own_module(module: str, folders: Sequence[str]) -> ModuleType:

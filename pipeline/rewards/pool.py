@@ -16,6 +16,7 @@ from typing import Any
 from pebble import ProcessExpired, ProcessFuture, ProcessPool
 
 from pipeline.rewards.verifier import library_of, make_verifier
+from pipeline.rewards.verifiers._function import NoRewardError
 from pipeline.rewards.worker import begin
 from pipeline.types import Prompt
 
@@ -134,8 +135,11 @@ def _load(verifier: str, folder: str) -> None:
     make_verifier(verifier, folder)
 
 
-def _score(verifier: str, folder: str, prompt: Prompt, text: str) -> float:
-    return float(make_verifier(verifier, folder).score(prompt, text))
+def _score(verifier: str, folder: str, prompt: Prompt, text: str) -> Outcome:
+    try:
+        return float(make_verifier(verifier, folder).score(prompt, text))
+    except NoRewardError as error:
+        return str(error)  # without a place of ours: it names the user's
 
 
 def _refusals(verifier: str, folder: str, prompts: Sequence[Prompt]) -> list[str]:

@@ -71,7 +71,7 @@ def make_verifier(name: str, folder: str = "") -> Verifier:
     check_verifier(name, folder)
     if name in names(_PACKAGE):
         return cast("Verifier", load(_PACKAGE, name).Verifier())
-    return _function.Verifier(_own(name, folder))
+    return _function.Verifier(name, _own(name, folder))
 
 
 def extracted(name: str, text: str) -> str | None:

@@ -89,15 +89,23 @@ def tool_problems(config: RunConfig, tools: Sequence[Mapping[str, Any]]) -> Iter
 
 def reward_of(given: object) -> float:
     """The reward that an environment's answer stands for. Raises ``RewardError`` saying what it is instead."""
-    parts: list[float] = []
-    for part in given if isinstance(given, list | tuple) else [given]:
-        if not isinstance(part, Real):  # numpy's scalars are among them
-            raise RewardError(f"the environment gave a {type(part).__name__} as reward: give a number in [0, 1]")
-        parts.append(float(part))
-    total = sum(parts)
+    if not is_reward(given):
+        raise RewardError(
+            f"the environment gave a {type(given).__name__} as reward: give a number in [0, 1], or several"
+        )
+    total = sum(map(float, _parts(given)))
     if not 0.0 <= total <= 1.0:
         raise RewardError(f"reward {total} is outside [0, 1]")
     return total
+
+
+def is_reward(given: object) -> bool:
+    """Whether it is a number, or a list of numbers; numpy's scalars are among them."""
+    return all(isinstance(part, Real) for part in _parts(given))
+
+
+def _parts(given: object) -> Sequence[Any]:
+    return given if isinstance(given, list | tuple) else [given]
 
 
 def to_play(prompt: Prompt, data: DataConfig) -> Prompt:

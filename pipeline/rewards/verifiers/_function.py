@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import SupportsFloat
 
+from pipeline.rewards.own_function import returned
 from pipeline.types import Prompt
 
 
-class Verifier:
-    """A user's own function."""
+class NoRewardError(TypeError):
+    """The function returned no number; the text says what, and where the function is."""
 
-    def __init__(self, function: Callable[[Prompt, str], float]) -> None:
-        self._function = function
+
+class Verifier:
+    """A user's own function. ``name`` is what the configuration calls it."""
+
+    def __init__(self, name: str, function: Callable[[Prompt, str], float]) -> None:
+        self._name, self._function = name, function
 
     @staticmethod
     def extract(text: str) -> str | None:
@@ -24,8 +30,9 @@ class Verifier:
         return ""
 
     def score(self, prompt: Prompt, text: str) -> float:
-        """The number that the function returns, one of numpy or torch too. Raises ``TypeError`` where it is none."""
+        """The number that the function returns, numpy's and torch's too. Raises ``NoRewardError`` where it is none."""
         given: object = self._function(prompt, text)
-        if not isinstance(given, SupportsFloat):
-            raise TypeError(f"the verifier gave a {type(given).__name__} as reward: give a number in [0, 1]")
-        return float(given)
+        with suppress(TypeError, ValueError, RuntimeError):  # an array of several numbers, text in an array
+            if isinstance(given, SupportsFloat):
+                return float(given)
+        raise NoRewardError(returned(self._name, self._function, given, "a number in [0, 1]"))

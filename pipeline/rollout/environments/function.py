@@ -4,13 +4,15 @@ episode.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 from pipeline.config.errors import Problem
 from pipeline.config.schema import DataConfig, RunConfig
 from pipeline.data import DataError
-from pipeline.rewards.own_function import own_function
+from pipeline.rewards.own_function import own_function, returned
+from pipeline.rollout.environment import RewardError, is_reward
 from pipeline.types import Prompt
 
 APART = True
@@ -32,5 +34,13 @@ def load(data: DataConfig) -> Any:
 
 
 async def run(client: Any, prompt: Prompt, data: DataConfig) -> object:
-    """What the function returns."""
-    return await load(data)(client, prompt, prompt.meta)
+    """The reward that the function returns. Raises ``RewardError`` that names the function where it is none."""
+    name, function = data.environment.id, load(data)
+    given = function(client, prompt, prompt.meta)
+    if not inspect.isawaitable(given):
+        wanted = f"what can be awaited, by 'async def {name.rpartition(':')[2]}'"
+        raise RewardError(returned(name, function, given, wanted))
+    reward = await given
+    if not is_reward(reward):
+        raise RewardError(returned(name, function, reward, "a number in [0, 1], or a list of them, one per turn"))
+    return reward

@@ -142,7 +142,7 @@ def test_hanging_raising_and_crashing_calls_cost_only_their_own_sample(own):
         "5": "reward nan is outside [0, 1]",
         "7": "",
         "8": "",
-        "9": "TypeError: the verifier gave a str as reward: give a number in [0, 1] (_function.py, line 30)",
+        "9": "own_judge:judge (own_judge.py, line 4) returned '1.0' (str): return a number in [0, 1]",
         "+": "KeyboardInterrupt:  (own_judge.py, line 12)",
     }
     assert {text: s.reward for text, s in by_text.items() if s.reward} == {"0": 1.0, "7": 0.25, "8": 1.0}

@@ -1,5 +1,6 @@
 """A user's own environment in processes of its own, with the real ``openai`` client."""
 
+import asyncio
 import importlib.util
 import os
 import sys
@@ -14,7 +15,7 @@ from pipeline.config.errors import ConfigError
 from pipeline.config.load import PACKAGED
 from pipeline.config.schema import RunConfig
 from pipeline.data.tokenizer import load_tokenizer
-from pipeline.rollout.environment import environment_problems
+from pipeline.rollout.environment import RewardError, environment_of, environment_problems
 from pipeline.rollout.episodes import Episodes
 from pipeline.rollout.native.engine import NativeEngine
 from pipeline.types import GenerateRequest, Prompt
@@ -92,7 +93,12 @@ def test_whatever_it_does_ends_its_own_episode_alone(tmp_path):
         ({"do": "large"}, "token_limit", "", 0.0),
         ({"do": "turns"}, "done", "", 0.75),
         ({"do": "", "reward": float("nan")}, "environment_error", "reward nan is outside [0, 1]", 0.0),
-        ({"do": "", "reward": "1.0"}, "environment_error", "gave a str as reward", 0.0),
+        (
+            {"do": "", "reward": "1.0"},
+            "environment_error",
+            "own:run (own.py, line 4) returned '1.0' (str): return a number in",
+            0.0,
+        ),
         ({"do": ""}, "done", "", 1.0),
     ]
     episodes = Episodes(config(tmp_path, turn_timeout_s=15.0), load_tokenizer(FOLDER), engine.stream)
@@ -162,3 +168,11 @@ def test_settings_that_no_environment_reads_are_refused(tmp_path):
     assert {p.key for p in environment_problems(run)} == {"data.environment.id", "data.environment.params.replies"}
     run = replace(run, data=replace(run.data, verifier="math"))
     assert "data.verifier" in {problem.key for problem in environment_problems(run)}
+
+
+def test_a_function_that_is_not_async_is_named(tmp_path):
+    (tmp_path / "not_async.py").write_text("def plain(client, prompt, meta):\n    return 1.0\n")
+    data = config(tmp_path, function="not_async:plain").data
+    said = r"not_async:plain \(not_async\.py, line 1\) returned 1\.0 \(float\): return what can be awaited, by 'async"
+    with pytest.raises(RewardError, match=said):
+        asyncio.run(environment_of(data).run(None, asked().prompt, data))
