@@ -13,6 +13,7 @@ from pathlib import Path
 from pipeline.config.errors import ConfigError, Problem
 from pipeline.config.idle import idle_keys
 from pipeline.config.load import resolve_path
+from pipeline.config.precision_rules import emulated_only
 from pipeline.config.schema import RunConfig
 from pipeline.data.sources import check_prompts, load_prompts
 from pipeline.data.tokenizer import load_tokenizer
@@ -29,14 +30,15 @@ log = logging.getLogger(__name__)
 def check_start(config: RunConfig) -> None:
     """Raise ``ConfigError`` with every reason why a run on this machine could not start; data are not read.
 
-    The log tells which keys have no effect.
+    The log tells which keys have no effect, and what a GPU would refuse of an FP8 run that is emulated.
     """
     problems = [*_packages(config), *_run_dir(config), *_model(config), *sink_problems(config)]
     problems += environment_problems(config)
     if problems:
         raise ConfigError.of(problems)
-    for sentence in idle_keys(config.entropy):
-        log.warning(sentence)
+    for sentence in [*idle_keys(config.entropy), emulated_only(config, read(resolve_path(config.model.hf_path)))]:
+        if sentence:
+            log.warning(sentence)
 
 
 def check_inputs(config: RunConfig) -> None:

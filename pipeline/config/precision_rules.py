@@ -110,14 +110,22 @@ def precision_model_problems(config: RunConfig, model: Architecture) -> Iterator
             yield _problem(
                 name, getattr(precision, name), f"a pipeline stage has {stage} layers", f"use at most {stage}"
             )
-    if not precision.emulate:
-        yield from _products(config, model)
+    if not precision.emulate and (misfit := _misfit(config, model)):
+        yield _problem("fp8_recipe", precision.fp8_recipe, misfit, "use a smaller TP, fp8=none, or emulate=true")
 
 
-def _products(config: RunConfig, model: Architecture) -> Iterator[Problem]:
-    """Transformer Engine's products want widths of whole groups (``pytorch/utils.py``, ``assert_dim_for_fp8_exec``).
+def emulated_only(config: RunConfig, model: Architecture) -> str:
+    """Why a run that emulates FP8 would be refused by Transformer Engine, on a GPU; "" where it would not."""
+    precision = config.learner.precision
+    misfit = _misfit(config, model) if precision.fp8 != "none" and precision.emulate else ""
+    return misfit and f"learner.precision.emulate=true takes what no GPU run with emulate=false will: {misfit}"
 
-    They are of a weight as of its transpose, in the backward pass: both of its widths count.
+
+def _misfit(config: RunConfig, model: Architecture) -> str:
+    """Which widths Transformer Engine's products do not take, or "".
+
+    They want whole groups (``pytorch/utils.py``, ``assert_dim_for_fp8_exec``), and are of a weight as of its transpose,
+    in the backward pass: both of its widths count.
     """
     learner, recipe = config.learner, config.learner.precision.fp8_recipe
     multiple, tensor = 32 if recipe == "mxfp8" else 16, max(1, learner.tensor_model_parallel_size)
@@ -126,10 +134,8 @@ def _products(config: RunConfig, model: Architecture) -> Iterator[Problem]:
         shape = row.local_shape(tensor if row.expert is None else learner.expert_tensor_parallel_size or tensor)
         if any(width % multiple for width in shape):
             misfits[re.sub(r"^decoder\.layers\.\d+\.|local_experts\.\d+\.", "", row.parameter)] = list(shape)
-    if misfits:
-        held = ", ".join(f"{name} {shape}" for name, shape in misfits.items())
-        problem = f"FP8 products take widths of multiples of {multiple}, but a rank holds {held}"
-        yield _problem("fp8_recipe", recipe, problem, "use a smaller TP, fp8=none, or emulate=true")
+    held = ", ".join(f"{name} {shape}" for name, shape in misfits.items())
+    return held and f"FP8 products take widths of multiples of {multiple}, but a rank holds {held}"
 
 
 def _without_effect(precision: PrecisionConfig, names: Any, where: str, remedy: str) -> Iterator[Problem]:

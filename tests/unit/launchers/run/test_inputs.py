@@ -41,6 +41,17 @@ def test_keys_without_effect_are_told(model, caplog):
     assert "entropy.actuator=clip_high has no effect with entropy.controller=none: remove, or set" in caplog.text
 
 
+def test_widths_that_a_gpu_would_refuse_are_told_in_emulation(model, caplog):
+    """The house model's feed-forward block is 84 wide, on each side of its gate."""
+    emulated = ["learner.precision.fp8=hybrid", "learner.precision.emulate=true"]
+    check_start(config(model, *emulated))
+    assert "takes what no GPU run with emulate=false will: FP8 products take widths of multiples of 16" in caplog.text
+    assert "mlp.linear_fc2.weight [64, 84]" in caplog.text
+    caplog.clear()
+    check_start(config(model))
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize("damage", [truncated, absent])
 def test_a_damaged_model_is_refused(model, damage, capsys):
     damage(model)
