@@ -6,12 +6,14 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline.entropy.plant import Plant, Scenario, simulate
-from pipeline.monitoring.law_card import law_card
+from pipeline.monitoring.law_card import GOALS, law_card
 from pipeline.monitoring.report import build_report
 from pipeline.monitoring.summary import named, read_run
+from pipeline.monitoring.tracking import track
 from pipeline.types import EntropyReading, StepSamples, StepStats
 
 sys.path.append(str(Path(__file__).parent))
@@ -101,7 +103,22 @@ def test_a_command_that_never_moved_tells_no_plant(tmp_path):
     card = law_card(read_run(tmp_path / "run"))
     assert "not identified: the command never varied" in card["Plant"]
     assert (card["Drift d"], card["Command that holds the entropy"]) == ("-", "not known")
-    assert card["Not reached"].startswith("nothing (goals: 95 % of the steps in band")
+    goals = [
+        "95 % of the steps in band",
+        "an RMS error of 5 %",
+        "an overshoot of 10 %",
+        "20 steps in the band in a row",
+    ]
+    assert card["Not reached"] == f"nothing (goals: {', '.join(goals)})"
+    assert list(GOALS) == goals
+
+
+def test_each_goal_that_was_missed_is_said_alone():
+    met = track(np.full(60, 0.3), np.full(60, 0.27), np.full(60, 0.33))
+    assert all(goal(met) for goal in GOALS.values())
+    misses = {"time_in_band": 0.94, "rms_error": 0.06, "overshoot": 0.11, "settling_step": None}
+    for place, miss in enumerate(misses.items()):
+        assert [goal(replace(met, **dict([miss]))) for goal in GOALS.values()] == [i != place for i in range(4)]
 
 
 def test_a_card_says_what_run_it_is_of_and_what_its_figures_mean(cards):
