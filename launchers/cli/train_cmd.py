@@ -18,7 +18,7 @@ def train(
         None, "--resume", metavar="RUN", help="Run folder to continue from its newest checkpoint, with its own config."
     ),
     allow_change: bool = typer.Option(
-        False, "--allow-change", help="With --resume: go on although model, data or seed have changed."
+        False, "--allow-change", help="With --resume: go on although model, data, seed or entropy control have changed."
     ),
     as_json: bool = JSON,
 ) -> None:

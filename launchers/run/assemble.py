@@ -24,12 +24,13 @@ from pipeline.checkpoints import STATE, Checkpoint, CheckpointError, CheckpointS
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import resolve_path
 from pipeline.config.schema import RunConfig
+from pipeline.data import DataError
 from pipeline.data.cursor import DataCursor
 from pipeline.data.sources import check_prompts, load_prompts
 from pipeline.data.tokenizer import Tokenizer, load_tokenizer
 from pipeline.disk import reserved
 from pipeline.entropy.band import build_band
-from pipeline.entropy.factory import build_controller
+from pipeline.entropy.factory import OtherConfigurationError, build_controller
 from pipeline.evaluation.beside import DrawnBeside
 from pipeline.evaluation.evaluate import choose_prompts
 from pipeline.evaluation.evaluate import evaluate as evaluate_engine
@@ -64,7 +65,7 @@ def train(
 
     Once ``stop_requested``, what is in progress is ended (the start, too), then a checkpoint is written. A run killed
     before its first checkpoint resumes at step 0, which repeats the same steps. With ``allow_change`` other data than
-    the run was trained on are begun from their first epoch.
+    the run was trained on are begun from their first epoch, and another controller anew.
     """
     check_start(config)
     named = Path(config.run_dir or f"runs/{config.name}-{datetime.now():%Y%m%d-%H%M%S}")
@@ -197,7 +198,10 @@ def build_loop(config: RunConfig, recorder: Recorder, stack: ExitStack) -> Train
 def restore(loop: TrainingLoop, checkpoint: Checkpoint, *, allow_change: bool = False) -> None:
     """Put every stateful part back to where ``checkpoint`` was taken.
 
-    With ``allow_change``, the place in the data is kept only if the data are the same.
+    With ``allow_change``, the place in the data is kept only if the data are the same, and what the controller has
+    learnt only if it is configured the same.
+
+    Raises ``DataError`` where they are not, and ``CheckpointError`` for a damaged file.
     """
     plain = checkpoint.state()
     with checkpoint.examined(STATE):
@@ -207,8 +211,14 @@ def restore(loop: TrainingLoop, checkpoint: Checkpoint, *, allow_change: bool = 
         if not allow_change or loop.cursor.fits(state.cursor):
             loop.cursor.load_state_dict(state.cursor)
         loop.queue.load_state_dict(state.queue, checkpoint.arrays())
-        loop.controller.load_state_dict(state.controller)
-    loop.decision, loop.step, loop.evaluation_due = state.decision, state.step, state.evaluation_due
+        try:
+            loop.controller.load_state_dict(state.controller)
+            loop.decision = state.decision
+        except OtherConfigurationError as error:
+            if not allow_change:
+                remedy = "resume with the one of then, or say --allow-change, and a new controller begins"
+                raise DataError(f"{checkpoint.path}: {error}: {remedy}") from error
+    loop.step, loop.evaluation_due = state.step, state.evaluation_due
     checkpoint.restore(loop.learner.restore)
 
 

@@ -15,6 +15,8 @@ from pipeline.config.errors import ConfigError, Problem
 from pipeline.config.keys import leaf_keys
 from pipeline.config.load import UNHASHED, load_config
 from pipeline.config.schema import LoraConfig, RunConfig
+from pipeline.entropy.actuator import acting
+from pipeline.entropy.band import build_band
 from pipeline.model.grid import KEYS
 
 # A checkpoint is restored by as many ranks, each with the same part, that wrote it, in the same number format and with
@@ -66,6 +68,9 @@ def resumption(run: Path, config: RunConfig, *, allow_change: bool) -> Resumptio
     saved = CheckpointStore(run / "checkpoints", keep_last=1).complete()
     step = saved[-1].step if saved else 0
     problems = [*_steps(config, step), *_restorable(changed), *(() if allow_change else _identity(changed))]
+    if saved:
+        refused = list(_other_control(before, config))
+        problems += refused or ([] if allow_change else _control(before, config, changed))
     if problems:
         raise ConfigError.of(problems)
     complete = at.status == "completed" and step == config.steps
@@ -80,6 +85,37 @@ def _changed(before: RunConfig, after: RunConfig) -> dict[str, tuple[Any, Any]]:
 def _steps(config: RunConfig, step: int) -> Iterator[Problem]:
     if config.steps < step:
         yield Problem("steps", config.steps, f"the run has done {step} steps already", f"give more than {step}")
+
+
+def _other_control(before: RunConfig, after: RunConfig) -> Iterator[Problem]:
+    """Changes after which the figures of one run would be of two kinds: one actuator's, or of a run without control."""
+    was, will = acting(before.entropy), acting(after.entropy)
+    if was is None or was == will:
+        return
+    key = "actuator" if will else "controller" if after.entropy.controller == "none" else "alpha"
+    what = f"the run's figures so far are those of {was.name} under {before.entropy.controller}"
+    remedy = "keep it, or start a new run from `isentrope convert megatron-to-hf`"
+    yield Problem(f"entropy.{key}", getattr(after.entropy, key), what, remedy)
+
+
+def _control(before: RunConfig, after: RunConfig, changed: dict[str, tuple[Any, Any]]) -> Iterator[Problem]:
+    """Changes with which the controller cannot go on from what it has learnt."""
+    if acting(before.entropy) is None and acting(after.entropy) is None:
+        return
+    bands = [build_band(config.entropy.band, config.steps).fingerprint for config in (before, after)]
+    same_band = bands[0] == bands[1]
+    keys = [key for key in changed if key.startswith("entropy.") and not (same_band and ".band." in key)]
+    for key in keys:
+        old, new = changed[key]
+        what = f"the run's controller was set up with {old!r}"
+        yield Problem(
+            key, new, what, "keep it, or say --allow-change: then a new controller begins, with nothing learnt"
+        )
+    if not keys and not same_band:
+        what = f"the band moves until the last step, which was {before.steps}: with more steps it is another"
+        steps = before.steps - before.entropy.band.hold_steps
+        remedy = f"set entropy.band.schedule_steps={steps}, or say --allow-change: then a new controller begins"
+        yield Problem("steps", after.steps, what, remedy)
 
 
 def check_restorable(run: Path, config: RunConfig) -> None:

@@ -34,7 +34,7 @@ def build_controller(config: EntropyConfig, band: Band, prompts_per_step: int) -
     if isinstance(built, Hold):
         temperature = built.command if actuator.temperature else 1.0
         decision = ControlDecision(built.command, temperature, prompts[0], built.state, built.reason)
-        return Fingerprinted(HeldCommand(decision), _fingerprint(asdict(config)))
+        return Fingerprinted(HeldCommand(decision), _fingerprint(asdict(decision)))
     loop = ClosedLoop(
         built.law,
         actuator,
@@ -45,7 +45,12 @@ def build_controller(config: EntropyConfig, band: Band, prompts_per_step: int) -
         prompts=prompts,
         saturation_steps=config.pi.saturation_steps,
     )
-    return Fingerprinted(loop, _fingerprint([asdict(config), band.fingerprint, prompts]))
+    laws = {**asdict(config), "band": band.fingerprint}  # of the band what decides it, however it was written
+    return Fingerprinted(loop, _fingerprint([laws, prompts]))
+
+
+class OtherConfigurationError(ValueError):
+    """A state is of a controller that is configured differently."""
 
 
 class Fingerprinted:
@@ -68,12 +73,9 @@ class Fingerprinted:
         return {"config": self._fingerprint, "controller": self._controller.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See ``EntropyController``. Raises ``ValueError`` if the state was saved under another configuration."""
+        """See ``EntropyController``. Raises ``OtherConfigurationError`` if the state was saved under another one."""
         if state.get("config") != self._fingerprint:
-            raise ValueError(
-                f"controller state was saved under entropy configuration {state.get('config')}, this run has "
-                f"{self._fingerprint}: resume with the run's own config.yaml, or start a new run"
-            )
+            raise OtherConfigurationError("the controller's state was saved under another `entropy` configuration")
         self._controller.load_state_dict(state.get("controller", {}))
 
 

@@ -355,6 +355,7 @@ def test_whatever_a_state_holds_the_run_goes_on_or_the_file_is_named(tmp_path_fa
         f"{made.path / 'state.json'} is damaged: ",
         "the checkpoint was trained on",
         "the checkpoint's data order",
+        f"{made.path}: the controller's state was saved under another",
     )
     assert not said or said.startswith(expected)
     if not said:
@@ -371,7 +372,6 @@ def test_whatever_a_state_holds_the_run_goes_on_or_the_file_is_named(tmp_path_fa
         ({"step": 10**400}, "step"),
         ({"decision": [1]}, r"Expected `object`, got `array` - at `\$.decision`"),
         ({"queue": [{}]}, r"missing required field `version`"),
-        ({"controller": {"config": "x", "controller": {}}}, "controller state was saved under"),
     ],
 )
 def test_a_state_that_no_run_wrote_is_named(tmp_path, state, message):
@@ -394,6 +394,21 @@ def test_a_good_state_is_restored_exactly(tmp_path):
     assert repr(state_of(fresh)) == repr(state_of(loop))
     assert fresh.evaluation_due
     assert LoopState.__struct_fields__ == tuple(state)
+
+
+def test_another_controller_begins_anew_only_where_that_is_allowed(tmp_path):
+    loop = parts(CONFIG)
+    loop.decision = loop.controller.update(EntropyReading(0.2, 10.0, 5), 1)
+    state, arrays = state_of(loop)
+    store = CheckpointStore(tmp_path, keep_last=1)
+    saved(store, 5, state, arrays, write)
+    other = parts(load_config("configs/quickstart.yaml", ["entropy.band.low=0.2"]))
+    with pytest.raises(DataError, match=r"step-00000005: the controller's state .*: resume with .* --allow-change"):
+        assemble.restore(other, store.latest())
+    begins = repr(other.decision)
+    assemble.restore(other, store.latest(), allow_change=True)
+    assert other.step == 5
+    assert repr(other.decision) == begins != repr(loop.decision)
 
 
 def test_a_damaged_checkpoint_exits_with_2(tmp_path, capsys):

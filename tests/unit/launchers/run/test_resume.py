@@ -45,6 +45,10 @@ def test_it_says_where_it_goes_on_and_what_has_changed(run):
         ("data.held_out=0.2", "data.held_out", "--allow-change"),
         ("data.source.task=pm3", "data.source.task", "--allow-change"),
         ("model.hf_path=model/cd3-100k", "model.hf_path", "--allow-change"),
+        ("entropy.band.low=0.2", "entropy.band.low", "--allow-change"),
+        ("entropy.repeated_prompts=8", "entropy.repeated_prompts", "--allow-change"),
+        ("entropy.controller=none", "entropy.controller", "new run"),
+        ("entropy.actuator=tok", "entropy.actuator", "new run"),
     ],
 )
 def test_what_cannot_go_on_is_refused(run, override, key, remedy):
@@ -52,6 +56,30 @@ def test_what_cannot_go_on_is_refused(run, override, key, remedy):
         given(run, override)
     assert [problem.key for problem in error.value.problems] == [key]
     assert remedy in error.value.problems[0].remedy
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_band_that_moves_until_the_last_step_is_not_stretched_unasked(run, schedule):
+    moving = [
+        f"entropy.band.{each}" for each in (f"schedule={schedule}", "end_low=0.1", "end_high=0.2", "hold_steps=1")
+    ]
+    (run / "config.yaml").write_text(to_yaml(load_config(run / "config.yaml", moving)))
+    with pytest.raises(ConfigError, match="with more steps it is another") as error:
+        given(run, "steps=9")
+    assert "set entropy.band.schedule_steps=3" in error.value.problems[0].remedy
+    assert given(run, "steps=9", "entropy.band.schedule_steps=3").steps == 9
+    assert given(run, "steps=9", allow_change=True).steps == 9
+
+
+def test_control_may_be_switched_on_and_changed_when_asked_for(run):
+    changed = ["entropy.band.low=0.2", "entropy.pi.kp=2", "entropy.controller=bang_bang"]
+    assert given(run, *changed, allow_change=True).changed.keys() == {each.split("=")[0] for each in changed}
+    off = ["entropy.controller=none"]
+    (run / "config.yaml").write_text(to_yaml(load_config(run / "config.yaml", off)))
+    assert given(run, "entropy.band.low=0.2").step == 3
+    with pytest.raises(ConfigError, match="say --allow-change: then a new controller begins"):
+        given(run, "entropy.controller=pi", "entropy.actuator=tok")
+    assert given(run, "entropy.controller=pi", "entropy.actuator=tok", allow_change=True).step == 3
 
 
 def test_evaluate_refuses_what_cannot_read_the_checkpoints(run, capsys):
