@@ -54,7 +54,7 @@ def run(
     workers: int = typer.Option(0, "--workers", min=0, help="Runs at the same time; 0: as many as there are cores."),
     as_json: bool = JSON,
 ) -> None:
-    """Run every method of a suite on every seed, then write one report (lab.html, lab.md, lab.png, lab.json).
+    """Run every method of a suite on every seed, then write one report (lab.html, lab.md, lab.json and two pictures).
 
     How many runs that is and about how long they take is said first; without --suite the suite `small` is proposed.
 

@@ -35,7 +35,7 @@ CSS = "body { max-width: 1240px; } table { font-size: 13.5px; }"  # a wide table
 
 
 def write_report(suite: SuiteConfig, cells: Sequence[Cell], outcomes: Sequence[Outcome], out: Path) -> dict[str, Any]:
-    """Write ``lab.html``, ``lab.md``, ``lab.png`` and ``lab.json`` of the complete runs among ``cells``.
+    """Write ``lab.html``, ``lab.md``, ``lab.png``, ``lab_price.png`` and ``lab.json`` of the complete ``cells``.
 
     Returns what the JSON holds.
 
@@ -57,7 +57,10 @@ def write_report(suite: SuiteConfig, cells: Sequence[Cell], outcomes: Sequence[O
         figure = draw(runs, suite.baseline)
         figure.savefig(out / "lab.png", dpi=110)
         curves = inline_svg(figure, "curves")
-    (out / "lab.html").write_text(_page(suite, rows, failed, curves), encoding="utf-8")
+        price = draw_price(rows, suite.baseline)
+        price.savefig(out / "lab_price.png", dpi=110)
+        prices = inline_svg(price, "price")
+    (out / "lab.html").write_text(_page(suite, rows, failed, curves, prices), encoding="utf-8")
     return result
 
 
@@ -79,6 +82,21 @@ def draw(runs: Mapping[str, Sequence[RunHistory]], baseline: str) -> Figure:
         if column == 0:
             upper.set_ylabel("entropy, nats")
             lower.set_ylabel("pass@16")
+    return figure
+
+
+def draw_price(rows: Sequence[Row], baseline: str) -> Figure:
+    """Draw pass@1, pass@4 and pass@16 of every row against the entropy at its end; bars are 95 % intervals."""
+    figure = Figure(figsize=(3.1 * COLUMNS, 3.4), layout="constrained")
+    for axes, k in zip(figure.subplots(1, 3, sharex=True), (1, 4, 16), strict=True):
+        for row in rows:
+            (entropy, across), (value, up) = row.estimate("final_entropy"), row.estimate(f"pass_at_{k}")
+            colour = BASELINE if row.method.startswith(baseline) else SERIES[0]
+            bars = {"xerr": np.nan_to_num(across), "yerr": np.nan_to_num(up)}  # one seed has no interval
+            axes.errorbar(entropy, value, **bars, color=colour, marker="o", markersize=3, linewidth=0.8)
+            axes.annotate(row.method, (entropy, value), xytext=(3, 3), textcoords="offset points", fontsize=6)
+        axes.set(title=f"pass@{k}", xlabel="entropy at the end, nats")
+        axes.set_xlim(left=0)
     return figure
 
 
@@ -104,7 +122,9 @@ def _pass(axes: Axes, runs: Sequence[RunHistory], baseline: Sequence[RunHistory]
     axes.tick_params(colors=MUTED)
 
 
-def _page(suite: SuiteConfig, rows: Sequence[Row], failed: Sequence[Mapping[str, Any]], curves: str) -> str:
+def _page(
+    suite: SuiteConfig, rows: Sequence[Row], failed: Sequence[Mapping[str, Any]], curves: str, prices: str
+) -> str:
     title = suite.title or "Methods side by side"
     shown = columns(rows)
     table = html_table(
@@ -117,6 +137,8 @@ def _page(suite: SuiteConfig, rows: Sequence[Row], failed: Sequence[Mapping[str,
         f"<h1>{escape(title)}</h1>{table}",
         f'<p class="muted">{escape(_note(suite))}</p>',
         f"<h2>Failed</h2>{lost}" if failed else "",
+        f'<h2>What entropy buys and costs</h2><p class="muted">pass@k at equal tokens; bars: 95 % intervals.</p>'
+        f"<figure>{prices}</figure>",
         f'<h2>Curves</h2><p class="muted">{legend}</p><figure>{curves}</figure>',
     ]
     return document(title, "".join(sections), CSS)

@@ -199,7 +199,8 @@ def test_a_matrix_runs_once_and_reports(tmp_path):
     page = (tmp_path / "lab.html").read_text()
     assert "tests_nowhere" in page
     assert "<svg" in page
-    assert (tmp_path / "lab.png").read_bytes()[:4] == b"\x89PNG"
+    for picture in ("lab.png", "lab_price.png"):
+        assert (tmp_path / picture).read_bytes()[:4] == b"\x89PNG"
 
 
 def test_runs_start_where_others_ended(tmp_path, monkeypatch):
