@@ -31,7 +31,7 @@ from pipeline.config.schema import LearnerConfig
 from pipeline.model import layout
 from pipeline.model.architecture import Architecture, Moe
 from pipeline.model.grid import Grid
-from pipeline.model.lora import adapters
+from pipeline.model.lora import adapters, beside_experts
 from pipeline.model.rope import Yarn
 from pipeline.model.rotary import attention_factor, frequencies
 
@@ -195,9 +195,7 @@ def _fusions(model: Architecture, options: LearnerConfig, numerics: Numerics) ->
         ),
         False,
     ) | numerics.transformer_fields(mla=model.mla is not None, moe=model.moe is not None)
-    if "moe_grouped_gemm" in fused and any(
-        each.base.expert is not None for each in adapters(model, Grid(), options.lora)
-    ):
+    if "moe_grouped_gemm" in fused and beside_experts(model, options.lora):
         fused["moe_grouped_gemm"] = False  # an adapter is beside the linear layer of one expert
     if options.routing_replay != "off" and fused.get("moe_router_fusion"):
         fused["moe_router_fusion"] = False  # the fused kernel chooses by itself

@@ -28,7 +28,7 @@ from pipeline.model.checksum import checksum, head
 from pipeline.model.fp8_layout import scale_name, scale_shape
 from pipeline.model.layout import EMBEDDING, HEAD, Row, ignored, predicts_ahead, renamed, sees
 from pipeline.model.reading import ModelError, Refusal
-from pipeline.model.stacked import Part, parts
+from pipeline.model.stacked import Part, is_whole, parts
 from pipeline.units import FP8_BLOCK
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -169,7 +169,7 @@ class Folder:
             if (entry.dtype, entry.shape) != (torch.float32, wanted):
                 problem = f"{scale} is {entry.dtype} {list(entry.shape)}, not float32 {list(wanted)}"
                 raise _error(hf_path, problem, "give a folder of FP8 codes in blocks of 128x128, or one in 16 bits")
-        self._parts = self._find_parts(parts(model))
+        self._parts = self._find_parts(parts(model)) if any(map(is_whole, self.entries)) else {}
 
     def _find_parts(self, wanted: Mapping[str, Part]) -> dict[str, Part]:
         """Those of ``wanted`` whose whole is there, in one of its two forms, and of the right shape."""

@@ -13,7 +13,7 @@ linear layer.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -64,12 +64,22 @@ def _module(source: str) -> str:
 
 def adapters(model: Architecture, grid: Grid, config: LoraConfig) -> tuple[Adapter, ...]:
     """Every adapter of ``model`` on the ranks of ``grid``, in the order of the layout table."""
-    chosen, found = LORA_MODULES if ALL_LINEAR in config.targets else config.targets, []
+    chosen, found = _chosen(config), []
     for row in rows(model, grid) if config.rank else ():
         adapted = tuple(i for i, source in enumerate(row.sources) if _module(source.name) in chosen)
         if adapted and _adaptable(model, row.expert is not None):
             found.append(_adapter(row, adapted, config.rank))
     return tuple(found)
+
+
+def beside_experts(model: Architecture, config: LoraConfig) -> bool:
+    """Whether a routed expert has an adapter; asked of the table's lines, not of every expert."""
+    lines = (sources for parameter, sources in names(model) if "{expert}" in parameter and _adaptable(model, True))
+    return config.rank > 0 and any(_module(source) in _chosen(config) for sources in lines for source in sources)
+
+
+def _chosen(config: LoraConfig) -> Sequence[str]:
+    return LORA_MODULES if ALL_LINEAR in config.targets else config.targets
 
 
 def _adapter(row: Row, adapted: tuple[int, ...], rank: int) -> Adapter:

@@ -27,6 +27,13 @@ _STACKED = {  # of an expert's tensor: the stacked one, which of its equal parts
     "down_proj.bias": ("down_proj_bias", 0, 1),
 }
 
+_WHOLES = tuple({whole for whole, *_ in _STACKED.values()})
+
+
+def is_whole(name: str) -> bool:
+    """Whether a folder's tensor may be one for all experts: ``...gate_up_proj``, or what its codes are called."""
+    return name.rpartition(".")[2].startswith(_WHOLES)
+
 
 @dataclass(frozen=True)
 class Part:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from megatron_ext.weights import convert
-from pipeline.model import architecture, layout, stacked
+from pipeline.config.schema import ALL_LINEAR, LORA_MODULES, LoraConfig
+from pipeline.model import architecture, layout, lora, stacked
 from pipeline.model.folder import INDEX, Folder, check, is_weights, write_index
 from pipeline.model.fp8 import quantise_tensors, quantization_config, values
 from pipeline.model.grid import Grid
@@ -224,3 +225,20 @@ def test_which_files_are_weights(tmp_path):
     )
     assert all(is_weights(tmp_path / name) for name in weights)
     assert not any(is_weights(tmp_path / name) for name in ("config.json", "tokenizer.json", "vocab.txt", "merges.txt"))
+
+
+def test_only_a_folder_that_has_stacked_experts_is_searched_for_their_parts(tmp_path):
+    write_folder(tmp_path, "qwen3_moe")
+    stacked.parts.cache_clear()
+    checked(tmp_path)
+    assert stacked.parts.cache_info().misses == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gpt_oss", "deepseek_v3"])
+def test_whether_an_expert_has_an_adapter(family):
+    model, config = architecture.parse(hf_config(family)), LoraConfig()
+    for config.rank in (0, 4):
+        for target in (ALL_LINEAR, *LORA_MODULES):
+            config.targets = [target]
+            found = [each for each in lora.adapters(model, Grid(), config) if each.base.expert is not None]
+            assert lora.beside_experts(model, config) == bool(found)
