@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ from pipeline.config.errors import ConfigError
 
 if TYPE_CHECKING:
     from launchers.plan.propose import Facts
+    from pipeline.config.schema import DataConfig
+    from pipeline.data.tokenizer import Tokenizer
     from pipeline.evaluation.start import Start
     from pipeline.types import Prompt
 
@@ -38,7 +41,7 @@ def init(
     """Write a commented configuration for a model and a data file, which validates as it is.
 
     Sizes come from both, the layout fits the GPUs named, and the band is proposed from the entropy that the model has
-    on these data.
+    on these data. Where few of its answers are right, the term that acts through right answers is averaged over all.
 
     Examples:
 
@@ -83,7 +86,7 @@ def init(
         start=None,
     )
     if measure or (measure is None and facts.parameters <= LARGEST and sizes.moe is None and sizes.mla is None):
-        facts = replace(facts, start=_measured(facts, prompts[:MEASURED]))
+        facts = replace(facts, start=_measured(facts, prompts[:MEASURED], settings.data, tokenizer))
     out.write_text(propose.text(facts, propose.keys(facts)))
     config = load_config(out)
     check_prompts(set_apart(prompts, config.data, config.rollout.max_prompt_tokens), config)
@@ -92,12 +95,14 @@ def init(
     say(f"next: isentrope train --config {out}")
 
 
-def _measured(facts: Facts, prompts: Sequence[Prompt]) -> Start:
+def _measured(facts: Facts, prompts: Sequence[Prompt], data: DataConfig, tokenizer: Tokenizer) -> Start:
     from pipeline.evaluation.start import measure
+    from pipeline.rewards.stage import VerifierStage
 
     say(f"measuring the entropy of {len(prompts)} prompts x {SAMPLES} responses on the CPU", err=True)
     limit = min(LONGEST, facts.model.max_positions - facts.longest)
-    return measure(facts.folder, prompts, samples=SAMPLES, max_new_tokens=limit)
+    with closing(VerifierStage(data, tokenizer)) as verifier:
+        return measure(facts.folder, prompts, verifier, samples=SAMPLES, max_new_tokens=limit)
 
 
 def _names_verifiers(data: Path) -> bool:

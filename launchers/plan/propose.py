@@ -21,6 +21,7 @@ from pipeline.units import GIB
 
 SIZES = (1, 2, 4, 8)  # TP and PP that are tried
 ENGINE_SHARE = 0.5  # of an engine's GPU that weights may take; the rest is the cache
+FEW_RIGHT = 6  # answers a step, as of the alert few_positives
 BAND = (0.45, 0.55)  # of the entropy that was measured
 
 
@@ -78,7 +79,17 @@ def keys(facts: Facts) -> dict[str, Any]:
     if facts.start is not None:
         low, high = (float(f"{share * facts.start.entropy:.2g}") for share in BAND)
     chosen |= {"entropy.band.low": low, "entropy.band.high": high}
+    if (right := _right_answers(facts, chosen)) is not None and right < FEW_RIGHT:
+        chosen["entropy.positive_mean"] = "samples"
     return chosen | (_layout(facts, chosen) if facts.gpus else {})
+
+
+def _right_answers(facts: Facts, chosen: Mapping[str, Any]) -> float | None:
+    """How many of a step's answers are right at the start; None: not measured, or no answer could be graded."""
+    if facts.start is None or not facts.start.graded:
+        return None
+    drawn: int = chosen["rollout.prompts_per_step"] * chosen["rollout.samples_per_prompt"]
+    return drawn * facts.start.right / facts.start.graded
 
 
 def _layout(facts: Facts, chosen: Mapping[str, Any]) -> dict[str, Any]:
@@ -143,7 +154,7 @@ def text(facts: Facts, chosen: Mapping[str, Any]) -> str:
 
 
 def _lines(facts: Facts, chosen: Mapping[str, Any]) -> Iterator[str]:
-    comments = _comments(facts)
+    comments = _comments(facts, chosen)
     yield "# Written by `isentrope init`. Every key with its meaning: `isentrope config show --config THIS_FILE`."
     open_sections: list[str] = []
     for key, value in sorted(chosen.items(), key=lambda item: _place(item[0], chosen)):
@@ -172,7 +183,7 @@ def _yaml(value: Any) -> str:
     return f'"{value}"' if isinstance(value, str) and not value.replace("_", "").isalnum() else str(value)
 
 
-def _comments(facts: Facts) -> dict[str, tuple[str, ...]]:
+def _comments(facts: Facts, chosen: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     """Lines above a key or a section."""
     start = facts.start
     band: tuple[str, ...] = ("Nats per token. Not measured: the run prints where the model starts; docs/band.md.",)
@@ -181,6 +192,13 @@ def _comments(facts: Facts) -> dict[str, tuple[str, ...]]:
             f"Nats per token. The model starts at {start.entropy:.3g} on these data (over {start.tokens:,} tokens).",
             "Half of the start, give or take a tenth of that, is a first guess: GRPO alone would fall through it.",
             "Higher keeps more different answers, lower gains pass@1 sooner; docs/band.md.",
+        )
+    right = _right_answers(facts, chosen)
+    positive: tuple[str, ...] = ()
+    if start is not None and right is not None:
+        positive = (
+            f"{start.right} of {start.graded} measured responses are right, so about {right:.0f} of a step's.",
+            "In a mean over so few (positives, the default) one lucky answer steers a whole step; docs/methods.md.",
         )
     cut = f" {start.truncated:.0%} of the measured responses ran into it." if start and start.truncated else ""
     return {
@@ -198,5 +216,6 @@ def _comments(facts: Facts) -> dict[str, tuple[str, ...]]:
             "auto: the verifier that each line names. Others: math, exact, choice, or module:function of your own.",
         ),
         "data.held_out": (f"Of {facts.prompts:,} prompts; evaluations use these only.",),
+        "entropy.positive_mean": positive,
         "entropy.band": band,
     }

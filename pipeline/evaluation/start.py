@@ -1,4 +1,4 @@
-"""Where a policy starts: its exact entropy and the lengths of its responses on the prompts of a run."""
+"""Where a policy starts: its exact entropy, and lengths and grades of its responses, on the prompts of a run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from pipeline.model import architecture, layout
 from pipeline.model.folder import Folder
+from pipeline.rewards.stage import VerifierStage
 from pipeline.rollout.native.decoder import token_entropies
 from pipeline.rollout.native.engine import NativeEngine
 from pipeline.rollout.native.fallback import decoder_of
@@ -25,10 +26,20 @@ class Start:
     tokens: int  # response tokens measured
     mean_length: float  # tokens of a response
     truncated: float  # share of responses that ran into the limit
+    graded: int  # responses that the verifier could judge
+    right: int  # of these
 
 
-def measure(folder: Path, prompts: Sequence[Prompt], *, samples: int, max_new_tokens: int, seed: int = 0) -> Start:
-    """Draw ``samples`` responses to each prompt with the native engine, on the CPU, and measure their entropy.
+def measure(
+    folder: Path,
+    prompts: Sequence[Prompt],
+    verifier: VerifierStage,
+    *,
+    samples: int,
+    max_new_tokens: int,
+    seed: int = 0,
+) -> Start:
+    """Draw ``samples`` responses to each prompt with the native engine, on the CPU, measure their entropy, grade them.
 
     ``folder`` is a Hugging Face folder of a model that is served. Raises ``EngineError`` where the engine refuses it.
     """
@@ -40,7 +51,7 @@ def measure(folder: Path, prompts: Sequence[Prompt], *, samples: int, max_new_to
         )
         for prompt in prompts
     ]
-    groups = engine.generate(requests)
+    groups = verifier.verify(engine.generate(requests))
     engine.close()
     model = architecture.read(folder)
     stored = Folder(folder, model)
@@ -52,4 +63,6 @@ def measure(folder: Path, prompts: Sequence[Prompt], *, samples: int, max_new_to
             total += float(token_entropies(decoder, row)[0, len(group.prompt.token_ids) - 1 :].sum())
     tokens = sum(len(sample.token_ids) for sample in drawn)
     cut = sum(sample.finish_reason == "length" for sample in drawn)
-    return Start(total / tokens, tokens, tokens / len(drawn), cut / len(drawn))
+    graded = [sample for sample in drawn if not sample.verifier_error]
+    right = sum(sample.correct for sample in graded)
+    return Start(total / tokens, tokens, tokens / len(drawn), cut / len(drawn), len(graded), right)

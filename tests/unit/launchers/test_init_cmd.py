@@ -1,6 +1,7 @@
 """``isentrope init``: what it writes validates, and its layouts fit."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -8,9 +9,12 @@ import yaml
 from launchers.plan import propose
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import PACKAGED, load_config
+from pipeline.config.schema import DataConfig
 from pipeline.data import jsonl, sources
-from pipeline.evaluation.start import measure
+from pipeline.data.tokenizer import load_tokenizer
+from pipeline.evaluation.start import Start, measure
 from pipeline.model import architecture
+from pipeline.rewards.stage import VerifierStage
 from pipeline.types import Prompt
 from tests.command_line import call
 
@@ -35,6 +39,8 @@ def test_it_writes_a_configuration_that_validates_as_it_is(capsys, tmp_path, dat
     start = float(out.read_text().partition("starts at ")[2].split()[0])
     assert 0.1 < start < 2
     assert config.entropy.band.low < start / 2 < config.entropy.band.high
+    assert config.entropy.positive_mean == "samples"  # a random model
+    assert "of 64 measured responses are right, so about" in out.read_text()
     code, _, said = call(capsys, "init", str(PM4), str(data), "--out", str(out))
     assert code == 2
     assert "this file exists" in said
@@ -107,6 +113,18 @@ def test_a_layout_uses_the_gpus_named(data, name, gpus, tmp_path):
     assert config.learner.world_size + engines == gpus
 
 
+@pytest.mark.parametrize(
+    ("graded", "right", "proposed"),
+    [(64, 0, "samples"), (64, 1, None), (256, 1, "samples"), (64, 40, None), (0, 0, None)],
+)
+def test_few_right_answers_are_averaged_over_all(data, graded, right, proposed):
+    """A step draws 16 x 64 answers here: 6 of them are 0.6 %."""
+    asked = replace(facts(data, "qwen3-4b", 8), start=Start(0.5, 1000, 100.0, 0.0, graded, right))
+    chosen = propose.keys(asked)
+    assert chosen.get("entropy.positive_mean") == proposed
+    assert (f"{right} of {graded} measured responses" in propose.text(asked, chosen)) == bool(proposed)
+
+
 def test_too_few_gpus_are_refused(data):
     with pytest.raises(ConfigError, match=r"2 GPUs of 80 GiB are too few for 32\.8B parameters"):
         propose.keys(facts(data, "qwen3-32b", 2))
@@ -121,7 +139,7 @@ def test_the_entropy_that_is_measured_is_the_policys():
     from pipeline.rollout.native.decoder import Decoder
 
     prompt = Prompt("p", (1, 2, 3, 4, 14, 1, 0, 13), "", None, "exact")
-    found = measure(PM4, [prompt], samples=1, max_new_tokens=1)
+    found = measure(PM4, [prompt], VerifierStage(DataConfig(), load_tokenizer(PM4)), samples=1, max_new_tokens=1)
     model = architecture.read(PM4)
     stored = Folder(PM4, model)
     decoder = Decoder(model, {name: stored.tensor(name) for name in layout.tensor_shapes(model)})
