@@ -29,7 +29,7 @@ def write_simulated(run_dir, *overrides):
         stats = StepStats(0.0, EntropyReading(entropy * 100, 100.0, step), 1.0, 1e-3, {}, 0.05)
         drawn = StepSamples([runs.group(runs.sample(reward), runs.sample(reward))], [], 0)
         recorder.step(runs.outcome(step, drawn, stats, used, used))
-    recorder.finish(completed=True)
+    runs.end(recorder)
     return run_dir
 
 
@@ -85,7 +85,7 @@ def write_evaluated(run_dir, *overrides, finish=True, pass_at_16=lambda step: 0.
             recorder.evaluation(step, runs.evaluation(0.3 + step / 150, pass_at_16(step)))
         runs.record_step(recorder, step, 1.0 - step / 80)
     if finish:
-        recorder.finish(completed=True)
+        runs.end(recorder)
     return run_dir
 
 

@@ -65,41 +65,43 @@ def surrogate(inputs, objective):
     return -3 * inputs.advantages * inputs.ratio, torch.zeros_like(inputs.ratio, dtype=torch.bool)
 """
 PROGRAM = """
-import sys
+import contextlib, io, json, sys
 import pipeline.objectives.losses
 pipeline.objectives.losses.__path__.append(sys.argv[1])
 from launchers.cli.main import run
-sys.argv[:] = ["isentrope", *sys.argv[2:]]
-run()
+
+def called(*words):
+    code, said = 0, io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            run([*words])
+        except SystemExit as ended:
+            code = ended.code
+    return code, said.getvalue()
+
+told = [called("lab", "methods", "--json")]
+table = {row["name"]: row for row in json.loads(told[0][1])}
+told.append(called("config", "validate", "--config", "quickstart.yaml", "objective.loss=toi"))
+told.append(called("train", "--config", "quickstart.yaml", *table["toy"]["overrides"], *sys.argv[2:]))
+print(json.dumps(told))
 """
-
-
-def with_toy(folder, *words):
-    """The command line, in a house with one more file in ``losses``."""
-    command = [sys.executable, "-c", PROGRAM, str(folder), *words]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
 
 
 def test_a_new_loss_is_one_file(tmp_path):
     """It stands in the table, in the choices of its key, and it trains."""
     (tmp_path / "losses").mkdir()
     (tmp_path / "losses/toy.py").write_text(TOY)
-    folder = tmp_path / "losses"
-    table = {row["name"]: row for row in json.loads(with_toy(folder, "lab", "methods", "--json").stdout)}
-    assert table["toy"]["rule"] == "-3 A r"
-    wrong = with_toy(folder, "config", "validate", "--config", "quickstart.yaml", "objective.loss=toi")
-    assert wrong.returncode == 2
-    assert "toy" in wrong.stderr + wrong.stdout
     run = tmp_path / "run"
-    switch = [
-        *table["toy"]["overrides"],
-        "steps=1",
-        "evaluation.every=0",
-        "runtime=inline",
-        "learner.tensor_model_parallel_size=1",
-    ]
-    trained = with_toy(folder, "train", "--config", "quickstart.yaml", *switch, f"run_dir={run}")
-    assert trained.returncode == 0, trained.stderr
+    small = ["rollout.prompts_per_step=4", "evaluation.every=0", "evaluation.at_start=false", "evaluation.at_end=false"]
+    switch = ["steps=1", "runtime=inline", "learner.tensor_model_parallel_size=1", f"run_dir={run}", *small]
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "losses"), *switch]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    (_, methods), wrong, trained = json.loads(done.stdout.splitlines()[-1])
+    assert {row["name"]: row for row in json.loads(methods)}["toy"]["rule"] == "-3 A r"
+    assert wrong[0] == 2
+    assert "toy" in wrong[1]
+    assert trained[0] == 0, trained[1]
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     assert [event["kind"] for event in events].count("step") == 1
 

@@ -19,7 +19,7 @@ def run(folder, controller, entropy, values):
         estimate = {"value": value, "low": value - 0.01, "high": value + 0.01}
         estimates = {str(k): estimate for k in target_regret.KS}
         recorder.evaluation(EVERY * at, run_writer.evaluation(value, value) | {"pass_at_k": estimates})
-    recorder.finish(completed=True)
+    run_writer.end(recorder)
     recorder._lock.close()
 
 

@@ -1,11 +1,16 @@
 """Hugging Face folders to torch_dist checkpoints and back, without Megatron: bits, bytes, memory, kills, bad input."""
 
+import itertools
 import json
 import math
+import os
+import resource
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -236,52 +241,58 @@ def test_peak_memory_does_not_grow_with_the_model(tmp_path):
     shutil.rmtree(tmp_path / "m")
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from megatron_ext.weights import convert
-calls = 0
-def kill_at_the_third_part(done, total):
-    global calls
-    calls += 1
-    if calls == 4:  # the first call reports what was finished before
-        os.kill(os.getpid(), signal.SIGKILL)
-source, hf, out = map(Path, sys.argv[2:])
-options = {"workers": 1, "part_bytes": 40_000, "progress": kill_at_the_third_part}
-if sys.argv[1] == "hf_to_megatron":
-    convert.hf_to_megatron(hf, out, **options)
-else:
-    convert.megatron_to_hf(source, hf, out, **options)
-"""
+def forked(act, said: Path) -> int:
+    """Exit code of a process of its own that calls ``act``; what it writes goes to the file ``said``."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            with said.open("w") as sys.stderr:
+                try:
+                    act()
+                    code = 0
+                except SystemExit as ended:
+                    code = ended.code
+                except Exception:  # noqa: BLE001 (whatever it is, it is told as at the end of a program)
+                    sys.excepthook(*sys.exc_info())
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def killed_at_the_third_part(convert_it):
+    calls = itertools.count(1)
+
+    def progress(done, total):
+        if next(calls) == 4:  # the first call reports what was finished before
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    convert_it(workers=1, part_bytes=40_000, progress=progress)
 
 
 def test_a_killed_conversion_goes_on_where_it_was(tmp_path):
     hf, tensors = folder(tmp_path / "hf", "qwen3")
     megatron, back = tmp_path / "m", tmp_path / "back"
-    for direction, out in (("hf_to_megatron", megatron), ("megatron_to_hf", back)):
-        words = [sys.executable, "-c", KILLED, direction, str(megatron), str(hf), str(out)]
-        assert subprocess.run(words, check=False).returncode == -9
+    to_megatron = partial(convert.hf_to_megatron, hf, megatron)
+    to_hf = partial(convert.megatron_to_hf, megatron, hf, back)
+    for convert_it, out in ((to_megatron, megatron), (to_hf, back)):
+        assert forked(partial(killed_at_the_third_part, convert_it), tmp_path / "said") == -9
         assert not out.exists()
         journal = tmp_path / f".{out.name}.converting" / "journal.jsonl"
         with journal.open("a") as file:
             file.write('{"part": 3, "res')  # killed while writing a line
-        if direction == "hf_to_megatron":
+        if out == megatron:
             with pytest.raises(ValueError, match="other options"):
-                convert.hf_to_megatron(hf, out, dtype="bf16", part_bytes=40_000)
-            report = convert.hf_to_megatron(hf, out, workers=2, part_bytes=40_000)
-        else:
-            report = convert.megatron_to_hf(megatron, hf, out, workers=2, part_bytes=40_000)
+                convert_it(dtype="bf16", part_bytes=40_000)
+        report = convert_it(workers=2, part_bytes=40_000)
         assert report.resumed_parts == 3 < report.parts
         assert not journal.exists()
     assert same(read(back), tensors)
 
 
-LIMITED = """
-import resource, sys
-from launchers.cli.main import run
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-run(sys.argv[1:])
-"""
+def limited(words):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    run(words)
 
 
 def test_a_full_disk_leaves_nothing_that_looks_complete(tmp_path):
@@ -298,12 +309,11 @@ def test_a_full_disk_leaves_nothing_that_looks_complete(tmp_path):
         str(tmp_path / "b"),
     ]
     for words, out in ((to_megatron, tmp_path / "m"), (to_hf, tmp_path / "b")):
-        limited = [sys.executable, "-c", LIMITED, *words]
-        done = subprocess.run(limited, capture_output=True, text=True, check=False)
-        assert done.returncode == 1
-        assert "File too large" in done.stderr
-        assert "make room" in done.stderr
-        assert "Traceback" not in done.stderr
+        said = tmp_path / "said"
+        assert forked(partial(limited, words), said) == 1
+        assert "File too large" in said.read_text()
+        assert "make room" in said.read_text()
+        assert "Traceback" not in said.read_text()
         assert not out.exists()
         run_to_end(words)
     assert same(read(tmp_path / "b"), tensors)

@@ -82,9 +82,13 @@ def test_performance_by_hand():
     )
 
 
+# Where the policy itself is noisy the laws differ by less than five seeds do.
+SEEDS = dict.fromkeys(SCENARIOS, 5) | {"noisy policy": 16}
+
+
 @cache
 def figures(scenario, controller):
-    return measure(scenario, controller, seeds=16)
+    return measure(scenario, controller, SEEDS[scenario])
 
 
 @pytest.mark.parametrize("scenario", list(SCENARIOS))
@@ -123,7 +127,7 @@ def test_ages_are_drawn_anew_for_every_group_and_told_as_measured():
 @pytest.mark.parametrize("scenario", ["delay 4", "ages 0 to 8"])
 def test_an_age_that_is_measured_holds_the_band_better_than_one_that_is_ignored(scenario):
     def rms(told):
-        traces = [simulate(RESAMPLE, SCENARIOS[scenario], seed, told) for seed in range(16)]
+        traces = [simulate(RESAMPLE, SCENARIOS[scenario], seed, told) for seed in range(6)]
         return np.mean([performance(trace).rms for trace in traces])
 
     assert rms(None) < 0.97 * rms(0)

@@ -34,7 +34,7 @@ def write_simulated(folder, scenario, *overrides):
         used = replace(runs.decision(), command=commands[step], temperature=commands[step])
         recorder.step(runs.outcome(step, drawn, stats, used, trace.decisions[step]))
     recorder.evaluation(scenario.steps, runs.evaluation(0.5, 0.9))
-    recorder.finish(completed=True)
+    runs.end(recorder)
     recorder._lock.close()
     return folder
 

@@ -34,7 +34,7 @@ def kinds(run_dir):
 
 
 def test_a_run_folder(tmp_path):
-    summary = runs.write_run(tmp_path / "run", "name=mine", steps=3)
+    summary = runs.write_run(tmp_path / "run", "name=mine", steps=3, finish=False).finish(completed=True)
     run = tmp_path / "run"
     assert kinds(run) == ["run_start", "evaluation", "step", "step", "step", "evaluation", "checkpoint", "run_end"]
     start = read_events(run / "events.jsonl")[0]

@@ -12,10 +12,10 @@ from xml.etree import ElementTree
 import pytest
 
 from pipeline.monitoring import table
-from pipeline.monitoring.charts import CHARTS, DARK, theme_variables
+from pipeline.monitoring.charts import CHARTS, DARK, svg, theme_variables
 from pipeline.monitoring.differences import config_differences, result_differences
 from pipeline.monitoring.report import build_report
-from pipeline.monitoring.summary import by_method, read_run, summarize
+from pipeline.monitoring.summary import by_method, named, read_run, summarize
 
 sys.path.append(str(Path(__file__).parent))
 import run_writer as runs
@@ -168,8 +168,7 @@ def test_a_seed_not_evaluated_yet_is_left_out_of_the_comparison(folders, tmp_pat
 @pytest.mark.parametrize(("actuator", "unit"), [("dcpo", "T+"), ("reweight", "T+"), ("tok", "tok")])
 def test_commands_are_called_what_they_are(tmp_path, actuator, unit):
     runs.write_run(tmp_path / "run", "name=pi", f"entropy.actuator={actuator}", steps=2)
-    build_report([tmp_path / "run"], tmp_path / "report.html")
-    assert f"pi ({unit})" in (tmp_path / "report.html").read_text()
+    assert f"pi ({unit})" in svg("command", named([read_run(tmp_path / "run")]))
 
 
 def test_means_over_seeds():
@@ -277,8 +276,7 @@ def bands_of(root, *runs_with_overrides):
     for number, overrides in enumerate(runs_with_overrides):
         folders.append(root / str(number))
         runs.write_run(folders[-1], f"name=run{number}", *overrides, steps=2)
-    build_report(folders, root / "report.html")
-    chart = re.findall(r"<svg .*?</svg>", (root / "report.html").read_text(), flags=re.DOTALL)[0]
+    chart = svg("entropy", named([read_run(folder) for folder in folders]))
     return sorted(re.findall(r">(target band|band of [^<]*)<", chart))
 
 
