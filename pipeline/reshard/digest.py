@@ -44,6 +44,7 @@ def content(tensor: torch.Tensor) -> torch.Tensor:
     return _lines(words, whole) + length
 
 
+@lru_cache(maxsize=2)
 def plan_digest(plan: Plan) -> str:
     """SHA-256 over everything a plan was made from and everything it says: equal where two processes may act on it."""
     found = hashlib.sha256()

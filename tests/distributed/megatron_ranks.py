@@ -293,7 +293,7 @@ def _whatever_the_cut(stats):
 def inspect(rank, world, address, folder, layout, tokens, candidates):
     """log p(candidate | prefix) at every position, and the weights as an engine takes them, in one and many buckets."""
     made = learner(rank, world, address, folder, **layout, micro_batch_size=512)
-    table = torch.stack([_log_probs_of(made, tokens, token) for token in candidates], dim=-1)
+    table = _log_probs_of(made, tokens, torch.tensor(candidates))
     whole, many = exported(made), exported(made, SMALL_BUCKET)
     made.close()
     return table, whole, many
@@ -338,17 +338,21 @@ def parameters_after_updates(rank, world, address, folder, tp, optimizer):
 SMALL_BUCKET = 20_000  # bytes: a few tensors of the tiny models, less than the largest
 
 
-def _log_probs_of(made, tokens, token):
-    """log p(token | tokens[:, :t]) for every t: a batch whose row t ends in ``token``."""
+def _log_probs_of(made, tokens, candidates):
+    """log p(candidate | tokens[:, :t]) for every t, ``[rows, seq - 1, candidates]``: of a batch whose rows end in one
+    each.
+    """
     rows, seq = tokens.shape
-    variants = tokens[:, None].repeat(1, seq, 1).flatten(0, 1)  # row t of each prompt has its t-th token replaced
-    position = torch.arange(seq).repeat(rows)
-    variants[torch.arange(rows * seq), position] = token
+    count = len(candidates)
+    # Of each prompt, row t has its t-th token replaced, for every candidate.
+    variants = tokens[:, None, None].repeat(1, seq, count, 1).flatten(0, 2)
+    position = torch.arange(seq).repeat_interleave(count).repeat(rows)
+    variants[torch.arange(rows * seq * count), position] = candidates.repeat(rows * seq)
     keep = position > 0
     mask = (torch.arange(1, seq) == position[:, None])[keep]
     filled = {"tokens": variants[keep], "loss_mask": mask, "lengths": position[keep] + 1}
     drawn = {"behavior_log_probs": torch.zeros(mask.shape)}
-    return made.log_probs(batch(int(keep.sum()), 0, vocab=2, seq=seq, **filled, **drawn)).view(rows, seq - 1)
+    return made.log_probs(batch(int(keep.sum()), 0, vocab=2, seq=seq, **filled, **drawn)).view(rows, seq - 1, count)
 
 
 def save_and_continue(rank, world, address, folder, directory, tp, pp, batches, config):
