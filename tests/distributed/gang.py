@@ -30,6 +30,7 @@ def _become_ranks(pipes: list[Connection]) -> None:
     import megatron_ext.learner  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.freeze()  # else every collection looks through what megatron's import left: a million objects
     for pipe in pipes:
         if os.fork() == 0:
             for other in pipes:

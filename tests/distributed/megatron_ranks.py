@@ -121,7 +121,13 @@ def sender(parameters, rows, grid, fp8=False):
     from pipeline.reshard.participant import Participant
 
     shards = LearnerShards(rows, grid, dist.get_rank(), parameters)
-    return lambda order: Participant().send(order, dist.get_rank(), QuantisedShards(shards) if fp8 else shards)
+
+    def send(order):
+        taking_part = Participant()
+        taking_part.send(order, dist.get_rank(), QuantisedShards(shards) if fp8 else shards)
+        taking_part.close()
+
+    return send
 
 
 def gradients(made, rows: TrainBatch) -> dict[str, torch.Tensor]:
