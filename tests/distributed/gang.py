@@ -53,7 +53,21 @@ def _serve(pipe: Connection) -> None:
             pipe.send((True, function(rank, world, address, *arguments)))
         except Exception:  # noqa: BLE001 (whatever it is, the test reports it)
             pipe.send((False, traceback.format_exc()))
-        gc.collect()  # process groups sit in cycles
+        _let_go()
+
+
+def _let_go() -> None:
+    """Free what a job made: models and optimizers hold process groups, each with threads of gloo's.
+
+    Megatron's hooks on gradients are in circles through C++ that Python's collector cannot see.
+    """
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.optimizer import MegatronOptimizer
+
+    for each in gc.get_objects():
+        if issubclass(type(each), DistributedDataParallel | MegatronOptimizer):
+            each.__dict__.clear()
+    gc.collect()
 
 
 class Gang:
