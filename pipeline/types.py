@@ -70,6 +70,7 @@ class GenerateRequest:
     cuts: Cuts | None = None
     # what there is of each response, one per seed: held ones go on, finished ones stay; (): none was begun
     begun: tuple[Sample, ...] = ()
+    stop: tuple[str, ...] = ()  # texts that end a response, beside the run's; they stay in it
     pause_at: int | None = None  # tokens at which a response is held; None: when the engine is told to
 
     @property

@@ -44,6 +44,7 @@ from pipeline.reshard.order import PlanInputs
 from pipeline.reshard.plan import BucketError
 from pipeline.rewards.stage import VerifierStage
 from pipeline.rollout.engine import RolloutEngine
+from pipeline.rollout.environment import environment_of
 from pipeline.rollout.episode_rollouts import EpisodeRollouts
 from pipeline.rollout.episodes import Episodes
 from pipeline.rollout.pool import EnginePool
@@ -400,6 +401,7 @@ def build_engine(config: RunConfig, index: int, log_dir: Path) -> RolloutEngine:
             seed=config.seed,
             record_routes=record_routes,
             longest=config.longest_row,
+            own_stops=environment_of(config.data).APART,
         )
     from pipeline.rollout.native.engine import NativeEngine
 

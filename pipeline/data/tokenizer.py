@@ -30,6 +30,14 @@ BYTE_OF |= {chr(256 + i): byte for i, byte in enumerate(sorted(set(range(256)) -
 Message = Mapping[str, Any]
 
 
+def most_tokens(texts: Sequence[str]) -> int:
+    """Newest tokens of a response in which any of ``texts`` would be found, however the model spells it.
+
+    A text of n characters has at most 4 n bytes, hence tokens; one more, for some tokenizers strip the first blank.
+    """
+    return 4 * max(map(len, texts), default=0) + 1
+
+
 class Tokenizer:
     """The tokenizer of one Hugging Face folder. Build it with ``load_tokenizer``."""
 

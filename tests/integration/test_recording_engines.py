@@ -97,7 +97,12 @@ CHECK = CHECK_TOOL
 async def run(client, prompt, meta):
     messages, said = MESSAGES[:1], ""
     for _ in range(TURNS):
-        answer = await client.chat.completions.create(model="policy", messages=messages, tools=[CHECK])
+        stop = "e" if len(messages) == 1 else None
+        answer = await client.chat.completions.create(
+            model="policy", messages=messages, tools=[CHECK], stop=stop, logprobs=True
+        )
+        tokens = [each.token for each in answer.choices[0].logprobs.content]
+        assert not stop or not any(stop in token for token in tokens[:-1]), tokens
         said += answer.choices[0].message.content or ""
         messages += [answer.choices[0].message, MESSAGES[1]]
     return float(len(said) % 2)

@@ -30,6 +30,7 @@ class Row:
     top_p: float = 1.0
     cuts: Cuts | None = None
     begun: int = 0  # response tokens at the end of ``prompt``
+    stop: tuple[str, ...] = ()  # texts that end this response too
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class _Responses:
 
     def __init__(self, decoder: AnyDecoder, rows: Sequence[Row], end: ResponseEnd, record_routes: bool) -> None:
         self._decoder, self._rows, self._end = decoder, rows, end
+        self._stops = [row.stop for row in rows]
         self._longest = longest = max((row.limit for row in rows), default=0)
         self._prompts = torch.tensor([len(row.prompt) for row in rows], dtype=torch.int64)
         self._limits = torch.tensor([row.limit for row in rows], dtype=torch.int64)
@@ -150,7 +152,7 @@ class _Responses:
         self._log_probs[rows, t] = scaled.gather(1, token[:, None]).squeeze(1)
         running = ~self._stopped[rows] & (self._counts[rows] < self._limits[rows])
         self._counts[rows] += running
-        self._stopped[rows] |= running & self._end.reached(self._tokens, rows, t)
+        self._stopped[rows] |= running & self._end.reached(self._tokens, rows, t, self._stops)
         return token, running & ~self._stopped[rows] & (self._counts[rows] < self._limits[rows])
 
     def _by_rule(self, log_probs: torch.Tensor, rows: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

@@ -91,8 +91,9 @@ class NativeEngine(RolloutEngine):
         self._model, self._hf_path, self._version = model, hf_path, 0
         self._decoder = decoder_of(model, hf_path, tensors)
         ids = eos_token_ids(hf_path) if self._eos_override is None else self._eos_override
-        tokenizer = load_tokenizer(hf_path) if self._stop else None
-        self._end = ResponseEnd((*ids, *self._stop_token_ids), self._stop, tokenizer)
+        self._end = ResponseEnd((*ids, *self._stop_token_ids), self._stop)
+        if self._stop:
+            self._read_texts()
 
     def stream(self, requests: Sequence[GenerateRequest]) -> Iterator[Finished]:
         """Groups whose responses have all ended, when rows leave the batch.
@@ -100,6 +101,8 @@ class NativeEngine(RolloutEngine):
         Raises ``EngineError`` while no consistent weights are loaded.
         """
         _check_requests(requests)
+        if any(request.stop for request in requests):
+            self._read_texts()
         with self._serving() as (decoder, version):
             before = self._aborted
             arriving = _Arriving(requests, version)
@@ -120,6 +123,11 @@ class NativeEngine(RolloutEngine):
                     yield finished
                     finished = []
         yield finished
+
+    def _read_texts(self) -> None:
+        """Be able to find stop texts in what is drawn."""
+        if self._end.tokenizer is None and self._model is not None:
+            self._end = replace(self._end, tokenizer=load_tokenizer(self._hf_path))
 
     @contextmanager
     def _serving(self) -> Iterator[tuple[AnyDecoder, int]]:
@@ -220,7 +228,7 @@ class NativeEngine(RolloutEngine):
 def _rows(request: GenerateRequest) -> list[Row]:
     given = request.prompt.token_ids, request.temperature, request.max_new_tokens, request.top_p
     rows = [
-        Row(given[0], seed, *given[1:], None if index < request.usual else request.cuts)
+        Row(given[0], seed, *given[1:], None if index < request.usual else request.cuts, stop=request.stop)
         for index, seed in enumerate(request.seeds)
     ]
     return [_from(row, sample) for row, sample in zip(rows, request.begun, strict=True)] if request.begun else rows

@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from pipeline.data.tokenizer import Tokenizer
+from pipeline.data.tokenizer import Tokenizer, most_tokens
 
 
 @dataclass(frozen=True)
 class ResponseEnd:
-    """What ends responses. ``texts`` need a ``tokenizer``."""
+    """What ends responses. Texts, those of all and a response's own, need a ``tokenizer``."""
 
     token_ids: tuple[int, ...]
     texts: tuple[str, ...] = ()
     tokenizer: Tokenizer | None = None
 
-    @property
-    def _window(self) -> int:
-        """Newest tokens of a response in which a stop text would be found.
-
-        A text of n characters has at most 4 n bytes, hence tokens; one more, for some tokenizers strip the first blank.
-        """
-        return 4 * max(map(len, self.texts)) + 1 if self.texts else 1
-
-    def reached(self, tokens: torch.Tensor, rows: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    def reached(
+        self, tokens: torch.Tensor, rows: torch.Tensor, last: torch.Tensor, own: Sequence[tuple[str, ...]]
+    ) -> torch.Tensor:
         """Whether each of ``rows`` of ``tokens`` ends with its token number ``last``, bool ``[rows]``.
 
-        ``tokens`` is int64 ``[all rows, n]``, ``rows`` and ``last`` int64 ``[rows]``.
+        ``tokens`` is int64 ``[all rows, n]``, ``rows`` and ``last`` int64 ``[rows]``; ``own`` has the stop texts of
+        each of all rows.
         """
         over = torch.isin(tokens[rows, last], torch.tensor(self.token_ids, dtype=torch.int64))
-        if self.tokenizer is None:
+        if self.tokenizer is None or not (self.texts or any(own)):
             return over
-        places = zip(rows.tolist(), last.tolist(), strict=True)
-        newest = [tokens[row, max(0, n + 1 - self._window) : n + 1].numpy() for row, n in places]
-        decoded = self.tokenizer.decode_batch(newest)
-        return over | torch.tensor([any(text in words for text in self.texts) for words in decoded])
+        stops = [(*self.texts, *own[row]) for row in rows.tolist()]
+        places = zip(stops, rows.tolist(), last.tolist(), strict=True)
+        newest = [tokens[row, max(0, n + 1 - most_tokens(texts)) : n + 1].numpy() for texts, row, n in places]
+        decoded = zip(stops, self.tokenizer.decode_batch(newest), strict=True)
+        return over | torch.tensor([any(text in words for text in texts) for texts, words in decoded])

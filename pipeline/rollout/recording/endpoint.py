@@ -1,7 +1,7 @@
 """Serves recordings to clients of OpenAI's API: HTTP on the loopback, one bearer key for each episode.
 
-Sampling is the run's. A client that sends a temperature, a seed or a limit of its own is told once in the log, and at
-every answer in the header ``Isentrope-Unused``.
+Sampling is the run's, but a client may end its answers at texts of its own (``stop``). One that sends a temperature, a
+seed or a limit is told once in the log, and at every answer in the header ``Isentrope-Unused``.
 """
 
 from __future__ import annotations
@@ -97,14 +97,16 @@ class Endpoint:
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         recording, body = await self._asked(request)
+        stop = wire.read_stop(body.get("stop"))
         completion = await recording.chat(
-            body.get("messages"), body.get("tools"), calls=body.get("tool_choice") != "none"
+            body.get("messages"), body.get("tools"), calls=body.get("tool_choice") != "none", stop=stop
         )
         return await self._send(request, recording, body, completion, chat=True)
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         recording, body = await self._asked(request)
-        completion = await recording.complete(wire.read_prompt(body.get("prompt")))
+        stop = wire.read_stop(body.get("stop"))
+        completion = await recording.complete(wire.read_prompt(body.get("prompt")), stop=stop)
         return await self._send(request, recording, body, completion, chat=False)
 
     async def _models(self, request: web.Request) -> web.StreamResponse:

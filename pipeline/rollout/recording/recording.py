@@ -45,7 +45,7 @@ class Limits:
 class Completion:
     """One answer, as a client is told."""
 
-    text: str  # the words beside the tool calls
+    text: str  # the words beside the tool calls, up to the client's own stop text
     tool_calls: tuple[ToolCall, ...]
     call_ids: tuple[str, ...]  # of ``tool_calls``
     finish_reason: str  # "stop" | "length" | "tool_calls"
@@ -117,10 +117,13 @@ class Recording:
         self._calls = 0
         self._one_at_a_time = asyncio.Lock()
 
-    async def chat(self, messages: Any, tools: Any = None, *, calls: bool = True) -> Completion:
+    async def chat(
+        self, messages: Any, tools: Any = None, *, calls: bool = True, stop: tuple[str, ...] = ()
+    ) -> Completion:
         """The model's answer to ``messages``, in OpenAI's form; ``tools`` likewise.
 
-        ``calls``: whether calls of tools are looked for in the answer; the model sees the tools either way.
+        ``calls``: whether calls of tools are looked for in the answer; the model sees the tools either way. ``stop``:
+        the draw ends at the first of these texts, of which the client is not told, as of OpenAI; it stays recorded.
 
         Raises ``RequestError`` where they cannot be read, rendered or answered, ``DataError`` where the model cannot be
         given tools, and what ``draw`` raises.
@@ -135,8 +138,8 @@ class Recording:
             else:
                 last = int(before.drawn.token_ids[-1])
                 context = self._template.following(read, len(before.messages) - 1, last, tools)
-            drawn = await self._drawn(before, context)
-            text = self._text(drawn)
+            drawn = await self._drawn(before, context, stop)
+            text = _until(self._text(drawn), stop)
             words, found = reader.read(text, tools) if reader and calls else (text, [])
             ids = tuple(f"call{self._calls + number:05d}" for number in range(len(found)))
             self._calls += len(found)
@@ -144,18 +147,21 @@ class Recording:
             self._keep(before, context, drawn, kind, (*key, identity(answer)), (*read, answer))
             return self._completion(words, tuple(found), ids)
 
-    async def complete(self, prompt: str | Sequence[int]) -> Completion:
-        """The model's continuation of a plain text, or of token ids. Raises as ``chat``."""
+    async def complete(self, prompt: str | Sequence[int], *, stop: tuple[str, ...] = ()) -> Completion:
+        """The model's continuation of a plain text, or of token ids. ``stop`` and what it raises: as of ``chat``.
+
+        A plain text that continues from here begins with all that was drawn, the stop text included.
+        """
         kind = "text" if isinstance(prompt, str) else "ids"
         key = prompt if isinstance(prompt, str) else tuple(prompt)
         async with self._one_at_a_time:
             before = self._longest(kind, key)
             context = self._plain(key, before)
-            drawn = await self._drawn(before, context)
+            drawn = await self._drawn(before, context, stop)
             text = self._text(drawn)
             said = key + text if isinstance(key, str) else (*key, *drawn.token_ids.tolist())
             self._keep(before, context, drawn, kind, said, ())
-            return self._completion(text, (), ())
+            return self._completion(_until(text, stop), (), ())
 
     def sample(self, stop_reason: str) -> Sample:
         """The branch that ends in the newest answer, without the prompt's token ids; empty where nothing was asked."""
@@ -243,7 +249,7 @@ class Recording:
             return self.prompt.token_ids + tokenizer.encode_rendered(rest[len(self.prompt.text) :])
         return tokenizer.encode(rest)
 
-    async def _drawn(self, before: _Said | None, context: tuple[int, ...]) -> Sample:
+    async def _drawn(self, before: _Said | None, context: tuple[int, ...], stop: tuple[str, ...]) -> Sample:
         """The model's next answer, within the limits."""
         if before is None and context[: len(self.prompt.token_ids)] != self.prompt.token_ids:
             raise RequestError(f"the conversation must begin with prompt {self.prompt.id!r}, as it was given")
@@ -267,7 +273,7 @@ class Recording:
         asked = replace(self.prompt, token_ids=ids)
         seeds = (turn_seed(self.seed, turn),)
         drawn = await self._draw(
-            GenerateRequest(asked, seeds, self.temperature, limit, self.role, self._top_p, self._cuts)
+            GenerateRequest(asked, seeds, self.temperature, limit, self.role, self._top_p, self._cuts, stop=stop)
         )
         if drawn.finish_reason == "abort" or not len(drawn.token_ids):
             raise RequestError("the run ended the draw", "aborted", 503)
@@ -300,6 +306,11 @@ class Recording:
         """All token ids up to the end of an answer."""
         path = said.path() if said else []
         return [token for each in path for token in (*each.context, *each.drawn.token_ids.tolist())]
+
+
+def _until(text: str, stops: tuple[str, ...]) -> str:
+    """What stands before the first of the stop texts."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
 
 
 def _routes(path: Sequence[_Said]) -> np.ndarray | None:

@@ -15,8 +15,10 @@ from pipeline.rollout.recording.recording import Completion
 
 # What a request may hold beside what it is about. Other parameters are not used, and the client is told so.
 _READ = frozenset({"model", "messages", "prompt", "tools", "tool_choice", "n", "stream", "stream_options", "logprobs"})
+_READ |= {"stop"}
 _SILENT = frozenset({"user", "metadata", "store"})
 _CHOICES = ("auto", "none")
+_STOPS = 4  # of a request, at most, as of OpenAI; SGLang takes 32 with the run's
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,19 @@ def read_prompt(prompt: Any) -> str | list[int]:
     if not prompt or not (isinstance(prompt, str) or ids):
         raise RequestError("prompt must be one text, or one list of token ids")
     return prompt
+
+
+def read_stop(stop: Any) -> tuple[str, ...]:
+    """The stop texts of a request: one text or several. Raises ``RequestError``."""
+    texts = () if stop is None else (stop,) if isinstance(stop, str) else stop
+    if not isinstance(texts, list | tuple) or len(texts) > _STOPS or not all(map(_is_stop, texts)):
+        raise RequestError(f"stop must be a text, or a list of at most {_STOPS} texts, none of them empty")
+    return tuple(texts)
+
+
+def _is_stop(text: Any) -> bool:
+    """A lone surrogate, which JSON can spell, is no text: nothing can be sent on."""
+    return isinstance(text, str) and bool(text) and text.encode("utf-8", "ignore").decode() == text
 
 
 def error(message: str, code: str, status: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import torch
 
 from pipeline.config.schema import RolloutConfig
 from pipeline.data.special_tokens import eos_token_ids
+from pipeline.data.tokenizer import most_tokens
 from pipeline.model import architecture, layout
 from pipeline.model import folder as model_folder
 from pipeline.model.architecture import Architecture
@@ -66,16 +67,18 @@ class SglangEngine(RolloutEngine):
         seed: int,
         record_routes: bool = False,
         longest: int = 0,
+        own_stops: bool = False,
     ) -> None:
         """``index`` numbers the engine in messages, log file and server seed (``seed + index``). ``record_routes``:
         samples that may be trained on carry their ``routes``; the model has experts. ``longest``: tokens of a
-        conversation of several turns; 0: there is one turn.
+        conversation of several turns; 0: there is one turn. ``own_stops``: requests may have ``stop`` texts.
         """
         self._config = config
         self._name = f"SGLang engine {index}"
         self._log_path = log_dir / f"sglang-{index}.log"
         self._seed = seed + index
         self._record_routes = record_routes
+        self._reads_text = own_stops or bool(config.stop)
         self._longest = longest or config.max_prompt_tokens + config.max_new_tokens
         self._model: Architecture | None = None
         self._fp8 = config.weight_dtype == "fp8"
@@ -126,6 +129,7 @@ class SglangEngine(RolloutEngine):
                 log_path=self._log_path,
                 load_weights=not self._fp8,
                 record_routes=self._record_routes,
+                reads_text=self._reads_text,
             )
             self._server, self._stuck, self._released = server, "", []
             server.start()
@@ -341,15 +345,20 @@ class SglangEngine(RolloutEngine):
 
     def _body(self, request: GenerateRequest, place: int) -> bytes:
         """What ``/generate`` is asked. The server seeds a draw by the token's position, so a response goes on as if it
-        had never been held (``multinomial_with_seed`` in sglang/srt/layers/sampler.py).
+        had never been held (``multinomial_with_seed`` in sglang/srt/layers/sampler.py). It looks for stop texts in as
+        many of the newest tokens as its tokenizer would make of them, and one more: the pattern, which matches nothing,
+        has it look in as many as the policy may spell them with (``Req._stop_match_tail_len`` in
+        sglang/srt/managers/schedule_batch.py).
         """
         begun = request.begun[place].token_ids.tolist() if request.begun else []
+        texts = [*self._config.stop, *request.stop]
         parameters = {
             "temperature": request.temperature,
             "top_p": request.top_p,
             "max_new_tokens": request.max_new_tokens - len(begun),
             "stop_token_ids": [*self._eos, *self._config.stop_token_ids],
-            "stop": self._config.stop,
+            "stop": texts,
+            "stop_regex": [f"[^\\s\\S]{{{most_tokens(texts)}}}"] if texts else [],
             "no_stop_trim": True,  # what ended a response was drawn by the policy, and is trained on
             "sampling_seed": request.seeds[place],
         }

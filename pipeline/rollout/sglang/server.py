@@ -52,9 +52,10 @@ class SglangServer:
         log_path: Path,
         load_weights: bool = True,
         record_routes: bool = False,
+        reads_text: bool = False,
     ) -> None:
         """``load_weights``: read the folder's; False: begin with random ones. ``record_routes``: be able to say which
-        experts read each token.
+        experts read each token. ``reads_text``: be able to find stop texts.
         """
         self.log_path = log_path
         self.url = ""
@@ -64,6 +65,7 @@ class SglangServer:
         self._seed = seed
         self._load_weights = load_weights
         self._record_routes = record_routes
+        self._reads_text = reads_text
         self._process: subprocess.Popen[bytes] | None = None
         self._closing = threading.Lock()
         self._log_offset = 0  # where in the log this start's output begins
@@ -166,7 +168,8 @@ class SglangServer:
             *("--tensor-parallel-size", str(config.tensor_parallel_size), "--random-seed", str(self._seed % 2**31)),
             *("--mem-fraction-static", str(settings.mem_fraction_static), "--weight-version", "0"),
             *("--log-level", "warning", "--custom-weight-loader", LOADER),
-            *(() if config.stop else ("--skip-tokenizer-init",)),  # it looks for texts in what it decodes
+            # The warm-up of a server that reads text sends words, which not every tokenizer knows.
+            "--skip-server-warmup" if self._reads_text else "--skip-tokenizer-init",
             *(("--enable-return-routed-experts",) if self._record_routes else ()),
             *(() if self._load_weights else ("--load-format", "dummy")),
             *(("--max-total-tokens", str(settings.max_total_tokens)) if settings.max_total_tokens else ()),

@@ -580,13 +580,19 @@ def test_start_refuses_what_it_does_not_compute(tmp_path, family, changes, named
 
 
 def test_stop_texts_and_ids_end_a_response_and_stay_in_it():
-    """pm4's tokenizer has one digit a token: a text of two characters is found across two tokens."""
+    """The run's or a request's. pm4's tokenizer has one digit a token: a text of two characters is found across two
+    tokens.
+    """
     usual, stopping = NativeEngine(eos_token_ids=()), NativeEngine(eos_token_ids=(), stop=("+1",), stop_token_ids=(3,))
     for each in (usual, stopping):
         each.start(PM4)
     asked = [request(load_tokenizer(PM4).encode("1234,10="), range(200), 1.5, 12)]
     ended = 0
-    for free, sample in zip(usual.generate(asked)[0].samples, stopping.generate(asked)[0].samples, strict=True):
+    stopped = stopping.generate(asked)[0].samples
+    own, other = usual.generate([replace(asked[0], stop=("+1", "3")), replace(asked[0], stop=("00",))])
+    assert [sample.token_ids.tolist() for sample in own.samples] == [sample.token_ids.tolist() for sample in stopped]
+    assert any(len(left.token_ids) > len(right.token_ids) for left, right in zip(other.samples, stopped, strict=True))
+    for free, sample in zip(usual.generate(asked)[0].samples, stopped, strict=True):
         ids = free.token_ids.tolist()
         plus, one = load_tokenizer(PM4).encode("+1")
         ends = [i for i in range(len(ids)) if ids[i] == 3 or ids[max(0, i - 1) : i + 1] == [plus, one]]

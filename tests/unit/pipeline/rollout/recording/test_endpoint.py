@@ -142,6 +142,10 @@ def with_schema(parameters):
         ({**ASK, "tools": [with_schema({"type": "string"})]}, "must be a JSON schema of type object"),
         ({**ASK, "tools": [with_schema({"properties": ["answer"]})]}, "must be a JSON schema of type object"),
         ({"model": "any"}, "at least one message"),
+        ({**ASK, "stop": [""]}, "stop must be a text, or a list of at most 4 texts, none of them empty"),
+        ({**ASK, "stop": ["a"] * 5}, "at most 4 texts"),
+        ({**ASK, "stop": 3}, "stop must be a text"),
+        ({**ASK, "stop": "\ud800"}, "stop must be a text"),
     ],
 )
 def test_what_is_refused(template, endpoint, body, message):
@@ -172,15 +176,39 @@ def test_other_addresses(template, endpoint):
 def test_sampling_is_the_runs(template, endpoint, caplog):
     record, script = recording(template, "1" + END, "2" + END, temperature=1.25)
     key = endpoint.open(record)
-    own = {"temperature": 0, "seed": 3, "max_tokens": 1, "stop": ["1"], "user": "me", "top_p": None, "a\nb": 1}
+    own = {"temperature": 0, "seed": 3, "max_tokens": 1, "logit_bias": {}, "user": "me", "top_p": None, "a\nb": 1}
     with caplog.at_level(logging.WARNING):
         answers = [post(endpoint, key, {**ASK, **own}) for _ in range(2)]
-    assert {answer.headers["Isentrope-Unused"] for answer in answers} == {"max_tokens, seed, stop, temperature"}
+    assert {answer.headers["Isentrope-Unused"] for answer in answers} == {"logit_bias, max_tokens, seed, temperature"}
     told = [each.getMessage() for each in caplog.records if "is not used" in each.getMessage()]
     assert len(told) == 4
     assert "temperature=0" in told[0]
     assert [(request.temperature, request.max_new_tokens) for request in script.requests] == [(1.25, 64)] * 2
     assert script.requests[0].seeds == (5,)
+
+
+def test_a_client_has_stops_of_its_own(template, endpoint):
+    """As of OpenAI it is not told of the stop text. The conversation goes on behind what was drawn, to the last id."""
+    drawn = "Action: check\nObservation:"
+    record, script = recording(template, drawn, "42" + END, *["6\n"] * 4)
+    key = endpoint.open(record)
+    choice = post(endpoint, key, {**ASK, "stop": ["nobody says this", "\nObservation"]}).json()["choices"][0]
+    assert choice["message"]["content"] == "Action: check"
+    assert script.requests[0].stop == ("nobody says this", "\nObservation")
+    follow = {"messages": [*ASK["messages"], choice["message"], user("right")], "stop": None}
+    assert post(endpoint, key, follow).status_code == 200
+    assert script.requests[1].stop == ()
+    assert drawn + END + "\n<|im_start|>user" in text_of(template, script.requests[1].prompt.token_ids)
+    assert (len(record.sample("done").turns), record.dropped) == (2, (0, 0))
+    text = "2 * 3 = "
+    for _ in range(2):  # an agent that writes on behind the stop text, which it knows
+        asked = {"prompt": text, "stop": "\n", "stream": True}
+        assert (
+            "".join(event["choices"][0]["text"] for event in events(post(endpoint, key, asked, "/completions"))) == "6"
+        )
+        text += "6\nand 2 * 3 = "
+    post(endpoint, key, {"prompt": text.rstrip() + " ", "stop": "\n"}, "/completions")
+    assert [len(record.sample("done").turns), record.dropped[0]] == [3, 1]
 
 
 def test_limits_are_told_as_openai_does(template, endpoint):

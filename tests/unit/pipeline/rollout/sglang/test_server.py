@@ -1,9 +1,12 @@
 """Supervision, with a small program in the place of SGLang; tests/integration has the real one."""
 
+import json
 import os
+import re
 import signal
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -12,8 +15,10 @@ from pipeline.config.schema import RolloutConfig, SglangConfig
 from pipeline.rollout.engine import EngineError, EngineTimeoutError
 from pipeline.rollout.sglang import cpu as sglang_cpu
 from pipeline.rollout.sglang import server as sglang_server
+from pipeline.rollout.sglang.engine import SglangEngine
 from pipeline.rollout.sglang.server import SglangServer
 from pipeline.rollout.sglang.startup import startup_limit_s
+from pipeline.types import GenerateRequest, Prompt
 from tests.stub_server import SERVE, Stub
 
 
@@ -160,6 +165,19 @@ def test_proxies_of_the_environment_are_not_used(tmp_path, monkeypatch):
     server.close()
 
 
+def test_a_server_looks_for_stop_texts_in_all_tokens_that_may_spell_them(tmp_path):
+    """SGLang sizes the window by its own spelling, and by the width of patterns; this one never matches."""
+    config = RolloutConfig(engine="sglang", stop=["</answer>"])
+    engine = SglangEngine(config, index=0, log_dir=tmp_path, seed=0)
+    asked = GenerateRequest(Prompt("q", (1, 2), "", 1, "exact"), (7,), 1.0, 10, stop=("\nObservation:",))
+    parameters = json.loads(engine._body(asked, 0))["sampling_params"]
+    assert parameters["stop"] == ["</answer>", "\nObservation:"]
+    assert parameters["stop_regex"] == [r"[^\s\S]{53}"]  # 13 characters of four bytes at most, and one more
+    assert re.search(r"[^\s\S]", "\nObservation: </answer> \U0001f600") is None
+    asked, engine = replace(asked, stop=()), SglangEngine(RolloutConfig(), index=0, log_dir=tmp_path, seed=0)
+    assert json.loads(engine._body(asked, 0))["sampling_params"]["stop_regex"] == []
+
+
 def test_the_command_line(tmp_path):
     config = RolloutConfig(
         tensor_parallel_size=2, sglang=SglangConfig(max_total_tokens=0, extra_args=["--log-level", "info"])
@@ -176,5 +194,7 @@ def test_the_command_line(tmp_path):
         assert part in words
     assert "--max-total-tokens" not in words
     assert command[-2:] == ["--log-level", "info"]
+    reading = SglangServer(config, tmp_path, dtype="bfloat16", seed=1, log_path=tmp_path, reads_text=True).command(1)
+    assert {"--skip-server-warmup", "--skip-tokenizer-init"} & {*reading} == {"--skip-server-warmup"}
     assert ("--device cpu" in words) == (not _has_cuda())
     assert words.count("--sleep-on-idle") == (not _has_cuda())
