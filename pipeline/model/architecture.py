@@ -677,7 +677,8 @@ def _family(config: Mapping[str, Any]) -> Family:
     kind, named = config.get("model_type"), config.get("architectures")
     known = {kind: name for name, family in FAMILIES.items() for kind in (family.name, *family.aliases)}
     if not isinstance(kind, str) or kind not in known:
-        remedy = f"use a model of one of the families {', '.join(known)}"
+        seeing = [family.within for family in FAMILIES.values() if family.within]
+        remedy = f"use a model of one of the families {', '.join([*known, *seeing])}"
         raise ModelError([Refusal(f"config.json: model_type {kind!r} is not supported", remedy)])
     if not isinstance(named, list) or named[:1] != [known[kind]]:
         problem = f"config.json: architectures {named!r} is not supported for model_type {kind!r}"

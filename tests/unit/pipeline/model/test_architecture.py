@@ -90,7 +90,10 @@ def test_both_spellings_of_rotary_scaling(rope):
         ),
         ({"architectures": None}, r"architectures None"),
         ({"architectures": "LlamaForCausalLM"}, r"architectures 'LlamaForCausalLM'"),
-        ({"model_type": "mamba"}, r"model_type 'mamba'.*llama, mistral, qwen2, .*deepseek_v3"),
+        (
+            {"model_type": "mamba"},
+            r"model_type 'mamba'.*llama, mistral, qwen2, .*deepseek_v3, kimi_k2, qwen3_5, qwen3_5_moe",
+        ),
         ({"model_type": ["llama"]}, r"model_type \['llama'\]"),
         ({"hidden_act": "gelu"}, r"hidden_act='gelu'.*'silu'"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types with sliding_attention"),
