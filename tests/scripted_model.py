@@ -15,7 +15,8 @@ PLENTY = Limits(max_new_tokens=64, max_tokens=4096, max_turns=16)
 class Script:
     """``draw`` of a recording: the answers in turn, each a text or token ids; ``requests`` is what it was asked.
 
-    An answer longer than allowed is cut. One whose last token ends no response is cut too, as far as anyone can tell.
+    An answer longer than allowed is cut. One that ends neither in a token that ends responses nor in a stop text of the
+    request is cut too, as far as anyone can tell.
     ``routed``: the number of the request is the one expert of every token.
     """
 
@@ -30,7 +31,9 @@ class Script:
             raise answer
         ids = self.tokenizer.encode_rendered(answer) if isinstance(answer, str) else answer
         ids = np.array(ids[: request.max_new_tokens], np.int64)
-        reason = "stop" if ids[-1] in self.tokenizer.eos_token_ids else "length"
+        (text,) = self.tokenizer.decode_batch([ids])
+        ended = ids[-1] in self.tokenizer.eos_token_ids or any(stop in text for stop in request.stop)
+        reason = "stop" if ended else "length"
         log_probs = -0.01 * (1 + np.arange(len(ids), dtype=np.float32))
         spans = (WeightSpan(self.version, 0, len(ids)),)
         length = len(request.prompt.token_ids) + len(ids) - 1

@@ -193,7 +193,7 @@ def test_a_client_has_stops_of_its_own(template, endpoint):
     record, script = recording(template, drawn, "42" + END, *["6\n"] * 4)
     key = endpoint.open(record)
     choice = post(endpoint, key, {**ASK, "stop": ["nobody says this", "\nObservation"]}).json()["choices"][0]
-    assert choice["message"]["content"] == "Action: check"
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("Action: check", "stop")
     assert script.requests[0].stop == ("nobody says this", "\nObservation")
     follow = {"messages": [*ASK["messages"], choice["message"], user("right")], "stop": None}
     assert post(endpoint, key, follow).status_code == 200
