@@ -196,12 +196,12 @@ def _constant(config: RunConfig) -> Iterator[Problem]:
                 "remove it, or set entropy.controller=constant",
             )
         return
-    if not entropy.command:
+    if not entropy.command or (entropy.actuator, entropy.command) == ("fc", 1):  # the other positive terms act at T=1
         yield Problem(
             "entropy.command",
             entropy.command,
             f"at rest or impossible: {entropy.actuator} would do nothing",
-            "give a command above 0, or set entropy.controller=none",
+            f"give a command above {entropy.command:g}, or set entropy.controller=none",
         )
     if load(ACTUATORS, entropy.actuator).ACTUATOR.share and entropy.command > 1:
         share = f"{entropy.actuator}'s command is a share of tokens"

@@ -62,6 +62,10 @@ def _needs(entropy: EntropyConfig) -> Iterator[_Need]:
     yield _Need(entropy.controller == "pi", _OF_PI, law, "entropy.controller=pi")
     for other in ("skywork", "aent", "entropic"):
         yield _Need(entropy.controller == other, (other,), law, f"entropy.controller={other}")
+    limit = f"entropy.command_max={entropy.command_max:g}"
+    yield _Need(not entropy.command_max, ("skywork.upper", "aent.most"), limit, "entropy.command_max=0")
+    schedule = f"entropy.band.schedule={entropy.band.schedule}"
+    yield _Need(entropy.band.schedule == "auto", ("band.auto_k",), schedule, "entropy.band.schedule=auto")
 
 
 def _set(entropy: EntropyConfig, keys: tuple[str, ...]) -> Iterator[tuple[str, object]]:

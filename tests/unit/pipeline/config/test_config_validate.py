@@ -254,6 +254,11 @@ BROKEN = {
         "entropy.actuator",
         "commands a temperature",
     ),
+    "a constant command at rest": (
+        ["entropy.controller=constant", "entropy.actuator=fc", "entropy.command=1"],
+        "entropy.command",
+        "fc would do nothing",
+    ),
     "ki alone": (["entropy.pi.ki=0.1"], "entropy.pi.ki", "no effect"),
     "split range": (["entropy.pi.split_range=true"], "entropy.pi.split_range", "second rollout"),
     "auxiliary": (

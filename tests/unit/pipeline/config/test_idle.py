@@ -54,6 +54,12 @@ def test_nothing_is_told_of_what_acts():
         ({"actuator": "fc", "positive_mean": "samples"}, "positive_mean=samples", "actuator=fc"),
         ({"alpha": 0.0, "actuator": "fc", "pi__kp": 1.0}, "pi.kp=1.0", "alpha=0"),
         ({"controller": "skywork", "actuator": "entropy_bonus", "pi__ema": 0.0}, "pi.ema=0.0", "controller=skywork"),
+        ({"band__auto_k": 8}, "band.auto_k=8", "band.schedule=constant"),
+        (
+            {"controller": "aent", "actuator": "entropy_bonus", "aent__most": 0.1, "command_max": 0.2},
+            "aent.most=0.1",
+            "command_max=0.2",
+        ),
         ({"actuator": "resample", "auxiliary_max_prompts": 8}, "auxiliary_max_prompts=8", "pi.split_range=false"),
     ],
 )
