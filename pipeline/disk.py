@@ -1,4 +1,4 @@
-"""A disk that fills up during a run: recognised, said, and survived with its last words."""
+"""Writes to a disk that may fill up: a full one is recognised, said, and survived with the last words of a run."""
 
 from __future__ import annotations
 
@@ -51,6 +51,14 @@ def naming(path: Path) -> Iterator[None]:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
         raise
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which becomes ``path`` when the block ends: readers see what was there before, or all of it."""
+    partial = path.with_name(f"{path.name}.partial")
+    yield partial
+    partial.replace(path)
 
 
 def require(folder: Path, needed: int, what: str) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 from pipeline.config.load import PACKAGED
 from pipeline.data import DataError
 from pipeline.data.questions import Question
+from pipeline.disk import replacing
 
 LETTERS = "ABCDEFGHIJKLMNOPQRST"
 ASK_MATH = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -147,9 +148,8 @@ def fetch(name: str, data: Path) -> Path:
     target = data / f"{name}.jsonl"
     rows = list(_from_hub(name, found)) if found.dataset else list(_read_jsonl(_shipped(name)))
     data.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    partial.replace(target)
+    with replacing(target) as partial:
+        partial.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     load_questions(name, data)
     return target
 

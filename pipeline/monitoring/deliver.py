@@ -31,6 +31,7 @@ from typing import IO, TypeVar
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import load_config
 from pipeline.config.schema import RunConfig
+from pipeline.disk import replacing
 from pipeline.monitoring.console import clean, log_to_terminal
 from pipeline.monitoring.events import FILE_NAME, EventLogError, EventReader
 from pipeline.monitoring.sinks import Sink
@@ -110,10 +111,9 @@ class Follower(threading.Thread):
 
     def _save(self) -> None:
         size, lines = self._reader.offset, self._reader.lines
-        written = self._saved.with_suffix(".new")
         try:
-            written.write_text(json.dumps({"bytes": size, "lines": lines}))
-            written.replace(self._saved)
+            with replacing(self._saved) as partial:
+                partial.write_text(json.dumps({"bytes": size, "lines": lines}))
         except OSError as error:  # a full disk: the event is delivered all the same
             self._report(error, "a restart may deliver events twice", self._causes)
 

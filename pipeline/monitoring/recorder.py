@@ -21,6 +21,7 @@ from pipeline.config.load import config_hash, to_yaml
 from pipeline.config.schema import RunConfig
 from pipeline.data.sources import PromptSet
 from pipeline.data.tokenizer import Tokenizer
+from pipeline.disk import replacing
 from pipeline.monitoring.activity import Activity
 from pipeline.monitoring.alerts.alert import Alert
 from pipeline.monitoring.alerts.engine import AlertEngine, replayed
@@ -211,9 +212,8 @@ class Recorder:
 
     def _write_config(self, known_by: str) -> None:
         header = f"# Resolved configuration. Hash (without name and run_dir): {known_by}\n"
-        written = self.run_dir / ".config.yaml"
-        written.write_text(header + to_yaml(self._config))
-        written.replace(self.run_dir / "config.yaml")
+        with replacing(self.run_dir / "config.yaml") as partial:
+            partial.write_text(header + to_yaml(self._config))
 
     def _published(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """The fields of its event."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config.load import to_yaml
+from pipeline.disk import replacing
 from pipeline.monitoring.charts import CHARTS, svg, write_png
 from pipeline.monitoring.differences import config_differences, result_differences
 from pipeline.monitoring.law_card import law_card
@@ -74,9 +74,8 @@ def build_report(
     cost = cost_sentences(runs, summaries)
     result = {"runs": summaries, "methods": by_method(summaries), "cost": cost, "law_cards": cards}
     out_html.parent.mkdir(parents=True, exist_ok=True)
-    partial = out_html.with_name(out_html.name + ".partial")
-    partial.write_text(_page(runs, result), encoding="utf-8")
-    os.replace(partial, out_html)
+    with replacing(out_html) as partial:
+        partial.write_text(_page(runs, result), encoding="utf-8")
     if png is not None:
         write_png(runs, png)
     if csv is not None:

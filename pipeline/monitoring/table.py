@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pipeline.disk import replacing
 from pipeline.monitoring.metrics import scalars
 from pipeline.monitoring.series import OFFSET, STATE, TIME
 from pipeline.monitoring.summary import RunHistory
@@ -26,13 +26,11 @@ def write_csv(runs: Sequence[RunHistory], path: Path) -> None:
     appears when it is complete; memory does not grow with the runs.
     """
     names = list(dict.fromkeys(name for run in runs for name in run.series.names()))
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
+    with replacing(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["run", "seed", "step", "time", "state", *names])
         for run in runs:
             writer.writerows(_rows(run, names))
-    os.replace(partial, path)
 
 
 def _rows(run: RunHistory, names: Sequence[str]) -> Iterator[list[Any]]:

@@ -101,8 +101,8 @@ def _charts(
     ]
     if found["actuator"] not in (None, "none"):
         small = TextChart(columns, max(3, rows // 3), first, last, ascii_only=ascii_only, colour=colour)
-        parts += [Text(f"{_unit(found)}", "dim"), *small.draw([Line(steps, command, "bright_blue")])]
-    ends = Text(" " * LABEL + f"{first}".ljust(max(1, columns - len(str(last)))) + str(last), "dim", no_wrap=True)
+        parts += [Text(_unit(found), "dim"), *small.draw([Line(steps, command, "bright_blue")])]
+    ends = Text(" " * LABEL + str(first).ljust(max(1, columns - len(str(last)))) + str(last), "dim", no_wrap=True)
     return [*parts, ends]
 
 

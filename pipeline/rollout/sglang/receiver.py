@@ -9,7 +9,6 @@ goes wrong is reported in a file, which the engine reads.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from pipeline.disk import replacing
 from pipeline.model.fp8 import CODES
 from pipeline.reshard.engine_parameters import Target, targets
 from pipeline.reshard.execute import EngineShards
@@ -55,8 +55,8 @@ def receive(model: torch.nn.Module, named_tensors: Sequence[tuple[str, torch.Ten
     report = _PARTICIPANT.receive(control.order, control.rank, _Parameters(parameters, device), device)
     path = Path(control.report)
     try:
-        path.with_suffix(".partial").write_bytes(msgspec.json.encode(report))
-        os.replace(path.with_suffix(".partial"), path)
+        with replacing(path) as partial:
+            partial.write_bytes(msgspec.json.encode(report))
     except OSError:
         log.exception("no report of weight version %d", control.order.version)
 
