@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import socket
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,13 +23,6 @@ def slurm_job() -> SlurmJob:
     """The job around this process. Raises ``KeyError`` outside one."""
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     return SlurmJob(os.environ["SLURM_JOB_ID"], restart, (os.environ["SLURM_JOB_NODELIST"],))
-
-
-def own_address(peer: str) -> str:
-    """The IPv4 address of this machine from which ``peer`` is reached; nothing is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.connect((peer, 9))
-        return sock.getsockname()[0]
 
 
 def ray_address() -> str | None:

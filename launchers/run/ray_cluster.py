@@ -18,6 +18,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from launchers import environment
+from pipeline.ports import own_address
 
 NODES_TIMEOUT_S = 300.0
 _SIOCGIFADDR = 0x8915
@@ -81,7 +82,7 @@ def _connect() -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address:
-            ray.init(address=address, _node_ip_address=environment.own_address(address.partition(":")[0]), **quiet)
+            ray.init(address=address, _node_ip_address=own_address(address.partition(":")[0]), **quiet)
         else:
             # "local": never somebody else's cluster, which /tmp/ray/ray_current_cluster may name.
             ray.init(address="local", include_dashboard=False, **quiet)

@@ -24,6 +24,7 @@ from launchers import environment
 from launchers.supervise.attempts import LAUNCH, AttemptLog, gives_up, progress
 from launchers.supervise.training import train
 from pipeline.config.load import load_config
+from pipeline.ports import own_address
 from pipeline.units import GIB
 
 SHIPPED = Path(".launch")  # beside the shipped code: config.yaml, cluster.yaml, code.json, code.patch, launch.json
@@ -72,7 +73,7 @@ def other_node(attempt_dir: Path, address: str) -> int:
     host, _, port = address.rpartition(":")
     if not _answers(host, int(port), attempt_dir):
         return 0 if (attempt_dir / VERDICT).exists() else 1
-    own = environment.own_address(host)
+    own = own_address(host)
     log = attempt_dir / f"ray-{environment.node_index()}.log"
     with ray([f"--address={address}", f"--node-ip-address={own}"], log, settings) as worker:
         while worker.poll() is None and not (attempt_dir / VERDICT).exists():

@@ -9,7 +9,6 @@ the plan's processes.
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
 
+from pipeline.ports import own_address
 from pipeline.reshard.order import Order
 
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ class Group:
             self._group: Any = _nccl(keys, rank, world, limit)
             return
         gloo = ProcessGroupGloo._Options()  # type: ignore[attr-defined]  # missing in torch's types
-        gloo._devices = [ProcessGroupGloo.create_device(hostname=_own_address(order.store[0]))]
+        gloo._devices = [ProcessGroupGloo.create_device(hostname=own_address(order.store[0]))]
         gloo._timeout = limit
         try:
             self._group = ProcessGroupGloo(keys, rank, world, gloo)
@@ -249,10 +249,3 @@ def _named(members: Sequence[int], order: Order) -> str:
         f"learner rank {member}" if member < learners else f"engine rank {member - learners}" for member in members
     ]
     return ", ".join(names)
-
-
-def _own_address(host: str) -> str:
-    """The address of this machine by which ``host`` can reach it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((host, 1))  # sends nothing
-        return probe.getsockname()[0]

@@ -2,6 +2,7 @@
 
 from launchers import environment
 from launchers.run import ray_cluster
+from pipeline.ports import own_address
 
 
 def test_gloo_and_nccl_are_told_the_interface_of_an_address(monkeypatch):
@@ -28,7 +29,7 @@ def test_learners_alone_have_expandable_segments_and_the_user_has_the_last_word(
 
 
 def test_the_own_address_is_that_of_the_route_to_the_peer():
-    assert environment.own_address("127.0.0.1") == "127.0.0.1"
+    assert own_address("127.0.0.1") == "127.0.0.1"
 
 
 def test_processes_per_node():
