@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 
+from pipeline.units import round_up
+
 ALIGNMENT = 64  # bytes; a multiple of every element size, as views need, and of a cache line
 
 Spec = tuple[str, torch.dtype, tuple[int, ...], int]  # name, dtype, shape, offset in bytes
@@ -20,7 +22,7 @@ def pack(tensors: Mapping[str, torch.Tensor]) -> tuple[list[Spec], np.ndarray]:
     end = 0
     for name, tensor in tensors.items():
         specs.append((name, tensor.dtype, tuple(tensor.shape), end))
-        end += math.ceil(tensor.nbytes / ALIGNMENT) * ALIGNMENT
+        end += round_up(tensor.nbytes, ALIGNMENT)
     flat = torch.empty(end, dtype=torch.uint8)
     for (_, dtype, shape, offset), tensor in zip(specs, tensors.values(), strict=True):
         _view(flat, dtype, shape, offset).copy_(tensor)

@@ -13,6 +13,7 @@ from launchers.cli.terminal import say
 
 if TYPE_CHECKING:
     from pipeline.config.schema import RunConfig
+    from pipeline.entropy.calibrate import Calibration
     from pipeline.monitoring.summary import RunHistory
 
 app = typer.Typer(
@@ -116,7 +117,12 @@ def calibrate(
         raise typer.Exit(1) from error
     if as_json:
         _print_json(asdict(found))
-        return
+    else:
+        _say_calibration(found)
+
+
+def _say_calibration(found: Calibration) -> None:
+    """The plant, what holds the entropy, how the gains would track, and the overrides that set them."""
     plant = found.plant
     say(f"from {plant.steps} steps, 95 % intervals; u in the unit of {found.actuator} (ln T for temperatures)")
     say(f"gain     {plant.gain:+.4g} of ln H per u and step  {_interval(plant.gain_interval)}")

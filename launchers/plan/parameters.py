@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from launchers.plan.work import Work, table
 from pipeline.model.fp8_layout import quantised
 from pipeline.model.layout import Row
-from pipeline.units import FP8_BLOCK
+from pipeline.units import FP8_BLOCK, round_up
 
 MAIN = 4  # bytes of float32: main gradients, main parameters, each of Adam's two moments
 # entries to which the distributed optimizer's buffer aligns every parameter (megatron-core, param_and_grad_buffer.py)
@@ -119,7 +119,7 @@ def _buffer_entries(work: Work, part: Sequence[Row]) -> int:
     sizes = [entries(work, row) for row in part]
     if not sizes or not work.learner.optimizer.distributed:
         return sum(sizes)
-    return _up(sum(_up(size, _START) for size in sizes), math.lcm(_replicas(work, part), _END))
+    return round_up(sum(round_up(size, _START) for size in sizes), math.lcm(_replicas(work, part), _END))
 
 
 def _bucket_ends(work: Work, part: Sequence[Row]) -> int:
@@ -147,7 +147,3 @@ def _optimizer_copies(work: Work) -> int:
 def _replicas(work: Work, part: Sequence[Row]) -> int:
     """Ranks that hold these parameters alike."""
     return work.grid.expert_dp if part and _buffer(work, part[0]) == "experts" else work.grid.dp
-
-
-def _up(number: int, multiple: int) -> int:
-    return math.ceil(number / multiple) * multiple

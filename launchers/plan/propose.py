@@ -17,7 +17,7 @@ from pipeline.config.load import load_config
 from pipeline.evaluation.start import Start
 from pipeline.model.architecture import Architecture
 from pipeline.model.layout import rows
-from pipeline.units import GIB
+from pipeline.units import GIB, round_up
 
 SIZES = (1, 2, 4, 8)  # TP and PP that are tried
 ENGINE_SHARE = 0.5  # of an engine's GPU that weights may take; the rest is the cache
@@ -51,7 +51,7 @@ def keys(facts: Facts) -> dict[str, Any]:
 
     Raises ``ConfigError`` where no layout of the GPUs fits the model.
     """
-    prompt = min(-(-facts.longest // 8) * 8, facts.model.max_positions - 1)
+    prompt = min(round_up(facts.longest, 8), facts.model.max_positions - 1)
     response = min(2048 if facts.gpus else 256, facts.model.max_positions - prompt)
     held_out = 0.1 if facts.prompts >= 100 else 0.2
     chosen: dict[str, Any] = {

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cached_property
-from operator import attrgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ from launchers.plan.work import expected_response
 from launchers.slurm.cluster import ClusterConfig
 from launchers.slurm.jobs import Shell, local, shell
 from pipeline.config.errors import ConfigError, Problem
-from pipeline.config.keys import leaf_keys
+from pipeline.config.keys import flat, leaf_keys
 from pipeline.config.load import PACKAGED, load_config, resolve_path
 from pipeline.config.schema import MonitoringConfig, RunConfig
 from pipeline.monitoring.events import FILE_NAME
@@ -174,7 +173,7 @@ def with_absolute_paths(config: RunConfig, *, elsewhere: bool = False) -> RunCon
     """
     source, template = config.data.source, config.data.chat_template_file
     if elsewhere:
-        given = {key: attrgetter(key)(config) for key, known in leaf_keys().items() if known.path}
+        given = {key: path for key, path in flat(config).items() if leaf_keys()[key].path}
         lost = [(key, path) for key, path in given.items() if path and not (packaged(path) or Path(path).is_absolute())]
         if lost:
             remedy = "give the absolute path on the cluster"

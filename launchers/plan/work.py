@@ -13,6 +13,7 @@ from pipeline.model.architecture import Architecture
 from pipeline.model.grid import Grid, grid_of
 from pipeline.model.layout import Row, rows
 from pipeline.model.lora import Adapter, adapters
+from pipeline.units import round_up
 
 ITEM_SIZES = {"fp32": 4, "bf16": 2}
 # Of ``rollout.max_new_tokens``: the length of an average response where nobody states one. An assumption, not a
@@ -146,7 +147,7 @@ def from_config(model: Architecture, config: RunConfig, mean_response: int = 0, 
         step_rows += prompts * entropy.auxiliary_samples
     multiple = 2 * learner.context_parallel_size if learner.context_parallel_size > 1 else 1
     multiple *= grid.tp if learner.sequence_parallel else 1
-    length = _up(config.longest_row - 1, multiple)
+    length = round_up(config.longest_row - 1, multiple)
     response = mean_response or rollout.max_new_tokens
     mean_length = min(length, rollout.max_prompt_tokens + response - 1)
     each, count, targets = _micro_batches(config, step_rows / learner.updates_per_step, length, mean_length)
@@ -158,7 +159,7 @@ def from_config(model: Architecture, config: RunConfig, mean_response: int = 0, 
         rows=each,
         length=length,
         targets=targets,
-        micro_batches=_up(count, grid.pp) if grid.vpp > 1 else count,
+        micro_batches=round_up(count, grid.pp) if grid.vpp > 1 else count,
         step_rows=step_rows,
         passes=_passes(config),
         reference=config.objective.kl_coef > 0 and not learner.lora.rank,  # without its adapters the model is one
@@ -198,7 +199,3 @@ def _micro_batches(config: RunConfig, rows: float, length: int, mean_length: flo
     count = math.ceil(per_rank / learner.micro_batch_size)
     each = math.ceil(per_rank / count)
     return each, count, each * config.rollout.max_new_tokens
-
-
-def _up(number: int, multiple: int) -> int:
-    return math.ceil(number / multiple) * multiple

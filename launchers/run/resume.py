@@ -5,14 +5,13 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from launchers.supervise.attempts import begun, progress
 from pipeline.checkpoints import CheckpointStore
 from pipeline.config.errors import ConfigError, Problem
-from pipeline.config.keys import leaf_keys
+from pipeline.config.keys import flat
 from pipeline.config.load import UNHASHED, load_config
 from pipeline.config.schema import LoraConfig, RunConfig
 from pipeline.entropy.actuator import acting
@@ -78,8 +77,8 @@ def resumption(run: Path, config: RunConfig, *, allow_change: bool) -> Resumptio
 
 
 def _changed(before: RunConfig, after: RunConfig) -> dict[str, tuple[Any, Any]]:
-    pairs = {key: (attrgetter(key)(before), attrgetter(key)(after)) for key in leaf_keys() if key not in UNHASHED}
-    return {key: (old, new) for key, (old, new) in pairs.items() if old != new}
+    new = flat(after)
+    return {key: (old, new[key]) for key, old in flat(before).items() if old != new[key] and key not in UNHASHED}
 
 
 def _steps(config: RunConfig, step: int) -> Iterator[Problem]:

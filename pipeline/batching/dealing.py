@@ -14,6 +14,7 @@ import torch
 
 from pipeline.batching.partition import best_fit, partition
 from pipeline.types import PER_TOKEN, Share, TrainBatch, shares
+from pipeline.units import round_up
 
 
 def mini_batches(auxiliary: torch.Tensor, count: int) -> list[torch.Tensor]:
@@ -55,15 +56,15 @@ class Cut:
 
     def micro_batches(self, needed: int) -> int:
         """The number of micro-batches of each rank where ``needed`` would do."""
-        return -(-needed // self.multiple_of) * self.multiple_of
+        return round_up(needed, self.multiple_of)
 
     def row(self, tokens: int) -> int:
         """A packed row of so many tokens, and its padding."""
-        return -(-tokens // self.row_align) * self.row_align
+        return round_up(tokens, self.row_align)
 
     def aligned(self, tokens: int) -> int:
         """``tokens`` and the padding behind them."""
-        return -(-tokens // self.align) * self.align
+        return round_up(tokens, self.align)
 
 
 def micro_batches(lengths: Sequence[int], ranks: int, cut: Cut) -> list[list[list[int]]]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING as MANDATORY
@@ -77,6 +78,11 @@ def schema_keys(schema: type = RunConfig) -> dict[str, Key]:
 def leaf_keys(schema: type = RunConfig) -> dict[str, Key]:
     """Every key that takes a value, by dotted name."""
     return {name: key for name, key in schema_keys(schema).items() if not key.is_section}
+
+
+def flat(config: RunConfig) -> dict[str, Any]:
+    """The values of a configuration by dotted key; lists and free-form mappings stay whole."""
+    return {key: attrgetter(key)(config) for key in leaf_keys()}
 
 
 def free_form_key(name: str, schema: type) -> Key | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline.config.schema import EntropyConfig, PiConfig
+from pipeline.config.schema import EntropyConfig
 from pipeline.entropy.actuator import actuator_of, command_limits
 from pipeline.entropy.gains import MOMENTUM_STEPS, integral_gain, proportional_gain
 from pipeline.entropy.identify import IdentificationError, Identified, Record, identify
@@ -96,7 +96,7 @@ def _predict(config: EntropyConfig, plant: Identified, start: float, kp: float, 
     )
     target = math.sqrt(band.low * band.high)
     scenario = Scenario("identified", model, start=start, target=target, steps=SIMULATED_STEPS)
-    trial = replace(config, controller="pi", pi=_gains(config.pi, kp, ki))
+    trial = replace(config, controller="pi", pi=replace(config.pi, kp=kp, ki=ki, split_range=False))
     half = math.sqrt(band.high / band.low) - 1
     runs = [performance(simulate(trial, scenario, seed), width=half) for seed in range(SIMULATED_SEEDS)]
 
@@ -105,7 +105,3 @@ def _predict(config: EntropyConfig, plant: Identified, start: float, kp: float, 
 
     figures = [name for name in Performance.__dataclass_fields__ if name in Prediction.__dataclass_fields__]
     return Prediction(kp=kp, ki=ki, **{name: mean(name) for name in figures})
-
-
-def _gains(pi: PiConfig, kp: float, ki: float) -> PiConfig:
-    return replace(pi, kp=kp, ki=ki, split_range=False)

@@ -17,7 +17,7 @@ from typing import Any
 from pipeline.model.grid import Grid
 from pipeline.model.reading import Fixed, ModelError, Refusal, Said
 from pipeline.model.rope import ANY_ROPE, LongRope, RopeRules, Scaling, read_rope
-from pipeline.units import FP8_BLOCK
+from pipeline.units import FP8_BLOCK, round_up
 
 VOCAB_MULTIPLE = 64  # to which SGLang pads a vocabulary
 
@@ -480,7 +480,7 @@ class Architecture:
 
     def padded_vocab(self, tp: int) -> int:
         """Vocabulary rounded up to a multiple of ``tp``; the added rows are zero and never sampled or exported."""
-        return -(-self.vocab // tp) * tp
+        return round_up(self.vocab, tp)
 
     def divisions(self, tp: int, expert_tp: int, ep: int) -> Iterator[tuple[str, int, int, str]]:
         """What parallel sizes must divide: (name of the size, size, dimension, what the dimension is).
@@ -509,7 +509,7 @@ class Architecture:
         if ep < 1 or tp % ep:
             yield "ep", f"ep={ep} does not divide tp={tp}: choose a divisor of tp"
             return
-        padded = -(-self.vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        padded = round_up(self.vocab, VOCAB_MULTIPLE)
         parts = [
             ("tp", tp, "num_attention_heads", self.heads),
             ("tp", tp, f"the vocabulary padded to a multiple of {VOCAB_MULTIPLE}", padded),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
+from pipeline.config.keys import flat
 from pipeline.config.schema import RunConfig
 
 LABELS = ("name", "run_dir")  # tell runs apart, not what they do
@@ -23,9 +23,9 @@ RESULTS = (
 
 def config_differences(configs: Sequence[RunConfig]) -> dict[str, list[str]]:
     """The keys, dotted, whose values are not the same in all configurations, and the values, one per configuration."""
-    flat = [dict(_flat(asdict(config))) for config in configs]
-    keys = [key for key in flat[0] if key not in LABELS]
-    return {key: [str(one[key]) for one in flat] for key in keys if any(one[key] != flat[0][key] for one in flat)}
+    values = [flat(config) for config in configs]
+    keys = [key for key in values[0] if key not in LABELS]
+    return {key: [str(one[key]) for one in values] for key in keys if any(one[key] != values[0][key] for one in values)}
 
 
 def result_differences(summaries: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[Any, float | None]]]:
@@ -43,10 +43,3 @@ def result_differences(summaries: Sequence[Mapping[str, Any]]) -> dict[str, list
 
 def _change(value: Any, first: Any) -> float | None:
     return None if value is None or first is None else float(value - first)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        pairs += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
-    return pairs

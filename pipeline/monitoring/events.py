@@ -9,6 +9,7 @@ resume at step k the lost steps stay in the file, and ``read_events`` leaves the
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -140,6 +141,15 @@ class EventReader:
             if content and b"\n" not in content:
                 content += file.readline()  # a line longer than the limit
         return content[: content.rfind(b"\n") + 1]  # what follows the last newline is nothing, or torn
+
+
+def run_id(run_dir: Path) -> str:
+    """16 hex digits that name this run only, made from the first event of the log.
+
+    The same after every resume and wherever the folder goes.
+    """
+    with (run_dir / FILE_NAME).open("rb") as events:
+        return hashlib.sha256(events.readline()).hexdigest()[:16]
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

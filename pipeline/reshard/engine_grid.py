@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 from pipeline.model.architecture import VOCAB_MULTIPLE, Architecture
 from pipeline.model.layout import Row
+from pipeline.units import round_up
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,7 @@ class EngineGrid:
         if row.split is None:
             return range(length)
         if row.layer is None:  # embedding, output layer
-            padded = -(-length // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
-            part = _part(padded, self.tp, rank)
+            part = _part(round_up(length, VOCAB_MULTIPLE), self.tp, rank)
             return range(min(part.start, length), min(part.stop, length))
         if row.groups and source > 0 and self.tp > row.groups:  # key and value heads, fewer than ranks
             return _part(length, row.groups, rank * row.groups // self.tp)

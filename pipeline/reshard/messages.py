@@ -17,6 +17,7 @@ import torch
 from pipeline.model.fp8 import CODES
 from pipeline.reshard import digest
 from pipeline.reshard.plan import Tensor
+from pipeline.units import round_up
 
 DTYPES = {1: CODES, 2: torch.bfloat16, 4: torch.float32}  # by item size
 _TOGETHER = 1 << 18  # bytes of pieces that share a digest, at most
@@ -88,7 +89,7 @@ class Layout:
     @property
     def padded(self) -> int:
         """Where the digests begin."""
-        return -(-self.nbytes // 8) * 8
+        return round_up(self.nbytes, 8)
 
     @property
     def size(self) -> int:

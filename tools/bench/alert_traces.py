@@ -272,7 +272,7 @@ def _step(
     world: World,
 ) -> Event:
     equal = 0.3 + 0.08 * rng.standard_normal() if world.solvable else 1.0
-    event = {
+    return {
         "kind": "step",
         "time": clock,
         "step": step,
@@ -294,4 +294,3 @@ def _step(
         "seconds": {"total": seconds + world.pause},
         "engines": {"alive": world.engines, "total": 8},
     }
-    return event

@@ -26,11 +26,12 @@ from mlflow.entities import Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
+from pipeline.config.keys import flat
 from pipeline.config.load import config_hash
 from pipeline.config.schema import RunConfig
 from pipeline.monitoring.alerts.alert import Alert
+from pipeline.monitoring.events import run_id
 from pipeline.monitoring.metrics import scalars
-from pipeline.monitoring.sinks.common import flat, run_id
 
 ID_TAG = "isentrope.id"
 PARAMS_AT_ONCE = 100  # what a server takes

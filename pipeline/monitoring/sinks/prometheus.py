@@ -19,8 +19,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Info, start_htt
 
 from pipeline.config.schema import RunConfig
 from pipeline.monitoring.alerts.alert import Alert
+from pipeline.monitoring.events import run_id
 from pipeline.monitoring.metrics import scalars
-from pipeline.monitoring.sinks.common import run_id
 
 LABELS = ("run", "seed")
 

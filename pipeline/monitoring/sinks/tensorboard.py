@@ -21,11 +21,12 @@ from tensorboard.plugins.hparams.summary_v2 import hparams_pb
 from tensorboard.plugins.text import metadata as text_metadata
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from pipeline.config.keys import flat
 from pipeline.config.load import to_yaml
 from pipeline.config.schema import RunConfig
 from pipeline.monitoring.alerts.alert import Alert
+from pipeline.monitoring.events import run_id
 from pipeline.monitoring.metrics import scalars
-from pipeline.monitoring.sinks.common import flat, run_id
 
 
 class TensorboardSink:

@@ -17,8 +17,8 @@ from wandb.sdk.lib import wbauth
 from pipeline.config.errors import Problem
 from pipeline.config.schema import RunConfig
 from pipeline.monitoring.alerts.alert import Alert
+from pipeline.monitoring.events import run_id
 from pipeline.monitoring.metrics import scalars
-from pipeline.monitoring.sinks.common import run_id
 
 LEVELS = {"info": "INFO", "warning": "WARN", "critical": "ERROR"}
 LONGEST_TAG = 64

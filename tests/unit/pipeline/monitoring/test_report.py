@@ -186,6 +186,11 @@ def test_only_what_differs_is_compared(folders):
     configs = [read_run(folder).config for folder in folders]
     assert config_differences(configs) == {"entropy.controller": ["none", "pi"]}
     assert config_differences(configs[:1] * 2) == {}
+    configs[1].data.chat_template_kwargs = {"enable_thinking": False}
+    assert config_differences(configs[1:2] + configs[:1])["data.chat_template_kwargs"] == [
+        "{'enable_thinking': False}",
+        "{}",
+    ]
     found = result_differences([summarize(folder) for folder in folders])
     assert "steps" not in found
     assert found["pass_at_1"] == [(0.55, None), (0.5, pytest.approx(-0.05))]

@@ -15,11 +15,11 @@ import pytest
 
 from launchers.supervise.sidecar import Sidecar
 from pipeline.config.errors import ConfigError
+from pipeline.config.keys import flat
 from pipeline.config.load import load_config
 from pipeline.config.schema import SINKS
-from pipeline.monitoring.events import read_all_events
+from pipeline.monitoring.events import read_all_events, run_id
 from pipeline.monitoring.sinks import factory
-from pipeline.monitoring.sinks.common import flat, run_id
 from pipeline.ports import free_port
 
 sys.path.append(str(Path(__file__).parent))
