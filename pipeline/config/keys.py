@@ -49,10 +49,7 @@ class Key:
 
     @property
     def words(self) -> str:
-        """The choices, e.g.
-
-        "native (in process, torch) | sglang (real server over HTTP)"; empty where there are none.
-        """
+        """The choices, as in "native (in process, torch) | sglang (real server over HTTP)"; empty without any."""
         return " | ".join(f"{word} ({meaning})" if meaning else word for word, meaning in self.choices.items())
 
     @property
