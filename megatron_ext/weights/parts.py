@@ -108,8 +108,7 @@ class Work:
         except OSError as error:
             raise ConversionError(
                 f"{self.out} could not be written: {error.strerror or error}. {len(self.finished)} of {len(parts)} "
-                "parts "
-                f"are kept in {self.folder}: make room and give the same command again, or remove that folder"
+                f"parts are kept in {self.folder}: make room and give the same command again, or remove that folder"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)

@@ -90,10 +90,9 @@ class DataCursor:
         if saved.fingerprint != self._fingerprint:
             raise DataError(
                 f"the checkpoint was trained on {state['prompts']} prompts with fingerprint {state['fingerprint']}, "
-                "this run "
-                f"has {len(self._prompts)} with fingerprint {self._fingerprint}: resume with the same data (source, "
-                "held_out, order, "
-                "chat template, tokenizer and rollout.max_prompt_tokens), start a new run, or say --allow-change"
+                f"this run has {len(self._prompts)} with fingerprint {self._fingerprint}: resume with the same data "
+                "(source, held_out, order, chat template, tokenizer and rollout.max_prompt_tokens), start a new run, "
+                "or say --allow-change"
             )
         if saved.seed != self._seed:
             raise DataError(

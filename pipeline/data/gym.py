@@ -58,8 +58,7 @@ def _create(dataset: str, size: int, params: dict[str, Any], seed: int) -> Any:
             nearest = (difflib.get_close_matches(key, known, n=1, cutoff=0.0) or ["none"])[0]
             raise DataError(
                 f"data.source.params.{key}: {dataset} has no such parameter; nearest: {nearest}; all: "
-                f"{', '.join(known)} "
-                "(the number of questions is data.source.size, their seed data.source.seed)"
+                f"{', '.join(known)} (the number of questions is data.source.size, their seed data.source.seed)"
             )
     try:
         return reasoning_gym.create_dataset(dataset, size=size, seed=seed, **params)

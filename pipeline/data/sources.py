@@ -93,8 +93,7 @@ def check_prompts(prompts: PromptSet, config: RunConfig) -> None:
     if config.entropy.repeated_prompts > len(prompts.held_out):
         raise DataError(
             f"entropy.repeated_prompts={config.entropy.repeated_prompts} exceeds the {len(prompts.held_out)} "
-            "held-out prompts "
-            f"(data.held_out={config.data.held_out}): lower it, or raise data.held_out"
+            f"held-out prompts (data.held_out={config.data.held_out}): lower it, or raise data.held_out"
         )
 
 

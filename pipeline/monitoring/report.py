@@ -119,8 +119,7 @@ def _verdict(run: RunHistory, summary: Mapping[str, Any]) -> str:
     share = f'<span class="good">{summary["time_in_band"]:.0%}</span>'
     return (
         f"{name}: in the band for {share} of the steps since it first entered it (step {summary['entry_step']}), "
-        "RMS error "
-        f"{summary['rms_error']:.1%}, {end}." + _saturation(run, summary)
+        f"RMS error {summary['rms_error']:.1%}, {end}." + _saturation(run, summary)
     )
 
 

@@ -37,7 +37,6 @@ def _letters(answer: object) -> list[str]:
     if not letters or not all(letters):
         raise ValueError(
             f"answer {answer!r} is no choice: give a letter from A to T, or a list of accepted letters (a number "
-            "could count "
-            "from 0 or from 1)"
+            "could count from 0 or from 1)"
         )
     return letters
