@@ -4,11 +4,10 @@ Pure data, no collectives, deterministic.
 
 Every Hugging Face tensor is divided along one dimension on both sides, so what a rank holds or needs of it is an
 interval. Who holds what follows from the layout table (:meth:`Row.slices` on :class:`Grid`), who needs what from
-:class:`EngineGrid`;
-:mod:`pieces` says how the difference travels. The plan is minimal: no byte reaches a rank that holds it or does not
-need it, no byte reaches a rank twice, and one copy of a byte enters a node at most, only where nobody on the node holds
-it. Megatron-core's own resharding (``megatron/core/resharding``, 0.19) plans per rank alike, but from Megatron to
-Megatron and without nodes.
+:class:`EngineGrid`; :mod:`pieces` says how the difference travels. The plan is minimal: no byte reaches a rank that
+holds it or does not need it, no byte reaches a rank twice, and one copy of a byte enters a node at most, only where
+nobody on the node holds it. Megatron-core's own resharding (``megatron/core/resharding``, 0.19) plans per rank alike,
+but from Megatron to Megatron and without nodes.
 
 Replicas share the sending. For every segment that no rank of a node holds, all its holders send equal shares; within a
 node all holders of a segment there; and the ranks of a node that need a segment take in equal shares of the one copy.

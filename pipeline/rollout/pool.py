@@ -22,9 +22,9 @@ T = TypeVar("T")
 class EnginePool(RolloutEngine):
     """``RolloutEngine`` over engines that run at the same time.
 
-    Requests are divided by expected tokens. An update is all or nothing: all engines verify before
-    any commits, and the pool generates only when every engine has committed the same version; one failure makes the
-    whole pool refuse until a later update commits.
+    Requests are divided by expected tokens. An update is all or nothing: all engines verify before any commits, and the
+    pool generates only when every engine has committed the same version; one failure makes the whole pool refuse until
+    a later update commits.
     """
 
     def __init__(self, engines: Sequence[RolloutEngine], *, take_over: bool = False, measured: bool = False) -> None:

@@ -1,8 +1,8 @@
 """Everything that makes the upstream SGLang wheel serve on a machine without CUDA. Nothing installed is edited.
 
 The folder ``shim`` beside this file, which only the server process gets on its PYTHONPATH, holds ``sgl_kernel/``, a
-placeholder whose every name can be imported and none called.
-Mends ``sglang/srt/layers/*.py``, which import from ``sgl_kernel`` without a guard; its wheels need CUDA libraries.
+placeholder whose every name can be imported and none called. Mends ``sglang/srt/layers/*.py``, which import from
+``sgl_kernel`` without a guard; its wheels need CUDA libraries.
 Versions: sglang 0.5.17 to 0.5.21. Can go when SGLang guards those imports or PyPI has a CPU wheel of sgl-kernel.
 What lets SGLang import torchvision is the environment's: requirements/torchvision_without_cuda.py.
 """
