@@ -55,7 +55,7 @@ def place(
 def least_nodes(
     world_size: int, tensor_parallel: int, engines: int, engine_gpus: int, gpus: int, *, colocated: bool = False
 ) -> int:
-    """The smallest number of nodes with ``gpus`` GPUs each that :func:`place` is content with; 1 without GPUs.
+    """The smallest number of nodes with ``gpus`` GPUs each that ``place`` is content with; 1 without GPUs.
 
     Raises ``PlacementError`` where no number of them would do.
     """

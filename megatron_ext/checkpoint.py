@@ -68,7 +68,7 @@ class Checkpointer:
         return partial(_write, cast(Any, request).async_fn, directory, self._topology)
 
     def restore(self, directory: Path, files: Files) -> None:
-        """Load what :meth:`save` wrote, in place, but for hyper-parameters: those stay as the optimizer was configured.
+        """Load what ``save`` wrote, in place, but for hyper-parameters: those stay as the optimizer was configured.
 
         Raises ``DamagedFileError`` where a file is not as ``files`` says, and ``ValueError`` where the checkpoint has
         another layout, or would execute code.

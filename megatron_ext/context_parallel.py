@@ -4,7 +4,7 @@ the end.
 With ``cp`` ranks a row is cut into ``2 cp`` equal chunks; rank ``r`` has chunks ``r`` and ``2 cp - 1 - r``, which gives
 all ranks the same share of a causal mask. Packed rows are cut one by one, so that holds of each. Megatron's rotary
 embedding and Transformer Engine's attention take rows cut so (megatron-core's ``get_batch_on_this_cp_rank`` and
-``get_thd_batch_on_this_cp_rank``). Without Transformer Engine, :class:`GatheredAttention` is the attention.
+``get_thd_batch_on_this_cp_rank``). Without Transformer Engine, ``GatheredAttention`` is the attention.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def multiple(size: int) -> int:
 
 
 def columns(lengths: Iterable[int], rank: int, size: int) -> torch.Tensor | None:
-    """What a rank computes of rows of these lengths (multiples of :func:`multiple`), one after the other: int64
+    """What a rank computes of rows of these lengths (multiples of ``multiple``), one after the other: int64
     ``[sum of lengths / size]`` in the rank's order; None: all.
 
     As Transformer Engine's ``thd_get_partitioned_indices``, without a GPU.
@@ -49,7 +49,7 @@ def columns(lengths: Iterable[int], rank: int, size: int) -> torch.Tensor | None
 
 
 def shard(rows: torch.Tensor, own: torch.Tensor | None) -> torch.Tensor:
-    """This rank's ``own`` :func:`columns` of ``rows`` ``[rows, seq, ...]``."""
+    """This rank's ``own`` ``columns`` of ``rows`` ``[rows, seq, ...]``."""
     return rows if own is None else rows.index_select(1, own)
 
 
@@ -68,7 +68,7 @@ def gather(
     outputs: PolicyOutputs, mask: torch.Tensor, own: torch.Tensor | None, group: dist.ProcessGroup
 ) -> PolicyOutputs:
     """What all ranks of the group know of the targets of ``mask`` (bool ``[rows, seq]``), from each one's
-    :func:`own_targets`.
+    ``own_targets``.
 
     Differentiable: every rank then computes the same loss of all targets and differentiates it by its own outputs.
     """

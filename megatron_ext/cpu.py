@@ -1,6 +1,6 @@
 """Run megatron-core without CUDA: every patch it needs, in one place.
 
-megatron-core 0.16 to 0.19 names CUDA directly where it only means "this rank's device". :func:`install` redirects those
+megatron-core 0.16 to 0.19 names CUDA directly where it only means "this rank's device". ``install`` redirects those
 names to the CPU; on a machine with CUDA it does nothing. It runs when ``megatron_ext`` is imported, hence before any
 ``import megatron``, because megatron binds some of these names at import. It goes when megatron-core takes its device
 from the process group.
@@ -135,7 +135,7 @@ class _NoStream:
         """Nothing is under way."""
 
     def record_event(self) -> _NoStream:
-        """An event that has happened; :meth:`synchronize` is all that is asked of it."""
+        """An event that has happened; ``synchronize`` is all that is asked of it."""
         return self
 
     def synchronize(self) -> None:

@@ -137,7 +137,7 @@ class GatedDeltaNet(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """As :class:`MegatronModule`, which takes every parameter of a module's own for whole on every rank."""
+        """As ``MegatronModule``, which takes every parameter of a module's own for whole on every rank."""
         metadata = ensure_metadata_has_dp_cp_group(metadata)
         own: dict[str, Any] = {}
         self._save_to_state_dict(own, "", keep_vars=True)

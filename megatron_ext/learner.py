@@ -64,7 +64,7 @@ class MegatronLearner:
         seed: int,
         topology: Topology,
     ) -> None:
-        """Build model, optimizer and schedule for ``total_steps`` calls of :meth:`update`; weights come with ``load``.
+        """Build model, optimizer and schedule for ``total_steps`` calls of ``update``; weights come with ``load``.
 
         Raises ``ValueError`` on a model or layout that cannot be built.
         """
@@ -121,7 +121,7 @@ class MegatronLearner:
     def log_probs(self, batch: TrainBatch | Share, *, reference: bool = False) -> torch.Tensor:
         """T=1 log-probabilities of the targets; see ``pipeline.learner.Learner.log_probs``.
 
-        Of a share, on the rank that :attr:`speaks` for it; of a whole batch, on every rank.
+        Of a share, on the rank that ``speaks`` for it; of a whole batch, on every rank.
         """
         with self._reference_policy() if reference else nullcontext():
             return self._measured(batch, ("log_probs",), replay=not reference)["log_probs"]
@@ -129,7 +129,7 @@ class MegatronLearner:
     @torch.no_grad()
     def statistics(self, batch: TrainBatch | Share) -> dict[str, torch.Tensor]:
         """Log-probs, entropy and moment of the targets; see ``pipeline.learner.Learner.statistics``, and
-        :meth:`log_probs` for where.
+        ``log_probs`` for where.
         """
         return self._measured(batch, ("log_probs", "entropy", "moment"))
 
@@ -199,7 +199,7 @@ class MegatronLearner:
         return write
 
     def restore(self, directory: Path, files: Files) -> None:
-        """Load what :meth:`save` wrote at the same layout; training goes on as if never interrupted.
+        """Load what ``save`` wrote at the same layout; training goes on as if never interrupted.
 
         Hyper-parameters are this learner's own: with another configuration it goes on under that one. Raises
         ``ValueError`` that names every field in which the model is another, or its adapters are.
@@ -262,7 +262,7 @@ class MegatronLearner:
         return found
 
     def _accumulate(self, batch: TrainBatch, first: int, sizes: Sequence[int]) -> dict[str, float]:
-        """Gradients of one mini-batch, as in :meth:`_run`, into the main gradients; its metric sums, the same on every
+        """Gradients of one mini-batch, as in ``_run``, into the main gradients; its metric sums, the same on every
         rank.
         """
         for model in self._models:

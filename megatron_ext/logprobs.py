@@ -1,6 +1,6 @@
 """Exact log-probabilities and entropy of a policy whose vocabulary is split over tensor-parallel ranks.
 
-Two entries with one arithmetic: :func:`log_probs_and_entropy` from logits, :func:`linear_log_probs_and_entropy` from
+Two entries with one arithmetic: ``log_probs_and_entropy`` from logits, ``linear_log_probs_and_entropy`` from
 the hidden states and the output weight, where logits exist one block of columns at a time. Each gives, per token, the
 log-probability of the target at T=1, the entropy at T=1 and, if asked, the log-probability at another temperature and
 the moment that the entropy's response to an update depends on. Two collectives in all (one MAX, one packed SUM)
@@ -89,7 +89,7 @@ def linear_log_probs_and_entropy(
     kernel: str = "auto",
     tile: tuple[int, int] | None = None,
 ) -> Outputs:
-    """As :func:`log_probs_and_entropy` of ``hidden @ weight.T``, of which no more than one block exists at a time.
+    """As ``log_probs_and_entropy`` of ``hidden @ weight.T``, of which no more than one block exists at a time.
 
     The backward pass computes each block again: four matrix products in all where the logits kept whole take three.
     Beside the two gradients it needs memory for a block, whatever the number of tokens and the vocabulary.

@@ -74,7 +74,7 @@ def gradient_(
 
     ``maximum``, ``log_total`` (log of the sum of e^x) and ``entropy`` are those of the whole vocabulary,
     ``grad_log_probs`` and ``grad_entropy`` what comes from above; float32 ``[n]`` each. ``column`` as in
-    :func:`accumulate`.
+    ``accumulate``.
     """
     offset = log_total.mul(-LOG2_E)
     constant, factor = grad_log_probs.neg(), None

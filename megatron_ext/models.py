@@ -41,7 +41,7 @@ DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat
 def build_chunks(
     model: Architecture, topology: Topology, dtype: str = "fp32", options: LearnerConfig | None = None
 ) -> list[GPTModel]:
-    """All of this rank's model chunks, in order: one, or ``topology.grid.vpp``; see :func:`build`."""
+    """All of this rank's model chunks, in order: one, or ``topology.grid.vpp``; see ``build``."""
     chunks = range(topology.grid.vpp) if topology.grid.vpp > 1 else (None,)
     return [build(model, topology, dtype, chunk, options) for chunk in chunks]
 

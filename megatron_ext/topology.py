@@ -88,7 +88,7 @@ def initialize(rank: int, address: tuple[str, int], grid: Grid, seed: int) -> To
 
 
 def divide(grid: Grid, seed: int, device: torch.device) -> Topology:
-    """Build the parallel groups of the processes that joined (:func:`initialize`), and start every RNG from ``seed``.
+    """Build the parallel groups of the processes that joined (``initialize``), and start every RNG from ``seed``.
 
     megatron-core's groups over gloo, beside those of the backend, need real processes: a ``fake`` backend has none.
     """
@@ -133,6 +133,6 @@ def _coordination() -> dist.ProcessGroup:
 
 
 def shutdown() -> None:
-    """Leave the process groups; :func:`initialize` may be called again afterwards."""
+    """Leave the process groups; ``initialize`` may be called again afterwards."""
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()

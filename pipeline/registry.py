@@ -1,7 +1,7 @@
 """Methods by name: the modules of a package are its methods, one file each, listed without importing them.
 
 A module whose name starts with ``_`` is a helper of its package and no method. The check of a configuration takes its
-choices from :func:`names` and so needs no torch; what runs a method imports it with :func:`load`.
+choices from ``names`` and so needs no torch; what runs a method imports it with ``load``.
 """
 
 from __future__ import annotations

@@ -166,7 +166,7 @@ def _norm(work: Work, width: float, tokens: float) -> float:
 
 @dataclass(frozen=True)
 class _Attention:
-    """Bytes of attention without the norm before it; see :class:`Layer`."""
+    """Bytes of attention without the norm before it; see ``Layer``."""
 
     outside: float
     core: float

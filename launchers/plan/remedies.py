@@ -36,7 +36,7 @@ def summary(
 
     Remedies are there where the model does not fit.
 
-    ``mean_response`` and ``imbalance`` are those of :func:`work.from_config`; memory is for the longest responses.
+    ``mean_response`` and ``imbalance`` are those of ``work.from_config``; memory is for the longest responses.
     Raises ``ValueError`` on a layout that does not fit the model.
     """
     work = from_config(model, config, mean_response, imbalance)
@@ -88,7 +88,7 @@ def remedies(model: Architecture, config: RunConfig, peak: float, imbalance: flo
 
 
 def draw(result: Mapping[str, Any], title: str, path: Path) -> None:
-    """A picture of :func:`summary`: GiB of one GPU of every pipeline stage, stacked by what holds them."""
+    """A picture of ``summary``: GiB of one GPU of every pipeline stage, stacked by what holds them."""
     import matplotlib
 
     matplotlib.use("Agg")

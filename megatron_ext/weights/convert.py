@@ -228,11 +228,11 @@ def megatron_to_hf(
 ) -> Report:
     """Write a ``torch_dist`` checkpoint, ours or a training run's, as a Hugging Face folder.
 
-    ``checkpoint`` is anything that :func:`torch_dist.find` understands; configuration, tokenizer and all else but
+    ``checkpoint`` is anything that ``torch_dist.find`` understands; configuration, tokenizer and all else but
     weights is copied from ``hf``: the Hugging Face folder of the same model, or what ``hf_to_megatron`` ``KEPT`` of it.
-    ``dtype`` "fp32" or "bf16" casts, "fp8" quantises the matrices of :func:`fp8_layout.quantised` in 128x128 blocks and
+    ``dtype`` "fp32" or "bf16" casts, "fp8" quantises the matrices of ``fp8_layout.quantised`` in 128x128 blocks and
     makes the rest bfloat16; ``None`` keeps the checkpoint's types. Adapters are added to the weights, and written
-    beside them as PEFT has them (``peft.FOLDER``). Resumes and raises like :func:`hf_to_megatron`.
+    beside them as PEFT has them (``peft.FOLDER``). Resumes and raises like ``hf_to_megatron``.
     """
     start = time.perf_counter()
     directory = torch_dist.find(checkpoint)

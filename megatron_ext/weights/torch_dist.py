@@ -253,7 +253,7 @@ def find(path: Path) -> Path:
 class Checkpoint:
     """The rows of a model in a ``torch_dist`` checkpoint, at whatever layout it was written. Reads slices, not files.
 
-    Where the checkpoint has adapters (:attr:`adapters`, by the parameter that each is of), :meth:`read` adds them.
+    Where the checkpoint has adapters (``adapters``, by the parameter that each is of), ``read`` adds them.
 
     Raises ``ValueError`` where the checkpoint is of another format or not of this model: names tensor, shapes and row.
     """
@@ -328,7 +328,7 @@ class Checkpoint:
         return merge(values, b, a, self.lora.scale)
 
     def stored(self, row: Row, source: int) -> torch.Tensor:
-        """As :meth:`read`, without adapters; ``row`` may be an adapter's."""
+        """As ``read``, without adapters; ``row`` may be an adapter's."""
         parts = [part for part in row.slices(1, 0) if part.source == source]
         if len(parts) == 1:
             return self.box(row, parts[0].start, parts[0].length)

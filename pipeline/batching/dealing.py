@@ -92,7 +92,7 @@ def micro_batches(lengths: Sequence[int], ranks: int, cut: Cut) -> list[list[lis
 
 @lru_cache(maxsize=1)  # the log-probs of a step, its reference's and its update cut the same rows
 def _dealt(lengths: tuple[int, ...], ranks: int, cut: Cut) -> list[list[list[int]]]:
-    """What :func:`micro_batches` promises."""
+    """What ``micro_batches`` promises."""
     dealt = (_pack if cut.packed else _runs)(lengths, ranks, _budget(lengths, cut), cut)
     return [sorted(map(sorted, own), key=lambda rows: -cut.positions([lengths[row] for row in rows])) for own in dealt]
 

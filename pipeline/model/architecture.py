@@ -1,7 +1,7 @@
 """Reads a Hugging Face ``config.json``: returns the model's architecture, or every reason why it cannot be used.
 
 The only reader of a ``config.json``: the configuration's check, the learner, the native engine, the converter and the
-estimates all take an :class:`Architecture` from here. A key that is absent means what transformers 5.12 takes for it.
+estimates all take an ``Architecture`` from here. A key that is absent means what transformers 5.12 takes for it.
 No torch here.
 """
 
@@ -562,7 +562,7 @@ _SIZES = {
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The ``config.json`` of a Hugging Face folder, or what it says of its model of text (:func:`of_text`).
+    """The ``config.json`` of a Hugging Face folder, or what it says of its model of text (``of_text``).
 
     Raises ``ModelError`` where there is none.
     """
@@ -609,7 +609,7 @@ def stored_dtype(config: Mapping[str, Any]) -> str:
 
 
 def read(folder: Path) -> Architecture:
-    """The architecture of a Hugging Face folder; see :func:`parse`."""
+    """The architecture of a Hugging Face folder; see ``parse``."""
     config = read_config(folder)
     try:
         return parse(config)

@@ -114,7 +114,7 @@ def quantise(weight: torch.Tensor, block: Block = BLOCK, name: str = "the tensor
 def quantise_tensors(tensors: Mapping[str, torch.Tensor], names: Collection[str]) -> dict[str, torch.Tensor]:
     """Tensors by Hugging Face name; those in ``names`` are replaced by codes, each followed by its scale.
 
-    Errors are those of :func:`quantise`.
+    Errors are those of ``quantise``.
     """
     found: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():

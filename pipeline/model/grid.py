@@ -24,7 +24,7 @@ class StagesError(ValueError):
     """Layers that cannot be divided over a grid's stages and chunks."""
 
     def __init__(self, size: str, problem: str, remedy: str) -> None:
-        """``size``: the field of :class:`Grid` that does not fit."""
+        """``size``: the field of ``Grid`` that does not fit."""
         super().__init__(size, problem, remedy)
         self.size, self.problem, self.remedy = size, problem, remedy
 
@@ -105,7 +105,7 @@ class Grid:
 
         As megatron's ``get_transformer_layer_offset``.
 
-        Raises :class:`StagesError` where ``layers`` cannot be divided so.
+        Raises ``StagesError`` where ``layers`` cannot be divided so.
         """
         ends = (self.first_stage_layers, self.last_stage_layers)
         named = sum(count or 0 for count in ends)

@@ -3,7 +3,7 @@
 A parameter divided over ``n`` tensor-parallel ranks holds, on rank ``r``, the ``r``-th equal part of each of its
 sources along one dimension; several sources are interleaved in groups: query, key and value rows per key-value head
 (``linear_qkv``), a delta net's per key head (``in_proj``), gate and up halves per rank (``linear_fc1``). Loading,
-export, conversion, resharding plans and memory estimates all follow from :meth:`Row.slices`. No torch and no megatron
+export, conversion, resharding plans and memory estimates all follow from ``Row.slices``. No torch and no megatron
 here.
 
 A family's switches and names (``pipeline.model.architecture.FAMILIES``) say which templates it has, and what its

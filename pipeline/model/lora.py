@@ -35,7 +35,7 @@ class Adapter:
     sources: tuple[int, ...]  # which of the base's sources have an adapter, in the order of ``a``'s
 
     def outputs(self, parts: int, part: int) -> Iterator[tuple[int, int, int]]:
-        """Output entries that part ``part`` of ``parts`` computes: index in :attr:`sources`, first local entry, how
+        """Output entries that part ``part`` of ``parts`` computes: index in ``sources``, first local entry, how
         many.
         """
         if self.base.split != 0:

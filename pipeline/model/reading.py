@@ -62,7 +62,7 @@ class Said:
         self._refusals: list[Refusal] = []
 
     def refuse(self, problem: str, remedy: str = "restore the model folder") -> None:
-        """Note a refusal; :meth:`check` raises it."""
+        """Note a refusal; ``check`` raises it."""
         self._refusals.append(Refusal(f"config.json: {problem}", remedy))
 
     def count(self, key: str, default: int | None = None, least: int = 1) -> int:

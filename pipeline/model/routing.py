@@ -8,7 +8,7 @@ differ, so with a ``top_k`` of 2 or more no choice is all zeros.
 
 An answer that a weight update interrupts is read again by the new weights before it goes on. The tokens that were read
 before the update keep their routes, because their log-probs came with them; all others have the routes of the new
-weights (:func:`continued`). The routes of one token, over all layers, always come from one set of weights.
+weights (``continued``). The routes of one token, over all layers, always come from one set of weights.
 """
 
 from __future__ import annotations

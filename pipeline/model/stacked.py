@@ -2,7 +2,7 @@
 
 Everywhere else each expert has tensors of its own, whatever the family: the layout, the plan, the converter and the
 engines know no stacked ones. The folder's reader and writer look here, and so does who hands a state dict to
-transformers. No torch here: :meth:`Part.of` slices what it is given.
+transformers. No torch here: ``Part.of`` slices what it is given.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ SUMS = frozenset({"correction_units", "correction_sum", "correction_square_sum",
 def importance_weights(
     log_ratio: torch.Tensor, row: torch.Tensor, main: torch.Tensor, config: CorrectionConfig
 ) -> tuple[torch.Tensor | float, dict[str, torch.Tensor]]:
-    """The weight of every token, and ``SUMS`` for :func:`metrics`; 1.0 and no sums where the correction is off.
+    """The weight of every token, and ``SUMS`` for ``metrics``; 1.0 and no sums where the correction is off.
 
     Args:
         log_ratio: ``[n]``, d; 0 where ``main`` is False.

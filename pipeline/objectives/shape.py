@@ -28,7 +28,7 @@ ACTUATORS: dict[str, Callable[[Tokens, float], Tokens]] = {"clip_cov": detach_to
 
 
 def shapes_tokens(config: RunConfig, batch: TrainBatch) -> bool:
-    """Whether ``batch`` must go through :func:`shape_tokens`."""
+    """Whether ``batch`` must go through ``shape_tokens``."""
     return bool(config.objective.token_shaping) or _marker(config) is not None or _acts(batch)
 
 

@@ -27,7 +27,7 @@ from pipeline.units import round_up
 class EngineGrid:
     """``count`` engines of ``tp`` ranks, each of which divides experts over ``ep`` groups.
 
-    Raises ``ValueError`` on a size below 1; :meth:`check` holds them against a model.
+    Raises ``ValueError`` on a size below 1; ``check`` holds them against a model.
     """
 
     tp: int = 1

@@ -1,4 +1,4 @@
-"""Says where in an SGLang rank's own parameters each interval belongs that a :class:`Plan` brings there. Pure data.
+"""Says where in an SGLang rank's own parameters each interval belongs that a ``Plan`` brings there. Pure data.
 
 No sglang here.
 

@@ -1,4 +1,4 @@
-"""Carries out a :class:`Plan` with point-to-point messages.
+"""Carries out a ``Plan`` with point-to-point messages.
 
 For every bucket: what a process both holds and needs, then stage 1, then stage 2. In a stage each pair of processes
 exchanges one message of all pieces of the bucket; buffers live for one stage, so the plan's bound holds for what is in
@@ -42,7 +42,7 @@ class LearnerShards:
             cuts.sort(key=lambda held: held[1].source_start)
 
     def read(self, tensor: Tensor, start: int, length: int) -> list[torch.Tensor]:
-        """See :class:`Reader`."""
+        """See ``Reader``."""
         found = []
         for row, cut in self._cuts[tensor.name]:
             begin, end = max(start, cut.source_start), min(start + length, cut.source_start + cut.length)
@@ -59,7 +59,7 @@ class LearnerShards:
 
 
 class QuantisedShards:
-    """:class:`LearnerShards` that serves FP8 codes and scales of the tensors that are quantised before sending.
+    """``LearnerShards`` that serves FP8 codes and scales of the tensors that are quantised before sending.
 
     Quantised when first read; the ``keep_bytes`` read last are kept, as a bucket sends a tensor to several ranks.
     """
@@ -69,7 +69,7 @@ class QuantisedShards:
         self._done: OrderedDict[str, tuple[int, torch.Tensor, torch.Tensor]] = OrderedDict()
 
     def read(self, tensor: Tensor, start: int, length: int) -> list[torch.Tensor]:
-        """See :class:`Reader`."""
+        """See ``Reader``."""
         if tensor.quantise != "before":
             return self._shards.read(tensor, start, length)
         scales = tensor.item_size != CODES.itemsize
@@ -111,12 +111,12 @@ class EngineShards:
         return cls(shards)
 
     def read(self, tensor: Tensor, start: int, length: int) -> list[torch.Tensor]:
-        """See :class:`Reader`."""
+        """See ``Reader``."""
         first, shard = self.shards[tensor.name]
         return [shard.narrow(tensor.dim, start - first, length)]
 
     def room(self, layouts: Sequence[Layout], device: torch.device, *, fresh: bool) -> list[Message]:
-        """See :class:`Engine`. What came before has been written."""
+        """See ``Engine``. What came before has been written."""
         self._buffer = self._buffer or Buffer(device)
         return self._buffer.messages(layouts)
 
@@ -127,14 +127,14 @@ class EngineShards:
 
 
 class Engine(Reader, Protocol):
-    """What becomes of the messages for an engine rank: :class:`EngineShards`, or ``handover.Handover``."""
+    """What becomes of the messages for an engine rank: ``EngineShards``, or ``handover.Handover``."""
 
     def room(self, layouts: Sequence[Layout], device: torch.device, *, fresh: bool) -> list[Message]:
         """Messages to be filled, on ``device``. ``fresh``: nobody reads what came before any more."""
         ...
 
     def arrived(self, messages: Sequence[Message]) -> None:
-        """They are filled. Raises :class:`DigestError`."""
+        """They are filled. Raises ``DigestError``."""
         ...
 
 
@@ -179,7 +179,7 @@ class Mover:
 
         ``learner``: what the process holds; ``engine``: where what it needs belongs. A process without a rank on one
         side passes ``EngineShards({})`` there. Weights of another type are converted as they are packed and as they are
-        written. Returns once this process has sent and received all of its own. Raises :class:`DigestError`, and what
+        written. Returns once this process has sent and received all of its own. Raises ``DigestError``, and what
         ``link`` raises.
         """
         moved = Moved()

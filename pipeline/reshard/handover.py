@@ -25,7 +25,7 @@ LEARNER, ENGINE = 0, 1  # who is who in a pair
 
 
 class Handover:
-    """The learner rank's side: an ``Engine`` for ``Mover.move``. :meth:`finish` ends it, :meth:`close` gives it up."""
+    """The learner rank's side: an ``Engine`` for ``Mover.move``. ``finish`` ends it, ``close`` gives it up."""
 
     def __init__(self, stages: Sequence[Stage], pair: Exchange, device: torch.device) -> None:
         """Make the buffer, and have the engine rank at the other end of ``pair`` map it."""

@@ -118,7 +118,7 @@ class Link:
         self._word, self._end = "", 0.0
 
     def come(self, order: Order, word: str) -> None:
-        """Say ``word``, and go on with what needs nobody else: :meth:`meet` waits for the others.
+        """Say ``word``, and go on with what needs nobody else: ``meet`` waits for the others.
 
         Where there is no group yet it waits at once: who fails before it is in one has no way to tell the others.
         """

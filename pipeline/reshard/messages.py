@@ -144,7 +144,7 @@ class Message:
         self._digests.copy_(torch.stack([digest.content(self._bytes(group)) for group in groups]))
 
     def write(self, engine: Reader) -> None:
-        """Write it to where it belongs. Raises :class:`DigestError` unless what is there then has its digests."""
+        """Write it to where it belongs. Raises ``DigestError`` unless what is there then has its digests."""
         targets = []
         for piece, view in self.pieces():
             (target,) = engine.read(piece.tensor, piece.start, piece.length)

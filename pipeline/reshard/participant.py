@@ -18,7 +18,7 @@ from pipeline.reshard.places import Places
 
 
 class Participant:
-    """A learner rank calls :meth:`send`, an engine rank :meth:`receive`, each with the same order."""
+    """A learner rank calls ``send``, an engine rank ``receive``, each with the same order."""
 
     def __init__(self) -> None:
         self._planned: tuple[PlanInputs, int, torch.device] | None = None

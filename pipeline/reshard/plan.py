@@ -3,8 +3,8 @@
 Pure data, no collectives, deterministic.
 
 Every Hugging Face tensor is divided along one dimension on both sides, so what a rank holds or needs of it is an
-interval. Who holds what follows from the layout table (:meth:`Row.slices` on :class:`Grid`), who needs what from
-:class:`EngineGrid`; :mod:`pieces` says how the difference travels. The plan is minimal: no byte reaches a rank that
+interval. Who holds what follows from the layout table (``Row.slices`` on ``Grid``), who needs what from
+``EngineGrid``; ``pieces`` says how the difference travels. The plan is minimal: no byte reaches a rank that
 holds it or does not need it, no byte reaches a rank twice, and one copy of a byte enters a node at most, only where
 nobody on the node holds it. Megatron-core's own resharding (``megatron/core/resharding``, 0.19) plans per rank alike,
 but from Megatron to Megatron and without nodes.
@@ -191,7 +191,7 @@ def make_plan(
 ) -> Plan:
     """The plan that moves ``model`` from ``learner`` to ``engines``. ``dtype``: a key of ``ITEM_SIZES``.
 
-    Raises ``ValueError`` where a side cannot be divided so, :class:`BucketError` where a bucket is too small.
+    Raises ``ValueError`` where a side cannot be divided so, ``BucketError`` where a bucket is too small.
     """
     engines.check(model)
     if (placement.learners, placement.engines) != (learner.world_size, engines.world_size):
@@ -365,7 +365,7 @@ def _needed(row: Row, index: int, engines: EngineGrid, experts: int, placement: 
 
 
 class _Bounds:
-    """Adds up :class:`Bounds`."""
+    """Adds up ``Bounds``."""
 
     def __init__(self, placement: Placement) -> None:
         self._nodes = np.array(placement.nodes)

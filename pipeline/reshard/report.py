@@ -1,4 +1,4 @@
-"""The cost of a :class:`Plan` as numbers and a picture, beside other ways to move the same weights.
+"""The cost of a ``Plan`` as numbers and a picture, beside other ways to move the same weights.
 
 The others are the least that any plan could move, and gather and broadcast of whole tensors.
 """
@@ -69,7 +69,7 @@ def summary(plan: Plan, inter_gbps: float, intra_gbps: float) -> dict[str, Any]:
 def predicted_seconds(traffic: np.ndarray, inter_gbps: float, intra_gbps: float) -> float:
     """Buckets one after the other, in each the two stages; a stage lasts as long as its busiest link.
 
-    Latencies, packing and contention in the network are left out. ``traffic``: :meth:`Plan.traffic`.
+    Latencies, packing and contention in the network are left out. ``traffic``: ``Plan.traffic``.
     """
     links = traffic.max(axis=(1, 3)) / 1e9  # the busier direction of the busiest process: [kind, bucket]
     entering = np.maximum(links[INTER] / inter_gbps, links[NEAR] / intra_gbps)
@@ -77,7 +77,7 @@ def predicted_seconds(traffic: np.ndarray, inter_gbps: float, intra_gbps: float)
 
 
 def draw(result: dict[str, Any], title: str, path: Path) -> None:
-    """A picture of :func:`summary`: GiB into every engine rank and into every node; least, plan, whole tensors."""
+    """A picture of ``summary``: GiB into every engine rank and into every node; least, plan, whole tensors."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -97,7 +97,7 @@ class _Pages(Places):
         self._files: Files | None = None
 
     def shards(self, plan: Plan, process: int) -> EngineShards:
-        """See :class:`Places`. Raises ``OSError`` when the disk is full."""
+        """See ``Places``. Raises ``OSError`` when the disk is full."""
         tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         for tensor in plan.tensors:
             tensors[tensor.name] = DTYPES[tensor.item_size], tensor.shape

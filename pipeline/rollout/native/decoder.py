@@ -34,7 +34,7 @@ KeyValues = list[tuple[torch.Tensor, torch.Tensor] | State]
 
 
 class AnyDecoder(Protocol):
-    """What the native engine asks of a set of weights that is ready to run; :class:`Decoder` says what it means."""
+    """What the native engine asks of a set of weights that is ready to run; ``Decoder`` says what it means."""
 
     model: Architecture
 

@@ -1,6 +1,6 @@
 """Runs a model that the native engine has no decoder for: transformers' own, with the engine's cache, in float32.
 
-Slower than :class:`Decoder`, and right for every family that transformers has.
+Slower than ``Decoder``, and right for every family that transformers has.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class TransformersDecoder:
         """It has no tables."""
 
     def prefill(self, tokens: torch.Tensor, routes: Routes | None = None) -> tuple[torch.Tensor, KeyValues]:
-        """As :meth:`Decoder.prefill`."""
+        """As ``Decoder.prefill``."""
         length = tokens.shape[1]
         cache = _Appended(self.model)
         later = torch.ones(length, length, dtype=torch.bool).triu(1)
@@ -83,7 +83,7 @@ class TransformersDecoder:
         padding: torch.Tensor | None,
         routes: Routes | None = None,
     ) -> torch.Tensor:
-        """As :meth:`Decoder.step`."""
+        """As ``Decoder.step``."""
         rows = len(tokens)
         mask = torch.zeros(rows, 1, 1, column + 1) if padding is None else padding[:, None, None, : column + 1]
         place = torch.tensor([column])

@@ -1,6 +1,6 @@
 """What runs inside every rank of an SGLang server when weights come: takes its slices into the rank's own parameters.
 
-``--custom-weight-loader`` names :func:`receive`, and SGLang calls it for ``/update_weights_from_tensor`` with this
+``--custom-weight-loader`` names ``receive``, and SGLang calls it for ``/update_weights_from_tensor`` with this
 ``load_format`` (``sglang/srt/model_executor/model_runner_components/weight_updater.py``). The request's one tensor
 tells the rank what to do; the weights come from the learner's ranks. An exception here would end the server, so what
 goes wrong is reported in a file, which the engine reads.
@@ -76,7 +76,7 @@ class _Parameters(Places):
         self._filled: dict[str, tuple[int, int]] = {}  # of what must not be padded: the dimension, and how far it goes
 
     def shards(self, plan: Plan, process: int) -> EngineShards:
-        """See :class:`Places`. Raises ``ValueError`` where the server has no such place, or a larger one."""
+        """See ``Places``. Raises ``ValueError`` where the server has no such place, or a larger one."""
         self._planned, self._filled = targets(plan, process), {}
         found = super().shards(plan, process)
         for name, (dim, filled) in self._filled.items():
