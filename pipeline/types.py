@@ -6,6 +6,7 @@ token that the loss is about: one that the policy drew, which the logits at the 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -365,7 +366,7 @@ class EntropyReading:
     @property
     def mean(self) -> float:
         """Nats per token; NaN when no token was seen."""
-        return self.sum / self.count if self.count > 0 else float("nan")
+        return self.sum / self.count if self.count > 0 else math.nan
 
 
 @dataclass(frozen=True)
@@ -390,9 +391,9 @@ class ControlDecision:
     auxiliary_prompts: int  # prompts to resample; 0 for actuators that need no second rollout
     state: str  # "tracking" | "saturated" | "holding" | "exploding" | "off"
     reason: str  # for people: "target not reachable: held at H=0.43", "no positives for 2 steps", ...
-    target: float = float("nan")  # ramped set-point, nats per token
-    filtered_entropy: float = float("nan")  # the entropy the law acted on, nats per token
-    gain: float = float("nan")  # of ln H per unit of the controller's u and step, as learnt; NaN: none is
+    target: float = math.nan  # ramped set-point, nats per token
+    filtered_entropy: float = math.nan  # the entropy the law acted on, nats per token
+    gain: float = math.nan  # of ln H per unit of the controller's u and step, as learnt; NaN: none is
 
 
 @dataclass(frozen=True)

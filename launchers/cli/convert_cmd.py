@@ -19,7 +19,7 @@ from pipeline.units import GIB
 if TYPE_CHECKING:
     from megatron_ext.weights.convert import Progress
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 app = typer.Typer(help="Convert weights to and from Megatron checkpoints.", no_args_is_help=True)
 
 OUT = typer.Option(
@@ -116,7 +116,7 @@ def _usage_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
-        logger.info("where it happened", exc_info=True)  # shown by --debug
+        log.info("where it happened", exc_info=True)  # shown by --debug
         message = str(error)
         for key, option in _OPTIONS.items():
             message = message.replace(key, option)

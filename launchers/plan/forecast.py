@@ -130,7 +130,7 @@ def _sync(model: Architecture, config: RunConfig, cluster: ClusterConfig, work: 
     tp = settings.tensor_parallel_size if settings.engine == "sglang" else 1
     engines = EngineGrid(tp=tp, count=settings.engines)
     dtype = "fp8" if settings.weight_dtype == "fp8" else config.model.dtype
-    plan = make_plan(model, work.grid, engines, placed, config.learner.bucket_mib << 20, dtype)
+    plan = make_plan(model, work.grid, engines, placed, config.learner.bucket_bytes, dtype)
     traffic = plan.traffic()
     into_nodes = np.bincount(placed.nodes, weights=traffic[INTER, 1].sum(0))
     seconds = predicted_seconds(traffic, cluster.gpu_network_gb_s, cluster.gpu_link_gb_s)

@@ -151,7 +151,7 @@ def _sync(work: Work, stage: int) -> float:
     (``pipeline.reshard.handover``), at most about the model.
     """
     held = sum(row.entries * (_FLOAT if row.float32 else work.itemsize) for row in table(work.model, work.grid)[stage])
-    bucket = work.learner.bucket_mib << 20
+    bucket = work.learner.bucket_bytes
     handover = min(held * work.grid.pp, 2 * bucket) if work.colocated else 0
     adapted = (entries(work, each.base) for each in work.adapters.values() if each.base.stage == stage)
     merged = max(adapted, default=0) * (2 * work.itemsize + 2 * _FLOAT)  # two, and one in the making

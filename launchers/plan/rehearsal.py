@@ -34,7 +34,7 @@ def sync_plan(work: Work, config: RunConfig) -> Plan:
     rollout, dtype = config.rollout, config.model.dtype
     engines = EngineGrid(rollout.tensor_parallel_size if rollout.engine == "sglang" else 1, count=rollout.engines)
     placement = Placement.consecutive(work.grid.world_size, engines.world_size, False, _GPUS_PER_NODE)
-    return make_plan(work.model, work.grid, engines, placement, work.learner.bucket_mib << 20, dtype)
+    return make_plan(work.model, work.grid, engines, placement, work.learner.bucket_bytes, dtype)
 
 
 def differences(work: Work, plan: Plan, built: Built) -> list[dict[str, Any]]:

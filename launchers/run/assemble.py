@@ -332,7 +332,7 @@ def plan_inputs(config: RunConfig) -> PlanInputs:
         learner=grid_of(layout),
         engines=EngineGrid(ranks, 1 if whole else rollout.sglang.expert_groups, rollout.engines),
         placement=Placement(len(learners), rollout.engines * ranks, colocated=colocated, nodes=(*learners, *own)),
-        bucket_bytes=layout.bucket_mib << 20,
+        bucket_bytes=layout.bucket_bytes,
         dtype=_sent_type(config),
     )
     try:

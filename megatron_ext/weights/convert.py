@@ -41,7 +41,7 @@ FP8 = "fp8"  # of a Hugging Face folder only: matrices in blocks, the rest in bf
 # Kept as they are whatever --dtype: megatron-core and transformers hold these in float32 in every model.
 _EXACT = (".router.expert_bias",)
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]  # bytes done since the last call, bytes in all
 
@@ -390,7 +390,7 @@ def _describe_weights(folder: Path, types: set[torch.dtype]) -> None:
     """Make the folder's config.json name the type of the weights and how they are quantised."""
     whole, config = read_whole_config(folder), read_config(folder)
     if "text_config" in whole and "text_config" not in config:
-        logger.warning(
+        log.warning(
             "%s: model_type %r also sees; its model of text is written alone, as %r",
             folder,
             whole["model_type"],

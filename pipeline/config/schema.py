@@ -249,6 +249,11 @@ class LearnerConfig:
     optimizer: OptimizerConfig = key(OptimizerConfig(), "optimizer and schedule")
 
     @property
+    def bucket_bytes(self) -> int:
+        """``bucket_mib`` in bytes."""
+        return self.bucket_mib * 2**20
+
+    @property
     def world_size(self) -> int:
         """Learner processes: TP x CP x PP x DP."""
         replica = self.tensor_model_parallel_size * self.context_parallel_size * self.pipeline_model_parallel_size

@@ -179,7 +179,7 @@ class ClosedLoop(Stateful):
                 reason += f"reachable {self._watch.reachable(entropy)}"
         return reason
 
-    def _decision(self, state: str, reason: str, goal: float, entropy: float = float("nan")) -> ControlDecision:
+    def _decision(self, state: str, reason: str, goal: float, entropy: float = math.nan) -> ControlDecision:
         if self._watch.wrong_sign:
             reason += (
                 f"; H moved away from the target in {AWAY_STEPS} steps of pushing toward it: "

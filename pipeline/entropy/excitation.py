@@ -4,6 +4,7 @@ the drift.
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 from pipeline.config.schema import EntropyConfig
@@ -40,7 +41,7 @@ class Excitation(Stateful):
         self.steps += 1
         return self._decision(reading.mean)
 
-    def _decision(self, entropy: float = float("nan")) -> ControlDecision:
+    def _decision(self, entropy: float = math.nan) -> ControlDecision:
         u = self.levels[self.steps // PERIOD % 2]
         command = self._actuator.to_command(u)
         return ControlDecision(

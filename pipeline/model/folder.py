@@ -57,7 +57,7 @@ _WEIGHTS = (
     "*.onnx",
 )
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 def is_weights(path: Path) -> bool:
@@ -345,9 +345,9 @@ def check(folder: Folder, rows: Sequence[Row], model: Architecture) -> None:
     if model.tied:
         _check_tied(folder, model)
     if ahead := sum(predicts_ahead(name, model) for name in present):
-        logger.warning("%s: %d tensors of its multi-token-prediction layers are left out", folder.path, ahead)
+        log.warning("%s: %d tensors of its multi-token-prediction layers are left out", folder.path, ahead)
     if seeing := sum(sees(name, model) for name in present):
-        logger.warning("%s: %d tensors that turn pictures into embeddings are left out", folder.path, seeing)
+        log.warning("%s: %d tensors that turn pictures into embeddings are left out", folder.path, seeing)
 
 
 def _check_tied(folder: Folder, model: Architecture) -> None:

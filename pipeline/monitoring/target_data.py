@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from pipeline.entropy.target import Measured
@@ -28,4 +30,4 @@ def measured(run: RunHistory, k: int) -> list[Measured]:
 
 def _mean(values: np.ndarray) -> float:
     values = values[np.isfinite(values)]
-    return float(values.mean()) if len(values) else float("nan")
+    return float(values.mean()) if len(values) else math.nan

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -57,7 +58,7 @@ def _common(spans: Iterable[Span], others: Sequence[Span]) -> list[Span]:
 
 def _without(spans: Sequence[Span], others: Sequence[Span]) -> list[Span]:
     """What of ``spans`` is outside ``others``."""
-    edges = [-float("inf"), *(edge for span in others for edge in span), float("inf")]
+    edges = [-math.inf, *(edge for span in others for edge in span), math.inf]
     return sorted(_common(spans, list(zip(edges[::2], edges[1::2], strict=True))))
 
 

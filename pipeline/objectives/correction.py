@@ -15,6 +15,7 @@ importance weight would cancel just that.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -74,7 +75,7 @@ def metrics(sums: Mapping[str, float]) -> dict[str, float]:
         return {}
     units, total, square = (sums[f"correction_{name}"] for name in ("units", "sum", "square_sum"))
     if not units:
-        return dict.fromkeys(("correction_weight", "correction_outside", "correction_ess"), float("nan"))
+        return dict.fromkeys(("correction_weight", "correction_outside", "correction_ess"), math.nan)
     return {
         "correction_weight": total / units,
         "correction_outside": sums["correction_outside_sum"] / units,

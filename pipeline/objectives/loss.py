@@ -189,9 +189,9 @@ def reduce_metrics(sums: Mapping[str, float | torch.Tensor]) -> dict[str, float]
     values = {name: value for name, value in values.items() if name not in SENSOR_SUMS}
     compared = "mismatch_max" in values
     averaged = _TOKEN_MEANS | (mismatch.MEANS if compared else {})
-    means = {mean: values.pop(name) / tokens if tokens else float("nan") for name, mean in averaged.items()}
+    means = {mean: values.pop(name) / tokens if tokens else math.nan for name, mean in averaged.items()}
     rows = values.pop("main_rows")
-    means["entropy_sequence_mean"] = values.pop("entropy_row_sum") / rows if rows else float("nan")
+    means["entropy_sequence_mean"] = values.pop("entropy_row_sum") / rows if rows else math.nan
     means["covariance"] = influence.covariance([values.pop(name) for name in influence.COVARIANCE_SUMS], tokens)
     if compared:
         counts = [values.pop(name) for name in mismatch.BINS]

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from pipeline.types import Role, SampleGroup
@@ -28,7 +29,7 @@ def check_temperatures(groups: Iterable[SampleGroup]) -> None:
                     f"prompt {group.prompt.id!r}: a main sample was drawn at T={sample.temperature}, must be 1: "
                     "tag samples of another temperature as auxiliary"
                 )
-            if not 0 < sample.temperature < float("inf"):
+            if not 0 < sample.temperature < math.inf:
                 raise ValueError(
                     f"prompt {group.prompt.id!r}: sample drawn at T={sample.temperature}, must be positive"
                 )

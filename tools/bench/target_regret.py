@@ -14,6 +14,7 @@ figures is too good by chance, so regret is above 0 even for a perfect rule.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def regrets(runs: Sequence[RunHistory], k: int) -> list[Found]:
     best = max(value(run, k) for run in held)
     rule = recommend(measured(alone, k), k)
     if rule.kept_to_the_end:
-        found = [("entropy target", float("nan"), best - value(alone, k))]
+        found = [("entropy target", math.nan, best - value(alone, k))]
     else:
         there = np.interp(rule.entropy, [entropy(run) for run in curve], [value(run, k) for run in curve])
         found = [("entropy target", rule.entropy, best - float(there))]

@@ -26,7 +26,7 @@ from pipeline.rollout.sglang import cpu as sglang_cpu
 from pipeline.rollout.sglang.receiver import LOADER
 from pipeline.rollout.sglang.startup import READ_BYTES_PER_S, startup_limit_s, weight_bytes
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 _ROOT = Path(__file__).resolve().parents[3]
 _GUARD = Path(__file__).with_name("guard.py")
@@ -145,7 +145,7 @@ class SglangServer:
             try:
                 process.wait(_CLOSE_TIMEOUT_S)
             except subprocess.TimeoutExpired:
-                logger.warning(
+                log.warning(
                     "the guard of %s (pid %d) did not end within %g s and is killed; the server dies with it",
                     self.url,
                     process.pid,
@@ -187,14 +187,14 @@ class SglangServer:
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": _python_path(os.environ.get("PYTHONPATH"))}
         if not torch.cuda.is_available():
             environment |= sglang_cpu.environment(self._config.tensor_parallel_size, environment["PYTHONPATH"])
-        with self.log_path.open("ab") as log:  # a resumed or revived run keeps the log of what ended before
-            log.write(f"--- server starts at {self.url}, {datetime.now():%Y-%m-%d %H:%M:%S} ---\n".encode())
-            self._log_offset = log.tell()
-            log.flush()
+        with self.log_path.open("ab") as file:  # a resumed or revived run keeps the log of what ended before
+            file.write(f"--- server starts at {self.url}, {datetime.now():%Y-%m-%d %H:%M:%S} ---\n".encode())
+            self._log_offset = file.tell()
+            file.flush()
             self._process = subprocess.Popen(
                 [sys.executable, "-I", str(_GUARD), str(os.getpid()), scratch, *self.command(port)],
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # a Ctrl-C at the terminal goes to the run, which closes its engines
                 env=environment,
