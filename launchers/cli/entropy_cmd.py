@@ -174,6 +174,11 @@ def target(
         found = recommend(points, k)
     except ValueError as error:
         raise typer.BadParameter(f"RUN {run}: {error}; {_more_evaluations(history, k)}") from error
+    if not found.best:
+        raise typer.BadParameter(
+            f"RUN {run}: pass@{k} is 0 in every evaluation, so there is nothing to keep: give it easier questions, or "
+            "look at its samples (`isentrope data grade`)"
+        )
     schedule = annealed(found, singles, history.config.steps)
     if as_json:
         state = {"status": history.status, "steps": history.steps, "pays": found.pays}
@@ -241,7 +246,7 @@ def _more_evaluations(history: RunHistory, k: int) -> str:
     measured = {int(each) for event in history.evaluations for each in event["pass_at_k"]}
     if measured and k not in measured:
         known = ", ".join(map(str, sorted(measured)))
-        return f"its evaluations measured pass@k for k = {known}: give --k one of these, or train with evaluation.k={k}"
+        return f"its evaluations measured pass@k for k = {known}: give --k one of these, or train one with evaluation.k=[{k}]"
     if history.status == "unfinished":
         return (
             f"{history.steps} of its {history.config.steps} steps are done: ask again later, or train one with "

@@ -51,6 +51,7 @@ class Recommendation:
     kept_to_the_end: bool  # a longer run might name a lower entropy
     highest: float  # entropy of the first evaluation whose pass@k is within that error of the best
     smooth: tuple[float, ...]
+    rose: bool  # the entropy had grown by then: no fall of it is what pass@k was kept through
 
     def evidence(self, points: Sequence[Measured]) -> list[str]:
         """A table with a bar for each evaluation, and a mark at the one chosen. ``points``: those recommended from."""
@@ -67,7 +68,7 @@ class Recommendation:
     def verdict(self) -> str:
         """What the evidence says, in a few sentences."""
         text = (
-            f"pass@{self.k} is kept down to H={self.entropy:.3g}, at step {self.step}: {self.value:.3f} there, "
+            f"pass@{self.k} is kept {'up' if self.rose else 'down'} to H={self.entropy:.3g}, at step {self.step}: {self.value:.3f} there, "
             f"{self.best:.3f} at best (each averaged with the evaluations before and after it); one "
             f"evaluation's standard error is {self.error:.3f}."
         )
@@ -80,6 +81,8 @@ class Recommendation:
                 f" What it lost after that ({self.lost:.3f}) is within noise: control is not shown to pay "
                 f"for pass@{self.k} over a run of this length."
             )
+        if self.rose:
+            text += " The entropy of this run rose: it does not show what a lower one costs."
         if self.highest > (1 + WIDTH) * self.entropy:
             text += (
                 f" Within that error pass@{self.k} was as high from H={self.highest:.3g} on. The lowest band costs "
@@ -126,6 +129,7 @@ def recommend(points: Sequence[Measured], k: int) -> Recommendation:
         kept_to_the_end=chosen == len(points) - 1,
         highest=float(points[kept.index(True)].entropy),
         smooth=tuple(smooth),
+        rose=bool(entropy > (1 + WIDTH) * points[0].entropy),
     )
 
 
@@ -143,6 +147,7 @@ def annealed(chosen: Recommendation, singles: Sequence[Measured], steps: int) ->
 
     ``steps``: of the run to come.
     """
+    singles = [point for point in singles if math.isfinite(point.value) and math.isfinite(point.entropy)]
     smooth = smoothed([point.value for point in singles])
     at = next((i for i, point in enumerate(singles) if point.step == chosen.step), None)
     if at is None or chosen.k == 1 or chosen.kept_to_the_end:

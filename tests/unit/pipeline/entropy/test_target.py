@@ -53,6 +53,16 @@ def test_the_schedule_goes_where_pass_at_1_went_on_growing():
     assert "entropy.band.end_low=0.18" in schedule.overrides
     assert annealed(found, curve([0.3] * 9), 240) is None
     assert annealed(recommend(growing, 1), growing, 240) is None
+    lost = curve(
+        np.linspace(0.1, 0.6, 9), [*(point.entropy for point in points[:-1]), float("nan")]
+    )  # no reading there
+    assert "nan" not in " ".join(annealed(found, lost, 240).overrides)
+
+
+def test_of_a_run_whose_entropy_rises_no_fall_is_told():
+    found = recommend(curve([0.9, 0.9, 0.9, 0.9, 0.8, 0.7, 0.6], np.linspace(0.3, 0.9, 7)), 16)
+    assert "kept up to H=0.5" in found.verdict()
+    assert "does not show what a lower one costs" in found.verdict()
 
 
 def test_noise_does_not_choose_a_target_far_from_the_truth():
