@@ -246,7 +246,8 @@ def _more_evaluations(history: RunHistory, k: int) -> str:
     measured = {int(each) for event in history.evaluations for each in event["pass_at_k"]}
     if measured and k not in measured:
         known = ", ".join(map(str, sorted(measured)))
-        return f"its evaluations measured pass@k for k = {known}: give --k one of these, or train one with evaluation.k=[{k}]"
+        remedy = f"give --k one of these, or train one with evaluation.k=[{k}]"
+        return f"its evaluations measured pass@k for k = {known}: {remedy}"
     if history.status == "unfinished":
         return (
             f"{history.steps} of its {history.config.steps} steps are done: ask again later, or train one with "

@@ -16,7 +16,7 @@ from omegaconf import MISSING
 from pipeline.config.check import key_problems
 from pipeline.config.errors import ConfigError, Problem
 from pipeline.config.key import COUNT, NOT_NEGATIVE, Range, key
-from pipeline.config.load import PACKAGED, config_hash, load, load_config
+from pipeline.config.load import COMMAND_LINE, PACKAGED, config_hash, load, load_config
 from pipeline.config.schema import RunConfig
 
 WEIGHTS = "hf"  # in the folder of a run that others start from: its last model
@@ -75,11 +75,13 @@ def load_suite(name: str, known: Mapping[str, Sequence[str]]) -> SuiteConfig:
 def chosen(
     suite: SuiteConfig, methods: Sequence[str], seeds: int | None, known: Mapping[str, Sequence[str]]
 ) -> SuiteConfig:
-    """The suite with other methods (the baseline always among them) or another number of seeds.
+    """The suite with other methods, each once (the baseline always among them), or another number of seeds.
 
     Raises ``ConfigError``.
     """
-    wanted = replace(suite, methods=list(methods or suite.methods), seeds=suite.seeds if seeds is None else seeds)
+    wanted = replace(
+        suite, methods=list(dict.fromkeys(methods or suite.methods)), seeds=suite.seeds if seeds is None else seeds
+    )
     if suite.baseline not in wanted.methods:
         wanted.methods.insert(0, suite.baseline)
     problems = list(_problems(wanted, known))
@@ -130,13 +132,20 @@ def _cell(
     start: Cell | None = None,
 ) -> Cell:
     overrides = [*suite.overrides, *known[method], f"seed={seed}", f"name={method}"]
-    config = load_config(Path(suite.base), overrides)
+    try:
+        config = load_config(Path(suite.base), overrides)
+    except ConfigError as error:
+        raise ConfigError.of([_said_by(problem, method) for problem in error.problems]) from error
     if start is not None:  # the hash has what was run before, and not where it lies
         config = _from(config, Path(start.config.run_dir).name)
     folder = out / f"{method}-s{seed}-{config_hash(config)[:10]}"
     if start is not None:
         config = _from(config, start.config.run_dir)
     return Cell(method, seed, replace(config, run_dir=str(folder.resolve())), start)
+
+
+def _said_by(problem: Problem, method: str) -> Problem:
+    return replace(problem, source=f"suite, method {method}") if problem.source == COMMAND_LINE else problem
 
 
 def _from(config: RunConfig, run: str) -> RunConfig:

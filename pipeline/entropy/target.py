@@ -68,9 +68,9 @@ class Recommendation:
     def verdict(self) -> str:
         """What the evidence says, in a few sentences."""
         text = (
-            f"pass@{self.k} is kept {'up' if self.rose else 'down'} to H={self.entropy:.3g}, at step {self.step}: {self.value:.3f} there, "
-            f"{self.best:.3f} at best (each averaged with the evaluations before and after it); one "
-            f"evaluation's standard error is {self.error:.3f}."
+            f"pass@{self.k} is kept {'up' if self.rose else 'down'} to H={self.entropy:.3g}, at step {self.step}: "
+            f"{self.value:.3f} there, {self.best:.3f} at best (each averaged with the evaluations before and after "
+            f"it); one evaluation's standard error is {self.error:.3f}."
         )
         if self.kept_to_the_end:
             text += " That is the end of this run: control is not needed for it, unless the run is longer."

@@ -18,11 +18,12 @@ from pipeline.config.load import config_hash
 from pipeline.entropy.actuator import Actuator, acting, actuator_of
 from pipeline.entropy.identify import IdentificationError, Identified, Record, identify
 from pipeline.entropy.law import Loop
+from pipeline.monitoring.differences import config_differences
 from pipeline.monitoring.naming import counted
 from pipeline.monitoring.plant_data import readings_of, record_of
 from pipeline.monitoring.price import ROLES, reward_cost
 from pipeline.monitoring.series import LAST_STEPS
-from pipeline.monitoring.summary import RunHistory, pass_at
+from pipeline.monitoring.summary import RunHistory, is_baseline_of, pass_at
 from pipeline.monitoring.tracking import STAY, Tracking, of_series
 from pipeline.registry import load
 
@@ -35,6 +36,14 @@ GOALS: Mapping[str, Callable[[Tracking], bool]] = {  # of a run that came to its
     "an overshoot of 10 %": lambda tracking: tracking.overshoot <= 0.1,
     f"{STAY} steps in the band in a row": lambda tracking: tracking.settling_step is not None,
 }
+NO_PRICE = (
+    "entropy.",
+    "steps",
+    "evaluation.every",
+    "checkpoint.",
+    "monitoring.",
+    "runtime",
+)  # no learning rests on them
 Rows = dict[str, str]
 
 
@@ -64,7 +73,8 @@ def law_card(run: RunHistory, others: Sequence[RunHistory] = ()) -> Rows:
     plant, why_not = _plant(run)
     limits = built.limits if isinstance(built, Loop) else None
     steered = _Steered(run, actuator, limits, of_series(run.series), plant, why_not)
-    baseline = next((other for other in others if other.is_baseline and other.config.seed == run.config.seed), None)
+    same_seed = (other for other in others if other.config.seed == run.config.seed)
+    baseline = next((other for other in same_seed if is_baseline_of(other, run)), None)
     return {
         "Run": _run(run),
         "Band": _band(run),
@@ -222,12 +232,13 @@ def _price(run: RunHistory, baseline: RunHistory | None) -> str:
     extra = (tokens["auxiliary"] + tokens["repeated"]) / tokens["main"] if tokens["main"] else 0.0
     more = f"{extra:.1%} more response tokens a step for its readings and second rollout"
     if baseline is None:
-        return f"reward not known: no run without control and with seed {run.config.seed} stands beside it; {more}"
+        beside = f"no run of the same task, without control and with seed {run.config.seed}, stands beside it"
+        return f"reward not known: {beside}; {more}"
     cost = reward_cost(run, baseline)
     text = (
         f"{abs(cost):.1%} {'less' if cost >= 0 else 'more'} training reward than {baseline.title} over as many tokens"
     )
-    text += f" (no interval: one run each); {more}"
+    text += f" (no interval: one run each){_other_differences(run, baseline)}; {more}"
     if not (run.evaluations and baseline.evaluations):
         return text
     last, other = run.evaluations[-1], baseline.evaluations[-1]
@@ -236,6 +247,12 @@ def _price(run: RunHistory, baseline: RunHistory | None) -> str:
         if math.isfinite(value) and math.isfinite(theirs):
             text += f"; pass@{k} {value:.3f} {_interval(interval)} against {theirs:.3f} {_interval(their_interval)}"
     return f"{text} (held-out prompts, 95 % intervals; evaluated after {last['step']:,} and {other['step']:,} steps)"
+
+
+def _other_differences(run: RunHistory, baseline: RunHistory) -> str:
+    """What a price is of beside entropy control: keys of the two runs that differ and bear on what is learnt."""
+    keys = [key for key in config_differences([run.config, baseline.config]) if not key.startswith(NO_PRICE)]
+    return f", which differs also in {', '.join(keys)}" if keys else ""
 
 
 def _not_reached(steered: _Steered) -> list[str]:

@@ -175,17 +175,28 @@ def by_method(summaries: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def cost_sentences(runs: Sequence[RunHistory], summaries: Sequence[dict[str, Any]]) -> list[str]:
     """For each controlled method, its pass@1 and pass@16 beside the baseline's, of the runs that were evaluated.
 
-    Empty without a baseline.
+    The baseline is the first one on the same task. Empty without one.
     """
     evaluated = [summary for summary in summaries if summary["pass_at_1"] is not None]
     methods = by_method(evaluated)
-    baselines = dict.fromkeys(run.label for run in runs if run.is_baseline and run.label in methods)
-    others = dict.fromkeys(run.label for run in runs if not run.is_baseline and run.label in methods)
+    firsts = {run.label: run for run in reversed(runs) if run.label in methods}
+    pairs = [
+        (run.label, next((b.label for b in runs if b.label in methods and is_baseline_of(b, run)), None))
+        for run in reversed(firsts.values())
+        if not run.is_baseline
+    ]
     return [
         _cost(other, baseline, [s for s in evaluated if s["method"] in (other, baseline)], methods)
-        for baseline in list(baselines)[:1]
-        for other in others
+        for other, baseline in pairs
+        if baseline
     ]
+
+
+def is_baseline_of(other: RunHistory, run: RunHistory) -> bool:
+    """Whether ``other`` ran without control, on the questions and the verifier of ``run``."""
+    ours, theirs = run.config.data, other.config.data
+    same = (ours.source, ours.held_out, ours.verifier) == (theirs.source, theirs.held_out, theirs.verifier)
+    return other.is_baseline and same
 
 
 def _over_steps(run: RunHistory, metric: str) -> float | None:

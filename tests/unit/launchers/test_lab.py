@@ -126,11 +126,13 @@ def test_cells_are_named_by_what_they_compute(tmp_path):
     longer = cells(SuiteConfig(base="recipe/pm4.yaml", methods=["pi"], overrides=["steps=7"]), KNOWN, tmp_path)[0]
     assert len({cell.config.run_dir for cell in [*matrix, longer]}) == 5
     assert longer.config.steps == 7
+    with pytest.raises(ConfigError, match=r"steps: 'x'   \(suite, method pi\)"):
+        cells(SuiteConfig(base="recipe/pm4.yaml", methods=["pi"], overrides=["steps=x"]), KNOWN, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("methods", "seeds", "said"),
-    [(["grpp"], None, "did you mean 'grpo'"), ([], 0, "seeds: 0(?s:.)*at least 1"), (["pi"], 1, "")],
+    [(["grpp"], None, "did you mean 'grpo'"), ([], 0, "seeds: 0(?s:.)*at least 1"), (["pi", "pi"], 1, "")],
 )
 def test_a_choice_is_checked_and_keeps_the_baseline(methods, seeds, said):
     suite = SuiteConfig(base="recipe/pm4.yaml", methods=["grpo"])

@@ -12,7 +12,7 @@ import pytest
 from pipeline.entropy.plant import Plant, Scenario, simulate
 from pipeline.monitoring.law_card import GOALS, law_card
 from pipeline.monitoring.report import build_report
-from pipeline.monitoring.summary import named, read_run
+from pipeline.monitoring.summary import cost_sentences, named, read_run, summarize_run
 from pipeline.monitoring.tracking import track
 from pipeline.types import EntropyReading, StepSamples, StepStats
 
@@ -87,7 +87,17 @@ def test_the_price_is_against_the_run_of_the_same_seed_without_control(cards):
         "pass@16 0.900 [0.85, 0.95] against 0.800 [0.75, 0.85] (held-out prompts, 95 % intervals; evaluated after 150 "
         "and 150 steps)"
     )
-    assert cards[2]["Price"].startswith("reward not known: no run without control and with seed 1 stands beside it")
+    assert cards[2]["Price"].startswith("reward not known: no run of the same task, without control and with seed 1")
+
+
+def test_a_run_of_another_task_tells_no_price_and_other_differences_are_named(folders, tmp_path):
+    runs.write_run(tmp_path / "cd3", "data.source.task=cd3", "entropy.controller=none", steps=30, final=(0.6, 0.8))
+    runs.write_run(tmp_path / "lr", "learner.optimizer.lr=0.1", "entropy.controller=none", steps=30, final=(0.6, 0.8))
+    held, other, faster = [read_run(folder) for folder in (folders[1], tmp_path / "cd3", tmp_path / "lr")]
+    assert law_card(held, [held, other])["Price"].startswith("reward not known")
+    both = [held, other]
+    assert cost_sentences(both, [summarize_run(run) for run in both]) == []
+    assert "one run each), which differs also in learner.optimizer.lr; 0.0% more" in law_card(held, [faster])["Price"]
 
 
 def test_what_was_not_reached_is_said(cards):
