@@ -7,11 +7,14 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from operator import mul
+from statistics import stdev
 from typing import Any
 
 from pipeline.monitoring.alerts.bounds import Bound, parse_bound
 from pipeline.monitoring.alerts.schema import ConditionConfig
 from pipeline.smoothing import ema
+
+TINY = 1e-12  # what a figure of 0 counts as where its logarithm is taken
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Condition:
         self._recent: deque[float] = deque(maxlen=config.window)
         self._smooth = math.nan
         self._reference = math.nan  # best or first mean so far
+        self._floor = 0  # what the best is counted from
         self._side = 0
         self._passes: deque[int] = deque(maxlen=max(1, config.swings))
         self._event_at: int | None = None
@@ -93,10 +97,10 @@ class Condition:
         return sum(self._recent) / len(self._recent) if len(self._recent) == self.config.window else None
 
     def _rate(self, value: float) -> float | None:
-        """Least-squares slope of the logarithm, per step; None for figures that are not positive."""
-        if value <= 0:
+        """Least-squares slope of the logarithm, per step; None for negative figures."""
+        if value < 0:
             return None
-        self._recent.append(math.log(value))
+        self._recent.append(math.log(max(value, TINY)))
         count = self.config.window
         if len(self._recent) < count:
             return None
@@ -104,11 +108,18 @@ class Condition:
         return 6 * sum(map(mul, weights, self._recent)) / (count * (count * count - 1))
 
     def _of_best(self, value: float) -> float | None:
+        """1 less the fall from the best mean by more than two standard errors of the mean, as a share of the best.
+
+        Negative figures are counted from the whole number below all of them: rewards of -1 and 1 from -1.
+        """
+        self._floor = min(self._floor, math.floor(value))
         mean = self._mean(value)
         if mean is None:
             return None
         self._reference = mean if math.isnan(self._reference) else max(self._reference, mean)
-        return mean / self._reference if self._reference > 0 else None
+        noise = 2 * stdev(self._recent) / math.sqrt(len(self._recent)) if len(self._recent) > 1 else 0.0
+        best = self._reference - self._floor
+        return 1 - max(0.0, self._reference - mean - noise) / best if best > 0 else None
 
     def _of_first(self, value: float) -> float | None:
         mean = self._mean(value)

@@ -24,7 +24,7 @@ class ConditionConfig:
             "value": "",
             "mean": "of the last `window`",
             "rate": "slope of its logarithm over the last `window`, per step",
-            "of_best": "mean of the last `window` over the best such mean so far",
+            "of_best": "mean of the last `window`, and two standard errors, over the best such mean so far",
             "of_first": "the same over the first such mean",
         },
     )

@@ -50,7 +50,8 @@ def test_rate_is_the_slope_of_the_logarithm():
     found = looks(values, below="-0.01", take="rate", window=4)
     assert [finding.holds for finding in found] == [None, None, None, True, True]
     assert found[-1].value == pytest.approx(-0.02)
-    assert holds([0.0, -1.0], below="0", take="rate", window=2) == [None, None]
+    assert holds([-1.0, -1.0], below="0", take="rate", window=2) == [None, None]
+    assert holds([1.0, 0.0], below="-1", take="rate", window=2) == [None, True]
 
 
 @given(st.lists(st.floats(0.01, 100), min_size=6, max_size=6))
@@ -60,9 +61,20 @@ def test_rate_is_numpys_line(values):
 
 
 def test_of_best_remembers_the_best_mean():
-    found = looks([1.0, 3.0, 5.0, 1.0, 1.0], below="0.5", take="of_best", window=2)
-    assert [finding.value for finding in found[1:]] == pytest.approx([1.0, 1.0, 0.75, 0.25])
-    assert holds([-1.0, -2.0], below="0.5", take="of_best", window=1) == [None, None]
+    found = looks([4.0, 4.0, 1.0, 1.0, 2.0], below="0.5", take="of_best", window=2)
+    assert [finding.value for finding in found[1:]] == pytest.approx([1.0, 1.0, 0.25, 0.625])  # 1.5 + 2 x 0.5
+
+
+def test_of_best_counts_negative_figures_from_their_floor():
+    found = looks([-0.5, 0.0, -0.8], below="0.5", take="of_best", window=1)
+    assert [finding.value for finding in found] == pytest.approx([1.0, 1.0, 0.2])
+
+
+def test_of_best_is_not_alarmed_by_noise():
+    rng = np.random.default_rng(0)
+    for mean, spread in ((0.02, 0.08), (0.01, 0.008)):  # of -1 and 1, half of them right; of a hard task
+        values = mean + spread * rng.standard_normal(600)
+        assert True not in holds(values.tolist(), below="0.75", take="of_best", window=20)
 
 
 def test_of_first_remembers_the_first_mean():

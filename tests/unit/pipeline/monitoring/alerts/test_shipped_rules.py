@@ -97,6 +97,15 @@ def test_explosion_without_control():
     assert said(events)[:2] == [(12, "entropy_explosion", "begin"), (29, "entropy_explosion", "end")]
 
 
+def test_explosion_before_the_band_is_reached():
+    falling = [one for k in range(40) for one in steps(1, k, entropy=0.6 - 0.001 * k)]
+    assert said(falling) == []
+    rising = [one for k in range(40) for one in steps(1, k, entropy=0.6 * 1.05**k)]
+    assert said(rising) == [(21, "entropy_runaway", "begin")]  # twice the first mean from step 19 on
+    far_above = [one for k in range(40) for one in steps(1, k, entropy=5.0 * 1.01**k)]  # as a large model starts
+    assert said(far_above) == []
+
+
 def test_oscillation_is_swings_over_the_whole_band():
     square = steps(200, 10, entropy=lambda i: 0.45 if i % 40 < 20 else 0.18)
     found = [(rule, state) for _, rule, state in said([*steps(10), *square, *steps(120, 210)])]
@@ -132,8 +141,9 @@ def test_unjudged():
 
 def test_reward_drop_is_against_the_best_so_far():
     events = [*steps(40), *steps(60, 40, reward=0.3), *steps(60, 100, reward=0.5)]
-    # mean of 20 falls by .01 a step; below .375 with the 13th, three in a row; above .425 with the 13th, five in a row
-    assert said(events) == [(54, "reward_drop", "begin"), (116, "reward_drop", "end")]
+    # mean of 20 falls by .01 a step, two standard errors are at most .046: both below .375 with the 17th, three in a
+    # row; above .425 with the 9th, five in a row
+    assert said(events) == [(58, "reward_drop", "begin"), (112, "reward_drop", "end")]
     assert said([*steps(40, reward=0.5), *steps(60, 40, reward=0.4)]) == []
 
 
