@@ -52,7 +52,8 @@ def write_report(suite: SuiteConfig, cells: Sequence[Cell], outcomes: Sequence[O
     failed = [{"method": o.cell.method, "seed": o.cell.seed, "error": o.error} for o in outcomes if o.error]
     result = {"title": suite.title, "rows": [row.to_dict() for row in rows], "failed": failed}
     (out / "lab.json").write_text(json.dumps(result, indent=1))
-    (out / "lab.md").write_text(f"{markdown(rows)}\n\n{_note(suite)}\n", encoding="utf-8")
+    lost = "\n".join(["Failed, and not in the table:\n", *map(_lost, failed), ""]) if failed else ""
+    (out / "lab.md").write_text(f"{markdown(rows)}\n\n{_note(suite)}\n\n{lost}".rstrip() + "\n", encoding="utf-8")
     with mpl.rc_context(STYLE | {"font.size": 8, "axes.titlesize": 9}):
         figure = draw(runs, suite.baseline)
         figure.savefig(out / "lab.png", dpi=110)
@@ -62,6 +63,10 @@ def write_report(suite: SuiteConfig, cells: Sequence[Cell], outcomes: Sequence[O
         prices = inline_svg(price, "price")
     (out / "lab.html").write_text(_page(suite, rows, failed, curves, prices), encoding="utf-8")
     return result
+
+
+def _lost(failed: Mapping[str, Any]) -> str:
+    return f"- {failed['method']}, seed {failed['seed']}: {failed['error']}"
 
 
 def draw(runs: Mapping[str, Sequence[RunHistory]], baseline: str) -> Figure:

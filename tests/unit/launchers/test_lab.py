@@ -200,6 +200,7 @@ def test_a_matrix_runs_once_and_reports(tmp_path):
     assert json.loads((tmp_path / "lab.json").read_text()) == json.loads(json.dumps(result))
     page = (tmp_path / "lab.html").read_text()
     assert "tests_nowhere" in page
+    assert "not in the table:\n\n- pi, seed 0: exit code 2: " in (tmp_path / "lab.md").read_text()
     assert "<svg" in page
     for picture in ("lab.png", "lab_price.png"):
         assert (tmp_path / picture).read_bytes()[:4] == b"\x89PNG"
