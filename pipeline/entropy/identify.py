@@ -61,7 +61,7 @@ class Identified:
 def identify(records: Sequence[Record]) -> Identified:
     """Fit all records together (each has a level of its own).
 
-    Raises ``IdentificationError`` on too few steps or a command at rest.
+    Raises ``IdentificationError`` on too few steps, or a command at rest or moved only now.
     """
     stretches = [stretch for record in records for stretch in _finite(record)]
     steps = sum(len(stretch.entropy) for stretch in stretches)
@@ -74,6 +74,8 @@ def identify(records: Sequence[Record]) -> Identified:
         )
     fits = [_fit(stretches, ratio) for ratio in _RATIOS]
     likelihood = np.stack([fit.likelihood for fit in fits])  # [ratios, delays]
+    if not np.isfinite(likelihood).any():
+        raise IdentificationError("the command moved in the last steps only, so what it does is not seen yet: train on")
     weights = np.exp(likelihood - likelihood.max())
     weights /= weights.sum()
     estimates, errors = np.stack([fit.estimates for fit in fits]), np.stack([fit.errors for fit in fits])
@@ -117,6 +119,9 @@ def _fit(stretches: Sequence[Record], ratio: float) -> _Fit:
     rows = []
     for push in pushes.T:
         design = np.stack([push, ramp], axis=1)
+        if np.linalg.matrix_rank(design) < 2:  # the command moved so late that it has not acted yet at this delay
+            rows.append((-math.inf, np.zeros(2), np.zeros(2), 0.0))
+            continue
         solution, *_ = np.linalg.lstsq(design, readings, rcond=None)
         residual = readings - design @ solution
         variance = float(residual @ residual) / (n - 2)

@@ -74,6 +74,20 @@ def test_data_that_cannot_tell_are_refused():
         identify([noiseless(0.02, -0.005, 0, square(19))])
     with pytest.raises(IdentificationError, match="never varied"):
         identify([noiseless(0.02, -0.005, 0, [0.3] * 60)])
+    with pytest.raises(IdentificationError, match="in the last steps only"):
+        identify([noiseless(0.02, -0.005, 0, [0.0] * 59 + [0.3])])
+
+
+@pytest.mark.parametrize("late", [2, 5, 10])
+def test_a_command_that_moved_late_tells_a_wide_interval_and_no_nan(late):
+    """At long delays such a command has not acted yet."""
+    noise = 0.05 * np.random.default_rng(0).standard_normal(60)
+    found = identify(
+        [Record(0.5 * np.exp(noise - 0.008 * np.arange(60)), np.array([0.0] * (60 - late) + [0.3] * late))]
+    )
+    assert found.gain_interval[0] < 0 < found.gain_interval[1]
+    assert found.drift == pytest.approx(-0.008, rel=0.2)
+    assert found.delay_interval[1] < late
 
 
 def test_calibration_gives_the_gains_of_internal_model_control():
