@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import ArgumentError
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,10 +32,18 @@ def model_problems(config: RunConfig, folder: Path) -> Iterator[Problem]:
         return
     yield from _layout(config, model)
     yield from _lengths(config, model)
+    yield from _band(config, model)
     yield from precision_model_problems(config, model)
     yield from lora_model_problems(config, model)
     yield from _fp8_folder(config, folder)
     yield from _fp8_blocks(config, model)
+
+
+def _band(config: RunConfig, model: Architecture) -> Iterator[Problem]:
+    band, most = config.entropy.band, math.log(model.vocab)
+    if config.entropy.controller != "none" and band.low >= most:
+        what = f"no policy over {model.vocab} tokens has more than ln {model.vocab} = {most:.3g} nats per token"
+        yield Problem("entropy.band.low", band.low, what, "give a band below that, in nats per token: docs/band.md")
 
 
 def _lengths(config: RunConfig, model: Architecture) -> Iterator[Problem]:

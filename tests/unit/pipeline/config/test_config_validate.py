@@ -152,6 +152,11 @@ BROKEN = {
     ),
     "empty stop": (["rollout.stop=['']"], "rollout.stop", "ends every response"),
     "stop id": (["rollout.stop_token_ids=[3, 9999999]"], "rollout.stop_token_ids", "vocabulary"),
+    "band above ln of the vocabulary": (
+        ["entropy.band.low=20", "entropy.band.high=30"],
+        "entropy.band.low",
+        "no policy over",
+    ),
     "examples": (["data.examples=[[q, a]]"], "data.examples", "no effect"),
     "example": (["data.chat_template=true", "data.examples=[[q]]"], "data.examples", "not a pair"),
     "k above samples": (["evaluation.k=[1, 64]"], "evaluation.k", "between 1 and 32"),
