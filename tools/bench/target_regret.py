@@ -1,20 +1,21 @@
 """Measures what the band that `isentrope entropy target` names costs, against the best of the fixed targets of a suite.
 
-Reads the runs of a suite that holds several fixed bands (`target`, `target_cd3`, `target_chain_sum`).
+Reads the runs of a suite that holds several fixed bands (`target`, `target_cd3`, `target_chain_sum`, `pm4_weak`).
 
     python -m tools.bench.target_regret runs/lab/target          # after: isentrope lab run --suite target --out ...
+    python -m tools.bench.target_regret runs/lab/pm4_weak --methods grpo held_20 held_25 held_30 held_40 held_50
 
 For each seed and k: what the run without control names, what a run held there would have (pass@k of the fixed targets,
 interpolated over their entropy; without control where the advice is that none is needed), and how much less that is
-than the best fixed target of the same seed. Rows of bands that a run found by itself (``schedule: auto``) have the
-entropy and the pass@k of that run. pass@k is the mean of a run's last three evaluations. The best of several noisy
-figures is too good by chance, so regret is above 0 even for a perfect rule.
+than the best fixed target of the same seed. *as good from* is the highest entropy that the rule calls as good. Rows of
+bands that a run found by itself (``schedule: auto``) have the entropy and the pass@k of that run. pass@k is the mean of
+a run's last three evaluations. The best of several noisy figures is too good by chance, so regret is above 0 even for a
+perfect rule.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,11 +47,16 @@ def regrets(runs: Sequence[RunHistory], k: int) -> list[Found]:
     curve = [alone, *(run for run in held if entropy(run) > entropy(alone))]
     best = max(value(run, k) for run in held)
     rule = recommend(measured(alone, k), k)
+
+    def regret(target: float) -> float:
+        there = np.interp(target, [entropy(run) for run in curve], [value(run, k) for run in curve])
+        return best - float(there)
+
     if rule.kept_to_the_end:
-        found = [("entropy target", math.nan, best - value(alone, k))]
+        found = [("entropy target", float("nan"), best - value(alone, k))]
     else:
-        there = np.interp(rule.entropy, [entropy(run) for run in curve], [value(run, k) for run in curve])
-        found = [("entropy target", rule.entropy, best - float(there))]
+        found = [("entropy target", rule.entropy, regret(rule.entropy))]
+    found.append(("as good from", rule.highest, regret(rule.highest)))
     auto = [run for run in runs if not run.is_baseline and not _is_fixed(run)]
     return found + [(run.config.name, entropy(run), best - value(run, k)) for run in auto]
 
@@ -63,9 +69,11 @@ def main() -> None:
     """Read, then print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder
-    runs = [read_run(path.parent) for path in sorted(folder.glob("*/events.jsonl"))]
-    runs = [run for run in runs if run.status == "completed"]
+    parser.add_argument("--methods", nargs="+", help="one run without control and those that hold bands; default: all")
+    options = parser.parse_args()
+    runs = [read_run(path.parent) for path in sorted(options.folder.glob("*/events.jsonl"))]
+    wanted = options.methods or {run.config.name for run in runs}
+    runs = [run for run in runs if run.status == "completed" and run.config.name in wanted]
     seeds = sorted({run.config.seed for run in runs})
     print("| k | row | names, by seed | regret, by seed | regret |\n|---|---|---|---|---|")
     for k in KS:

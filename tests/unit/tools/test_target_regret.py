@@ -30,9 +30,10 @@ def test_regret_is_what_the_named_band_loses_against_the_best_fixed_one(tmp_path
     monkeypatch.setattr(sys, "argv", ["target_regret", str(tmp_path)])
     target_regret.main()
     _, _, *lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(target_regret.KS)
+    assert len(lines) == 2 * len(target_regret.KS)
     _, k, row, named, regret, _, _ = (cell.strip() for cell in lines[0].split("|"))
     assert (k, row) == ("1", "entropy target")
     # Between the two fixed bands pass@k grows by one for every nat.
     assert float(regret) == pytest.approx(max(0.0, 0.40 - float(named)), abs=2e-3)
     assert 0.2 < float(named) < 0.45
+    assert lines[1].startswith("| 1 | as good from | 0.395 |")  # an evaluation earlier than the chosen one
