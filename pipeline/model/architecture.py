@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +197,7 @@ def _window_of_all(said: Said, layers: int, absent: int | None) -> Window | None
 def _if_used(read: _ReadWindow) -> _ReadWindow:
     """Qwen's switch ``use_sliding_window``, off where it is absent."""
 
+    @wraps(read)  # its name, too, by which it is pickled
     def window(said: Said, layers: int) -> Window | None:
         if said.config.get("use_sliding_window") and said.config.get("sliding_window", 4096) is not None:
             return read(said, layers)

@@ -125,10 +125,6 @@ def test_examples_are_earlier_turns(byte_tokenizer, tmp_path):
     config = {"kind": "jsonl", "path": path, "held_out": 0.0, "examples": [["0+1=", "1"]]}
     (prompt,) = load(byte_tokenizer, chat_template=True, **config).train
     assert prompt.text == "<user>0+1=<assistant>1<user>1+1=<assistant>"
-    with pytest.raises(DataError, match=r"data\.chat_template=true"):
-        load(byte_tokenizer, **config)
-    with pytest.raises(DataError, match=r"each must be \[question, answer\], not \['0'\]"):
-        load(byte_tokenizer, chat_template=True, **(config | {"examples": [["0"]]}))
 
 
 MALFORMED = [
@@ -215,13 +211,11 @@ def test_prompts_that_cannot_carry_the_run(tokenizer):
             check(none_apart, **({"every": 0, "at_start": False, "at_end": False} | wanted))
 
 
-def test_missing_empty_and_unknown_sources(tokenizer, tmp_path):
+def test_missing_and_empty_sources_and_unknown_verifiers(tokenizer, tmp_path):
     with pytest.raises(DataError, match="no such file"):
         load(tokenizer, kind="jsonl", path=str(tmp_path / "none.jsonl"))
     with pytest.raises(DataError, match="the file is empty"):
         load(tokenizer, kind="jsonl", path=write(tmp_path / "a.jsonl", ""))
-    with pytest.raises(DataError, match=r"data\.source\.kind='csv' must be"):
-        load(tokenizer, kind="csv")
     with pytest.raises(UnknownVerifierError, match="nearest is 'math'"):
         load(tokenizer, verifier="mth")
 
