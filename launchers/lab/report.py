@@ -97,7 +97,7 @@ def draw_price(rows: Sequence[Row], baseline: str) -> Figure:
         for row in rows:
             (entropy, across), (value, up) = row.estimate("final_entropy"), row.estimate(f"pass_at_{k}")
             colour = BASELINE if row.method.startswith(baseline) else SERIES[0]
-            bars = {"xerr": np.nan_to_num(across), "yerr": np.nan_to_num(up)}  # one seed has no interval
+            bars = {"xerr": across, "yerr": up} if row.seeds > 2 else {}  # of two seeds they hide all else
             axes.errorbar(entropy, value, **bars, color=colour, marker="o", markersize=3, linewidth=0.8)
             axes.annotate(row.method, (entropy, value), xytext=(3, 3), textcoords="offset points", fontsize=6)
         axes.set(title=f"pass@{k}", xlabel="entropy at the end, nats")
@@ -142,7 +142,8 @@ def _page(
         f"<h1>{escape(title)}</h1>{table}",
         f'<p class="muted">{escape(_note(suite))}</p>',
         f"<h2>Failed</h2>{lost}" if failed else "",
-        f'<h2>What entropy buys and costs</h2><p class="muted">pass@k at equal tokens; bars: 95 % intervals.</p>'
+        '<h2>What entropy buys and costs</h2><p class="muted">pass@k at equal tokens; bars: 95 % intervals, of three '
+        "seeds or more.</p>"
         f"<figure>{prices}</figure>",
         f'<h2>Curves</h2><p class="muted">{legend}</p><figure>{curves}</figure>',
     ]
