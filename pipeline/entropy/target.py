@@ -107,7 +107,7 @@ def recommend(points: Sequence[Measured], k: int) -> Recommendation:
     Raises:
         ValueError: fewer than five evaluations.
     """
-    points = [point for point in points if math.isfinite(point.value) and math.isfinite(point.entropy)]
+    points = _known(points)
     if len(points) < LEAST_POINTS:
         raise ValueError(f"evaluations with pass@{k} and an entropy: {len(points)}, at least {LEAST_POINTS} are needed")
     smooth = smoothed([point.value for point in points])
@@ -147,7 +147,7 @@ def annealed(chosen: Recommendation, singles: Sequence[Measured], steps: int) ->
 
     ``steps``: of the run to come.
     """
-    singles = [point for point in singles if math.isfinite(point.value) and math.isfinite(point.entropy)]
+    singles = _known(singles)
     smooth = smoothed([point.value for point in singles])
     at = next((i for i, point in enumerate(singles) if point.step == chosen.step), None)
     if at is None or chosen.k == 1 or chosen.kept_to_the_end:
@@ -163,6 +163,11 @@ def annealed(chosen: Recommendation, singles: Sequence[Measured], steps: int) ->
 def smoothed(values: Sequence[float]) -> list[float]:
     """Each value's mean with its neighbours; the first and the last have one neighbour."""
     return [float(np.mean(values[max(0, i - 1) : i + 2])) for i in range(len(values))]
+
+
+def _known(points: Sequence[Measured]) -> list[Measured]:
+    """Those whose pass@k and entropy are both known."""
+    return [point for point in points if math.isfinite(point.value) and math.isfinite(point.entropy)]
 
 
 def _typical_error(points: Sequence[Measured]) -> float:
