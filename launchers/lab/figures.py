@@ -1,8 +1,8 @@
 """The table of a comparison: one row per method, each figure with its mean and confidence interval over seeds.
 
 All methods get the budget of the baseline of the same seed, in generated response tokens: pass@k and distinct answers
-are interpolated between the evaluations before and after that, and the reward is compared over that many tokens.
-Methods that draw further samples thus stop earlier, not later.
+are interpolated between the evaluations before and after that, or are the mean of the last few up to that, and the
+reward is compared over that many tokens. Methods that draw further samples thus stop earlier, not later.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ FIGURES = {
     "extra_tokens": Figure("extra tokens", -1, percent=True),
     "seconds": Figure("wall time, s", -1, digits=1),
 }
+GAINS = ("pass_at_1", "pass_at_4", "pass_at_16", "distinct_correct")
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,16 @@ def half_width(values: Sequence[float]) -> float:
 
 
 def rows_of(
-    runs: Mapping[str, Sequence[RunHistory]], baseline: str, stopped_at: Sequence[int] = (), reach: float = 0.0
+    runs: Mapping[str, Sequence[RunHistory]],
+    baseline: str,
+    stopped_at: Sequence[int] = (),
+    reach: float = 0.0,
+    mean_of_last: int = 1,
 ) -> list[Row]:
     """The rows of the table: the baseline as if it had stopped early, then the methods in the order of ``runs``.
 
     ``runs`` holds complete runs only, seed by seed. ``reach``: the pass@1 whose first step is shown; 0: none.
+    ``mean_of_last``: evaluations that are averaged; 1: none, they are interpolated.
 
     A method is *best* in a figure where the 95 % interval of the difference to every other, over the seeds that both
     have, excludes 0.
@@ -90,15 +96,21 @@ def rows_of(
     for method, histories in runs.items():
         if method == baseline:
             for steps in stopped_at:
-                early = {run.config.seed: measure(run, run, steps, reach) for run in histories}
+                early = {run.config.seed: measure(run, run, steps, reach, mean_of_last) for run in histories}
                 table.append(_row(f"{baseline}, {steps} steps", early))
-        found = {run.config.seed: measure(run, budgets.get(run.config.seed), reach=reach) for run in histories}
+        found = {
+            run.config.seed: measure(run, budgets.get(run.config.seed), None, reach, mean_of_last) for run in histories
+        }
         table.append(_row(method, found))
     return _with_best(table)
 
 
 def measure(
-    run: RunHistory, baseline: RunHistory | None, steps: int | None = None, reach: float = 0.0
+    run: RunHistory,
+    baseline: RunHistory | None,
+    steps: int | None = None,
+    reach: float = 0.0,
+    mean_of_last: int = 1,
 ) -> dict[str, float]:
     """The figures of one run; NaN where one does not exist. ``steps``: as if it had been stopped after so many."""
     last = run.steps if steps is None else min(steps, run.steps)
@@ -108,7 +120,11 @@ def measure(
     tokens = [tokens_before[e["step"]] for e in seen]
 
     def within_budget(values: Sequence[float]) -> float:
-        return float(np.interp(theirs[-1], tokens, values)) if seen else math.nan
+        if not seen:
+            return math.nan
+        if mean_of_last == 1:
+            return float(np.interp(theirs[-1], tokens, values))
+        return float(np.mean(values[: max(1, np.searchsorted(tokens, theirs[-1], "right"))][-mean_of_last:]))
 
     main = float(np.nansum(run.column("tokens/main")[:last]))
     entropies = run.column("entropy/controlled")[max(0, last - LAST_STEPS) : last]
@@ -163,19 +179,41 @@ def _beats_all(row: Row, table: Sequence[Row], name: str) -> bool:
 
 def _difference_excludes_zero(ours: Mapping[int, float], theirs: Mapping[int, float], better: int) -> bool:
     """Whether the 95 % interval of the difference, paired by seed, excludes 0."""
-    differences = [better * (ours[seed] - theirs[seed]) for seed in ours.keys() & theirs.keys()]
-    width = half_width(differences)
-    return math.isfinite(width) and mean(differences) > width
+    found = _paired(ours, theirs)
+    width = half_width(found)
+    return math.isfinite(width) and better * mean(found) > width
 
 
-def cell_text(name: str, value: float, width: float) -> str:
-    """One cell: mean and half-width, in the figure's own unit."""
+def _paired(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:
+    """The differences of the seeds that both have."""
+    return [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+
+
+def cell_text(name: str, value: float, width: float, sign: str = "-") -> str:
+    """One cell: mean and half-width, in the figure's own unit; ``sign="+"``: a difference, always with its sign."""
     if not math.isfinite(value):
         return "-"
     figure = FIGURES[name]
     digits, factor, unit = (1, 100, " %") if figure.percent else (figure.digits, 1, "")
     spread = f" ± {width * factor:.{digits}f}" if math.isfinite(width) else ""
-    return f"{value * factor:.{digits}f}{spread}{unit}"
+    return f"{value * factor:{sign}.{digits}f}{spread}{unit}"
+
+
+def differences(table: Sequence[Row], baseline: str) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows of a second table: what each method's answers are worth less the baseline's, by seed.
+
+    A method has a row if it has two seeds beside the baseline's.
+    """
+    base = next(row for row in table if row.method == baseline)
+    shown = [name for name in GAINS if base.values[name]]
+    lines = []
+    for row in (row for row in table if row is not base):
+        paired = {name: _paired(row.values[name], base.values[name]) for name in shown}
+        seeds = max(map(len, paired.values()), default=0)
+        if seeds > 1:
+            cells = [cell_text(name, mean(each or [math.nan]), half_width(each), "+") for name, each in paired.items()]
+            lines.append([row.method, str(seeds), *cells])
+    return ["method", "seeds", *(FIGURES[name].title for name in shown)], lines
 
 
 def columns(table: Sequence[Row]) -> list[str]:
@@ -186,12 +224,14 @@ def columns(table: Sequence[Row]) -> list[str]:
 def markdown(table: Sequence[Row]) -> str:
     """The table for a page."""
     shown = columns(table)
-    lines = [
-        "| method | seeds | " + " | ".join(FIGURES[name].title for name in shown) + " |",
-        "|---|---|" + "---|" * len(shown),
-    ]
+    lines = []
     for row in table:
         texts = [(name, cell_text(name, *row.estimate(name))) for name in shown]
         cells = [f"**{text}**" if name in row.best else text for name, text in texts]
-        lines.append(f"| {row.method} | {row.seeds} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([row.method, str(row.seeds), *cells])
+    return markdown_table(["method", "seeds", *(FIGURES[name].title for name in shown)], lines)
+
+
+def markdown_table(heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heading, ["---"] * len(heading), *lines))

@@ -14,7 +14,16 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from launchers.lab.figures import FIGURES, Row, cell_text, columns, markdown, rows_of
+from launchers.lab.figures import (
+    FIGURES,
+    Row,
+    cell_text,
+    columns,
+    differences,
+    markdown,
+    markdown_table,
+    rows_of,
+)
 from launchers.lab.matrix import Outcome, is_complete
 from launchers.lab.suite import Cell, SuiteConfig
 from pipeline.monitoring.charts import BAND, BASELINE, MUTED, SERIES, STYLE, inline_svg
@@ -24,12 +33,11 @@ from pipeline.monitoring.tracking import filtered
 
 COLUMNS = 4
 NOTE = (
-    "Mean ± half of the 95 % interval over seeds (Student's t). Bold: better than every other method, "
-    "the interval of the difference by seed excluding 0. pass@k and distinct answers: held-out prompts, "
-    "interpolated between evaluations to the response tokens that the baseline of the same seed generated. "
-    "Reward cost: share of the baseline's reward area lost over those tokens. Time in band, RMS error and overshoot: "
-    "filtered entropy, from its first step in the band on, methods that steer to it only; settled: "
-    "the first step from which 20 lie in the band (never: the last step)."
+    "Mean ± half of the 95 % interval over seeds (Student's t). Bold: better than every other method, the interval of "
+    "the difference by seed excluding 0. All methods get the budget of the baseline of the same seed, in generated "
+    "response tokens. Reward cost: share of the baseline's reward area lost over those tokens. Time in band, RMS error "
+    "and overshoot: filtered entropy, from its first step in the band on, methods that steer to it only; settled: the "
+    "first step from which 20 lie in the band (never: the last step)."
 )
 CSS = "body { max-width: 1240px; } table { font-size: 13.5px; }"  # a wide table
 
@@ -48,12 +56,15 @@ def write_report(suite: SuiteConfig, cells: Sequence[Cell], outcomes: Sequence[O
     runs = {method: histories for method, histories in runs.items() if histories}
     if suite.baseline not in runs:
         raise ValueError(f"no run of the baseline {suite.baseline!r} is complete: there is nothing to compare with")
-    rows = rows_of(runs, suite.baseline, suite.stopped_at, suite.reach)
+    rows = rows_of(runs, suite.baseline, suite.stopped_at, suite.reach, suite.mean_of_last)
     failed = [{"method": o.cell.method, "seed": o.cell.seed, "error": o.error} for o in outcomes if o.error]
     result = {"title": suite.title, "rows": [row.to_dict() for row in rows], "failed": failed}
     (out / "lab.json").write_text(json.dumps(result, indent=1))
     lost = "\n".join(["Failed, and not in the table:\n", *map(_lost, failed), ""]) if failed else ""
-    (out / "lab.md").write_text(f"{markdown(rows)}\n\n{_note(suite)}\n\n{lost}".rstrip() + "\n", encoding="utf-8")
+    heading, gains = differences(rows, suite.baseline)
+    second = [f"{_against(suite)}:", markdown_table(heading, gains)] if gains else []
+    text = "\n\n".join([markdown(rows), _note(suite), *second, lost])
+    (out / "lab.md").write_text(text.rstrip() + "\n", encoding="utf-8")
     with mpl.rc_context(STYLE | {"font.size": 8, "axes.titlesize": 9}):
         figure = draw(runs, suite.baseline)
         figure.savefig(out / "lab.png", dpi=110)
@@ -136,12 +147,14 @@ def _page(
         ["method", "seeds", *(FIGURES[name].title for name in shown)],
         [[escape(row.method), str(row.seeds), *_cells(row, shown)] for row in rows],
     )
+    heading, gains = differences(rows, suite.baseline)
     lost = html_list(f"{escape(f['method'])}, seed {f['seed']}: {escape(f['error'])}" for f in failed)
     legend = "Filtered entropy of every seed (blue) in its band, mean pass@16 (orange); the baseline in grey."
     sections = [
         f"<h1>{escape(title)}</h1>{table}",
         f'<p class="muted">{escape(_note(suite))}</p>',
         f"<h2>Failed</h2>{lost}" if failed else "",
+        f"<h2>{escape(_against(suite))}</h2>{html_table(heading, gains)}" if gains else "",
         '<h2>What entropy buys and costs</h2><p class="muted">pass@k at equal tokens; bars: 95 % intervals, of three '
         "seeds or more.</p>"
         f"<figure>{prices}</figure>",
@@ -150,10 +163,19 @@ def _page(
     return document(title, "".join(sections), CSS)
 
 
+def _against(suite: SuiteConfig) -> str:
+    return f"Difference to {suite.baseline}, by seed"
+
+
 def _note(suite: SuiteConfig) -> str:
-    if not suite.reach:
-        return NOTE
-    return f"{NOTE} Reached: the step at which pass@1 is {suite.reach:g}, between evaluations (never: the last step)."
+    if suite.mean_of_last == 1:
+        how = "interpolated between evaluations to the end of the budget."
+    else:
+        how = f"the mean of the last {suite.mean_of_last} evaluations within the budget."
+    note = f"{NOTE} pass@k and distinct answers: held-out prompts, {how}"
+    if suite.reach:
+        note += f" Reached: the step at which pass@1 is {suite.reach:g}, between evaluations (never: the last step)."
+    return note
 
 
 def _cells(row: Row, shown: Sequence[str]) -> list[str]:

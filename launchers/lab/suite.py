@@ -43,6 +43,12 @@ class SuiteConfig:
     stopped_at: list[int] = key(
         [], "when the baseline is shown as if it had been stopped there", range=COUNT, unit="steps"
     )
+    mean_of_last: int = key(
+        1,
+        "evaluations whose mean is a run's pass@k and distinct answers, the last ones within the budget; 1: no mean, "
+        "they are interpolated to the budget",
+        range=COUNT,
+    )
     seeds: int = key(3, "runs of each method, with seeds 0, 1, ...", range=COUNT, unit="runs")
     minutes_per_run: float = key(
         0.0,

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from launchers.lab.figures import half_width, markdown, measure, rows_of
+from launchers.lab.figures import differences, half_width, markdown, measure, rows_of
 from launchers.lab.matrix import is_complete, run_matrix
 from launchers.lab.report import write_report
-from launchers.lab.suite import SuiteConfig, cells, chosen, load_suite, with_starts
+from launchers.lab.suite import Cell, SuiteConfig, cells, chosen, load_suite, with_starts
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import PACKAGED, load_config, to_yaml
 from pipeline.methods import all_methods
@@ -30,7 +30,7 @@ def history(tmp_path):
     def make(method="pi", seed=0, rewards=(0.2, 0.4), tokens=(100, 0), pass_at_16=(0.9, 0.8)):
         run_dir = tmp_path / f"history-{next(count)}"
         run_dir.mkdir()
-        overrides = [*KNOWN[method], f"seed={seed}", f"name={method}"]
+        overrides = [*KNOWN[method], f"seed={seed}", f"name={method}", f"run_dir={run_dir}"]
         (run_dir / "config.yaml").write_text(to_yaml(load_config(Path("recipe/pm4.yaml"), overrides)))
         with EventLog(run_dir / "events.jsonl") as log:
             for step, (reward, share) in enumerate(zip(rewards, pass_at_16, strict=True)):
@@ -79,6 +79,17 @@ def test_the_step_that_reaches_a_pass_at_1(history):
     assert "reached at step" not in markdown(rows_of({"pi": [run]}, "pi"))
 
 
+def test_the_mean_of_the_last_evaluations_within_the_budget(history):
+    run = history(rewards=(0.1,) * 4, pass_at_16=(0.1, 0.3, 0.5, 0.9))
+    assert measure(run, run, mean_of_last=2)["pass_at_16"] == pytest.approx(0.7)
+    assert measure(run, run, 3, mean_of_last=2)["pass_at_16"] == pytest.approx(0.4)  # as if it had stopped there
+    # Of 100 tokens a step and 300 in the budget: the evaluations after steps 2 and 3.
+    assert measure(run, history("grpo", rewards=(0.1,) * 3, pass_at_16=(0.1,) * 3), mean_of_last=2)[
+        "pass_at_16"
+    ] == pytest.approx(0.4)
+    assert measure(run, run, mean_of_last=9)["pass_at_16"] == pytest.approx(0.45)  # all that there are
+
+
 def test_the_interval_is_students():
     assert math.isnan(half_width([1.0]))
     assert half_width([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3))
@@ -109,6 +120,15 @@ def test_bold_only_where_the_interval_says_so(history):
     assert not any(
         "pass_at_16" in row.best for row in compared(history, [0.9], [0.1]).values()
     )  # one seed proves nothing
+
+
+def test_the_second_table_is_paired_by_seed(history):
+    rows = compared(history, [0.9, 0.8, 0.7], [0.8, 0.6, 0.6])
+    heading, lines = differences(list(rows.values()), "grpo")
+    assert heading == ["method", "seeds", "pass@1", "pass@16", "distinct answers"]
+    # .1, .2, .1: their mean, and 4.303 x .0577 / sqrt(3); pass@1 is half of pass@16
+    assert lines == [["pi", "3", "+0.067 ± 0.072", "+0.133 ± 0.143", "+0.000 ± 0.000"]]
+    assert differences(list(compared(history, [0.9], [0.8]).values()), "grpo")[1] == []  # one seed: nothing to pair
 
 
 def test_seeds_are_paired_by_their_number(history):
@@ -204,6 +224,19 @@ def test_a_matrix_runs_once_and_reports(tmp_path):
     assert "<svg" in page
     for picture in ("lab.png", "lab_price.png"):
         assert (tmp_path / picture).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_report_has_the_second_table_from_two_seeds_on(history, tmp_path, monkeypatch):
+    monkeypatch.setattr("launchers.lab.report.is_complete", lambda run: True)
+    suite = SuiteConfig(base="recipe/pm4.yaml", methods=["grpo", "pi"], seeds=2, mean_of_last=2)
+    runs = [
+        history(method, seed, pass_at_16=(0.4, at)) for seed in (0, 1) for method, at in (("grpo", 0.6), ("pi", 0.8))
+    ]
+    write_report(suite, [Cell(run.config.name, run.config.seed, run.config) for run in runs], [], tmp_path)
+    assert "| pi | 2 | +0.050 ± 0.000 | +0.100 ± 0.000 | +0.000 ± 0.000 |" in (tmp_path / "lab.md").read_text()
+    page = (tmp_path / "lab.html").read_text()
+    assert "Difference to grpo, by seed" in page
+    assert "the mean of the last 2 evaluations" in page
 
 
 def test_runs_start_where_others_ended(tmp_path, monkeypatch):
