@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pipeline.config.schema import DataConfig
     from pipeline.data.tokenizer import Tokenizer
     from pipeline.evaluation.start import Start
+    from pipeline.model.architecture import Architecture
     from pipeline.types import Prompt
 
 MEASURED = 16  # prompts, with
@@ -49,29 +50,17 @@ def init(
 
       isentrope init models/Qwen3-4B math.jsonl --gpus 8 -o qwen3.yaml
     """
-    from pipeline.config.load import load_config, resolve_path
+    from launchers.plan import propose
+    from pipeline.config.load import load_config
+    from pipeline.data.sources import check_prompts, load_prompts, set_apart
+    from pipeline.data.tokenizer import load_tokenizer
 
     if out.exists():
         raise ConfigError("--out", str(out), "this file exists", "choose another name, or remove it first")
-    from launchers.plan import propose
-    from pipeline.config.schema import RunConfig
-    from pipeline.data.sources import check_prompts, load_prompts, set_apart
-    from pipeline.data.tokenizer import load_tokenizer
-    from pipeline.model import architecture
-    from pipeline.model.reading import ModelError
-
-    folder = resolve_path(model)
-    try:
-        sizes = architecture.read(folder)
-    except ModelError as error:
-        raise ConfigError("MODEL", str(model), str(error), "give a Hugging Face folder that is served") from error
+    folder, sizes = _read(model)
     tokenizer = load_tokenizer(folder)
-    settings = RunConfig()
-    settings.data.source.kind, settings.data.source.path = "jsonl", str(data.absolute())
-    settings.data.chat_template = tokenizer.has_template
-    settings.data.verifier = verifier or ("auto" if _names_verifiers(data) else "math")
-    settings.data.verifier_folder = str(out.absolute().parent)  # where a run from that file looks for modules
-    loaded = load_prompts(settings.data, tokenizer, max_prompt_tokens=10**9)
+    chosen = _data(data, verifier, out, tokenizer)
+    loaded = load_prompts(chosen, tokenizer, max_prompt_tokens=10**9)
     prompts = [*loaded.train, *loaded.held_out]
     facts = propose.Facts(
         model=sizes,
@@ -79,20 +68,45 @@ def init(
         data=data,
         prompts=len(prompts),
         longest=max(len(prompt.token_ids) for prompt in prompts),
-        verifier=settings.data.verifier,
-        chat=settings.data.chat_template,
+        verifier=chosen.verifier,
+        chat=chosen.chat_template,
         gpus=gpus,
         gpu_gib=gpu_gib,
         start=None,
     )
     if measure or (measure is None and facts.parameters <= LARGEST and sizes.moe is None and sizes.mla is None):
-        facts = replace(facts, start=_measured(facts, prompts[:MEASURED], settings.data, tokenizer))
+        facts = replace(facts, start=_measured(facts, prompts[:MEASURED], chosen, tokenizer))
     out.write_text(propose.text(facts, propose.keys(facts)))
     config = load_config(out)
     check_prompts(set_apart(prompts, config.data, config.rollout.max_prompt_tokens), config)
     band = config.entropy.band
     say(f"wrote {out}: {len(prompts)} prompts, band {band.low:g} to {band.high:g} nats per token")
     say(f"next: isentrope train --config {out}")
+
+
+def _read(model: Path) -> tuple[Path, Architecture]:
+    """The model's folder, and its sizes."""
+    from pipeline.config.load import resolve_path
+    from pipeline.model import architecture
+    from pipeline.model.reading import ModelError
+
+    folder = resolve_path(model)
+    try:
+        return folder, architecture.read(folder)
+    except ModelError as error:
+        raise ConfigError("MODEL", str(model), str(error), "give a Hugging Face folder that is served") from error
+
+
+def _data(data: Path, verifier: str, out: Path, tokenizer: Tokenizer) -> DataConfig:
+    """The section ``data`` of a run on this file."""
+    from pipeline.config.schema import DataConfig
+
+    chosen = DataConfig()
+    chosen.source.kind, chosen.source.path = "jsonl", str(data.absolute())
+    chosen.chat_template = tokenizer.has_template
+    chosen.verifier = verifier or ("auto" if _names_verifiers(data) else "math")
+    chosen.verifier_folder = str(out.absolute().parent)  # where a run from that file looks for modules
+    return chosen
 
 
 def _measured(facts: Facts, prompts: Sequence[Prompt], data: DataConfig, tokenizer: Tokenizer) -> Start:

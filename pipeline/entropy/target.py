@@ -50,6 +50,7 @@ class Recommendation:
     lost: float  # pass@k that the run lost from its best to its end, smoothed
     kept_to_the_end: bool  # a longer run might name a lower entropy
     highest: float  # entropy of the first evaluation whose pass@k is within that error of the best
+    never_grew: bool  # pass@k was within that error of its best at the start already
     smooth: tuple[float, ...]
     rose: bool  # the entropy had grown by then: no fall of it is what pass@k was kept through
 
@@ -87,6 +88,11 @@ class Recommendation:
             text += (
                 f" Within that error pass@{self.k} was as high from H={self.highest:.3g} on. The lowest band costs "
                 f"the least pass@1; held at a higher one, pass@{self.k} may go on growing, which this run cannot show."
+            )
+        if self.never_grew and not self.kept_to_the_end:
+            text += (
+                f" pass@{self.k} was that good at the start already: whether a policy held here goes on learning, "
+                "this run cannot show. Try a lower band, too."
             )
         return text
 
@@ -128,6 +134,7 @@ def recommend(points: Sequence[Measured], k: int) -> Recommendation:
         lost=smooth[best] - smooth[-1],
         kept_to_the_end=chosen == len(points) - 1,
         highest=float(points[kept.index(True)].entropy),
+        never_grew=kept[0],
         smooth=tuple(smooth),
         rose=bool(entropy > (1 + WIDTH) * points[0].entropy),
     )

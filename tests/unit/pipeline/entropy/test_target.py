@@ -32,6 +32,8 @@ def test_a_run_that_gains_to_its_end_needs_no_control():
 def test_a_model_that_only_loses_is_held_where_it_starts():
     found = recommend(curve(np.linspace(0.95, 0.6, 10)), 256)
     assert found.step == 0
+    assert "Try a lower band, too" in found.verdict()
+    assert "Try a lower band" not in recommend(curve([0.5, 0.7, 0.9, 0.95, 0.95, 0.9, 0.8, 0.7]), 16).verdict()
 
 
 def test_what_is_good_again_after_a_fall_is_not_chosen():
