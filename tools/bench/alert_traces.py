@@ -45,6 +45,9 @@ class World:
     reward: float = 1.0  # factor
     equal: float | None = None  # share of groups with equal rewards
     solvable: bool = True
+    positives: int | None = None  # correct rows that the actuator gets, where they are not all that are right
+    unjudged: float = 0.0  # share of the samples
+    busiest: float = 1.2  # expert, times the mean of its layer
     finite: bool = True
     mismatch: float = 1.0  # factor
     engines: int = 8
@@ -121,6 +124,14 @@ FAULTS = (
         UNCONTROLLED,
         REST,
     ),
+    Fault(
+        "explosion before the band is reached",
+        lambda w, k: replace(w, drift=0.08),
+        ("entropy_runaway",),
+        LOST,
+        (*UNCONTROLLED, "entropy.band.low=0.09", "entropy.band.high=0.11"),
+        replace(REST, home=math.log(0.55)),
+    ),
     Fault("oscillation", lambda w, k: replace(w, swing=0.4), ("oscillation",), LOST),
     Fault("reward drop by a third", lambda w, k: replace(w, reward=max(0.67, 1 - 0.03 * k)), ("reward_drop",)),
     Fault("NaN in loss and gradient, once", lambda w, k: replace(w, finite=k > 0), ("not_finite",)),
@@ -129,6 +140,13 @@ FAULTS = (
         lambda w, k: replace(w, solvable=False),
         ("no_positives",),
         ("no_signal", "reward_drop", *LOST),
+    ),
+    Fault("few positives", lambda w, k: replace(w, positives=3), ("few_positives",), LOST),
+    Fault("a tenth of the samples cannot be judged", lambda w, k: replace(w, unjudged=0.1), ("unjudged",)),
+    Fault(
+        "a router that collapses in 100 steps",
+        lambda w, k: replace(w, busiest=1.2 * 4 ** min(1.0, k / 100)),
+        ("experts_unbalanced",),
     ),
     Fault("groups without advantage", lambda w, k: replace(w, equal=0.98), ("no_signal",)),
     Fault(
@@ -255,7 +273,7 @@ def _rewards(rng: np.random.Generator, step: int, world: World) -> tuple[float, 
         return 0.0, 0
     learnt = 0.33 + 0.23 * (1 - math.exp(-step / 90))
     reward = min(1.0, max(0.0, world.reward * learnt + REWARD_NOISE * rng.standard_normal()))
-    return reward, round(reward * ROWS)
+    return reward, round(reward * ROWS) if world.positives is None else world.positives
 
 
 def _step(
@@ -290,7 +308,12 @@ def _step(
         "all_equal_groups": min(1.0, max(0.0, equal if world.equal is None else world.equal)),
         "loss": float(rng.normal(-0.9, 0.05)) if world.finite else math.nan,
         "grad_norm": float(rng.lognormal(0.8, 0.35)) if world.finite else math.nan,
-        "metrics": {"mismatch_kl": 4e-4 * world.mismatch * rng.lognormal(0, 0.3)},
+        "metrics": {
+            "mismatch_kl": 4e-4 * world.mismatch * rng.lognormal(0, 0.3),
+            "router_load_max": world.busiest * rng.lognormal(0, 0.1),
+            "positive_term": 0.6,
+        },
+        "unjudged": world.unjudged,
         "seconds": {"total": seconds + world.pause},
         "engines": {"alive": world.engines, "total": 8},
     }
