@@ -90,5 +90,7 @@ def _isentrope(words: Sequence[str], log: Path) -> str:
 
 
 def _last_words(log: Path, code: int) -> str:
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return f"exit code {code}: {lines[-1] if lines else 'no output'} ({log})"
+    """The last line that is not indented, and those that belong to it."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["no output"]
+    begin = max((i for i, line in enumerate(lines) if not line[0].isspace()), default=0)
+    return f"exit code {code}: {'; '.join(' '.join(line.split()) for line in lines[begin:])} ({log})"

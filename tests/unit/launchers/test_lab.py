@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launchers.lab.figures import differences, half_width, markdown, measure, rows_of
-from launchers.lab.matrix import is_complete, run_matrix
+from launchers.lab.matrix import LOG, _last_words, is_complete, run_matrix
 from launchers.lab.report import write_report
 from launchers.lab.suite import Cell, SuiteConfig, cells, chosen, load_suite, with_starts
 from pipeline.config.errors import ConfigError
@@ -211,6 +211,12 @@ def test_a_matrix_runs_once_and_reports(tmp_path):
     outcomes = run_matrix(matrix, 1, lambda outcome: None)
     assert {o.cell.method: o.computed and not o.error for o in outcomes} == {"grpo": True, "pi": False}
     assert "tests_nowhere" in next(o.error for o in outcomes if o.error)
+    log = Path(matrix[1].config.run_dir) / LOG
+    log.write_text("loaded\nconfiguration error\n  steps: 0\n    problem: out of range\n    remedy:  give 1\n")
+    assert (
+        _last_words(log, 2)
+        == f"exit code 2: configuration error; steps: 0; problem: out of range; remedy: give 1 ({log})"
+    )
     assert [is_complete(Path(cell.config.run_dir)) for cell in matrix] == [True, False]
     again = run_matrix(matrix[:1], 1, lambda outcome: None)
     assert [o.computed for o in again] == [False]
