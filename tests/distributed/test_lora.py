@@ -113,8 +113,8 @@ def test_starts_as_the_base_and_sends_what_it_computes(gang, alone, tmp_path, na
     same(one.sent_at_start, weights, 0)
     merged = tiny_models.write(tmp_path / "merged", tiny_models.config(name), one.sent)
     log_probs, _ = gang.run(lora_ranks.whole_model, 1, merged, batches()[0])[0]
-    # A delta net's log-probs change by up to 7e-5 where its weights do in their last digit.
-    assert torch.allclose(one.before, log_probs, rtol=0, atol=3e-5 if name == "qwen3_5" else 1e-5)
+    # Merged weights are rounded once more: that moves log-probs by up to 2.3e-5 (qwen3_5), 1.0e-5 (qwen2, AVX-512).
+    assert torch.allclose(one.before, log_probs, rtol=0, atol=3e-5)
     assert not torch.allclose(one.before, one.start, rtol=0, atol=1e-2)
     targets = config["lora"].targets if config else ["proj"]
     changed = {key for key in one.sent if not torch.equal(one.sent[key], weights[key])}
