@@ -27,7 +27,7 @@ class Outcome:
 
     cell: Cell
     computed: bool  # False: it was complete already
-    error: str = ""  # the last line that the training process said
+    error: str = ""  # the last message of the training process
 
 
 def run_matrix(cells: Sequence[Cell], workers: int, done: Callable[[Outcome], None]) -> list[Outcome]:

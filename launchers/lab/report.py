@@ -62,8 +62,9 @@ def write_report(suite: SuiteConfig, cells: Sequence[Cell], outcomes: Sequence[O
     (out / "lab.json").write_text(json.dumps(result, indent=1))
     lost = "\n".join(["Failed, and not in the table:\n", *map(_lost, failed), ""]) if failed else ""
     heading, gains = differences(rows, suite.baseline)
-    second = [f"{_against(suite)}:", markdown_table(heading, gains)] if gains else []
-    text = "\n\n".join([markdown(rows), _note(suite), *second, lost])
+    against = f"Difference to {suite.baseline}, by seed"
+    paired = f"{against}:\n\n{markdown_table(heading, gains)}\n\n" if gains else ""
+    text = f"{markdown(rows)}\n\n{_note(suite)}\n\n{paired}{lost}"
     (out / "lab.md").write_text(text.rstrip() + "\n", encoding="utf-8")
     with mpl.rc_context(STYLE | {"font.size": 8, "axes.titlesize": 9}):
         figure = draw(runs, suite.baseline)
@@ -72,7 +73,9 @@ def write_report(suite: SuiteConfig, cells: Sequence[Cell], outcomes: Sequence[O
         price = draw_price(rows, suite.baseline)
         price.savefig(out / "lab_price.png", dpi=110)
         prices = inline_svg(price, "price")
-    (out / "lab.html").write_text(_page(suite, rows, failed, curves, prices), encoding="utf-8")
+    second = html_table(heading, [list(map(escape, line)) for line in gains])
+    second = f"<h2>{escape(against)}</h2>{second}" if gains else ""
+    (out / "lab.html").write_text(_page(suite, rows, second, failed, curves, prices), encoding="utf-8")
     return result
 
 
@@ -139,7 +142,7 @@ def _pass(axes: Axes, runs: Sequence[RunHistory], baseline: Sequence[RunHistory]
 
 
 def _page(
-    suite: SuiteConfig, rows: Sequence[Row], failed: Sequence[Mapping[str, Any]], curves: str, prices: str
+    suite: SuiteConfig, rows: Sequence[Row], second: str, failed: Sequence[Mapping[str, Any]], curves: str, prices: str
 ) -> str:
     title = suite.title or "Methods side by side"
     shown = columns(rows)
@@ -147,24 +150,19 @@ def _page(
         ["method", "seeds", *(FIGURES[name].title for name in shown)],
         [[escape(row.method), str(row.seeds), *_cells(row, shown)] for row in rows],
     )
-    heading, gains = differences(rows, suite.baseline)
     lost = html_list(f"{escape(f['method'])}, seed {f['seed']}: {escape(f['error'])}" for f in failed)
     legend = "Filtered entropy of every seed (blue) in its band, mean pass@16 (orange); the baseline in grey."
     sections = [
         f"<h1>{escape(title)}</h1>{table}",
         f'<p class="muted">{escape(_note(suite))}</p>',
         f"<h2>Failed</h2>{lost}" if failed else "",
-        f"<h2>{escape(_against(suite))}</h2>{html_table(heading, gains)}" if gains else "",
+        second,
         '<h2>What entropy buys and costs</h2><p class="muted">pass@k at equal tokens; bars: 95 % intervals, of three '
         "seeds or more.</p>"
         f"<figure>{prices}</figure>",
         f'<h2>Curves</h2><p class="muted">{legend}</p><figure>{curves}</figure>',
     ]
     return document(title, "".join(sections), CSS)
-
-
-def _against(suite: SuiteConfig) -> str:
-    return f"Difference to {suite.baseline}, by seed"
 
 
 def _note(suite: SuiteConfig) -> str:

@@ -114,7 +114,7 @@ def test_starts_as_the_base_and_sends_what_it_computes(gang, alone, tmp_path, na
     merged = tiny_models.write(tmp_path / "merged", tiny_models.config(name), one.sent)
     log_probs, _ = gang.run(lora_ranks.whole_model, 1, merged, batches()[0])[0]
     # Merged weights are rounded once more: that moves log-probs by up to 2.3e-5 (qwen3_5), 1.0e-5 (qwen2, AVX-512).
-    assert torch.allclose(one.before, log_probs, rtol=0, atol=3e-5)
+    assert torch.allclose(one.before, log_probs, rtol=0, atol={"qwen3_5": 3e-5, "qwen2": 1.1e-5}.get(name, 1e-5))
     assert not torch.allclose(one.before, one.start, rtol=0, atol=1e-2)
     targets = config["lora"].targets if config else ["proj"]
     changed = {key for key in one.sent if not torch.equal(one.sent[key], weights[key])}
