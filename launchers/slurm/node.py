@@ -50,9 +50,10 @@ def first_node(run_dir: Path, attempt_dir: Path, address: str) -> tuple[str, str
     settings = json.loads((SHIPPED / "launch.json").read_text())
     goal = load_config(SHIPPED / "config.yaml", check=False).steps
     before, log = progress(run_dir), AttemptLog(run_dir)
-    if before.status == "completed" and before.step >= goal:
+    done = before.status == "completed" and before.step >= goal
+    _close_lost(log, run_dir, before.step, done)
+    if done:
         return "completed", f"all {goal} steps were done already"
-    _close_lost(log, run_dir, before.step)
     reason = gives_up(log.read(), before.step, settings["attempts_without_progress"])
     if reason:
         return "failed", reason
@@ -63,7 +64,7 @@ def first_node(run_dir: Path, attempt_dir: Path, address: str) -> tuple[str, str
     options = ["--head", f"--node-ip-address={host}", f"--port={port}", "--include-dashboard=false"]
     with ray(options, attempt_dir / "ray-0.log", settings) as head:
         verdict, reason = train(run_dir, attempt_dir, SHIPPED / "config.yaml", head, address)
-    log.end(attempt, verdict, progress(run_dir).step, reason)
+        log.end(attempt, verdict, progress(run_dir).step, reason)  # before Ray, which takes seconds to end
     return verdict, reason
 
 
@@ -144,10 +145,15 @@ def _leave(attempt_dir: Path, verdict: str, reason: str) -> None:
     written.replace(attempt_dir / VERDICT)
 
 
-def _close_lost(log: AttemptLog, run_dir: Path, step: int) -> None:
-    """Give the attempt before this one an end, if it found none itself, with what its other nodes may have left."""
+def _close_lost(log: AttemptLog, run_dir: Path, step: int, done: bool) -> None:
+    """Give the attempt before this one an end, if it found none itself, with what its other nodes may have left.
+
+    If the run is ``done``, that attempt has completed it, and was ended before it could say so.
+    """
     for attempt in log.read()[-1:]:
-        if not attempt.end:
+        if not attempt.end and done:
+            log.end(attempt, "completed", step, f"{step} steps; ended before it could say so")
+        elif not attempt.end:
             left = run_dir / LAUNCH / f"job-{attempt.job_id}-{attempt.restart}" / VERDICT
             reason = left.read_text().partition(" ")[2].strip() if left.exists() else ""
             log.end(attempt, "lost", step, reason or "without a word: node failure, kill or time limit")
