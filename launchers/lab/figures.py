@@ -216,22 +216,17 @@ def differences(table: Sequence[Row], baseline: str) -> tuple[list[str], list[li
     return ["method", "seeds", *(FIGURES[name].title for name in shown)], lines
 
 
-def columns(table: Sequence[Row]) -> list[str]:
-    """The figures that some row has."""
-    return [name for name in FIGURES if any(row.values[name] for row in table)]
-
-
-def markdown(table: Sequence[Row]) -> str:
-    """The table for a page."""
-    shown = columns(table)
+def main_table(table: Sequence[Row], best: str) -> tuple[list[str], list[list[str]]]:
+    """Heading and rows of the first table; ``best`` is the pattern of a cell that beats all others: ``**{}**``."""
+    shown = [name for name in FIGURES if any(row.values[name] for row in table)]
     lines = []
     for row in table:
         texts = [(name, cell_text(name, *row.estimate(name))) for name in shown]
-        cells = [f"**{text}**" if name in row.best else text for name, text in texts]
+        cells = [best.format(text) if name in row.best else text for name, text in texts]
         lines.append([row.method, str(row.seeds), *cells])
-    return markdown_table(["method", "seeds", *(FIGURES[name].title for name in shown)], lines)
+    return ["method", "seeds", *(FIGURES[name].title for name in shown)], lines
 
 
 def markdown_table(heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """The same as a Markdown table."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (heading, ["---"] * len(heading), *lines))

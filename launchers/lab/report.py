@@ -15,12 +15,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from launchers.lab.figures import (
-    FIGURES,
     Row,
-    cell_text,
-    columns,
     differences,
-    markdown,
+    main_table,
     markdown_table,
     rows_of,
 )
@@ -64,7 +61,7 @@ def write_report(suite: SuiteConfig, cells: Sequence[Cell], outcomes: Sequence[O
     heading, gains = differences(rows, suite.baseline)
     against = f"Difference to {suite.baseline}, by seed"
     paired = f"{against}:\n\n{markdown_table(heading, gains)}\n\n" if gains else ""
-    text = f"{markdown(rows)}\n\n{_note(suite)}\n\n{paired}{lost}"
+    text = f"{markdown_table(*main_table(rows, '**{}**'))}\n\n{_note(suite)}\n\n{paired}{lost}"
     (out / "lab.md").write_text(text.rstrip() + "\n", encoding="utf-8")
     with mpl.rc_context(STYLE | {"font.size": 8, "axes.titlesize": 9}):
         figure = draw(runs, suite.baseline)
@@ -73,7 +70,7 @@ def write_report(suite: SuiteConfig, cells: Sequence[Cell], outcomes: Sequence[O
         price = draw_price(rows, suite.baseline)
         price.savefig(out / "lab_price.png", dpi=110)
         prices = inline_svg(price, "price")
-    second = html_table(heading, [list(map(escape, line)) for line in gains])
+    second = _html(heading, gains)
     second = f"<h2>{escape(against)}</h2>{second}" if gains else ""
     (out / "lab.html").write_text(_page(suite, rows, second, failed, curves, prices), encoding="utf-8")
     return result
@@ -145,15 +142,10 @@ def _page(
     suite: SuiteConfig, rows: Sequence[Row], second: str, failed: Sequence[Mapping[str, Any]], curves: str, prices: str
 ) -> str:
     title = suite.title or "Methods side by side"
-    shown = columns(rows)
-    table = html_table(
-        ["method", "seeds", *(FIGURES[name].title for name in shown)],
-        [[escape(row.method), str(row.seeds), *_cells(row, shown)] for row in rows],
-    )
     lost = html_list(f"{escape(f['method'])}, seed {f['seed']}: {escape(f['error'])}" for f in failed)
     legend = "Filtered entropy of every seed (blue) in its band, mean pass@16 (orange); the baseline in grey."
     sections = [
-        f"<h1>{escape(title)}</h1>{table}",
+        f"<h1>{escape(title)}</h1>{_html(*main_table(rows, '<b>{}</b>'))}",
         f'<p class="muted">{escape(_note(suite))}</p>',
         f"<h2>Failed</h2>{lost}" if failed else "",
         second,
@@ -176,6 +168,5 @@ def _note(suite: SuiteConfig) -> str:
     return note
 
 
-def _cells(row: Row, shown: Sequence[str]) -> list[str]:
-    texts = [(name, cell_text(name, *row.estimate(name))) for name in shown]
-    return [f"<b>{text}</b>" if name in row.best else text for name, text in texts]
+def _html(heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return html_table(heading, [[escape(method), *cells] for method, *cells in lines])

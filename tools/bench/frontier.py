@@ -20,7 +20,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 
-from launchers.lab.figures import cell_text, half_width
+from launchers.lab.figures import cell_text, half_width, markdown_table
 from launchers.lab.matrix import is_complete
 from pipeline.config.load import load_config
 
@@ -50,15 +50,14 @@ def table(results: list[dict], temperatures: list[float]) -> str:
     by_method = defaultdict(list)
     for result in results:
         by_method[result["method"]].append(result["pass_at_k"])
-    lines = ["| method | " + " | ".join(f"T = {t:g}: pass@1, pass@16" for t in temperatures) + " |"]
-    lines.append("|---" * (len(temperatures) + 1) + "|")
+    lines = []
     for method, runs in by_method.items():
         cells = []
         for t in map(str, temperatures):
             values = {name: [run[t][k] for run in runs] for k, name in FIGURES.items()}
             cells.append(", ".join(cell_text(name, mean(each), half_width(each)) for name, each in values.items()))
-        lines.append(f"| {method} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([method, *cells])
+    return markdown_table(["method", *(f"T = {t:g}: pass@1, pass@16" for t in temperatures)], lines)
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from launchers.lab.figures import half_width
+from launchers.lab.figures import half_width, markdown_table
 from pipeline.entropy.target import recommend
 from pipeline.monitoring.summary import RunHistory, pass_at, read_run
 from pipeline.monitoring.target_data import measured
@@ -75,7 +75,7 @@ def main() -> None:
     wanted = options.methods or {run.config.name for run in runs}
     runs = [run for run in runs if run.status == "completed" and run.config.name in wanted]
     seeds = sorted({run.config.seed for run in runs})
-    print("| k | row | names, by seed | regret, by seed | regret |\n|---|---|---|---|---|")
+    lines = []
     for k in KS:
         rows: dict[str, list[Found]] = {}
         for seed in seeds:
@@ -85,7 +85,8 @@ def main() -> None:
             lost = [regret for _, _, regret in found_there]
             named = " ".join("no control" if np.isnan(at) else f"{at:.3f}" for _, at, _ in found_there)
             each = " ".join(f"{regret:+.3f}" for regret in lost)
-            print(f"| {k} | {name} | {named} | {each} | {np.mean(lost):+.3f} ± {half_width(lost):.3f} |")
+            lines.append([str(k), name, named, each, f"{np.mean(lost):+.3f} ± {half_width(lost):.3f}"])
+    print(markdown_table(["k", "row", "names, by seed", "regret, by seed", "regret"], lines))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.lab.figures import differences, half_width, markdown, measure, rows_of
+from launchers.lab.figures import differences, half_width, main_table, measure, rows_of
 from launchers.lab.matrix import LOG, _last_words, is_complete, run_matrix
 from launchers.lab.report import write_report
 from launchers.lab.suite import Cell, SuiteConfig, cells, chosen, load_suite, with_starts
@@ -75,8 +75,8 @@ def test_the_step_that_reaches_a_pass_at_1(history):
     run = history(rewards=(0.1, 0.1, 0.1), pass_at_16=(0.2, 0.4, 0.8))  # pass@1 is 0.1, 0.2, 0.4 after step 1, 2, 3
     reached = [measure(run, None, reach=reach)["reached"] for reach in (0.05, 0.15, 0.3, 0.5)]
     assert reached == pytest.approx([1, 1.5, 2.5, 3])  # the first evaluation has it; between two; never
-    assert "reached at step" in markdown(rows_of({"pi": [run]}, "pi", reach=0.3))
-    assert "reached at step" not in markdown(rows_of({"pi": [run]}, "pi"))
+    assert "reached at step" in main_table(rows_of({"pi": [run]}, "pi", reach=0.3), "{}")[0]
+    assert "reached at step" not in main_table(rows_of({"pi": [run]}, "pi"), "{}")[0]
 
 
 def test_the_mean_of_the_last_evaluations_within_the_budget(history):
@@ -114,7 +114,8 @@ def test_bold_only_where_the_interval_says_so(history):
     clear = compared(history, [0.91, 0.92, 0.93], [0.81, 0.82, 0.83])
     assert "pass_at_16" in clear["pi"].best
     assert "pass_at_16" not in clear["grpo"].best
-    assert "**0.920 ± 0.025**" in markdown(list(clear.values()))
+    lines = main_table(list(clear.values()), "**{}**")[1]
+    assert "**0.920 ± 0.025**" in [cell for line in lines for cell in line]
     noise = compared(history, [0.9, 0.7, 0.95], [0.8, 0.85, 0.8])
     assert not any("pass_at_16" in row.best for row in noise.values())
     assert not any(
