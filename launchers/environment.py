@@ -57,8 +57,8 @@ def node_index() -> int:
 
 
 def cpus() -> int:
-    """CPUs of this node that the Slurm job may use, or of the machine."""
-    return int(os.environ.get("SLURM_CPUS_ON_NODE", os.cpu_count() or 1))
+    """CPUs of this node that the Slurm job, or else this process, may use."""
+    return int(os.environ.get("SLURM_CPUS_ON_NODE", len(os.sched_getaffinity(0))))
 
 
 def default(name: str, value: str) -> None:

@@ -158,7 +158,7 @@ def target(
 
       isentrope entropy target runs/grpo-20260101-120000 --k 16
     """
-    from pipeline.entropy.target import annealed, recommend
+    from pipeline.entropy.target import annealed, recommend, slower
     from pipeline.monitoring.summary import read_run
     from pipeline.monitoring.target_data import measured
 
@@ -179,10 +179,12 @@ def target(
             f"RUN {run}: pass@{k} is 0 in every evaluation, so there is nothing to keep: give it easier questions, or "
             "look at its samples (`isentrope data grade`)"
         )
-    schedule = annealed(found, singles, history.config.steps)
+    schedule, slowly = annealed(found, singles, history.config.steps), slower(singles)
     if as_json:
         state = {"status": history.status, "steps": history.steps, "pays": found.pays}
-        _print_json({"run": str(run), **state, **asdict(found), "points": points, "schedule": schedule})
+        _print_json(
+            {"run": str(run), **state, **asdict(found), "points": points, "schedule": schedule, "slower": slowly}
+        )
         return
     for line in found.evidence(points):
         say(line)
@@ -197,6 +199,14 @@ def target(
             "first half, then lower it, and most of both is kept (docs/lab.md, Hold, then anneal)"
         )
         say("or:  " + " ".join(schedule.overrides))
+    if slowly is not None:
+        say(
+            f"pass@1 stood still from step {slowly.since} on ({slowly.gain:+.3f}, within noise), with "
+            f"{slowly.left:.0%} of the start's entropy left: exploration may be what is lacking. On such a task of "
+            "ours a band that was lowered over the whole run ended with more pass@1 and pass@k (docs/lab.md, Where "
+            "exploration is lacking)"
+        )
+        say("or:  " + " ".join(slowly.overrides))
 
 
 @app.command("law")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from launchers import environment
 from launchers.cli.arguments import JSON
 from launchers.cli.terminal import say
 from launchers.plan.words import duration
@@ -75,7 +75,7 @@ def run(
     known = {name: method.overrides for name, method in all_methods().items() if not method.missing}
     wanted = chosen(load_suite(suite or "small", known), methods, seeds, known)
     matrix = cells(wanted, known, out)
-    workers = workers or os.cpu_count() or 1
+    workers = workers or environment.cpus()
     needed = with_starts(matrix)
     missing = sum(not is_complete(Path(cell.config.run_dir)) for cell in needed)
     say(_announcement(wanted.title, len(needed), missing, workers, wanted.minutes_per_run), err=True)
@@ -93,7 +93,7 @@ def run(
 
 def _announcement(title: str, runs: int, missing: int, workers: int, minutes_per_run: float) -> str:
     """What is about to be done, and about how long it takes."""
-    busy = min(workers, os.cpu_count() or 1)
+    busy = min(workers, environment.cpus())
     minutes = math.ceil(missing / busy) * minutes_per_run
     length = (
         f"about {duration(60 * minutes)} at {minutes_per_run:g} min a run and core" if minutes else "time not known"

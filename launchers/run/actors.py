@@ -5,7 +5,6 @@ Weights pass neither through the driver nor through Ray: the learner's ranks sen
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -17,6 +16,7 @@ import ray
 import torch
 import torch.distributed as dist
 
+from launchers import environment
 from launchers.run.ray_cluster import most_on_one_node, use_interface_of
 from launchers.supervise.roll_call import ROLL_CALL, Whereabouts, whereabouts
 from pipeline.batching.dealing import Dealer
@@ -164,7 +164,7 @@ class RayLearner:
         # Ranks meet at rank 0's node; on one machine without its outside address, which a container may not reach.
         host = hosts[0] if len(set(hosts)) > 1 else LOCALHOST
         address = (host, self._answer(self.ranks[0].rendezvous.remote(host)))
-        threads = max(1, (os.cpu_count() or 1) // most_on_one_node(hosts))
+        threads = max(1, environment.cpus() // most_on_one_node(hosts))
         self._answer([rank.build.remote(build, i, address, threads) for i, rank in enumerate(self.ranks)])
         told = self._answer([rank.dealing.remote() for rank in self.ranks])
         self.dealer, self.data_parallel_ranks = told[0][0], [own for _, own, _ in told]

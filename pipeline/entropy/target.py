@@ -16,6 +16,7 @@ import numpy as np
 LEAST_POINTS = 5
 BAR = 30  # characters of the longest bar
 WIDTH = 0.1  # of the target, to either side: readings vary by 5 to 9 %, docs/band.md
+SLOWLY = 0.7, 0.2  # of the start's entropy, at the begin and the end of a band that is lowered over a whole run
 _Z95 = 1.96
 
 
@@ -74,7 +75,7 @@ class Recommendation:
             f"it); one evaluation's standard error is {self.error:.3f}."
         )
         if self.kept_to_the_end:
-            text += " That is the end of this run: control is not needed for it, unless the run is longer."
+            text += " That is the end of this run, which lost nothing that a band would have kept."
         elif self.loss_is_seen:
             text += f" Without control the run then lost {self.lost:.3f}."
         else:
@@ -165,6 +166,41 @@ def annealed(chosen: Recommendation, singles: Sequence[Measured], steps: int) ->
     band = {"low": chosen.low, "high": chosen.high, "end_low": (1 - WIDTH) * last, "end_high": (1 + WIDTH) * last}
     edges = [f"entropy.band.{edge}={value:.3g}" for edge, value in band.items()]
     return Annealed(last, gain, (*edges, "entropy.band.schedule=cosine", f"entropy.band.hold_steps={steps // 2}"))
+
+
+@dataclass(frozen=True)
+class Slower:
+    """The schedule that spends over a whole run the entropy that a run without control spent early."""
+
+    since: int  # step from which pass@1 stood still
+    gain: float  # of pass@1 from then to the end, smoothed
+    left: float  # of the start's entropy at the end
+    overrides: tuple[str, ...]
+
+
+def slower(singles: Sequence[Measured]) -> Slower | None:
+    """That schedule where pass@1 (``singles``) stood still for a third of a run that had spent its entropy, else None.
+
+    Entropy is spent where the run ended below the end of the schedule. On tasks that stand still with entropy left, a
+    band changed nothing (docs/lab.md, cd4).
+    """
+    singles = _known(singles)
+    if len(singles) < LEAST_POINTS:
+        return None
+    smooth = smoothed([point.value for point in singles])
+    at = next(i for i, point in enumerate(singles) if point.step >= singles[-1].step * 2 / 3)
+    gain, start, last = smooth[-1] - smooth[at], singles[0].entropy, singles[-1].entropy
+    if gain > _noise(_typical_error(singles)) or last >= SLOWLY[1] * start:
+        return None
+    edges = {"": SLOWLY[0] * start, "end_": SLOWLY[1] * start}
+    band = [
+        f"entropy.band.{name}{edge}={factor * middle:.3g}"
+        for name, middle in edges.items()
+        for edge, factor in (("low", 1 - WIDTH), ("high", 1 + WIDTH))
+    ]
+    return Slower(
+        singles[at].step, gain, last / start, ("entropy.actuator=clip_cov", *band, "entropy.band.schedule=linear")
+    )
 
 
 def smoothed(values: Sequence[float]) -> list[float]:

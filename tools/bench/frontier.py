@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--methods", nargs="*", default=[], help="default: all")
     parser.add_argument("--temperatures", nargs="+", type=float, default=[0.4, 0.6, 0.8, 1.0])
-    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     runs = [path.parent for path in sorted(arguments.folder.glob("*/config.yaml")) if is_complete(path.parent)]

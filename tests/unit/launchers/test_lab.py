@@ -307,7 +307,7 @@ def test_starts_are_checked(tmp_path, lines, said):
 
 def test_a_long_suite_says_how_long_and_is_not_started_unasked(capsys, tmp_path, monkeypatch):
     """Whoever cannot be asked must name the suite; what it would take is said before."""
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
     monkeypatch.setattr("sys.stdin", io.StringIO())
     out = tmp_path / "lab"
     code, _, err = call(capsys, "lab", "run", "--out", str(out))

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pipeline.entropy.target import Measured, annealed, recommend, smoothed
+from pipeline.entropy.target import Measured, annealed, recommend, slower, smoothed
 
 
 def curve(values, entropies=None, error=0.01):
@@ -26,7 +26,7 @@ def test_the_last_within_one_standard_error_of_the_best_is_chosen():
 def test_a_run_that_gains_to_its_end_needs_no_control():
     found = recommend(curve(np.linspace(0.1, 0.6, 10)), 1)
     assert found.kept_to_the_end
-    assert "control is not needed" in found.verdict()
+    assert "lost nothing that a band would have kept" in found.verdict()
 
 
 def test_a_model_that_only_loses_is_held_where_it_starts():
@@ -59,6 +59,25 @@ def test_the_schedule_goes_where_pass_at_1_went_on_growing():
         np.linspace(0.1, 0.6, 9), [*(point.entropy for point in points[:-1]), float("nan")]
     )  # no reading there
     assert "nan" not in " ".join(annealed(found, lost, 240).overrides)
+
+
+def test_a_run_that_stands_still_with_its_entropy_spent_is_lowered_slowly():
+    values = [0.1, 0.2, 0.3, 0.35, 0.36, 0.37, 0.37, 0.37, 0.38, 0.375]
+    spent = np.geomspace(0.8, 0.07, 10)
+    found = slower(curve(values, spent))
+    assert found.since == 120
+    assert found.left == pytest.approx(0.07 / 0.8)
+    assert found.overrides == (
+        "entropy.actuator=clip_cov",
+        "entropy.band.low=0.504",
+        "entropy.band.high=0.616",
+        "entropy.band.end_low=0.144",
+        "entropy.band.end_high=0.176",
+        "entropy.band.schedule=linear",
+    )
+    assert slower(curve(values, np.geomspace(0.8, 0.2, 10))) is None, "entropy is left: it is not what is lacking"
+    assert slower(curve(np.linspace(0.1, 0.5, 10), spent)) is None, "it still gains"
+    assert slower(curve(values[:4], spent[:4])) is None
 
 
 def test_of_a_run_whose_entropy_rises_no_fall_is_told():
