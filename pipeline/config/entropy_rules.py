@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pipeline.config.errors import Problem
 from pipeline.config.rollout_rules import DETERMINISTIC
 from pipeline.config.schema import EntropyConfig, RunConfig
+from pipeline.entropy.gains import integral_gain
 from pipeline.registry import load
 
 ACTUATORS, CONTROLLERS = "pipeline.entropy.actuators", "pipeline.entropy.controllers"  # what their files say of them
@@ -151,6 +152,13 @@ def _controller(entropy: EntropyConfig) -> Iterator[Problem]:
             entropy.pi.ki,
             "has no effect while entropy.pi.kp is 0 (the actuator's measured gains)",
             "set both gains or neither",
+        )
+    if entropy.pi.kp > 0 and entropy.pi.ki == 0:
+        yield Problem(
+            "entropy.pi.ki",
+            entropy.pi.ki,
+            "without it the law never learns the drift, and the entropy settles beside its target",
+            f"set both gains or neither; kp={entropy.pi.kp:g} goes with ki={integral_gain(entropy.pi.kp):g}",
         )
     second_rollout = load(ACTUATORS, entropy.actuator).ACTUATOR.second_rollout
     if entropy.pi.split_range and not (second_rollout and entropy.controller == "pi"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -18,11 +19,16 @@ _MEMORY = 0.99  # of a score per step: the gain may change over some hundred ste
 # Of the mean square miss: readings that the first guess counts for, and readings looked back on.
 _MISSED_WEIGHT, _MISSED_WINDOW = 20, 60
 _SLOPE_AFTER = 20  # readings before a slope of their noise is no longer taken for drift
+_SURE = 4.0  # standard errors that make the slope of fewer readings a drift
+_DRIFT_POWER = 0.5  # of H: how the drift fades as the entropy falls
+_LEVELS = -7.0, 3.0  # of ln H, that any policy may have: 0.001 to 20 nats
 _OUTLIER = 4.0  # root mean squares beyond which a miss counts as that many
 
 
 class PlantObserver(Stateful):
-    """ln H integrates b u plus a drift d. For each gain b_i that it may have, an observer of its own corrects both,
+    """ln H integrates b u plus a drift d = c sqrt(H), which fades as H falls: GRPO's does, with powers of H of 0 to 1.
+
+    For each gain b_i that it may have, an observer of its own corrects level and drift,
 
         y_i <- y_i + b_i u' + d_i + l1 r_i,    d_i <- d_i + l2 r_i,    r_i = ln H - (y_i + b_i u' + d_i),
 
@@ -33,8 +39,10 @@ class PlantObserver(Stateful):
     (Multiple-model estimation: Magill 1965, IEEE Trans. Automatic Control 10(4); the forgetting f = 0.99, and counting
     half of a miss, are ours.) The first readings correct y by a least-squares line's l1 = 2 (2 k - 1) / (k (k + 1)),
     and from the 20th on d by its l2 = 6 / (k (k + 1)), k readings in all, until these fall below the lasting gains
-    (growing memory: Morrison 1969): the drift is known when the band is reached. While the command rests, all gains
-    predict the same and the scores go back to the prior; a command that moves tells them apart.
+    (growing memory: Morrison 1969): the drift is known when the band is reached. A collapse reaches it sooner. So while
+    the command rests a line is laid through the readings, and once its slope is more than four of its standard errors,
+    sqrt(12 v / (k (k^2 - 1))), it is the drift. While the command rests, all gains predict the same and the scores go
+    back to the prior; a command that moves tells them apart.
 
     Args:
         gain: b assumed, of ln H per unit of u and step.
@@ -49,8 +57,10 @@ class PlantObserver(Stateful):
         "levels": list[float],
         "drifts": list[float],
         "scores": list[float],
+        "line": list[float],
         "variance": float,
         "readings": Count,
+        "sure": bool,
     }
 
     def __init__(
@@ -68,10 +78,12 @@ class PlantObserver(Stateful):
         self._level, self._trend = level, trend
         self._least, self._most = -self._gains * rest[1], -self._gains * rest[0]
         self.levels: list[float] = []  # y_i; empty: no reading yet
-        self.drifts = [0.0] * len(self._gains)  # d_i
+        self.drifts = [0.0] * len(self._gains)  # c_i
         self.scores: list[float] = self._prior.tolist()  # s_i
+        self.line: list[float] = []  # level and slope of the line through the first readings; empty: none
         self.variance = missed**2
         self.readings = 0
+        self.sure = False  # the line's slope is the drift
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See ``Stateful``."""
@@ -85,10 +97,9 @@ class PlantObserver(Stateful):
         """Ln H, the mean over the gains."""
         return float(self._weights() @ np.array(self.levels))
 
-    @property
-    def drift(self) -> float:
-        """Of ln H per step at u = 0."""
-        return float(self._weights() @ np.array(self.drifts))
+    def drift_at(self, level: float) -> float:
+        """Of ln H per step at u = 0, where ln H is ``level``."""
+        return float(self._weights() @ np.array(self.drifts) * _faded(level))
 
     @property
     def gain(self) -> float:
@@ -99,15 +110,19 @@ class PlantObserver(Stateful):
 
     def expected(self, u: float) -> float:
         """Of ln H per step under the command ``u``, the mean."""
-        return float(self._weights() @ (self._gains * u + np.array(self.drifts)))
+        return float(
+            self._weights() @ (self._gains * u + np.array(self.drifts) * _faded(np.array(self.levels or [0.0])))
+        )
 
     def observe(self, reading: float, acted: float) -> None:
         """Take in ln H, and the command that acted on it."""
         self.readings += 1
         if not self.levels:
             self.levels = [reading] * len(self._gains)
+            self.line = [reading, 0.0]
             return
-        predicted = np.array(self.levels) + self._gains * acted + np.array(self.drifts)
+        faded = _faded(np.array(self.levels))
+        predicted = np.array(self.levels) + self._gains * acted + np.array(self.drifts) * faded
         missed = reading - predicted
         squares = np.minimum(missed**2, _OUTLIER**2 * self.variance)
         counted = min(_MISSED_WEIGHT + self.readings - 1, _MISSED_WINDOW)
@@ -118,7 +133,10 @@ class PlantObserver(Stateful):
         self.scores = (scores - scores.max()).tolist()
         level, trend = self._corrections()
         self.levels = (predicted + level * missed).tolist()
-        self.drifts = np.clip(np.array(self.drifts) + trend * missed, self._least, self._most).tolist()
+        drifts = np.clip(np.array(self.drifts) * faded + trend * missed, self._least, self._most)
+        self.drifts = (drifts / faded).tolist()
+        if self.line:
+            self._follow(reading, acted)
 
     def forget_fall(self) -> None:
         """Drop the belief that entropy falls by itself."""
@@ -127,9 +145,34 @@ class PlantObserver(Stateful):
     def _corrections(self) -> tuple[float, float]:
         """Of level and drift per unit of what was missed; a trend of 0 means that there is no drift to learn."""
         k = self.readings
-        level, trend = 2 * (2 * k - 1) / (k * (k + 1)), 6 / (k * (k + 1)) if k > _SLOPE_AFTER and self._trend else 0.0
-        return max(self._level, min(1.0, level)), max(self._trend, trend)
+        level, trend = _line_gains(k)
+        known = self._trend and (self.sure or k > _SLOPE_AFTER)
+        return max(self._level, min(1.0, level)), max(self._trend, trend if known else 0.0)
+
+    def _follow(self, reading: float, acted: float) -> None:
+        """Lay the line through this reading, too; end it with its slope as the drift, or where it tells nothing."""
+        k = self.readings
+        level, trend = _line_gains(k)
+        missed = reading - sum(self.line)
+        self.line = [sum(self.line) + level * missed, self.line[1] + trend * missed]
+        error = math.sqrt(12 * self.variance / (k * (k * k - 1)))
+        self.sure = bool(self._trend) and k > 2 and abs(self.line[1]) > _SURE * error
+        if self.sure:
+            drifts = np.clip(self.line[1], self._least, self._most)
+            self.levels, self.drifts = [self.line[0]] * len(drifts), (drifts / _faded(self.line[0])).tolist()
+        if self.sure or acted or k >= _SLOPE_AFTER:
+            self.line = []
 
     def _weights(self) -> np.ndarray:
         weights = np.exp(np.array(self.scores) - max(self.scores))
         return np.asarray(weights / weights.sum())
+
+
+def _line_gains(k: int) -> tuple[float, float]:
+    """With which the k-th reading corrects the level and the slope of a least-squares line."""
+    return 2 * (2 * k - 1) / (k * (k + 1)), 6 / (k * (k + 1))
+
+
+def _faded(level: np.ndarray | float) -> np.ndarray:
+    """The drift at ln H = ``level``, of that at 1 nat."""
+    return np.asarray(np.exp(_DRIFT_POWER * np.clip(level, *_LEVELS)))

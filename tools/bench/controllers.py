@@ -2,6 +2,7 @@
 
     python -m tools.bench.controllers --seeds 32          # about a minute on one core
     python -m tools.bench.controllers --reach             # out of reach or slow: what could be told at best
+    python -m tools.bench.controllers --collapse          # entropy that halves in ten to thirty steps
 
 All laws get the same second rollout (actuator ``resample``) and the same limits, T+ from 0.6 to 1.6, so that laws are
 compared and not limits; ``pi, default`` is the default configuration, its own actuator and limits. Prints a Markdown
@@ -44,6 +45,27 @@ STEEP = (
     Scenario("0.30 from 0.20, drift grows", Plant(drift_power=0.5), start=0.2, target=0.3),
     SCENARIOS["rise from 0.15"],
 )
+# A collapse reaches its band in ten to thirty steps, with a gain of one to eight times the one assumed.
+COLLAPSES = tuple(
+    Scenario(
+        f"reading noise {noise:.0%}",
+        Plant(
+            0.152 * ratio,
+            drift * (DRIFT_AT / target) ** power,
+            power,
+            lag=3.0,
+            process_noise=0.009,
+            sensor_noise=noise,
+        ),
+        start,
+        target,
+        steps=160,
+    )
+    for noise in (0.02, 0.06, 0.13, 0.27)
+    for power in (0.0, 1.0)
+    for drift, start, target in ((-0.02, 0.9, 0.45), (-0.04, 1.2, 0.5), (-0.02, 0.6, 0.25))
+    for ratio in (0.5, 1, 4)
+)
 ROOM = math.log(EQUAL["command_max"])  # u at the upper limit
 FIGURES = tuple(Performance.__dataclass_fields__)
 
@@ -81,6 +103,25 @@ def reach_table(seeds: int) -> str:
             soon = sum(number <= 30 for number in found) / seeds
             median = f"{np.median(found):.0f}" if found else "-"
             lines.append(f"| {scenario.name} | {controller} | {len(found) / seeds:.0%} | {soon:.0%} | {median} |")
+    return "\n".join(lines)
+
+
+def collapse_table(seeds: int) -> str:
+    """Markdown: how the bonus meets a collapse, by its true entropy in the 100 steps from the first in the band on."""
+    lines = ["| collapse | controller | in band | RMS | furthest below |", "|---|---|---|---|---|"]
+    for name in dict.fromkeys(case.name for case in COLLAPSES):
+        for repeated in (0, 32):
+            config = EntropyConfig(controller="pi", actuator="entropy_bonus", repeated_prompts=repeated)
+            found = []
+            for case in (case for case in COLLAPSES if case.name == name):
+                for seed in range(seeds):
+                    trace = simulate(config, case, seed)
+                    error = trace.entropy / trace.target - 1
+                    held = error[int(np.argmax(np.abs(error) <= 0.1)) :][:100]
+                    found.append(((np.abs(held) <= 0.1).mean(), math.sqrt((held**2).mean()), -held.min()))
+            inside, rms, below = np.mean(found, 0)
+            controller = "pi, repeated" if repeated else "pi"
+            lines.append(f"| {name} | {controller} | {inside:.0%} | {rms:.3f} | {below:.2f} |")
     return "\n".join(lines)
 
 
@@ -175,10 +216,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=32)
     parser.add_argument("--reach", action="store_true", help="only what could be told of targets out of reach")
+    parser.add_argument("--collapse", action="store_true", help="only entropy that falls fast")
     parser.add_argument("--json", type=Path, default=Path("runs/bench/controllers.json"))
     arguments = parser.parse_args()
     if arguments.reach:
         print(reach_table(arguments.seeds), "", bound_table(arguments.seeds), sep="\n")
+        return
+    if arguments.collapse:
+        print(collapse_table(arguments.seeds))
         return
     results = {
         scenario: {controller: measure(scenario, controller, arguments.seeds) for controller in CONTROLLERS}

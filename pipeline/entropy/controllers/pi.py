@@ -108,7 +108,8 @@ class PiLaw(Law):
         self.sent = [*self.sent, last][-REMEMBERED:]
         self.plant.observe(math.log(entropy), self._sent_ago(1 + MOMENTUM_STEPS + staleness))
         error = self._error(math.log(goal) - self.plant.predicted)
-        u = (error / (self._horizon + staleness) + course.slope - self.plant.drift) / self.plant.gain
+        drift = self.plant.drift_at(math.log(goal))
+        u = (error / (self._horizon + staleness) + course.slope - drift) / self.plant.gain
         u = min(max(u, self._lower), self._upper)
         return min(max(u, last - self._slew), last + self._slew) if self._slew else u
 

@@ -60,8 +60,9 @@ def test_pi_by_hand():
     assert falling.propose(0.25, 0.3, 0.0, 0, Course(slope=-0.004)) == pytest.approx(2 * (e - 22 * 0.004))
     assert law.propose(0.25, 0.3, 2 * e, 0) == pytest.approx(2 * e)  # nothing has acted yet, and nothing was missed
     # The reading is e above the prediction: the prediction follows as far as a line through three readings does, the
-    # integral takes it for drift.
-    assert law.propose(0.3, 0.3, 2 * e, 0) == pytest.approx(2 * e * (1 - 10 / 12) - 0.1 * e)
+    # integral takes it for drift, which is larger at the target.
+    drift = 0.1 * e * math.sqrt(0.3 / 0.25)
+    assert law.propose(0.3, 0.3, 2 * e, 0) == pytest.approx(2 * e * (1 - 10 / 12) - drift)
 
 
 def test_pi_predicts_a_plant_of_the_gain_it_was_made_for():
@@ -71,7 +72,7 @@ def test_pi_predicts_a_plant_of_the_gain_it_was_made_for():
         commands.append(law.propose(math.exp(y), 0.3, commands[-1], 0))
         assert law.plant.predicted == pytest.approx(y, abs=1e-9)
         y += commands[max(0, k - 3)] / 44  # a command acts on the fourth reading after its step
-    assert law.plant.drift == pytest.approx(0, abs=1e-9)
+    assert law.plant.drift_at(0.0) == pytest.approx(0, abs=1e-9)
     assert math.exp(y) == pytest.approx(0.3, rel=0.02)
 
 
@@ -83,7 +84,7 @@ def test_pi_does_not_wind_up_at_a_limit_and_leaves_it_before_the_target_is_cross
     law = PiLaw(4.0, 0.1, -0.5, 0.5, adapt=False)
     for _ in range(1000):
         assert law.propose(0.1, 0.3, 0.5, 0) == 0.5
-    assert -law.plant.drift / law.plant.gain <= 0.5
+    assert -law.plant.drift_at(law.plant.predicted) / law.plant.gain <= 0.5
     entropy, last = 0.1, 0.5
     while last == 0.5 and entropy < 0.31:
         entropy *= 1.01

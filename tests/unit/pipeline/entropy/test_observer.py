@@ -28,7 +28,7 @@ def test_one_reading_by_hand():
     weights = np.exp(0.99 * prior + 0.01 * prior - missed**2 / (4 * variance))
     weights /= weights.sum()
     assert plant.gain == pytest.approx(weights @ [0.01, 0.02])
-    assert plant.drift == pytest.approx(weights @ (0.002 * missed))
+    assert plant.drift_at(math.log(0.3)) == pytest.approx(weights @ (0.002 * missed))
     assert plant.predicted == pytest.approx(math.log(0.3) + 0.05)  # a line goes through two readings
 
 
@@ -38,21 +38,38 @@ def test_most_of_a_steady_drift_is_known_after_forty_readings(noise):
     rng = np.random.default_rng(0)
     for k in range(40):
         plant.observe(-0.01 * k + noise * rng.standard_normal(), 0.0)
-    assert -0.01 < plant.drift < -0.006  # a third of it with the lasting gains alone
+    assert -0.012 < plant.drift_at(plant.predicted) < -0.008
+
+
+@pytest.mark.parametrize(("drift", "known"), [(-0.05, True), (-0.003, False)])
+def test_the_first_readings_tell_of_a_collapse_and_of_nothing_less(drift, known):
+    plant = PlantObserver(0.02, 0.1, 0.002, (0.0, 5.0), ratios=(1.0,))
+    rng = np.random.default_rng(0)
+    for k in range(10):
+        plant.observe(drift * k + 0.02 * rng.standard_normal(), 0.0)
+    found = plant.drift_at(10 * drift)
+    assert (found == pytest.approx(drift, rel=0.4)) if known else (abs(found) < 0.002)
+
+
+def test_the_drift_fades_with_the_entropy():
+    plant = PlantObserver(0.02, 0.1, 0.002, (0.0, 1.0), ratios=(1.0,))
+    for k in range(40):
+        plant.observe(-0.01 * k, 0.0)
+    assert plant.drift_at(math.log(0.1)) == pytest.approx(plant.drift_at(math.log(0.4)) / 2)
 
 
 def test_without_a_trend_no_drift_is_learnt():
     plant = PlantObserver(0.02, 1.0, 0.0, (-1.0, 1.0))
     for k in range(40):
         plant.observe(-0.01 * k, 0.0)
-    assert plant.drift == 0.0
+    assert plant.drift_at(0.0) == 0.0
 
 
 def test_a_drift_stays_within_what_the_limits_can_hold():
     plant = PlantObserver(0.02, 0.1, 0.002, (0.0, 1.0), ratios=(1.0,))
     for k in range(300):
         plant.observe(-0.05 * k, 0.0)
-    assert plant.drift == pytest.approx(-0.02)
+    assert plant.drift_at(plant.predicted) == pytest.approx(-0.02, rel=0.03)
 
 
 def test_a_wild_reading_counts_as_four_times_the_usual_miss():
