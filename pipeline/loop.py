@@ -56,7 +56,7 @@ class TrainingLoop:
     decision: ControlDecision
     drawn_beside: DrawnBeside
     step: int = 0
-    evaluation_due: bool = False  # of the weights in force, beside the next step
+    evaluation_due: bool = False  # of the weights in force: beside the next step, or by a longer run
 
     def run(self, stop_requested: Callable[[], bool]) -> None:
         """Train until ``config.steps`` or until asked to stop; either way the last step ends in a checkpoint.
@@ -71,24 +71,24 @@ class TrainingLoop:
 
     def _run(self, stop_requested: Callable[[], bool]) -> None:
         self.rollouts.push(self.step)
-        if self.step == 0 and self.config.evaluation.at_start and not stop_requested():
+        due = self.evaluation_due or (self.step == 0 and self.config.evaluation.at_start)
+        if due and not stop_requested():
             self.evaluate()
         while self.step < self.config.steps and not stop_requested():
             self.train_step()
             self.finish_evaluation()
             self.record_saved(wait=False)
-            for every, act in (
-                (self.config.evaluation.every, self.evaluate),
-                (self.config.checkpoint.every, self.save),
-            ):
-                if every and self.step % every == 0 and self.step < self.config.steps:
-                    act()
-        if self.evaluation_due:  # there is no next step
-            self.evaluate_now()
+            if self._falls_on(self.config.evaluation.every):
+                self.evaluate()
+            if self._falls_on(self.config.checkpoint.every) and self.step < self.config.steps:
+                self.save()
         self.save()
         self.record_saved(wait=True)
         if self.step == self.config.steps and self.config.evaluation.at_end:
-            self.evaluate()
+            self.evaluate_now()
+
+    def _falls_on(self, every: int) -> bool:
+        return every > 0 and self.step % every == 0
 
     def train_step(self) -> None:
         """Sample, verify, learn, hand the weights over, decide the next temperature."""
@@ -131,8 +131,11 @@ class TrainingLoop:
         self.step += 1
 
     def evaluate(self) -> None:
-        """pass@k on the held-out prompts with the current weights: now, or beside the next step's training."""
-        if self.config.evaluation.beside_training and self.step < self.config.steps:
+        """pass@k on the held-out prompts with the current weights: now, or beside the next step's training.
+
+        After the last step it stays due: whoever lengthens the run makes it as a run of that length would have.
+        """
+        if self.config.evaluation.beside_training or self.step == self.config.steps:
             self.evaluation_due = True
         else:
             self.evaluate_now()
@@ -164,8 +167,13 @@ class TrainingLoop:
             self.evaluate_now()
 
     def evaluated(self, step: int, result: EvaluationResult) -> None:
-        """Record an evaluation after ``step`` updates; a band that waits for one learns of it."""
+        """Record an evaluation after ``step`` updates; a band that waits for one learns of it.
+
+        Not of one after the last step, which is of this run's end alone: a longer run makes it again if it is due.
+        """
         self.recorder.evaluation(step, result.to_dict())
+        if step == self.config.steps:
+            return
         watching = self.band.watching
         self.band.evaluated(step, result.pass_at_k)
         if watching and not self.band.watching:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ from launchers.cli.terminal import say
 if TYPE_CHECKING:
     from pipeline.config.schema import RunConfig
     from pipeline.entropy.calibrate import Calibration
+    from pipeline.entropy.target import Measured
     from pipeline.monitoring.summary import RunHistory
 
 app = typer.Typer(
@@ -158,7 +161,7 @@ def target(
 
       isentrope entropy target runs/grpo-20260101-120000 --k 16
     """
-    from pipeline.entropy.target import annealed, recommend, slower
+    from pipeline.entropy.target import annealed, known, recommend, slower
     from pipeline.monitoring.summary import read_run
     from pipeline.monitoring.target_data import measured
 
@@ -169,15 +172,22 @@ def target(
             f"RUN {run}: entropy.controller={controller} held its entropy; a band is read from the fall of a run "
             "with entropy.controller=none"
         )
-    points, singles = measured(history, k), measured(history, 1)
+    evaluated, singles = measured(history, k), measured(history, 1)
+    points = known(evaluated)
     try:
         found = recommend(points, k)
     except ValueError as error:
-        raise typer.BadParameter(f"RUN {run}: {error}; {_more_evaluations(history, k)}") from error
+        remedy = _unknown_entropies(evaluated) or _more_evaluations(history, k)
+        raise typer.BadParameter(f"RUN {run}: {error}; {remedy}") from error
     if not found.best:
         raise typer.BadParameter(
             f"RUN {run}: pass@{k} is 0 in every evaluation, so there is nothing to keep: give it easier questions, or "
             "look at its samples (`isentrope data grade`)"
+        )
+    if not found.entropy:
+        raise typer.BadParameter(
+            f"RUN {run}: its entropy is 0 at step {found.step}, the last that kept pass@{k}, so there is none to hold: "
+            "train one from a model whose answers differ"
         )
     schedule, slowly = annealed(found, singles, history.config.steps), slower(singles)
     if as_json:
@@ -251,12 +261,28 @@ def law(
             say("  a controller was acting: the law is known for runs without one, choose no target by it")
 
 
+def _unknown_entropies(evaluated: Sequence[Measured]) -> str:
+    """What to do about a run with enough evaluations, but without the entropies beside them; empty: it is another."""
+    from pipeline.entropy.target import LEAST_POINTS
+
+    good = [point for point in evaluated if math.isfinite(point.value)]
+    lost = sum(not math.isfinite(point.entropy) for point in good)
+    if len(good) < LEAST_POINTS:
+        return ""
+    return (
+        f"beside {lost} of its {len(good)} evaluations every step's entropy is null (not a number, or of no tokens): "
+        "see what broke there, and train one whose entropies are numbers"
+    )
+
+
 def _more_evaluations(history: RunHistory, k: int) -> str:
     """What to do about a run with too few evaluations of pass@``k``."""
     measured = {int(each) for event in history.evaluations for each in event["pass_at_k"]}
     if measured and k not in measured:
         known = ", ".join(map(str, sorted(measured)))
         remedy = f"give --k one of these, or train one with evaluation.k=[{k}]"
+        if k > history.config.evaluation.samples:
+            remedy += f" and evaluation.samples={k} or more (it had {history.config.evaluation.samples})"
         return f"its evaluations measured pass@k for k = {known}: {remedy}"
     if history.status == "unfinished":
         return (

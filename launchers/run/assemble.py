@@ -58,6 +58,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_OTHER_CONTROL = (
+    "the run was resumed with another one since this checkpoint (or this is another version of isentrope). "
+    "--allow-change begins with a new controller again; the old values of `entropy`, given together with "
+    "--allow-change, keep what the old controller had learnt"
+)
+
 
 def train(
     config: RunConfig, resume: Path | None, stop_requested: Callable[[], bool], *, allow_change: bool = False
@@ -217,8 +223,7 @@ def restore(loop: TrainingLoop, checkpoint: Checkpoint, *, allow_change: bool = 
             loop.decision = state.decision
         except OtherConfigurationError as error:
             if not allow_change:
-                remedy = "resume with the one of then, or say --allow-change, and a new controller begins"
-                raise DataError(f"{checkpoint.path}: {error}: {remedy}") from error
+                raise DataError(f"{checkpoint.path}: {error}: {_OTHER_CONTROL}") from error
     loop.step, loop.evaluation_due = state.step, state.evaluation_due
     checkpoint.restore(loop.learner.restore)
 

@@ -11,7 +11,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from pipeline.config.errors import ConfigError, Problem
-from pipeline.config.idle import idle_keys
+from pipeline.config.idle import beyond_the_end, idle_keys
 from pipeline.config.load import resolve_path
 from pipeline.config.precision_rules import emulated_only
 from pipeline.config.schema import RunConfig
@@ -30,13 +30,15 @@ log = logging.getLogger(__name__)
 def check_start(config: RunConfig) -> None:
     """Raise ``ConfigError`` with every reason why a run on this machine could not start; data are not read.
 
-    The log tells which keys have no effect, and what a GPU would refuse of an FP8 run that is emulated.
+    The log tells which keys have no effect, or none before the run ends, and what a GPU would refuse of an FP8 run that
+    is emulated.
     """
     problems = [*_packages(config), *_run_dir(config), *_model(config), *sink_problems(config)]
     problems += environment_problems(config)
     if problems:
         raise ConfigError.of(problems)
-    for sentence in [*idle_keys(config.entropy), emulated_only(config, read(resolve_path(config.model.hf_path)))]:
+    emulated = emulated_only(config, read(resolve_path(config.model.hf_path)))
+    for sentence in [*idle_keys(config.entropy), *beyond_the_end(config), emulated]:
         if sentence:
             log.warning(sentence)
 

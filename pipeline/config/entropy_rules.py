@@ -8,9 +8,12 @@ from pipeline.config.errors import Problem
 from pipeline.config.rollout_rules import DETERMINISTIC
 from pipeline.config.schema import EntropyConfig, RunConfig
 from pipeline.entropy.gains import integral_gain
+from pipeline.entropy.target import LEAST_POINTS
 from pipeline.registry import load
 
 ACTUATORS, CONTROLLERS = "pipeline.entropy.actuators", "pipeline.entropy.controllers"  # what their files say of them
+
+_EDGES = "an edge at or below zero, or low not below high"
 
 
 def entropy_problems(config: RunConfig) -> Iterator[Problem]:
@@ -26,7 +29,6 @@ def entropy_problems(config: RunConfig) -> Iterator[Problem]:
 
 def _band(config: RunConfig) -> Iterator[Problem]:
     band = config.entropy.band
-    edges = "an edge at or below zero, or low not below high"
     if band.low >= band.high:
         yield Problem(
             "entropy.band.low", band.low, f"not below entropy.band.high ({band.high:g})", "swap or widen them"
@@ -36,7 +38,7 @@ def _band(config: RunConfig) -> Iterator[Problem]:
         yield Problem(
             "entropy.band.end_low",
             band.end_low,
-            f"the {band.schedule} schedule ends at [{band.end_low:g}, {band.end_high:g}]: {edges}",
+            f"the {band.schedule} schedule ends at [{band.end_low:g}, {band.end_high:g}]: {_EDGES}",
             "set end_low and end_high with 0 < end_low < end_high",
         )
     if moving and band.hold_steps >= config.steps:
@@ -53,28 +55,43 @@ def _band(config: RunConfig) -> Iterator[Problem]:
             "end_low, end_high, hold_steps and schedule_steps have no effect with this schedule",
             "set schedule to linear or cosine, or remove them",
         )
+    if band.schedule == "auto":
+        yield from _auto(config)
+    yield from _points(config)
+
+
+def _points(config: RunConfig) -> Iterator[Problem]:
+    """What a band that jumps needs."""
+    band, key = config.entropy.band, "entropy.band.points"
     if (band.schedule == "piecewise") != bool(band.points):
         problem = "piecewise needs points" if not band.points else f"points have no effect with {band.schedule}"
-        yield Problem(
-            "entropy.band.points", band.points, problem, "set schedule=piecewise and points=[[step, low, high], ...]"
-        )
+        yield Problem(key, band.points, problem, "set schedule=piecewise and points=[[step, low, high], ...]")
     for point in band.points:
         if len(point) != 3 or point[0] < 0 or point[0] != int(point[0]) or not 0 < point[1] < point[2]:
             remedy = "write [step, low, high] with a whole step and 0 < low < high"
-            yield Problem("entropy.band.points", point, "not [step, low, high], " + edges, remedy)
-    if band.schedule == "auto":
-        yield from _auto(config)
+            yield Problem(key, point, f"not [step, low, high], {_EDGES}", remedy)
     steps = [point[0] for point in band.points if point]
     if steps != sorted(set(steps)):
-        yield Problem("entropy.band.points", band.points, "steps do not increase", "sort the points by step, each once")
+        yield Problem(key, band.points, "steps do not increase", "sort the points by step, each once")
+    elif steps and steps[0] >= config.steps:
+        problem = f"the band would never move within steps={config.steps}"
+        yield Problem(key, band.points, problem, "let a point begin earlier, or train longer")
 
 
 def _auto(config: RunConfig) -> Iterator[Problem]:
     """What a band that is read from evaluations needs."""
     place, evaluation = "entropy.band.schedule", config.evaluation
+    every = f"set evaluation.every={max(1, config.steps // 12)}"
+    longer = f"train for more than {LEAST_POINTS * max(1, evaluation.every)} steps"
+    before_the_end = (config.steps - 1) // evaluation.every if evaluation.every else 0
     if not evaluation.every:
-        remedy = f"set evaluation.every={max(1, config.steps // 12)}"
-        yield Problem(place, "auto", "the band is found by evaluations, and evaluation.every is 0", remedy)
+        yield Problem(place, "auto", "the band is found by evaluations, and evaluation.every is 0", every)
+    elif before_the_end < LEAST_POINTS:
+        problem = (
+            f"the band is found by {LEAST_POINTS} evaluations or more between the first step and the last; "
+            f"evaluation.every={evaluation.every} makes {before_the_end} within steps={config.steps}"
+        )
+        yield Problem(place, "auto", problem, f"{every}, or {longer}" if config.steps > LEAST_POINTS else longer)
     if config.entropy.band.auto_k not in evaluation.k:
         remedy = f"set it to one of evaluation.k={evaluation.k}, or add it there"
         yield Problem("entropy.band.auto_k", config.entropy.band.auto_k, "no evaluation measures that pass@k", remedy)

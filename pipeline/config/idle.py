@@ -1,6 +1,8 @@
-"""Finds keys of ``entropy`` that are set and cannot act, since the controller or actuator does not look at them.
+"""Finds keys of ``entropy`` that are set and cannot act: the controller or actuator does not look at them, or the run
+ends before.
 
-They are told, not refused: a recipe is often run under another controller, and without one for comparison.
+They are told, not refused: a recipe is often run under another controller, and without one for comparison, and a run
+may be lengthened.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ from dataclasses import dataclass
 
 from pipeline.config.entropy_rules import ACTUATORS
 from pipeline.config.keys import leaf_keys
-from pipeline.config.schema import EntropyConfig, PiConfig
+from pipeline.config.schema import EntropyConfig, PiConfig, RunConfig
+from pipeline.entropy.band import Band
 from pipeline.registry import load
 
 _OF_NO_LAW = ("controller", "band", "band_of", "repeated_prompts")  # they say what is measured and reported
@@ -39,6 +42,22 @@ def idle_keys(entropy: EntropyConfig) -> list[str]:
             verb = "has" if len(idle) == 1 else "have"
             sentences.append(f"{named} {verb} no effect with {need.setting}: remove, or set {need.other}")
     return sentences
+
+
+def beyond_the_end(config: RunConfig) -> list[str]:
+    """A sentence about each part of the band's course that lies behind the run's last step, and a remedy."""
+    band, steps = config.entropy.band, config.steps
+    remedy = f"has no effect before the run is lengthened beyond steps={steps}"
+    late = [", ".join(f"{number:g}" for number in point) for point in band.points if point[0] >= steps]
+    found = [f"entropy.band.points=[{point}] {remedy}" for point in late]
+    end = band.hold_steps + band.schedule_steps
+    if band.schedule_steps and end > steps:
+        low, high = Band(band, steps).at(steps)
+        found.append(
+            f"entropy.band.schedule_steps={band.schedule_steps} moves the band until step {end}: at the end of this "
+            f"run (steps={steps}) it is at [{low:.3g}, {high:.3g}]; lower it, or lengthen the run"
+        )
+    return found
 
 
 def _needs(entropy: EntropyConfig) -> Iterator[_Need]:

@@ -40,10 +40,18 @@ def model_problems(config: RunConfig, folder: Path) -> Iterator[Problem]:
 
 
 def _band(config: RunConfig, model: Architecture) -> Iterator[Problem]:
+    """Edges, now or later, that no policy of the model reaches; of a lower and an upper one the lower is named."""
     band, most = config.entropy.band, math.log(model.vocab)
-    if config.entropy.controller != "none" and band.low >= most:
-        what = f"no policy over {model.vocab} tokens has more than ln {model.vocab} = {most:.3g} nats per token"
-        yield Problem("entropy.band.low", band.low, what, "give a band below that, in nats per token: docs/band.md")
+    if config.entropy.controller == "none":
+        return
+    what = f"no policy over {model.vocab} tokens has more than ln {model.vocab} = {most:.3g} nats per token"
+    remedy = "give a band below that, in nats per token: docs/band.md"
+    for pair in (("low", "high"), ("end_low", "end_high")):
+        edges = [(key, getattr(band, key)) for key in pair if getattr(band, key) >= most]
+        yield from (Problem(f"entropy.band.{key}", value, what, remedy) for key, value in edges[:1])
+    for point in band.points:
+        if any(edge >= most for edge in point[1:]):
+            yield Problem("entropy.band.points", point, what, remedy)
 
 
 def _lengths(config: RunConfig, model: Architecture) -> Iterator[Problem]:

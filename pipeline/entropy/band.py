@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from pipeline.config.schema import BandConfig
-from pipeline.entropy.state import Stateful
+from pipeline.entropy.state import Count, Stateful
 from pipeline.entropy.target import LEAST_POINTS, Measured, Recommendation, recommend
 
 RECENT = 10  # steps whose mean entropy stands beside an evaluation
@@ -56,7 +56,7 @@ class Band(Stateful):
         """Where the band comes from, for people; empty: from the configuration."""
         return ""
 
-    def observe(self, entropy: float) -> None:
+    def observe(self, step: int, entropy: float) -> None:
         """Take note of a step's entropy."""
 
     def evaluated(self, step: int, pass_at_k: Mapping[int, Any]) -> None:
@@ -86,12 +86,18 @@ class AutoBand(Band):
     band is found two evaluations after the one that it is set by, which is when its smoothed pass@k is known to fall.
     """
 
-    STATE: ClassVar = {"recent": list[float], "measured": list[Measured], "found": Recommendation | None}
+    STATE: ClassVar = {
+        "recent": list[float],
+        "recent_steps": list[Count],
+        "measured": list[Measured],
+        "found": Recommendation | None,
+    }
 
     def __init__(self, config: BandConfig) -> None:
         super().__init__(BandConfig(low=config.low, high=config.high), 0)
         self._k = config.auto_k
-        self.recent: list[float] = []
+        self.recent: list[float] = []  # entropies, oldest first
+        self.recent_steps: list[int] = []  # theirs
         self.measured: list[Measured] = []
         self.found: Recommendation | None = None
 
@@ -110,21 +116,32 @@ class AutoBand(Band):
         """Where the band comes from, for people; empty while it is watched for."""
         return self.found.verdict() if self.found else ""
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See ``Stateful``."""
+        super().load_state_dict(state)
+        if len(self.recent) != len(self.recent_steps):
+            raise ValueError("controller state recent, recent_steps: expected as many numbers in one as in the other")
+
     @property
     def fingerprint(self) -> list[object]:
         """See ``Band``."""
         return ["auto", self._first, self._k]
 
-    def observe(self, entropy: float) -> None:
-        """See ``Band``."""
-        self.recent = [*self.recent, entropy][-RECENT:]
+    def observe(self, step: int, entropy: float) -> None:
+        """See ``Band``. One more is kept than an evaluation needs: a step may have been trained beside it."""
+        self.recent = [*self.recent, entropy][-RECENT - 1 :]
+        self.recent_steps = [*self.recent_steps, step][-RECENT - 1 :]
 
     def evaluated(self, step: int, pass_at_k: Mapping[int, Any]) -> None:
-        """See ``Band``. Evaluations before the first reading are left out: no entropy is known to them."""
+        """See ``Band``. Evaluations before the first reading are left out: no entropy is known to them.
+
+        The entropies are those of the steps before ``step``, whether or not a later one was trained beside.
+        """
         estimate = pass_at_k[self._k]
-        if self.found or not self.recent:
+        before = [entropy for at, entropy in zip(self.recent_steps, self.recent, strict=True) if at < step]
+        if self.found or not before:
             return
-        entropy = float(np.mean(self.recent))
+        entropy = float(np.mean(before[-RECENT:]))
         self.measured.append(Measured(step, entropy, estimate.value, estimate.low, estimate.high))
         if len(self.measured) < LEAST_POINTS:
             return
@@ -139,7 +156,10 @@ def build_band(config: BandConfig, total_steps: int) -> Band:
 
 
 class SetPoint(Stateful):
-    """Walks toward the target by at most ``ramp`` per step in ln H, from the first reading on (bumpless); 0: jumps."""
+    """Walks toward the target by at most ``ramp`` per step in ln H, from the first reading on (bumpless); 0: jumps.
+
+    While a band is still to be found it does not walk: it starts at the reading with which the band is known.
+    """
 
     STATE: ClassVar = {"value": float | None}
 
@@ -155,3 +175,7 @@ class SetPoint(Stateful):
         move = min(self._ramp, max(-self._ramp, math.log(target / start)))
         self.value = start * math.exp(move)
         return self.value
+
+    def forget(self) -> None:
+        """Start anew at the next reading."""
+        self.value = None

@@ -3,6 +3,7 @@
 Guards, in the order they are asked:
 
 - no usable reading (NaN, infinite, negative, no tokens): hold the command; after 3 steps let it decay to rest;
+- no band yet (``entropy.band.schedule=auto``) and H above its floor: rest;
 - explosion (H above 2.5 times the set-point for 3 steps, having been below 2): the lower limit, and say so;
 - no positives: hold the command and the integral, since the actuator had nothing to act through; from the second step
   on draw more auxiliary prompts (split range), after 10 let the command decay: a temperature at which nothing is
@@ -97,12 +98,17 @@ class ClosedLoop(Stateful):
         self.bad_readings = 0
         entropy = self._sensor.filter(reading.mean, reading.repeated)
         single = self._sensor.controlled(reading)
-        self._band.observe(single)
+        self._band.observe(reading.step, single)
+        self.no_positives = 0 if positives > 0 else self.no_positives + 1
+        # Only a second rollout is drawn with the command; the others' commands act at once, however old the rows are.
+        delay = reading.staleness if self._actuator.second_rollout else 0
+        course = Course(*self._band.at(step), self._band.slope(step))
+        if self._band.watching and entropy > course.high:
+            return self._watching(entropy, self._band.target(step), delay, course)
         goal = self._set_point.toward(self._band.target(step), entropy)
         above = single > EXPLOSION * goal
         self.within = self.within or entropy < WITHIN * goal
         self.explosion = self.explosion + 1 if above and self.within else 0
-        self.no_positives = 0 if positives > 0 else self.no_positives + 1
         if self.explosion >= EXPLOSION_STEPS:
             self.u = self._lower
             self._law.forget()
@@ -110,14 +116,7 @@ class ClosedLoop(Stateful):
             return self._decision("exploding", reason, goal, entropy)
         if self.no_positives:
             return self._without_positives(goal, entropy)
-        # Only a second rollout is drawn with the command; the others' commands act at once, however old the rows are.
-        delay = reading.staleness if self._actuator.second_rollout else 0
-        course = Course(*self._band.at(step), self._band.slope(step))
         self.u = self._law.propose(entropy, goal, self.u, delay, course)
-        if self._band.watching and entropy > course.high:
-            self.u = 0.0
-            reason = f"H={entropy:.3g}; no band yet: pass@k is watched as the entropy falls"
-            return self._decision("holding", reason, goal, entropy)
         self._watch.observe(math.log(goal / entropy), self.u, entropy, self._law.expected(self.u))
         self._split_range()
         state = "saturated" if self._watch.saturated else "tracking"
@@ -132,6 +131,16 @@ class ClosedLoop(Stateful):
             "watch": self._watch,
             "band": self._band,
         }
+
+    def _watching(self, entropy: float, floor: float, delay: float, course: Course) -> ControlDecision:
+        """Nothing acts above a band that is still to be found, and no entropy is too high; the law learns the plant."""
+        if not self.no_positives:
+            self._law.propose(entropy, floor, self.u, delay, course)
+        self.u = 0.0
+        self.within, self.explosion = False, 0
+        self._set_point.forget()
+        reason = f"H={entropy:.3g}; no band yet: pass@k is watched as the entropy falls"
+        return self._decision("holding", reason, floor, entropy)
 
     def _without_reading(self, reading: EntropyReading, step: int) -> ControlDecision:
         self.bad_readings += 1

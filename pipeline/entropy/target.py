@@ -38,7 +38,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """A band for a budget of ``k`` answers, and what speaks for it. ``smooth`` has an entry per evaluation."""
+    """A band for a budget of ``k`` answers, and what speaks for it. ``smooth`` has an entry per point of ``known``."""
 
     k: int
     entropy: float  # of the target, nats per token
@@ -112,9 +112,9 @@ def recommend(points: Sequence[Measured], k: int) -> Recommendation:
     """The band for pass@``k``. ``points`` of one run without entropy control, in order of steps.
 
     Raises:
-        ValueError: fewer than five evaluations.
+        ValueError: fewer than five evaluations whose pass@k and entropy are known.
     """
-    points = _known(points)
+    points = known(points)
     if len(points) < LEAST_POINTS:
         raise ValueError(f"evaluations with pass@{k} and an entropy: {len(points)}, at least {LEAST_POINTS} are needed")
     smooth = smoothed([point.value for point in points])
@@ -153,15 +153,17 @@ class Annealed:
 def annealed(chosen: Recommendation, singles: Sequence[Measured], steps: int) -> Annealed | None:
     """That schedule where pass@1 (``singles``) went on growing after the chosen step by more than noise, else None.
 
+    None, too, where the run ended with no entropy: there is no band at 0.
+
     ``steps``: of the run to come.
     """
-    singles = _known(singles)
+    singles = known(singles)
     smooth = smoothed([point.value for point in singles])
     at = next((i for i, point in enumerate(singles) if point.step == chosen.step), None)
     if at is None or chosen.k == 1 or chosen.kept_to_the_end:
         return None
     gain, last = smooth[-1] - smooth[at], singles[-1].entropy
-    if gain <= _noise(_typical_error(singles)) or last >= chosen.low:
+    if gain <= _noise(_typical_error(singles)) or not 0 < last < chosen.low:
         return None
     band = {"low": chosen.low, "high": chosen.high, "end_low": (1 - WIDTH) * last, "end_high": (1 + WIDTH) * last}
     edges = [f"entropy.band.{edge}={value:.3g}" for edge, value in band.items()]
@@ -184,7 +186,7 @@ def slower(singles: Sequence[Measured]) -> Slower | None:
     Entropy is spent where the run ended below the end of the schedule. On tasks that stand still with entropy left, a
     band changed nothing (docs/lab.md, cd4).
     """
-    singles = _known(singles)
+    singles = known(singles)
     if len(singles) < LEAST_POINTS:
         return None
     smooth = smoothed([point.value for point in singles])
@@ -208,7 +210,7 @@ def smoothed(values: Sequence[float]) -> list[float]:
     return [float(np.mean(values[max(0, i - 1) : i + 2])) for i in range(len(values))]
 
 
-def _known(points: Sequence[Measured]) -> list[Measured]:
+def known(points: Sequence[Measured]) -> list[Measured]:
     """Those whose pass@k and entropy are both known."""
     return [point for point in points if math.isfinite(point.value) and math.isfinite(point.entropy)]
 

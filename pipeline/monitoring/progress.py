@@ -31,8 +31,11 @@ STATE_STYLES = {
 class Progress:
     """Shows each step as it ends. Drawing is throttled, so a step costs well under a millisecond."""
 
-    def __init__(self, name: str, steps: int, *, first: int = 0, console: Console | None = None) -> None:
-        self._name, self._steps, self._first = name, steps, first
+    def __init__(
+        self, name: str, steps: int, schedule: str = "constant", *, first: int = 0, console: Console | None = None
+    ) -> None:
+        """``schedule``: of the band; ``first``: steps done before."""
+        self._name, self._steps, self._schedule, self._first = name, steps, schedule, first
         self._console = console or CleanConsole(stderr=True)
         self._entropies: list[float] = []  # of a run that began here and, as far as was shown, has not come to its band
         self._waits = first == 0
@@ -50,7 +53,7 @@ class Progress:
     def step(self, record: StepRecord) -> None:
         """Show a step, if it is time to."""
         if record.step == 0 and record.entropy_count:
-            self.say(start_note(record))
+            self.say(start_note(record, self._schedule))
         self._entropies += [record.controlled] if self._waits else []
         last = record.step + 1 == self._steps
         if self._live is not None:

@@ -137,7 +137,8 @@ class Recorder:
             host=platform.node(),
         )
         if self._config.monitoring.progress:
-            self._progress = Progress(self._config.name, self._config.steps, first=step)
+            schedule = self._config.entropy.band.schedule
+            self._progress = Progress(self._config.name, self._config.steps, schedule, first=step)
 
     def event(self, kind: str, **values: Any) -> None:
         """Append an event, with the time, and the alerts that it raises. Raises ``RuntimeError`` before ``start``."""

@@ -1,6 +1,7 @@
 """``isentrope entropy`` on run folders, which need no model."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -78,12 +79,18 @@ def test_a_folder_that_is_no_run_is_one_clear_line(capsys, tmp_path):
     assert str(tmp_path / "none") in err
 
 
-def write_evaluated(run_dir, *overrides, finish=True, pass_at_16=lambda step: 0.95 - (step / 10 - 2) ** 2 / 40):
+def write_evaluated(
+    run_dir,
+    *overrides,
+    finish=True,
+    pass_at_16=lambda step: 0.95 - (step / 10 - 2) ** 2 / 40,
+    entropy=lambda step: 1.0 - step / 80,
+):
     recorder = runs.open_run(run_dir, *overrides)
     for step in range(60):
         if step % 10 == 0:
             recorder.evaluation(step, runs.evaluation(0.3 + step / 150, pass_at_16(step)))
-        runs.record_step(recorder, step, 1.0 - step / 80)
+        runs.record_step(recorder, step, entropy(step))
     if finish:
         runs.end(recorder)
     return run_dir
@@ -128,6 +135,38 @@ def test_target_says_what_to_do_about_a_k_that_was_not_measured(capsys, evaluate
     code, _, err = call(capsys, "entropy", "target", str(evaluated), "--k", "7")
     assert code == 2
     assert "its evaluations measured pass@k for k = 1, 16: give --k one of these" in said(err)
+
+    code, _, err = call(capsys, "entropy", "target", str(evaluated), "--k", "64")
+    assert "train one with evaluation.k=[64] and evaluation.samples=64 or more (it had 32)" in said(err)
+
+
+def test_target_names_entropies_that_are_not_known_as_the_cause(capsys, tmp_path):
+    free = ["entropy.controller=none", "steps=60"]
+    write_evaluated(tmp_path / "lost", *free, entropy=lambda step: math.nan)
+    code, _, err = call(capsys, "entropy", "target", str(tmp_path / "lost"))
+    assert code == 2
+    assert "beside 6 of its 6 evaluations every step's entropy is null" in said(err)
+    assert "evaluation.every" not in said(err)
+
+
+def test_the_points_of_a_target_are_those_that_it_is_recommended_from(capsys, tmp_path):
+    free = ["entropy.controller=none", "steps=60"]
+    write_evaluated(tmp_path / "hole", *free, entropy=lambda step: math.nan if step < 5 else 1.0 - step / 80)
+    code, out, _ = call(capsys, "entropy", "target", str(tmp_path / "hole"), "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert [point["step"] for point in found["points"]] == [10, 20, 30, 40, 50]
+    assert len(found["smooth"]) == 5
+    code, out, _ = call(capsys, "entropy", "target", str(tmp_path / "hole"))
+    assert "nan" not in out
+
+
+def test_no_band_is_recommended_at_an_entropy_of_0(capsys, tmp_path):
+    write_evaluated(tmp_path / "spent", "entropy.controller=none", "steps=60", entropy=lambda step: 0.0)
+    code, out, err = call(capsys, "entropy", "target", str(tmp_path / "spent"))
+    assert code == 2
+    assert out == ""
+    assert "its entropy is 0 at step 30, the last that kept pass@16, so there is none to hold" in said(err)
 
 
 def test_target_of_a_run_still_going_says_of_how_many_steps_it_is(capsys, tmp_path):

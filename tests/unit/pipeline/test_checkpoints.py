@@ -403,12 +403,15 @@ def test_another_controller_begins_anew_only_where_that_is_allowed(tmp_path):
     store = CheckpointStore(tmp_path, keep_last=1)
     saved(store, 5, state, arrays, write)
     other = parts(load_config("configs/quickstart.yaml", ["entropy.band.low=0.2"]))
-    with pytest.raises(DataError, match=r"step-00000005: the controller's state .*: resume with .* --allow-change"):
+    with pytest.raises(DataError, match=r"step-00000005: the controller's state .*: the run was resumed .* since"):
         assemble.restore(other, store.latest())
     begins = repr(other.decision)
     assemble.restore(other, store.latest(), allow_change=True)
     assert other.step == 5
     assert repr(other.decision) == begins != repr(loop.decision)
+    kept = parts(CONFIG)  # the values of then, given back, as the refusal says
+    assemble.restore(kept, store.latest(), allow_change=True)
+    assert repr(kept.decision) == repr(loop.decision)
 
 
 def test_a_damaged_checkpoint_exits_with_2(tmp_path, capsys):

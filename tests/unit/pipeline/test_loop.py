@@ -238,15 +238,48 @@ def test_an_evaluation_never_mixes_versions(tmp_path):
     assert engines.asked[0] != engines.asked[1], "the seeds are those of the step"
 
 
-def test_an_evaluation_that_is_due_when_the_run_is_told_to_stop_is_made(tmp_path):
-    engines = Engines()
+def go_on(root, steps, every, beside, stop_at=None):
+    """Begin a run, or go on from its newest checkpoint; what its band was told of: versions, and the updates done."""
+    engines, told = Engines(), []
     engines.allowed.set()
-    loop = evaluating(tmp_path, engines)
-    loop.evaluation_due, loop.step = True, 2
-    loop.learner.allowed.set()
-    loop.run(lambda: True)
-    assert loop.recorder.said[:2] == ["evaluation", "evaluation 2"]
-    assert loop.recorder.said[-1] == "checkpoint 2"
+    loop = evaluating(root, engines)
+    choices = [f"steps={steps}", f"evaluation.every={every}", f"evaluation.beside_training={beside}"]
+    loop.config = load_config("quickstart.yaml", [*choices, "evaluation.at_start=false", "checkpoint.every=0"])
+    loop.band.evaluated = lambda version, found: told.append([version, loop.step])
+    loop.controller = SimpleNamespace(state_dict=lambda: {"told": told})
+    count = loop.train_step
+
+    def step():
+        loop.begin_evaluation()
+        loop.drawn_beside.settle()
+        engines.push(loop.step + 1)
+        count()
+
+    loop.train_step = step
+    if saved := loop.checkpoints.complete():
+        state = saved[-1].state()
+        loop.step, loop.evaluation_due = state["step"], state["evaluation_due"]
+        told += state["controller"]["told"]
+    loop.run(lambda: loop.step == stop_at)
+    return told, loop.recorder.said
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize(("every", "versions"), [(4, [4, 8]), (3, [3, 6, 9])], ids=["due at the end", "not due"])
+def test_a_run_that_is_lengthened_tells_its_band_what_a_run_of_that_length_does(tmp_path, beside, every, versions):
+    """Each evaluation that is due once, at the same step, and none that only ends a shorter run."""
+    whole, _ = go_on(tmp_path / "whole", 12, every, beside)
+    assert whole == [[version, version + beside] for version in versions]
+    _, said = go_on(tmp_path / "short", 8, every, beside)
+    assert said[-3:] == ["checkpoint 8", "evaluation", "evaluation 8"], "a failing evaluation loses no step"
+    assert go_on(tmp_path / "short", 12, every, beside)[0] == whole
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_an_evaluation_that_is_due_when_the_run_is_told_to_stop_is_made_as_if_it_had_not_stopped(tmp_path, beside):
+    whole, _ = go_on(tmp_path / "whole", 12, 4, beside)
+    go_on(tmp_path / "stopped", 12, 4, beside, stop_at=4)
+    assert go_on(tmp_path / "stopped", 12, 4, beside)[0] == whole
 
 
 def test_closing_ends_an_evaluation_that_is_being_drawn(tmp_path):

@@ -41,6 +41,11 @@ def test_keys_without_effect_are_told(model, caplog):
     assert "entropy.actuator=clip_high has no effect with entropy.controller=none: remove, or set" in caplog.text
 
 
+def test_what_lies_behind_the_last_step_is_told(model, caplog):
+    check_start(config(model, "entropy.band={schedule: piecewise, points: [[5, 0.1, 0.2], [5000, 0.2, 0.3]]}"))
+    assert "entropy.band.points=[5000, 0.2, 0.3] has no effect before the run is lengthened" in caplog.text
+
+
 def test_widths_that_a_gpu_would_refuse_are_told_in_emulation(model, caplog):
     """The house model's feed-forward block is 84 wide, on each side of its gate."""
     emulated = ["learner.precision.fp8=hybrid", "learner.precision.emulate=true"]

@@ -4,9 +4,9 @@ from operator import attrgetter
 
 import pytest
 
-from pipeline.config.idle import idle_keys
+from pipeline.config.idle import beyond_the_end, idle_keys
 from pipeline.config.keys import leaf_keys
-from pipeline.config.schema import CONTROLLERS, EntropyConfig
+from pipeline.config.schema import CONTROLLERS, BandConfig, EntropyConfig, RunConfig
 from pipeline.entropy.actuator import acting
 from pipeline.entropy.band import build_band
 from pipeline.entropy.factory import CONTROLLERS as FILES
@@ -28,6 +28,7 @@ OTHER = {  # a value that is not the default, of the keys whose double or opposi
     "pi.dead_band": 0.3,
 }
 
+MOVING = {"schedule": "linear", "end_low": 0.1, "end_high": 0.2}
 
 ELSEWHERE = ("alpha", "positive_mean", "auxiliary_samples", "auxiliary_replaces", "controller", "actuator", "band")
 
@@ -66,6 +67,23 @@ def test_nothing_is_told_of_what_acts():
 def test_what_is_told(values, idle, setting):
     (sentence,) = idle_keys(entropy_of(**values))
     assert sentence.startswith(f"entropy.{idle} has no effect with entropy.{setting}: remove, or set entropy.")
+
+
+@pytest.mark.parametrize(
+    ("band", "told"),
+    [
+        ({"schedule": "piecewise", "points": [[99, 0.1, 0.2], [100, 0.3, 0.4]]}, "points=[100, 0.3, 0.4] has no"),
+        ({"schedule": "piecewise", "points": [[9, 0.1, 0.2]]}, ""),
+        ({**MOVING, "hold_steps": 50, "schedule_steps": 100}, "until step 150: at the end of this run (steps=100) it "),
+        ({**MOVING, "schedule_steps": 100}, ""),
+        (MOVING, ""),
+        ({}, ""),
+    ],
+)
+def test_what_lies_behind_the_end_of_the_run_is_told(band, told):
+    found = beyond_the_end(RunConfig(steps=100, entropy=EntropyConfig(band=BandConfig(**band))))
+    assert len(found) == bool(told)
+    assert told in "".join(found)
 
 
 def decisions(entropy):

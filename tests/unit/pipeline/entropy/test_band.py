@@ -5,9 +5,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.schema import BandConfig
+from pipeline.config.schema import BandConfig, EntropyConfig, PiConfig
 from pipeline.entropy.band import AutoBand, Band, SetPoint, build_band
+from pipeline.entropy.factory import build_controller
+from pipeline.entropy.target import Measured, recommend
 from pipeline.evaluation.evaluate import Estimate
+from pipeline.types import EntropyReading
 
 EDGE = st.floats(0.01, 5.0)
 
@@ -77,13 +80,17 @@ def test_set_point_walks_from_the_first_reading():
     assert SetPoint(0.0).toward(0.3, 0.5) == 0.3
 
 
+def estimate(value):
+    return {16: Estimate(value, value - 0.02, value + 0.02)}
+
+
 def falling(values, floor=(0.1, 0.12)):
     """A run whose entropy falls from 1.0 by .04 an evaluation, and whose pass@16 takes these values."""
     band = build_band(BandConfig(*floor, schedule="auto"), 240)
     for i, value in enumerate(values):
-        for _ in range(20):
-            band.observe(1.0 - 0.04 * i)
-        band.evaluated(20 * i, {16: Estimate(value, value - 0.02, value + 0.02)})
+        for step in range(20 * i, 20 * i + 20):
+            band.observe(step, 1.0 - 0.04 * i)
+        band.evaluated(20 * i + 20, estimate(value))
     return band
 
 
@@ -96,7 +103,7 @@ def test_a_run_finds_its_band_two_evaluations_after_pass_at_k_was_kept_last():
     assert not band.watching
     assert band.at(120) == pytest.approx((0.9 * 0.88, 1.1 * 0.88))  # the entropy of the fourth evaluation
     assert "pass@16 is kept down to H=0.88" in band.why
-    band.evaluated(140, {16: Estimate(1.0, 0.99, 1.0)})
+    band.evaluated(140, estimate(1.0))
     assert band.at(140) == pytest.approx((0.9 * 0.88, 1.1 * 0.88)), "a band that was found stays"
 
 
@@ -110,12 +117,69 @@ def test_a_band_that_watches_goes_on_from_its_state():
     first, second = falling(values), AutoBand(BandConfig(0.1, 0.12, schedule="auto"))
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     for band in (first, second):
-        band.evaluated(100, {16: Estimate(0.9, 0.88, 0.92)})
+        band.evaluated(120, estimate(0.9))
     assert first.state_dict() == second.state_dict()
     assert not second.watching
 
 
 def test_an_evaluation_before_the_first_reading_counts_for_nothing():
     band = build_band(BandConfig(0.1, 0.12, schedule="auto"), 240)
-    band.evaluated(0, {16: Estimate(0.9, 0.8, 1.0)})
+    band.evaluated(0, estimate(0.9))
     assert band.measured == []
+    band.observe(0, 1.0)
+    band.evaluated(0, estimate(0.9))
+    assert band.measured == [], "nor one that was judged after the first step, which trained beside it"
+
+
+def test_an_evaluation_has_the_entropies_before_it_whether_or_not_a_step_was_trained_beside():
+    found = []
+    for beside in (False, True):
+        band = build_band(BandConfig(0.1, 0.12, schedule="auto"), 240)
+        for step in range(20 + beside):
+            band.observe(step, 1.0 - 0.01 * step)
+        band.evaluated(20, estimate(0.9))
+        found.append(band.measured)
+    assert found[0] == found[1]
+    assert found[0][0].entropy == pytest.approx(1.0 - 0.01 * 14.5)
+
+
+def test_a_state_whose_readings_have_no_steps_is_no_state():
+    band = build_band(BandConfig(0.1, 0.12, schedule="auto"), 240)
+    with pytest.raises(ValueError, match="recent_steps"):
+        band.load_state_dict({**band.state_dict(), "recent": [1.0]})
+
+
+def watched(floor=(0.1, 0.12), **keys):
+    """A controller under a band that is watched for, and that band."""
+    config = EntropyConfig(band=BandConfig(*floor, schedule="auto"), actuator="resample", **keys)
+    band = build_band(config.band, 240)
+    return build_controller(config, band, 16), band
+
+
+def feed(control, entropies, start=0, positives=5):
+    return [control.update(EntropyReading(100 * h, 100, start + k), positives) for k, h in enumerate(entropies)]
+
+
+@pytest.mark.parametrize("ramp", [0.0, 0.02])
+def test_an_entropy_that_falls_to_a_low_floor_while_a_band_is_watched_for_never_explodes(ramp):
+    control, band = watched(pi=PiConfig(setpoint_ramp=ramp, ema=0.0))
+    falling = feed(control, [math.exp(-0.02 * step) for step in range(100)])
+    assert {(d.state, d.command) for d in falling} == {("holding", 1.0)}
+    # Down at the floor, which is held, and up again: still there is no band that it could be above.
+    feed(control, [0.1] * 9, start=100)
+    assert {d.command for d in feed(control, [0.6] * 9, start=109)[-5:]} == {1.0}
+    assert band.watching
+
+
+def test_nothing_is_drawn_more_while_a_band_is_watched_for_and_no_answer_is_right():
+    control, _ = watched(pi=PiConfig(split_range=True))
+    decisions = feed(control, [0.6] * 20, positives=0)
+    assert {(d.command, d.auxiliary_prompts) for d in decisions} == {(1.0, decisions[0].auxiliary_prompts)}
+
+
+def test_the_set_point_walks_from_the_entropy_once_the_band_is_found():
+    control, band = watched(pi=PiConfig(setpoint_ramp=0.02, ema=0.0))
+    feed(control, [0.6] * 80)
+    band.found = recommend([Measured(step, 0.9, 0.5, 0.48, 0.52) for step in range(5)], 16)
+    targets = [decision.target for decision in feed(control, [0.6] * 3, start=80)]
+    assert targets == pytest.approx([0.6 * math.exp(0.02 * k) for k in (1, 2, 3)])

@@ -55,6 +55,8 @@ def test_the_schedule_goes_where_pass_at_1_went_on_growing():
     assert "entropy.band.end_low=0.18" in schedule.overrides
     assert annealed(found, curve([0.3] * 9), 240) is None
     assert annealed(recommend(growing, 1), growing, 240) is None
+    spent = curve(np.linspace(0.1, 0.6, 9), [*(point.entropy for point in points[:-1]), 0.0])
+    assert annealed(found, spent, 240) is None, "there is no band at 0"
     lost = curve(
         np.linspace(0.1, 0.6, 9), [*(point.entropy for point in points[:-1]), float("nan")]
     )  # no reading there
