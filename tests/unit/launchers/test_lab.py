@@ -196,6 +196,31 @@ def test_variants_are_checked(tmp_path, variants, said):
         load_suite(str(path), KNOWN)
 
 
+@pytest.mark.parametrize("word", ["seed=5", "name=other", "run_dir=elsewhere", "seed =5"])
+def test_a_suite_gives_no_run_its_seed_name_or_folder(capsys, tmp_path, word):
+    """They would be silently replaced: the variant would be a copy of its method under another name."""
+    path = tmp_path / "s.yaml"
+    text = f"base: recipe/pm4.yaml\nmethods: [grpo]\nvariants: {{more: [grpo, steps=3, {word}]}}\n"
+    path.write_text(text)
+    code, _, err = call(capsys, "lab", "run", "--suite", str(path), "--out", str(tmp_path / "lab"))
+    assert code == 2
+    assert f"variants.more: '{word}'   ({path})" in err
+    assert "has no effect" in err
+    assert "remedy:  take it out: " in err
+    assert not (tmp_path / "lab").exists()
+    path.write_text(f"base: recipe/pm4.yaml\nmethods: [grpo]\noverrides: [steps=3, {word}]\n")
+    with pytest.raises(ConfigError, match=f"overrides: '{word}'"):
+        load_suite(str(path), KNOWN)
+
+
+def test_a_suite_without_a_base_is_named(tmp_path):
+    path = tmp_path / "s.yaml"
+    path.write_text("methods: [grpo]\n")
+    with pytest.raises(ConfigError) as error:
+        load_suite(str(path), KNOWN)
+    assert f"base: None   ({path})" in str(error.value)
+
+
 def test_a_matrix_runs_once_and_reports(tmp_path):
     common = [
         "steps=2",
