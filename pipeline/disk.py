@@ -11,6 +11,7 @@ from pathlib import Path
 
 RESERVE = ".reserve"  # file in a run's folder
 RESERVE_BYTES = 1 << 20  # for the end of the event log, of the job's log and of the attempts
+RESUME = "resume the run"  # once there is room
 _ERRNOS = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -27,17 +28,28 @@ def reserved(folder: Path) -> Iterator[None]:
     """
     path = folder / RESERVE
     try:
-        with naming(path), path.open("ab") as file:
-            os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
+        with telling(folder):
+            with naming(path), path.open("ab") as file:
+                os.posix_fallocate(file.fileno(), 0, RESERVE_BYTES)
+            yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def telling(folder: Path, then: str = RESUME) -> Iterator[None]:
+    """A failure for lack of space, in this process or reported by another, leaves the block as ``DiskFullError``.
+
+    ``folder``: what is written to, which need not exist yet. ``then``: what to do once there is room.
+    """
+    try:
         yield
     except DiskFullError:
         raise
     except Exception as error:
         if not is_full(error):
             raise
-        raise full(folder, f"a write failed ({error})") from error
-    finally:
-        path.unlink(missing_ok=True)
+        raise full(folder, f"a write failed ({error})", then) from error
 
 
 @contextmanager
@@ -55,10 +67,17 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write, which becomes ``path`` when the block ends: readers see what was there before, or all of it."""
+    """A file to write, which becomes ``path`` when the block ends: readers see what was there before, or all of it.
+
+    A block that fails leaves nothing of it.
+    """
     partial = path.with_name(f"{path.name}.partial")
-    yield partial
-    partial.replace(path)
+    try:
+        yield partial
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def require(folder: Path, needed: int, what: str) -> None:
@@ -70,10 +89,11 @@ def require(folder: Path, needed: int, what: str) -> None:
         raise full(folder, f"{what} needs about {needed:,} bytes")
 
 
-def full(folder: Path, what: str) -> DiskFullError:
-    """What to raise when ``what`` went wrong for lack of space."""
-    free = shutil.disk_usage(folder).free
-    return DiskFullError(f"{folder}: no space left: {what}, {free:,} bytes are free; make room, then resume the run")
+def full(folder: Path, what: str, then: str = RESUME) -> DiskFullError:
+    """What to raise when ``what`` went wrong for lack of space; ``then``: what to do once there is room."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    return DiskFullError(f"{folder}: no space left: {what}, {free:,} bytes are free; make room, then {then}")
 
 
 def is_full(error: BaseException | None) -> bool:

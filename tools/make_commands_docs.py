@@ -21,7 +21,7 @@ HEAD = """# Every command
 
 For whoever knows what to do and looks for the words. `isentrope COMMAND --help` prints the same. `--debug` anywhere
 shows the traceback of an error. Exit codes: 0 done, 2 usage, configuration, data or a damaged checkpoint, 1 any other
-failure.
+failure, 130 broken off by Ctrl-C.
 """
 
 

@@ -12,6 +12,7 @@ import typer
 from launchers.cli.terminal import say
 
 USAGE_ERROR = 2  # wrong command line, configuration, data or checkpoint; anything else that fails exits with 1
+INTERRUPTED = 130  # ctrl-C, as of every command that does not end it otherwise (typer's own)
 CONFIG = typer.Option(
     None,
     "--config",

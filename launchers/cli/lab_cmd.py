@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from launchers import environment
-from launchers.cli.arguments import JSON
+from launchers.cli.arguments import INTERRUPTED, JSON
 from launchers.cli.terminal import say
 from launchers.plan.words import duration
 from pipeline.monitoring.console import CleanConsole
@@ -59,7 +59,7 @@ def run(
     How many runs that is and about how long they take is said first; without --suite the suite `small` is proposed.
 
     May be stopped and started again: complete runs are kept, by the hash of their configuration, and broken ones
-    resumed.
+    resumed. After Ctrl-C or SIGTERM no further run starts, those in progress save and end; exit code 130, no report.
 
     Examples:
 
@@ -68,8 +68,9 @@ def run(
       isentrope lab run -m isentrope_reweight -m clip_cov --seeds 5 --out runs/two
     """
     from launchers.lab.matrix import is_complete, run_matrix  # reads the runs' configurations
-    from launchers.lab.report import write_report  # loads matplotlib
+    from launchers.lab.report import START_AGAIN, NoBaselineError, write_report  # loads matplotlib
     from launchers.lab.suite import cells, chosen, load_suite, with_starts
+    from pipeline.disk import telling
     from pipeline.methods import all_methods
 
     known = {name: method.overrides for name, method in all_methods().items() if not method.missing}
@@ -81,10 +82,19 @@ def run(
     say(_announcement(wanted.title, len(needed), missing, workers, wanted.minutes_per_run), err=True)
     if missing and not (suite or methods):
         _confirm()
-    out.mkdir(parents=True, exist_ok=True)
-    with _bar(len(needed)) as done:
-        outcomes = run_matrix(matrix, workers, done)
-    result = write_report(wanted, matrix, outcomes, out)
+    with telling(out, START_AGAIN):
+        out.mkdir(parents=True, exist_ok=True)
+        with _bar(len(needed)) as done:
+            outcomes = run_matrix(matrix, workers, done)
+    if len(outcomes) < len(needed):
+        complete = sum(not outcome.error for outcome in outcomes)
+        say(f"stopped: {complete} of {len(needed)} runs are complete; go on with the same command", err=True)
+        raise typer.Exit(INTERRUPTED)
+    try:
+        result = write_report(wanted, matrix, outcomes, out)
+    except NoBaselineError as error:
+        say(str(error), err=True)
+        raise typer.Exit(1) from error
     say(json.dumps(result) if as_json else (out / "lab.md").read_text())
     if result["failed"]:
         say(f"{len(result['failed'])} of {len(needed)} runs failed; start again to resume them", err=True)

@@ -31,7 +31,7 @@ from launchers.cli import (
     train_cmd,
 )
 from launchers.cli.arguments import USAGE_ERROR
-from launchers.cli.terminal import say
+from launchers.cli.terminal import DEBUG_HINT, say
 from pipeline.config.errors import ConfigError
 from pipeline.data import DataError
 from pipeline.monitoring.console import log_to_terminal
@@ -81,7 +81,10 @@ def options(
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
-    """Entry point. Exits with 0, 1 (failure) or 2 (``USAGE_ERROR``); errors are one block, no traceback."""
+    """Entry point. Exits with 0, 1 (failure), 2 (``USAGE_ERROR``) or 130 (``INTERRUPTED``).
+
+    Errors are one block, no traceback.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     log_to_terminal(logging.INFO if debug else logging.WARNING, "%(levelname)s %(name)s: %(message)s")
@@ -99,8 +102,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
 def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """What an unexpected exception prints; Python then exits with 1."""
     extra = EXTRAS.get((error.name or "").partition(".")[0]) if isinstance(error, ModuleNotFoundError) else None
-    remedy = f"pip install 'isentrope[{extra}]'" if extra else "run again with --debug to see where"
-    say(f"error: {kind.__name__}: {error}\n({remedy})", err=True)
+    remedy = f"(pip install 'isentrope[{extra}]')" if extra else DEBUG_HINT
+    say(f"error: {kind.__name__}: {error}\n{remedy}", err=True)
 
 
 def _traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

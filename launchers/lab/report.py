@@ -23,12 +23,14 @@ from launchers.lab.figures import (
 )
 from launchers.lab.matrix import Outcome, is_complete
 from launchers.lab.suite import Cell, SuiteConfig
+from pipeline.disk import telling
 from pipeline.monitoring.charts import BAND, BASELINE, MUTED, SERIES, STYLE, inline_svg
 from pipeline.monitoring.page import document, html_list, html_table
 from pipeline.monitoring.summary import RunHistory, pass_at, read_run
 from pipeline.monitoring.tracking import filtered
 
 COLUMNS = 4
+START_AGAIN = "start again"  # what to do with a laboratory once there is room on the disk
 NOTE = (
     "Mean ± half of the 95 % interval over seeds (Student's t). Bold: better than every other method, the interval of "
     "the difference by seed excluding 0. All methods get the budget of the baseline of the same seed, in generated "
@@ -39,23 +41,46 @@ NOTE = (
 CSS = "body { max-width: 1240px; } table { font-size: 13.5px; }"  # a wide table
 
 
+class NoBaselineError(Exception):
+    """No run of the baseline is complete; the message has every failure and the remedy."""
+
+    def __init__(self, baseline: str, failed: Sequence[Mapping[str, Any]]) -> None:
+        nothing = f"no run of the baseline {baseline!r} is complete: there is nothing to compare with, and no report"
+        remedy = "mend what failed, then start again to resume the runs"
+        super().__init__("\n".join(["Failed:\n", *map(_lost, failed), "", f"{nothing}; {remedy}"]))
+
+
 def write_report(suite: SuiteConfig, cells: Sequence[Cell], outcomes: Sequence[Outcome], out: Path) -> dict[str, Any]:
     """Write ``lab.html``, ``lab.md``, ``lab.png``, ``lab_price.png`` and ``lab.json`` of the complete ``cells``.
 
     Returns what the JSON holds.
 
-    Raises ``ValueError`` when not one run of the baseline is complete.
+    Raises ``NoBaselineError`` when not one run of the baseline is complete, ``DiskFullError``.
     """
     runs: dict[str, list[RunHistory]] = {method: [] for method in suite.methods}
     for cell in cells:
         if is_complete(Path(cell.config.run_dir)):
             runs[cell.method].append(read_run(Path(cell.config.run_dir)))
     runs = {method: histories for method, histories in runs.items() if histories}
-    if suite.baseline not in runs:
-        raise ValueError(f"no run of the baseline {suite.baseline!r} is complete: there is nothing to compare with")
-    rows = rows_of(runs, suite.baseline, suite.stopped_at, suite.reach, suite.mean_of_last)
     failed = [{"method": o.cell.method, "seed": o.cell.seed, "error": o.error} for o in outcomes if o.error]
+    if suite.baseline not in runs:
+        raise NoBaselineError(suite.baseline, failed)
+    rows = rows_of(runs, suite.baseline, suite.stopped_at, suite.reach, suite.mean_of_last)
     result = {"title": suite.title, "rows": [row.to_dict() for row in rows], "failed": failed}
+    with telling(out, START_AGAIN):
+        _write(suite, runs, rows, result, out)
+    return result
+
+
+def _write(
+    suite: SuiteConfig,
+    runs: Mapping[str, Sequence[RunHistory]],
+    rows: Sequence[Row],
+    result: Mapping[str, Any],
+    out: Path,
+) -> None:
+    """The files of ``write_report``; ``result`` is what the JSON holds."""
+    failed = result["failed"]
     (out / "lab.json").write_text(json.dumps(result, indent=1))
     lost = "\n".join(["Failed, and not in the table:\n", *map(_lost, failed), ""]) if failed else ""
     heading, gains = differences(rows, suite.baseline)
@@ -73,7 +98,6 @@ def write_report(suite: SuiteConfig, cells: Sequence[Cell], outcomes: Sequence[O
     second = _html(heading, gains)
     second = f"<h2>{escape(against)}</h2>{second}" if gains else ""
     (out / "lab.html").write_text(_page(suite, rows, second, failed, curves, prices), encoding="utf-8")
-    return result
 
 
 def _lost(failed: Mapping[str, Any]) -> str:

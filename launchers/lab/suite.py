@@ -20,6 +20,12 @@ from pipeline.config.load import COMMAND_LINE, PACKAGED, config_hash, load, load
 from pipeline.config.schema import RunConfig
 
 WEIGHTS = "hf"  # in the folder of a run that others start from: its last model
+# Keys that the laboratory gives every run itself, after all overrides, and what to do instead.
+GIVEN = {
+    "seed": "take it out: the runs' seeds are 0, 1, ..., as many as `seeds` of the suite or --seeds says",
+    "name": "take it out: a run has the name of its method or variant",
+    "run_dir": "take it out: the runs' folders are made below --out",
+}
 
 
 @dataclass
@@ -160,6 +166,7 @@ def _from(config: RunConfig, run: str) -> RunConfig:
 
 def _problems(suite: SuiteConfig, known: Mapping[str, Sequence[str]]) -> Iterator[Problem]:
     yield from key_problems(suite)
+    yield from _given("overrides", suite.overrides)
     for name, words in suite.variants.items():
         place = f"variants.{name}"
         if name in known:
@@ -168,12 +175,21 @@ def _problems(suite: SuiteConfig, known: Mapping[str, Sequence[str]]) -> Iterato
             yield Problem(place, words, "is not a list of texts", "write [<method>, key=value, ...]")
         elif words[0] not in known:
             yield _unknown(place, words[0], known)
+        else:
+            yield from _given(place, words[1:])
     for name in [*suite.methods, suite.baseline]:
         if name not in known and name not in suite.variants:
             yield _unknown("methods", name, [*known, *suite.variants])
     yield from _start_problems(suite, known)
     if not suite.methods:
         yield Problem("methods", [], "there is nothing to compare", "name some, e.g. [grpo, isentrope_reweight]")
+
+
+def _given(place: str, overrides: Sequence[str]) -> Iterator[Problem]:
+    """Overrides that would have no effect: a variant with one of them would be a copy under another name."""
+    for word in overrides:
+        if remedy := GIVEN.get(word.partition("=")[0].strip()):
+            yield Problem(place, word, "has no effect: the laboratory gives every run its own", remedy)
 
 
 def _start_problems(suite: SuiteConfig, known: Mapping[str, Sequence[str]]) -> Iterator[Problem]:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from launchers.supervise.attempts import LAUNCH, AttemptLog, gives_up, progress
-from launchers.supervise.signals import handled
+from launchers.supervise.signals import caught
 from launchers.supervise.training import train
 from pipeline.config.load import to_yaml
 from pipeline.config.schema import RunConfig
@@ -26,7 +23,7 @@ def supervise(config: RunConfig, run_dir: Path, limit: int) -> tuple[str, str]:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(config))
     log = AttemptLog(run_dir)
-    with _caught() as signals:
+    with caught() as signals:
         while True:
             step = progress(run_dir).step
             reason = gives_up(log.read(), step, limit)
@@ -39,18 +36,3 @@ def supervise(config: RunConfig, run_dir: Path, limit: int) -> tuple[str, str]:
             log.end(attempt, verdict, progress(run_dir).step, reason)
             if verdict != "again":
                 return verdict, reason
-
-
-@contextmanager
-def _caught() -> Iterator[list[int]]:
-    """The signals that ask to stop, as they come in.
-
-    Of ctrl-C's a zero, which is no signal: it reaches the training process by itself.
-    """
-    signals: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        signals.append(0 if number == signal.SIGINT else number)
-
-    with handled(note):
-        yield signals

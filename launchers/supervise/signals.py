@@ -31,6 +31,23 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
+def caught(told: str = "") -> Iterator[list[int]]:
+    """The signals that ask to stop, as they come in, to be handed on to processes of ours; for the main thread.
+
+    Of ctrl-C's a zero, which is no signal: it reaches them by itself. ``told`` is logged with the first.
+    """
+    signals: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if told and not signals:
+            log.warning("%s: %s", signal.Signals(number).name, told)
+        signals.append(0 if number == signal.SIGINT else number)
+
+    with handled(note):
+        yield signals
+
+
+@contextmanager
 def handled(handler: Handler) -> Iterator[Mapping[signal.Signals, Any]]:
     """``handler`` for every signal that asks to stop; yields what handled them before, and does again afterwards."""
     previous = {number: signal.signal(number, handler) for number in STOP}

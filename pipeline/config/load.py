@@ -89,7 +89,7 @@ def load(
         assignments = [_found(given, schema) for given in assignments]
     if here and path is not None and schema is RunConfig:
         assignments += _verifier_folder(assignments, resolve_path(path).resolve())
-    config: Schema = _build(assignments, schema)
+    config: Schema = _build(assignments, schema, "" if path is None else str(resolve_path(path).resolve()))
     problems = rules(config)
     if problems:
         raise ConfigError.of([replace(problem, source=_source(problem.key, assignments)) for problem in problems])
@@ -255,8 +255,8 @@ def _parse_override(text: str, schema: type) -> Iterator[Assignment]:
     yield from _flatten(name.strip(), node, COMMAND_LINE, schema)
 
 
-def _build(assignments: Sequence[Assignment], schema: type) -> Any:
-    """Apply the assignments in order to the schema's defaults."""
+def _build(assignments: Sequence[Assignment], schema: type, file: str) -> Any:
+    """Apply the assignments in order to the schema's defaults; ``file``: where what is missing belongs, or ""."""
     tree: DictConfig = pickle.loads(_defaults(schema))
     problems = [problem for assignment in assignments if (problem := _apply(tree, assignment, schema)) is not None]
     if problems:
@@ -264,7 +264,7 @@ def _build(assignments: Sequence[Assignment], schema: type) -> Any:
     try:
         config = OmegaConf.to_object(tree)
     except (OmegaConfBaseException, RecursionError) as error:
-        raise _incomplete(tree, assignments, schema) or _bad_reference(error, assignments) from error
+        raise _incomplete(tree, assignments, schema, file) or _bad_reference(error, assignments) from error
     assert isinstance(config, schema)
     return config
 
@@ -305,14 +305,14 @@ def _apply(tree: DictConfig, assignment: Assignment, schema: type) -> Problem | 
     return None
 
 
-def _incomplete(tree: DictConfig, assignments: Sequence[Assignment], schema: type) -> ConfigError | None:
+def _incomplete(tree: DictConfig, assignments: Sequence[Assignment], schema: type, file: str) -> ConfigError | None:
     """Every value that is required and not given, or a reference on the way to one that leads nowhere."""
     try:
         missing = sorted(OmegaConf.missing_keys(tree))
     except (OmegaConfBaseException, RecursionError) as error:
         return _bad_reference(error, assignments)
     keys = schema_keys(schema)
-    problems = [Problem(key, None, "a value is required", f"set {key}: {keys[key].help}") for key in missing]
+    problems = [Problem(key, None, "a value is required", f"set {key}: {keys[key].help}", file) for key in missing]
     return ConfigError.of(problems) if problems else None
 
 

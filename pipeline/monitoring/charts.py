@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from pipeline.disk import replacing
 from pipeline.entropy.actuator import actuator_of
 from pipeline.monitoring.summary import RunHistory, pass_at, totals
 from pipeline.monitoring.tracking import filtered
@@ -214,7 +215,8 @@ def write_png(runs: Sequence[RunHistory], path: Path) -> None:
         grid = figure.add_gridspec(3, 2, height_ratios=[1.35, 1, 1])
         for name, cell in zip(CHARTS, (grid[0, :], grid[1, 0], grid[1, 1], grid[2, 0], grid[2, 1]), strict=True):
             CHARTS[name](figure.add_subplot(cell), runs)
-        figure.savefig(path, dpi=110)
+        with replacing(path) as partial:
+            figure.savefig(partial, dpi=110, format="png")
 
 
 def svg(name: str, runs: Sequence[RunHistory]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config.load import to_yaml
-from pipeline.disk import replacing
+from pipeline.disk import replacing, telling
 from pipeline.monitoring.charts import CHARTS, svg, write_png
 from pipeline.monitoring.differences import config_differences, result_differences
 from pipeline.monitoring.law_card import law_card
@@ -66,20 +66,22 @@ def build_report(
 
     Returns ``{"runs": [summary of each run], "methods": {name: means over its runs}, "cost": [sentences], "law_cards":
     {title of a run under control: its rows}}``. Raises ``EventLogError`` or ``ConfigError`` where a folder holds no
-    readable run.
+    readable run, ``DiskFullError`` where there is no room for a file; nothing is left of that one.
     """
     runs = named([read_run(Path(run_dir)) for run_dir in run_dirs])
     summaries = [summarize_run(run) for run in runs]
     cards = {run.title: card for run in runs if (card := law_card(run, runs))}
     cost = cost_sentences(runs, summaries)
     result = {"runs": summaries, "methods": by_method(summaries), "cost": cost, "law_cards": cards}
-    out_html.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(out_html) as partial:
-        partial.write_text(_page(runs, result), encoding="utf-8")
-    if png is not None:
-        write_png(runs, png)
-    if csv is not None:
-        write_csv(runs, csv)
+    page = _page(runs, result)
+    with telling(out_html.parent, "write the report again"):
+        out_html.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(out_html) as partial:
+            partial.write_text(page, encoding="utf-8")
+        if png is not None:
+            write_png(runs, png)
+        if csv is not None:
+            write_csv(runs, csv)
     return result
 
 

@@ -1,19 +1,24 @@
 """The laboratory: suites, the table's arithmetic, and a real matrix of two tiny runs."""
 
+import errno
 import io
 import itertools
 import json
 import math
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from launchers.lab.figures import differences, half_width, main_table, measure, rows_of
-from launchers.lab.matrix import LOG, _last_words, is_complete, run_matrix
+from launchers.lab.matrix import LOG, STOPPING, _last_words, is_complete, run_matrix
 from launchers.lab.report import write_report
 from launchers.lab.suite import Cell, SuiteConfig, cells, chosen, load_suite, with_starts
 from pipeline.config.errors import ConfigError
 from pipeline.config.load import PACKAGED, load_config, to_yaml
+from pipeline.disk import DiskFullError
 from pipeline.methods import all_methods
 from pipeline.monitoring.events import EventLog
 from pipeline.monitoring.summary import read_run
@@ -196,6 +201,31 @@ def test_variants_are_checked(tmp_path, variants, said):
         load_suite(str(path), KNOWN)
 
 
+@pytest.mark.parametrize("word", ["seed=5", "name=other", "run_dir=elsewhere", "seed =5"])
+def test_a_suite_gives_no_run_its_seed_name_or_folder(capsys, tmp_path, word):
+    """They would be silently replaced: the variant would be a copy of its method under another name."""
+    path = tmp_path / "s.yaml"
+    text = f"base: recipe/pm4.yaml\nmethods: [grpo]\nvariants: {{more: [grpo, steps=3, {word}]}}\n"
+    path.write_text(text)
+    code, _, err = call(capsys, "lab", "run", "--suite", str(path), "--out", str(tmp_path / "lab"))
+    assert code == 2
+    assert f"variants.more: '{word}'   ({path})" in err
+    assert "has no effect" in err
+    assert "remedy:  take it out: " in err
+    assert not (tmp_path / "lab").exists()
+    path.write_text(f"base: recipe/pm4.yaml\nmethods: [grpo]\noverrides: [steps=3, {word}]\n")
+    with pytest.raises(ConfigError, match=f"overrides: '{word}'"):
+        load_suite(str(path), KNOWN)
+
+
+def test_a_suite_without_a_base_is_named(tmp_path):
+    path = tmp_path / "s.yaml"
+    path.write_text("methods: [grpo]\n")
+    with pytest.raises(ConfigError) as error:
+        load_suite(str(path), KNOWN)
+    assert f"base: None   ({path})" in str(error.value)
+
+
 def test_a_matrix_runs_once_and_reports(tmp_path):
     common = [
         "steps=2",
@@ -218,6 +248,12 @@ def test_a_matrix_runs_once_and_reports(tmp_path):
         _last_words(log, 2)
         == f"exit code 2: configuration error; steps: 0; problem: out of range; remedy: give 1 ({log})"
     )
+    log.write_text(
+        "WARNING slow\nerror: RuntimeError: rank 1 said:\nthe cause\n  at x\n(run again with --debug to see where)\n"
+    )
+    assert _last_words(log, 1) == f"exit code 1: error: RuntimeError: rank 1 said:; the cause; at x ({log})"
+    log.write_text("error: ModuleNotFoundError: No module named 'ray'\n(pip install 'isentrope[x]')\n")
+    assert _last_words(log, 1).endswith(f"'ray'; (pip install 'isentrope[x]') ({log})")
     assert [is_complete(Path(cell.config.run_dir)) for cell in matrix] == [True, False]
     again = run_matrix(matrix[:1], 1, lambda outcome: None)
     assert [o.computed for o in again] == [False]
@@ -270,7 +306,7 @@ def test_runs_start_where_others_ended(tmp_path, monkeypatch):
 
     said, ended = [], []
 
-    def command(words, log):
+    def command(words, log, signals):
         said.append(words[0])
         if words[0] == "train":
             ended.append(Path(words[-1]).parent)
@@ -283,10 +319,81 @@ def test_runs_start_where_others_ended(tmp_path, monkeypatch):
     assert not [o.error for o in run_matrix(matrix, 3, lambda outcome: None) if o.error]
     assert (said.count("train"), said.count("convert")) == (4, 1)
     ended.clear()
-    monkeypatch.setattr("launchers.lab.matrix._isentrope", lambda words, log: "")  # stopped, it ends well
+    monkeypatch.setattr("launchers.lab.matrix._isentrope", lambda words, log, signals: "")  # stopped, it ends well
     errors = {o.cell.method: o.error for o in run_matrix([after], 1, lambda outcome: None)}
     stopped = "it was stopped before its last step"
     assert errors == {"grpo": stopped, "after": f"what it starts from is missing: {stopped}"}
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Words of `isentrope lab run` for two methods and one seed, one run at a time, and its folder."""
+    path = tmp_path / "s.yaml"
+    path.write_text("base: recipe/pm4.yaml\nmethods: [grpo, gspo]\nseeds: 1\n")
+    return ["lab", "run", "--suite", path, "--workers", "1", "--out", tmp_path / "lab"], tmp_path / "lab"
+
+
+def child(monkeypatch, program):
+    """Replace every command that the laboratory runs by a Python program."""
+    popen = subprocess.Popen
+    monkeypatch.setattr("subprocess.Popen", lambda command, **more: popen([sys.executable, "-c", program], **more))
+
+
+# Ends well on a signal, as `isentrope train` does once it has saved.
+SAVES = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(60)
+"""
+# Ctrl-C finds it before it can save: no handler yet.
+INTERRUPTED = """
+import os, signal
+os.kill(os.getppid(), signal.SIGINT)
+os.kill(os.getpid(), signal.SIGINT)
+"""
+
+
+@pytest.mark.parametrize("program", [SAVES, INTERRUPTED], ids=["SIGTERM", "ctrl-C"])
+def test_a_signal_ends_the_runs_in_progress_and_starts_no_other(capsys, caplog, monkeypatch, small, program):
+    """SIGTERM goes to the laboratory alone and is handed on; ctrl-C its runs hear by themselves."""
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    words, out = small
+    child(monkeypatch, program)
+    code, printed, err = call(capsys, *words)
+    assert (code, printed) == (130, "")
+    assert err.splitlines()[-1] == "stopped: 0 of 2 runs are complete; go on with the same command"
+    assert STOPPING in caplog.text
+    assert [run.name.split("-")[0] for run in out.iterdir()] == ["grpo"], "the second run was not started"
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_without_a_run_of_the_baseline_the_failures_are_told(capsys, monkeypatch, small):
+    words, out = small
+    child(monkeypatch, "raise SystemExit('error: RuntimeError: [Errno 28] No space left on device')")
+    code, _, err = call(capsys, *words)
+    assert code == 1
+    lost = err.split("Failed:\n\n")[1].splitlines()
+    assert [line.split(":")[0] for line in lost[:2]] == ["- grpo, seed 0", "- gspo, seed 0"]
+    assert "exit code 1: error: RuntimeError: [Errno 28] No space left" in lost[0]
+    assert lost[3].startswith("no run of the baseline 'grpo' is complete: ")
+    assert lost[3].endswith("mend what failed, then start again to resume the runs")
+    assert not (out / "lab.md").exists()
+
+
+@pytest.mark.parametrize("name", ["mkdir", "write_text"])
+def test_a_full_disk_is_told(capsys, monkeypatch, small, name):
+    words, out = small
+    real = getattr(Path, name)
+
+    def failing(path, *arguments, **more):
+        if path.is_relative_to(out):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, *arguments, **more)
+
+    monkeypatch.setattr(Path, name, failing)
+    with pytest.raises(DiskFullError, match=rf"^{out}: no space left: .* bytes are free; make room, then start again$"):
+        call(capsys, *words)
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ import pytest
 
 from pipeline import disk, fingerprints
 from pipeline.checkpoints import CheckpointStore
-from pipeline.disk import RESERVE, RESERVE_BYTES, DiskFullError, is_full, naming, require, reserved
+from pipeline.disk import RESERVE, RESERVE_BYTES, DiskFullError, is_full, naming, replacing, require, reserved, telling
 from pipeline.monitoring.events import EventLog, read_events
 from tests.saving import saved
 
 
-def fill(_: Path) -> None:
+def fill(_: object) -> None:
     Path("/dev/full").write_text("more than fits")
 
 
@@ -43,6 +43,20 @@ def test_lack_of_space_leaves_the_block_with_folder_bytes_and_remedy(tmp_path):
     assert str(error.value).startswith(f"{tmp_path}: no space left: a write failed")
     assert "bytes are free" in str(error.value)
     assert not (tmp_path / RESERVE).exists()
+
+
+def test_a_folder_that_could_not_be_made_is_told_too(tmp_path):
+    with pytest.raises(DiskFullError) as error, telling(tmp_path / "new/folder", "start again"):
+        fill(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path}/new/folder: no space left: a write failed")
+    assert str(error.value).endswith("bytes are free; make room, then start again")
+
+
+def test_a_file_that_could_not_be_written_whole_leaves_the_one_before(tmp_path):
+    (tmp_path / "x").write_text("before")
+    with pytest.raises(OSError, match="No space left"), replacing(tmp_path / "x") as partial:
+        fill(partial.write_text("half"))
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x", "before")]
 
 
 def test_other_failures_leave_it_as_they_are(tmp_path):

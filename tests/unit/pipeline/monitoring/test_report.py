@@ -1,6 +1,7 @@
 """The report page and the figures behind it."""
 
 import csv
+import errno
 import json
 import math
 import re
@@ -11,6 +12,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from pipeline.disk import DiskFullError
 from pipeline.monitoring import table
 from pipeline.monitoring.charts import CHARTS, DARK, svg, theme_variables
 from pipeline.monitoring.differences import config_differences, result_differences
@@ -299,3 +301,15 @@ def test_damaged_lines_are_told(tmp_path):
         log.write("<b>broken\n")
     page = build(tmp_path / "run")
     assert "1 damaged line of the log skipped: line 7 is no event" in page
+
+
+def test_a_full_disk_is_told_and_leaves_no_half_report(folders, tmp_path, monkeypatch):
+    def write_half(path, text, **_):
+        path.write_bytes(text[:100].encode())
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_half)
+    with pytest.raises(DiskFullError, match=r"bytes are free; make room, then write the report again$") as error:
+        build_report(folders, tmp_path / "report.html")
+    assert str(error.value).startswith(f"{tmp_path}: no space left: a write failed")
+    assert list(tmp_path.iterdir()) == []
