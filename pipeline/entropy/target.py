@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from statistics import fmean, median
 
 LEAST_POINTS = 5
 BAR = 30  # characters of the longest bar
@@ -118,7 +117,7 @@ def recommend(points: Sequence[Measured], k: int) -> Recommendation:
     if len(points) < LEAST_POINTS:
         raise ValueError(f"evaluations with pass@{k} and an entropy: {len(points)}, at least {LEAST_POINTS} are needed")
     smooth = smoothed([point.value for point in points])
-    best = int(np.argmax(smooth))
+    best = smooth.index(max(smooth))
     error = _typical_error(points)
     kept = [value >= smooth[best] - error for value in smooth]
     chosen = next((i for i in range(best, len(points)) if not kept[i]), len(points)) - 1
@@ -207,7 +206,7 @@ def slower(singles: Sequence[Measured]) -> Slower | None:
 
 def smoothed(values: Sequence[float]) -> list[float]:
     """Each value's mean with its neighbours; the first and the last have one neighbour."""
-    return [float(np.mean(values[max(0, i - 1) : i + 2])) for i in range(len(values))]
+    return [fmean(values[max(0, i - 1) : i + 2]) for i in range(len(values))]
 
 
 def known(points: Sequence[Measured]) -> list[Measured]:
@@ -216,7 +215,7 @@ def known(points: Sequence[Measured]) -> list[Measured]:
 
 
 def _typical_error(points: Sequence[Measured]) -> float:
-    return float(np.median([point.error for point in points]))
+    return median(point.error for point in points)
 
 
 def _noise(error: float) -> float:

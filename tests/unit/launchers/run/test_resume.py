@@ -72,7 +72,7 @@ def test_a_band_that_moves_until_the_last_step_is_not_stretched_unasked(run, sch
 
 
 def test_control_may_be_switched_on_and_changed_when_asked_for(run):
-    changed = ["entropy.band.low=0.2", "entropy.pi.kp=2", "entropy.controller=bang_bang"]
+    changed = ["entropy.band.low=0.2", "entropy.pi.kp=2", "entropy.pi.ki=0.07", "entropy.controller=bang_bang"]
     assert given(run, *changed, allow_change=True).changed.keys() == {each.split("=")[0] for each in changed}
     off = ["entropy.controller=none"]
     (run / "config.yaml").write_text(to_yaml(load_config(run / "config.yaml", off)))
