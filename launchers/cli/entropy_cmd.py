@@ -263,11 +263,11 @@ def law(
 
 def _unknown_entropies(evaluated: Sequence[Measured]) -> str:
     """What to do about a run with enough evaluations, but without the entropies beside them; empty: it is another."""
-    from pipeline.entropy.target import LEAST_POINTS
+    from pipeline.config.schema import EVALUATIONS_FOR_A_BAND
 
     good = [point for point in evaluated if math.isfinite(point.value)]
     lost = sum(not math.isfinite(point.entropy) for point in good)
-    if len(good) < LEAST_POINTS:
+    if len(good) < EVALUATIONS_FOR_A_BAND:
         return ""
     return (
         f"beside {lost} of its {len(good)} evaluations every step's entropy is null (not a number, or of no tokens): "

@@ -31,10 +31,10 @@ from launchers.cli import (
     train_cmd,
 )
 from launchers.cli.arguments import USAGE_ERROR
-from launchers.cli.terminal import DEBUG_HINT, say
+from launchers.cli.terminal import say
 from pipeline.config.errors import ConfigError
 from pipeline.data import DataError
-from pipeline.monitoring.console import log_to_terminal
+from pipeline.monitoring.console import DEBUG_HINT, log_to_terminal
 from pipeline.monitoring.events import EventLogError
 
 # Modules that an extra brings, by the extra's name.

@@ -6,8 +6,6 @@ import typer
 
 from pipeline.monitoring.console import clean
 
-DEBUG_HINT = "(run again with --debug to see where)"  # the line after an error that was not expected
-
 
 def say(text: str = "", *, err: bool = False, nl: bool = True) -> None:
     """``text`` without control characters on standard output, or with ``err`` on standard error; then a new line."""

@@ -15,11 +15,11 @@ from pathlib import Path
 from threading import Lock
 
 from launchers import environment
-from launchers.cli.terminal import DEBUG_HINT
 from launchers.lab.suite import WEIGHTS, Cell, with_starts
 from launchers.supervise.attempts import begun, progress
 from launchers.supervise.signals import caught
 from pipeline.config.load import to_yaml
+from pipeline.monitoring.console import DEBUG_HINT
 from pipeline.monitoring.events import EventLogError
 
 LOG = "lab.log"  # what the training process said, in the run's folder

@@ -6,9 +6,7 @@ from collections.abc import Iterator
 
 from pipeline.config.errors import Problem
 from pipeline.config.rollout_rules import DETERMINISTIC
-from pipeline.config.schema import EntropyConfig, RunConfig
-from pipeline.entropy.gains import integral_gain
-from pipeline.entropy.target import LEAST_POINTS
+from pipeline.config.schema import EVALUATIONS_FOR_A_BAND, EntropyConfig, RunConfig
 from pipeline.registry import load
 
 ACTUATORS, CONTROLLERS = "pipeline.entropy.actuators", "pipeline.entropy.controllers"  # what their files say of them
@@ -82,16 +80,18 @@ def _auto(config: RunConfig) -> Iterator[Problem]:
     """What a band that is read from evaluations needs."""
     place, evaluation = "entropy.band.schedule", config.evaluation
     every = f"set evaluation.every={max(1, config.steps // 12)}"
-    longer = f"train for more than {LEAST_POINTS * max(1, evaluation.every)} steps"
+    longer = f"train for more than {EVALUATIONS_FOR_A_BAND * max(1, evaluation.every)} steps"
     before_the_end = (config.steps - 1) // evaluation.every if evaluation.every else 0
     if not evaluation.every:
         yield Problem(place, "auto", "the band is found by evaluations, and evaluation.every is 0", every)
-    elif before_the_end < LEAST_POINTS:
+    elif before_the_end < EVALUATIONS_FOR_A_BAND:
         problem = (
-            f"the band is found by {LEAST_POINTS} evaluations or more between the first step and the last; "
+            f"the band is found by {EVALUATIONS_FOR_A_BAND} evaluations or more between the first step and the last; "
             f"evaluation.every={evaluation.every} makes {before_the_end} within steps={config.steps}"
         )
-        yield Problem(place, "auto", problem, f"{every}, or {longer}" if config.steps > LEAST_POINTS else longer)
+        yield Problem(
+            place, "auto", problem, f"{every}, or {longer}" if config.steps > EVALUATIONS_FOR_A_BAND else longer
+        )
     if config.entropy.band.auto_k not in evaluation.k:
         remedy = f"set it to one of evaluation.k={evaluation.k}, or add it there"
         yield Problem("entropy.band.auto_k", config.entropy.band.auto_k, "no evaluation measures that pass@k", remedy)
@@ -175,7 +175,7 @@ def _controller(entropy: EntropyConfig) -> Iterator[Problem]:
             "entropy.pi.ki",
             entropy.pi.ki,
             "without it the law never learns the drift, and the entropy settles beside its target",
-            f"set both gains or neither; kp={entropy.pi.kp:g} goes with ki={integral_gain(entropy.pi.kp):g}",
+            "set both gains or neither; the actuators' own have ki = 0.036 kp",
         )
     second_rollout = load(ACTUATORS, entropy.actuator).ACTUATOR.second_rollout
     if entropy.pi.split_range and not (second_rollout and entropy.controller == "pi"):

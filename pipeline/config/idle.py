@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pipeline.config.entropy_rules import ACTUATORS
 from pipeline.config.keys import leaf_keys
 from pipeline.config.schema import EntropyConfig, PiConfig, RunConfig
-from pipeline.entropy.band import Band
 from pipeline.registry import load
 
 _OF_NO_LAW = ("controller", "band", "band_of", "repeated_prompts")  # they say what is measured and reported
@@ -52,10 +51,9 @@ def beyond_the_end(config: RunConfig) -> list[str]:
     found = [f"entropy.band.points=[{point}] {remedy}" for point in late]
     end = band.hold_steps + band.schedule_steps
     if band.schedule_steps and end > steps:
-        low, high = Band(band, steps).at(steps)
         found.append(
-            f"entropy.band.schedule_steps={band.schedule_steps} moves the band until step {end}: at the end of this "
-            f"run (steps={steps}) it is at [{low:.3g}, {high:.3g}]; lower it, or lengthen the run"
+            f"entropy.band.schedule_steps={band.schedule_steps} moves the band until step {end}, after the end of this "
+            f"run (steps={steps}), which never sees end_low and end_high; lower it, or lengthen the run"
         )
     return found
 

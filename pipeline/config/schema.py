@@ -19,6 +19,7 @@ ACTUATORS = names("pipeline.entropy.actuators")
 VERIFIERS = ("auto", *names("pipeline.rewards.verifiers"))
 ENVIRONMENTS = names("pipeline.rollout.environments")
 # Each with the library that it needs.
+EVALUATIONS_FOR_A_BAND = 5  # at least: entropy.band.schedule=auto, `isentrope entropy target`
 SINKS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "prometheus": "prometheus_client"}
 
 FOLDER_NAME = Form(r"[\w.+-][\w.+ -]*", "cannot be part of a folder name", "use letters, digits, '_', '-', '.' and '+'")

@@ -10,9 +10,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pipeline.config.schema import BandConfig
+from pipeline.config.schema import EVALUATIONS_FOR_A_BAND, BandConfig
 from pipeline.entropy.state import Count, Stateful
-from pipeline.entropy.target import LEAST_POINTS, Measured, Recommendation, recommend
+from pipeline.entropy.target import Measured, Recommendation, recommend
 
 RECENT = 10  # steps whose mean entropy stands beside an evaluation
 
@@ -143,7 +143,7 @@ class AutoBand(Band):
             return
         entropy = float(np.mean(before[-RECENT:]))
         self.measured.append(Measured(step, entropy, estimate.value, estimate.low, estimate.high))
-        if len(self.measured) < LEAST_POINTS:
+        if len(self.measured) < EVALUATIONS_FOR_A_BAND:
             return
         proposed = recommend(self.measured, self._k)
         if proposed.step < self.measured[-2].step:

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
-LEAST_POINTS = 5
+from pipeline.config.schema import EVALUATIONS_FOR_A_BAND
+
 BAR = 30  # characters of the longest bar
 WIDTH = 0.1  # of the target, to either side: readings vary by 5 to 9 %, docs/band.md
 SLOWLY = 0.7, 0.2  # of the start's entropy, at the begin and the end of a band that is lowered over a whole run
@@ -114,8 +115,10 @@ def recommend(points: Sequence[Measured], k: int) -> Recommendation:
         ValueError: fewer than five evaluations whose pass@k and entropy are known.
     """
     points = known(points)
-    if len(points) < LEAST_POINTS:
-        raise ValueError(f"evaluations with pass@{k} and an entropy: {len(points)}, at least {LEAST_POINTS} are needed")
+    if len(points) < EVALUATIONS_FOR_A_BAND:
+        raise ValueError(
+            f"evaluations with pass@{k} and an entropy: {len(points)}, at least {EVALUATIONS_FOR_A_BAND} are needed"
+        )
     smooth = smoothed([point.value for point in points])
     best = smooth.index(max(smooth))
     error = _typical_error(points)
@@ -186,7 +189,7 @@ def slower(singles: Sequence[Measured]) -> Slower | None:
     band changed nothing (docs/lab.md, cd4).
     """
     singles = known(singles)
-    if len(singles) < LEAST_POINTS:
+    if len(singles) < EVALUATIONS_FOR_A_BAND:
         return None
     smooth = smoothed([point.value for point in singles])
     at = next(i for i, point in enumerate(singles) if point.step >= singles[-1].step * 2 / 3)

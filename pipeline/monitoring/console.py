@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
+DEBUG_HINT = "(run again with --debug to see where)"  # the line after an error that was not expected
 # Whole sequences first (ECMA-48: colours and movements, then titles and links), so that their tails do not stay.
 _SEQUENCE = re.compile("(?:\x1b\\[|\x9b)[0-?]*[ -/]*[@-~]|(?:\x1b\\]|\x9d)[^\x07\x1b\x9c\n]*(?:\x07|\x1b\\\\|\x9c)")
 # All but tab and newline; what overrides the direction of reading; half a character, which no terminal takes.

@@ -26,10 +26,11 @@ def content(tensor: torch.Tensor) -> torch.Tensor:
     """A 64-bit sum over the bytes of ``tensor``, int64 of shape ``[]`` on its device, computed there.
 
     The bytes are taken in row-major order, whatever the strides, as 64-bit words in lines of ``_WIDTH``, filled up with
-    zeros. The sum is over ``(column weight + line weight) * word`` (of less than a line: another weight of each column)
-    and the number of bytes times a weight of its own, modulo 2**64. What a word is multiplied with is odd, so another
-    value of one word always shows; two words that changed places show but for a chance of 2**-63. CPU and CUDA give the
-    same number: addition of integers has no order.
+    zeros. The words of each column are added up, and those of each line; these sums and the words of a last, shorter
+    line are mixed, multiplied with a weight each and added up, with the number of bytes times a weight of its own, all
+    modulo 2**64. Another value of one word, and words or bytes that changed places, show but for a chance of about
+    2**-63. (Not mixed, the highest byte of a word would meet the lowest eight bits of its weight only.) CPU and CUDA
+    give the same number: addition of integers has no order.
     """
     data = as_bytes(tensor)
     size = data.numel()
@@ -40,7 +41,7 @@ def content(tensor: torch.Tensor) -> torch.Tensor:
     words, length = data.view(torch.int64), _signed(size * _LENGTH)
     whole = size // (8 * _WIDTH)
     if not whole:
-        return (_weights(_WIDTH, data.device, 1)[: words.numel()] * words).sum() + length
+        return (_weights(_WIDTH, data.device, 1)[: words.numel()] * _mixed(words)).sum() + length
     return _lines(words, whole) + length
 
 
@@ -60,13 +61,10 @@ def plan_digest(plan: Plan) -> str:
 
 
 def _lines(words: torch.Tensor, whole: int) -> torch.Tensor:
-    """Of at least one ``whole`` line.
-
-    Added up without the products: ``(column + line) * word`` is weights times sums of columns, and of lines.
-    """
+    """Of at least one ``whole`` line."""
     columns, lines = _weights(_WIDTH, words.device, 0), _weights(whole + 1, words.device, 1)
     rest = words[whole * _WIDTH :]
-    found = ((columns[: rest.numel()] + lines[whole]) * rest).sum()
+    found = ((columns[: rest.numel()] + lines[whole]) * _mixed(rest)).sum()
     words = words[: whole * _WIDTH].view(whole, _WIDTH)
     step = _LINES if words.device.type == "cpu" else whole
     by_column, by_line = torch.zeros_like(columns), torch.empty_like(lines[:whole])
@@ -74,7 +72,13 @@ def _lines(words: torch.Tensor, whole: int) -> torch.Tensor:
         block = words[first : first + step]
         by_column += block.sum(0)
         torch.sum(block, 1, out=by_line[first : first + step])
-    return found + (columns * by_column).sum() + (lines[:whole] * by_line).sum()
+    return found + (columns * _mixed(by_column)).sum() + (lines[:whole] * _mixed(by_line)).sum()
+
+
+def _mixed(words: torch.Tensor) -> torch.Tensor:
+    """Another word for each, none twice: its high bits come down, and all are spread (SplitMix64's last steps)."""
+    words = (words ^ (words >> 30 & (1 << 34) - 1)) * _signed(0xBF58476D1CE4E5B9)
+    return words ^ (words >> 27 & (1 << 37) - 1)
 
 
 def _signed(number: int) -> int:

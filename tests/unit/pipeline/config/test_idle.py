@@ -74,7 +74,7 @@ def test_what_is_told(values, idle, setting):
     [
         ({"schedule": "piecewise", "points": [[99, 0.1, 0.2], [100, 0.3, 0.4]]}, "points=[100, 0.3, 0.4] has no"),
         ({"schedule": "piecewise", "points": [[9, 0.1, 0.2]]}, ""),
-        ({**MOVING, "hold_steps": 50, "schedule_steps": 100}, "until step 150: at the end of this run (steps=100) it "),
+        ({**MOVING, "hold_steps": 50, "schedule_steps": 100}, "until step 150, after the end of this run (steps=100)"),
         ({**MOVING, "schedule_steps": 100}, ""),
         (MOVING, ""),
         ({}, ""),
