@@ -51,20 +51,36 @@ def train(
     command = [sys.executable, "-m", "launchers.cli.main", "train", *source, *where]
     driver = subprocess.Popen(command, env=environment.child(**({"RAY_ADDRESS": address} if address else {})))
     (attempt_dir / DRIVER).write_text(str(driver.pid))
-    supervision, handed_on = Supervision(run_dir, driver.pid, wanted), 0
+    try:
+        reason = _watch(driver, Supervision(run_dir, driver.pid, wanted), head, signals)
+    finally:  # ended here itself, it takes Ray along: the driver could save nothing, and would keep the run from others
+        if driver.poll() is None:
+            driver.kill()
+            driver.wait()
+    if reason:
+        return "again", reason
+    return _verdict(driver.returncode, progress(run_dir), steps, (attempt_dir / CANCEL).exists())
+
+
+def _watch(
+    driver: subprocess.Popen[bytes],
+    supervision: Supervision,
+    head: subprocess.Popen[bytes] | None,
+    signals: Sequence[int],
+) -> str:
+    """Wait for the driver's end, or for a reason to end it, handing ``signals`` on to it; the reason, "" without."""
+    handed_on = 0
     while driver.poll() is None:
         reason = supervision.complaint()
         if head is not None and head.poll() is not None:
             reason = f"Ray's head ended by itself (exit code {head.returncode}); see ray-0.log"
         if reason:
-            driver.kill()
-            driver.wait()
-            return "again", reason
+            return reason
         for number in signals[handed_on:]:
             driver.send_signal(number)
             handed_on += 1
         time.sleep(0.2)
-    return _verdict(driver.returncode, progress(run_dir), steps, (attempt_dir / CANCEL).exists())
+    return ""
 
 
 def _verdict(code: int, after: Progress, steps: int, cancelled: bool) -> tuple[str, str]:

@@ -1,9 +1,15 @@
 """What a supervisor makes of how a training process ended."""
 
+import subprocess
+from pathlib import Path
+
 import pytest
 
+from launchers.supervise import training
 from launchers.supervise.attempts import Progress
 from launchers.supervise.training import _verdict, train
+
+QUICKSTART = Path(__file__).parents[4] / "configs/quickstart.yaml"
 
 
 @pytest.mark.parametrize(
@@ -30,3 +36,23 @@ def test_verdicts(code, status, error, cancelled, verdict, said):
 def test_a_job_cancelled_while_ray_starts_starts_no_run(tmp_path):
     (tmp_path / "cancel").touch()
     assert train(tmp_path, tmp_path, tmp_path / "absent.yaml") == ("cancelled", "before the run was started")
+
+
+def test_whoever_is_ended_ends_the_training_process(tmp_path, monkeypatch):
+    """As by Slurm: a driver that waits for a Ray that is gone would keep the run from the next attempt."""
+    started = []
+
+    popen = subprocess.Popen
+
+    def start(command, **options):
+        started.append(popen(["sleep", "600"]))
+        return started[-1]
+
+    def ended(*arguments):
+        raise SystemExit(143)
+
+    monkeypatch.setattr(training.subprocess, "Popen", start)
+    monkeypatch.setattr(training, "_watch", ended)
+    with pytest.raises(SystemExit):
+        train(tmp_path, tmp_path, QUICKSTART)
+    assert started[0].poll() == -9
