@@ -78,7 +78,8 @@ def wait_for_steps(process: subprocess.Popen | Background, run_dir: Path, count:
 
 
 def events(run_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    """Every whole line: the last one may be in the writing."""
+    return [json.loads(line) for line in (run_dir / "events.jsonl").read_text().split("\n")[:-1]]
 
 
 def steps(run_dir: Path) -> list[dict]:
