@@ -17,7 +17,7 @@ from threading import Lock
 from launchers import environment
 from launchers.lab.suite import WEIGHTS, Cell, with_starts
 from launchers.supervise.attempts import begun, progress
-from launchers.supervise.signals import caught
+from launchers.supervise.signals import caught, hand_on
 from pipeline.config.load import to_yaml
 from pipeline.monitoring.console import DEBUG_HINT
 from pipeline.monitoring.events import EventLogError
@@ -133,9 +133,7 @@ def _ended(process: subprocess.Popen[bytes], signals: Sequence[int]) -> int:
     while True:
         with suppress(subprocess.TimeoutExpired):
             return process.wait(timeout=0.2)
-        for number in signals[handed_on:]:
-            process.send_signal(number)
-            handed_on += 1
+        handed_on = hand_on(process, signals, handed_on)
 
 
 def _last_words(log: Path, code: int) -> str:

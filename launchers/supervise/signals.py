@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import signal
+import subprocess
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,6 +46,14 @@ def caught(told: str = "") -> Iterator[list[int]]:
 
     with handled(note):
         yield signals
+
+
+def hand_on(process: subprocess.Popen[bytes], signals: Sequence[int], before: int) -> int:
+    """Send ``process`` what has come in since the first ``before`` of ``signals``; returns how many it has had now."""
+    new = signals[before:]
+    for number in new:
+        process.send_signal(number)
+    return before + len(new)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from launchers import environment
 from launchers.supervise.attempts import Progress, begun, progress
+from launchers.supervise.signals import hand_on
 from launchers.supervise.watchdog import Supervision
 from pipeline.config.load import load_config, override
 from pipeline.disk import DiskFullError
@@ -76,9 +77,7 @@ def _watch(
             reason = f"Ray's head ended by itself (exit code {head.returncode}); see ray-0.log"
         if reason:
             return reason
-        for number in signals[handed_on:]:
-            driver.send_signal(number)
-            handed_on += 1
+        handed_on = hand_on(driver, signals, handed_on)
         time.sleep(0.2)
     return ""
 

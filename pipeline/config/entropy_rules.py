@@ -163,20 +163,13 @@ def _controller(entropy: EntropyConfig) -> Iterator[Problem]:
             f"not below entropy.aent.most ({entropy.aent.most:g})",
             "swap them",
         )
-    if entropy.pi.ki > 0 and entropy.pi.kp == 0:
-        yield Problem(
-            "entropy.pi.ki",
-            entropy.pi.ki,
-            "has no effect while entropy.pi.kp is 0 (the actuator's measured gains)",
-            "set both gains or neither",
-        )
-    if entropy.pi.kp > 0 and entropy.pi.ki == 0:
-        yield Problem(
-            "entropy.pi.ki",
-            entropy.pi.ki,
-            "without it the law never learns the drift, and the entropy settles beside its target",
-            "set both gains or neither; the actuators' own have ki = 0.036 kp",
-        )
+    if (entropy.pi.kp > 0) != (entropy.pi.ki > 0):
+        if entropy.pi.ki > 0:
+            problem = "has no effect while entropy.pi.kp is 0 (the actuator's measured gains)"
+        else:
+            problem = "without it the law never learns the drift, and the entropy settles beside its target"
+        remedy = "set both gains or neither; the actuators' own have ki = 0.036 kp"
+        yield Problem("entropy.pi.ki", entropy.pi.ki, problem, remedy)
     second_rollout = load(ACTUATORS, entropy.actuator).ACTUATOR.second_rollout
     if entropy.pi.split_range and not (second_rollout and entropy.controller == "pi"):
         yield Problem(

@@ -286,6 +286,7 @@ BROKEN = {
         "fc would do nothing",
     ),
     "ki alone": (["entropy.pi.ki=0.1"], "entropy.pi.ki", "no effect"),
+    "kp alone": (["entropy.pi.kp=2"], "entropy.pi.ki", "never learns the drift"),
     "split range": (["entropy.pi.split_range=true"], "entropy.pi.split_range", "second rollout"),
     "auxiliary": (
         ["entropy.actuator=resample", "entropy.auxiliary_prompts=17"],
