@@ -30,6 +30,8 @@ _IDENTITY = (
     *("data.source", "data.held_out", "data.chat_template", "data.chat_template_file", "data.chat_template_kwargs"),
     *("data.system_prompt", "data.examples", "data.verifier", "rollout.stop", "rollout.stop_token_ids"),
 )
+# With which pass@k before and after cannot be compared.
+_EVALUATED = ("evaluation.prompts", "evaluation.temperature")
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,11 @@ def _control(before: RunConfig, after: RunConfig, changed: dict[str, tuple[Any, 
         steps = before.steps - before.entropy.band.hold_steps
         remedy = f"set entropy.band.schedule_steps={steps}, or say --allow-change: then a new controller begins"
         yield Problem("steps", after.steps, what, remedy)
+    for key in _EVALUATED if after.entropy.band.schedule == "auto" else ():
+        if key in changed:
+            old, new = changed[key]
+            what = f"the band is found from how pass@k moves, and it was measured with {old!r}"
+            yield Problem(key, new, what, "keep it, or say --allow-change: then the band may be found from the jump")
 
 
 def check_restorable(run: Path, config: RunConfig) -> None:

@@ -71,6 +71,17 @@ def test_a_band_that_moves_until_the_last_step_is_not_stretched_unasked(run, sch
     assert given(run, "steps=9", allow_change=True).steps == 9
 
 
+@pytest.mark.parametrize("override", ["evaluation.prompts=8", "evaluation.temperature=0.6"])
+def test_a_band_is_not_found_from_two_kinds_of_evaluations_unasked(run, override):
+    assert given(run, override).step == 3
+    found = ["entropy.band.schedule=auto", "evaluation.every=1", "steps=100"]
+    (run / "config.yaml").write_text(to_yaml(load_config(run / "config.yaml", found)))
+    with pytest.raises(ConfigError, match="the band is found from how pass@k moves") as error:
+        given(run, override)
+    assert [problem.key for problem in error.value.problems] == [override.split("=")[0]]
+    assert given(run, override, allow_change=True).step == 3
+
+
 def test_control_may_be_switched_on_and_changed_when_asked_for(run):
     changed = ["entropy.band.low=0.2", "entropy.pi.kp=2", "entropy.pi.ki=0.07", "entropy.controller=bang_bang"]
     assert given(run, *changed, allow_change=True).changed.keys() == {each.split("=")[0] for each in changed}
