@@ -1,4 +1,4 @@
-"""What the readings say of ln H, of its drift, and of how strongly the command moves it."""
+"""What the readings say of ln H, of its drift, and of how strongly and how late the command moves it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from pipeline.entropy.gains import MOMENTUM_STEPS
 from pipeline.entropy.state import Count, Stateful
 
 RATIOS = tuple(float(ratio) for ratio in np.geomspace(1 / 8, 8, 13))  # gains considered, of the one assumed
 SPREAD = 0.6  # standard deviation of ln(gain / assumed) before any reading
 MISSED = 0.065  # root mean square of what a prediction misses, in ln H, before any reading
 WIDE_RATIOS = tuple(float(ratio) for ratio in np.geomspace(1 / 32, 8, 17))
+LAG = 1.0 + MOMENTUM_STEPS  # steps; assumed
+LAGS = LAG / 2, LAG, 2 * LAG, 4 * LAG  # considered
+_LAG_SPREAD = 1.0  # standard deviation of ln(lag / assumed) before any reading
 _EVIDENCE = 0.5  # of a miss: readings are exponential means, so one miss is much like the one before
 _MEMORY = 0.99  # of a score per step: the gain may change over some hundred steps
 # Of the mean square miss: readings that the first guess counts for, and readings looked back on.
@@ -26,29 +30,33 @@ _OUTLIER = 4.0  # root mean squares beyond which a miss counts as that many
 
 
 class PlantObserver(Stateful):
-    """ln H integrates b u plus a drift d = c sqrt(H), which fades as H falls: GRPO's does, with powers of H of 0 to 1.
+    """ln H integrates b m plus a drift d = c sqrt(H), which fades as H falls: GRPO's does, with powers of H of 0 to 1.
+    m is the command as the policy feels it, behind the optimizer's momentum, L - 1 steps on average.
 
-    For each gain b_i that it may have, an observer of its own corrects level and drift,
+    For each gain b_i and lag L_i that it may have, an observer of its own corrects level and drift,
 
-        y_i <- y_i + b_i u' + d_i + l1 r_i,    d_i <- d_i + l2 r_i,    r_i = ln H - (y_i + b_i u' + d_i),
+        m_i <- m_i + (u' - m_i) / L_i,    r_i = ln H - (y_i + b_i m_i + d_i),
+        y_i <- y_i + b_i m_i + d_i + l1 r_i,    d_i <- d_i + l2 r_i,
 
     and how well it predicted is its score, the logarithm of its posterior probability but for a constant:
 
-        s_i <- f s_i + (1 - f) p_i - r_i^2 / (4 v),    p_i = -(ln(b_i / b) / spread)^2 / 2,    v = the mean square of r.
+        s_i <- f s_i + (1 - f) p_i - r_i^2 / (4 v),    v = the mean square of r,
+        p_i = -(ln(b_i / b) / spread)^2 / 2 - ln(L_i / L)^2 / 2.
 
     (Multiple-model estimation: Magill 1965, IEEE Trans. Automatic Control 10(4); the forgetting f = 0.99, and counting
     half of a miss, are ours.) The first readings correct y by a least-squares line's l1 = 2 (2 k - 1) / (k (k + 1)),
     and from the 20th on d by its l2 = 6 / (k (k + 1)), k readings in all, until these fall below the lasting gains
     (growing memory: Morrison 1969): the drift is known when the band is reached. A collapse reaches it sooner. So while
     the command rests a line is laid through the readings, and once its slope is more than four of its standard errors,
-    sqrt(12 v / (k (k^2 - 1))), it is the drift. While the command rests, all gains predict the same and the scores go
-    back to the prior; a command that moves tells them apart.
+    sqrt(12 v / (k (k^2 - 1))), it is the drift. While the command rests, all predict the same and the scores go back to
+    the prior; a command that moves tells them apart. Without the lags, a response that comes late was read as a weak
+    one: the command rose too far, and the entropy with it.
 
     Args:
         gain: b assumed, of ln H per unit of u and step.
         level, trend: l1 and l2, lasting.
         rest: least and largest u that may hold the entropy: d_i stays between -b_i times them.
-        ratios: b_i / b; ``(1.0,)``: the gain is known.
+        ratios: b_i / b; ``(1.0,)``: gain and lag are known.
         spread: of ln(b_i / b), the standard deviation before any reading.
         missed: root mean square of r, the same.
     """
@@ -56,6 +64,7 @@ class PlantObserver(Stateful):
     STATE: ClassVar = {
         "levels": list[float],
         "drifts": list[float],
+        "felt": list[float],
         "scores": list[float],
         "line": list[float],
         "variance": float,
@@ -73,12 +82,15 @@ class PlantObserver(Stateful):
         spread: float = SPREAD,
         missed: float = MISSED,
     ) -> None:
-        self._gains = gain * np.array(ratios)
-        self._prior = -0.5 * (np.log(ratios) / spread) ** 2
+        lags = LAGS if len(ratios) > 1 else (LAG,)
+        each, self._lags = np.array([(ratio, lag) for ratio in ratios for lag in lags]).T
+        self._gains = gain * each
+        self._prior = -0.5 * ((np.log(each) / spread) ** 2 + (np.log(self._lags / LAG) / _LAG_SPREAD) ** 2)
         self._level, self._trend = level, trend
         self._least, self._most = -self._gains * rest[1], -self._gains * rest[0]
         self.levels: list[float] = []  # y_i; empty: no reading yet
         self.drifts = [0.0] * len(self._gains)  # c_i
+        self.felt = [0.0] * len(self._gains)  # m_i
         self.scores: list[float] = self._prior.tolist()  # s_i
         self.line: list[float] = []  # level and slope of the line through the first readings; empty: none
         self.variance = missed**2
@@ -88,14 +100,23 @@ class PlantObserver(Stateful):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See ``Stateful``."""
         super().load_state_dict(state)
-        gains = len(self._gains)
-        if len(self.levels) not in (0, gains) or {len(self.drifts), len(self.scores)} != {gains}:
-            raise ValueError(f"controller state levels, drifts, scores: expected {gains} numbers each")
+        models = len(self._gains)
+        if len(self.levels) not in (0, models) or {len(self.drifts), len(self.felt), len(self.scores)} != {models}:
+            raise ValueError(f"controller state levels, drifts, felt, scores: expected {models} numbers each")
 
-    @property
-    def predicted(self) -> float:
-        """Ln H, the mean over the gains."""
-        return float(self._weights() @ np.array(self.levels))
+    def ahead(self, sent: float = 0.0, updates: float = 0.0, slope: float = 0.0) -> float:
+        """Ln H once the policy has felt all that was sent, where later commands only hold it: the mean of
+        y + (L - 1) (b m + d) + b ``sent`` + d ``updates``.
+
+        Args:
+            sent: the sum of the commands after u'.
+            updates: how many these are.
+            slope: of ln H per step that is wanted; what it would make in the meantime is taken off.
+        """
+        levels = np.array(self.levels)
+        falls = np.array(self.drifts) * _faded(levels) - slope
+        moves = (self._lags - 1) * (self._gains * np.array(self.felt) + falls) + self._gains * sent + falls * updates
+        return float(self._weights() @ (levels + moves))
 
     def drift_at(self, level: float) -> float:
         """Of ln H per step at u = 0, where ln H is ``level``."""
@@ -115,14 +136,17 @@ class PlantObserver(Stateful):
         )
 
     def observe(self, reading: float, acted: float) -> None:
-        """Take in ln H, and the command that acted on it."""
+        """Take in ln H, and u', the command of the update before it."""
         self.readings += 1
         if not self.levels:
             self.levels = [reading] * len(self._gains)
             self.line = [reading, 0.0]
             return
         faded = _faded(np.array(self.levels))
-        predicted = np.array(self.levels) + self._gains * acted + np.array(self.drifts) * faded
+        felt = np.array(self.felt)
+        felt += (acted - felt) / self._lags
+        self.felt = felt.tolist()
+        predicted = np.array(self.levels) + self._gains * felt + np.array(self.drifts) * faded
         missed = reading - predicted
         squares = np.minimum(missed**2, _OUTLIER**2 * self.variance)
         counted = min(_MISSED_WEIGHT + self.readings - 1, _MISSED_WINDOW)

@@ -116,6 +116,7 @@ SCENARIOS = {
         Scenario("delay 1", Plant(delay=1)),
         Scenario("delay 2", Plant(delay=2)),
         Scenario("delay 4", Plant(delay=4)),
+        Scenario("lag 16", Plant(lag=16)),
         Scenario("ages 0 to 4", Plant(age_spread=4)),
         Scenario("ages 0 to 8", Plant(age_spread=8)),
         Scenario("ages in spells", Plant(age_spread=1), changes=_SPELLS),

@@ -108,7 +108,7 @@ def reach_table(seeds: int) -> str:
 
 def collapse_table(seeds: int) -> str:
     """Markdown: how the bonus meets a collapse, by its true entropy in the 100 steps from the first in the band on."""
-    lines = ["| collapse | controller | in band | RMS | furthest below |", "|---|---|---|---|---|"]
+    lines = ["| collapse | controller | in band | RMS | furthest below | furthest above |", "|---|---|---|---|---|---|"]
     for name in dict.fromkeys(case.name for case in COLLAPSES):
         for repeated in (0, 32):
             config = EntropyConfig(controller="pi", actuator="entropy_bonus", repeated_prompts=repeated)
@@ -118,10 +118,10 @@ def collapse_table(seeds: int) -> str:
                     trace = simulate(config, case, seed)
                     error = trace.entropy / trace.target - 1
                     held = error[int(np.argmax(np.abs(error) <= 0.1)) :][:100]
-                    found.append(((np.abs(held) <= 0.1).mean(), math.sqrt((held**2).mean()), -held.min()))
-            inside, rms, below = np.mean(found, 0)
+                    found.append(((np.abs(held) <= 0.1).mean(), math.sqrt((held**2).mean()), -held.min(), held.max()))
+            inside, rms, below, above = np.mean(found, 0)
             controller = "pi, repeated" if repeated else "pi"
-            lines.append(f"| {name} | {controller} | {inside:.0%} | {rms:.3f} | {below:.2f} |")
+            lines.append(f"| {name} | {controller} | {inside:.0%} | {rms:.3f} | {below:.2f} | {above:.2f} |")
     return "\n".join(lines)
 
 

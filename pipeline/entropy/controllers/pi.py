@@ -45,20 +45,21 @@ QUIET = Pace(8.0 + 1 + MOMENTUM_STEPS, 0.01, 0.01, 1.2, WIDE_RATIOS, 0.001)
 
 
 class PiLaw(Law):
-    """u = clip((e / (tc + theta) + s - d) / b), e = clip(ln H* - y, -1, 1), with y, d and b from ``PlantObserver``.
+    """u = clip((e / (tc + theta) + s - d) / b), e = clip(ln H* - z, -1, 1), with z, d and b from ``PlantObserver``.
 
-    s is the slope of ln H* where a schedule moves the band: without it the entropy would follow s (tc + theta) behind.
-    So kp = 1 / (b (tc + theta)), and -d / b, the command that holds the entropy against its drift, is the integral. It
-    is assumed at first that b = 1 / (kp (tc + theta)), the plant that kp was chosen for; what the command does tells
-    more. The observer's gains are l2 = ki b and l1 = 2 sqrt(l2), critically damped. Since it is told the command as
+    z is where ln H goes with the commands that were sent already: momentum delays what they do (Smith 1957, Chem. Eng.
+    Progress 53). s is the slope of ln H* where a schedule moves the band: without it the entropy would follow
+    s (tc + theta) behind. So kp = 1 / (b (tc + theta)), and -d / b, the command that holds the entropy against its
+    drift, is the integral. It is assumed at first that b = 1 / (kp (tc + theta)), the plant that kp was chosen for;
+    what the command does tells more. The observer's gains are l2 = ki b and l1 = 2 sqrt(l2), critically damped. Since it is told the command as
     limited, the integral neither winds up at a limit nor waits for the target to learn the drift; and a prediction
     passes less of the readings' noise on to the command than a filter of the same delay. Rollouts that are ``s``
-    updates old, as measured at this step, delay u' by s more, and theta grows by s.
+    updates old, as measured at this step, delay u' by s more.
 
     Args:
         kp: ``u`` per unit of ln H. ki: the same, per step, of what the prediction missed.
         lower, upper: limits of ``u``; 0 lies between them.
-        adapt: learn b, among the pace's multiples of the one assumed.
+        adapt: learn b, among the pace's multiples of the one assumed, and the momentum's lag.
         slew: largest change of ``u`` per step; 0: unlimited.
         dead_band: |e| that counts as 0; beyond it the error is measured from its edge, without a jump.
         pace: ``QUIET`` where readings are repeated; it has an l2 of its own, whatever ki is, but 0.
@@ -106,10 +107,11 @@ class PiLaw(Law):
     def propose(self, entropy: float, goal: float, last: float, staleness: float, course: Course = ANY) -> float:
         """See ``Law``."""
         self.sent = [*self.sent, last][-REMEMBERED:]
-        self.plant.observe(math.log(entropy), self._sent_ago(1 + MOMENTUM_STEPS + staleness))
-        error = self._error(math.log(goal) - self.plant.predicted)
+        self.plant.observe(math.log(entropy), self._sent_ago(1 + staleness))
+        ahead = self.plant.ahead(self._sent_since(1 + staleness), 1 + staleness, course.slope)
+        error = self._error(math.log(goal) - ahead)
         drift = self.plant.drift_at(math.log(goal))
-        u = (error / (self._horizon + staleness) + course.slope - drift) / self.plant.gain
+        u = (error / self._horizon + course.slope - drift) / self.plant.gain
         u = min(max(u, self._lower), self._upper)
         return min(max(u, last - self._slew), last + self._slew) if self._slew else u
 
@@ -126,6 +128,11 @@ class PiLaw(Law):
         whole = math.floor(steps)
         late, early = (self.sent[max(0, len(self.sent) - 1 - ago)] for ago in (whole, whole + 1))
         return late + (steps - whole) * (early - late)
+
+    def _sent_since(self, steps: float) -> float:
+        """The sum of the commands after the one in force so many steps ago."""
+        whole = math.floor(steps)
+        return sum(self._sent_ago(ago) for ago in range(whole)) + (steps - whole) * self._sent_ago(whole)
 
     def _error(self, error: float) -> float:
         if abs(error) <= self._dead_band:

@@ -327,7 +327,7 @@ def test_saturated_but_on_its_way_is_told_apart():
     rising = [0.06 * 1.01**k for k in range(40)]
     last = feed(controller(actuator="reweight"), rising)[-1]
     assert last.state == "saturated"
-    assert last.reason.startswith("at its limit for 35 steps, H=0.08")
+    assert last.reason.startswith("at its limit for 36 steps, H=0.08")
     assert "on its way to 0.298" in last.reason
 
 

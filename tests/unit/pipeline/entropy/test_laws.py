@@ -57,21 +57,30 @@ def test_pi_by_hand():
     e = math.log(0.3 / 0.25)
     assert law.propose(0.25, 0.3, 0.0, 0) == pytest.approx(2 * e)
     falling = PiLaw(2.0, 0.1, -1.0, 1.0, adapt=False)
-    assert falling.propose(0.25, 0.3, 0.0, 0, Course(slope=-0.004)) == pytest.approx(2 * (e - 22 * 0.004))
-    assert law.propose(0.25, 0.3, 2 * e, 0) == pytest.approx(2 * e)  # nothing has acted yet, and nothing was missed
-    # The reading is e above the prediction: the prediction follows as far as a line through three readings does, the
-    # integral takes it for drift, which is larger at the target.
-    drift = 0.1 * e * math.sqrt(0.3 / 0.25)
-    assert law.propose(0.3, 0.3, 2 * e, 0) == pytest.approx(2 * e * (1 - 10 / 12) - drift)
+    assert falling.propose(0.25, 0.3, 0.0, 0, Course(slope=-0.004)) == pytest.approx(2 * (e - 26 * 0.004))
+    sent = 2 * e / 44  # by which the next reading will be higher, and nothing was missed
+    assert law.propose(0.25, 0.3, 2 * e, 0) == pytest.approx(2 * (e - sent))
+    # A quarter of the command is felt. The reading is above the prediction: the prediction follows as far as a line
+    # through three readings does, the integral takes it for drift, which is larger at the target; and for three steps
+    # on average the entropy will go on as it goes now.
+    felt = sent / 4
+    missed = e - felt
+    drift = 0.1 / 44 * missed / math.sqrt(0.25)
+    level = math.log(0.25) + felt + 10 / 12 * missed
+    ahead = level + 3 * felt + sent + 4 * drift * math.exp(level / 2)
+    expected = 2 * (math.log(0.3) - ahead) - 44 * drift * math.sqrt(0.3)
+    assert law.propose(0.3, 0.3, 2 * e, 0) == pytest.approx(expected)
 
 
 def test_pi_predicts_a_plant_of_the_gain_it_was_made_for():
     law = PiLaw(2.0, 0.1, -1.0, 1.0, adapt=False)
-    commands, y = [0.0], math.log(0.25)
-    for k in range(60):
-        commands.append(law.propose(math.exp(y), 0.3, commands[-1], 0))
-        assert law.plant.predicted == pytest.approx(y, abs=1e-9)
-        y += commands[max(0, k - 3)] / 44  # a command acts on the fourth reading after its step
+    sent, felt, y = 0.0, 0.0, math.log(0.25)
+    for _ in range(60):
+        proposed = law.propose(math.exp(y), 0.3, sent, 0)
+        assert law.plant.levels == pytest.approx([y], abs=1e-9)
+        felt += (sent - felt) / 4  # the optimizer's momentum
+        y += felt / 44
+        sent = proposed
     assert law.plant.drift_at(0.0) == pytest.approx(0, abs=1e-9)
     assert math.exp(y) == pytest.approx(0.3, rel=0.02)
 
@@ -84,7 +93,7 @@ def test_pi_does_not_wind_up_at_a_limit_and_leaves_it_before_the_target_is_cross
     law = PiLaw(4.0, 0.1, -0.5, 0.5, adapt=False)
     for _ in range(1000):
         assert law.propose(0.1, 0.3, 0.5, 0) == 0.5
-    assert -law.plant.drift_at(law.plant.predicted) / law.plant.gain <= 0.5
+    assert -law.plant.drift_at(law.plant.levels[0]) / law.plant.gain <= 0.5
     entropy, last = 0.1, 0.5
     while last == 0.5 and entropy < 0.31:
         entropy *= 1.01
@@ -96,22 +105,30 @@ def test_pi_slew_and_dead_band():
     law = PiLaw(4.0, 0.0, -1.0, 1.0, slew=0.1, dead_band=0.05, adapt=False)
     assert law.propose(0.1, 0.3, 0.0, 0) == pytest.approx(0.1)
     assert law.propose(0.1, 0.3, 0.1, 0) == pytest.approx(0.2)
-    assert law.propose(0.3 * math.exp(0.049), 0.3, 0.0, 0) == 0
-    assert law.propose(0.3 * math.exp(0.06), 0.3, 0.0, 0) == pytest.approx(-4 * 0.01)
+    for beyond, expected in ((0.049, 0.0), (0.06, -4 * 0.01)):
+        law = PiLaw(4.0, 0.0, -1.0, 1.0, dead_band=0.05, adapt=False)
+        assert law.propose(0.3 * math.exp(beyond), 0.3, 0.0, 0) == pytest.approx(expected)
 
 
-def test_pi_slows_down_with_stale_rollouts():
+@pytest.mark.parametrize("staleness", [0, 2, 2.5])
+def test_pi_counts_what_was_sent_and_is_not_felt_yet(staleness):
+    """Half of the command's share in 1 + staleness updates, and nothing twice."""
+    law = PiLaw(2.0, 0.0, -1.0, 1.0, adapt=False)
     e = math.log(0.3 / 0.25)
-    assert PiLaw(2.0, 0.1, -1.0, 1.0, adapt=False).propose(0.25, 0.3, 0.0, 5) == pytest.approx(2 * 22 / 27 * e)
+    for last in (0.0, 0.0, 0.0, 0.0, 0.1, 0.1, 0.1, 0.1):
+        proposed = law.propose(0.25, 0.3, last, staleness)
+    felt = law.plant.felt[0]
+    sent = 0.1 * min(4, 1 + staleness)
+    assert proposed == pytest.approx(2 * (e - (3 * felt + sent) / 44))
 
 
 def test_pi_expects_the_effect_of_a_command_later_with_stale_rollouts():
-    for staleness, first in ((0, 4), (2, 6)):
+    for staleness, first in ((0, 1), (2, 3)):
         law = PiLaw(2.0, 0.01, -1.0, 1.0, adapt=False)
         predictions = []
         for k in range(9):
             law.propose(0.25, 0.3, 0.5 if k else 0.0, staleness)
-            predictions.append(law.plant.predicted)
+            predictions.append(law.plant.levels[0])
         moved = [k for k in range(9) if predictions[k] != predictions[0]]
         assert moved[0] == first + 1
 
@@ -126,7 +143,7 @@ def test_the_observer_is_told_the_command_that_acted_at_the_measured_age(steps):
         law.propose(0.25, 0.3, last, age + quarters / 4)
     commands = [last for last, *_ in steps]
     for k, (_, age, quarters) in enumerate(steps):
-        late, early = (commands[max(0, k - 1 - 3 - ago)] for ago in (age, age + 1))
+        late, early = (commands[max(0, k - 1 - ago)] for ago in (age, age + 1))
         assert told[k] == pytest.approx(late + quarters / 4 * (early - late))
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipeline.config.schema import EntropyConfig, PiConfig
-from pipeline.entropy.observer import RATIOS, PlantObserver
+from pipeline.entropy.observer import LAGS, RATIOS, PlantObserver
 from pipeline.entropy.plant import Plant, Scenario, performance, simulate
 
 # As on the task cd3: a fifth of the gain that the default kp is made for (docs/control.md).
@@ -19,17 +19,22 @@ WEAK = Scenario(
 def test_one_reading_by_hand():
     plant = PlantObserver(0.02, 0.1, 0.002, (-1.0, 1.0), ratios=(0.5, 1.0))
     plant.observe(math.log(0.3), 0.0)
-    assert plant.predicted == pytest.approx(math.log(0.3))
+    assert plant.ahead() == pytest.approx(math.log(0.3))
     plant.observe(math.log(0.3) + 0.05, 0.5)
-    missed = np.array([0.05 - 0.005, 0.05 - 0.01])
-    prior = np.array([-0.5 * (math.log(0.5) / 0.6) ** 2, 0.0])
+    gains, lags = np.repeat([0.01, 0.02], 4), np.tile([2, 4, 8, 16], 2)
+    felt = 0.5 / lags
+    missed = 0.05 - gains * felt
+    prior = -0.5 * (np.log(gains / 0.02) / 0.6) ** 2 - 0.5 * np.log(lags / 4) ** 2
     before = np.exp(prior) / np.exp(prior).sum()
     variance = 0.065**2 + (before @ missed**2 - 0.065**2) / 21
     weights = np.exp(0.99 * prior + 0.01 * prior - missed**2 / (4 * variance))
     weights /= weights.sum()
-    assert plant.gain == pytest.approx(weights @ [0.01, 0.02])
+    assert plant.gain == pytest.approx(weights @ gains)
     assert plant.drift_at(math.log(0.3)) == pytest.approx(weights @ (0.002 * missed))
-    assert plant.predicted == pytest.approx(math.log(0.3) + 0.05)  # a line goes through two readings
+    assert plant.levels == pytest.approx([math.log(0.3) + 0.05] * 8)  # a line goes through two readings
+    moves = gains * felt + 0.002 * missed * math.sqrt(0.3 * math.exp(0.05) / 0.3)
+    after = (lags - 1) * moves + 0.7 * gains + 2 * (moves - gains * felt)
+    assert plant.ahead(0.7, 2) == pytest.approx(math.log(0.3) + 0.05 + weights @ after)
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.03])
@@ -38,7 +43,7 @@ def test_most_of_a_steady_drift_is_known_after_forty_readings(noise):
     rng = np.random.default_rng(0)
     for k in range(40):
         plant.observe(-0.01 * k + noise * rng.standard_normal(), 0.0)
-    assert -0.012 < plant.drift_at(plant.predicted) < -0.008
+    assert -0.012 < plant.drift_at(plant.levels[0]) < -0.008
 
 
 @pytest.mark.parametrize(("drift", "known"), [(-0.05, True), (-0.003, False)])
@@ -69,7 +74,7 @@ def test_a_drift_stays_within_what_the_limits_can_hold():
     plant = PlantObserver(0.02, 0.1, 0.002, (0.0, 1.0), ratios=(1.0,))
     for k in range(300):
         plant.observe(-0.05 * k, 0.0)
-    assert plant.drift_at(plant.predicted) == pytest.approx(-0.02, rel=0.03)
+    assert plant.drift_at(plant.levels[0]) == pytest.approx(-0.02, rel=0.03)
 
 
 def test_a_wild_reading_counts_as_four_times_the_usual_miss():
@@ -95,6 +100,19 @@ def test_gains_are_told_apart_by_what_the_command_does_only():
     assert 0.003 < plant.gain < 0.008  # a quarter of what was assumed
 
 
+@pytest.mark.parametrize("lag", LAGS[1:])
+def test_a_late_answer_is_not_read_as_a_weak_one(lag):
+    plant = PlantObserver(0.02, 0.1, 0.002, (-1.0, 1.0))
+    rng = np.random.default_rng(0)
+    y, felt = 0.0, 0.0
+    for k in range(400):
+        command = 0.5 if k // 20 % 2 else -0.5
+        felt += (command - felt) / lag
+        y += 0.02 * felt
+        plant.observe(y + 0.03 * rng.standard_normal(), command)
+    assert 0.015 < plant.gain < 0.025
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_plant_that_answers_weakly_is_held_by_the_law_that_learns(seed):
     learnt, fixed = (
@@ -115,4 +133,4 @@ def test_what_was_learnt_survives_a_restart_bit_for_bit():
         plant.observe(reading, command)
         again.observe(reading, command)
     assert again.state_dict() == plant.state_dict()
-    assert len(plant.scores) == len(RATIOS)
+    assert len(plant.scores) == len(RATIOS) * len(LAGS)
