@@ -23,8 +23,8 @@ from launchers.lab.figures import (
 )
 from launchers.lab.matrix import Outcome, is_complete
 from launchers.lab.suite import Cell, SuiteConfig
-from pipeline.disk import telling
-from pipeline.monitoring.charts import BAND, BASELINE, MUTED, SERIES, STYLE, inline_svg
+from pipeline.disk import replacing, telling
+from pipeline.monitoring.charts import BAND, BASELINE, MUTED, SERIES, STYLE, inline_svg, save_png
 from pipeline.monitoring.page import document, html_list, html_table
 from pipeline.monitoring.summary import RunHistory, pass_at, read_run
 from pipeline.monitoring.tracking import filtered
@@ -81,23 +81,25 @@ def _write(
 ) -> None:
     """The files of ``write_report``; ``result`` is what the JSON holds."""
     failed = result["failed"]
-    (out / "lab.json").write_text(json.dumps(result, indent=1))
     lost = "\n".join(["Failed, and not in the table:\n", *map(_lost, failed), ""]) if failed else ""
     heading, gains = differences(rows, suite.baseline)
     against = f"Difference to {suite.baseline}, by seed"
     paired = f"{against}:\n\n{markdown_table(heading, gains)}\n\n" if gains else ""
     text = f"{markdown_table(*main_table(rows, '**{}**'))}\n\n{_note(suite)}\n\n{paired}{lost}"
-    (out / "lab.md").write_text(text.rstrip() + "\n", encoding="utf-8")
     with mpl.rc_context(STYLE | {"font.size": 8, "axes.titlesize": 9}):
         figure = draw(runs, suite.baseline)
-        figure.savefig(out / "lab.png", dpi=110)
+        save_png(figure, out / "lab.png")
         curves = inline_svg(figure, "curves")
         price = draw_price(rows, suite.baseline)
-        price.savefig(out / "lab_price.png", dpi=110)
+        save_png(price, out / "lab_price.png")
         prices = inline_svg(price, "price")
     second = _html(heading, gains)
     second = f"<h2>{escape(against)}</h2>{second}" if gains else ""
-    (out / "lab.html").write_text(_page(suite, rows, second, failed, curves, prices), encoding="utf-8")
+    page = _page(suite, rows, second, failed, curves, prices)
+    texts = {"lab.json": json.dumps(result, indent=1), "lab.md": text.rstrip() + "\n", "lab.html": page}
+    for name, whole in texts.items():
+        with replacing(out / name) as partial:
+            partial.write_text(whole, encoding="utf-8")
 
 
 def _lost(failed: Mapping[str, Any]) -> str:

@@ -215,8 +215,13 @@ def write_png(runs: Sequence[RunHistory], path: Path) -> None:
         grid = figure.add_gridspec(3, 2, height_ratios=[1.35, 1, 1])
         for name, cell in zip(CHARTS, (grid[0, :], grid[1, 0], grid[1, 1], grid[2, 0], grid[2, 1]), strict=True):
             CHARTS[name](figure.add_subplot(cell), runs)
-        with replacing(path) as partial:
-            figure.savefig(partial, dpi=110, format="png")
+        save_png(figure, path)
+
+
+def save_png(figure: Figure, path: Path) -> None:
+    """Write ``figure`` as a PNG, which readers see whole or not at all. To be called where ``STYLE`` holds."""
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=110, format="png")
 
 
 def svg(name: str, runs: Sequence[RunHistory]) -> str:

@@ -282,6 +282,21 @@ def test_the_report_has_the_second_table_from_two_seeds_on(history, tmp_path, mo
     assert "the mean of the last 2 evaluations" in page
 
 
+def test_who_reads_a_report_while_it_is_written_again_has_the_one_before(history, tmp_path, monkeypatch):
+    monkeypatch.setattr("launchers.lab.report.is_complete", lambda run: True)
+    run, out, before = history("grpo", 0), tmp_path / "lab", tmp_path / "before"
+    suite = SuiteConfig(base="recipe/pm4.yaml", methods=["grpo"], seeds=1)
+    for folder in (out, before):
+        folder.mkdir()
+    write_report(suite, [Cell("grpo", 0, run.config)], [], out)
+    for path in out.iterdir():
+        (before / path.name).hardlink_to(path)
+    write_report(suite, [Cell("grpo", 0, run.config)], [], out)
+    assert {path.name for path in out.iterdir()} == {path.name for path in before.iterdir()}
+    assert len(list(out.iterdir())) == 5
+    assert not any(path.samefile(before / path.name) for path in out.iterdir())
+
+
 def test_runs_start_where_others_ended(tmp_path, monkeypatch):
     """A start is run once, before what needs it; its last model is written once; its failure is named."""
     suite = SuiteConfig(

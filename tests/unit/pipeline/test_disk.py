@@ -59,6 +59,17 @@ def test_a_file_that_could_not_be_written_whole_leaves_the_one_before(tmp_path):
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x", "before")]
 
 
+def test_two_writers_at_once_leave_one_whole_file(tmp_path):
+    with replacing(tmp_path / "x") as first:
+        first.write_text("the first, ")
+        with replacing(tmp_path / "x") as second:
+            second.write_text("the second")
+        with first.open("a") as file:
+            file.write("whole")
+        assert (tmp_path / "x").read_text() == "the second"
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("x", "the first, whole")]
+
+
 def test_other_failures_leave_it_as_they_are(tmp_path):
     with pytest.raises(ValueError, match="something else"), reserved(tmp_path):
         raise ValueError("something else")
