@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from launchers.lab.figures import markdown_table
 from pipeline.config.schema import EntropyConfig
 from pipeline.entropy.plant import DRIFT_AT, SCENARIOS, Performance, Plant, Scenario, performance, simulate
 from pipeline.entropy.watch import AWAY_STEPS, UNREACHABLE_STEPS
@@ -94,21 +95,21 @@ def first_warning(scenario: Scenario, seed: int, controller: str = "pi") -> tupl
 
 def reach_table(seeds: int) -> str:
     """Markdown: how often and how soon a target is called out of reach."""
-    columns = ["target", "controller", "called out of reach", "within 30 steps at the limit", "median steps"]
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    lines = []
     for scenario in (*OUT_OF_REACH, *STEEP, SCENARIOS["nominal"]):
         for controller in ("pi", "pi, repeated"):
             steps = [first_warning(scenario, seed, controller)[0] for seed in range(seeds)]
             found = [number for number in steps if number is not None]
             soon = sum(number <= 30 for number in found) / seeds
             median = f"{np.median(found):.0f}" if found else "-"
-            lines.append(f"| {scenario.name} | {controller} | {len(found) / seeds:.0%} | {soon:.0%} | {median} |")
-    return "\n".join(lines)
+            lines.append([scenario.name, controller, f"{len(found) / seeds:.0%}", f"{soon:.0%}", median])
+    columns = ["target", "controller", "called out of reach", "within 30 steps at the limit", "median steps"]
+    return markdown_table(columns, lines)
 
 
 def collapse_table(seeds: int) -> str:
     """Markdown: how the bonus meets a collapse, by its true entropy in the 100 steps from the first in the band on."""
-    lines = ["| collapse | controller | in band | RMS | furthest below | furthest above |", "|---|---|---|---|---|---|"]
+    lines = []
     for name in dict.fromkeys(case.name for case in COLLAPSES):
         for repeated in (0, 32):
             config = EntropyConfig(controller="pi", actuator="entropy_bonus", repeated_prompts=repeated)
@@ -121,8 +122,8 @@ def collapse_table(seeds: int) -> str:
                     found.append(((np.abs(held) <= 0.1).mean(), math.sqrt((held**2).mean()), -held.min(), held.max()))
             inside, rms, below, above = np.mean(found, 0)
             controller = "pi, repeated" if repeated else "pi"
-            lines.append(f"| {name} | {controller} | {inside:.0%} | {rms:.3f} | {below:.2f} | {above:.2f} |")
-    return "\n".join(lines)
+            lines.append([name, controller, f"{inside:.0%}", f"{rms:.3f}", f"{below:.2f}", f"{above:.2f}"])
+    return markdown_table(["collapse", "controller", "in band", "RMS", "furthest below", "furthest above"], lines)
 
 
 def strangers(count: int) -> tuple[list[Scenario], list[Scenario]]:
@@ -178,7 +179,7 @@ def least(scenario: Scenario, seed: int, controller: str, last: int | None) -> t
 
 def bound_table(seeds: int) -> str:
     """Markdown: targets out of reach that the observers of ``least`` find within 30 steps, at 10 % false alarms."""
-    lines = ["| plants | controller | by the exact entropy | by the plant's rate |", "|---|---|---|---|"]
+    lines = []
     groups: dict[str, tuple[Sequence[Scenario], Sequence[Scenario], int]] = {
         "of the table above": (OUT_OF_REACH, STEEP, seeds),
         "strangers": (*strangers(400), 1),
@@ -192,23 +193,26 @@ def bound_table(seeds: int) -> str:
                 for cases, last in ((beyond, 30), (within, None))
             )
             found = [(missed[:, by] < np.quantile(climbed[:, by], 0.1)).mean() for by in (0, 1)]
-            lines.append(f"| {name} | {controller} | {found[0]:.0%} | {found[1]:.0%} |")
-    return "\n".join(lines)
+            lines.append([name, controller, *(f"{share:.0%}" for share in found)])
+    return markdown_table(["plants", "controller", "by the exact entropy", "by the plant's rate"], lines)
 
 
 def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     """Markdown: RMS error and variation per scenario and controller, then the other figures."""
+    forms = {
+        "in band": "{time_in_band:.0%}",
+        "RMS": "{rms:.3f}",
+        "overshoot": "{overshoot:.2f}",
+        "settling": "{settling:.0f}",
+        "oscillation": "{oscillation:.1f}",
+        "mean abs d u": "{variation:.4f}",
+    }
     lines = [
-        "| scenario | controller | in band | RMS | overshoot | settling | oscillation | mean abs d u |",
-        "|---" * 8 + "|",
+        [scenario, controller, *(form.format(**figures) for form in forms.values())]
+        for scenario, by_controller in results.items()
+        for controller, figures in by_controller.items()
     ]
-    for scenario, by_controller in results.items():
-        for controller, f in by_controller.items():
-            lines.append(
-                f"| {scenario} | {controller} | {f['time_in_band']:.0%} | {f['rms']:.3f} | {f['overshoot']:.2f} | "
-                f"{f['settling']:.0f} | {f['oscillation']:.1f} | {f['variation']:.4f} |"
-            )
-    return "\n".join(lines)
+    return markdown_table(["scenario", "controller", *forms], lines)
 
 
 def main() -> None:
