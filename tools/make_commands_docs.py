@@ -5,7 +5,6 @@ A test keeps the page up to date.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,10 +39,8 @@ def _commands(command: Any, name: str) -> Iterator[str]:
 
 
 def _help(command: Any) -> str:
-    """The help text; what begins with ``isentrope`` is code."""
-    blocks = [inspect.cleandoc(part) for part in (command.help, command.epilog) if part]
-    lines = (line.strip() for line in "\n\n".join(blocks).split("\n"))
-    return "\n".join(f"    {line}" if line.startswith(("isentrope ", "srun ")) else line for line in lines)
+    """The help text; what is indented is code."""
+    return "\n".join(f"  {line}" if line.startswith("  ") else line for line in command.help.splitlines())
 
 
 def _parameters(command: Any) -> str:

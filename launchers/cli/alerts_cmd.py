@@ -26,9 +26,14 @@ RULES = typer.Option(
 )
 
 
-@app.command("list", epilog="Example: isentrope alerts list --rules my_rules")
+@app.command("list")
 def list_rules(config: Path | None = CONFIG, rules: Path | None = RULES, as_json: bool = JSON) -> None:
-    """Print every rule: severity, condition, message and remedy. A rule is a file; copy one and change it."""
+    """Print every rule: severity, condition, message and remedy. A rule is a file; copy one and change it.
+
+    Example:
+
+      isentrope alerts list --rules my_rules
+    """
     from pipeline.config.load import load_config
     from pipeline.config.schema import RunConfig
     from pipeline.monitoring.alerts.rules import load_rules
@@ -56,7 +61,7 @@ def try_rules(
 
     Examples:
 
-      isentrope alerts test runs/quickstart/grpo runs/quickstart/pi --rules my_rules
+      isentrope alerts test runs/quickstart/grpo runs/quickstart/pi --rules mine
 
       isentrope alerts test --deliver --config mine.yaml
     """

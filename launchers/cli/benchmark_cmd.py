@@ -91,11 +91,14 @@ def run(
 
     Examples:
 
-      isentrope benchmark run aime24 math500 --config recipe/qwen3-32b.yaml --data benchmarks
+      isentrope benchmark run aime24 math500 --config recipe/qwen3-32b.yaml \\
+        --data benchmarks
 
-      isentrope benchmark run gpqa_diamond --run runs/pi --decoding pass --samples 128 --shard 0/4
+      isentrope benchmark run gpqa_diamond --run runs/pi --decoding pass \\
+        --samples 128 --shard 0/4
 
-      isentrope benchmark run sample_math sample_choice --offline --config recipe/smollm2_135m_cpu.yaml --samples 4
+      isentrope benchmark run sample_math sample_choice --offline \\
+        --config recipe/smollm2_135m_cpu.yaml --samples 4
     """
     from pipeline.config.load import load_config
     from pipeline.evaluation.benchmark_run import DECODINGS

@@ -14,20 +14,29 @@ from launchers.cli.terminal import say
 app = typer.Typer(help="Show or validate a configuration.", no_args_is_help=True)
 
 
-@app.command(epilog="Example: isentrope config show --config configs/quickstart.yaml entropy.band.high=0.35")
+@app.command()
 def show(config: Path | None = CONFIG, overrides: list[str] = OVERRIDES, as_json: bool = JSON) -> None:
-    """Print the resolved configuration, every key with its meaning. Keys and types are checked, the rules are not."""
+    """Print the resolved configuration, every key with its meaning. Keys and types are checked, the rules are not.
+
+    Example:
+
+      isentrope config show --config quickstart.yaml entropy.band.high=0.35
+    """
     from pipeline.config.load import document, load_config
 
     resolved = load_config(config, overrides, check=False)
     say(json.dumps(asdict(resolved)) if as_json else document(resolved), nl=as_json)
 
 
-@app.command(epilog="Example: isentrope config validate --config configs/quickstart.yaml learner.optimizer.lr=1e-4")
+@app.command()
 def validate(config: Path | None = CONFIG, overrides: list[str] = OVERRIDES, as_json: bool = JSON) -> None:
     """Check keys, values and combinations, then open what the run would read: packages, model, tokenizer, data.
 
     Exit code 2 and the list of problems if there are any. What only a GPU can tell is left to the run itself.
+
+    Example:
+
+      isentrope config validate --config quickstart.yaml learner.optimizer.lr=1e-4
     """
     from pipeline.config.load import config_hash, load_config
     from pipeline.monitoring.alerts.rules import rules_of

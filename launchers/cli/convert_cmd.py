@@ -51,9 +51,7 @@ _UNITS = {
 }
 
 
-@app.command(
-    epilog="Example: isentrope convert hf-to-megatron --hf models/qwen3 --out checkpoints/qwen3 --tp 2 --verify"
-)
+@app.command()
 def hf_to_megatron(
     hf: Path = typer.Option(..., "--hf", metavar="DIR", help="Hugging Face folder."),
     out: Path = OUT,
@@ -67,7 +65,12 @@ def hf_to_megatron(
     verify: bool = VERIFY,
     as_json: bool = JSON,
 ) -> None:
-    """Write a Hugging Face folder as a checkpoint of megatron-core (dist_checkpointing, torch_dist)."""
+    """Write a Hugging Face folder as a checkpoint of megatron-core (dist_checkpointing, torch_dist).
+
+    Example:
+
+      isentrope convert hf-to-megatron --hf qwen3 --out checkpoint --tp 2 --verify
+    """
     with _usage_errors(), _progress(as_json) as progress:
         from megatron_ext.weights import convert  # torch
         from pipeline.model.grid import Grid
@@ -77,7 +80,7 @@ def hf_to_megatron(
     print_result(asdict(report), as_json)
 
 
-@app.command(epilog="Example: isentrope convert megatron-to-hf --checkpoint runs/my-run --out models/my-model")
+@app.command()
 def megatron_to_hf(
     checkpoint: Path = typer.Option(
         ..., "--checkpoint", metavar="DIR", help="Checkpoint, step-N folder or run (its newest)."
@@ -99,7 +102,12 @@ def megatron_to_hf(
     verify: bool = VERIFY,
     as_json: bool = JSON,
 ) -> None:
-    """Write a megatron-core checkpoint, also a training run's, as a Hugging Face folder."""
+    """Write a megatron-core checkpoint, also a training run's, as a Hugging Face folder.
+
+    Example:
+
+      isentrope convert megatron-to-hf --checkpoint runs/pi --out models/pi
+    """
     shard_bytes = _bytes(shard_size)
     with _usage_errors(), _progress(as_json) as progress:
         from megatron_ext.weights import convert  # torch

@@ -37,7 +37,8 @@ def check(
 
       isentrope data check math.jsonl --set data.verifier=math
 
-      isentrope data check math.jsonl --config my.yaml --set data.system_prompt="Answer in a box."
+      isentrope data check math.jsonl --config my.yaml \\
+        --set data.system_prompt="Answer in a box."
     """
     from pipeline.config.load import load_config, override, resolve_path
 

@@ -45,8 +45,7 @@ def probe(
 
       isentrope entropy probe --run runs/pi-20260101-120000 --repeats 16
 
-      isentrope entropy probe --config configs/quickstart.yaml runtime=inline learner.tensor_model_parallel_size=1 \\
-        -t 0.8 -t 1.2
+      isentrope entropy probe --config quickstart.yaml -t 0.8 -t 1.2
     """
     either(config, run)
     resolved = _resolved(config, run, overrides)
@@ -89,11 +88,14 @@ def calibrate(
     RUN alone reads the event log of a run, finished or not, whose controller moved its command. --excite N trains N
     steps from the model of --config, or from the newest checkpoint of RUN, in a folder that is thrown away.
 
+    `reweight` acts through right answers: from a model that has few of them it needs more steps.
+
     Examples:
 
       isentrope entropy calibrate runs/pi-20260101-120000
 
-      isentrope entropy calibrate --config configs/quickstart.yaml --excite 80
+      isentrope entropy calibrate --config quickstart.yaml --excite 80 \\
+        --set entropy.actuator=entropy_bonus
     """
     if (run is None) == (config is None):
         raise typer.BadParameter("give either RUN or --config FILE")
@@ -157,7 +159,8 @@ def target(
 
     Examples:
 
-      isentrope train --config quickstart.yaml entropy.controller=none evaluation.every=20 name=grpo
+      isentrope train --config quickstart.yaml entropy.controller=none \\
+        evaluation.every=20 name=grpo
 
       isentrope entropy target runs/grpo-20260101-120000 --k 16
     """

@@ -26,9 +26,14 @@ JOB = typer.Argument(None, metavar="[JOB]", help="Job id, or name or path of its
 POLL_S = 2.0
 
 
-@app.command("list", epilog="Example: isentrope jobs list")
+@app.command("list")
 def list_jobs(as_json: bool = JSON) -> None:
-    """Every job launched from here and its state."""
+    """Every job launched from here and its state.
+
+    Example:
+
+      isentrope jobs list
+    """
     from launchers.slurm import jobs
 
     known = [(job, jobs.state(job, jobs.shell(job.ssh))["state"]) for job in jobs.known()]
@@ -41,9 +46,14 @@ def list_jobs(as_json: bool = JSON) -> None:
     CleanConsole().print(table)
 
 
-@app.command(epilog="Example: isentrope jobs status 4711")
+@app.command()
 def status(job: str | None = JOB, as_json: bool = JSON) -> None:
-    """State of a job, what it is at and for how long it gave no heartbeat, its attempts so far, its newest stall."""
+    """State of a job, what it is at and for how long it gave no heartbeat, its attempts so far, its newest stall.
+
+    Example:
+
+      isentrope jobs status 4711
+    """
     from launchers.slurm import jobs
 
     found = jobs.find(job)
@@ -65,11 +75,16 @@ def status(job: str | None = JOB, as_json: bool = JSON) -> None:
         say(f"attempt {attempt['number']}: {began} from step {attempt['first_step']}, {ending}{reason}")
 
 
-@app.command(epilog="Example: isentrope jobs logs 4711 --follow")
+@app.command()
 def logs(
     job: str | None = JOB, keep_on: bool = typer.Option(False, "--follow", "-f", help="Print on as it grows.")
 ) -> None:
-    """The log of a job: every attempt of it, one behind the other."""
+    """The log of a job: every attempt of it, one behind the other.
+
+    Example:
+
+      isentrope jobs logs 4711 --follow
+    """
     from launchers.slurm import jobs
 
     found = jobs.find(job)
@@ -82,12 +97,17 @@ def logs(
         raise ConfigError("job", found.job_id, f"no log yet: {error}", "wait until the job has started") from error
 
 
-@app.command(epilog="Example: isentrope jobs cancel 4711")
+@app.command()
 def cancel(
     job: str | None = JOB,
     now: bool = typer.Option(False, "--now", help="Do not wait for a checkpoint."),
 ) -> None:
-    """Stop a job: the step in progress is finished and a checkpoint saved. It is not requeued."""
+    """Stop a job: the step in progress is finished and a checkpoint saved. It is not requeued.
+
+    Example:
+
+      isentrope jobs cancel 4711
+    """
     from launchers.slurm import jobs
 
     found = jobs.find(job)

@@ -25,13 +25,16 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Compare entropy methods on the same loop.", no_args_is_help=True)
 
 
-@app.command(
-    epilog='Example: isentrope lab methods --json | jq -r \'.[] | select(.name == "gspo") | .overrides | join(" ")\''
-)
+@app.command()
 def methods(as_json: bool = JSON) -> None:
     """List the methods: what each does, its source, how well its rule is known, and the overrides that switch it on.
 
     Overrides are words for `isentrope train`, on top of any configuration; what is not offered says why.
+
+    Example:
+
+      isentrope lab methods --json |
+        jq -r '.[] | select(.name == "gspo") | .overrides | join(" ")'
     """
     from pipeline.methods import EVIDENCE, all_methods  # imports torch
 

@@ -46,9 +46,11 @@ def slurm(
 
     Examples:
 
-      isentrope launch slurm --config my.yaml --cluster my_cluster.yaml --nodes 8 --dry-run
+      isentrope launch slurm --config my.yaml --cluster my_cluster.yaml \\
+        --nodes 8 --dry-run
 
-      isentrope launch slurm --config my.yaml --cluster my_cluster.yaml steps=500 cluster.walltime=02:00:00 --detach
+      isentrope launch slurm --config my.yaml --cluster my_cluster.yaml \\
+        steps=500 cluster.walltime=02:00:00 --detach
     """
     from launchers.plan.setting import prepared
     from launchers.slurm.cluster import load_cluster, split_overrides

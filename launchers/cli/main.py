@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Any
 
 import typer
 import typer.main
@@ -90,6 +92,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     log_to_terminal(logging.INFO if debug else logging.WARNING, "%(levelname)s %(name)s: %(message)s")
     sys.excepthook = _traceback if debug else _one_line
     command = typer.main.get_command(app)  # not ``app`` itself: that would install an exception hook of its own
+    _flow(command)
     try:
         command(args=[word for word in words if word != "--debug"], prog_name="isentrope")
     except (ConfigError, DataError, EventLogError) as error:
@@ -97,6 +100,13 @@ def run(arguments: Sequence[str] | None = None) -> None:
             raise
         say(str(error), err=True)
         sys.exit(USAGE_ERROR)
+
+
+def _flow(command: Any) -> None:
+    """Paragraphs of help are as wide as the terminal, which would break them at a docstring's line ends too."""
+    command.help = re.sub(r"(?<=\S)\n(?=\S)", " ", command.help or "")
+    for child in getattr(command, "commands", {}).values():
+        _flow(child)
 
 
 def _one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

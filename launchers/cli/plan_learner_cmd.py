@@ -53,7 +53,8 @@ def learner(
 
       isentrope plan learner --config recipe/qwen3-32b.yaml --build
 
-      isentrope plan learner --config recipe/qwen3-32b.yaml learner.data_parallel_size=4 --mean-response 3000 --json
+      isentrope plan learner --config recipe/qwen3-32b.yaml \\
+        learner.data_parallel_size=4 --mean-response 3000 --json
     """
     run, folder = _load(config, overrides)
     from launchers.plan.remedies import draw, summary

@@ -23,7 +23,7 @@ def run(
 
     Example:
 
-      isentrope plan run --config configs/quickstart.yaml rollout.prompts_per_step=64
+      isentrope plan run --config quickstart.yaml rollout.prompts_per_step=64
     """
     from launchers.plan.check_costs import overlap
     from launchers.plan.preflight import check

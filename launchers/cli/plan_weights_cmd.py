@@ -44,9 +44,11 @@ def weights(
 
     Examples:
 
-      isentrope plan weights --model qwen3-32b --learner tp=8,pp=4 --engines tp=8,count=4
+      isentrope plan weights --model qwen3-32b --learner tp=8,pp=4 \\
+        --engines tp=8,count=4
 
-      isentrope plan weights --model qwen3-32b --learner tp=8,pp=2 --engines tp=4,count=4 --disaggregated --json
+      isentrope plan weights --model qwen3-32b --learner tp=8,pp=2 \\
+        --engines tp=4,count=4 --disaggregated --json
     """
     from pipeline.model.grid import Grid
     from pipeline.reshard.engine_grid import EngineGrid, Placement

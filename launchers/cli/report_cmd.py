@@ -28,7 +28,7 @@ def report(
 
     Example:
 
-      isentrope report runs/quickstart/grpo runs/quickstart/pi -o report.html --png --csv
+      isentrope report runs/grpo runs/pi -o report.html --png --csv
     """
     from pipeline.monitoring.report import build_report  # loads matplotlib
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer.main
 
 from launchers.cli import main
 from tests.command_line import call
@@ -19,49 +20,32 @@ def _restore_hook(monkeypatch):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        [],
-        ["train"],
-        ["evaluate"],
-        ["report"],
-        ["doctor"],
-        ["config"],
-        ["config", "show"],
-        ["config", "validate"],
-        ["plan", "run"],
-        ["launch"],
-        ["launch", "slurm"],
-        ["launch", "local"],
-        ["alerts"],
-        ["alerts", "list"],
-        ["alerts", "test"],
-        ["entropy"],
-        ["entropy", "probe"],
-        ["entropy", "calibrate"],
-        ["entropy", "law"],
-        ["jobs"],
-        ["jobs", "list"],
-        ["jobs", "status"],
-        ["jobs", "logs"],
-        ["jobs", "cancel"],
-        ["lab"],
-        ["lab", "methods"],
-        ["lab", "run"],
-        ["benchmark"],
-        ["benchmark", "list"],
-        ["benchmark", "fetch"],
-        ["benchmark", "run"],
-        ["benchmark", "report"],
-    ],
-)
-def test_every_command_has_help_with_an_example(capsys, words):
+def commands(command, *words):
+    """Every command with its words, groups among them."""
+    yield words, command
+    for word, child in getattr(command, "commands", {}).items():
+        yield from commands(child, *words, word)
+
+
+COMMANDS = dict(commands(typer.main.get_command(main.app)))
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_every_command_has_help_with_an_example_that_can_be_pasted(capsys, monkeypatch, words):
+    monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = call(capsys, *words, "--help")
     assert code == 0
     assert "Usage: isentrope" in out
-    if words and words not in (["config"], ["launch"], ["jobs"], ["alerts"], ["entropy"], ["lab"], ["benchmark"]):
-        assert "Example" in out
+    shown = [line.strip() for line in out.splitlines()]
+    examples = [line.strip() for line in COMMANDS[words].help.splitlines() if line.startswith("  ")]
+    assert examples or hasattr(COMMANDS[words], "commands")
+    assert [line for line in examples if line not in shown] == []
+
+
+def test_paragraphs_of_help_break_at_the_width_of_the_terminal_only(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    _, out, _ = call(capsys, "entropy", "calibrate", "--help")
+    assert " --excite N trains N steps from the model of --config, or from the newest checkpoint of RUN, " in out
 
 
 def test_version(capsys):
