@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.util import get_temp_dir
 from typing import Any
 
 FEWEST = 4  # that are started: few tests need more
@@ -112,6 +113,7 @@ class Gang:
         return results, False
 
     def _start(self, ranks: int) -> None:
+        get_temp_dir()  # goes with this process; ranks inherit it, and would leave one of their own, for they just end
         ours, theirs = zip(*(mp.Pipe() for _ in range(ranks)), strict=True)
         self._parent = mp.get_context("spawn").Process(target=_become_ranks, args=(list(theirs),), daemon=True)
         self._parent.start()
