@@ -3,6 +3,7 @@
     python -m tools.bench.controllers --seeds 32          # about a minute on one core
     python -m tools.bench.controllers --reach             # out of reach or slow: what could be told at best
     python -m tools.bench.controllers --collapse          # entropy that halves in ten to thirty steps
+    python -m tools.bench.controllers --drawn 200         # plants drawn at random
 
 All laws get the same second rollout (actuator ``resample``) and the same limits, T+ from 0.6 to 1.6, so that laws are
 compared and not limits; ``pi, default`` is the default configuration, its own actuator and limits. Prints a Markdown
@@ -197,6 +198,36 @@ def bound_table(seeds: int) -> str:
     return markdown_table(["plants", "controller", "by the exact entropy", "by the plant's rate"], lines)
 
 
+def drawn(count: int) -> list[Scenario]:
+    """Plants drawn at random, on which nothing was tuned, with targets that can be held: lags of 1 to 20 steps, delays
+    of 0 to 4, gains of a quarter to eight times the one assumed.
+    """
+    rng = np.random.default_rng(11)
+    cases: list[Scenario] = []
+    while len(cases) < count:
+        gain, drift, start, target, lag = np.exp(
+            rng.uniform(np.log([4e-3, 1e-3, 0.15, 0.2, 1]), np.log([0.13, 8e-3, 0.9, 0.6, 20]))
+        )
+        noise = {"process_noise": rng.uniform(0.003, 0.01), "sensor_noise": rng.uniform(0.03, 0.09)}
+        power, knee = float(rng.choice([0, 0.5, 1, 1.6])), float(rng.choice([0, 0.02]))
+        plant = Plant(gain, -drift, power, knee, float(lag), int(rng.integers(0, 5)), **noise)
+        if rate_at_limit(plant, target) > 0.0025:
+            cases.append(Scenario(f"drawn {len(cases)}", plant, float(start), float(target)))
+    return cases
+
+
+def drawn_table(count: int) -> str:
+    """Markdown: how each controller holds the plants of ``drawn``, from step 100 on."""
+    lines = []
+    for controller, config in CONTROLLERS.items():
+        found = [performance(simulate(config, case, 0, None)) for case in drawn(count)]
+        errors = [each.rms for each in found]
+        inside = np.mean([each.time_in_band for each in found])
+        figures = np.median(errors), np.quantile(errors, 0.9), np.mean([each.variation for each in found])
+        lines.append([controller, f"{inside:.0%}", *(f"{figure:.3f}" for figure in figures)])
+    return markdown_table(["controller", "in band", "RMS, median", "RMS, nine of ten below", "mean abs d u"], lines)
+
+
 def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     """Markdown: RMS error and variation per scenario and controller, then the other figures."""
     forms = {
@@ -221,10 +252,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=32)
     parser.add_argument("--reach", action="store_true", help="only what could be told of targets out of reach")
     parser.add_argument("--collapse", action="store_true", help="only entropy that falls fast")
+    parser.add_argument("--drawn", type=int, help="only so many plants drawn at random")
     parser.add_argument("--json", type=Path, default=Path("runs/bench/controllers.json"))
     arguments = parser.parse_args()
     if arguments.reach:
         print(reach_table(arguments.seeds), "", bound_table(arguments.seeds), sep="\n")
+        return
+    if arguments.drawn:
+        print(drawn_table(arguments.drawn))
         return
     if arguments.collapse:
         print(collapse_table(arguments.seeds))
