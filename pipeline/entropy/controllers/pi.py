@@ -48,13 +48,13 @@ class PiLaw(Law):
     """u = clip((e / (tc + theta) + s - d) / b), e = clip(ln H* - z, -1, 1), with z, d and b from ``PlantObserver``.
 
     z is where ln H goes with the commands that were sent already: momentum delays what they do (Smith 1957, Chem. Eng.
-    Progress 53). s is the slope of ln H* where a schedule moves the band: without it the entropy would follow
-    s (tc + theta) behind. So kp = 1 / (b (tc + theta)), and -d / b, the command that holds the entropy against its
-    drift, is the integral. It is assumed at first that b = 1 / (kp (tc + theta)), the plant that kp was chosen for;
-    what the command does tells more. The observer's gains are l2 = ki b and l1 = 2 sqrt(l2), critically damped. Since it is told the command as
-    limited, the integral neither winds up at a limit nor waits for the target to learn the drift; and a prediction
-    passes less of the readings' noise on to the command than a filter of the same delay. Rollouts that are ``s``
-    updates old, as measured at this step, delay u' by s more.
+    Progress 53). s is the slope of ln H* where a schedule moves the band: without it the entropy would follow s (tc +
+    theta) behind. So kp = 1 / (b (tc + theta)), and -d / b, the command that holds the entropy against its drift, is
+    the integral. It is assumed at first that b = 1 / (kp (tc + theta)), the plant that kp was chosen for; what the
+    command does tells more. The observer's gains are l2 = ki b and l1 = 2 sqrt(l2), critically damped. Since it is told
+    the command as limited, the integral neither winds up at a limit nor waits for the target to learn the drift; and a
+    prediction passes less of the readings' noise on to the command than a filter of the same delay. Rollouts that are
+    ``s`` updates old, as measured at this step, delay u' by s more.
 
     Args:
         kp: ``u`` per unit of ln H. ki: the same, per step, of what the prediction missed.
