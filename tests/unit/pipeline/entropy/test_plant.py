@@ -9,7 +9,7 @@ from pipeline.config.schema import EntropyConfig
 from pipeline.entropy.controllers.pi import PiLaw
 from pipeline.entropy.law import ANY
 from pipeline.entropy.plant import SCENARIOS, Performance, Plant, Scenario, Trace, performance, simulate
-from tools.bench.controllers import CONTROLLERS, OUT_OF_REACH, STEEP, first_warning, measure
+from tools.bench.controllers import CONTROLLERS, OUT_OF_REACH, STEEP, drawn, drawn_table, first_warning, measure
 
 QUIET = Plant(gain=0.02, drift=-0.004, lag=1, process_noise=0, sensor_noise=0)
 RESAMPLE = EntropyConfig(actuator="resample")
@@ -166,6 +166,14 @@ def test_a_schedule_is_followed_down_by_a_law_that_knows_its_slope_and_a_command
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipeline.entropy.band.Band.slope", lambda band, step: 0.0)
         assert kept(command_min=0.5, command_max=6.0) < both_ways - 0.1
+
+
+def test_plants_drawn_at_random_are_held_and_best_by_the_law_that_learns():
+    assert len({case.plant.lag for case in drawn(8)}) == 8
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in drawn_table(8).splitlines()]
+    inside = {name: int(share.rstrip("%")) for name, share, *_ in rows[2:]}
+    assert inside["pi"] > 90
+    assert inside["pi"] > max(inside["scope v7"], inside["bang_bang"])
 
 
 def test_the_default_actuator_holds_the_band_as_well():
