@@ -112,7 +112,7 @@ def test_pi_slew_and_dead_band():
 
 @pytest.mark.parametrize("staleness", [0, 2, 2.5])
 def test_pi_counts_what_was_sent_and_is_not_felt_yet(staleness):
-    """Half of the command's share in 1 + staleness updates, and nothing twice."""
+    """What momentum still holds back, and the commands of the updates that no reading has seen; nothing twice."""
     law = PiLaw(2.0, 0.0, -1.0, 1.0, adapt=False)
     e = math.log(0.3 / 0.25)
     for last in (0.0, 0.0, 0.0, 0.0, 0.1, 0.1, 0.1, 0.1):
