@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -79,9 +80,16 @@ def _watch(runs: Sequence[Series], console: Console, every: float) -> None:
     from pipeline.monitoring.terminal import view
 
     spent = 0.0
+    asked: list[int] = []
+
+    def end(number: int, frame: object) -> None:
+        asked.append(number)
+        raise KeyboardInterrupt  # out of a sleep; an exception that falls into a destructor is lost, this list is not
+
+    signal.signal(signal.SIGINT, end)
     with Live(view(runs, console), console=console, screen=True, auto_refresh=False) as shown:
         try:
-            while True:
+            while not asked:
                 time.sleep(max(every, IDLE * spent))
                 started = time.perf_counter()
                 for run in runs:
