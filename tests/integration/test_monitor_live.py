@@ -82,7 +82,7 @@ def test_a_line_that_is_damaged_while_it_is_watched_is_told(tmp_path):
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.timeout(60)
 def test_an_interrupt_that_falls_into_a_destructor_ends_it_too(tmp_path, monkeypatch):
-    """Python drops exceptions there; a ctrl-C was lost with one, once in many runs of this file."""
+    """Python drops exceptions there; so may have gone the one ctrl-C that was lost in many runs of this file."""
 
     class Dying:
         def __del__(self):
