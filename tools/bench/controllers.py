@@ -218,9 +218,9 @@ def drawn(count: int) -> list[Scenario]:
 
 def drawn_table(count: int) -> str:
     """Markdown: how each controller holds the plants of ``drawn``, from step 100 on."""
-    lines = []
+    lines, cases = [], drawn(count)
     for controller, config in CONTROLLERS.items():
-        found = [performance(simulate(config, case, 0, None)) for case in drawn(count)]
+        found = [performance(simulate(config, case, 0, None)) for case in cases]
         errors = [each.rms for each in found]
         inside = np.mean([each.time_in_band for each in found])
         figures = np.median(errors), np.quantile(errors, 0.9), np.mean([each.variation for each in found])
