@@ -14,6 +14,7 @@ from launchers.plan.work import expected_response
 from pipeline.config.errors import ConfigError
 from pipeline.config.keys import leaf_keys
 from pipeline.config.load import load_config
+from pipeline.config.schema import SGLANG_KEEPS_FREE
 from pipeline.evaluation.start import Start
 from pipeline.model.architecture import Architecture
 from pipeline.model.layout import rows
@@ -51,8 +52,9 @@ def keys(facts: Facts) -> dict[str, Any]:
 
     Raises ``ConfigError`` where no layout of the GPUs fits the model.
     """
-    prompt = min(round_up(facts.longest, 8), facts.model.max_positions - 1)
-    response = min(2048 if facts.gpus else 256, facts.model.max_positions - prompt)
+    positions = facts.model.max_positions - (SGLANG_KEEPS_FREE if facts.gpus else 0)
+    prompt = min(round_up(facts.longest, 8), positions - 1)
+    response = min(2048 if facts.gpus else 256, positions - prompt)
     held_out = 0.1 if facts.prompts >= 100 else 0.2
     chosen: dict[str, Any] = {
         "name": facts.folder.resolve().name.replace(" ", "-"),

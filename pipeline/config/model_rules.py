@@ -61,14 +61,14 @@ def _lengths(config: RunConfig, model: Architecture) -> Iterator[Problem]:
         yield Problem("rollout.stop_token_ids", rollout.stop_token_ids, what, "give ids of its tokenizer.json")
     if config.data.environment.name not in ENVIRONMENTS:
         return  # refused as a value
-    length = config.longest_row
+    length, free = config.longest_row, config.kept_free
     longrope = " for which longrope's short_factor holds" if isinstance(model.rope_scaling, LongRope) else ""
-    if length > positions:
+    if length + free > positions:
         yield Problem(
             "rollout.max_new_tokens",
             rollout.max_new_tokens,
-            f"{config.longest_row_words}, but the model has {positions} positions{longrope}",
-            f"make them sum to at most {positions}",
+            f"{config.room_words}, but the model has {positions} positions{longrope}",
+            f"make them sum to at most {positions - free}",
         )
     elif "rlrt" in config.objective.token_shaping and 2 * length > positions:
         yield Problem(

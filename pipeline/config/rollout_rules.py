@@ -148,12 +148,12 @@ def _deterministic(config: RunConfig) -> Iterator[Problem]:
 
 def _kv_cache(config: RunConfig) -> Iterator[Problem]:
     rollout, tokens = config.rollout, config.rollout.sglang.max_total_tokens
-    length = config.longest_row
+    length = config.longest_row + config.kept_free
     if rollout.engine == "sglang" and 0 < tokens < length:
         yield Problem(
             "rollout.sglang.max_total_tokens",
             tokens,
-            f"the KV cache cannot hold one sample: {config.longest_row_words}",
+            f"the KV cache cannot hold one sample: {config.room_words}",
             f"use at least {length}, better several times as many, or 0 (SGLang decides)",
         )
 

@@ -18,8 +18,12 @@ CONTROLLERS = names("pipeline.entropy.controllers")
 ACTUATORS = names("pipeline.entropy.actuators")
 VERIFIERS = ("auto", *names("pipeline.rewards.verifiers"))
 ENVIRONMENTS = names("pipeline.rollout.environments")
-# Each with the library that it needs.
+# Positions of a context, or of the KV cache, that no sample may count on. SGLang ends an answer 2 before the end and
+# says "length" (Scheduler.init_req_max_new_tokens). It refuses to read, as for an answer that was held and goes on, what
+# reaches into the last 6 (max_req_input_len of TpModelWorker.get_worker_info).
+SGLANG_KEEPS_FREE = 6
 EVALUATIONS_FOR_A_BAND = 5  # at least: entropy.band.schedule=auto, `isentrope entropy target`
+# Each with the library that it needs.
 SINKS = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "prometheus": "prometheus_client"}
 
 FOLDER_NAME = Form(r"[\w.+-][\w.+ -]*", "cannot be part of a folder name", "use letters, digits, '_', '-', '.' and '+'")
@@ -1035,6 +1039,11 @@ class RunConfig:
         return whole if environment.name == "single" else environment.max_tokens or whole
 
     @property
+    def kept_free(self) -> int:
+        """Tokens of a sample's room that the engine never fills: it ends an answer when they are all that is left."""
+        return SGLANG_KEEPS_FREE if self.rollout.engine == "sglang" else 0
+
+    @property
     def longest_row_words(self) -> str:
         """How ``longest_row`` comes about."""
         rollout, environment = self.rollout, self.data.environment
@@ -1043,3 +1052,8 @@ class RunConfig:
         turns = "" if environment.name == "single" else f"data.environment.max_turns {environment.max_turns} x "
         words = f"max_prompt_tokens {rollout.max_prompt_tokens} + {turns}max_new_tokens {rollout.max_new_tokens}"
         return f"{words} = {self.longest_row} tokens"
+
+    @property
+    def room_words(self) -> str:
+        """How the room of the longest row comes about."""
+        return self.longest_row_words + (f", and {self.kept_free} that SGLang keeps free" if self.kept_free else "")

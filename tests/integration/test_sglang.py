@@ -18,6 +18,7 @@ import torch
 if importlib.util.find_spec("sglang") is None:
     pytest.skip("needs the sglang extra", allow_module_level=True)
 
+from pipeline.config.schema import SGLANG_KEEPS_FREE
 from pipeline.rollout.engine import EngineError, WeightUpdateError
 from pipeline.rollout.native.engine import NativeEngine
 from pipeline.rollout.parts import joined, remainder
@@ -39,6 +40,7 @@ from tests.integration.servers import (
     server_pid,
     source,
 )
+from tests.tiny_folder import hf_config
 
 pytestmark = pytest.mark.xdist_group("sglang")  # the servers start once
 
@@ -317,6 +319,15 @@ def test_weights_in_the_wrong_place_do_not_commit(engines, family):
         engine.generate(REQUESTS)
     push(engine, family, 41)
     assert_agrees(engine.generate(REQUESTS), decoder_of(family, 41))
+
+
+def test_what_sglang_keeps_free_of_a_context(endless):
+    push(endless, "llama", 43, seed=0)
+    room = hf_config("llama")["max_position_embeddings"] - SGLANG_KEEPS_FREE
+    asked = [generate_request([5] * (room - new), 1, new=new) for new in (1, 8)]  # 1: the last token of a held answer
+    assert [len(group.samples[0].token_ids) for group in endless.generate(asked)] == [1, 8]
+    with pytest.raises(EngineError, match="maximum allowed length"):
+        endless.generate([generate_request([5] * room, 1, new=1)])
 
 
 def test_the_server_names_an_impossible_request(engines):

@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.config.schema import RolloutConfig, SglangConfig
+from pipeline.config.schema import SGLANG_KEEPS_FREE, RolloutConfig, SglangConfig
 from pipeline.rollout.sglang.engine import SglangEngine
 from tools.bench.overlap import computed_s, write_model
 
@@ -114,7 +114,9 @@ async def round_of(
     server: Server, mode: str, answers: list[Answer], folders: tuple[Path, Path], tokens: int
 ) -> dict[str, float]:
     """Draw the answers, and change the weights when each has half of its tokens."""
+    await server.post("/pause_generation", mode="retract")  # else a flush just after the last reply may end the server
     await server.load(folders[0], 1, flush=True)
+    await server.post("/continue_generation")
     running = [asyncio.create_task(server.draw(answer, tokens)) for answer in answers]
     await until([(answer, tokens // 2) for answer in answers])
     begun = time.monotonic()
@@ -230,7 +232,7 @@ def main() -> None:
         scratch = Path(name)
         folder = arguments.model or scratch / "model"
         if arguments.model is None:
-            write_model(folder, 256, 4, 2 + arguments.prompt + arguments.tokens)
+            write_model(folder, 256, 4, 1 + arguments.prompt + arguments.tokens + SGLANG_KEEPS_FREE)
         given = SglangConfig(dtype="float32", max_total_tokens=32768, extra_args=["--log-level", "info"])
         config = RolloutConfig(engine="sglang", max_new_tokens=arguments.tokens, sglang=given)
         engine = SglangEngine(config, index=0, log_dir=scratch, seed=0)

@@ -114,9 +114,9 @@ BROKEN = {
     ),
     "packing without a budget": (["learner.packing=true"], "learner.packing", "packed sequences of any length"),
     "KV cache": (
-        ["rollout.engine=sglang", "rollout.sglang.max_total_tokens=2047"],
+        ["rollout.engine=sglang", "rollout.sglang.max_total_tokens=2053"],
         "rollout.sglang.max_total_tokens",
-        "2048 tokens",
+        "2048 tokens, and 6 that SGLang keeps free",
     ),
     "repeated readings without seeds": (
         ["rollout.engine=sglang", "entropy.repeated_prompts=32"],
@@ -333,6 +333,11 @@ BROKEN = {
         "a matter of time",
     ),
     "positions": (["rollout.max_new_tokens=4000"], "rollout.max_new_tokens", "4096 positions"),
+    "positions that SGLang never fills": (
+        ["rollout.engine=sglang", "rollout.max_new_tokens=3067"],
+        "rollout.max_new_tokens",
+        "4091 tokens, and 6 that SGLang keeps free, but the model has 4096 positions",
+    ),
 }
 
 
@@ -350,7 +355,9 @@ def test_rule(refused, rule):
         ["entropy.band.schedule=piecewise", "entropy.band.points=[[99, 0.1, 0.2], [100, 0.3, 0.4]]"],
         ["learner.optimizer.lr_schedule=cosine", "learner.optimizer.warmup_steps=99"],
         ["learner.optimizer.warmup_steps=200"],
-        ["rollout.engine=sglang", "rollout.sglang.max_total_tokens=2048"],
+        ["rollout.engine=sglang", "rollout.sglang.max_total_tokens=2054"],
+        ["rollout.engine=sglang", "rollout.max_new_tokens=3066"],  # of 4,096 positions the prompt has 1,024
+        ["rollout.max_new_tokens=3072"],
         [
             "rollout.engine=sglang",
             "rollout.sglang.extra_args=[--enable-deterministic-inference]",
@@ -664,8 +671,9 @@ LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] 
 )
 def test_rotary_scalings_that_sglang_computes_otherwise(model, problems, rope, said):
     (model / "config.json").write_text(json.dumps(LLAMA | {"rope_scaling": rope}))
-    assert problems() == ()
-    found = problems("rollout.engine=sglang")
+    room = ["rollout.max_prompt_tokens=1024", "rollout.max_new_tokens=1018"]
+    assert problems(*room) == ()
+    found = problems("rollout.engine=sglang", *room)
     assert [problem.key for problem in found] == (["rollout.engine"] if said else [])
     assert all(said in problem.problem for problem in found)
 
