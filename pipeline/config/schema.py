@@ -19,7 +19,7 @@ ACTUATORS = names("pipeline.entropy.actuators")
 VERIFIERS = ("auto", *names("pipeline.rewards.verifiers"))
 ENVIRONMENTS = names("pipeline.rollout.environments")
 # Positions of a context, or of the KV cache, that no sample may count on. SGLang ends an answer 2 before the end and
-# says "length" (Scheduler.init_req_max_new_tokens). It refuses to read, as for an answer that was held and goes on, what
+# says "length" (Scheduler.init_req_max_new_tokens). It refuses to read, as for an answer that was held, what
 # reaches into the last 6 (max_req_input_len of TpModelWorker.get_worker_info).
 SGLANG_KEEPS_FREE = 6
 EVALUATIONS_FOR_A_BAND = 5  # at least: entropy.band.schedule=auto, `isentrope entropy target`
