@@ -16,8 +16,11 @@ SPREAD = 0.6  # standard deviation of ln(gain / assumed) before any reading
 MISSED = 0.065  # root mean square of what a prediction misses, in ln H, before any reading
 WIDE_RATIOS = tuple(float(ratio) for ratio in np.geomspace(1 / 32, 8, 17))
 LAG = 1.0 + MOMENTUM_STEPS  # steps; assumed
-LAGS = LAG / 2, LAG, 2 * LAG, 4 * LAG  # considered
-_LAG_SPREAD = 1.0  # standard deviation of ln(lag / assumed) before any reading
+DELAYS = 0.0, 1.5 * LAG, 3 * LAG  # steps before an answer begins; considered
+# Lag and delay considered: an answer takes 2, 4, 8 or 16 steps on average, of which 8 and 16 may be mostly delay.
+RESPONSES = (LAG / 2, 0), (LAG, 0), (2 * LAG, 0), (4 * LAG, 0), (LAG / 2, 1), (LAG, 2)  # the delay by its place
+_LATE_SPREAD = 1.0  # standard deviation of ln((lag + delay) / assumed) before any reading
+_UNDELAYED = 2.0  # logarithm of the odds against a delay, the same
 _EVIDENCE = 0.5  # of a miss: readings are exponential means, so one miss is much like the one before
 _MEMORY = 0.99  # of a score per step: the gain may change over some hundred steps
 # Of the mean square miss: readings that the first guess counts for, and readings looked back on.
@@ -31,17 +34,17 @@ _OUTLIER = 4.0  # root mean squares beyond which a miss counts as that many
 
 class PlantObserver(Stateful):
     """ln H integrates b m plus a drift d = c sqrt(H), which fades as H falls: GRPO's does, with powers of H of 0 to 1.
-    m is the command as the policy feels it, behind the optimizer's momentum, L - 1 steps on average.
+    m is the command as the policy feels it, D steps late and behind the optimizer's momentum, L - 1 more on average.
 
-    For each gain b_i and lag L_i that it may have, an observer of its own corrects level and drift,
+    For each gain b_i, lag L_i and delay D_i that it may have, an observer of its own corrects level and drift,
 
-        m_i <- m_i + (u' - m_i) / L_i,    r_i = ln H - (y_i + b_i m_i + d_i),
+        m_i <- m_i + (u'(D_i) - m_i) / L_i,    r_i = ln H - (y_i + b_i m_i + d_i),
         y_i <- y_i + b_i m_i + d_i + l1 r_i,    d_i <- d_i + l2 r_i,
 
     and how well it predicted is its score, the logarithm of its posterior probability but for a constant:
 
         s_i <- f s_i + (1 - f) p_i - r_i^2 / (4 v),    v = the mean square of r,
-        p_i = -(ln(b_i / b) / spread)^2 / 2 - ln(L_i / L)^2 / 2.
+        p_i = -(ln(b_i / b) / spread)^2 / 2 - ln((L_i + D_i) / L)^2 / 2 - (2 if D_i > 0).
 
     (Multiple-model estimation: Magill 1965, IEEE Trans. Automatic Control 10(4); the forgetting f = 0.99, and counting
     half of a miss, are ours.) The first readings correct y by a least-squares line's l1 = 2 (2 k - 1) / (k (k + 1)),
@@ -49,14 +52,14 @@ class PlantObserver(Stateful):
     (growing memory: Morrison 1969): the drift is known when the band is reached. A collapse reaches it sooner. So while
     the command rests a line is laid through the readings, and once its slope is more than four of its standard errors,
     sqrt(12 v / (k (k^2 - 1))), it is the drift. While the command rests, all predict the same and the scores go back to
-    the prior; a command that moves tells them apart. Without the lags, a response that comes late was read as a weak
-    one: the command rose too far, and the entropy with it.
+    the prior; a command that moves tells them apart. Without lags and delays, a response that comes late was read as
+    a weak one: the command rose too far, and the entropy with it.
 
     Args:
         gain: b assumed, of ln H per unit of u and step.
         level, trend: l1 and l2, lasting.
         rest: least and largest u that may hold the entropy: d_i stays between -b_i times them.
-        ratios: b_i / b; ``(1.0,)``: gain and lag are known.
+        ratios: b_i / b; ``(1.0,)``: gain and lag are known, and there is no delay.
         spread: of ln(b_i / b), the standard deviation before any reading.
         missed: root mean square of r, the same.
     """
@@ -82,10 +85,14 @@ class PlantObserver(Stateful):
         spread: float = SPREAD,
         missed: float = MISSED,
     ) -> None:
-        lags = LAGS if len(ratios) > 1 else (LAG,)
-        each, self._lags = np.array([(ratio, lag) for ratio in ratios for lag in lags]).T
+        responses = RESPONSES if len(ratios) > 1 else ((LAG, 0),)
+        each, self._lags, places = np.array([(ratio, *response) for ratio in ratios for response in responses]).T
         self._gains = gain * each
-        self._prior = -0.5 * ((np.log(each) / spread) ** 2 + (np.log(self._lags / LAG) / _LAG_SPREAD) ** 2)
+        self._delay_of = places.astype(int)  # by its place in DELAYS
+        self._delays = np.array(DELAYS)[self._delay_of]
+        late = np.log((self._lags + self._delays) / LAG)
+        self._prior = -0.5 * ((np.log(each) / spread) ** 2 + (late / _LATE_SPREAD) ** 2)
+        self._prior -= np.where(self._delays > 0, _UNDELAYED, 0.0)
         self._level, self._trend = level, trend
         self._least, self._most = -self._gains * rest[1], -self._gains * rest[0]
         self.levels: list[float] = []  # y_i; empty: no reading yet
@@ -104,18 +111,19 @@ class PlantObserver(Stateful):
         if len(self.levels) not in (0, models) or {len(self.drifts), len(self.felt), len(self.scores)} != {models}:
             raise ValueError(f"controller state levels, drifts, felt, scores: expected {models} numbers each")
 
-    def ahead(self, sent: float = 0.0, updates: float = 0.0, slope: float = 0.0) -> float:
+    def ahead(self, sent: Sequence[float] = (0.0,) * len(DELAYS), updates: float = 0.0, slope: float = 0.0) -> float:
         """Ln H once the policy has felt all that was sent, where later commands only hold it: the mean of
-        y + (L - 1) (b m + d) + b ``sent`` + d ``updates``.
+        y + (L - 1) (b m + d) + b ``sent`` + d (``updates`` + D).
 
         Args:
-            sent: the sum of the commands after u'.
-            updates: how many these are.
+            sent: the sum of the commands after u'(D), for each of ``DELAYS``.
+            updates: how many there are after u'(0).
             slope: of ln H per step that is wanted; what it would make in the meantime is taken off.
         """
         levels = np.array(self.levels)
         falls = np.array(self.drifts) * _faded(levels) - slope
-        moves = (self._lags - 1) * (self._gains * np.array(self.felt) + falls) + self._gains * sent + falls * updates
+        moves = (self._lags - 1) * (self._gains * np.array(self.felt) + falls)
+        moves += self._gains * np.array(sent)[self._delay_of] + falls * (updates + self._delays)
         return float(self._weights() @ (levels + moves))
 
     def drift_at(self, level: float) -> float:
@@ -135,8 +143,8 @@ class PlantObserver(Stateful):
             self._weights() @ (self._gains * u + np.array(self.drifts) * _faded(np.array(self.levels or [0.0])))
         )
 
-    def observe(self, reading: float, acted: float) -> None:
-        """Take in ln H, and u', the command of the update before it."""
+    def observe(self, reading: float, acted: Sequence[float]) -> None:
+        """Take in ln H, and u'(D) for each of ``DELAYS``: the command of the update before it, and earlier ones."""
         self.readings += 1
         if not self.levels:
             self.levels = [reading] * len(self._gains)
@@ -144,7 +152,7 @@ class PlantObserver(Stateful):
             return
         faded = _faded(np.array(self.levels))
         felt = np.array(self.felt)
-        felt += (acted - felt) / self._lags
+        felt += (np.array(acted)[self._delay_of] - felt) / self._lags
         self.felt = felt.tolist()
         predicted = np.array(self.levels) + self._gains * felt + np.array(self.drifts) * faded
         missed = reading - predicted
@@ -160,7 +168,7 @@ class PlantObserver(Stateful):
         drifts = np.clip(np.array(self.drifts) * faded + trend * missed, self._least, self._most)
         self.drifts = (drifts / faded).tolist()
         if self.line:
-            self._follow(reading, acted)
+            self._follow(reading, acted[0])
 
     def forget_fall(self) -> None:
         """Drop the belief that entropy falls by itself."""

@@ -17,7 +17,7 @@ from pipeline.entropy.actuator import PACKAGE, Actuator, command_limits
 from pipeline.entropy.band import SetPoint
 from pipeline.entropy.gains import CLOSED_LOOP_STEPS, DEAD_TIME, MOMENTUM_STEPS
 from pipeline.entropy.law import ANY, Course, Law, Loop
-from pipeline.entropy.observer import MISSED, RATIOS, SPREAD, WIDE_RATIOS, PlantObserver
+from pipeline.entropy.observer import DELAYS, MISSED, RATIOS, SPREAD, WIDE_RATIOS, PlantObserver
 from pipeline.entropy.sensor import HAMPEL_WINDOW, Sensor
 from pipeline.entropy.state import Stateful
 from pipeline.registry import names
@@ -59,7 +59,7 @@ class PiLaw(Law):
     Args:
         kp: ``u`` per unit of ln H. ki: the same, per step, of what the prediction missed.
         lower, upper: limits of ``u``; 0 lies between them.
-        adapt: learn b, among the pace's multiples of the one assumed, and the momentum's lag.
+        adapt: learn b, among the pace's multiples of the one assumed, and how late the answer comes.
         slew: largest change of ``u`` per step; 0: unlimited.
         dead_band: |e| that counts as 0; beyond it the error is measured from its edge, without a jump.
         pace: ``QUIET`` where readings are repeated; it has an l2 of its own, whatever ki is, but 0.
@@ -107,8 +107,9 @@ class PiLaw(Law):
     def propose(self, entropy: float, goal: float, last: float, staleness: float, course: Course = ANY) -> float:
         """See ``Law``."""
         self.sent = [*self.sent, last][-REMEMBERED:]
-        self.plant.observe(math.log(entropy), self._sent_ago(1 + staleness))
-        ahead = self.plant.ahead(self._sent_since(1 + staleness), 1 + staleness, course.slope)
+        ages = [1 + staleness + delay for delay in DELAYS]
+        self.plant.observe(math.log(entropy), [self._sent_ago(age) for age in ages])
+        ahead = self.plant.ahead([self._sent_since(age) for age in ages], 1 + staleness, course.slope)
         error = self._error(math.log(goal) - ahead)
         drift = self.plant.drift_at(math.log(goal))
         u = (error / self._horizon + course.slope - drift) / self.plant.gain
