@@ -9,7 +9,16 @@ from pipeline.config.schema import EntropyConfig
 from pipeline.entropy.controllers.pi import PiLaw
 from pipeline.entropy.law import ANY
 from pipeline.entropy.plant import SCENARIOS, Performance, Plant, Scenario, Trace, performance, simulate
-from tools.bench.controllers import CONTROLLERS, OUT_OF_REACH, STEEP, drawn, drawn_table, first_warning, measure
+from tools.bench.controllers import (
+    CONTROLLERS,
+    OUT_OF_REACH,
+    STEEP,
+    drawn,
+    drawn_table,
+    first_warning,
+    late_table,
+    measure,
+)
 
 QUIET = Plant(gain=0.02, drift=-0.004, lag=1, process_noise=0, sensor_noise=0)
 RESAMPLE = EntropyConfig(actuator="resample")
@@ -170,10 +179,19 @@ def test_a_schedule_is_followed_down_by_a_law_that_knows_its_slope_and_a_command
 
 def test_plants_drawn_at_random_are_held_and_best_by_the_law_that_learns():
     assert len({case.plant.lag for case in drawn(8)}) == 8
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in drawn_table(8).splitlines()]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in drawn_table(drawn(8), CONTROLLERS).splitlines()
+    ]
     inside = {name: int(share.rstrip("%")) for name, share, *_ in rows[2:]}
     assert inside["pi"] > 90
     assert inside["pi"] > max(inside["scope v7"], inside["bang_bang"])
+
+
+def test_a_bonus_that_is_felt_late_is_held_near_its_target_with_calibrated_gains():
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in late_table(4).splitlines()[2:]]
+    near = [int(share.rstrip("%")) for _, kp, share, *_ in rows if kp == "0.0572"]
+    assert len(near) == 3
+    assert min(near) > 80  # of a law that knows lags only: 74
 
 
 def test_the_default_actuator_holds_the_band_as_well():
