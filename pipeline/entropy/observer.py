@@ -26,6 +26,7 @@ _MEMORY = 0.99  # of a score per step: the gain may change over some hundred ste
 # Of the mean square miss: readings that the first guess counts for, and readings looked back on.
 _MISSED_WEIGHT, _MISSED_WINDOW = 20, 60
 _SLOPE_AFTER = 20  # readings before a slope of their noise is no longer taken for drift
+_FALL_BY = 12  # readings by which a line has told of a collapse
 _SURE = 4.0  # standard errors that make the slope of fewer readings a drift
 _DRIFT_POWER = 0.5  # of H: how the drift fades as the entropy falls
 _LEVELS = -7.0, 3.0  # of ln H, that any policy may have: 0.001 to 20 nats
@@ -142,6 +143,11 @@ class PlantObserver(Stateful):
         return float(
             self._weights() @ (self._gains * u + np.array(self.drifts) * _faded(np.array(self.levels or [0.0])))
         )
+
+    @property
+    def may_fall(self) -> bool:
+        """Whether the first readings may still turn out to be those of a collapse."""
+        return bool(self._trend and self.line) and self.readings < _FALL_BY
 
     def observe(self, reading: float, acted: Sequence[float]) -> None:
         """Take in ln H, and u'(D) for each of ``DELAYS``: the command of the update before it, and earlier ones."""

@@ -54,7 +54,8 @@ class PiLaw(Law):
     command does tells more. The observer's gains are l2 = ki b and l1 = 2 sqrt(l2), critically damped. Since it is told
     the command as limited, the integral neither winds up at a limit nor waits for the target to learn the drift; and a
     prediction passes less of the readings' noise on to the command than a filter of the same delay. Rollouts that are
-    ``s`` updates old, as measured at this step, delay u' by s more.
+    ``s`` updates old, as measured at this step, delay u' by s more. Over the first 12 readings nothing is pushed down,
+    unless the drift is known: what falls by itself would be pushed through its band.
 
     Args:
         kp: ``u`` per unit of ln H. ki: the same, per step, of what the prediction missed.
@@ -113,7 +114,7 @@ class PiLaw(Law):
         error = self._error(math.log(goal) - ahead)
         drift = self.plant.drift_at(math.log(goal))
         u = (error / self._horizon + course.slope - drift) / self.plant.gain
-        u = min(max(u, self._lower), self._upper)
+        u = min(max(u, 0.0 if self.plant.may_fall else self._lower), self._upper)
         return min(max(u, last - self._slew), last + self._slew) if self._slew else u
 
     def forget(self) -> None:

@@ -194,6 +194,14 @@ def test_a_bonus_that_is_felt_late_is_held_near_its_target_with_calibrated_gains
     assert min(near) > 80  # of a law that knows lags only: 74
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_collapse_is_not_pushed_through_its_band(seed):
+    """A command that may go below rest waits until it is clear what the entropy does by itself."""
+    case = Scenario("collapse", Plant(0.05, -0.03, lag=3, process_noise=0.009, sensor_noise=0.06), 1.0, 0.45, steps=160)
+    entropy = simulate(EntropyConfig(command_min=0.5, command_max=6.0), case, seed).entropy
+    assert entropy[: 20 + int(np.argmax(entropy < 0.5))].min() > 0.75 * 0.45  # pushed down from the start: 0.6 to 0.66
+
+
 def test_the_default_actuator_holds_the_band_as_well():
     for scenario in ("hold", "rise from 0.15", "high entropy"):
         assert measure(scenario, "pi, default", seeds=4)["time_in_band"] > 0.95
