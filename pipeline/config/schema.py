@@ -1040,7 +1040,7 @@ class RunConfig:
 
     @property
     def kept_free(self) -> int:
-        """Tokens of a sample's room that the engine never fills: it ends an answer when they are all that is left."""
+        """Tokens of the model's context, or of the KV cache, that the engine does not serve a sample."""
         return SGLANG_KEEPS_FREE if self.rollout.engine == "sglang" else 0
 
     @property
