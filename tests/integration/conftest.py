@@ -25,7 +25,8 @@ def engines(folders, tmp_path_factory):
     logs = tmp_path_factory.mktemp("logs")
 
     def engine(index, ranks):
-        settings = SglangConfig(max_total_tokens=16384)
+        # SGLang compares the machine's free memory before and after it loads; the other servers load meanwhile.
+        settings = SglangConfig(max_total_tokens=16384, mem_fraction_static=0.5)
         config = RolloutConfig(engine="sglang", tensor_parallel_size=ranks, sglang=settings)
         return SglangEngine(config, index=index, log_dir=logs, seed=1)
 

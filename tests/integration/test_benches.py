@@ -122,8 +122,10 @@ def test_a_benchmark_runs(name, request, tmp_path):
     process = FORKS.Process(target=bench, args=(name, given.split(), tmp_path / "said"))
     process.start()
     process.join(560)
+    over = process.exitcode is not None
     process.kill()  # one that is still at it; of one that has ended nothing is left to kill
     process.join()
     said = (tmp_path / "said").read_text()
+    assert over, f"still at it after 560 s: {said[-3000:]}"
     assert process.exitcode == 0, said[-3000:]
     assert "|---" in said or "| --- |" in said or "{" in said, "a table, or JSON"
