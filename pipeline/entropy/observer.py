@@ -16,9 +16,9 @@ SPREAD = 0.6  # standard deviation of ln(gain / assumed) before any reading
 MISSED = 0.065  # root mean square of what a prediction misses, in ln H, before any reading
 WIDE_RATIOS = tuple(float(ratio) for ratio in np.geomspace(1 / 32, 8, 17))
 LAG = 1.0 + MOMENTUM_STEPS  # steps; assumed
-DELAYS = 0.0, 1.5 * LAG, 3 * LAG  # steps before an answer begins; considered
-# Lag and delay considered: an answer takes 2, 4, 8 or 16 steps on average, of which 8 and 16 may be mostly delay.
-RESPONSES = (LAG / 2, 0), (LAG, 0), (2 * LAG, 0), (4 * LAG, 0), (LAG / 2, 1), (LAG, 2)  # the delay by its place
+# Lag and delay considered, steps: an answer takes 2, 4, 8 or 16 on average, of which 8 and 16 may be mostly delay.
+RESPONSES = (LAG / 2, 0.0), (LAG, 0.0), (2 * LAG, 0.0), (4 * LAG, 0.0), (LAG / 2, 1.5 * LAG), (LAG, 3 * LAG)
+DELAYS = tuple(sorted({delay for _, delay in RESPONSES}))
 _LATE_SPREAD = 1.0  # standard deviation of ln((lag + delay) / assumed) before any reading
 _UNDELAYED = 2.0  # logarithm of the odds against a delay, the same
 _EVIDENCE = 0.5  # of a miss: readings are exponential means, so one miss is much like the one before
@@ -86,11 +86,10 @@ class PlantObserver(Stateful):
         spread: float = SPREAD,
         missed: float = MISSED,
     ) -> None:
-        responses = RESPONSES if len(ratios) > 1 else ((LAG, 0),)
-        each, self._lags, places = np.array([(ratio, *response) for ratio in ratios for response in responses]).T
+        responses = RESPONSES if len(ratios) > 1 else ((LAG, 0.0),)
+        each, self._lags, self._delays = np.array([(ratio, *response) for ratio in ratios for response in responses]).T
         self._gains = gain * each
-        self._delay_of = places.astype(int)  # by its place in DELAYS
-        self._delays = np.array(DELAYS)[self._delay_of]
+        self._delay_of = np.searchsorted(DELAYS, self._delays)  # its place in DELAYS
         late = np.log((self._lags + self._delays) / LAG)
         self._prior = -0.5 * ((np.log(each) / spread) ** 2 + (late / _LATE_SPREAD) ** 2)
         self._prior -= np.where(self._delays > 0, _UNDELAYED, 0.0)

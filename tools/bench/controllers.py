@@ -26,7 +26,7 @@ import numpy as np
 from launchers.lab.figures import markdown_table
 from pipeline.config.schema import EntropyConfig, PiConfig
 from pipeline.entropy.gains import integral_gain
-from pipeline.entropy.plant import DRIFT_AT, SCENARIOS, Performance, Plant, Scenario, performance, simulate
+from pipeline.entropy.plant import DRIFT_AT, SCENARIOS, Performance, Plant, Scenario, Trace, performance, simulate
 from pipeline.entropy.watch import AWAY_STEPS, UNREACHABLE_STEPS
 
 EQUAL: dict[str, Any] = {"actuator": "resample", "command_min": 0.6, "command_max": 1.6}
@@ -118,6 +118,12 @@ def reach_table(seeds: int) -> str:
     return markdown_table(columns, lines)
 
 
+def errors_from_entry(trace: Trace, within: float) -> np.ndarray:
+    """Relative errors of the true entropy from the first step on at which it is that near to its target."""
+    error = trace.entropy / trace.target - 1
+    return error[int(np.argmax(np.abs(error) <= within)) :]
+
+
 # How a collapse is met, and the gain there, of the bonus's.
 MEETING = {
     "pi": (EntropyConfig(actuator="entropy_bonus"), 1.0),
@@ -135,9 +141,7 @@ def collapse_table(seeds: int) -> str:
             for case in (case for case in COLLAPSES if case.name == name):
                 plant = replace(case.plant, gain=share * case.plant.gain)
                 for seed in range(seeds):
-                    trace = simulate(config, replace(case, plant=plant), seed)
-                    error = trace.entropy / trace.target - 1
-                    held = error[int(np.argmax(np.abs(error) <= 0.1)) :][:100]
+                    held = errors_from_entry(simulate(config, replace(case, plant=plant), seed), 0.1)[:100]
                     found.append(((np.abs(held) <= 0.1).mean(), math.sqrt((held**2).mean()), -held.min(), held.max()))
             inside, rms, below, above = np.mean(found, 0)
             lines.append([name, controller, f"{inside:.0%}", f"{rms:.3f}", f"{below:.2f}", f"{above:.2f}"])
@@ -259,9 +263,8 @@ def late_table(seeds: int) -> str:
             config = EntropyConfig(actuator="entropy_bonus", pi=PiConfig(kp=kp, ki=integral_gain(kp)))
             found = []
             for seed in range(seeds):
-                trace = simulate(config, Scenario(answer, plant, start=1.2, target=0.49, steps=150), seed)
-                error = trace.entropy / trace.target - 1
-                kept = error[int(np.argmax(np.abs(error) <= 0.2)) :]
+                case = Scenario(answer, plant, start=1.2, target=0.49, steps=150)
+                kept = errors_from_entry(simulate(config, case, seed), 0.2)
                 found.append((np.mean(np.abs(kept) <= 0.2), np.sqrt(np.mean(kept**2)), 1 + kept.min(), 1 + kept.max()))
             near, rms, least, most = np.mean(found, axis=0)
             lines.append([answer, f"{kp:g}", f"{near:.0%}", f"{rms:.2f}", f"{least:.2f}", f"{most:.2f}"])

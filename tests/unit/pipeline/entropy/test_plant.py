@@ -177,19 +177,20 @@ def test_a_schedule_is_followed_down_by_a_law_that_knows_its_slope_and_a_command
         assert kept(command_min=0.5, command_max=6.0) < both_ways - 0.1
 
 
+def cells(table):
+    """Of a Markdown table, without its heading."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+
+
 def test_plants_drawn_at_random_are_held_and_best_by_the_law_that_learns():
     assert len({case.plant.lag for case in drawn(8)}) == 8
-    rows = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in drawn_table(drawn(8), CONTROLLERS).splitlines()
-    ]
-    inside = {name: int(share.rstrip("%")) for name, share, *_ in rows[2:]}
+    inside = {name: int(share.rstrip("%")) for name, share, *_ in cells(drawn_table(drawn(8), CONTROLLERS))}
     assert inside["pi"] > 90
     assert inside["pi"] > max(inside["scope v7"], inside["bang_bang"])
 
 
 def test_a_bonus_that_is_felt_late_is_held_near_its_target_with_calibrated_gains():
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in late_table(4).splitlines()[2:]]
-    near = [int(share.rstrip("%")) for _, kp, share, *_ in rows if kp == "0.0572"]
+    near = [int(share.rstrip("%")) for _, kp, share, *_ in cells(late_table(4)) if kp == "0.0572"]
     assert len(near) == 3
     assert min(near) > 80  # of a law that knows lags only: 74
 
